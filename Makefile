@@ -1,0 +1,50 @@
+# make train    set up and run train_mac.py; further arguments through ARGS, e.g. make train ARGS="--preset full"
+# make test     set up and run the suite; e.g. make test ARGS="-k neural_memory"
+# make lint     ruff and mypy
+# make bench    benchmarks/, on whatever the machine has
+# make golden   remake the figures of the reference package that the suite compares with
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+ARGS   ?=
+
+.PHONY: train test lint bench golden clean
+
+train: $(VENV)/.ready
+	$(BIN)/python train_mac.py $(ARGS)
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.ready-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.ready
+	$(BIN)/python benchmarks/layer.py $(ARGS)
+
+golden: $(VENV)/.ready-reference
+	cd tests/golden && ../../$(VENV)/reference/bin/python -P make_golden.py
+
+# torch first and alone: what depends on it then takes the build that is there
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@
+
+$(VENV)/.ready-lint: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/.ready-reference: constraints.txt
+	$(PYTHON) -m venv $(VENV)/reference
+	$(VENV)/reference/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(VENV)/reference/bin/pip install --quiet -c constraints.txt titans-pytorch==0.5.5
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache

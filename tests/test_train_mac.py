@@ -1,0 +1,644 @@
+"""The training script: data, presets, checkpoints, resume, signals, and what it leaves in its folder."""
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import train_mac
+
+TINY = {
+    'BATCH_SIZE': 2, 'GRADIENT_ACCUMULATE_EVERY': 1, 'SEQ_LEN': 24, 'LEARNING_RATE': 1e-2, 'NUM_BATCHES': 4,
+    'VALIDATE_EVERY': 100, 'VALIDATE_BATCHES': 2, 'GENERATE_EVERY': 100, 'PRIME_LENGTH': 8, 'GENERATE_LENGTH': 12,
+    'CHECKPOINT_EVERY': 100, 'DIM': 16, 'DEPTH': 1, 'HEADS': 2, 'DIM_HEAD': 8, 'WINDOW_SIZE': 8, 'NUM_PERSIST_MEM': 2,
+    'NUM_LONGTERM_MEM': 2, 'NEURAL_MEM_LAYERS': (1,), 'NEURAL_MEM_HEADS': 2, 'NEURAL_MEM_DIM_HEAD': 8,
+    'NEURAL_MEM_BATCH_SIZE': 16, 'DEVICE': 'cpu',
+}
+TEXT = b'The quick brown fox jumps over the lazy dog, and the dog does not mind. ' * 60
+CHECKPOINT_KEYS = {'batch', 'model_state_dict', 'optimizer_state_dict', 'val_loss', 'config'}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / 'text.bin'
+    path.write_bytes(TEXT)
+    return path
+
+
+def options(data, folder, **settings):
+    words = []
+    for name, value in {**TINY, 'DATA': data, 'RUN_DIR': folder, **settings}.items():
+        flag = '--' + name.lower().replace('_', '-')
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace('--', '--no-', 1))
+        else:
+            words += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
+
+
+def start(words, *program):
+    """The script in a process of its own."""
+    return subprocess.Popen([sys.executable, *program, *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def rows(folder, key):
+    return {row['step']: row for row in train_mac.read_metrics(folder / 'metrics.jsonl') if key in row}
+
+
+def assert_same(first, second):
+    """Equal bit for bit, through dicts, lists and tuples."""
+    assert type(first) is type(second)
+    if isinstance(first, torch.Tensor):
+        assert first.dtype == second.dtype
+        assert torch.equal(first, second)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_same(first[key], second[key])
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second)
+        for one, other in zip(first, second):
+            assert_same(one, other)
+    else:
+        assert first == second
+
+
+# what a run leaves ----------------------------------------------------------------------------------------------------
+
+def test_a_run_leaves_metrics_plot_samples_and_checkpoints(text, tmp_path, capsys):
+    folder = tmp_path / 'run'
+    assert train_mac.main(options(text, folder, NUM_BATCHES=30, VALIDATE_EVERY=10, GENERATE_EVERY=15,
+                                  CHECKPOINT_EVERY=10)) == 0
+    training, validation = rows(folder, 'train_loss'), rows(folder, 'val_loss')
+    assert list(training) == list(range(1, 31))
+    assert list(validation) == [0, 10, 20, 30]
+    for row in training.values():
+        assert row['bpb'] == pytest.approx(row['train_loss'] / math.log(2))
+        assert row['tokens_per_second'] * row['seconds'] == pytest.approx(2 * 24)
+    assert validation[0]['bpb'] == pytest.approx(8, abs=.7)  # an untrained model knows nothing about a byte
+    assert validation[30]['bpb'] < validation[10]['bpb'] < validation[0]['bpb'] - 1
+
+    assert (folder / 'loss.png').read_bytes().startswith(b'\x89PNG')
+    samples = (folder / 'samples.txt').read_text(encoding='utf-8')
+    assert samples.count('--- sample after') == 2
+    prompt = samples.split('\n')[1]
+    assert prompt.encode() in TEXT
+    assert len(prompt) == 8
+
+    names = {f'checkpoint_batch_{batch}.pt': batch for batch in (10, 20, 30)} | {'titans_enwik8.pt': 30}
+    assert {path.name for path in folder.glob('*.pt')} == {*names, 'titans_enwik8_best.pt'}
+    assert not list(folder.glob('*.tmp'))
+    for name, batch in names.items():
+        checkpoint = load(folder / name)
+        assert set(checkpoint) >= CHECKPOINT_KEYS
+        assert checkpoint['batch'] == batch
+        assert checkpoint['val_loss'] == validation[batch]['val_loss']
+    best = load(folder / 'titans_enwik8_best.pt')
+    assert best['val_loss'] == min(row['val_loss'] for row in validation.values())
+
+    # the configuration in a checkpoint builds the model, and the model has the loss that was reported
+    config = train_mac.Config(**checkpoint['config'])
+    assert config.NEURAL_MEM_LAYERS == (1,)
+    model = train_mac.build_model(config)
+    model.load_state_dict(checkpoint['model_state_dict'])
+    valid = train_mac.load_data(config).valid
+    assert train_mac.validate(model, valid, config, train_mac.choose_machine(config)) == checkpoint['val_loss']
+
+    output = capsys.readouterr().out
+    assert 'quick preset on cpu, fp32, FlexAttention off, accelerated scan off' in output
+    assert f'best validation {best["val_loss"] / math.log(2):.4f} bits per byte' in output
+
+
+def test_accumulated_gradients_are_those_of_one_large_batch(text, tmp_path):
+    losses = []
+    for name, sizes in (('large', (4, 1)), ('small', (1, 4))):
+        train_mac.main(options(text, tmp_path / name, NUM_BATCHES=3, LEARNING_RATE=1e-3, BATCH_SIZE=sizes[0],
+                               GRADIENT_ACCUMULATE_EVERY=sizes[1]))
+        losses.append([row['train_loss'] for row in rows(tmp_path / name, 'train_loss').values()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_order_of_windows_depends_on_the_data_seed_only(text, tmp_path, monkeypatch):
+    seen, draw = [], train_mac.random_windows
+
+    def record(*args):
+        seen.append(draw(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(train_mac, 'random_windows', record)
+    for name, settings in (('a', {}), ('b', {'SEED': 5, 'DIM': 24}), ('c', {'DATA_SEED': 5})):
+        train_mac.main(options(text, tmp_path / name, NUM_BATCHES=2, **settings))
+    assert_same(seen[:2], seen[2:4])
+    assert not torch.equal(seen[0], seen[4])
+    assert all(bytes(window.tolist()) in TEXT for window in seen[0])
+
+
+def test_a_new_run_moves_the_earlier_one_aside(text, tmp_path, capsys):
+    folder = tmp_path / 'run'
+    for _ in range(2):
+        train_mac.main(options(text, folder, NUM_BATCHES=1))
+    assert list(rows(folder, 'train_loss')) == list(rows(folder / 'earlier-1', 'train_loss')) == [1]
+    assert load(folder / 'earlier-1' / 'titans_enwik8.pt')['batch'] == 1
+    assert 'earlier-1' in capsys.readouterr().out
+
+
+def test_weights_and_biases_only_when_asked(text, tmp_path, monkeypatch):
+    calls = []
+    run = types.SimpleNamespace(log=lambda row, step: calls.append((step, row)),
+                                finish=lambda: calls.append('finished'))
+    fake = types.ModuleType('wandb')
+    fake.__spec__ = types.SimpleNamespace()
+    fake.init = lambda **kwargs: calls.append(kwargs) or run
+    monkeypatch.setitem(sys.modules, 'wandb', fake)
+    train_mac.main(options(text, tmp_path / 'without', NUM_BATCHES=1))
+    assert calls == []
+    train_mac.main(options(text, tmp_path / 'with', NUM_BATCHES=1, WANDB=True, RUN_NAME='mine'))
+    assert calls[0]['name'] == 'mine'
+    assert calls[0]['config']['DIM'] == 16
+    assert [step for step, row in calls[1:-1] if 'train_loss' in row] == [1]
+    assert calls[-1] == 'finished'
+
+
+def test_without_matplotlib_there_is_a_notice_and_no_plot(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    assert train_mac.main(options(text, tmp_path / 'run', NUM_BATCHES=1)) == 0
+    assert 'matplotlib is not installed' in capsys.readouterr().out
+    assert not (tmp_path / 'run' / 'loss.png').exists()
+
+
+# resume ---------------------------------------------------------------------------------------------------------------
+
+def test_twenty_steps_are_ten_and_a_resume_and_ten(text, tmp_path):
+    busy = {'VALIDATE_EVERY': 5, 'GENERATE_EVERY': 4}
+    model = {'DEPTH': 2, 'NEURAL_MEM_LAYERS': (1, 2)}
+    train_mac.main(options(text, tmp_path / 'whole', NUM_BATCHES=20, **busy, **model))
+    train_mac.main(options(text, tmp_path / 'quiet', NUM_BATCHES=20, **model))
+    train_mac.main(options(text, tmp_path / 'parts', NUM_BATCHES=10, **busy, **model))
+    torch.manual_seed(7), random.seed(7)  # a resume must not depend on what was before it
+    folder = tmp_path / 'parts'
+    assert train_mac.main(['--resume', 'latest', '--run-dir', str(folder), '--num-batches', '20']) == 0
+
+    whole, parts = load(tmp_path / 'whole' / 'titans_enwik8.pt'), load(folder / 'titans_enwik8.pt')
+    for key in set(whole) - {'config'}:
+        assert_same(whole[key], parts[key])
+    assert {**whole['config'], 'RUN_DIR': ''} == {**parts['config'], 'RUN_DIR': ''}
+
+    # nor do validation and samples touch what training draws
+    quiet = load(tmp_path / 'quiet' / 'titans_enwik8.pt')
+    for key in ('model_state_dict', 'optimizer_state_dict', 'random', 'windows_random', 'val_loss'):
+        assert_same(whole[key], quiet[key])
+
+    for key in ('train_loss', 'val_loss'):
+        first, second = ({step: row[key] for step, row in rows(tmp_path / name, key).items()}
+                         for name in ('whole', 'parts'))
+        assert first == second
+
+
+def test_resume_at_an_older_checkpoint_takes_back_the_later_metrics(text, tmp_path):
+    folder = tmp_path / 'run'
+    train_mac.main(options(text, folder, NUM_BATCHES=6, CHECKPOINT_EVERY=3))
+    before = rows(folder, 'train_loss')
+    with open(folder / 'metrics.jsonl', 'a') as file:
+        file.write('{"step": 7, "trai')  # as a kill leaves it
+    train_mac.main(['--resume', str(folder / 'checkpoint_batch_3.pt'), '--num-batches', '5', '--learning-rate', '0.02'])
+    lines = (folder / 'metrics.jsonl').read_text().splitlines()
+    assert [json.loads(line)['step'] for line in lines if 'train_loss' in line] == [1, 2, 3, 4, 5]
+    after = rows(folder, 'train_loss')
+    assert after[4]['train_loss'] == before[4]['train_loss']
+    assert after[5]['train_loss'] != before[5]['train_loss']  # the other learning rate
+    final = load(folder / 'titans_enwik8.pt')
+    assert final['optimizer_state_dict']['param_groups'][0]['lr'] == final['config']['LEARNING_RATE'] == .02
+    assert final['config']['CHECKPOINT_EVERY'] == 3
+
+
+@pytest.mark.parametrize('damage', ['truncated', 'flipped', 'text', 'empty'])
+def test_a_corrupt_checkpoint_is_refused_by_path_and_skipped_by_latest(text, tmp_path, capsys, damage):
+    folder = tmp_path / 'run'
+    train_mac.main(options(text, folder, NUM_BATCHES=2, CHECKPOINT_EVERY=1))
+    for name in ('titans_enwik8.pt', 'titans_enwik8_best.pt'):
+        (folder / name).unlink()
+    newest = folder / 'checkpoint_batch_2.pt'
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes({'truncated': content[:-1000], 'flipped': content, 'text': b'hello', 'empty': b''}[damage])
+    with pytest.raises(SystemExit, match=r'checkpoint_batch_2\.pt is corrupt'):
+        train_mac.main(['--resume', str(newest)])
+    capsys.readouterr()
+    assert train_mac.main(['--resume', 'latest', '--run-dir', str(folder), '--num-batches', '2']) == 0
+    output = capsys.readouterr().out
+    assert 'skipped: ' in output
+    assert 'resumed after 1 steps' in output
+    assert load(newest)['batch'] == 2  # made again
+
+
+def test_resume_without_a_checkpoint_says_so(tmp_path):
+    with pytest.raises(SystemExit, match='no checkpoint to resume'):
+        train_mac.main(['--resume', 'latest', '--run-dir', str(tmp_path)])
+    with pytest.raises(SystemExit, match='there is no checkpoint'):
+        train_mac.main(['--resume', str(tmp_path / 'absent.pt')])
+
+
+def test_init_from_takes_weights_and_nothing_else(text, tmp_path):
+    train_mac.main(options(text, tmp_path / 'first', NUM_BATCHES=2))
+    source = tmp_path / 'first' / 'titans_enwik8.pt'
+    bare = tmp_path / 'bare.pt'
+    torch.save(load(source)['model_state_dict'], bare)
+    for path in (source, bare):
+        folder = tmp_path / path.stem
+        train_mac.main([*options(text, folder, NUM_BATCHES=1, SEED=3, LEARNING_RATE=0.), '--init-from', str(path)])
+        final = load(folder / 'titans_enwik8.pt')
+        assert_same(final['model_state_dict'], load(source)['model_state_dict'])
+        assert final['batch'] == 1
+        assert final['optimizer_state_dict']['state'][0]['step'] == 1
+    with pytest.raises(SystemExit, match='--init-from'):
+        train_mac.main(['--resume', str(bare)])
+    with pytest.raises(SystemExit, match='do not fit'):
+        train_mac.main([*options(text, tmp_path / 'other', DIM=24), '--init-from', str(bare)])
+    assert not (tmp_path / 'other').exists()
+
+
+# kills, signals, bad numbers ------------------------------------------------------------------------------------------
+
+KILLED = '''
+import io, os, signal, sys, torch, train_mac
+real_save, real_replace = torch.save, os.replace
+def save(content, file):
+    if {where!r} == 'write' and content['batch'] == 4:
+        whole = io.BytesIO()
+        real_save(content, whole)
+        file.write(whole.getvalue()[:len(whole.getvalue()) // 2])
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    real_save(content, file)
+def replace(source, target):
+    if {where!r} == 'replace' and os.path.exists(target) and target.name == 'titans_enwik8_best.pt':
+        os.kill(os.getpid(), signal.SIGKILL)
+    real_replace(source, target)
+torch.save, os.replace = save, replace
+train_mac.main(sys.argv[1:])
+'''
+
+
+def test_kill_in_a_save_leaves_the_last_good_checkpoint(text, tmp_path, capsys):
+    killed = {}
+    for where in ('write', 'replace'):
+        words = options(text, tmp_path / where, NUM_BATCHES=6, VALIDATE_EVERY=2, CHECKPOINT_EVERY=2)
+        killed[where] = start(words, '-c', KILLED.format(where=where))
+    for where, process in killed.items():
+        folder = tmp_path / where
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL, output
+        assert len(list(folder.glob('*.tmp'))) == 1
+        assert load(folder / 'titans_enwik8_best.pt')['batch'] == 2  # the one that was being written over
+        assert {path.name for path in folder.glob('*.pt')} == {'titans_enwik8_best.pt', 'checkpoint_batch_2.pt'}
+        assert train_mac.main(['--resume', 'latest', '--run-dir', str(folder)]) == 0
+        assert 'resumed after 2 steps' in capsys.readouterr().out
+        assert not list(folder.glob('*.tmp'))
+        assert list(rows(folder, 'train_loss')) == [1, 2, 3, 4, 5, 6]
+        assert load(folder / 'titans_enwik8.pt')['batch'] == 6
+
+
+def test_a_signal_saves_and_ends(text, tmp_path):
+    signalled = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signalled[number] = start(options(text, tmp_path / number.name, NUM_BATCHES=100_000), str(ROOT / 'train_mac.py'))
+    for number, process in signalled.items():
+        folder, deadline = tmp_path / number.name, time.monotonic() + 60
+        while len(rows(folder, 'train_loss')) < 3 and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(.05)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 128 + number, output
+        batch = max(rows(folder, 'train_loss'))
+        assert f'ended by {number.name} after {batch} steps; go on with --resume latest' in output
+        assert [path.name for path in folder.glob('*.pt')] == [f'checkpoint_batch_{batch}.pt']
+        assert load(folder / f'checkpoint_batch_{batch}.pt')['batch'] == batch
+        assert (folder / 'loss.png').exists()
+
+
+def test_a_signal_breaks_off_validation_which_is_done_again_after_the_resume(text, tmp_path, monkeypatch):
+    folder, validate = tmp_path / 'run', train_mac.validate
+
+    def interrupted(model, data, config, machine):
+        loss = validate(model, data, config, machine)
+        if len(rows(folder, 'train_loss')) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    monkeypatch.setattr(train_mac, 'validate', interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    settings = {'NUM_BATCHES': 4, 'VALIDATE_EVERY': 2}
+    assert train_mac.main(options(text, folder, **settings)) == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert list(rows(folder, 'val_loss')) == [0]
+    monkeypatch.undo()
+    train_mac.main(['--resume', 'latest', '--run-dir', str(folder)])
+    train_mac.main(options(text, tmp_path / 'whole', **settings))
+    whole, parts = load(tmp_path / 'whole' / 'titans_enwik8.pt'), load(folder / 'titans_enwik8.pt')
+    for key in set(whole) - {'config'}:
+        assert_same(whole[key], parts[key])
+    best, best_of_parts = (load(place / 'titans_enwik8_best.pt') for place in (tmp_path / 'whole', folder))
+    assert best['batch'] == best_of_parts['batch']
+
+
+def test_a_second_signal_does_not_wait_for_the_step(text, tmp_path, monkeypatch):
+    folder, draw = tmp_path / 'run', train_mac.random_windows
+
+    def interrupted(*args):
+        if len(rows(folder, 'train_loss')) == 2:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+        return draw(*args)
+
+    monkeypatch.setattr(train_mac, 'random_windows', interrupted)
+    assert train_mac.main(options(text, folder)) == 128 + signal.SIGINT
+    assert not list(folder.glob('*.pt'))
+
+
+@pytest.mark.parametrize('where', ['loss', 'gradient', 'weights', 'validation'])
+def test_numbers_that_are_not_finite_end_the_run_and_are_never_saved(text, tmp_path, monkeypatch, where):
+    folder, build, generate = tmp_path / 'run', train_mac.build_model, train_mac.generate
+    model = None
+
+    def poison(parameter):
+        with torch.no_grad():
+            parameter.view(-1)[0] = math.nan
+
+    def build_and_keep(config):
+        nonlocal model
+        model = build(config)
+        if where in ('loss', 'gradient'):
+            forward = model.forward
+
+            def bad_forward(*args, **kwargs):
+                loss = forward(*args, **kwargs)
+                if torch.is_grad_enabled() and len(rows(folder, 'train_loss')) == 4:
+                    weight = next(model.parameters())
+                    loss = loss * math.nan if where == 'loss' else loss + (weight - weight.detach()).sum().sqrt()
+                return loss
+            model.forward = bad_forward
+        return model
+
+    def generate_and_poison(*args):
+        sample = generate(*args)
+        if args[-1] == 4 and where in ('weights', 'validation'):
+            poison(model.to_logits.weight)
+        return sample
+
+    monkeypatch.setattr(train_mac, 'build_model', build_and_keep)
+    monkeypatch.setattr(train_mac, 'generate', generate_and_poison)
+    if where == 'validation':  # the weights go bad at step 4, and step 5 would notice if there were one
+        monkeypatch.setattr(train_mac, 'validate', lambda *args: math.nan if args[2].SEQ_LEN and
+                            len(rows(folder, 'train_loss')) == 4 else 5.)
+    with pytest.raises(SystemExit, match='NEURAL_MEM_MAX_LR') as ended:
+        train_mac.main(options(text, folder, NUM_BATCHES=8, CHECKPOINT_EVERY=2, VALIDATE_EVERY=2, GENERATE_EVERY=2))
+    assert isinstance(ended.value.code, str)  # a message, and with it the exit status 1
+    batches = [2] if where in ('weights', 'validation') else [2, 4]
+    saved = [load(path) for path in folder.glob('*.pt')]
+    assert {checkpoint['batch'] for checkpoint in saved} <= {2, 4}
+    assert sorted(int(path.stem.split('_')[-1]) for path in folder.glob('checkpoint_batch_*.pt')) == batches
+    assert all(value.isfinite().all() for checkpoint in saved for value in checkpoint['model_state_dict'].values())
+
+
+# data -----------------------------------------------------------------------------------------------------------------
+
+def test_raw_gz_and_zip_give_the_same_splits(tmp_path):
+    content = bytes(random.Random(0).randbytes(4001))
+    (tmp_path / 'raw').write_bytes(content)
+    (tmp_path / 'packed.gz').write_bytes(gzip.compress(content))
+    with zipfile.ZipFile(tmp_path / 'packed.zip', 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('anything', content)
+    for name in ('raw', 'packed.gz', 'packed.zip'):
+        data = train_mac.load_data(train_mac.Config(DATA=str(tmp_path / name), SEQ_LEN=64))
+        assert bytes(data.train.tolist()) == content[:3600]
+        assert bytes(data.valid.tolist()) == content[3600:3800]
+        assert bytes(data.test.tolist()) == content[3800:]
+
+
+@pytest.mark.parametrize(('name', 'damage', 'message'), [
+    ('cut.gz', lambda packed: packed[:-20], 'cannot read'),
+    ('flipped.gz', lambda packed: packed[:50] + bytes([packed[50] ^ 8]) + packed[51:], 'cannot read'),
+    ('other.gz', lambda packed: b'not gzip at all', 'cannot read'),
+    ('other.zip', lambda packed: b'not a zip at all', 'cannot read'),
+    ('short.gz', lambda packed: gzip.compress(TEXT[:99]), 'too few'),
+    ('absent.gz', None, 'cannot read'),
+])
+def test_a_bad_data_file_ends_with_its_name(tmp_path, name, damage, message):
+    if damage:
+        (tmp_path / name).write_bytes(damage(gzip.compress(random.Random(0).randbytes(5000))))
+    with pytest.raises(SystemExit, match=message) as ended:
+        train_mac.load_data(train_mac.Config(DATA=str(tmp_path / name), SEQ_LEN=64))
+    assert name in str(ended.value.code)
+
+
+def test_a_zip_of_two_files_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / 'two.zip', 'w') as archive:
+        archive.writestr('one', TEXT)
+        archive.writestr('two', TEXT)
+    with pytest.raises(SystemExit, match='holds 2 files'):
+        train_mac.load_data(train_mac.Config(DATA=str(tmp_path / 'two.zip')))
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A place on this machine to download from, in the stead of the real one; the text is not the real one either."""
+    state = types.SimpleNamespace(status=200, body=b'', missing=0, requests=0)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            state.requests += 1
+            self.send_response(state.status)
+            self.send_header('Content-Length', str(len(state.body) + state.missing))
+            self.end_headers()
+            self.wfile.write(state.body)
+
+        def log_message(self, *args):
+            pass
+
+    listener = http.server.HTTPServer(('127.0.0.1', 0), Handler)
+    thread = threading.Thread(target=listener.serve_forever, daemon=True)
+    thread.start()
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('enwik8', TEXT)
+    state.body = packed.getvalue()
+    state.folder = tmp_path / 'data'
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
+    monkeypatch.setattr(train_mac, 'DATA_FOLDER', state.folder)
+    monkeypatch.setattr(train_mac, 'ENWIK8_URL', f'http://127.0.0.1:{listener.server_port}/enwik8.zip')
+    monkeypatch.setattr(train_mac, 'ENWIK8_ZIP_SHA256', hashlib.sha256(state.body).hexdigest())
+    monkeypatch.setattr(train_mac, 'ENWIK8_SHA256', hashlib.sha256(TEXT).hexdigest())
+    yield state
+    listener.shutdown()
+    listener.server_close()
+
+
+SMALL = train_mac.Config(SEQ_LEN=32, PRIME_LENGTH=8)
+
+
+def test_enwik8_is_downloaded_once(server, capsys):
+    first = train_mac.load_data(SMALL)
+    assert [path.name for path in server.folder.iterdir()] == ['enwik8.gz']
+    assert gzip.decompress((server.folder / 'enwik8.gz').read_bytes()) == TEXT
+    second = train_mac.load_data(SMALL)
+    assert server.requests == 1
+    assert_same(list(first), list(second))
+    assert bytes(torch.cat(first[:3]).tolist()) == TEXT
+    assert 'NOTICE' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('fault', ['flipped', 'cut', 'other text', 'refused'])
+def test_a_bad_download_is_an_error_and_leaves_nothing(server, monkeypatch, fault):
+    if fault == 'flipped':
+        server.body = server.body[:60] + bytes([server.body[60] ^ 1]) + server.body[61:]
+    elif fault == 'cut':
+        server.body, server.missing = server.body[:-30], 30
+    elif fault == 'other text':
+        monkeypatch.setattr(train_mac, 'ENWIK8_SHA256', '0' * 64)
+    else:
+        server.status = 503
+    with pytest.raises(SystemExit, match={'refused': 'refused'}.get(fault, 'corrupt')) as ended:
+        train_mac.load_data(SMALL)
+    assert '--data' in str(ended.value.code)
+    assert list(server.folder.iterdir()) == []
+
+
+def test_without_a_network_the_standard_library_is_the_text(server, monkeypatch, capsys):
+    monkeypatch.setattr(train_mac, 'ENWIK8_URL', 'http://127.0.0.1:1/enwik8.zip')
+    data = train_mac.load_data(SMALL)
+    output = capsys.readouterr().out
+    assert 'no network' in output
+    assert "NOTICE: this run uses the source text of Python's standard library, which is not enwik8" in output
+    content = train_mac.standard_library_text()
+    assert content == train_mac.standard_library_text()
+    assert data.sha256 == hashlib.sha256(content).hexdigest()
+    assert Path(json.__file__).read_bytes() in content
+    assert Path(pytest.__file__).read_bytes() not in content
+    assert len(data.train) > 1_000_000
+    assert list(server.folder.iterdir()) == []
+
+
+def test_a_file_in_the_place_of_enwik8_is_used_with_a_notice(server, capsys):
+    server.folder.mkdir()
+    (server.folder / 'enwik8.gz').write_bytes(gzip.compress(TEXT[:2000]))
+    assert len(train_mac.load_data(SMALL).train) == 1800
+    assert 'which is not enwik8' in capsys.readouterr().out
+    (server.folder / 'enwik8.gz').write_bytes(gzip.compress(TEXT)[:-9])
+    with pytest.raises(SystemExit, match='delete it, and it is downloaded again'):
+        train_mac.load_data(SMALL)
+    assert server.requests == 0
+
+
+def test_checksums_are_the_published_ones():
+    assert train_mac.ENWIK8_ZIP_SHA256 == '547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc'
+    assert train_mac.ENWIK8_SHA256 == '2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8'
+
+
+# settings -------------------------------------------------------------------------------------------------------------
+
+def test_defaults_are_the_published_configuration():
+    expected = {
+        'NUM_BATCHES': 100_000, 'BATCH_SIZE': 4, 'GRADIENT_ACCUMULATE_EVERY': 4, 'LEARNING_RATE': 2e-4,
+        'VALIDATE_EVERY': 100, 'GENERATE_EVERY': 500, 'PRIME_LENGTH': 100, 'GENERATE_LENGTH': 512, 'SEQ_LEN': 512,
+        'CHECKPOINT_EVERY': 5000, 'NEURAL_MEMORY_DEPTH': 2, 'NUM_PERSIST_MEM': 4, 'NUM_LONGTERM_MEM': 4,
+        'NEURAL_MEM_LAYERS': (2, 4, 6), 'NEURAL_MEM_GATE_ATTN_OUTPUT': False, 'NEURAL_MEM_MOMENTUM': True,
+        'NEURAL_MEM_MOMENTUM_ORDER': 1, 'NEURAL_MEM_QK_NORM': True, 'NEURAL_MEM_MAX_LR': 1e-1,
+        'NEURAL_MEM_SEGMENT_LEN': 4, 'NEURAL_MEM_BATCH_SIZE': 128, 'NEURAL_MEM_WEIGHT_RESIDUAL': True,
+        'NEURAL_MEM_QKV_RECEIVES_DIFF_VIEW': True, 'NEURAL_MEM_SPEC_NORM_SURPRISES': True,
+        'STORE_ATTN_POOL_CHUNKS': True, 'MEMORY_MODEL_PER_LAYER_LEARNED_LR': True, 'WINDOW_SIZE': 32,
+        'SLIDING_WINDOWS': True, 'USE_MEM_ATTENTION_MODEL': False, 'DIM': 384, 'DEPTH': 8, 'NEURAL_MEM_HEADS': 4,
+        'NEURAL_MEM_DIM_HEAD': 64,
+    }
+    config = dataclasses.asdict(train_mac.config_from_options({'PRESET': 'full'}))
+    assert {name: config[name] for name in expected} == expected
+    assert config == {**dataclasses.asdict(train_mac.Config()), 'PRESET': 'full'}
+
+
+def test_every_setting_has_an_option_with_help():
+    actions = {action.dest: action for action in train_mac.build_parser()._actions}
+    for setting in dataclasses.fields(train_mac.Config):
+        action = actions[setting.name]
+        assert '--' + setting.name.lower().replace('_', '-') in action.option_strings
+        assert len(action.help) > 10
+    help_text = train_mac.build_parser().format_help()
+    for name in ('--preset', '--resume', '--init-from', '--no-neural-mem-momentum'):
+        assert name in help_text
+
+
+def test_options_override_the_preset():
+    def parse(*words):
+        given = vars(train_mac.build_parser().parse_args(words))
+        given.pop('resume'), given.pop('init_from')
+        return train_mac.config_from_options(given)
+
+    quick = parse('--preset', 'quick')
+    assert quick.DIM < 384
+    config = parse('--preset', 'quick', '--dim', '48', '--no-neural-mem-momentum', '--neural-mem-layers', '1', '2',
+                   '--use-flex-attn', '--neural-mem-max-lr', '0.5')
+    assert config == dataclasses.replace(quick, DIM=48, NEURAL_MEM_MOMENTUM=False, NEURAL_MEM_LAYERS=(1, 2),
+                                         USE_FLEX_ATTN=True, NEURAL_MEM_MAX_LR=.5)
+    assert parse('--device', 'cpu') == dataclasses.replace(quick, DEVICE='cpu')
+    assert parse('--device', 'cuda').PRESET == 'full'
+    assert parse().PRESET == ('full' if torch.cuda.is_available() else 'quick')
+    with pytest.raises(SystemExit):
+        parse('--precision', 'fp7')
+
+
+@pytest.mark.parametrize('words', [('--batch-size', '0'), ('--validate-every', '-1'), ('--num-persist-mem', '-1')])
+def test_impossible_settings_are_refused(words):
+    with pytest.raises(SystemExit, match=words[0][2:].upper().replace('-', '_')):
+        train_mac.main([*words])
+
+
+def test_precision():
+    for precision, expected in (('auto', 'highest'), ('fp32', 'highest'), ('tf32', 'high'), ('bf16', 'highest')):
+        machine = train_mac.choose_machine(train_mac.Config(DEVICE='cpu', PRECISION=precision))
+        assert machine.precision == ('fp32' if precision == 'auto' else precision)
+        assert torch.get_float32_matmul_precision() == expected
+        with machine.autocast():
+            product = torch.ones(2, 2) @ torch.ones(2, 2)
+        assert product.dtype == (torch.bfloat16 if precision == 'bf16' else torch.float32)
+    train_mac.choose_machine(train_mac.Config(DEVICE='cpu'))
+
+
+def test_the_memory_attention_model_and_bf16_train_too(text, tmp_path):
+    train_mac.main(options(text, tmp_path / 'run', NUM_BATCHES=2, USE_MEM_ATTENTION_MODEL=True, PRECISION='bf16',
+                           USE_FAST_INFERENCE=False, NEURAL_MEM_MOMENTUM=False))
+    assert len(rows(tmp_path / 'run', 'train_loss')) == 2
+
+
+def test_printable():
+    assert train_mac.printable(torch.tensor([72, 105, 10, 0, 27, 195, 188, 255])) == 'Hi\n\ufffd\ufffd\xfc\ufffd'

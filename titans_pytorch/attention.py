@@ -1,0 +1,237 @@
+"""Attention over segments, with persistent memory tokens: the short-term memory of a Titans model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from einops.layers.torch import Rearrange
+from rotary_embedding_torch import RotaryEmbedding
+from torch import Tensor, nn
+from torch.nn import Linear, Module
+from torch.nn.attention.flex_attention import flex_attention
+from x_transformers.attend import Attend
+
+from titans_pytorch.checks import check_floating, check_not_negative, check_positive, check_shape
+from titans_pytorch.masks import after_persistent, over_positions, segmented, segmented_block_mask
+from titans_pytorch.rotary import rotate
+from titans_pytorch.shapes import Float
+
+KeyValues = tuple[Float[Tensor, 'b h n d'], Float[Tensor, 'b h n d']]
+
+
+class AttnIntermediates(NamedTuple):
+    """What an attention layer hands on besides its output."""
+
+    value_residual: Float[Tensor, 'b h n d']
+    """The values before any residual; those of the first layer are mixed into the later ones."""
+    cached_key_values: KeyValues
+    """Keys, not rotated, and values: those of the cache and of this call."""
+
+
+@cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    # uncompiled, it forms all scores; and compiling on import would load the compiler for everyone
+    return torch.compile(flex_attention)
+
+
+def segmented_flex_attention(
+    seq_len: int, window: int, num_persistent: int, sliding: bool, device: torch.device
+) -> Callable[..., Tensor]:
+    """FlexAttention with the segments' block mask: (queries, keys, values) to the attended values."""
+    block_mask = segmented_block_mask(seq_len, window, num_persistent, sliding, device)
+    attend = _compiled_flex_attention() if device.type == 'cuda' else flex_attention
+    return partial(attend, block_mask=block_mask)
+
+
+class SegmentedAttention(Module):
+    """Causal attention within a window of `segment_len + num_longterm_mem_tokens` positions.
+
+    Windows are blocks that do not see each other or, with `sliding`, each token sees that many positions back. Every
+    token also sees `num_persist_mem_tokens` learned keys and values (persistent memory, Titans eq. 19). Positions
+    are rotary.
+
+    Args:
+        dim: width of input and output.
+        segment_len: tokens of a segment.
+        num_persist_mem_tokens: learned keys and values that every token sees.
+        num_longterm_mem_tokens: memory tokens that stand in the sequence after each segment.
+        dim_head, heads: width and number of the heads.
+        sliding: windows that slide, instead of blocks.
+        accept_value_residual: mix the first layer's values into this layer's, by a learned share.
+        attend_kwargs: options of `x_transformers.attend.Attend`, for the path without FlexAttention.
+        use_flex_attn: use FlexAttention on a CUDA device.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        segment_len: int,
+        num_persist_mem_tokens: int = 0,
+        num_longterm_mem_tokens: int = 0,
+        dim_head: int = 64,
+        heads: int = 8,
+        sliding: bool = False,
+        accept_value_residual: bool = False,
+        attend_kwargs: Mapping[str, Any] = {},  # noqa: B006 (only read)
+        use_flex_attn: bool = False,
+    ):
+        super().__init__()
+        check_positive(dim=dim, segment_len=segment_len, dim_head=dim_head, heads=heads)
+        check_not_negative(
+            num_persist_mem_tokens=num_persist_mem_tokens, num_longterm_mem_tokens=num_longterm_mem_tokens
+        )
+        self.dim = dim
+        self.segment_len = segment_len
+        self.num_longterm_mem_tokens = num_longterm_mem_tokens
+        self.num_persist_mem_tokens = num_persist_mem_tokens
+        self.total_segment_len = segment_len + num_longterm_mem_tokens
+        self.sliding = sliding
+        self.use_flex_attn = use_flex_attn
+
+        dim_inner = dim_head * heads
+        self.norm = nn.RMSNorm(dim)
+        self.rotary_emb = RotaryEmbedding(dim_head)
+        self.attend = Attend(causal=True, **attend_kwargs)
+        self.to_qkv = Linear(dim, dim_inner * 3, bias=False)
+        self.to_out = Linear(dim_inner, dim, bias=False)
+        self.to_learned_v_mix = (
+            nn.Sequential(Linear(dim, heads), Rearrange('b n h -> b h n 1'), nn.Sigmoid())
+            if accept_value_residual
+            else None
+        )
+        self.split_heads = Rearrange('b n (h d) -> b h n d', h=heads)
+        self.merge_heads = Rearrange('b h n d -> b n (h d)')
+        self.persistent_memory = nn.Parameter(torch.zeros(2, heads, num_persist_mem_tokens, dim_head))
+
+    def forward(
+        self,
+        seq: Float[Tensor, 'b n d'],
+        value_residual: Float[Tensor, 'b h n d'] | None = None,
+        flex_attn_fn: Callable[..., Tensor] | None = None,
+        disable_flex_attn: bool = False,
+        output_gating: Float[Tensor, 'b n d'] | None = None,
+        cache: KeyValues | None = None,
+        *,
+        position: int | None = None,
+    ) -> tuple[Float[Tensor, 'b n d'], AttnIntermediates]:
+        """Attend.
+
+        Args:
+            seq: (batch, length, dim).
+            value_residual: the first layer's values, if `accept_value_residual`.
+            flex_attn_fn: FlexAttention with its block mask, to share one between layers. Default: made here.
+            disable_flex_attn: take the plain path for this call.
+            output_gating: factors on the output.
+            cache: keys and values of the positions just before `seq`: all of them, or as `trimmed` leaves them.
+            position: number of the first position of `seq`, with a cache. Default: the cache's length, which is
+                right for one that was never trimmed.
+        """
+        check_floating('seq', seq)
+        check_shape('seq', seq, batch=None, length=None, dim=self.dim)
+        if (value_residual is None) != (self.to_learned_v_mix is None):
+            given = 'got none' if value_residual is None else 'but this layer has accept_value_residual=False'
+            raise ValueError(f'value_residual must be given exactly where accept_value_residual=True, {given}')
+
+        queries, keys, values, own_values = self._project(seq, value_residual)
+
+        if cache is not None:
+            out, keys, values = self._attend_with_cache(queries, keys, values, cache, position)
+        elif self.use_flex_attn and seq.is_cuda and not disable_flex_attn:
+            out = self._attend_flex(queries, keys, values, flex_attn_fn)
+        else:
+            out = self._attend_windows(queries, keys, values)
+
+        out = self.to_out(self.merge_heads(out))
+        if output_gating is not None:
+            out = out * output_gating
+        return out, AttnIntermediates(own_values, (keys, values))
+
+    def trimmed(self, key_values: KeyValues, position: int) -> KeyValues:
+        """What tokens from `position` on can still see: the last window if it slides, else the one not full yet."""
+        length, window = key_values[0].shape[-2], self.total_segment_len
+        keep = min(length, window if self.sliding else position % window)
+        return tuple(t[..., length - keep :, :].clone() for t in key_values)
+
+    def _project(self, seq: Tensor, value_residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        seq = self.norm(seq)
+        queries, keys, values = map(self.split_heads, self.to_qkv(seq).chunk(3, dim=-1))
+        mixed = values
+        if self.to_learned_v_mix is not None:
+            mixed = values.lerp(value_residual.to(values.dtype), self.to_learned_v_mix(seq).to(values.dtype))
+        return queries, keys, mixed, values
+
+    def _rotated(self, t: Tensor, position: int) -> Tensor:
+        """`position` counts from the start of the sequence: persistent keys stand still, so it matters."""
+        return rotate(self.rotary_emb, t, torch.arange(position, position + t.shape[-2], device=t.device))
+
+    def _with_persistent(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        persistent = repeat(self.persistent_memory.to(keys.dtype), 'kv h p d -> kv b h p d', b=keys.shape[0])
+        return torch.cat((persistent[0], keys), dim=-2), torch.cat((persistent[1], values), dim=-2)
+
+    # three ways to attend, of one meaning
+
+    def _attend_flex(self, queries: Tensor, keys: Tensor, values: Tensor, attend: Callable | None) -> Tensor:
+        if attend is None:
+            attend = segmented_flex_attention(
+                keys.shape[-2], self.total_segment_len, self.num_persist_mem_tokens, self.sliding, keys.device
+            )
+        queries, keys = self._rotated(queries, 0), self._rotated(keys, 0)
+        return attend(queries, *self._with_persistent(keys, values))
+
+    def _attend_windows(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Each window by itself; if it slides, beside the window before it."""
+        batch, length, window = queries.shape[0], queries.shape[-2], self.total_segment_len
+        queries, keys = self._rotated(queries, 0), self._rotated(keys, 0)
+        queries, keys, values = (F.pad(t, (0, 0, 0, -length % window)) for t in (queries, keys, values))
+        queries, keys, values = (rearrange(t, 'b h (w n) d -> b w h n d', n=window) for t in (queries, keys, values))
+
+        mask = None
+        if self.sliding:
+            mask = self._window_mask(queries.shape[1], queries.device)
+            mask = repeat(mask, 'w i j -> (b w) 1 i j', b=batch)
+            keys, values = (torch.cat((_shifted(t), t), dim=-2) for t in (keys, values))
+
+        queries, keys, values = (t.flatten(0, 1) for t in (queries, keys, values))
+        out, _ = self.attend(queries, *self._with_persistent(keys, values), mask=mask)
+        return rearrange(out, '(b w) h n d -> b h (w n) d', b=batch)[..., :length, :]
+
+    def _window_mask(self, num_windows: int, device: torch.device) -> Tensor:
+        """(windows, queries, keys): keys are the persistent ones, the window before, and the window itself."""
+        positions = torch.arange(num_windows * self.total_segment_len, device=device).unflatten(0, (num_windows, -1))
+        persistent = torch.arange(self.num_persist_mem_tokens, device=device).expand(num_windows, -1)
+        # the first window has none before it: a position no query reaches
+        before = torch.cat((torch.full_like(positions[:1], positions.numel()), positions[:-1]))
+        keys = torch.cat((before, positions), dim=-1) + self.num_persist_mem_tokens
+        return over_positions(self._mask_mod, positions, torch.cat((persistent, keys), dim=-1))
+
+    def _attend_with_cache(
+        self, queries: Tensor, keys: Tensor, values: Tensor, cache: KeyValues, position: int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        keys, values = torch.cat((cache[0], keys), dim=-2), torch.cat((cache[1], values), dim=-2)
+        num_cached = keys.shape[-2] - queries.shape[-2]
+        position = num_cached if position is None else position
+
+        positions = torch.arange(position - num_cached, position + queries.shape[-2], device=keys.device)
+        persistent = torch.arange(self.num_persist_mem_tokens, device=keys.device)
+        key_positions = torch.cat((persistent, positions + self.num_persist_mem_tokens))
+        mask = over_positions(self._mask_mod, positions[num_cached:], key_positions)
+
+        rotated_queries, rotated_keys = self._rotated(queries, position), self._rotated(keys, position - num_cached)
+        out, _ = self.attend(
+            rotated_queries, *self._with_persistent(rotated_keys, values), mask=rearrange(mask, 'i j -> 1 1 i j')
+        )
+        return out, keys, values
+
+    @property
+    def _mask_mod(self) -> Callable[..., Tensor]:
+        return after_persistent(self.num_persist_mem_tokens, segmented(self.total_segment_len, self.sliding))
+
+
+def _shifted(windows: Float[Tensor, 'b w h n d']) -> Tensor:
+    """The window before each; zeros before the first."""
+    return F.pad(windows, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]

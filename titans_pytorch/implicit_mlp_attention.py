@@ -1,0 +1,129 @@
+"""Attention whose keys and values are the layers of an MLP. An experiment, not part of the paper.
+
+b batch, h heads, n sequence, m cached sequence, d features
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from einops.layers.torch import Rearrange
+from rotary_embedding_torch import RotaryEmbedding
+from torch import Tensor, nn
+
+from titans_pytorch.checks import check_floating, check_positive, check_shape
+from titans_pytorch.rotary import extend_cache, flatten_cache, rotary_causal_attention
+
+KeyValueCache = tuple[list[Tensor], list[Tensor]]
+"""Keys and values of each layer, (b, h, m, d), keys before rotation."""
+
+
+class ImplicitMLPAttention(nn.Module):
+    """A memory MLP that is never written out: each of its layers is a causal attention.
+
+    The keys and values that a sequence gives to one attention are an implicit weight matrix of shape (key dim, value
+    dim), as in linear attention. Chaining several such attentions, with a nonlinearity between them, gives the implicit
+    MLP that TTT and Titans write out and train:
+
+        o_0 = queries
+        o_l = attend(o_{l-1}, keys_l, values_l), then between layers: activation(talking_heads(o_l))
+
+    Sources: TTT, https://arxiv.org/abs/2407.04620; talking heads, https://arxiv.org/abs/2003.02436; normed keys,
+    https://openreview.net/forum?id=HkztQWZfl2
+
+    Args:
+        dim: width of the tokens.
+        mlp_hiddens: widths per head of the implicit MLP, from its input (the queries) to its output: two or more, so
+            that `(64, 128, 128, 64)` has three layers. The smallest is the rotary dimension; wider heads rotate partly.
+        activation: between the layers.
+        heads: number of implicit MLPs, each with its own share of the features.
+        talking_heads: whether a learned linear map mixes the heads between layers; it starts as the identity.
+        prenorm: whether to normalise the tokens.
+        keys_rmsnorm: whether to normalise the keys of each head.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mlp_hiddens: tuple[int, ...],
+        *,
+        activation: nn.Module = nn.SiLU(),  # noqa: B008  it has no state
+        heads: int = 8,
+        talking_heads: bool = True,
+        prenorm: bool = True,
+        keys_rmsnorm: bool = True,
+    ):
+        super().__init__()
+        check_positive(dim=dim, heads=heads)
+        check_hiddens(mlp_hiddens)
+
+        self.dim, self.heads = dim, heads
+        dim_in, *dims_between, dim_out = mlp_hiddens
+        layers = list(pairwise(mlp_hiddens))
+
+        self.norm = nn.RMSNorm(dim) if prenorm else nn.Identity()
+        self.rotary_embed = RotaryEmbedding(min(mlp_hiddens))
+
+        self.to_queries = nn.Linear(dim, dim_in * heads, bias=False)
+        self.keys = nn.ModuleList([nn.Linear(dim, d * heads, bias=False) for d, _ in layers])
+        self.key_norms = nn.ModuleList([nn.RMSNorm(d) if keys_rmsnorm else nn.Identity() for d, _ in layers])
+        self.values = nn.ModuleList([nn.Linear(dim, d * heads, bias=False) for _, d in layers])
+
+        self.activation = activation
+        self.talking_heads = nn.Identity()
+
+        if talking_heads and dims_between:
+            self.talking_heads = nn.Conv2d(heads, heads, 1, bias=False)
+            nn.init.dirac_(self.talking_heads.weight)
+
+        self.split_heads = Rearrange('b n (h d) -> b h n d', h=heads)
+        self.merge_heads = Rearrange('b h n d -> b n (h d)')
+        self.to_out = nn.Linear(dim_out * heads, dim, bias=False)
+
+    def forward(
+        self,
+        tokens: Tensor,  # b n d
+        cache: KeyValueCache | None = None,
+        return_kv_cache: bool = False,
+    ) -> Tensor | tuple[Tensor, KeyValueCache]:
+        """Attend; with the cache of all earlier tokens, as if they stood in front of these.
+
+        Returns the output (b, n, d) and, if `return_kv_cache`, the keys and values of every token so far. A sequence
+        may come in calls of any length: the outputs are those of one call.
+        """
+        check_floating('tokens', tokens)
+        check_shape('tokens', tokens, batch=None, length=None, dim=self.dim)
+
+        tokens = self.norm(tokens)
+
+        out = self.split_heads(self.to_queries(tokens))
+        keys = [norm(self.split_heads(to_keys(tokens))) for norm, to_keys in zip(self.key_norms, self.keys)]
+        values = [self.split_heads(to_values(tokens)) for to_values in self.values]
+
+        new = (*keys, *values)
+        cached = flatten_cache(cache, tokens.shape[0], self.heads, [t.shape[-1] for t in new])
+
+        extended = extend_cache(cached, new)
+        keys, values = extended[: len(keys)], extended[len(keys) :]
+
+        for index, (key, value) in enumerate(zip(keys, values)):
+            if index > 0:
+                out = self.activation(self.talking_heads(out))
+
+            out = rotary_causal_attention(self.rotary_embed, out, key, value)
+
+        out = self.to_out(self.merge_heads(out))
+
+        return (out, (keys, values)) if return_kv_cache else out
+
+
+def check_hiddens(mlp_hiddens: tuple[int, ...]) -> None:
+    if not isinstance(mlp_hiddens, tuple):
+        raise TypeError(f'mlp_hiddens must be a tuple of two or more widths, got {mlp_hiddens!r}')
+    if len(mlp_hiddens) < 2:
+        raise ValueError(f'mlp_hiddens must have two or more widths, got {mlp_hiddens}')
+
+    check_positive(**{f'mlp_hiddens[{index}]': width for index, width in enumerate(mlp_hiddens)})
+
+    if min(mlp_hiddens) < 3:
+        raise ValueError(f'mlp_hiddens must be at least 3, the smallest rotary dimension, got {mlp_hiddens}')

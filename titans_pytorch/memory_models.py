@@ -1,0 +1,188 @@
+"""The memory networks: small modules whose weights become the memory of `NeuralMemory`.
+
+Each keeps the shape of its input, (..., tokens, dim), and runs on its own like any module. Two things let
+`NeuralMemory` do more with them than with an arbitrary module:
+
+- `forward(x, linear=torch.matmul)`: every product of a row with a weight matrix goes through `linear(row, weight)`,
+  so that a caller can record what a matrix saw, or apply a matrix that changes over time without forming it;
+- `rowwise`: whether a row's output depends on that row alone. A model that does not say so is taken to mix the
+  tokens of a chunk (which must then be causal), and the state carries the queries of the open chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import Module, Parameter, ParameterList
+
+from titans_pytorch.checks import check_positive
+from titans_pytorch.shapes import Float
+
+Linear = Callable[[Tensor, Tensor], Tensor]
+
+
+def xavier_matrix(dim_in: int, dim_out: int) -> Parameter:
+    """A matrix for `x @ matrix`, initialised with Xavier-uniform values."""
+    return Parameter(nn.init.xavier_uniform_(torch.empty(dim_in, dim_out)))
+
+
+class LayerNorm(Module):
+    """Layer norm with a gain of `1 + gamma` and no bias, so that a gain of zero weights is the plain norm."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.ln = nn.LayerNorm(dim, elementwise_affine=False)
+        self.gamma = Parameter(torch.zeros(dim))
+
+    def forward(self, x: Float[Tensor, '... n d']) -> Float[Tensor, '... n d']:
+        return self.ln(x) * (self.gamma.unsqueeze(-2) + 1.0)
+
+
+class ResidualNorm(Module):
+    """LN(f(x)) + x: the output of `model`, normalised, around a residual (TTT, arXiv 2407.04620)."""
+
+    def __init__(self, dim: int, model: Module):
+        super().__init__()
+        self.norm = LayerNorm(dim)
+        self.model = model
+
+    @property
+    def rowwise(self) -> bool:
+        return getattr(self.model, 'rowwise', False)
+
+    def forward(self, x: Float[Tensor, '... n d'], **kwargs: Linear) -> Float[Tensor, '... n d']:
+        return self.norm(self.model(x, **kwargs)) + x
+
+
+class MemoryMLP(Module):
+    """`depth` matrices with GELU between them; hidden width `dim * expansion_factor`. `depth=1` is a linear memory."""
+
+    rowwise = True
+
+    def __init__(self, dim: int, depth: int, expansion_factor: float = 2.0):
+        super().__init__()
+        check_positive(dim=dim, depth=depth)
+        dim_hidden = int(dim * expansion_factor)
+        check_positive(**{'dim * expansion_factor': dim_hidden})
+
+        dims = (dim, *(dim_hidden,) * (depth - 1), dim)
+        self.weights = ParameterList([xavier_matrix(*pair) for pair in zip(dims[:-1], dims[1:])])
+
+    def forward(self, x: Float[Tensor, '... d'], linear: Linear = torch.matmul) -> Float[Tensor, '... d']:
+        for layer, weight in enumerate(self.weights):
+            x = linear(F.gelu(x) if layer > 0 else x, weight)
+        return x
+
+
+class GatedResidualMemoryMLP(Module):
+    """`depth` feedforwards, each mixed into the stream by a learned gate per feature, and a final projection."""
+
+    rowwise = True
+
+    def __init__(self, dim: int, depth: int, expansion_factor: float = 4.0):
+        super().__init__()
+        check_positive(dim=dim, depth=depth)
+        dim_hidden = int(dim * expansion_factor)
+        check_positive(**{'dim * expansion_factor': dim_hidden})
+
+        self.weights = ParameterList(
+            ParameterList([xavier_matrix(dim, dim_hidden), xavier_matrix(dim_hidden, dim), xavier_matrix(dim * 2, dim)])
+            for _ in range(depth)
+        )
+        self.final_proj = xavier_matrix(dim, dim)
+
+    def forward(self, x: Float[Tensor, '... d'], linear: Linear = torch.matmul) -> Float[Tensor, '... d']:
+        for to_hidden, to_branch, to_gates in self.weights:
+            branch = linear(F.gelu(linear(x, to_hidden)), to_branch)
+            gates = linear(torch.cat((branch, x), dim=-1), to_gates).sigmoid()
+            x = x.lerp(branch, gates)
+        return linear(x, self.final_proj)
+
+
+class FactorizedMemoryMLP(Module):
+    """`depth` square matrices held as products of rank `k`: less to store per chunk, so chunks can be smaller."""
+
+    rowwise = True
+
+    def __init__(self, dim: int, depth: int, k: int = 32):
+        super().__init__()
+        check_positive(dim=dim, depth=depth, k=k)
+        self.weights = ParameterList(
+            ParameterList([xavier_matrix(dim, k), xavier_matrix(k, dim)]) for _ in range(depth)
+        )
+
+    def forward(self, x: Float[Tensor, '... d'], linear: Linear = torch.matmul) -> Float[Tensor, '... d']:
+        for layer, (to_rank, from_rank) in enumerate(self.weights):
+            x = linear(linear(F.gelu(x) if layer > 0 else x, to_rank), from_rank)
+        return x
+
+
+class MemorySwiGluMLP(Module):
+    """`depth` gated feedforwards (GELU gate), each around a residual, then a layer norm.
+
+    A gated feedforward is two matrices deep, so `depth=1` already matches the two-layer memory of TTT; the 2/3
+    keeps its number of weights that of an ungated feedforward with the same `expansion_factor`.
+    """
+
+    rowwise = True
+
+    def __init__(self, dim: int, depth: int = 1, expansion_factor: float = 4.0):
+        super().__init__()
+        check_positive(dim=dim, depth=depth)
+        dim_hidden = int(dim * expansion_factor * 2 / 3)
+        check_positive(**{'dim * expansion_factor * 2 / 3': dim_hidden})
+
+        self.weights = ParameterList(
+            ParameterList([xavier_matrix(dim, dim_hidden * 2), xavier_matrix(dim_hidden, dim)]) for _ in range(depth)
+        )
+        self.norm = LayerNorm(dim)
+
+    def forward(self, x: Float[Tensor, '... n d'], linear: Linear = torch.matmul) -> Float[Tensor, '... n d']:
+        for to_hidden_and_gate, from_hidden in self.weights:
+            hidden, gate = linear(x, to_hidden_and_gate).chunk(2, dim=-1)
+            x = x + linear(hidden * F.gelu(gate), from_hidden)
+        return self.norm(x)
+
+
+class MemoryAttention(Module):
+    """Causal attention over the tokens of a chunk and a feedforward, side by side (as in PaLM).
+
+    Queries and keys are l2-normalised, so their similarity is a cosine; `scale` is its inverse temperature.
+    """
+
+    rowwise = False
+
+    def __init__(self, dim: int, scale: float = 8.0, expansion_factor: float = 2.0):
+        super().__init__()
+        check_positive(dim=dim)
+        dim_hidden = int(dim * expansion_factor)
+        check_positive(**{'dim * expansion_factor': dim_hidden})
+
+        self.scale = scale
+        self.weights = ParameterList(
+            [
+                xavier_matrix(dim, dim),  # queries
+                xavier_matrix(dim, dim),  # keys
+                xavier_matrix(dim, dim),  # values
+                xavier_matrix(dim, dim_hidden),
+                xavier_matrix(dim_hidden, dim),
+            ]
+        )
+
+    def forward(self, x: Float[Tensor, '... n d'], linear: Linear = torch.matmul) -> Float[Tensor, '... n d']:
+        to_queries, to_keys, to_values, to_hidden, from_hidden = self.weights
+
+        queries = F.normalize(linear(x, to_queries), dim=-1)
+        keys = F.normalize(linear(x, to_keys), dim=-1)
+
+        # written out: the memory's own gradient is differentiated again, which fused attention kernels cannot
+        similarity = queries @ keys.mT * self.scale
+        length = x.shape[-2]
+        future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+        attention = similarity.masked_fill(future, float('-inf')).softmax(dim=-1)
+        attended = attention @ linear(x, to_values)
+
+        return attended + linear(F.gelu(linear(x, to_hidden)), from_hidden)

@@ -1,0 +1,93 @@
+"""What a neural memory carries from one call to the next."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from titans_pytorch.shapes import Bool, Float
+
+
+class PendingSegment(NamedTuple):
+    """The tokens after the last complete chunk, with what else is needed to complete it in a later call."""
+
+    tokens: Float[Tensor, 'b n d'] | Float[Tensor, 'v b n d']
+    """Store inputs of the open chunk; two views (keys, values) where the memory receives different views."""
+    mask: Bool[Tensor, 'b n'] | None = None
+    """Which of them to store; `None`: all."""
+    queries: Float[Tensor, 'b n d'] | None = None
+    """Retrieval inputs that read the same weights as the next token, for memory models that mix tokens."""
+
+    def simplified(self) -> Tensor | PendingSegment:
+        """The bare tokens where they are all there is."""
+        return self.tokens if self.mask is None and self.queries is None else self
+
+
+class NeuralMemState(NamedTuple):
+    """State of a `NeuralMemory` after a call; hand it to the next call to continue as if the two were one.
+
+    It can be detached, moved (`state.to('cuda')`, `state.to(torch.bfloat16)`), saved with `torch.save` and loaded
+    with `torch.load(..., weights_only=True)` once this package has been imported.
+    """
+
+    seq_index: int
+    """Tokens in complete chunks so far: the position at which `cache_store_segment` begins."""
+    weights: TensorDict | None
+    """Base weights of the open memory batch, per parameter (bh, …): where its gradients are taken."""
+    cache_store_segment: Tensor | PendingSegment | None
+    """Tokens of the chunk that is not complete yet, (b, n, d) or (v, b, n, d); with more, a `PendingSegment`."""
+    states: tuple[TensorDict, TensorDict] | None
+    """Weights after the last complete chunk, per parameter (bh, …), and momentum, per parameter (o, bh, …)."""
+    updates: TensorDict | None
+    """Weights over the call, per parameter (bh, chunks + 1, …): before its first chunk, and after each one.
+    The next memory layer's weight residual; not needed to continue."""
+
+    def detach(self) -> NeuralMemState:
+        """The same state, cut from the graph that made it: where truncated backpropagation through time truncates."""
+        return _map_tensors(lambda t: t.detach(), self)
+
+    def to(
+        self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None
+    ) -> NeuralMemState:
+        """The state on another device, in another dtype (of its floating-point tensors), or both."""
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        return _map_tensors(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None), self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # plain dictionaries in the file: it then loads with `weights_only=True` and does not depend on TensorDict
+        plain = tree_map(
+            lambda t: t.to_dict() if isinstance(t, TensorDict) else t,
+            tuple(self),
+            is_leaf=lambda t: isinstance(t, TensorDict),
+        )
+        return _rebuild_state, plain
+
+
+def _map_tensors(fn: Any, state: NeuralMemState) -> NeuralMemState:
+    return NeuralMemState(*tree_map(lambda t: fn(t) if isinstance(t, Tensor) else t, tuple(state)))
+
+
+def _rebuild_state(seq_index: int, weights: Any, pending: Any, states: Any, updates: Any) -> NeuralMemState:
+    states = None if states is None else tuple(TensorDict(s) for s in states)
+    return NeuralMemState(
+        seq_index,
+        None if weights is None else TensorDict(weights),
+        pending,
+        states,
+        None if updates is None else TensorDict(updates),
+    )
+
+
+torch.serialization.add_safe_globals([_rebuild_state, PendingSegment])
+
+
+def mem_state_detach(state: NeuralMemState) -> NeuralMemState:
+    """`state.detach()`, under the reference's name."""
+    if not isinstance(state, NeuralMemState):
+        raise TypeError(f'state must be a NeuralMemState, got {type(state).__name__}')
+    return state.detach()

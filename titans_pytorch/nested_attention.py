@@ -1,0 +1,105 @@
+"""Attention whose queries, keys and values are attentions themselves. An experiment, not part of the paper.
+
+b batch, h heads, n sequence, m cached sequence, d features
+"""
+
+from __future__ import annotations
+
+from einops.layers.torch import Rearrange
+from rotary_embedding_torch import RotaryEmbedding
+from torch import Tensor, nn
+
+from titans_pytorch.checks import check_floating, check_positive, check_shape
+from titans_pytorch.rotary import extend_cache, flatten_cache, rotary_causal_attention
+
+NestedCache = tuple[tuple[list[Tensor], list[Tensor]], tuple[Tensor, Tensor]]
+"""Three keys and three values of the inner attentions, then the outer key and value: (b, h, m, d), before rotation."""
+
+
+class NestedAttention(nn.Module):
+    """Causal attention over the outputs of three causal attentions that share their queries:
+
+        q, k, v = attend(queries, keys_i, values_i)  for i = 1, 2, 3
+        out     = attend(q, norm(k), v)
+
+    so that what a token offers to later ones depends on all that it has seen itself.
+
+    Normed keys: https://openreview.net/forum?id=HkztQWZfl2
+
+    Args:
+        dim: width of the tokens.
+        dim_head: width of a head, all of it rotary.
+        heads: number of heads.
+        prenorm: whether to normalise the tokens.
+        keys_rmsnorm: without effect, as in the package whose checkpoints this one reads: keys are always normalised.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        dim_head: int = 64,
+        heads: int = 8,
+        prenorm: bool = True,
+        keys_rmsnorm: bool = True,
+    ):
+        super().__init__()
+        check_positive(dim=dim, dim_head=dim_head, heads=heads)
+
+        if dim_head < 3:
+            raise ValueError(f'dim_head must be at least 3, the smallest rotary dimension, got {dim_head}')
+
+        self.dim, self.dim_head, self.heads = dim, dim_head, heads
+        dim_inner = dim_head * heads
+
+        self.norm = nn.RMSNorm(dim) if prenorm else nn.Identity()
+        self.rotary_embed = RotaryEmbedding(dim_head)
+
+        self.to_queries = nn.Linear(dim, dim_inner, bias=False)
+        self.to_keys = nn.Linear(dim, dim_inner * 3, bias=False)
+        self.to_values = nn.Linear(dim, dim_inner * 3, bias=False)
+
+        self.key_norms = nn.ModuleList([nn.RMSNorm(dim_head) for _ in range(3)])
+        self.nested_key_norm = nn.RMSNorm(dim_head)
+
+        self.split_heads = Rearrange('b n (h d) -> b h n d', h=heads)
+        self.split_three_heads = Rearrange('b n (i h d) -> i b h n d', i=3, h=heads)
+        self.merge_heads = Rearrange('b h n d -> b n (h d)')
+
+        self.to_out = nn.Linear(dim_inner, dim, bias=False)
+
+    def forward(
+        self,
+        tokens: Tensor,  # b n d
+        cache: NestedCache | None = None,
+        return_kv_cache: bool = False,
+    ) -> Tensor | tuple[Tensor, NestedCache]:
+        """Attend; with the cache of all earlier tokens, as if they stood in front of these.
+
+        Returns the output (b, n, d) and, if `return_kv_cache`, inner and outer keys and values of every token so far.
+        A sequence may come in calls of any length: the outputs are those of one call.
+        """
+        check_floating('tokens', tokens)
+        check_shape('tokens', tokens, batch=None, length=None, dim=self.dim)
+
+        cached = flatten_cache(cache, tokens.shape[0], self.heads, [self.dim_head] * 8)
+
+        tokens = self.norm(tokens)
+
+        queries = self.split_heads(self.to_queries(tokens))
+        keys = [norm(key) for norm, key in zip(self.key_norms, self.split_three_heads(self.to_keys(tokens)))]
+        values = self.split_three_heads(self.to_values(tokens))
+
+        keys_values = extend_cache(cached and cached[:6], (*keys, *values))
+        keys, values = keys_values[:3], keys_values[3:]
+
+        # the inner attentions of earlier tokens are in the cache: only those of the new tokens are computed
+
+        q, k, v = (rotary_causal_attention(self.rotary_embed, queries, key, value) for key, value in zip(keys, values))
+
+        k, v = extend_cache(cached and cached[6:], (self.nested_key_norm(k), v))
+
+        out = rotary_causal_attention(self.rotary_embed, q, k, v)
+        out = self.to_out(self.merge_heads(out))
+
+        return (out, ((keys, values), (k, v))) if return_kv_cache else out

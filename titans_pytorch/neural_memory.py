@@ -1,0 +1,766 @@
+"""`NeuralMemory`: a small network whose weights are the memory (Titans, arXiv 2501.00663, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce, repeat
+from einops.layers.torch import Rearrange
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torch.nn import Linear, Module, Parameter, ParameterList
+
+from titans_pytorch.checks import check_floating, check_multiple, check_positive, check_shape, check_tensor
+from titans_pytorch.fast_weights import Chunks, DenseEngine, FastWeights, LossFn, Weights
+from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
+from titans_pytorch.memory_state import NeuralMemState, PendingSegment, mem_state_detach
+from titans_pytorch.recurrence import AssocScan
+from titans_pytorch.shapes import Bool, Float
+
+__all__ = ['AssocScan', 'NeuralMemState', 'NeuralMemory', 'mem_state_detach']
+
+LinearNoBias = partial(Linear, bias=False)
+
+Surprises = tuple[Float[Tensor, 'b h n'], Float[Tensor, 'b h n']]
+"""Unweighted losses and step sizes of the rows stored, (batch, heads, rows)."""
+
+
+def default_adaptive_step_transform(adaptive_step: Tensor, max_lr: float = 1e-2) -> Tensor:
+    """Logits to step sizes in (0, max_lr)."""
+    return adaptive_step.sigmoid() * max_lr
+
+
+def default_loss_fn(pred: Float[Tensor, '... d'], target: Float[Tensor, '... d']) -> Float[Tensor, '...']:
+    """‖M(k) − v‖², a mean over features (Titans eq. 12)."""
+    return (pred - target).pow(2).mean(dim=-1)
+
+
+class MultiheadRMSNorm(Module):
+    """RMS norm with a gain of `1 + gamma` for each head."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.rmsnorm = nn.RMSNorm(dim, elementwise_affine=False)
+        self.gamma = Parameter(torch.zeros(heads, 1, dim))
+
+    def forward(self, x: Float[Tensor, 'b h n d']) -> Float[Tensor, 'b h n d']:
+        return self.rmsnorm(x) * (self.gamma + 1.0)
+
+
+class AveragePool(Module):
+    """The mean of each chunk."""
+
+    def forward(self, x: Float[Tensor, 'b n d'], chunk_size: int) -> Float[Tensor, 'b n d']:
+        return reduce(x, 'b (n c) d -> b n d', 'mean', c=chunk_size)
+
+
+class AttentionPool(Module):
+    """A weighted mean of each chunk, weights learned per feature (Enformer); starts as the plain mean."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.to_attn_logits = Linear(dim, dim)
+        nn.init.zeros_(self.to_attn_logits.weight)
+        nn.init.zeros_(self.to_attn_logits.bias)
+
+    def forward(self, x: Float[Tensor, 'b n d'], chunk_size: int) -> Float[Tensor, 'b n d']:
+        x = rearrange(x, 'b (n c) d -> b n c d', c=chunk_size)
+        return (x * self.to_attn_logits(x).softmax(dim=-2)).sum(dim=-2)
+
+
+class _Call(NamedTuple):
+    """The inputs of one call, checked and in one layout."""
+
+    queries: Float[Tensor, 'b n d']
+    store: Float[Tensor, 'b n d'] | Float[Tensor, 'v b n d']
+    mask: Bool[Tensor, 'b n'] | None
+    batch_size: int | None
+
+
+class NeuralMemory(Module):
+    """A memory that learns at test time.
+
+    Each token yields a key, a value and a query. Storing is gradient descent of the memory network M on
+    ‖M(k) − v‖², chunk by chunk, with momentum (the surprise S carries over) and forgetting:
+
+        S_t = η_t S_{t−1} − θ_t ∇‖M(k_t) − v_t‖²          (Titans eq. 10)
+        M_t = (1 − α_t) M_{t−1} + S_t                      (eq. 13)
+
+    where the step size θ is learned per token, momentum η and forgetting α per chunk. Retrieving is M(q). Token t
+    (counted from 0 over all calls) reads the weights after ⌊(t + 1) / chunk⌋ complete chunks, so the result does not
+    depend on how a sequence is cut into calls.
+
+    Two lengths govern when weights change. A **chunk** is stored as one step: gradients of its tokens are summed and
+    it has one η and one α. A **memory batch** is a run of chunks whose gradients are all taken at the same base
+    weights, those at its start; this is what lets them run in parallel. Positions are counted over all calls.
+
+    Args:
+        dim: width of the input and of the output.
+        chunk_size: tokens per chunk. A pair is (retrieve, store): the store size is the chunk; the other only names
+            how queries are grouped and changes no number.
+        batch_size: tokens per memory batch, a multiple of the chunk size. `None`: the base weights never move on,
+            and every gradient is taken at the initial weights.
+        dim_head: width of a head; `dim` by default, and necessarily so with one head.
+        heads: independent memories side by side, their outputs combined by a learned projection and gate.
+        model: the memory network, any module which maps (tokens, dim_head) to the same shape, has no buffers and, if
+            it mixes tokens, is causal. Default: `MemoryMLP(dim_head, **default_model_kwargs)`.
+        store_memory_loss_fn: (prediction, target) to one loss a token. Default: mean squared error.
+        adaptive_step_transform: step-size logits to step sizes. Default: sigmoid times `default_step_transform_max_lr`.
+        default_step_transform_max_lr: the largest step size; 1 suits chunk sizes of 64, smaller chunks want less.
+        per_parameter_lr_modulation: learn a factor in (0, `max_mem_layer_modulation`) on the step of each parameter.
+        max_mem_layer_modulation: the largest such factor.
+        per_head_learned_parameters: initial weights of their own for each head, instead of shared ones.
+        attn_pool_chunks: pool a chunk for its gates by learned attention instead of the mean.
+        momentum: carry surprise over chunks.
+        momentum_order: how many times momentum is applied to itself.
+        learned_momentum_combine: mix the orders by learned weights, instead of using the last.
+        learned_combine_include_zeroth: let the plain surprise take part in that mix.
+        num_kv_per_token: keys and values each token stores.
+        qkv_receives_diff_views: the input is (3, batch, length, dim), for queries, keys and values.
+        pre_rmsnorm: RMS norm of the input.
+        post_rmsnorm: RMS norm of what is retrieved, per head.
+        qk_rmsnorm: RMS norm of queries and keys, per head; advised for stability.
+        max_grad_norm: softly bound the norm of each parameter's gradient in each chunk.
+        use_accelerated_scan: run the recurrences in a Triton kernel where there is a GPU.
+        activation: applied to queries, keys and values.
+        init_adaptive_step_bias: start with step sizes the same for every token, at this logit.
+        init_momentum_bias: the same for momentum.
+        init_decay_bias: the same for forgetting; −3 or so keeps memory long at first.
+        accept_weight_residual: take the gradients at base weights plus a learned share of another memory's weights
+            (`prev_weights`).
+        spectral_norm_surprises: orthogonalise each chunk's momentum by Newton–Schulz (Muon) before it is applied.
+        gated_transition: let the base weights move only part of the way at the end of a memory batch, by a learned
+            share that starts at sigmoid(−5).
+        mem_model_norm_add_residual: wrap the network as LN(f(x)) + x (TTT).
+        store_with_lookahead_value: pair each key with the next token's value, within the chunk (arXiv 2601.00671).
+        default_model_kwargs: arguments of the default network.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit, naming the argument, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        chunk_size: int | tuple[int, int] = 1,
+        batch_size: int | None = None,
+        dim_head: int | None = None,
+        heads: int = 1,
+        model: Module | None = None,
+        store_memory_loss_fn: LossFn = default_loss_fn,
+        adaptive_step_transform: Callable[[Tensor], Tensor] | None = None,
+        default_step_transform_max_lr: float = 1.0,
+        per_parameter_lr_modulation: bool = False,
+        max_mem_layer_modulation: float = 1.0,
+        per_head_learned_parameters: bool = True,
+        attn_pool_chunks: bool = False,
+        momentum: bool = True,
+        momentum_order: int = 1,
+        learned_momentum_combine: bool = False,
+        learned_combine_include_zeroth: bool = False,
+        num_kv_per_token: int = 1,
+        qkv_receives_diff_views: bool = False,
+        pre_rmsnorm: bool = True,
+        post_rmsnorm: bool = False,
+        qk_rmsnorm: bool = False,
+        max_grad_norm: float | None = None,
+        use_accelerated_scan: bool = False,
+        activation: Module | None = None,
+        init_adaptive_step_bias: float | None = None,
+        init_momentum_bias: float | None = None,
+        init_decay_bias: float | None = None,
+        accept_weight_residual: bool = False,
+        spectral_norm_surprises: bool = False,
+        gated_transition: bool = False,
+        mem_model_norm_add_residual: bool = True,
+        store_with_lookahead_value: bool = False,
+        default_model_kwargs: Mapping[str, Any] = {'depth': 2, 'expansion_factor': 4.0},  # noqa: B006 (only read)
+    ):
+        super().__init__()
+        dim_head = dim if dim_head is None else dim_head
+        retrieve_chunk_size, store_chunk_size = chunk_size if isinstance(chunk_size, tuple) else (chunk_size,) * 2
+
+        check_positive(
+            dim=dim, dim_head=dim_head, heads=heads, chunk_size=retrieve_chunk_size, num_kv_per_token=num_kv_per_token
+        )
+        check_positive(chunk_size=store_chunk_size, momentum_order=momentum_order)
+        if batch_size is not None:
+            check_multiple('batch_size', batch_size, 'chunk_size', store_chunk_size)
+        if heads == 1 and dim_head != dim:
+            raise ValueError(f'dim_head must equal dim={dim} when heads is 1, got {dim_head}')
+        if attn_pool_chunks and store_chunk_size == 1:
+            raise ValueError('attn_pool_chunks needs a chunk_size above 1: a chunk of one token has nothing to pool')
+        if learned_momentum_combine and not (momentum and momentum_order > 1):
+            raise ValueError(
+                'learned_momentum_combine needs momentum=True and momentum_order of at least 2, '
+                f'got momentum={momentum}, momentum_order={momentum_order}'
+            )
+        if init_momentum_bias is not None and not momentum:
+            raise ValueError('init_momentum_bias needs momentum=True')
+
+        self.dim = dim
+        self.heads = heads
+        self.chunk_size = chunk_size
+        self.retrieve_chunk_size, self.store_chunk_size = retrieve_chunk_size, store_chunk_size
+        self.batch_size = batch_size
+        self.num_kv_per_token = num_kv_per_token
+        self.qkv_receives_diff_views = qkv_receives_diff_views
+        self.store_with_lookahead_value = store_with_lookahead_value
+        self.momentum_order = momentum_order
+        self.max_mem_layer_modulation = max_mem_layer_modulation
+        self.max_grad_norm = max_grad_norm
+        self.spectral_norm_surprises = spectral_norm_surprises
+        self.use_accelerated_scan = use_accelerated_scan
+        self.store_memory_loss_fn = store_memory_loss_fn
+        self.adaptive_step_transform = adaptive_step_transform or partial(
+            default_adaptive_step_transform, max_lr=default_step_transform_max_lr
+        )
+
+        # the memory
+
+        model = MemoryMLP(dim_head, **default_model_kwargs) if model is None else model
+        _check_memory_model(model, dim_head)
+        if mem_model_norm_add_residual:
+            model = ResidualNorm(dim_head, model)
+        self._init_memory(model, per_head_learned_parameters)
+        self.transition_gate = Parameter(torch.tensor(-5.0)) if gated_transition else None
+        self.assoc_scan = AssocScan(use_accelerated=use_accelerated_scan)
+
+        # queries, keys and values
+
+        dim_inner = dim_head * heads
+        self.retrieve_norm = nn.RMSNorm(dim) if pre_rmsnorm else nn.Identity()
+        self.store_norm = nn.RMSNorm(dim) if pre_rmsnorm else nn.Identity()
+        self.to_queries = _projection(dim, dim_inner, activation)
+        self.to_keys = _projection(dim, dim_inner * num_kv_per_token, activation)
+        self.to_values = _projection(dim, dim_inner * num_kv_per_token, activation)
+        self.q_norm = MultiheadRMSNorm(dim_head, heads) if qk_rmsnorm else nn.Identity()
+        self.k_norm = MultiheadRMSNorm(dim_head, heads) if qk_rmsnorm else nn.Identity()
+        self.split_heads = Rearrange('b n (h d) -> b h n d', h=heads)
+        self.split_kv_heads = Rearrange('b n (h u d) -> b h (n u) d', h=heads, u=num_kv_per_token)
+
+        # what is retrieved
+
+        self.multihead_rmsnorm = MultiheadRMSNorm(dim_head, heads) if post_rmsnorm else nn.Identity()
+        self.merge_heads = Rearrange('b h n d -> b n (h d)')
+        self.combine_heads = LinearNoBias(dim_inner, dim) if heads > 1 else nn.Identity()
+        self.retrieve_gate = (
+            nn.Sequential(LinearNoBias(dim, heads), Rearrange('b n h -> b h n 1'), nn.Sigmoid()) if heads > 1 else None
+        )
+
+        # gates: step sizes per key, the rest per chunk
+
+        mixed_orders = momentum_order + learned_combine_include_zeroth
+        self.reduce_to_chunk_rep = AttentionPool(dim) if attn_pool_chunks else AveragePool()
+        self.to_adaptive_step = nn.Sequential(
+            Linear(dim, heads * num_kv_per_token),
+            Rearrange('b n (h u) -> (b h) (n u)', u=num_kv_per_token),
+        )
+        self.to_decay_factor = self._gate()
+        self.to_momentum = self._gate(momentum_order) if momentum else None
+        self.to_learned_momentum_combine = (
+            self._gate(mixed_orders, nn.Softmax(dim=-1)) if learned_momentum_combine else None
+        )
+        self.to_layer_modulation = (
+            self._gate(self.num_memory_parameter_tensors, nn.Sigmoid()) if per_parameter_lr_modulation else None
+        )
+        self.to_learned_weight_residual_mix = self._gate(1, nn.Sigmoid()) if accept_weight_residual else None
+
+        _start_at(self.to_adaptive_step, init_adaptive_step_bias)
+        _start_at(self.to_momentum, init_momentum_bias)
+        _start_at(self.to_decay_factor, init_decay_bias)
+
+        # the reference's checkpoints hold the network a second time
+        self.register_state_dict_post_hook(_write_reference_copy)
+        self.register_load_state_dict_pre_hook(_skip_reference_copy)
+
+    # the memory network and its weights
+
+    def _init_memory(self, model: Module, per_head: bool) -> None:
+        names, parameters = zip(*model.named_parameters())
+        self.memory_model_parameter_names = [*names]
+        self.num_memory_parameter_tensors = len(names)
+        self.per_head_learned_parameters = per_head
+        self._parameter_shapes = [tuple(p.shape) for p in parameters]
+
+        initial = [p.detach().clone() for p in parameters]
+        if per_head:
+            initial = [torch.stack([p] * self.heads) for p in initial]
+        self.memory_model_parameters = ParameterList(map(Parameter, initial))
+        self.init_weight_shape = [tuple(p.shape) for p in initial]
+
+        # the network without its weights: they are given at every use, so that each is held and registered once
+        self._template = (deepcopy(model).to('meta'),)
+
+    def _gate(self, per_head: int = 1, activation: Module | None = None) -> nn.Sequential:
+        """Chunk representation (b, n, d) to `per_head` numbers for each head and chunk, (bh, n, per_head)."""
+        to_gate = Linear(self.dim, self.heads * per_head)
+        split = Rearrange('b n (h g) -> (b h) n g', g=per_head)
+        return nn.Sequential(*(layer for layer in (to_gate, split, activation) if layer is not None))
+
+    @property
+    def memory_model(self) -> Module:
+        """The memory network, a template on the meta device; its weights are `memory_model_parameters`."""
+        return self._template[0]
+
+    @property
+    def memory_model_parameter_dict(self) -> TensorDict:
+        """The learned initial weights by name: (h, …), or (…) if the heads share them."""
+        return TensorDict(dict(zip(self.memory_model_parameter_names, self.memory_model_parameters)))
+
+    def train(self, mode: bool = True) -> NeuralMemory:
+        self.memory_model.train(mode)
+        return super().train(mode)
+
+    def init_weights(self, batch: int) -> TensorDict:
+        """Weights of an empty memory, per parameter (batch · heads, …)."""
+        pattern = 'h ... -> (b h) ...' if self.per_head_learned_parameters else '... -> (b h) ...'
+        sizes = {'b': batch} if self.per_head_learned_parameters else {'b': batch, 'h': self.heads}
+        return TensorDict({name: repeat(p, pattern, **sizes) for name, p in self.memory_model_parameter_dict.items()})
+
+    def init_momentum(self, batch: int) -> TensorDict:
+        """Momentum of an empty memory: zeros, per parameter (orders, batch · heads, …)."""
+        leading = (self.momentum_order, batch * self.heads)
+        named = zip(self.memory_model_parameter_names, self.memory_model_parameters, self._parameter_shapes)
+        return TensorDict({name: p.new_zeros(*leading, *shape) for name, p, shape in named})
+
+    @property
+    def _engine(self) -> DenseEngine:
+        return DenseEngine(
+            self.memory_model,
+            self.store_memory_loss_fn,
+            self.assoc_scan,
+            self.max_grad_norm,
+            self.spectral_norm_surprises,
+        )
+
+    @property
+    def _carries_queries(self) -> bool:
+        """Whether a query's result depends on the queries before it that read the same weights."""
+        return self.store_chunk_size > 1 and not getattr(self.memory_model, 'rowwise', False)
+
+    # calls
+
+    def forward(
+        self,
+        seq: Float[Tensor, 'b n d'] | Float[Tensor, 'v b n d'],
+        store_seq: Tensor | None = None,
+        state: NeuralMemState | None = None,
+        detach_mem_state: bool = False,
+        prev_weights: Mapping[str, Tensor] | None = None,
+        store_mask: Bool[Tensor, 'b n'] | None = None,
+        return_surprises: bool = False,
+        ttt_batch_size: int | None = None,
+        *,
+        cache: NeuralMemState | None = None,
+    ) -> Any:
+        """Store a piece of a sequence, and retrieve for each of its tokens what the memory then knows.
+
+        Args:
+            seq: (batch, length, dim); (3, batch, length, dim), the views for queries, keys and values, if
+                `qkv_receives_diff_views`. Without the length axis it is a single token.
+            store_seq: what to store, if it is not `seq`; (2, batch, length, dim) with different views.
+            state: that of the call before. Pieces of any length may follow one another.
+            detach_mem_state: cut the returned state from the graph.
+            prev_weights: another memory's `state.updates` over the same tokens, if `accept_weight_residual`.
+            store_mask: which tokens to store.
+            return_surprises: also return losses and step sizes, (batch, heads, rows) each, of the chunks completed.
+            ttt_batch_size: memory-batch length for this call, in place of `batch_size`.
+            cache: another name for `state`.
+
+        Returns:
+            what was retrieved, (batch, length, dim); the state; and with `return_surprises` the pair of surprises.
+        """
+        if cache is not None:
+            if state is not None:
+                raise ValueError('state and cache are two names for one argument: give one of them')
+            state = cache
+
+        call = self._checked(seq, store_seq, store_mask, ttt_batch_size)
+        state, pending = self._unpacked(state, call.queries)
+
+        weights, next_state, surprises = self._store(call, state, pending, prev_weights)
+        rows, carried = self._query_rows(call.queries, pending)
+        retrieved = self._retrieve(call.queries, rows, weights, pending.tokens.shape[-2])
+
+        next_pending = next_state.cache_store_segment._replace(queries=carried)
+        next_state = next_state._replace(cache_store_segment=next_pending.simplified())
+        if detach_mem_state:
+            next_state = next_state.detach()
+        return (retrieved, next_state, surprises) if return_surprises else (retrieved, next_state)
+
+    def store_memories(
+        self,
+        seq: Float[Tensor, 'b n d'] | Float[Tensor, 'v b n d'],
+        weights: Mapping[str, Tensor] | None = None,
+        past_state: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None,
+        seq_index: int = 0,
+        prev_weights: Mapping[str, Tensor] | None = None,
+        mask: Bool[Tensor, 'b n'] | None = None,
+        return_surprises: bool = True,
+    ) -> Any:
+        """Store complete chunks of `seq` with all gradients at `weights`, retrieving nothing.
+
+        `past_state` is (weights, momentum) to go on from. Returns the weights over time, per parameter
+        (bh, chunks + 1, …), the state, whose `cache_store_segment` holds the tokens of an incomplete chunk, and with
+        `return_surprises` the surprises.
+        """
+        views = (2,) if self.qkv_receives_diff_views else ()
+        self._check_input('seq', seq, views)
+        self._check_mask('mask', mask, seq)
+        like = seq[0] if self.qkv_receives_diff_views else seq
+        state, pending = self._unpacked(NeuralMemState(seq_index, weights, None, past_state, None), like)
+
+        call = _Call(seq, seq, mask, None)
+        _, next_state, surprises = self._store(call, state, pending, prev_weights)
+        next_state = next_state._replace(cache_store_segment=next_state.cache_store_segment.simplified())
+        return (next_state.updates, next_state, *((surprises,) if return_surprises else ()))
+
+    def retrieve_memories(self, seq: Float[Tensor, 'b n d'], weights: Mapping[str, Tensor]) -> Float[Tensor, 'b n d']:
+        """What `weights` know of `seq`, which begins at a chunk's start.
+
+        `weights` per parameter: (bh, chunks + 1, …), as `state.updates`, of which token t reads entry
+        ⌊(t + 1) / chunk⌋; or (bh, …), as `state.weights`; or the initial weights.
+        """
+        self._check_input('seq', seq, ())
+        batch = seq.shape[0]
+        over_time = self._over_time('weights', weights, batch)
+        rows, _ = self._query_rows(seq, self._empty_pending(seq))
+        return self._retrieve(seq, rows, over_time, 0)
+
+    # storing
+
+    def _store(
+        self, call: _Call, state: NeuralMemState, pending: PendingSegment, prev_weights: Mapping[str, Tensor] | None
+    ) -> tuple[FastWeights, NeuralMemState, Surprises]:
+        tokens = torch.cat((pending.tokens, call.store), dim=-2)
+        mask = _joined_masks(pending, call)
+        num_chunks = tokens.shape[-2] // self.store_chunk_size
+        complete = num_chunks * self.store_chunk_size
+
+        base, (last, momentum) = dict(state.weights), map(dict, state.states)
+        chunks = self._chunks(tokens[..., :complete, :], None if mask is None else mask[:, :complete])
+        residual = self._weight_residual(prev_weights, tokens[..., :complete, :])
+        runs, losses = [], []
+
+        for start, stop, ends_batch in self._memory_batches(state.seq_index, num_chunks, call.batch_size):
+            run = None if residual is None else residual.from_step(start, stop - start)
+            stored = self._engine.store(chunks.span(start, stop), base, last, momentum, run)
+            runs.append(stored.weights)
+            losses.append(stored.losses)
+            last, momentum = stored.weights.end, stored.momentum
+            if ends_batch:
+                base = last = self._transition(base, last)
+
+        weights = FastWeights.joined(runs, last)
+        # copied, so that a kept state does not keep the whole input
+        rest = PendingSegment(tokens[..., complete:, :].clone(), None if mask is None else mask[:, complete:].clone())
+        next_state = NeuralMemState(
+            seq_index=state.seq_index + complete,
+            weights=TensorDict(base),
+            cache_store_segment=rest,
+            states=(TensorDict(last), TensorDict(momentum)),
+            updates=TensorDict(weights.tensors),
+        )
+        losses = torch.cat(losses, dim=1) if losses else torch.zeros_like(chunks.step_sizes)
+        surprises = tuple(
+            rearrange(t, '(b h) n m -> b h (n m)', h=self.heads) for t in (losses, chunks.step_sizes)
+        )
+        return weights, next_state, surprises
+
+    def _memory_batches(
+        self, seq_index: int, num_chunks: int, batch_size: int | None
+    ) -> list[tuple[int, int, bool]]:
+        """Chunks of this call by memory batch: (start, stop, whether the memory batch is complete at stop)."""
+        first_chunk = seq_index // self.store_chunk_size
+        if num_chunks == 0:
+            return []
+        if batch_size is None:
+            return [(0, num_chunks, False)]
+        per_batch = batch_size // self.store_chunk_size
+        ends = [*range(per_batch - first_chunk % per_batch, num_chunks, per_batch), num_chunks]
+        return [(start, stop, (first_chunk + stop) % per_batch == 0) for start, stop in zip([0, *ends], ends)]
+
+    def _chunks(self, seq: Tensor, mask: Tensor | None) -> Chunks:
+        """Keys, values and gates of the complete chunks in `seq`."""
+        chunk_size, rows = self.store_chunk_size, self.store_chunk_size * self.num_kv_per_token
+        seq = self.store_norm(seq)
+        seq, values_seq = seq if self.qkv_receives_diff_views else (seq, seq)
+
+        keys = self.k_norm(self.split_kv_heads(self.to_keys(seq)))
+        values = self.split_kv_heads(self.to_values(values_seq))
+        keys, values = (rearrange(t, 'b h (n m) d -> (b h) n m d', m=rows) for t in (keys, values))
+
+        step_sizes = self.adaptive_step_transform(self.to_adaptive_step(seq))
+        step_sizes = rearrange(step_sizes, 'bh (n m) -> bh n m', m=rows)
+        if mask is not None:
+            stored = repeat(mask, 'b (n c) -> (b h) n (c u)', h=self.heads, c=chunk_size, u=self.num_kv_per_token)
+            step_sizes = torch.where(stored, step_sizes, 0.0)
+
+        if self.store_with_lookahead_value:
+            keys, values, step_sizes = keys[..., :-1, :], values[..., 1:, :], step_sizes[..., :-1]
+
+        pooled = self.reduce_to_chunk_rep(seq, chunk_size)
+        modulation = _optional(self.to_layer_modulation, pooled)
+        return Chunks(
+            keys=keys,
+            values=values,
+            step_sizes=step_sizes,
+            decay=self.to_decay_factor(pooled).squeeze(-1),
+            momentum=_optional(self.to_momentum, pooled),
+            momentum_mix=_optional(self.to_learned_momentum_combine, pooled),
+            modulation=None if modulation is None else modulation * self.max_mem_layer_modulation,
+        )
+
+    def _weight_residual(self, prev_weights: Mapping[str, Tensor] | None, seq: Tensor) -> FastWeights | None:
+        """A learned share, per chunk, of the other memory's weights before that chunk."""
+        if (prev_weights is None) != (self.to_learned_weight_residual_mix is None):
+            given = 'got none' if prev_weights is None else 'but this memory has accept_weight_residual=False'
+            raise ValueError(f'prev_weights must be given exactly where accept_weight_residual=True, {given}')
+        num_chunks = seq.shape[-2] // self.store_chunk_size
+        if prev_weights is None or num_chunks == 0:
+            return None
+
+        previous = self._over_time('prev_weights', prev_weights, seq.shape[-3])
+        if previous.num_steps < num_chunks:
+            raise ValueError(
+                f'prev_weights must hold weights for each of the {num_chunks} chunks that this call completes, '
+                f'got {previous.num_steps}'
+            )
+        keys_view = self.store_norm(seq)[0] if self.qkv_receives_diff_views else self.store_norm(seq)
+        mix = self.to_learned_weight_residual_mix(self.reduce_to_chunk_rep(keys_view, self.store_chunk_size))
+        weights = previous.from_step(0, num_chunks).tensors
+        return FastWeights({name: torch.einsum('bn, bn... -> bn...', mix.squeeze(-1), w) for name, w in weights.items()})
+
+    def _transition(self, base: Weights, last: Weights) -> Weights:
+        """Base weights of the next memory batch."""
+        if self.transition_gate is None:
+            return last
+        share = self.transition_gate.sigmoid()
+        return {name: w.lerp(last[name], share.to(w.dtype)) for name, w in base.items()}
+
+    # retrieving
+
+    def _query_rows(
+        self, seq: Float[Tensor, 'b n d'], pending: PendingSegment
+    ) -> tuple[Float[Tensor, 'b n d'], Tensor | None]:
+        """Retrieval inputs from the first that reads the same weights as `seq` begins with; and those to carry on.
+
+        The group of tokens that read one set of weights starts on the last token of a chunk; before the first token
+        of all it starts with a row of zeros.
+        """
+        if not self._carries_queries:
+            return seq, None
+        before = _last_rows(pending.queries, seq, (pending.tokens.shape[-2] + 1) % self.store_chunk_size)
+        rows = torch.cat((before, seq), dim=1)
+        carried = _last_rows(rows, seq, (pending.tokens.shape[-2] + seq.shape[1] + 1) % self.store_chunk_size)
+        return rows, carried.clone()
+
+    def _retrieve(
+        self,
+        seq: Float[Tensor, 'b n d'],
+        rows: Float[Tensor, 'b n d'],
+        weights: FastWeights,
+        num_pending: int,
+    ) -> Float[Tensor, 'b n d']:
+        """Each token of `seq` through the weights it may read.
+
+        The first token is number `num_pending` of its chunk. `weights` start with those before that chunk.
+        """
+        chunk_size, length = self.store_chunk_size, seq.shape[1]
+        first_step, before = divmod(num_pending + 1, chunk_size)
+
+        queries = self.q_norm(self.split_heads(self.to_queries(self.retrieve_norm(rows))))
+        queries = queries.flatten(0, 1)
+
+        # group the queries by the weights they read
+        lead = before - (queries.shape[1] - length)
+        group_size = min(chunk_size, lead + queries.shape[1])
+        if not self._carries_queries and length <= group_size - before:
+            lead, group_size = 0, length
+        trail = -(lead + queries.shape[1]) % group_size
+        groups = rearrange(F.pad(queries, (0, 0, lead, trail)), 'bh (g c) d -> bh g c d', c=group_size)
+
+        values = weights.from_step(first_step, groups.shape[1]).apply(self.memory_model, groups).flatten(1, 2)
+        values = values[:, values.shape[1] - trail - length : values.shape[1] - trail]
+        values = self.multihead_rmsnorm(rearrange(values, '(b h) n d -> b h n d', h=self.heads))
+        if self.retrieve_gate is not None:
+            values = values * self.retrieve_gate(self.retrieve_norm(seq))
+        return self.combine_heads(self.merge_heads(values))
+
+    # what comes in
+
+    def _checked(
+        self, seq: Tensor, store_seq: Tensor | None, store_mask: Tensor | None, ttt_batch_size: int | None
+    ) -> _Call:
+        views = self.qkv_receives_diff_views
+        check_floating('seq', seq)
+        if seq.ndim == (3 if views else 2):
+            seq = seq.unsqueeze(-2)
+        self._check_input('seq', seq, (3 if store_seq is None else len(seq),) if views else ())
+
+        queries, store = (seq[0], seq[1:]) if views else (seq, seq)
+        if store_seq is not None:
+            check_floating('store_seq', store_seq)
+            store = store_seq.unsqueeze(-2) if store_seq.ndim == (3 if views else 2) else store_seq
+            self._check_input('store_seq', store, (2,) if views else (), batch=queries.shape[0])
+
+        self._check_mask('store_mask', store_mask, store)
+        batch_size = self.batch_size
+        if ttt_batch_size is not None:
+            check_multiple('ttt_batch_size', ttt_batch_size, 'chunk_size', self.store_chunk_size)
+            batch_size = ttt_batch_size
+        return _Call(queries, store, store_mask, batch_size)
+
+    def _check_input(self, name: str, seq: Tensor, views: tuple[int, ...], batch: int | None = None) -> None:
+        check_floating(name, seq)
+        leading = {'views': views[0]} if views else {}
+        check_shape(name, seq, **leading, batch=batch, length=None, dim=self.dim)
+
+    def _check_mask(self, name: str, mask: Tensor | None, store: Tensor) -> None:
+        if mask is None:
+            return
+        check_tensor(name, mask)
+        if mask.dtype != torch.bool:
+            raise TypeError(f'{name} must be a boolean tensor, got {mask.dtype}')
+        check_shape(name, mask, batch=store.shape[-3], length=store.shape[-2])
+
+    def _unpacked(
+        self, state: NeuralMemState | None, seq: Float[Tensor, 'b n d']
+    ) -> tuple[NeuralMemState, PendingSegment]:
+        """The state with everything a first call leaves out filled in, and its pending tokens."""
+        batch = seq.shape[0]
+        state = NeuralMemState(*state) if state is not None else NeuralMemState(0, None, None, None, None)
+        seq_index, weights, pending, past, _ = state
+        if seq_index % self.store_chunk_size:
+            raise ValueError(
+                f'state must come from a memory of chunk_size={self.store_chunk_size}: '
+                f'its seq_index must be a multiple of it, got {seq_index}'
+            )
+
+        weights = self.init_weights(batch) if weights is None else weights
+        last, momentum = (weights, self._no_momentum(batch)) if past is None else past
+        bh = batch * self.heads
+        self._check_weights('state.weights', weights, (bh,))
+        self._check_weights('state.states[0]', last, (bh,))
+        if self.to_momentum is not None:
+            self._check_weights('state.states[1]', momentum, (self.momentum_order, bh))
+
+        if pending is None:
+            pending = self._empty_pending(seq)
+        elif isinstance(pending, Tensor):
+            pending = PendingSegment(pending)
+        views = {'views': 2} if self.qkv_receives_diff_views else {}
+        if pending.tokens.shape != (*views.values(), batch, pending.tokens.shape[-2], self.dim):
+            expected = ', '.join([*(f'{k}={v}' for k, v in views.items()), f'batch={batch}, length, dim={self.dim}'])
+            raise ValueError(f'state.cache_store_segment must be ({expected}), got {tuple(pending.tokens.shape)}')
+        return state._replace(weights=weights, states=(last, momentum)), pending
+
+    def _empty_pending(self, like: Float[Tensor, 'b n d']) -> PendingSegment:
+        tokens = like[:, :0]
+        return PendingSegment(torch.stack((tokens, tokens)) if self.qkv_receives_diff_views else tokens)
+
+    def _no_momentum(self, batch: int) -> TensorDict:
+        return TensorDict({}) if self.to_momentum is None else self.init_momentum(batch)
+
+    def _check_weights(self, name: str, weights: Mapping[str, Tensor], leading: tuple[int, ...]) -> None:
+        """`weights` must be those of this memory's network, each parameter with `leading` sizes in front."""
+        expected = {
+            key: (*leading, *shape) for key, shape in zip(self.memory_model_parameter_names, self._parameter_shapes)
+        }
+        came = {key: tuple(t.shape) for key, t in weights.items()}
+        if came != expected:
+            raise ValueError(f'{name} must hold the weights of this memory, {expected}, got {came}')
+
+    def _over_time(self, name: str, weights: Mapping[str, Tensor], batch: int) -> FastWeights:
+        """Weights that a user gives, (bh, n, …), (bh, …) or initial ones, as weights over time."""
+        if {*weights.keys()} != {*self.memory_model_parameter_names}:
+            raise ValueError(
+                f'{name} must hold parameters {self.memory_model_parameter_names}, got {[*weights.keys()]}'
+            )
+        bh, tensors = batch * self.heads, {}
+        for key, shape in zip(self.memory_model_parameter_names, self._parameter_shapes):
+            w = weights[key]
+            if tuple(w.shape) == shape:
+                w = w.expand(bh, *shape)
+            elif tuple(w.shape) == (self.heads, *shape):
+                w = repeat(w, 'h ... -> (b h) ...', b=batch)
+            if tuple(w.shape) == (bh, *shape):
+                w = w.unsqueeze(1)
+            if w.shape[0] != bh or tuple(w.shape[2:]) != shape:
+                raise ValueError(f'{name}[{key!r}] must be (batch·heads={bh}, steps, *{shape}), got {tuple(w.shape)}')
+            tensors[key] = w
+        return FastWeights(tensors)
+
+
+def _check_memory_model(model: Module, dim_head: int) -> None:
+    """A memory network keeps the shape of its input, has parameters and has no buffers."""
+    if not isinstance(model, Module):
+        raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}')
+    if next(model.buffers(), None) is not None:
+        raise ValueError(f'model must have no buffers, got {[name for name, _ in model.named_buffers()]}')
+    first = next(model.parameters(), None)
+    if first is None:
+        raise ValueError('model must have parameters: they are the memory')
+
+    rows = torch.zeros(3, 2, dim_head, dtype=first.dtype, device=first.device)
+    try:
+        with torch.no_grad():
+            came = model(rows).shape
+    except Exception as cause:
+        raise ValueError(f'model must accept a tensor of shape {tuple(rows.shape)}, it raised: {cause}') from cause
+    if came != rows.shape:
+        raise ValueError(
+            f'model must keep the shape of its input, (…, dim_head={dim_head}): gave {tuple(came)} '
+            f'for {tuple(rows.shape)}'
+        )
+
+
+def _projection(dim: int, dim_out: int, activation: Module | None) -> Module:
+    to_out = LinearNoBias(dim, dim_out)
+    return to_out if activation is None else nn.Sequential(to_out, activation)
+
+
+def _start_at(gate: nn.Sequential | None, bias: float | None) -> None:
+    """Make a gate the same for every input at first, at logit `bias`."""
+    if bias is not None:
+        nn.init.zeros_(gate[0].weight)
+        nn.init.constant_(gate[0].bias, bias)
+
+
+def _optional(module: Module | None, x: Tensor) -> Tensor | None:
+    return None if module is None else module(x)
+
+
+def _joined_masks(pending: PendingSegment, call: _Call) -> Bool[Tensor, 'b n'] | None:
+    """One mask for the pending tokens and the new ones; `None` if all are to be stored."""
+    if pending.mask is None and call.mask is None:
+        return None
+    masks = []
+    for mask, tokens in ((pending.mask, pending.tokens), (call.mask, call.store)):
+        masks.append(tokens.new_ones(tokens.shape[-3:-1], dtype=torch.bool) if mask is None else mask)
+    return torch.cat(masks, dim=-1)
+
+
+def _last_rows(rows: Tensor | None, like: Float[Tensor, 'b n d'], count: int) -> Float[Tensor, 'b n d']:
+    """The last `count` rows, preceded by rows of zeros where there are fewer."""
+    rows = like[:, :0] if rows is None else rows
+    missing = max(0, count - rows.shape[1])
+    return F.pad(rows, (0, 0, missing, 0))[:, rows.shape[1] + missing - count :]
+
+
+def _write_reference_copy(module: NeuralMemory, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    """The reference saves the memory network twice, per head and as a module it never trains; and wants both."""
+    for index, name in enumerate(module.memory_model_parameter_names):
+        weight = state_dict[f'{prefix}memory_model_parameters.{index}']
+        state_dict[f'{prefix}memory_model.{name}'] = weight[0] if module.per_head_learned_parameters else weight
+
+
+def _skip_reference_copy(_: NeuralMemory, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:
+    for name in [key for key in state_dict if key.startswith(f'{prefix}memory_model.')]:
+        del state_dict[name]

@@ -1,0 +1,711 @@
+"""Train a byte-level Titans transformer (memory as context) on enwik8, in one file.
+
+    python train_mac.py                       # what suits this machine: full on a GPU, quick on a CPU
+    python train_mac.py --preset quick        # the whole job in a few minutes on two CPU cores
+    python train_mac.py --resume latest       # go on where the last run of this preset stopped
+    python train_mac.py --help                # every setting
+
+From top to bottom: settings, machine, data, model, checkpoints, evaluation, training loop, main.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import http.client
+import importlib.util
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import sys
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, NamedTuple, NoReturn, Self
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from titans_pytorch import MemoryAsContextTransformer, MemoryAttention, MemoryMLP
+
+DATA_FOLDER = Path(__file__).resolve().parent / 'data'
+ENWIK8_URL = 'https://mattmahoney.net/dc/enwik8.zip'
+ENWIK8_ZIP_SHA256 = '547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc'
+ENWIK8_SHA256 = '2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8'
+
+say = tqdm.write  # prints above a progress bar instead of through it
+
+# settings -------------------------------------------------------------------------------------------------------------
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={'help': help, 'choices': choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting; the defaults are the full preset. NUM_BATCHES is --num-batches on the command line, and so on."""
+
+    PRESET: str = option('auto', 'full: the defaults listed here; quick: a small model, for two CPU cores; '
+                         'auto: full with a GPU, else quick', ('auto', 'full', 'quick'))
+    RUN_DIR: str = option('', 'folder for checkpoints, metrics, samples and the plot; empty: runs/PRESET')
+    DATA: str = option('', 'file to train on: raw bytes, .gz, or a .zip of one file; empty: enwik8, downloaded once')
+
+    NUM_BATCHES: int = option(100_000, 'optimizer steps in all')
+    BATCH_SIZE: int = option(4, 'windows per micro batch')
+    GRADIENT_ACCUMULATE_EVERY: int = option(4, 'micro batches per optimizer step')
+    SEQ_LEN: int = option(512, 'bytes per window')
+    LEARNING_RATE: float = option(2e-4, 'learning rate of AdamW')
+    MAX_GRAD_NORM: float = option(0.5, 'the gradient is scaled down to this norm')
+    VALIDATE_EVERY: int = option(100, 'steps between validations')
+    VALIDATE_BATCHES: int = option(32, 'batches of fixed validation windows')
+    GENERATE_EVERY: int = option(500, 'steps between samples')
+    PRIME_LENGTH: int = option(100, 'bytes of validation text that a sample starts from')
+    GENERATE_LENGTH: int = option(512, 'length of a sample in bytes, its start included')
+    CHECKPOINT_EVERY: int = option(5000, 'steps between checkpoints')
+    SEED: int = option(0, 'seed of the initial weights and of the samples')
+    DATA_SEED: int = option(0, 'seed of the order of training windows, whatever the model and its weights')
+
+    DIM: int = option(384, 'width of the model')
+    DEPTH: int = option(8, 'number of layers')
+    HEADS: int = option(8, 'attention heads')
+    DIM_HEAD: int = option(64, 'width of an attention head')
+    WINDOW_SIZE: int = option(32, 'attention segment (window) in bytes')
+    SLIDING_WINDOWS: bool = option(True, 'let attention slide over segments instead of staying inside one')
+    NUM_PERSIST_MEM: int = option(4, 'persistent memory tokens')
+    NUM_LONGTERM_MEM: int = option(4, 'long-term memory tokens per segment')
+
+    NEURAL_MEM_LAYERS: tuple[int, ...] = option((2, 4, 6), 'layers with a neural memory, counted from 1')
+    NEURAL_MEM_HEADS: int = option(4, 'neural memory heads')
+    NEURAL_MEM_DIM_HEAD: int = option(64, 'width of a neural memory head')
+    NEURAL_MEMORY_DEPTH: int = option(2, 'depth of the memory MLP')
+    NEURAL_MEM_SEGMENT_LEN: int = option(4, 'tokens per memory update (chunk); smaller is finer and slower')
+    NEURAL_MEM_BATCH_SIZE: int = option(128, 'tokens between updates of the weights that gradients are taken at')
+    NEURAL_MEM_GATE_ATTN_OUTPUT: bool = option(False, 'let memory gate the attention output instead of adding to it')
+    NEURAL_MEM_MOMENTUM: bool = option(True, 'momentum of the surprise')
+    NEURAL_MEM_MOMENTUM_ORDER: int = option(1, 'order of the momentum')
+    NEURAL_MEM_QK_NORM: bool = option(True, 'normalise the queries and keys of the memory')
+    NEURAL_MEM_MAX_LR: float = option(1e-1, 'upper limit of the learned step size of memory updates')
+    NEURAL_MEM_WEIGHT_RESIDUAL: bool = option(True, 'let a memory build on the updates of the memory layer before')
+    NEURAL_MEM_QKV_RECEIVES_DIFF_VIEW: bool = option(True, 'let queries, keys and values come from different layers')
+    NEURAL_MEM_SPEC_NORM_SURPRISES: bool = option(True, 'spectral norm of the surprises (as in Muon)')
+    STORE_ATTN_POOL_CHUNKS: bool = option(True, 'pool a chunk by attention for its momentum, decay and step size')
+    MEMORY_MODEL_PER_LAYER_LEARNED_LR: bool = option(True, 'a learned step size for each weight matrix of the memory')
+    USE_MEM_ATTENTION_MODEL: bool = option(False, 'a small attention as memory model instead of the MLP')
+
+    DEVICE: str = option('auto', 'auto, cpu, cuda, cuda:1, ...')
+    PRECISION: str = option('auto', 'fp32 is true fp32; tf32: fp32 with TF32 matrix products; bf16: autocast; '
+                            'auto: bf16 on a GPU that has it, else fp32', ('auto', 'fp32', 'tf32', 'bf16'))
+    USE_ACCELERATED_SCAN: bool | None = option(None, 'accelerated scan in the memory; unset: on a GPU with Triton')
+    USE_FLEX_ATTN: bool | None = option(None, 'FlexAttention; unset: on a GPU with Triton')
+    USE_FAST_INFERENCE: bool = option(True, 'sample with a cache instead of rereading the text for each byte')
+
+    WANDB: bool = option(False, 'also report to Weights & Biases')
+    PROJECT_NAME: str = option('titans-mac-transformer', 'Weights & Biases project')
+    RUN_NAME: str = option('', 'Weights & Biases run name')
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, 'NEURAL_MEM_LAYERS', tuple(self.NEURAL_MEM_LAYERS))  # a list on the command line
+        for name, value in vars(self).items():
+            least = 0 if name in ('SEED', 'DATA_SEED', 'NUM_PERSIST_MEM', 'NUM_LONGTERM_MEM') else 1
+            if type(value) is int and value < least:
+                raise ValueError(f'{name} must be at least {least}, not {value}')
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    'full': {},
+    'quick': {
+        'NUM_BATCHES': 200, 'BATCH_SIZE': 4, 'GRADIENT_ACCUMULATE_EVERY': 1, 'SEQ_LEN': 128, 'LEARNING_RATE': 3e-3,
+        'VALIDATE_EVERY': 50, 'VALIDATE_BATCHES': 8, 'GENERATE_EVERY': 100, 'PRIME_LENGTH': 64, 'GENERATE_LENGTH': 192,
+        'CHECKPOINT_EVERY': 100, 'DIM': 96, 'DEPTH': 2, 'HEADS': 4, 'DIM_HEAD': 32, 'NEURAL_MEM_LAYERS': (2,),
+        'NEURAL_MEM_HEADS': 2, 'NEURAL_MEM_DIM_HEAD': 32, 'NEURAL_MEM_BATCH_SIZE': 64,
+    },
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description='Train a byte-level Titans transformer (memory as context).')
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument('--resume', metavar='PATH|latest', help='continue a run exactly, with the settings in its '
+                       'checkpoint; latest: the newest good one in the folder of the run')
+    start.add_argument('--init-from', metavar='PATH', help='start a new run from the weights in a checkpoint '
+                       '(or in a bare state dict)')
+    for setting in dataclasses.fields(Config):
+        kind: dict[str, Any] = {'type': type(setting.default), 'choices': setting.metadata['choices']}
+        if isinstance(setting.default, tuple):
+            kind = {'type': int, 'nargs': '*', 'metavar': 'N'}
+        elif str(setting.type).startswith('bool'):
+            kind = {'action': argparse.BooleanOptionalAction}
+        # a default that is suppressed tells options that were given from options that were not
+        parser.add_argument('--' + setting.name.lower().replace('_', '-'), dest=setting.name, default=argparse.SUPPRESS,
+                            help=f'{setting.metadata["help"]} (default: {setting.default})', **kind)
+    return parser
+
+
+def config_from_options(given: dict[str, Any]) -> Config:
+    """The preset, with the options that were given laid over it."""
+    preset = given.get('PRESET', 'auto')
+    if preset == 'auto':
+        device = given.get('DEVICE', 'auto')
+        preset = 'full' if device.startswith('cuda') or (device == 'auto' and torch.cuda.is_available()) else 'quick'
+    return dataclasses.replace(Config(), **{**PRESETS[preset], **given, 'PRESET': preset})
+
+
+def run_folder(config: Config) -> Path:
+    return Path(config.RUN_DIR or f'runs/{config.PRESET}')
+
+
+# machine --------------------------------------------------------------------------------------------------------------
+
+class Machine(NamedTuple):
+    device: torch.device
+    precision: str
+    flex_attn: bool
+    accelerated_scan: bool
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == 'bf16')
+
+
+def choose_machine(config: Config) -> Machine:
+    cuda = torch.cuda.is_available()
+    device = torch.device(config.DEVICE if config.DEVICE != 'auto' else 'cuda' if cuda else 'cpu')
+    on_gpu = device.type == 'cuda'
+    if on_gpu and not cuda:
+        sys.exit(f'--device {config.DEVICE}: PyTorch finds no CUDA device here')
+    if device.index is not None and on_gpu:
+        torch.cuda.set_device(device)  # kernels are launched on the current device
+    precision = config.PRECISION
+    if precision == 'auto':
+        precision = 'bf16' if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else 'fp32'
+    torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')  # fp32 is never TF32 in disguise
+    triton = on_gpu and importlib.util.find_spec('triton') is not None
+    return Machine(device, precision, triton if config.USE_FLEX_ATTN is None else config.USE_FLEX_ATTN,
+                   triton if config.USE_ACCELERATED_SCAN is None else config.USE_ACCELERATED_SCAN)
+
+
+# files ----------------------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Write beside `path`, and give the file its name only when all of it is on the disk: a kill leaves the old one."""
+    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+    try:
+        with open(temporary, 'wb') as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, older_than: float = 0.) -> None:
+    for leftover in folder.glob('*.tmp'):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - leftover.stat().st_mtime >= older_than:
+                leftover.unlink()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # a kill can cut the last line short
+            rows.append(json.loads(line))
+    return rows
+
+
+def prepare_run_folder(folder: Path, resumed_at: int | None) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    metrics = folder / 'metrics.jsonl'
+    if resumed_at is not None:  # steps after the checkpoint happen again
+        rows = [row for row in read_metrics(metrics) if row['step'] <= resumed_at]
+        with atomic_file(metrics) as file:
+            file.writelines(json.dumps(row).encode() + b'\n' for row in rows)
+        return
+    names = ('metrics.jsonl', 'samples.txt', 'loss.png')
+    earlier = [path for path in folder.iterdir() if path.suffix == '.pt' or path.name in names]
+    if earlier:  # never write over the work of days because --resume was forgotten
+        aside = next(path for n in itertools.count(1) if not (path := folder / f'earlier-{n}').exists())
+        aside.mkdir()
+        for path in earlier:
+            path.rename(aside / path.name)
+        say(f'a new run (no --resume): the run that was in {folder} is now in {aside}')
+
+
+# data -----------------------------------------------------------------------------------------------------------------
+
+class Data(NamedTuple):
+    train: Tensor
+    valid: Tensor
+    test: Tensor
+    source: str
+    sha256: str
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        if path.suffix == '.gz':
+            with gzip.open(path) as file:
+                return file.read()
+        if path.suffix == '.zip':
+            with zipfile.ZipFile(path) as archive:
+                members = [member for member in archive.infolist() if not member.is_dir()]
+                if len(members) != 1:
+                    sys.exit(f'{path} holds {len(members)} files; a .zip to train on must hold exactly one')
+                return archive.read(members[0])
+        return path.read_bytes()
+    except (OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+        hint = '; delete it, and it is downloaded again' if path.parent == DATA_FOLDER else ''
+        sys.exit(f'cannot read the data file {path}: {error}{hint}')
+
+
+def copy_verified(source: IO[bytes], target: IO[bytes] | gzip.GzipFile, size: int, sha256: str, name: str) -> None:
+    digest = hashlib.sha256()
+    with tqdm(total=size or None, unit='B', unit_scale=True, desc=name) as bar:
+        while block := source.read(1 << 18):
+            target.write(block)
+            digest.update(block)
+            bar.update(len(block))
+    if digest.hexdigest() != sha256:
+        sys.exit(f'{name} from {ENWIK8_URL} is corrupt: its sha256 is {digest.hexdigest()}, not {sha256}. '
+                 'Nothing of it was kept; try again, or give a file with --data')
+
+
+def download_enwik8(path: Path) -> bool:
+    """Put enwik8 at `path`. False if the network is out of reach; whatever else goes wrong ends the program."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent, older_than=3600.)
+    archive = path.with_name(f'enwik8.zip.{os.getpid()}.tmp')
+    try:
+        response = urllib.request.urlopen(ENWIK8_URL, timeout=30)
+    except urllib.error.HTTPError as error:  # someone answered, so there is a network
+        sys.exit(f'the download of {ENWIK8_URL} was refused ({error}); give a file with --data')
+    except OSError as error:
+        say(f'no network: {ENWIK8_URL} is out of reach ({getattr(error, "reason", error)})')
+        return False
+    try:
+        with response, open(archive, 'wb') as zipped:
+            size = int(response.headers.get('Content-Length') or 0)
+            copy_verified(response, zipped, size, ENWIK8_ZIP_SHA256, 'enwik8.zip')
+        with (zipfile.ZipFile(archive) as unpacked, unpacked.open('enwik8') as text, atomic_file(path) as file,
+              gzip.GzipFile('', 'wb', compresslevel=1, fileobj=file, mtime=0) as packed):
+            copy_verified(text, packed, unpacked.getinfo('enwik8').file_size, ENWIK8_SHA256, 'enwik8')
+        return True
+    except (OSError, http.client.HTTPException) as error:
+        sys.exit(f'the download of {ENWIK8_URL} failed ({error}); nothing was kept. Try again, or use --data')
+    finally:
+        archive.unlink(missing_ok=True)
+
+
+def standard_library_text() -> bytes:
+    """The source of Python's standard library, files ordered by a hash of their names so that the splits are alike."""
+    root = Path(sysconfig.get_paths()['stdlib'])
+    skip = {'site-packages', 'dist-packages', 'test', 'tests', '__pycache__'}
+    names = [path.relative_to(root) for path in root.rglob('*.py')]
+    names = [name for name in names if not skip.intersection(name.parts)]
+    names.sort(key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
+    return b''.join((root / name).read_bytes() for name in names)
+
+
+def load_data(config: Config) -> Data:
+    path = Path(config.DATA) if config.DATA else DATA_FOLDER / 'enwik8.gz'
+    if config.DATA or path.exists() or download_enwik8(path):
+        content, source = read_bytes(path), str(path)
+    else:
+        content, source = standard_library_text(), "the source text of Python's standard library"
+    sha256 = hashlib.sha256(content).hexdigest()
+    if not config.DATA and sha256 != ENWIK8_SHA256:
+        say(f'NOTICE: this run uses {source}, which is not enwik8: results are not comparable with enwik8 results')
+    least = 20 * (max(config.SEQ_LEN, config.PRIME_LENGTH) + 2)  # a twentieth is for validation
+    if len(content) < least:
+        sys.exit(f'{source} has {len(content)} bytes, too few: this configuration needs at least {least}')
+    everything = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    ends = len(content) * 90 // 100, len(content) * 95 // 100
+    return Data(everything[:ends[0]], everything[ends[0]:ends[1]], everything[ends[1]:], source, sha256)
+
+
+def windows(data: Tensor, starts: Tensor, length: int) -> Tensor:
+    return data[starts[:, None] + torch.arange(length)].long()
+
+
+def random_windows(data: Tensor, config: Config, generator: torch.Generator) -> Tensor:
+    starts = torch.randint(len(data) - config.SEQ_LEN, (config.BATCH_SIZE,), generator=generator)
+    return windows(data, starts, config.SEQ_LEN + 1)
+
+
+# model ----------------------------------------------------------------------------------------------------------------
+
+def build_model(config: Config) -> MemoryAsContextTransformer:
+    machine = choose_machine(config)
+    torch.manual_seed(config.SEED)
+    random.seed(config.SEED)  # the residual streams draw from Python's own generator
+    if config.USE_MEM_ATTENTION_MODEL:
+        memory_model: nn.Module = MemoryAttention(dim=config.NEURAL_MEM_DIM_HEAD)
+    else:
+        memory_model = MemoryMLP(dim=config.NEURAL_MEM_DIM_HEAD, depth=config.NEURAL_MEMORY_DEPTH)
+    model = MemoryAsContextTransformer(
+        num_tokens=256, dim=config.DIM, depth=config.DEPTH, heads=config.HEADS, dim_head=config.DIM_HEAD,
+        segment_len=config.WINDOW_SIZE,
+        sliding_window_attn=config.SLIDING_WINDOWS,
+        use_flex_attn=machine.flex_attn,
+        num_persist_mem_tokens=config.NUM_PERSIST_MEM,
+        num_longterm_mem_tokens=config.NUM_LONGTERM_MEM,
+        neural_memory_layers=config.NEURAL_MEM_LAYERS,
+        neural_memory_segment_len=config.NEURAL_MEM_SEGMENT_LEN,
+        neural_memory_batch_size=config.NEURAL_MEM_BATCH_SIZE,
+        neural_mem_gate_attn_output=config.NEURAL_MEM_GATE_ATTN_OUTPUT,
+        neural_mem_weight_residual=config.NEURAL_MEM_WEIGHT_RESIDUAL,
+        neural_memory_qkv_receives_diff_views=config.NEURAL_MEM_QKV_RECEIVES_DIFF_VIEW,
+        neural_memory_model=memory_model,
+        neural_memory_kwargs={
+            'dim_head': config.NEURAL_MEM_DIM_HEAD,
+            'heads': config.NEURAL_MEM_HEADS,
+            'attn_pool_chunks': config.STORE_ATTN_POOL_CHUNKS,
+            'qk_rmsnorm': config.NEURAL_MEM_QK_NORM,
+            'momentum': config.NEURAL_MEM_MOMENTUM,
+            'momentum_order': config.NEURAL_MEM_MOMENTUM_ORDER,
+            'default_step_transform_max_lr': config.NEURAL_MEM_MAX_LR,
+            'use_accelerated_scan': machine.accelerated_scan,
+            'per_parameter_lr_modulation': config.MEMORY_MODEL_PER_LAYER_LEARNED_LR,
+            'spectral_norm_surprises': config.NEURAL_MEM_SPEC_NORM_SURPRISES,
+        },
+    )
+    for parameter in model.parameters():  # an expanded view cannot be updated in place; anything else stays as it is
+        parameter.data = parameter.data.contiguous()
+    return model.to(machine.device)
+
+
+# checkpoints ----------------------------------------------------------------------------------------------------------
+
+class BadCheckpoint(Exception):
+    pass
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        if zipfile.is_zipfile(path):  # what torch.save writes; torch.load does not look at the checksums in it
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    raise ValueError('checksum mismatch')
+        content = torch.load(path, map_location='cpu', weights_only=True)
+        if not isinstance(content, dict):
+            raise TypeError(f'it holds a {type(content).__name__}')
+        return content
+    except FileNotFoundError:
+        raise BadCheckpoint(f'there is no checkpoint {path}') from None
+    except Exception as error:
+        what = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise BadCheckpoint(f'{path} is corrupt, or no checkpoint: {what}') from error
+
+
+def latest_checkpoint(folder: Path) -> Path:
+    """The newest file in `folder` that a run can be resumed from."""
+    for path in sorted(folder.glob('*.pt'), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        try:
+            read_checkpoint(path)
+            return path
+        except BadCheckpoint as error:
+            say(f'skipped: {error}')
+    sys.exit(f'there is no checkpoint to resume in {folder}')
+
+
+def load_weights(model: nn.Module, weights: dict[str, Any]) -> None:
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        sys.exit(f'the saved weights do not fit the model of this configuration:\n{error}')
+
+
+# evaluation -----------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def validate(model: nn.Module, data: Tensor, config: Config, machine: Machine) -> float:
+    """Mean loss (nats per byte) over windows that are the same in every run: evenly spaced over the split."""
+    model.eval()
+    count = config.VALIDATE_BATCHES * config.BATCH_SIZE
+    starts = torch.linspace(0, len(data) - config.SEQ_LEN - 1, count, dtype=torch.float64).long()
+    losses = []
+    for some in starts.split(config.BATCH_SIZE):
+        with machine.autocast():
+            losses.append(model(windows(data, some, config.SEQ_LEN + 1).to(machine.device), return_loss=True))
+    model.train()
+    return torch.stack(losses).double().mean().item()
+
+
+def printable(content: Tensor) -> str:
+    text = bytes(content.tolist()).decode('utf-8', errors='replace')
+    return ''.join(c if c.isprintable() or c in '\n\t' else '\N{REPLACEMENT CHARACTER}' for c in text)
+
+
+def generate(model: MemoryAsContextTransformer, data: Tensor, config: Config, machine: Machine, batch: int) -> str:
+    """Continue a piece of validation text; training's random numbers are left as they were."""
+    with torch.random.fork_rng(devices=[machine.device] if machine.device.type == 'cuda' else []), machine.autocast():
+        torch.manual_seed(config.SEED + batch)
+        prompt = windows(data, torch.randint(len(data) - config.PRIME_LENGTH, (1,)), config.PRIME_LENGTH)
+        made = model.sample(prompt.to(machine.device), config.GENERATE_LENGTH, use_cache=config.USE_FAST_INFERENCE,
+                            show_progress=False)
+    model.train()
+    return f'--- sample after {batch} steps\n{printable(prompt[0])}\n--- goes on as\n{printable(made[0])}\n---\n'
+
+
+def plot_losses(folder: Path) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        say('no loss curve was drawn: matplotlib is not installed')
+        return
+    rows = read_metrics(folder / 'metrics.jsonl')
+    if not rows:
+        return
+    axes = (figure := Figure(figsize=(8, 5), layout='constrained')).subplots()
+    for key, label, marker in (('train_loss', 'training', ''), ('val_loss', 'validation', 'o')):
+        points = [(row['step'], row['bpb']) for row in rows if key in row]
+        axes.plot(*zip(*points), label=label, marker=marker, markersize=4) if points else None
+    axes.set(xlabel='steps', ylabel='bits per byte', title=str(folder))
+    axes.grid(alpha=.3)
+    axes.legend()
+    with atomic_file(folder / 'loss.png') as file:
+        figure.savefig(file, format='png', dpi=120)
+
+
+# training -------------------------------------------------------------------------------------------------------------
+
+class Interrupted(BaseException):
+    pass
+
+
+class Signals:
+    """Ctrl-C and SIGTERM wait for the end of a step or a save, and elsewhere act at once; a second one never waits."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self.wait = False
+
+    def __enter__(self) -> Self:
+        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        first, self.received = self.received is None, signal.Signals(number)
+        if not (first and self.wait):
+            raise Interrupted
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def train(config: Config, resume: dict[str, Any] | None = None, weights: dict[str, Any] | None = None) -> int:
+    """Train from scratch, from the checkpoint `resume`, or from mere `weights` (a checkpoint or a state dict).
+
+    Returns the exit status: 0, or 128 + the number of the signal that ended the run.
+    """
+    with Signals() as signals:
+        try:
+            training_loop(config, resume, weights, signals)
+        except Interrupted:
+            say(f'ended at once by {signals.received.name if signals.received else "a signal"}; nothing more was saved')
+    return 128 + signals.received if signals.received else 0
+
+
+def training_loop(config: Config, resume: dict[str, Any] | None, weights: dict[str, Any] | None,
+                  signals: Signals) -> None:
+    machine, folder = choose_machine(config), run_folder(config)
+    gpu = machine.device.type == 'cuda'
+    if config.WANDB and importlib.util.find_spec('wandb') is None:
+        sys.exit('--wandb needs the wandb package, which is not installed')
+    say(f'{config.PRESET} preset on {torch.cuda.get_device_name(machine.device) if gpu else machine.device}, '
+        f'{machine.precision}, FlexAttention {"on" if machine.flex_attn else "off"}, accelerated scan '
+        f'{"on" if machine.accelerated_scan else "off"}, PyTorch {torch.__version__}')
+    data = load_data(config)
+    say(f'data: {data.source}: {len(data.train):,} bytes to train on, {len(data.valid):,} to validate')
+
+    # `batch` counts the steps done, and `evaluated` is its value at the last evaluation
+
+    model = build_model(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.LEARNING_RATE, weight_decay=0.)
+    generator = torch.Generator().manual_seed(config.DATA_SEED)
+    batch, evaluated, val_loss, best = 0, -1, None, math.inf
+    if resume is not None:
+        load_weights(model, resume['model_state_dict'])
+        optimizer.load_state_dict(resume['optimizer_state_dict'])
+        for group in optimizer.param_groups:
+            group['lr'] = config.LEARNING_RATE  # which may have been changed on the command line
+        torch.set_rng_state(resume['random'])
+        random.setstate(resume['python_random'])
+        generator.set_state(resume['windows_random'])
+        if gpu and resume['cuda_random'] is not None:
+            torch.cuda.set_rng_state(resume['cuda_random'], machine.device)
+        batch, evaluated, val_loss, best = (resume[key] for key in ('batch', 'evaluated', 'val_loss', 'best_val_loss'))
+        say(f'resumed after {batch} steps')
+        if resume['data_sha256'] != data.sha256:
+            say('NOTICE: the data is not what this run began with')
+    elif weights is not None:
+        load_weights(model, weights.get('model_state_dict', weights))
+    prepare_run_folder(folder, batch if resume is not None else None)
+    say(f'{sum(p.numel() for p in model.parameters()):,} parameters; the run is kept in {folder}')
+
+    wandb_run = None
+    if config.WANDB:
+        import wandb
+        settings = dataclasses.asdict(config)
+        wandb_run = wandb.init(project=config.PROJECT_NAME, name=config.RUN_NAME or None, config=settings)
+
+    def log(row: dict[str, Any]) -> None:
+        with open(folder / 'metrics.jsonl', 'a') as file:
+            file.write(json.dumps(row) + '\n')
+        if wandb_run is not None:
+            wandb_run.log(row, step=row['step'])
+
+    def fail(what: str) -> NoReturn:
+        sys.exit(f'\nstopped after {batch} steps: {what}. Nothing was saved from this state; earlier checkpoints are '
+                 f'good. A lower NEURAL_MEM_MAX_LR (now {config.NEURAL_MEM_MAX_LR:g}) or LEARNING_RATE '
+                 f'(now {config.LEARNING_RATE:g}) usually helps')
+
+    def save(name: str) -> None:
+        weights = model.state_dict()
+        if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
+            fail('the weights are not finite')
+        with atomic_file(folder / name) as file:
+            torch.save({
+                'batch': batch, 'model_state_dict': weights, 'optimizer_state_dict': optimizer.state_dict(),
+                'val_loss': val_loss, 'config': dataclasses.asdict(config),
+                # and what the resumed run needs to be the same run
+                'best_val_loss': best, 'evaluated': evaluated, 'data_sha256': data.sha256,
+                'random': torch.get_rng_state(), 'python_random': random.getstate(), 'windows_random': generator.get_state(),
+                'cuda_random': torch.cuda.get_rng_state(machine.device) if gpu else None,
+            }, file)
+        say(f'saved {folder / name}')
+
+    start = batch
+    model.train()
+    bar = tqdm(total=config.NUM_BATCHES, initial=batch, unit='step', dynamic_ncols=True,
+               mininterval=.2 if sys.stderr.isatty() else 10.)
+    while True:
+        # evaluate. This changes nothing that training depends on, so a signal can break it off: it is done again after
+        # the resume. What was evaluated before it was saved is not evaluated twice
+
+        last = batch >= config.NUM_BATCHES
+        new_loss = sample = None
+        started = time.perf_counter()
+        if batch != evaluated:
+            try:
+                signals.wait = False
+                if last or batch % config.VALIDATE_EVERY == 0:
+                    new_loss = validate(model, data.valid, config, machine)
+                validation_seconds = time.perf_counter() - started
+                if last or (batch > 0 and batch % config.GENERATE_EVERY == 0):
+                    sample = generate(model, data.valid, config, machine, batch)
+                evaluated = batch
+            except Interrupted:
+                new_loss = sample = None
+        signals.wait = True
+        if new_loss is not None:
+            if not math.isfinite(new_loss):
+                fail(f'the validation loss is {new_loss}')
+            val_loss, bpb = new_loss, new_loss / math.log(2)
+            log({'step': batch, 'val_loss': val_loss, 'bpb': bpb, 'seconds': validation_seconds})
+            say(f'step {batch}: validation {bpb:.4f} bits per byte')
+            if val_loss < best:
+                best = val_loss
+                if batch > 0:
+                    save('titans_enwik8_best.pt')
+        if sample is not None:
+            say(sample)
+            with open(folder / 'samples.txt', 'a', encoding='utf-8') as samples:
+                samples.write(sample + '\n')
+            plot_losses(folder)
+
+        # save, end
+
+        stop = signals.received is not None
+        if stop or (batch > start and batch % config.CHECKPOINT_EVERY == 0):
+            save(f'checkpoint_batch_{batch}.pt')
+        if stop or last:
+            break
+
+        # one step; the loss and the gradient's norm are read back once, after the optimizer has its work
+
+        started, total = time.perf_counter(), torch.zeros((), device=machine.device)
+        if gpu:
+            torch.cuda.reset_peak_memory_stats(machine.device)
+        for _ in range(config.GRADIENT_ACCUMULATE_EVERY):
+            inputs = random_windows(data.train, config, generator).to(machine.device, non_blocking=gpu)
+            with machine.autocast():
+                loss = model(inputs, return_loss=True) / config.GRADIENT_ACCUMULATE_EVERY
+            loss.backward()
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        train_loss, grad_norm = torch.stack((total, norm)).tolist()
+        if not (math.isfinite(train_loss) and math.isfinite(grad_norm)):
+            fail(f'the training loss is {train_loss}, the norm of its gradient {grad_norm}')
+        batch += 1
+
+        seconds = time.perf_counter() - started
+        speed = config.BATCH_SIZE * config.GRADIENT_ACCUMULATE_EVERY * config.SEQ_LEN / seconds
+        bpb = train_loss / math.log(2)
+        row = {'step': batch, 'train_loss': train_loss, 'bpb': bpb, 'grad_norm': grad_norm, 'tokens_per_second': speed,
+               'seconds': seconds}
+        if gpu:
+            row['peak_memory_bytes'] = torch.cuda.max_memory_allocated(machine.device)
+        log(row)
+        bar.set_postfix_str(f'loss {train_loss:.3f}, {bpb:.3f} bits per byte, {speed:,.0f} tokens/s', refresh=False)
+        bar.update()
+
+    bar.close()
+    if last and not stop:
+        save('titans_enwik8.pt')
+    plot_losses(folder)
+    if wandb_run is not None:
+        wandb_run.finish()
+    if signals.received is not None:
+        say(f'ended by {signals.received.name} after {batch} steps; go on with --resume latest --run-dir {folder}')
+    else:
+        say(f'done: {batch} steps, best validation {best / math.log(2):.4f} bits per byte; everything is in {folder}')
+
+
+# main -----------------------------------------------------------------------------------------------------------------
+
+def main(arguments: list[str] | None = None) -> int:
+    with contextlib.suppress(AttributeError):
+        # samples can hold what a terminal cannot show, and a log file should be up to date
+        sys.stdout.reconfigure(errors='replace', line_buffering=True)  # type: ignore[union-attr]
+    options = vars(build_parser().parse_args(arguments))
+    resume, init_from = options.pop('resume'), options.pop('init_from')
+    checkpoint = weights = None
+    try:
+        config = config_from_options(options)
+        if init_from:
+            weights = read_checkpoint(Path(init_from))
+        if resume:
+            path = latest_checkpoint(run_folder(config)) if resume == 'latest' else Path(resume)
+            checkpoint = read_checkpoint(path)
+            if 'random' not in checkpoint:
+                raise BadCheckpoint(f'{path} cannot be resumed, since it holds weights only; --init-from can use them')
+            known = {setting.name for setting in dataclasses.fields(Config)}
+            saved = {name: value for name, value in checkpoint['config'].items() if name in known}
+            options.pop('PRESET', None)  # it has named the folder; the settings come from the checkpoint
+            config = dataclasses.replace(Config(), **{**saved, 'RUN_DIR': str(path.parent), **options})
+    except (BadCheckpoint, ValueError) as error:
+        sys.exit(str(error))
+    return train(config, checkpoint, weights)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
