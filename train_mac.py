@@ -33,7 +33,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, NamedTuple, NoReturn, Self
+from typing import IO, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -293,6 +293,7 @@ def download_enwik8(path: Path) -> bool:
     try:
         response = urllib.request.urlopen(ENWIK8_URL, timeout=30)
     except urllib.error.HTTPError as error:  # someone answered, so there is a network
+        error.close()
         sys.exit(f'the download of {ENWIK8_URL} was refused ({error}); give a file with --data')
     except OSError as error:
         say(f'no network: {ENWIK8_URL} is out of reach ({getattr(error, "reason", error)})')
@@ -495,7 +496,7 @@ class Signals:
         self.received: signal.Signals | None = None
         self.wait = False
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Signals:
         self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -586,7 +587,8 @@ def training_loop(config: Config, resume: dict[str, Any] | None, weights: dict[s
                 'val_loss': val_loss, 'config': dataclasses.asdict(config),
                 # and what the resumed run needs to be the same run
                 'best_val_loss': best, 'evaluated': evaluated, 'data_sha256': data.sha256,
-                'random': torch.get_rng_state(), 'python_random': random.getstate(), 'windows_random': generator.get_state(),
+                'random': torch.get_rng_state(), 'python_random': random.getstate(),
+                'windows_random': generator.get_state(),
                 'cuda_random': torch.cuda.get_rng_state(machine.device) if gpu else None,
             }, file)
         say(f'saved {folder / name}')

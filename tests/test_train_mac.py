@@ -22,11 +22,9 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 import train_mac
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = {
     'BATCH_SIZE': 2, 'GRADIENT_ACCUMULATE_EVERY': 1, 'SEQ_LEN': 24, 'LEARNING_RATE': 1e-2, 'NUM_BATCHES': 4,
     'VALIDATE_EVERY': 100, 'VALIDATE_BATCHES': 2, 'GENERATE_EVERY': 100, 'PRIME_LENGTH': 8, 'GENERATE_LENGTH': 12,
@@ -334,7 +332,7 @@ def test_kill_in_a_save_leaves_the_last_good_checkpoint(text, tmp_path, capsys):
 def test_a_signal_saves_and_ends(text, tmp_path):
     signalled = {}
     for number in (signal.SIGINT, signal.SIGTERM):
-        signalled[number] = start(options(text, tmp_path / number.name, NUM_BATCHES=100_000), str(ROOT / 'train_mac.py'))
+        signalled[number] = start(options(text, tmp_path / number.name, NUM_BATCHES=100_000), 'train_mac.py')
     for number, process in signalled.items():
         folder, deadline = tmp_path / number.name, time.monotonic() + 60
         while len(rows(folder, 'train_loss')) < 3 and time.monotonic() < deadline and process.poll() is None:
@@ -638,6 +636,19 @@ def test_the_memory_attention_model_and_bf16_train_too(text, tmp_path):
     train_mac.main(options(text, tmp_path / 'run', NUM_BATCHES=2, USE_MEM_ATTENTION_MODEL=True, PRECISION='bf16',
                            USE_FAST_INFERENCE=False, NEURAL_MEM_MOMENTUM=False))
     assert len(rows(tmp_path / 'run', 'train_loss')) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+def test_on_a_gpu(text, tmp_path):
+    folder = tmp_path / 'run'
+    size = {'SEQ_LEN': 64, 'DIM': 64, 'DIM_HEAD': 32, 'NEURAL_MEM_DIM_HEAD': 32, 'NEURAL_MEM_BATCH_SIZE': 32}
+    train_mac.main(options(text, folder, DEVICE='cuda', NUM_BATCHES=4, VALIDATE_EVERY=2, GENERATE_EVERY=2, **size))
+    assert train_mac.main(['--resume', 'latest', '--run-dir', str(folder), '--num-batches', '6']) == 0
+    training = rows(folder, 'train_loss')
+    assert list(training) == [1, 2, 3, 4, 5, 6]
+    assert all(row['peak_memory_bytes'] > 0 for row in training.values())
+    assert load(folder / 'titans_enwik8.pt')['batch'] == 6
 
 
 def test_printable():

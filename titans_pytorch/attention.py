@@ -77,7 +77,7 @@ class SegmentedAttention(Module):
         heads: int = 8,
         sliding: bool = False,
         accept_value_residual: bool = False,
-        attend_kwargs: Mapping[str, Any] = {},  # noqa: B006 (only read)
+        attend_kwargs: Mapping[str, Any] = {},
         use_flex_attn: bool = False,
     ):
         super().__init__()

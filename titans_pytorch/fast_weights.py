@@ -43,7 +43,7 @@ class Chunks(NamedTuple):
 
     def span(self, start: int, stop: int) -> Chunks:
         """Chunks `start` to `stop`."""
-        return Chunks(*(None if t is None else t[:, start:stop] for t in self))
+        return Chunks(*(None if t is None else t[:, start:stop] for t in self))  # type: ignore[arg-type]
 
 
 class FastWeights:
@@ -79,6 +79,10 @@ class FastWeights:
         last = self.num_steps - 1
         steps = [min(step, last) for step in range(first, first + length)]
         return FastWeights({name: w[:, steps] for name, w in self.tensors.items()})
+
+    def scaled(self, factors: Float[Tensor, 'bh n']) -> FastWeights:
+        """Each step's weights times a factor."""
+        return FastWeights({name: _per_step(factors, w) for name, w in self.tensors.items()})
 
     def apply(self, model: Module, rows: Float[Tensor, 'bh n c d']) -> Float[Tensor, 'bh n c d']:
         """Group k of `rows` through the network with the weights of step k."""
@@ -128,7 +132,7 @@ class DenseEngine:
             if self.max_grad_norm is not None:
                 gradient = soft_clamp_norm(gradient, self.max_grad_norm)
             if chunks.modulation is not None:
-                gradient = torch.einsum('bn, bn... -> bn...', chunks.modulation[..., index], gradient)
+                gradient = _per_step(chunks.modulation[..., index], gradient)
 
             update = -gradient
             if chunks.momentum is not None:
@@ -191,3 +195,6 @@ def soft_clamp_norm(gradients: Float[Tensor, 'bh n ...'], max_norm: float) -> Fl
     clamped = ((norm / half).tanh() + 1) * half
     return (flat * (clamped / norm)).view_as(gradients)
 
+
+def _per_step(factors: Float[Tensor, 'bh n'], tensors: Float[Tensor, 'bh n ...']) -> Float[Tensor, 'bh n ...']:
+    return torch.einsum('bn, bn... -> bn...', factors, tensors)

@@ -70,11 +70,12 @@ class ImplicitMLPAttention(nn.Module):
         self.values = nn.ModuleList([nn.Linear(dim, d * heads, bias=False) for _, d in layers])
 
         self.activation = activation
-        self.talking_heads = nn.Identity()
+        self.talking_heads: nn.Module = nn.Identity()
 
         if talking_heads and dims_between:
-            self.talking_heads = nn.Conv2d(heads, heads, 1, bias=False)
-            nn.init.dirac_(self.talking_heads.weight)
+            mix = nn.Conv2d(heads, heads, 1, bias=False)
+            nn.init.dirac_(mix.weight)
+            self.talking_heads = mix
 
         self.split_heads = Rearrange('b n (h d) -> b h n d', h=heads)
         self.merge_heads = Rearrange('b h n d -> b n (h d)')

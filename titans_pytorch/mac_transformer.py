@@ -169,7 +169,7 @@ class MemoryAsContextTransformer(Module):
         ff_mult: float = 4,
         num_residual_streams: int = 4,
         neural_memory_model: Module | None = None,
-        neural_memory_kwargs: Mapping[str, Any] = {},  # noqa: B006 (only read)
+        neural_memory_kwargs: Mapping[str, Any] = {},
         neural_memory_layers: Sequence[int] | None = None,
         use_flex_attn: bool = False,
         sliding_window_attn: bool = False,
@@ -394,7 +394,7 @@ class MemoryAsContextTransformer(Module):
         seq_len: int,
         temperature: float = 1.5,
         filter_fn: Callable[..., Tensor] = min_p_filter,
-        filter_kwargs: Mapping[str, Any] = {'min_p': 0.1},  # noqa: B006 (only read)
+        filter_kwargs: Mapping[str, Any] = {'min_p': 0.1},
         show_progress: bool = True,
         use_cache: bool = False,
     ) -> Int[Tensor, 'b n']:
@@ -408,9 +408,7 @@ class MemoryAsContextTransformer(Module):
             show_progress: show a progress bar.
             use_cache: keep the state between steps; same tokens, and a step's cost does not grow with the length.
         """
-        return generation.sample(
-            self, prompt, seq_len, temperature, filter_fn, filter_kwargs, show_progress, use_cache
-        )
+        return generation.sample(self, prompt, seq_len, temperature, filter_fn, filter_kwargs, show_progress, use_cache)
 
 
 def _view_selector(dim: int, layer: int) -> nn.Sequential:

@@ -9,6 +9,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from titans_pytorch.fast_weights import Weights
 from titans_pytorch.shapes import Bool, Float
 
 
@@ -84,6 +85,27 @@ def _rebuild_state(seq_index: int, weights: Any, pending: Any, states: Any, upda
 
 
 torch.serialization.add_safe_globals([_rebuild_state, PendingSegment])
+
+
+class OpenState(NamedTuple):
+    """A state at work: everything that a first call leaves out is filled in."""
+
+    seq_index: int
+    base: Weights
+    last: Weights
+    momentum: Weights
+    pending: PendingSegment
+
+    def closed(self, updates: Weights, detach: bool = False) -> NeuralMemState:
+        """The state to hand out, with the weights over the call."""
+        state = NeuralMemState(
+            seq_index=self.seq_index,
+            weights=TensorDict(self.base),
+            cache_store_segment=self.pending.simplified(),
+            states=(TensorDict(self.last), TensorDict(self.momentum)),
+            updates=TensorDict(updates),
+        )
+        return state.detach() if detach else state
 
 
 def mem_state_detach(state: NeuralMemState) -> NeuralMemState:

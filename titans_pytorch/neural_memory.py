@@ -5,26 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce, repeat
+from einops import rearrange, repeat
 from einops.layers.torch import Rearrange
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn import Linear, Module, Parameter, ParameterList
 
-from titans_pytorch.checks import check_floating, check_multiple, check_positive, check_shape, check_tensor
+from titans_pytorch.checks import check_floating, check_multiple, check_positive, check_shape
 from titans_pytorch.fast_weights import Chunks, DenseEngine, FastWeights, LossFn, Weights
+from titans_pytorch.gates import AttentionPool, AveragePool, MultiheadRMSNorm, gate, projection, start_at
+from titans_pytorch.memory_layout import Call, MemoryLayout, check_memory_model
 from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
-from titans_pytorch.memory_state import NeuralMemState, PendingSegment, mem_state_detach
+from titans_pytorch.memory_state import NeuralMemState, OpenState, PendingSegment, mem_state_detach
 from titans_pytorch.recurrence import AssocScan
 from titans_pytorch.shapes import Bool, Float
 
 __all__ = ['AssocScan', 'NeuralMemState', 'NeuralMemory', 'mem_state_detach']
 
-LinearNoBias = partial(Linear, bias=False)
+EMPTY = NeuralMemState(0, None, None, None, None)
 
 Surprises = tuple[Float[Tensor, 'b h n'], Float[Tensor, 'b h n']]
 """Unweighted losses and step sizes of the rows stored, (batch, heads, rows)."""
@@ -35,51 +37,9 @@ def default_adaptive_step_transform(adaptive_step: Tensor, max_lr: float = 1e-2)
     return adaptive_step.sigmoid() * max_lr
 
 
-def default_loss_fn(pred: Float[Tensor, '... d'], target: Float[Tensor, '... d']) -> Float[Tensor, '...']:
+def default_loss_fn(pred: Float[Tensor, '... d'], target: Float[Tensor, '... d']) -> Float[Tensor, ...]:
     """‖M(k) − v‖², a mean over features (Titans eq. 12)."""
     return (pred - target).pow(2).mean(dim=-1)
-
-
-class MultiheadRMSNorm(Module):
-    """RMS norm with a gain of `1 + gamma` for each head."""
-
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.rmsnorm = nn.RMSNorm(dim, elementwise_affine=False)
-        self.gamma = Parameter(torch.zeros(heads, 1, dim))
-
-    def forward(self, x: Float[Tensor, 'b h n d']) -> Float[Tensor, 'b h n d']:
-        return self.rmsnorm(x) * (self.gamma + 1.0)
-
-
-class AveragePool(Module):
-    """The mean of each chunk."""
-
-    def forward(self, x: Float[Tensor, 'b n d'], chunk_size: int) -> Float[Tensor, 'b n d']:
-        return reduce(x, 'b (n c) d -> b n d', 'mean', c=chunk_size)
-
-
-class AttentionPool(Module):
-    """A weighted mean of each chunk, weights learned per feature (Enformer); starts as the plain mean."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.to_attn_logits = Linear(dim, dim)
-        nn.init.zeros_(self.to_attn_logits.weight)
-        nn.init.zeros_(self.to_attn_logits.bias)
-
-    def forward(self, x: Float[Tensor, 'b n d'], chunk_size: int) -> Float[Tensor, 'b n d']:
-        x = rearrange(x, 'b (n c) d -> b n c d', c=chunk_size)
-        return (x * self.to_attn_logits(x).softmax(dim=-2)).sum(dim=-2)
-
-
-class _Call(NamedTuple):
-    """The inputs of one call, checked and in one layout."""
-
-    queries: Float[Tensor, 'b n d']
-    store: Float[Tensor, 'b n d'] | Float[Tensor, 'v b n d']
-    mask: Bool[Tensor, 'b n'] | None
-    batch_size: int | None
 
 
 class NeuralMemory(Module):
@@ -179,7 +139,7 @@ class NeuralMemory(Module):
         gated_transition: bool = False,
         mem_model_norm_add_residual: bool = True,
         store_with_lookahead_value: bool = False,
-        default_model_kwargs: Mapping[str, Any] = {'depth': 2, 'expansion_factor': 4.0},  # noqa: B006 (only read)
+        default_model_kwargs: Mapping[str, Any] = {'depth': 2, 'expansion_factor': 4.0},
     ):
         super().__init__()
         dim_head = dim if dim_head is None else dim_head
@@ -216,6 +176,7 @@ class NeuralMemory(Module):
         self.max_grad_norm = max_grad_norm
         self.spectral_norm_surprises = spectral_norm_surprises
         self.use_accelerated_scan = use_accelerated_scan
+        self.per_head_learned_parameters = per_head_learned_parameters
         self.store_memory_loss_fn = store_memory_loss_fn
         self.adaptive_step_transform = adaptive_step_transform or partial(
             default_adaptive_step_transform, max_lr=default_step_transform_max_lr
@@ -224,10 +185,8 @@ class NeuralMemory(Module):
         # the memory
 
         model = MemoryMLP(dim_head, **default_model_kwargs) if model is None else model
-        _check_memory_model(model, dim_head)
-        if mem_model_norm_add_residual:
-            model = ResidualNorm(dim_head, model)
-        self._init_memory(model, per_head_learned_parameters)
+        check_memory_model(model, dim_head)
+        self._hold(ResidualNorm(dim_head, model) if mem_model_norm_add_residual else model)
         self.transition_gate = Parameter(torch.tensor(-5.0)) if gated_transition else None
         self.assoc_scan = AssocScan(use_accelerated=use_accelerated_scan)
 
@@ -236,9 +195,9 @@ class NeuralMemory(Module):
         dim_inner = dim_head * heads
         self.retrieve_norm = nn.RMSNorm(dim) if pre_rmsnorm else nn.Identity()
         self.store_norm = nn.RMSNorm(dim) if pre_rmsnorm else nn.Identity()
-        self.to_queries = _projection(dim, dim_inner, activation)
-        self.to_keys = _projection(dim, dim_inner * num_kv_per_token, activation)
-        self.to_values = _projection(dim, dim_inner * num_kv_per_token, activation)
+        self.to_queries = projection(dim, dim_inner, activation)
+        self.to_keys = projection(dim, dim_inner * num_kv_per_token, activation)
+        self.to_values = projection(dim, dim_inner * num_kv_per_token, activation)
         self.q_norm = MultiheadRMSNorm(dim_head, heads) if qk_rmsnorm else nn.Identity()
         self.k_norm = MultiheadRMSNorm(dim_head, heads) if qk_rmsnorm else nn.Identity()
         self.split_heads = Rearrange('b n (h d) -> b h n d', h=heads)
@@ -248,32 +207,33 @@ class NeuralMemory(Module):
 
         self.multihead_rmsnorm = MultiheadRMSNorm(dim_head, heads) if post_rmsnorm else nn.Identity()
         self.merge_heads = Rearrange('b h n d -> b n (h d)')
-        self.combine_heads = LinearNoBias(dim_inner, dim) if heads > 1 else nn.Identity()
+        self.combine_heads = Linear(dim_inner, dim, bias=False) if heads > 1 else nn.Identity()
         self.retrieve_gate = (
-            nn.Sequential(LinearNoBias(dim, heads), Rearrange('b n h -> b h n 1'), nn.Sigmoid()) if heads > 1 else None
+            nn.Sequential(Linear(dim, heads, bias=False), Rearrange('b n h -> b h n 1'), nn.Sigmoid())
+            if heads > 1
+            else None
         )
 
         # gates: step sizes per key, the rest per chunk
 
+        gates = partial(gate, dim, heads)
         mixed_orders = momentum_order + learned_combine_include_zeroth
         self.reduce_to_chunk_rep = AttentionPool(dim) if attn_pool_chunks else AveragePool()
         self.to_adaptive_step = nn.Sequential(
             Linear(dim, heads * num_kv_per_token),
             Rearrange('b n (h u) -> (b h) (n u)', u=num_kv_per_token),
         )
-        self.to_decay_factor = self._gate()
-        self.to_momentum = self._gate(momentum_order) if momentum else None
-        self.to_learned_momentum_combine = (
-            self._gate(mixed_orders, nn.Softmax(dim=-1)) if learned_momentum_combine else None
-        )
+        self.to_decay_factor = gates(1)
+        self.to_momentum = gates(momentum_order) if momentum else None
+        self.to_learned_momentum_combine = gates(mixed_orders, nn.Softmax(dim=-1)) if learned_momentum_combine else None
         self.to_layer_modulation = (
-            self._gate(self.num_memory_parameter_tensors, nn.Sigmoid()) if per_parameter_lr_modulation else None
+            gates(self.num_memory_parameter_tensors, nn.Sigmoid()) if per_parameter_lr_modulation else None
         )
-        self.to_learned_weight_residual_mix = self._gate(1, nn.Sigmoid()) if accept_weight_residual else None
+        self.to_learned_weight_residual_mix = gates(1, nn.Sigmoid()) if accept_weight_residual else None
 
-        _start_at(self.to_adaptive_step, init_adaptive_step_bias)
-        _start_at(self.to_momentum, init_momentum_bias)
-        _start_at(self.to_decay_factor, init_decay_bias)
+        start_at(self.to_adaptive_step, init_adaptive_step_bias)
+        start_at(self.to_momentum, init_momentum_bias)
+        start_at(self.to_decay_factor, init_decay_bias)
 
         # the reference's checkpoints hold the network a second time
         self.register_state_dict_post_hook(_write_reference_copy)
@@ -281,27 +241,20 @@ class NeuralMemory(Module):
 
     # the memory network and its weights
 
-    def _init_memory(self, model: Module, per_head: bool) -> None:
-        names, parameters = zip(*model.named_parameters())
-        self.memory_model_parameter_names = [*names]
-        self.num_memory_parameter_tensors = len(names)
-        self.per_head_learned_parameters = per_head
-        self._parameter_shapes = [tuple(p.shape) for p in parameters]
-
-        initial = [p.detach().clone() for p in parameters]
-        if per_head:
+    def _hold(self, model: Module) -> None:
+        """Take over a memory network: its weights as learned initial ones, the rest as a template."""
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        initial = [p.detach().clone() for p in model.parameters()]
+        if self.per_head_learned_parameters:
             initial = [torch.stack([p] * self.heads) for p in initial]
+
         self.memory_model_parameters = ParameterList(map(Parameter, initial))
+        self.memory_model_parameter_names = [*shapes]
+        self.num_memory_parameter_tensors = len(shapes)
         self.init_weight_shape = [tuple(p.shape) for p in initial]
-
-        # the network without its weights: they are given at every use, so that each is held and registered once
+        # weights are given at every use, so the network itself holds none; in a tuple, it is not registered
         self._template = (deepcopy(model).to('meta'),)
-
-    def _gate(self, per_head: int = 1, activation: Module | None = None) -> nn.Sequential:
-        """Chunk representation (b, n, d) to `per_head` numbers for each head and chunk, (bh, n, per_head)."""
-        to_gate = Linear(self.dim, self.heads * per_head)
-        split = Rearrange('b n (h g) -> (b h) n g', g=per_head)
-        return nn.Sequential(*(layer for layer in (to_gate, split, activation) if layer is not None))
+        self._parameter_shapes = shapes
 
     @property
     def memory_model(self) -> Module:
@@ -326,8 +279,19 @@ class NeuralMemory(Module):
     def init_momentum(self, batch: int) -> TensorDict:
         """Momentum of an empty memory: zeros, per parameter (orders, batch · heads, …)."""
         leading = (self.momentum_order, batch * self.heads)
-        named = zip(self.memory_model_parameter_names, self.memory_model_parameters, self._parameter_shapes)
-        return TensorDict({name: p.new_zeros(*leading, *shape) for name, p, shape in named})
+        named = zip(self._parameter_shapes.items(), self.memory_model_parameters)
+        return TensorDict({name: p.new_zeros(*leading, *shape) for (name, shape), p in named})
+
+    @property
+    def _layout(self) -> MemoryLayout:
+        return MemoryLayout(
+            dim=self.dim,
+            heads=self.heads,
+            chunk_size=self.store_chunk_size,
+            momentum_orders=0 if self.to_momentum is None else self.momentum_order,
+            different_views=self.qkv_receives_diff_views,
+            parameters=self._parameter_shapes,
+        )
 
     @property
     def _engine(self) -> DenseEngine:
@@ -381,17 +345,15 @@ class NeuralMemory(Module):
                 raise ValueError('state and cache are two names for one argument: give one of them')
             state = cache
 
-        call = self._checked(seq, store_seq, store_mask, ttt_batch_size)
-        state, pending = self._unpacked(state, call.queries)
+        call = self._layout.call(seq, store_seq, store_mask, ttt_batch_size, self.batch_size)
+        before = self._opened(EMPTY if state is None else state, call.queries)
 
-        weights, next_state, surprises = self._store(call, state, pending, prev_weights)
-        rows, carried = self._query_rows(call.queries, pending)
-        retrieved = self._retrieve(call.queries, rows, weights, pending.tokens.shape[-2])
+        weights, after, surprises = self._store(call, before, prev_weights)
+        rows, carried = self._query_rows(call.queries, before.pending)
+        retrieved = self._retrieve(call.queries, rows, weights, before.pending.tokens.shape[-2])
 
-        next_pending = next_state.cache_store_segment._replace(queries=carried)
-        next_state = next_state._replace(cache_store_segment=next_pending.simplified())
-        if detach_mem_state:
-            next_state = next_state.detach()
+        after = after._replace(pending=after.pending._replace(queries=carried))
+        next_state = after.closed(weights.tensors, detach_mem_state)
         return (retrieved, next_state, surprises) if return_surprises else (retrieved, next_state)
 
     def store_memories(
@@ -410,15 +372,13 @@ class NeuralMemory(Module):
         (bh, chunks + 1, …), the state, whose `cache_store_segment` holds the tokens of an incomplete chunk, and with
         `return_surprises` the surprises.
         """
-        views = (2,) if self.qkv_receives_diff_views else ()
-        self._check_input('seq', seq, views)
-        self._check_mask('mask', mask, seq)
-        like = seq[0] if self.qkv_receives_diff_views else seq
-        state, pending = self._unpacked(NeuralMemState(seq_index, weights, None, past_state, None), like)
+        self._layout.check_store('seq', seq)
+        self._layout.check_mask('mask', mask, seq)
+        queries = seq[0] if self.qkv_receives_diff_views else seq
 
-        call = _Call(seq, seq, mask, None)
-        _, next_state, surprises = self._store(call, state, pending, prev_weights)
-        next_state = next_state._replace(cache_store_segment=next_state.cache_store_segment.simplified())
+        before = self._opened((seq_index, weights, None, past_state, None), queries)
+        over_time, after, surprises = self._store(Call(queries, seq, mask, None), before, prev_weights)
+        next_state = after.closed(over_time.tensors)
         return (next_state.updates, next_state, *((surprises,) if return_surprises else ()))
 
     def retrieve_memories(self, seq: Float[Tensor, 'b n d'], weights: Mapping[str, Tensor]) -> Float[Tensor, 'b n d']:
@@ -427,26 +387,31 @@ class NeuralMemory(Module):
         `weights` per parameter: (bh, chunks + 1, …), as `state.updates`, of which token t reads entry
         ⌊(t + 1) / chunk⌋; or (bh, …), as `state.weights`; or the initial weights.
         """
-        self._check_input('seq', seq, ())
-        batch = seq.shape[0]
-        over_time = self._over_time('weights', weights, batch)
-        rows, _ = self._query_rows(seq, self._empty_pending(seq))
+        check_floating('seq', seq)
+        check_shape('seq', seq, batch=None, length=None, dim=self.dim)
+        over_time = self._layout.over_time('weights', weights, seq.shape[0])
+        rows, _ = self._query_rows(seq, self._layout.no_pending(seq))
         return self._retrieve(seq, rows, over_time, 0)
+
+    def _opened(self, state: Any, seq: Float[Tensor, 'b n d']) -> OpenState:
+        batch = seq.shape[0]
+        no_momentum: Mapping[str, Tensor] = {} if self.to_momentum is None else self.init_momentum(batch)
+        return self._layout.opened(state, seq, self.init_weights(batch), no_momentum)
 
     # storing
 
     def _store(
-        self, call: _Call, state: NeuralMemState, pending: PendingSegment, prev_weights: Mapping[str, Tensor] | None
-    ) -> tuple[FastWeights, NeuralMemState, Surprises]:
-        tokens = torch.cat((pending.tokens, call.store), dim=-2)
-        mask = _joined_masks(pending, call)
+        self, call: Call, state: OpenState, prev_weights: Mapping[str, Tensor] | None
+    ) -> tuple[FastWeights, OpenState, Surprises]:
+        tokens = torch.cat((state.pending.tokens, call.store), dim=-2)
+        mask = _joined_masks(state.pending, call)
         num_chunks = tokens.shape[-2] // self.store_chunk_size
         complete = num_chunks * self.store_chunk_size
 
-        base, (last, momentum) = dict(state.weights), map(dict, state.states)
         chunks = self._chunks(tokens[..., :complete, :], None if mask is None else mask[:, :complete])
         residual = self._weight_residual(prev_weights, tokens[..., :complete, :])
-        runs, losses = [], []
+        _, base, last, momentum, _ = state
+        runs, losses = [], [torch.zeros_like(chunks.step_sizes[:, :0])]
 
         for start, stop, ends_batch in self._memory_batches(state.seq_index, num_chunks, call.batch_size):
             run = None if residual is None else residual.from_step(start, stop - start)
@@ -457,25 +422,17 @@ class NeuralMemory(Module):
             if ends_batch:
                 base = last = self._transition(base, last)
 
-        weights = FastWeights.joined(runs, last)
         # copied, so that a kept state does not keep the whole input
         rest = PendingSegment(tokens[..., complete:, :].clone(), None if mask is None else mask[:, complete:].clone())
-        next_state = NeuralMemState(
-            seq_index=state.seq_index + complete,
-            weights=TensorDict(base),
-            cache_store_segment=rest,
-            states=(TensorDict(last), TensorDict(momentum)),
-            updates=TensorDict(weights.tensors),
-        )
-        losses = torch.cat(losses, dim=1) if losses else torch.zeros_like(chunks.step_sizes)
-        surprises = tuple(
-            rearrange(t, '(b h) n m -> b h (n m)', h=self.heads) for t in (losses, chunks.step_sizes)
-        )
-        return weights, next_state, surprises
+        after = OpenState(state.seq_index + complete, base, last, momentum, rest)
 
-    def _memory_batches(
-        self, seq_index: int, num_chunks: int, batch_size: int | None
-    ) -> list[tuple[int, int, bool]]:
+        def by_row(t: Float[Tensor, 'bh n m']) -> Float[Tensor, 'b h n']:
+            return rearrange(t, '(b h) n m -> b h (n m)', h=self.heads)
+
+        surprises = by_row(torch.cat(losses, dim=1)), by_row(chunks.step_sizes)
+        return FastWeights.joined(runs, last), after, surprises
+
+    def _memory_batches(self, seq_index: int, num_chunks: int, batch_size: int | None) -> list[tuple[int, int, bool]]:
         """Chunks of this call by memory batch: (start, stop, whether the memory batch is complete at stop)."""
         first_chunk = seq_index // self.store_chunk_size
         if num_chunks == 0:
@@ -519,23 +476,23 @@ class NeuralMemory(Module):
 
     def _weight_residual(self, prev_weights: Mapping[str, Tensor] | None, seq: Tensor) -> FastWeights | None:
         """A learned share, per chunk, of the other memory's weights before that chunk."""
-        if (prev_weights is None) != (self.to_learned_weight_residual_mix is None):
+        to_mix = self.to_learned_weight_residual_mix
+        if (prev_weights is None) != (to_mix is None):
             given = 'got none' if prev_weights is None else 'but this memory has accept_weight_residual=False'
             raise ValueError(f'prev_weights must be given exactly where accept_weight_residual=True, {given}')
         num_chunks = seq.shape[-2] // self.store_chunk_size
-        if prev_weights is None or num_chunks == 0:
+        if prev_weights is None or to_mix is None or num_chunks == 0:
             return None
 
-        previous = self._over_time('prev_weights', prev_weights, seq.shape[-3])
+        previous = self._layout.over_time('prev_weights', prev_weights, seq.shape[-3])
         if previous.num_steps < num_chunks:
             raise ValueError(
                 f'prev_weights must hold weights for each of the {num_chunks} chunks that this call completes, '
                 f'got {previous.num_steps}'
             )
         keys_view = self.store_norm(seq)[0] if self.qkv_receives_diff_views else self.store_norm(seq)
-        mix = self.to_learned_weight_residual_mix(self.reduce_to_chunk_rep(keys_view, self.store_chunk_size))
-        weights = previous.from_step(0, num_chunks).tensors
-        return FastWeights({name: torch.einsum('bn, bn... -> bn...', mix.squeeze(-1), w) for name, w in weights.items()})
+        share = to_mix(self.reduce_to_chunk_rep(keys_view, self.store_chunk_size)).squeeze(-1)
+        return previous.from_step(0, num_chunks).scaled(share)
 
     def _transition(self, base: Weights, last: Weights) -> Weights:
         """Base weights of the next memory batch."""
@@ -593,151 +550,12 @@ class NeuralMemory(Module):
             values = values * self.retrieve_gate(self.retrieve_norm(seq))
         return self.combine_heads(self.merge_heads(values))
 
-    # what comes in
-
-    def _checked(
-        self, seq: Tensor, store_seq: Tensor | None, store_mask: Tensor | None, ttt_batch_size: int | None
-    ) -> _Call:
-        views = self.qkv_receives_diff_views
-        check_floating('seq', seq)
-        if seq.ndim == (3 if views else 2):
-            seq = seq.unsqueeze(-2)
-        self._check_input('seq', seq, (3 if store_seq is None else len(seq),) if views else ())
-
-        queries, store = (seq[0], seq[1:]) if views else (seq, seq)
-        if store_seq is not None:
-            check_floating('store_seq', store_seq)
-            store = store_seq.unsqueeze(-2) if store_seq.ndim == (3 if views else 2) else store_seq
-            self._check_input('store_seq', store, (2,) if views else (), batch=queries.shape[0])
-
-        self._check_mask('store_mask', store_mask, store)
-        batch_size = self.batch_size
-        if ttt_batch_size is not None:
-            check_multiple('ttt_batch_size', ttt_batch_size, 'chunk_size', self.store_chunk_size)
-            batch_size = ttt_batch_size
-        return _Call(queries, store, store_mask, batch_size)
-
-    def _check_input(self, name: str, seq: Tensor, views: tuple[int, ...], batch: int | None = None) -> None:
-        check_floating(name, seq)
-        leading = {'views': views[0]} if views else {}
-        check_shape(name, seq, **leading, batch=batch, length=None, dim=self.dim)
-
-    def _check_mask(self, name: str, mask: Tensor | None, store: Tensor) -> None:
-        if mask is None:
-            return
-        check_tensor(name, mask)
-        if mask.dtype != torch.bool:
-            raise TypeError(f'{name} must be a boolean tensor, got {mask.dtype}')
-        check_shape(name, mask, batch=store.shape[-3], length=store.shape[-2])
-
-    def _unpacked(
-        self, state: NeuralMemState | None, seq: Float[Tensor, 'b n d']
-    ) -> tuple[NeuralMemState, PendingSegment]:
-        """The state with everything a first call leaves out filled in, and its pending tokens."""
-        batch = seq.shape[0]
-        state = NeuralMemState(*state) if state is not None else NeuralMemState(0, None, None, None, None)
-        seq_index, weights, pending, past, _ = state
-        if seq_index % self.store_chunk_size:
-            raise ValueError(
-                f'state must come from a memory of chunk_size={self.store_chunk_size}: '
-                f'its seq_index must be a multiple of it, got {seq_index}'
-            )
-
-        weights = self.init_weights(batch) if weights is None else weights
-        last, momentum = (weights, self._no_momentum(batch)) if past is None else past
-        bh = batch * self.heads
-        self._check_weights('state.weights', weights, (bh,))
-        self._check_weights('state.states[0]', last, (bh,))
-        if self.to_momentum is not None:
-            self._check_weights('state.states[1]', momentum, (self.momentum_order, bh))
-
-        if pending is None:
-            pending = self._empty_pending(seq)
-        elif isinstance(pending, Tensor):
-            pending = PendingSegment(pending)
-        views = {'views': 2} if self.qkv_receives_diff_views else {}
-        if pending.tokens.shape != (*views.values(), batch, pending.tokens.shape[-2], self.dim):
-            expected = ', '.join([*(f'{k}={v}' for k, v in views.items()), f'batch={batch}, length, dim={self.dim}'])
-            raise ValueError(f'state.cache_store_segment must be ({expected}), got {tuple(pending.tokens.shape)}')
-        return state._replace(weights=weights, states=(last, momentum)), pending
-
-    def _empty_pending(self, like: Float[Tensor, 'b n d']) -> PendingSegment:
-        tokens = like[:, :0]
-        return PendingSegment(torch.stack((tokens, tokens)) if self.qkv_receives_diff_views else tokens)
-
-    def _no_momentum(self, batch: int) -> TensorDict:
-        return TensorDict({}) if self.to_momentum is None else self.init_momentum(batch)
-
-    def _check_weights(self, name: str, weights: Mapping[str, Tensor], leading: tuple[int, ...]) -> None:
-        """`weights` must be those of this memory's network, each parameter with `leading` sizes in front."""
-        expected = {
-            key: (*leading, *shape) for key, shape in zip(self.memory_model_parameter_names, self._parameter_shapes)
-        }
-        came = {key: tuple(t.shape) for key, t in weights.items()}
-        if came != expected:
-            raise ValueError(f'{name} must hold the weights of this memory, {expected}, got {came}')
-
-    def _over_time(self, name: str, weights: Mapping[str, Tensor], batch: int) -> FastWeights:
-        """Weights that a user gives, (bh, n, …), (bh, …) or initial ones, as weights over time."""
-        if {*weights.keys()} != {*self.memory_model_parameter_names}:
-            raise ValueError(
-                f'{name} must hold parameters {self.memory_model_parameter_names}, got {[*weights.keys()]}'
-            )
-        bh, tensors = batch * self.heads, {}
-        for key, shape in zip(self.memory_model_parameter_names, self._parameter_shapes):
-            w = weights[key]
-            if tuple(w.shape) == shape:
-                w = w.expand(bh, *shape)
-            elif tuple(w.shape) == (self.heads, *shape):
-                w = repeat(w, 'h ... -> (b h) ...', b=batch)
-            if tuple(w.shape) == (bh, *shape):
-                w = w.unsqueeze(1)
-            if w.shape[0] != bh or tuple(w.shape[2:]) != shape:
-                raise ValueError(f'{name}[{key!r}] must be (batch·heads={bh}, steps, *{shape}), got {tuple(w.shape)}')
-            tensors[key] = w
-        return FastWeights(tensors)
-
-
-def _check_memory_model(model: Module, dim_head: int) -> None:
-    """A memory network keeps the shape of its input, has parameters and has no buffers."""
-    if not isinstance(model, Module):
-        raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}')
-    if next(model.buffers(), None) is not None:
-        raise ValueError(f'model must have no buffers, got {[name for name, _ in model.named_buffers()]}')
-    first = next(model.parameters(), None)
-    if first is None:
-        raise ValueError('model must have parameters: they are the memory')
-
-    rows = torch.zeros(3, 2, dim_head, dtype=first.dtype, device=first.device)
-    try:
-        with torch.no_grad():
-            came = model(rows).shape
-    except Exception as cause:
-        raise ValueError(f'model must accept a tensor of shape {tuple(rows.shape)}, it raised: {cause}') from cause
-    if came != rows.shape:
-        raise ValueError(
-            f'model must keep the shape of its input, (…, dim_head={dim_head}): gave {tuple(came)} '
-            f'for {tuple(rows.shape)}'
-        )
-
-
-def _projection(dim: int, dim_out: int, activation: Module | None) -> Module:
-    to_out = LinearNoBias(dim, dim_out)
-    return to_out if activation is None else nn.Sequential(to_out, activation)
-
-
-def _start_at(gate: nn.Sequential | None, bias: float | None) -> None:
-    """Make a gate the same for every input at first, at logit `bias`."""
-    if bias is not None:
-        nn.init.zeros_(gate[0].weight)
-        nn.init.constant_(gate[0].bias, bias)
-
 
 def _optional(module: Module | None, x: Tensor) -> Tensor | None:
     return None if module is None else module(x)
 
 
-def _joined_masks(pending: PendingSegment, call: _Call) -> Bool[Tensor, 'b n'] | None:
+def _joined_masks(pending: PendingSegment, call: Call) -> Bool[Tensor, 'b n'] | None:
     """One mask for the pending tokens and the new ones; `None` if all are to be stored."""
     if pending.mask is None and call.mask is None:
         return None

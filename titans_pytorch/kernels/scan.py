@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
 BLOCK = 256
 
 
@@ -91,8 +90,6 @@ def _accumulator(t: Tensor) -> tl.dtype:
     return tl.float64 if t.dtype == torch.float64 else tl.float32
 
 
-def gated_scan(
-    gates: Tensor, inputs: Tensor, prev: Tensor
-) -> Tensor:
+def gated_scan(gates: Tensor, inputs: Tensor, prev: Tensor) -> Tensor:
     """All states h_1 … h_n of h_t = gates_t · h_{t−1} + inputs_t from h_0 = `prev`; once differentiable."""
     return _GatedScan.apply(gates.contiguous(), inputs.contiguous(), prev.contiguous())

@@ -1,0 +1,66 @@
+"""The small learned parts around a memory: norms, pooling of chunks, projections and gates."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange, reduce
+from einops.layers.torch import Rearrange
+from torch import Tensor, nn
+from torch.nn import Linear, Module, Parameter
+
+from titans_pytorch.shapes import Float
+
+
+class MultiheadRMSNorm(Module):
+    """RMS norm with a gain of `1 + gamma` for each head."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.rmsnorm = nn.RMSNorm(dim, elementwise_affine=False)
+        self.gamma = Parameter(torch.zeros(heads, 1, dim))
+
+    def forward(self, x: Float[Tensor, 'b h n d']) -> Float[Tensor, 'b h n d']:
+        return self.rmsnorm(x) * (self.gamma + 1.0)
+
+
+class AveragePool(Module):
+    """The mean of each chunk."""
+
+    def forward(self, x: Float[Tensor, 'b n d'], chunk_size: int) -> Float[Tensor, 'b n d']:
+        return reduce(x, 'b (n c) d -> b n d', 'mean', c=chunk_size)
+
+
+class AttentionPool(Module):
+    """A weighted mean of each chunk, weights learned per feature (Enformer); starts as the plain mean."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.to_attn_logits = Linear(dim, dim)
+        nn.init.zeros_(self.to_attn_logits.weight)
+        nn.init.zeros_(self.to_attn_logits.bias)
+
+    def forward(self, x: Float[Tensor, 'b n d'], chunk_size: int) -> Float[Tensor, 'b n d']:
+        x = rearrange(x, 'b (n c) d -> b n c d', c=chunk_size)
+        return (x * self.to_attn_logits(x).softmax(dim=-2)).sum(dim=-2)
+
+
+def projection(dim: int, dim_out: int, activation: Module | None) -> Module:
+    """A bias-free linear map, followed by `activation` if there is one."""
+    linear = Linear(dim, dim_out, bias=False)
+    return linear if activation is None else nn.Sequential(linear, activation)
+
+
+def gate(dim: int, heads: int, per_head: int, activation: Module | None = None) -> nn.Sequential:
+    """Chunk representations (b, n, dim) to `per_head` numbers for each head and chunk, (bh, n, per_head)."""
+    to_gate = Linear(dim, heads * per_head)
+    split = Rearrange('b n (h g) -> (b h) n g', g=per_head)
+    return nn.Sequential(to_gate, split) if activation is None else nn.Sequential(to_gate, split, activation)
+
+
+def start_at(module: nn.Sequential | None, bias: float | None) -> None:
+    """Make a gate the same for every input at first, at logit `bias`."""
+    if module is not None and bias is not None:
+        linear = module[0]
+        assert isinstance(linear, Linear)
+        nn.init.zeros_(linear.weight)
+        nn.init.constant_(linear.bias, bias)

@@ -1,0 +1,172 @@
+"""The sizes of a memory, and whether the tensors that a user gives fit them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from einops import repeat
+from torch import Tensor
+from torch.nn import Module
+
+from titans_pytorch.checks import check_floating, check_multiple, check_shape, check_tensor
+from titans_pytorch.fast_weights import FastWeights
+from titans_pytorch.memory_state import NeuralMemState, OpenState, PendingSegment
+from titans_pytorch.shapes import Bool, Float
+
+
+class Call(NamedTuple):
+    """The inputs of one call, checked and in one layout."""
+
+    queries: Float[Tensor, 'b n d']
+    store: Float[Tensor, 'b n d'] | Float[Tensor, 'v b n d']
+    mask: Bool[Tensor, 'b n'] | None
+    batch_size: int | None
+
+
+class MemoryLayout(NamedTuple):
+    """Sizes of a memory. Every method raises a ValueError or TypeError where something does not fit."""
+
+    dim: int
+    heads: int
+    chunk_size: int
+    momentum_orders: int
+    """0 without momentum."""
+    different_views: bool
+    """Whether queries, keys and values come from inputs of their own."""
+    parameters: Mapping[str, tuple[int, ...]]
+    """Shape of each parameter of the memory network, without heads."""
+
+    def call(
+        self, seq: Any, store_seq: Any, store_mask: Any, ttt_batch_size: int | None, batch_size: int | None
+    ) -> Call:
+        """The arguments of a call, a single token given its length axis, queries and what to store told apart."""
+        seq = self._with_length('seq', seq)
+        if self.different_views:
+            views = 3 if store_seq is None else max(1, seq.shape[0])
+            check_shape('seq', seq, views=views, batch=None, length=None, dim=self.dim)
+            queries, store = seq[0], seq[1:]
+        else:
+            check_shape('seq', seq, batch=None, length=None, dim=self.dim)
+            queries, store = seq, seq
+
+        if store_seq is not None:
+            store = self._with_length('store_seq', store_seq)
+            self.check_store('store_seq', store, queries.shape[0])
+        self.check_mask('store_mask', store_mask, store)
+        if ttt_batch_size is not None:
+            check_multiple('ttt_batch_size', ttt_batch_size, 'chunk_size', self.chunk_size)
+            batch_size = ttt_batch_size
+        return Call(queries, store, store_mask, batch_size)
+
+    def _with_length(self, name: str, seq: Any) -> Tensor:
+        check_floating(name, seq)
+        return seq.unsqueeze(-2) if seq.ndim == (3 if self.different_views else 2) else seq
+
+    def check_store(self, name: str, store: Any, batch: int | None = None) -> None:
+        check_floating(name, store)
+        views = {'views': 2} if self.different_views else {}
+        check_shape(name, store, **views, batch=batch, length=None, dim=self.dim)
+
+    def check_mask(self, name: str, mask: Any, store: Tensor) -> None:
+        if mask is None:
+            return
+        check_tensor(name, mask)
+        if mask.dtype != torch.bool:
+            raise TypeError(f'{name} must be a boolean tensor, got {mask.dtype}')
+        check_shape(name, mask, batch=store.shape[-3], length=store.shape[-2])
+
+    def opened(
+        self, state: Any, seq: Float[Tensor, 'b n d'], weights: Mapping[str, Tensor], momentum: Mapping[str, Tensor]
+    ) -> OpenState:
+        """`state` to go on from at `seq`; what it leaves out is taken from the initial `weights` and `momentum`."""
+        batch = seq.shape[0]
+        if not isinstance(state, tuple) or len(state) != len(NeuralMemState._fields):
+            raise TypeError(f'state must be a NeuralMemState, got {type(state).__name__}')
+        state = NeuralMemState(*state)
+
+        if state.seq_index % self.chunk_size:
+            raise ValueError(
+                f'state must come from a memory of chunk_size={self.chunk_size}: '
+                f'its seq_index must be a multiple of it, got {state.seq_index}'
+            )
+        base = weights if state.weights is None else state.weights
+        last, momentum = (base, momentum) if state.states is None else state.states
+        self._check_weights('state.weights', base, (batch * self.heads,))
+        self._check_weights('state.states[0]', last, (batch * self.heads,))
+        if self.momentum_orders:
+            self._check_weights('state.states[1]', momentum, (self.momentum_orders, batch * self.heads))
+
+        pending = state.cache_store_segment
+        if pending is None:
+            pending = self.no_pending(seq)
+        elif isinstance(pending, Tensor):
+            pending = PendingSegment(pending)
+        views = (2,) if self.different_views else ()
+        length = pending.tokens.shape[-2]
+        if pending.tokens.shape != (*views, batch, length, self.dim) or length >= self.chunk_size:
+            raise ValueError(
+                f'state.cache_store_segment must be ({"views=2, " if views else ""}batch={batch}, '
+                f'fewer than chunk_size={self.chunk_size}, dim={self.dim}), got {tuple(pending.tokens.shape)}'
+            )
+        return OpenState(state.seq_index, _plain(base), _plain(last), _plain(momentum), pending)
+
+    def no_pending(self, like: Float[Tensor, 'b n d']) -> PendingSegment:
+        tokens = like[:, :0]
+        return PendingSegment(torch.stack((tokens, tokens)) if self.different_views else tokens)
+
+    def _check_weights(self, name: str, weights: Mapping[str, Tensor], leading: tuple[int, ...]) -> None:
+        """`weights` must be those of this memory's network, each parameter with `leading` sizes in front."""
+        expected = {key: (*leading, *shape) for key, shape in self.parameters.items()}
+        came = {str(key): tuple(t.shape) for key, t in weights.items()}
+        if came != expected:
+            raise ValueError(f'{name} must hold the weights of this memory, {expected}, got {came}')
+
+    def over_time(self, name: str, weights: Mapping[str, Tensor], batch: int) -> FastWeights:
+        """Weights as a user gives them, (bh, n, …), (bh, …) or the initial ones, as weights over time."""
+        if {*weights.keys()} != {*self.parameters}:
+            raise ValueError(f'{name} must hold the parameters {[*self.parameters]}, got {[*weights.keys()]}')
+
+        bh, tensors = batch * self.heads, {}
+        for key, shape in self.parameters.items():
+            w = weights[key]
+            if tuple(w.shape) == shape:
+                w = w.expand(bh, *shape)
+            elif tuple(w.shape) == (self.heads, *shape):
+                w = repeat(w, 'h ... -> (b h) ...', b=batch)
+            if tuple(w.shape) == (bh, *shape):
+                w = w.unsqueeze(1)
+            if w.ndim != len(shape) + 2 or w.shape[0] != bh or tuple(w.shape[2:]) != shape:
+                sizes = ', '.join([f'batch·heads={bh}', 'chunks', *map(str, shape)])
+                raise ValueError(f'{name}[{key!r}] must be ({sizes}), got {tuple(w.shape)}')
+            tensors[key] = w
+        return FastWeights(tensors)
+
+
+def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {str(name): w for name, w in weights.items()}
+
+
+def check_memory_model(model: Any, dim_head: int) -> None:
+    """A memory network keeps the shape of its input, has parameters and has no buffers."""
+    if not isinstance(model, Module):
+        raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}')
+    buffers = [name for name, _ in model.named_buffers()]
+    if buffers:
+        raise ValueError(f'model must have no buffers, got {buffers}')
+    first = next(model.parameters(), None)
+    if first is None:
+        raise ValueError('model must have parameters: they are the memory')
+
+    rows = torch.zeros(3, 2, dim_head, dtype=first.dtype, device=first.device)
+    try:
+        with torch.no_grad():
+            came = model(rows).shape
+    except Exception as cause:
+        raise ValueError(f'model must accept a tensor of shape {tuple(rows.shape)}, it raised: {cause}') from cause
+    if came != rows.shape:
+        raise ValueError(
+            f'model must keep the shape of its input, (…, dim_head={dim_head}): '
+            f'it gave {tuple(came)} for {tuple(rows.shape)}'
+        )
