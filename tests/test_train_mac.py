@@ -203,10 +203,11 @@ def test_twenty_steps_are_ten_and_a_resume_and_ten(text, tmp_path):
     busy = {'VALIDATE_EVERY': 5, 'GENERATE_EVERY': 4}
     model = {'DEPTH': 2, 'NEURAL_MEM_LAYERS': (1, 2)}
     train_mac.main(options(text, tmp_path / 'whole', NUM_BATCHES=20, **busy, **model))
-    train_mac.main(options(text, tmp_path / 'quiet', NUM_BATCHES=20, **model))
+    train_mac.main(options(text, tmp_path / 'quiet', NUM_BATCHES=10, **model))
     train_mac.main(options(text, tmp_path / 'parts', NUM_BATCHES=10, **busy, **model))
     torch.manual_seed(7), random.seed(7)  # a resume must not depend on what was before it
     folder = tmp_path / 'parts'
+    half, quiet = load(folder / 'titans_enwik8.pt'), load(tmp_path / 'quiet' / 'titans_enwik8.pt')
     assert train_mac.main(['--resume', 'latest', '--run-dir', str(folder), '--num-batches', '20']) == 0
 
     whole, parts = load(tmp_path / 'whole' / 'titans_enwik8.pt'), load(folder / 'titans_enwik8.pt')
@@ -215,9 +216,8 @@ def test_twenty_steps_are_ten_and_a_resume_and_ten(text, tmp_path):
     assert {**whole['config'], 'RUN_DIR': ''} == {**parts['config'], 'RUN_DIR': ''}
 
     # nor do validation and samples touch what training draws
-    quiet = load(tmp_path / 'quiet' / 'titans_enwik8.pt')
     for key in ('model_state_dict', 'optimizer_state_dict', 'random', 'windows_random', 'val_loss'):
-        assert_same(whole[key], quiet[key])
+        assert_same(half[key], quiet[key])
 
     for key in ('train_loss', 'val_loss'):
         first, second = ({step: row[key] for step, row in rows(tmp_path / name, key).items()}

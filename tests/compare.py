@@ -1,0 +1,54 @@
+"""Comparing numbers: what every test of equality uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def leaves(value: Any, name: str = '') -> dict[str, Tensor]:
+    """Every tensor inside tuples, lists and mappings, by path."""
+    if isinstance(value, Tensor):
+        return {name: value}
+    if isinstance(value, Mapping) or hasattr(value, 'items'):
+        items = [(str(key), item) for key, item in value.items()]
+    elif isinstance(value, (tuple, list)):
+        fields = getattr(value, '_fields', range(len(value)))
+        items = [(str(field), item) for field, item in zip(fields, value)]
+    else:
+        return {}
+    return {path: t for key, item in items for path, t in leaves(item, f'{name}.{key}').items()}
+
+
+def assert_same(came: Any, expected: Any, tolerance: float = 1e-9, what: str = '') -> None:
+    """Equal structure, shapes and values: |a − b| ≤ tolerance · max(1, max |b|)."""
+    came, expected = leaves(came), leaves(expected)
+    assert came.keys() == expected.keys(), f'{what}: {sorted(came)} and {sorted(expected)}'
+    for path, want in expected.items():
+        have = came[path]
+        assert have.shape == want.shape, f'{what}{path}: {tuple(have.shape)} and {tuple(want.shape)}'
+        if want.numel() == 0:
+            continue
+        assert torch.isfinite(have.double()).all(), f'{what}{path}: not finite'
+        error = (have.double() - want.double()).abs().max().item()
+        bound = tolerance * max(1.0, want.double().abs().max().item())
+        assert error <= bound, f'{what}{path}: differs by {error:.2e}, at most {bound:.2e} is allowed'
+
+
+def randomised(module: torch.nn.Module, scale: float = 0.3) -> torch.nn.Module:
+    """The module with all that trains moved away from its initial value, so that no part is trivial."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * scale)
+    return module
+
+
+def gradients(module: torch.nn.Module, scalar: Tensor) -> dict[str, Tensor]:
+    """Of `scalar`, with respect to every parameter that has one."""
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    came = torch.autograd.grad(scalar, [*named.values()], allow_unused=True)
+    return {name: g for name, g in zip(named, came) if g is not None}

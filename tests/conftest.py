@@ -1,0 +1,24 @@
+"""Set-up shared by all tests."""
+
+import os
+import random
+
+import pytest
+import torch
+
+# Triton kernels are tested in its interpreter where there is no GPU; Triton reads this when it is imported
+if not torch.cuda.is_available():
+    os.environ.setdefault('TRITON_INTERPRET', '1')
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    random.seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker('gpu'):
+                item.add_marker(pytest.mark.skip(reason='needs a CUDA device'))

@@ -1,0 +1,336 @@
+"""`NeuralMemory`: one pass, any split and token by token agree; causality; gradients; state."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+from compare import assert_same, gradients, leaves, randomised
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from memories import HEAD, SWITCHES, inputs, memory
+from torch import nn
+
+from titans_pytorch import MemoryMLP, NeuralMemState, mem_state_detach
+
+every_switch = pytest.mark.parametrize('switch', SWITCHES)
+
+
+def in_pieces(mem, seq, sizes, **kwargs):
+    """Outputs, last state and surprises of a sequence fed in pieces."""
+    state, outs, surprises = None, [], []
+    masks = kwargs.pop('store_mask', None)
+    start = 0
+    for size in sizes:
+        piece = slice(start, start + size)
+        mask = None if masks is None else masks[:, piece]
+        out, state, surprise = mem(
+            seq[..., piece, :], state=state, return_surprises=True, store_mask=mask, **kwargs
+        )
+        outs.append(out)
+        surprises.append(surprise)
+        start += size
+    return torch.cat(outs, dim=1), state, [torch.cat(s, dim=-1) for s in zip(*surprises)]
+
+
+def carried(state):
+    """The part of a state that the next call depends on."""
+    return state._replace(updates=None)
+
+
+def scalar(out, state):
+    """A number that depends on the output and on the state, each entry by its own weight."""
+    tensors = [out, *leaves(carried(state)).values()]
+    generator = torch.Generator().manual_seed(1)
+    floating = [t for t in tensors if t.dtype.is_floating_point]
+    return sum((t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum() for t in floating)
+
+
+def assert_pieces_equal_one_pass(mem, seq, sizes, **kwargs):
+    whole_out, whole_state, whole_surprises = in_pieces(mem, seq, [seq.shape[-2]], **kwargs)
+    out, state, surprises = in_pieces(mem, seq, sizes, **kwargs)
+    assert_same(out, whole_out, what='output ')
+    assert state.seq_index == whole_state.seq_index
+    assert_same(carried(state), carried(whole_state), what='state ')
+    assert_same(surprises, whole_surprises, what='surprise ')
+    assert_same(gradients(mem, scalar(out, state)), gradients(mem, scalar(whole_out, whole_state)), 1e-8, 'gradient ')
+
+
+@every_switch
+def test_uneven_pieces_equal_one_pass(switch):
+    mem = memory(switch)
+    assert_pieces_equal_one_pass(mem, inputs(mem, 27), [3, 1, 9, 6, 8])
+
+
+@every_switch
+def test_token_by_token_equals_one_pass(switch):
+    mem = memory(switch)
+    assert_pieces_equal_one_pass(mem, inputs(mem, 18), [1] * 18)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_pieces_equal_one_pass(data):
+    switch = data.draw(st.sampled_from([*SWITCHES]))
+    chunk_size = data.draw(st.sampled_from([1, 2, 3, 4, 5]))
+    per_batch = data.draw(st.sampled_from([None, 1, 2, 3]))
+    sizes = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+    masked = data.draw(st.booleans())
+
+    mem = memory(switch, chunk_size, per_batch and per_batch * chunk_size)
+    seq = inputs(mem, sum(sizes))
+    mask = torch.rand(2, sum(sizes)) > 0.4 if masked else None
+    assert_pieces_equal_one_pass(mem, seq, sizes, store_mask=mask)
+
+
+@every_switch
+def test_is_causal(switch):
+    mem = memory(switch)
+    seq = inputs(mem, 22)
+    changed = seq.clone()
+    changed[..., 13, :] += 1.0
+    before, after = mem(seq)[0], mem(changed)[0]
+    assert_same(after[:, :13], before[:, :13], 1e-12)
+    difference = (after - before).abs().amax(dim=(0, 2))
+    # the token itself, and all from the end of its chunk on
+    assert difference[13] > 1e-6 and difference[15:].min() > 1e-9
+
+
+@every_switch
+def test_every_parameter_has_a_gradient(switch):
+    mem = memory(switch)
+    out, state = mem(inputs(mem, 22))
+    came = gradients(mem, out.sum())
+    assert came.keys() == {name for name, _ in mem.named_parameters()}
+    assert all(g.abs().max() > 0 for name, g in came.items() if 'attn_logits.bias' not in name)
+
+
+def test_a_token_reads_the_chunks_complete_with_it():
+    mem = memory(chunk_size=4, batch_size=None, momentum=False)
+    seq = inputs(mem, 11)
+    out, state = mem(seq)
+    for token in range(11):
+        complete = (token + 1) // 4
+        weights = {name: w[:, complete] for name, w in state.updates.items()}
+        assert_same(out[:, token], mem.retrieve_memories(seq[:, token : token + 1], weights)[:, 0])
+
+
+@pytest.mark.parametrize('sizes', [(2, 4), (4, 2), (3, 2), (1, 4), (8, 1)])
+def test_retrieve_chunk_size_changes_no_number(sizes):
+    together = memory(chunk_size=sizes[1], batch_size=sizes[1] * 2)
+    pair = memory(chunk_size=sizes, batch_size=sizes[1] * 2)
+    seq = inputs(pair, 21)
+    assert_same(pair(seq), together(seq), 1e-12)
+
+
+def test_batch_size_per_call_equals_that_of_the_constructor():
+    seq = inputs(memory(), 30)
+    given_later = memory(batch_size=None)(seq, ttt_batch_size=8)
+    assert_same(given_later, memory(batch_size=8)(seq), 1e-12)
+    assert (given_later[0] - memory(batch_size=None)(seq)[0]).abs().max() > 1e-3
+
+
+def test_storing_something_else_than_the_queries():
+    mem = memory()
+    seq, store = inputs(mem, 20), inputs(mem, 20)
+    _, expected = mem(store)
+    out, state = mem(seq, store_seq=store)
+    assert_same(carried(state), carried(expected))
+    assert_same(out, mem.retrieve_memories(seq, state.updates))
+
+
+def test_single_tokens_without_a_length_axis():
+    for switch in ('plain', 'different views'):
+        mem = memory(switch)
+        seq = inputs(mem, 9)
+        expected, _ = mem(seq)
+        state = None
+        for token in range(9):
+            out, state = mem(seq[..., token, :], state=state)
+            assert_same(out[:, 0], expected[:, token])
+
+
+def test_store_and_retrieve_apart_equal_the_call():
+    mem = memory(batch_size=None)
+    seq = inputs(mem, 18)
+    out, state, surprises = mem(seq, return_surprises=True)
+    updates, stored, stored_surprises = mem.store_memories(seq)
+    assert_same((updates, stored, stored_surprises), (state.updates, state, surprises), 1e-12)
+    assert_same(mem.retrieve_memories(seq, updates), out, 1e-12)
+
+
+def test_a_module_of_linears_equals_the_same_matrices():
+    ours = memory(model=MemoryMLP(HEAD, depth=2))
+    linears = nn.Sequential(nn.Linear(HEAD, HEAD * 2, bias=False), nn.GELU(), nn.Linear(HEAD * 2, HEAD, bias=False))
+    theirs = memory(model=linears)
+    state = {name: p for name, p in ours.state_dict().items() if not name.startswith('memory_model.')}
+    for index in (1, 2):
+        state[f'memory_model_parameters.{index}'] = state[f'memory_model_parameters.{index}'].mT
+    theirs.load_state_dict(state)
+    seq = inputs(ours, 18)
+    assert_same(theirs(seq)[0], ours(seq)[0], 1e-12)
+
+
+# masks
+
+
+def test_masked_tokens_leave_no_trace_but_in_the_gates():
+    """With gates that do not depend on the input, masked tokens may hold anything."""
+    mem = memory('no momentum')
+    with torch.no_grad():
+        mem.to_decay_factor[0].weight.zero_()
+    seq, mask = inputs(mem, 20), torch.rand(2, 20) > 0.5
+    other = torch.where(mask.unsqueeze(-1), seq, torch.randn_like(seq))
+    _, state = mem(seq, store_mask=mask)
+    _, other_state = mem(other, store_mask=mask)
+    assert_same(other_state.states, state.states, 1e-12)
+    assert_same(mem(seq, store_mask=torch.ones_like(mask))[0], mem(seq)[0], 1e-12)
+
+
+def test_a_fully_masked_chunk_with_soft_clamp_is_an_update_of_zero():
+    mem = memory('soft clamp')
+    seq, mask = inputs(mem, 16), torch.ones(2, 16, dtype=torch.bool)
+    mask[:, 4:8] = False
+    out, state = mem(seq, store_mask=mask)
+    assert_same(out, out)  # finite
+    assert all(torch.isfinite(g).all() for g in gradients(mem, scalar(out, state)).values())
+
+    without = memory('plain')
+    without.load_state_dict(mem.state_dict())
+    none = torch.zeros_like(mask)
+    assert_same(mem(seq, store_mask=none)[1].states, without(seq, store_mask=none)[1].states, 1e-12)
+
+
+# weight residual
+
+
+def test_weight_residual_in_pieces_equals_one_pass():
+    first, second = memory(), memory(accept_weight_residual=True)
+    seq = inputs(first, 27)
+
+    def run(sizes):
+        states, outs = [None, None], []
+        for piece in seq.split(sizes, dim=1):
+            out, states[0] = first(piece, state=states[0])
+            out, states[1] = second(out, state=states[1], prev_weights=states[0].updates)
+            outs.append(out)
+        return torch.cat(outs, dim=1), carried(states[1])
+
+    whole, pieces = run([27]), run([3, 1, 9, 6, 8])
+    assert_same(pieces, whole)
+    parameters = [*first.parameters(), *second.parameters()]
+    of_pieces, of_whole = (torch.autograd.grad(scalar(out, state), parameters) for out, state in (pieces, whole))
+    assert_same(of_pieces, of_whole, 1e-8)
+
+    alone = memory()
+    alone.load_state_dict(second.state_dict(), strict=False)
+    assert (whole[0] - alone(first(seq)[0])[0]).abs().max() > 1e-4
+
+
+# what is registered
+
+
+def test_optimizer_step_and_loading_with_several_heads():
+    mem, other = memory(), randomised(memory())
+    optimizer = torch.optim.AdamW(mem.parameters(), lr=1e-2)
+    seq = inputs(mem, 18)
+    before = mem(seq)[0].pow(2).mean()
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = mem(seq)[0].pow(2).mean()
+        loss.backward()
+        optimizer.step()
+    assert loss < before
+    storages = {p.untyped_storage().data_ptr() for p in mem.parameters()}
+    assert len(storages) == len([*mem.parameters()])
+    assert all(p.is_contiguous() and p.untyped_storage().nbytes() == p.nbytes for p in mem.parameters())
+
+    other.load_state_dict(mem.state_dict())
+    assert_same(other(seq)[0], mem(seq)[0], 1e-12)
+    heads = mem.memory_model_parameters[1]
+    assert (heads[0] - heads[1]).abs().max() > 1e-3
+
+
+def test_distributed_data_parallel_with_default_settings(tmp_path):
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        mem = memory('everything')
+        parallel = nn.parallel.DistributedDataParallel(mem)
+        seq = inputs(mem, 18)
+        for _ in range(3):  # a parameter without a gradient is refused in the iteration after
+            parallel(seq)[0].sum().backward()
+        assert all(p.grad is not None for p in mem.parameters())
+    finally:
+        dist.destroy_process_group()
+
+
+def test_copies_and_pickles_are_whole():
+    mem = memory('everything')
+    seq = inputs(mem, 18)
+    assert_same(copy.deepcopy(mem)(seq)[0], mem(seq)[0], 1e-12)
+    assert_same(pickle.loads(pickle.dumps(mem))(seq)[0], mem(seq)[0], 1e-12)
+    copied = copy.deepcopy(mem)
+    copied.load_state_dict(randomised(memory('everything')).state_dict())
+    assert (copied(seq)[0] - mem(seq)[0]).abs().max() > 1e-3
+
+
+# state
+
+
+def test_cache_is_another_name_for_state():
+    mem = memory()
+    seq = inputs(mem, 10)
+    _, state = mem(seq)
+    assert_same(mem(seq, cache=state), mem(seq, state=state), 0.0)
+    with pytest.raises(ValueError, match='state and cache'):
+        mem(seq, cache=state, state=state)
+
+
+@pytest.mark.parametrize('switch', ['plain', 'attention memory', 'no momentum'])
+def test_a_state_is_saved_and_loaded(switch, tmp_path):
+    mem = memory(switch)
+    seq = inputs(mem, 18)
+    mask = torch.rand(2, 11) > 0.5
+    _, state = mem(seq[:, :11], store_mask=mask)
+    torch.save(state, tmp_path / 'state.pt')
+    loaded = torch.load(tmp_path / 'state.pt', weights_only=True)
+    assert isinstance(loaded, NeuralMemState)
+    assert loaded.seq_index == state.seq_index
+    assert_same(loaded, state, 0.0)
+    assert_same(mem(seq[:, 11:], state=loaded), mem(seq[:, 11:], state=state), 0.0)
+    assert_same(pickle.loads(pickle.dumps(state)), state, 0.0)
+
+
+def test_a_state_is_moved_and_detached():
+    mem = memory()
+    seq = inputs(mem, 18)
+    _, state = mem(seq)
+    assert all(t.dtype == torch.float32 for t in leaves(state.to(torch.float32)).values())
+    assert all(t.device.type == 'meta' for t in leaves(state.to('meta')).values())
+    assert any(t.requires_grad for t in leaves(state).values())
+    for detached in (state.detach(), mem_state_detach(state), mem(seq, detach_mem_state=True)[1]):
+        assert not any(t.requires_grad for t in leaves(detached).values())
+        assert_same(detached, state, 0.0)
+    single = copy.deepcopy(mem).float()
+    out, _ = single(seq.float(), state=state.to(torch.float32))
+    assert_same(out, mem(seq, state=state)[0], 1e-3)
+
+
+def test_a_state_does_not_keep_the_input():
+    mem = memory()
+    _, state = mem(inputs(mem, 4 * 50 + 2))
+    assert state.cache_store_segment.untyped_storage().nbytes() == state.cache_store_segment.nbytes
+
+
+def test_float32_and_autocast_stay_near_float64():
+    exact, seq = memory(), inputs(memory(), 30)
+    expected, _ = exact(seq)
+    single = copy.deepcopy(exact).float()
+    assert_same(single(seq.float())[0], expected, 1e-4)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        out, state = single(seq.float())
+    assert all(t.dtype == torch.float32 for t in leaves(state.states).values())
+    assert (out.double() - expected).norm() / expected.norm() < 0.05
