@@ -19,6 +19,7 @@ VARIANTS = [
 ]
 every_variant = pytest.mark.parametrize('variant', VARIANTS)
 LENGTH = 29
+FLOAT32_SOFTMAX = 1e-6  # x-transformers takes its softmax in float32
 
 
 def attention(variant, **kwargs) -> SegmentedAttention:
@@ -54,7 +55,7 @@ def expected_output(layer: SegmentedAttention, seq: torch.Tensor) -> torch.Tenso
 @every_variant
 def test_windows_equal_the_definition(variant):
     layer, seq = attention(variant), torch.randn(2, LENGTH, 16, dtype=torch.float64)
-    assert_same(layer(seq)[0], expected_output(layer, seq), 1e-12)
+    assert_same(layer(seq)[0], expected_output(layer, seq), FLOAT32_SOFTMAX)
 
 
 @every_variant
@@ -69,11 +70,12 @@ def test_cached_pieces_equal_the_definition(variant):
                 position += piece.shape[1]
                 cache = layer.trimmed(cache, position) if trims else cache
                 outs.append(out)
-            assert_same(torch.cat(outs, dim=1), expected, 1e-12)
+            assert_same(torch.cat(outs, dim=1), expected, FLOAT32_SOFTMAX)
             assert not trims or cache[0].shape[-2] <= layer.total_segment_len
 
 
 @every_variant
+@pytest.mark.filterwarnings('ignore:flex_attention called without torch.compile')
 def test_flex_attention_equals_the_definition(variant):
     layer, seq = attention(variant).float(), torch.randn(2, LENGTH, 16)
     with torch.no_grad():  # on the CPU it has no backward; the GPU tests have

@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.nn.functional as F
 from compare import assert_same, gradients, randomised
 from torch import nn
 
@@ -64,9 +65,13 @@ def ids(length: int, batch: int = 2) -> torch.Tensor:
 
 
 @pytest.fixture(autouse=True)
-def hyper_connections_in_double():
-    """They cast to float32 inside; in these tests all is float64."""
-    with patch.object(torch.Tensor, 'float', torch.Tensor.double):
+def all_in_float64():
+    """Hyper-connections cast to float32 inside, and the attention's softmax is taken in it: here both are float64."""
+
+    def softmax(x, dim, **_):
+        return torch.softmax(x, dim)
+
+    with patch.object(torch.Tensor, 'float', torch.Tensor.double), patch.object(F, 'softmax', softmax):
         yield
 
 

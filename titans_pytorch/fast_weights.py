@@ -175,7 +175,7 @@ class DenseEngine:
 
 
 def _combined(orders: Tensor, surprise: Tensor, mix: Tensor | None) -> Tensor:
-    """The last order, or the learned mixture of all of them (and of the plain surprise, if `mix` has a weight for it)."""
+    """The last order, or the learned mixture of all, in which the plain surprise may have a share."""
     if mix is None:
         return orders[-1]
     if mix.shape[-1] > len(orders):
@@ -184,7 +184,7 @@ def _combined(orders: Tensor, surprise: Tensor, mix: Tensor | None) -> Tensor:
 
 
 def soft_clamp_norm(gradients: Float[Tensor, 'bh n ...'], max_norm: float) -> Float[Tensor, 'bh n ...']:
-    """Each gradient with its norm x moved to (tanh(2x / max) + 1) · max / 2, within [max / 2, max]; a zero stays zero."""
+    """Each gradient with its norm x moved to (tanh(2x / max) + 1) · max / 2; a gradient of zero stays zero."""
     if gradients.numel() == 0:
         return gradients
     flat = gradients.flatten(2)

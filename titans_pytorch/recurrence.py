@@ -38,15 +38,12 @@ class AssocScan(PlainAssocScan):
         if not (self.accelerate and self._kernel_serves(gates, inputs)):
             return super().forward(gates, inputs, prev=prev, remove_prev=remove_prev, return_next=return_next)
 
-        remove_prev = prev is not None if remove_prev is None else remove_prev
         rows = inputs.flatten(2)
         first = rows.new_zeros(rows.shape[0], rows.shape[2]) if prev is None else prev.flatten(1).to(rows.dtype)
-
         states = accelerated_scan(gates.flatten(2) if gates.ndim > 2 else gates.unsqueeze(-1), rows, first)
 
-        if prev is not None and not remove_prev:
-            states = torch.cat((first.unsqueeze(1), states), dim=1)
-        return states.unflatten(2, inputs.shape[2:])
+        keeps_prev = prev is not None and remove_prev is False
+        return states[:, 0 if keeps_prev else 1 :].unflatten(2, inputs.shape[2:])
 
     def _kernel_serves(self, gates: Tensor, inputs: Tensor) -> bool:
         if not inputs.is_cuda:
@@ -60,8 +57,8 @@ def accelerated_scan(
     gates: Float[Tensor, 'b n 1'] | Float[Tensor, 'b n d'],
     inputs: Float[Tensor, 'b n d'],
     prev: Float[Tensor, 'b d'],
-) -> Float[Tensor, 'b n d']:
-    """The scan by a Triton kernel."""
+) -> Float[Tensor, 'b n+1 d']:
+    """The scan by a Triton kernel, starting with `prev` itself."""
     if gates.shape[-1] == 1:
         from titans_pytorch.kernels.scan import gated_scan
 
@@ -75,8 +72,7 @@ def accelerated_scan(
     gates = torch.nn.functional.pad(gates, (0, 0, 1, 0), value=1.0)
     batch, _, features = inputs.shape
     columns = (t.mT.flatten(0, 1).unsqueeze(1).float().contiguous() for t in (gates, inputs))
-    states = scan(*columns).squeeze(1).unflatten(0, (batch, features)).mT
-    return states[:, 1:].to(inputs.dtype)
+    return scan(*columns).squeeze(1).unflatten(0, (batch, features)).mT.to(inputs.dtype)
 
 
 def _say_there_is_no_gpu() -> None:

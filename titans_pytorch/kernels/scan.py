@@ -6,34 +6,41 @@ written once, and all of it coalesced. The plain twin is `recurrence.AssocScan` 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# features a program owns: 8 a thread
 BLOCK = 256
+WARPS = 1
 
 
 @triton.jit
-def _forward_kernel(gates, inputs, prev, states, steps, features, strips, BLOCK: tl.constexpr, ACC: tl.constexpr):
+def _forward_kernel(gates, inputs, prev, states, steps, features, strips, BLOCK: tl.constexpr, ACC: tl.constexpr):  # type: ignore[no-untyped-def]
     program = tl.program_id(0).to(tl.int64)
     batch, strip = program // strips, program % strips
     feature = strip * BLOCK + tl.arange(0, BLOCK)
     inside = feature < features
 
+    gates += batch * steps
+    inputs += batch * steps * features
+    states += batch * (steps + 1) * features
+
     state = tl.load(prev + batch * features + feature, mask=inside, other=0.0).to(ACC)
+    tl.store(states + feature, state, mask=inside)
     for step in range(steps):
-        row = batch * steps + step
-        gate = tl.load(gates + row).to(ACC)
-        x = tl.load(inputs + row * features + feature, mask=inside, other=0.0).to(ACC)
-        state = gate * state + x
-        tl.store(states + row * features + feature, state, mask=inside)
+        x = tl.load(inputs + step * features + feature, mask=inside, other=0.0).to(ACC)
+        state = tl.load(gates + step).to(ACC) * state + x
+        tl.store(states + (step + 1) * features + feature, state, mask=inside)
 
 
 @triton.jit
-def _backward_kernel(
-    gates, prev, states, d_states, d_inputs, d_prev, d_gates,
+def _backward_kernel(  # type: ignore[no-untyped-def]
+    gates, states, d_states, d_inputs, d_prev, d_gates,
     steps, features, strips, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -41,55 +48,63 @@ def _backward_kernel(
     feature = strip * BLOCK + tl.arange(0, BLOCK)
     inside = feature < features
 
+    gates += batch * steps
+    d_gates += batch * steps * strips + strip
+    d_inputs += batch * steps * features
+    states += batch * (steps + 1) * features
+    d_states += batch * (steps + 1) * features
+
     # the gradient of a step's state: its own output's, and the next step's through that step's gate
-    carried = tl.zeros((BLOCK,), dtype=ACC)
+    d_state = tl.load(d_states + steps * features + feature, mask=inside, other=0.0).to(ACC)
     for back in range(steps):
         step = steps - 1 - back
-        row = batch * steps + step
-        d_state = tl.load(d_states + row * features + feature, mask=inside, other=0.0).to(ACC) + carried
-        tl.store(d_inputs + row * features + feature, d_state, mask=inside)
-
-        before = tl.load(prev + batch * features + feature, mask=inside & (step == 0), other=0.0).to(ACC)
-        before += tl.load(states + (row - 1) * features + feature, mask=inside & (step > 0), other=0.0).to(ACC)
-        tl.store(d_gates + row * strips + strip, tl.sum(d_state * before, axis=0))
-
-        carried = d_state * tl.load(gates + row).to(ACC)
-    tl.store(d_prev + batch * features + feature, carried, mask=inside)
+        tl.store(d_inputs + step * features + feature, d_state, mask=inside)
+        before = tl.load(states + step * features + feature, mask=inside, other=0.0).to(ACC)
+        tl.store(d_gates + step * strips, tl.sum(d_state * before, axis=0))
+        own = tl.load(d_states + step * features + feature, mask=inside, other=0.0).to(ACC)
+        d_state = tl.load(gates + step).to(ACC) * d_state + own
+    tl.store(d_prev + batch * features + feature, d_state, mask=inside)
 
 
 class _GatedScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gates: Tensor, inputs: Tensor, prev: Tensor) -> Tensor:
+    def forward(ctx: Any, gates: Tensor, inputs: Tensor, prev: Tensor) -> Tensor:
         batch, steps, features = inputs.shape
         strips = triton.cdiv(features, BLOCK)
-        states = torch.empty_like(inputs)
+        states = inputs.new_empty(batch, steps + 1, features)
         _forward_kernel[(batch * strips,)](
-            gates, inputs, prev, states, steps, features, strips, BLOCK, _accumulator(inputs)
-        )
-        ctx.save_for_backward(gates, prev, states)
+            gates, inputs, prev, states,
+            steps, features, strips, BLOCK=BLOCK, ACC=_accumulator(inputs.dtype)[1], num_warps=WARPS,
+        )  # fmt: skip
+        ctx.save_for_backward(gates, states)
         return states
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        gates, prev, states = ctx.saved_tensors
-        batch, steps, features = states.shape
+    def backward(ctx: Any, d_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gates, states = ctx.saved_tensors
+        batch, (steps, features) = states.shape[0], (states.shape[1] - 1, states.shape[2])
         strips = triton.cdiv(features, BLOCK)
-        d_inputs, d_prev = torch.empty_like(states), torch.empty_like(prev)
-        accumulator = torch.float64 if states.dtype == torch.float64 else torch.float32
-        # a strip's share of each gate's gradient; summed here so that the result does not depend on timing
-        d_gates = torch.empty(batch, steps, strips, dtype=accumulator, device=states.device)
+        accumulator, ACC = _accumulator(states.dtype)
+        d_inputs = states.new_empty(batch, steps, features)
+        d_prev = states.new_empty(batch, features)
+        # a strip's share of each gate's gradient; summed below so that the result does not depend on timing
+        d_gates = states.new_empty(batch, steps, strips, dtype=accumulator)
         _backward_kernel[(batch * strips,)](
-            gates, prev, states, d_states.contiguous(), d_inputs, d_prev, d_gates,
-            steps, features, strips, BLOCK, _accumulator(states),
+            gates, states, d_states.contiguous(), d_inputs, d_prev, d_gates,
+            steps, features, strips, BLOCK=BLOCK, ACC=ACC, num_warps=WARPS,
         )  # fmt: skip
         return d_gates.sum(dim=-1).to(gates.dtype), d_inputs, d_prev
 
 
-def _accumulator(t: Tensor) -> tl.dtype:
-    return tl.float64 if t.dtype == torch.float64 else tl.float32
+def _accumulator(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
+    return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
 
 
-def gated_scan(gates: Tensor, inputs: Tensor, prev: Tensor) -> Tensor:
-    """All states h_1 … h_n of h_t = gates_t · h_{t−1} + inputs_t from h_0 = `prev`; once differentiable."""
+def gated_scan(
+    gates: Tensor,  # b n
+    inputs: Tensor,  # b n d
+    prev: Tensor,  # b d
+) -> Tensor:  # b n+1 d
+    """The states h_0 = `prev`, h_1, …, h_n of h_t = gates_t · h_{t−1} + inputs_t; differentiable once."""
     return _GatedScan.apply(gates.contiguous(), inputs.contiguous(), prev.contiguous())
