@@ -385,8 +385,6 @@ def build_model(config: Config) -> MemoryAsContextTransformer:
             'spectral_norm_surprises': config.NEURAL_MEM_SPEC_NORM_SURPRISES,
         },
     )
-    for parameter in model.parameters():  # an expanded view cannot be updated in place; anything else stays as it is
-        parameter.data = parameter.data.contiguous()
     return model.to(machine.device)
 
 

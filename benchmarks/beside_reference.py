@@ -1,0 +1,81 @@
+"""Train with `train_mac.py` on whichever `titans_pytorch` can be imported, ours or the reference; compare the runs.
+
+    python benchmarks/beside_reference.py weights init.pt
+    python benchmarks/beside_reference.py train --init-from init.pt --run-dir runs/ours …     (train_mac.py's options)
+    PYTHONPATH=/path/to/the/reference python -P benchmarks/beside_reference.py train … --run-dir runs/reference
+    python benchmarks/beside_reference.py report runs/reference-1 runs/reference-2 runs/ours
+
+`report` takes two runs of the reference first: their difference is its own run-to-run noise.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+
+def load_train_mac() -> ModuleType:
+    """`train_mac.py` from this repository, without putting the repository's package in the way of another one."""
+    path = Path(__file__).resolve().parent.parent / 'train_mac.py'
+    spec = importlib.util.spec_from_file_location('train_mac', path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules['train_mac'] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def train(arguments: list[str]) -> int:
+    train_mac = load_train_mac()
+    build_model = train_mac.build_model
+
+    def with_real_storage(config):
+        # the reference's per-head parameters are views of one storage, which an optimizer cannot step
+        model = build_model(config)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.contiguous()
+        return model
+
+    train_mac.build_model = with_real_storage
+    return train_mac.main(arguments)
+
+
+def initial_weights(path: str) -> None:
+    train_mac = load_train_mac()
+    model = train_mac.build_model(train_mac.Config(PRESET='full', DEVICE='cpu'))
+    torch.save(model.state_dict(), path)
+
+
+def report(folders: list[str]) -> None:
+    runs = {}
+    for folder in folders:
+        rows = [json.loads(line) for line in (Path(folder) / 'metrics.jsonl').read_text().splitlines()]
+        runs[Path(folder).name] = rows
+
+    curves = {name: {r['step']: r['bpb'] for r in rows if 'val_loss' in r} for name, rows in runs.items()}
+    first, second = [*curves][:2]
+    print('| step | ' + ' | '.join(curves) + f' | {first} and {second} differ by |')
+    print('| --- ' * (len(curves) + 2) + '|')
+    for step in curves[first]:
+        values = ' | '.join(f'{curve[step]:.4f}' for curve in curves.values())
+        print(f'| {step} | {values} | {abs(curves[first][step] - curves[second][step]):.4f} |')
+
+    print('\n| run | step, median | step, 10 % to 90 % | tokens/s | peak memory |\n| --- | --- | --- | --- | --- |')
+    for name, rows in runs.items():
+        steps = [r for r in rows if 'train_loss' in r][5:]
+        seconds = [r['seconds'] for r in steps]
+        low, *_, high = statistics.quantiles(seconds, n=10)
+        median = statistics.median(seconds)
+        speed = statistics.median(r['tokens_per_second'] for r in steps)
+        peak = max(r.get('peak_memory_bytes', 0) for r in steps) / 2**30
+        print(f'| {name} | {median * 1e3:.0f} ms | {low * 1e3:.0f}–{high * 1e3:.0f} ms | {speed:,.0f} | {peak:.1f} GiB |')
+
+
+if __name__ == '__main__':
+    what, *rest = sys.argv[1:]
+    sys.exit({'train': train, 'report': report, 'weights': lambda paths: initial_weights(*paths)}[what](rest))

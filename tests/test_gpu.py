@@ -1,0 +1,98 @@
+"""What holds on the CPU holds on a GPU: numbers, gradients, scans, states, sampling, training in bfloat16."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from compare import assert_same, gradients, leaves
+from memories import SWITCHES, inputs, memory
+
+import train_mac
+from titans_pytorch import MemoryAsContextTransformer
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize('switch', SWITCHES)
+def test_a_memory_gives_the_same_numbers_as_on_the_cpu(switch):
+    mem = memory(switch)
+    seq = inputs(mem, 27)
+    there = copy.deepcopy(mem).cuda()
+    _, state = mem(seq[..., :9, :])
+    results = []
+    for module, device in ((mem, 'cpu'), (there, 'cuda')):
+        out, after = module(seq[..., 9:, :].to(device), state=state.detach().to(device))
+        results.append((out, after._replace(updates=None), gradients(module, out.pow(2).sum())))
+    on_cpu, on_gpu = results
+    assert_same(_on_cpu(on_gpu), _on_cpu(on_cpu), 1e-9)
+
+
+def _on_cpu(value):
+    return {path: t.cpu() for path, t in leaves(value).items()}
+
+
+@pytest.mark.parametrize('switch', ['plain', 'momentum of order 3, combined', 'everything'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_the_accelerated_scan_changes_no_number(switch, dtype):
+    results = []
+    for accelerated in (False, True):
+        mem = memory(switch, use_accelerated_scan=accelerated).cuda().to(dtype)
+        torch.manual_seed(0)
+        seq = inputs(mem, 45).cuda().to(dtype)
+        out, state = mem(seq)
+        results.append((out, state, gradients(mem, out.pow(2).sum())))
+    assert_same(*results, 1e-3 if dtype == torch.float32 else 1e-9)
+
+
+def shipped_model(**changes) -> MemoryAsContextTransformer:
+    return train_mac.build_model(train_mac.Config(PRESET='full', DEVICE='cuda', **changes))
+
+
+def test_the_shipped_configuration_with_and_without_what_a_gpu_adds():
+    tokens = torch.randint(0, 256, (2, 513), device='cuda')
+    plain = shipped_model(USE_ACCELERATED_SCAN=False, USE_FLEX_ATTN=False)
+    fast = shipped_model(USE_ACCELERATED_SCAN=True, USE_FLEX_ATTN=True)
+    fast.load_state_dict(plain.state_dict())
+    results = []
+    for model in (plain, fast):
+        loss = model(tokens, return_loss=True)
+        results.append((loss, gradients(model, loss)))
+    assert_same(results[0][0], results[1][0], 1e-4)
+    for name, gradient in results[0][1].items():
+        error = (results[1][1][name] - gradient).norm() / gradient.norm().clamp(min=1e-6)
+        assert error < 0.02, f'{name}: {error:.3f}'
+
+
+def test_cached_samples_equal_uncached_in_float64():
+    model = shipped_model(DEPTH=4, USE_ACCELERATED_SCAN=True, USE_FLEX_ATTN=True).double()
+    prompt = torch.randint(0, 256, (2, 50), device='cuda')
+    kwargs = {'temperature': 0.0, 'show_progress': False}
+    assert torch.equal(model.sample(prompt, 90, use_cache=True, **kwargs), model.sample(prompt, 90, **kwargs))
+
+
+def test_training_in_bfloat16_learns():
+    model = shipped_model(DEPTH=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    tokens = torch.randint(0, 256, (2, 129), device='cuda')
+    losses = []
+    for _ in range(20):
+        with torch.autocast('cuda', torch.bfloat16):
+            loss = model(tokens, return_loss=True)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_state_travels_from_the_gpu_through_a_file(tmp_path):
+    mem = memory('attention memory').cuda()
+    seq = inputs(mem, 18).cuda()
+    out, state = mem(seq[:, :11])
+    torch.save(state, tmp_path / 'state.pt')
+    loaded = torch.load(tmp_path / 'state.pt', weights_only=True, map_location='cpu')
+    expected, _ = mem(seq[:, 11:], state=state)
+    came, _ = mem.cpu()(seq[:, 11:].cpu(), state=loaded)
+    assert_same(came, expected.cpu())
