@@ -26,7 +26,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/layer.py $(ARGS)
 
 golden: $(VENV)/.ready-reference
-	cd tests/golden && ../../$(VENV)/reference/bin/python -P make_golden.py
+	cd tests/golden && ../../$(VENV)/reference/bin/python make_golden.py
 
 # torch first and alone: what depends on it then takes the build that is there
 $(VENV)/.ready: pyproject.toml constraints.txt

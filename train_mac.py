@@ -7,6 +7,7 @@
 
 From top to bottom: settings, machine, data, model, checkpoints, evaluation, training loop, main.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -50,6 +51,7 @@ say = tqdm.write  # prints above a progress bar instead of through it
 
 # settings -------------------------------------------------------------------------------------------------------------
 
+
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
     return field(default=default, metadata={'help': help, 'choices': choices})
 
@@ -58,8 +60,11 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> A
 class Config:
     """Every setting; the defaults are the full preset. NUM_BATCHES is --num-batches on the command line, and so on."""
 
-    PRESET: str = option('auto', 'full: the defaults listed here; quick: a small model, for two CPU cores; '
-                         'auto: full with a GPU, else quick', ('auto', 'full', 'quick'))
+    PRESET: str = option(
+        'auto',
+        'full: the defaults listed here; quick: a small model, for two CPU cores; auto: full with a GPU, else quick',
+        ('auto', 'full', 'quick'),
+    )
     RUN_DIR: str = option('', 'folder for checkpoints, metrics, samples and the plot; empty: runs/PRESET')
     DATA: str = option('', 'file to train on: raw bytes, .gz, or a .zip of one file; empty: enwik8, downloaded once')
 
@@ -106,8 +111,12 @@ class Config:
     USE_MEM_ATTENTION_MODEL: bool = option(False, 'a small attention as memory model instead of the MLP')
 
     DEVICE: str = option('auto', 'auto, cpu, cuda, cuda:1, ...')
-    PRECISION: str = option('auto', 'fp32 is true fp32; tf32: fp32 with TF32 matrix products; bf16: autocast; '
-                            'auto: bf16 on a GPU that has it, else fp32', ('auto', 'fp32', 'tf32', 'bf16'))
+    PRECISION: str = option(
+        'auto',
+        'fp32 is true fp32; tf32: fp32 with TF32 matrix products; bf16: autocast; '
+        'auto: bf16 on a GPU that has it, else fp32',
+        ('auto', 'fp32', 'tf32', 'bf16'),
+    )
     USE_ACCELERATED_SCAN: bool | None = option(None, 'accelerated scan in the memory; unset: on a GPU with Triton')
     USE_FLEX_ATTN: bool | None = option(None, 'FlexAttention; unset: on a GPU with Triton')
     USE_FAST_INFERENCE: bool = option(True, 'sample with a cache instead of rereading the text for each byte')
@@ -127,10 +136,25 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     'full': {},
     'quick': {
-        'NUM_BATCHES': 200, 'BATCH_SIZE': 4, 'GRADIENT_ACCUMULATE_EVERY': 1, 'SEQ_LEN': 128, 'LEARNING_RATE': 3e-3,
-        'VALIDATE_EVERY': 50, 'VALIDATE_BATCHES': 8, 'GENERATE_EVERY': 100, 'PRIME_LENGTH': 64, 'GENERATE_LENGTH': 192,
-        'CHECKPOINT_EVERY': 100, 'DIM': 96, 'DEPTH': 2, 'HEADS': 4, 'DIM_HEAD': 32, 'NEURAL_MEM_LAYERS': (2,),
-        'NEURAL_MEM_HEADS': 2, 'NEURAL_MEM_DIM_HEAD': 32, 'NEURAL_MEM_BATCH_SIZE': 64,
+        'NUM_BATCHES': 200,
+        'BATCH_SIZE': 4,
+        'GRADIENT_ACCUMULATE_EVERY': 1,
+        'SEQ_LEN': 128,
+        'LEARNING_RATE': 3e-3,
+        'VALIDATE_EVERY': 50,
+        'VALIDATE_BATCHES': 8,
+        'GENERATE_EVERY': 100,
+        'PRIME_LENGTH': 64,
+        'GENERATE_LENGTH': 192,
+        'CHECKPOINT_EVERY': 100,
+        'DIM': 96,
+        'DEPTH': 2,
+        'HEADS': 4,
+        'DIM_HEAD': 32,
+        'NEURAL_MEM_LAYERS': (2,),
+        'NEURAL_MEM_HEADS': 2,
+        'NEURAL_MEM_DIM_HEAD': 32,
+        'NEURAL_MEM_BATCH_SIZE': 64,
     },
 }
 
@@ -138,10 +162,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description='Train a byte-level Titans transformer (memory as context).')
     start = parser.add_mutually_exclusive_group()
-    start.add_argument('--resume', metavar='PATH|latest', help='continue a run exactly, with the settings in its '
-                       'checkpoint; latest: the newest good one in the folder of the run')
-    start.add_argument('--init-from', metavar='PATH', help='start a new run from the weights in a checkpoint '
-                       '(or in a bare state dict)')
+    start.add_argument(
+        '--resume',
+        metavar='PATH|latest',
+        help='continue a run exactly, with the settings in its '
+        'checkpoint; latest: the newest good one in the folder of the run',
+    )
+    start.add_argument(
+        '--init-from', metavar='PATH', help='start a new run from the weights in a checkpoint (or in a bare state dict)'
+    )
     for setting in dataclasses.fields(Config):
         kind: dict[str, Any] = {'type': type(setting.default), 'choices': setting.metadata['choices']}
         if isinstance(setting.default, tuple):
@@ -149,8 +178,13 @@ def build_parser() -> argparse.ArgumentParser:
         elif str(setting.type).startswith('bool'):
             kind = {'action': argparse.BooleanOptionalAction}
         # a default that is suppressed tells options that were given from options that were not
-        parser.add_argument('--' + setting.name.lower().replace('_', '-'), dest=setting.name, default=argparse.SUPPRESS,
-                            help=f'{setting.metadata["help"]} (default: {setting.default})', **kind)
+        parser.add_argument(
+            '--' + setting.name.lower().replace('_', '-'),
+            dest=setting.name,
+            default=argparse.SUPPRESS,
+            help=f'{setting.metadata["help"]} (default: {setting.default})',
+            **kind,
+        )
     return parser
 
 
@@ -168,6 +202,7 @@ def run_folder(config: Config) -> Path:
 
 
 # machine --------------------------------------------------------------------------------------------------------------
+
 
 class Machine(NamedTuple):
     device: torch.device
@@ -192,11 +227,16 @@ def choose_machine(config: Config) -> Machine:
         precision = 'bf16' if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else 'fp32'
     torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')  # fp32 is never TF32 in disguise
     triton = on_gpu and importlib.util.find_spec('triton') is not None
-    return Machine(device, precision, triton if config.USE_FLEX_ATTN is None else config.USE_FLEX_ATTN,
-                   triton if config.USE_ACCELERATED_SCAN is None else config.USE_ACCELERATED_SCAN)
+    return Machine(
+        device,
+        precision,
+        triton if config.USE_FLEX_ATTN is None else config.USE_FLEX_ATTN,
+        triton if config.USE_ACCELERATED_SCAN is None else config.USE_ACCELERATED_SCAN,
+    )
 
 
 # files ----------------------------------------------------------------------------------------------------------------
+
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
@@ -212,7 +252,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path, older_than: float = 0.) -> None:
+def remove_leftovers(folder: Path, older_than: float = 0.0) -> None:
     for leftover in folder.glob('*.tmp'):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - leftover.stat().st_mtime >= older_than:
@@ -248,6 +288,7 @@ def prepare_run_folder(folder: Path, resumed_at: int | None) -> None:
 
 # data -----------------------------------------------------------------------------------------------------------------
 
+
 class Data(NamedTuple):
     train: Tensor
     valid: Tensor
@@ -281,14 +322,16 @@ def copy_verified(source: IO[bytes], target: IO[bytes] | gzip.GzipFile, size: in
             digest.update(block)
             bar.update(len(block))
     if digest.hexdigest() != sha256:
-        sys.exit(f'{name} from {ENWIK8_URL} is corrupt: its sha256 is {digest.hexdigest()}, not {sha256}. '
-                 'Nothing of it was kept; try again, or give a file with --data')
+        sys.exit(
+            f'{name} from {ENWIK8_URL} is corrupt: its sha256 is {digest.hexdigest()}, not {sha256}. '
+            'Nothing of it was kept; try again, or give a file with --data'
+        )
 
 
 def download_enwik8(path: Path) -> bool:
     """Put enwik8 at `path`. False if the network is out of reach; whatever else goes wrong ends the program."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent, older_than=3600.)
+    remove_leftovers(path.parent, older_than=3600.0)
     archive = path.with_name(f'enwik8.zip.{os.getpid()}.tmp')
     try:
         response = urllib.request.urlopen(ENWIK8_URL, timeout=30)
@@ -302,8 +345,12 @@ def download_enwik8(path: Path) -> bool:
         with response, open(archive, 'wb') as zipped:
             size = int(response.headers.get('Content-Length') or 0)
             copy_verified(response, zipped, size, ENWIK8_ZIP_SHA256, 'enwik8.zip')
-        with (zipfile.ZipFile(archive) as unpacked, unpacked.open('enwik8') as text, atomic_file(path) as file,
-              gzip.GzipFile('', 'wb', compresslevel=1, fileobj=file, mtime=0) as packed):
+        with (
+            zipfile.ZipFile(archive) as unpacked,
+            unpacked.open('enwik8') as text,
+            atomic_file(path) as file,
+            gzip.GzipFile('', 'wb', compresslevel=1, fileobj=file, mtime=0) as packed,
+        ):
             copy_verified(text, packed, unpacked.getinfo('enwik8').file_size, ENWIK8_SHA256, 'enwik8')
         return True
     except (OSError, http.client.HTTPException) as error:
@@ -336,7 +383,7 @@ def load_data(config: Config) -> Data:
         sys.exit(f'{source} has {len(content)} bytes, too few: this configuration needs at least {least}')
     everything = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     ends = len(content) * 90 // 100, len(content) * 95 // 100
-    return Data(everything[:ends[0]], everything[ends[0]:ends[1]], everything[ends[1]:], source, sha256)
+    return Data(everything[: ends[0]], everything[ends[0] : ends[1]], everything[ends[1] :], source, sha256)
 
 
 def windows(data: Tensor, starts: Tensor, length: int) -> Tensor:
@@ -350,6 +397,7 @@ def random_windows(data: Tensor, config: Config, generator: torch.Generator) -> 
 
 # model ----------------------------------------------------------------------------------------------------------------
 
+
 def build_model(config: Config) -> MemoryAsContextTransformer:
     machine = choose_machine(config)
     torch.manual_seed(config.SEED)
@@ -359,7 +407,11 @@ def build_model(config: Config) -> MemoryAsContextTransformer:
     else:
         memory_model = MemoryMLP(dim=config.NEURAL_MEM_DIM_HEAD, depth=config.NEURAL_MEMORY_DEPTH)
     model = MemoryAsContextTransformer(
-        num_tokens=256, dim=config.DIM, depth=config.DEPTH, heads=config.HEADS, dim_head=config.DIM_HEAD,
+        num_tokens=256,
+        dim=config.DIM,
+        depth=config.DEPTH,
+        heads=config.HEADS,
+        dim_head=config.DIM_HEAD,
         segment_len=config.WINDOW_SIZE,
         sliding_window_attn=config.SLIDING_WINDOWS,
         use_flex_attn=machine.flex_attn,
@@ -389,6 +441,7 @@ def build_model(config: Config) -> MemoryAsContextTransformer:
 
 
 # checkpoints ----------------------------------------------------------------------------------------------------------
+
 
 class BadCheckpoint(Exception):
     pass
@@ -431,6 +484,7 @@ def load_weights(model: nn.Module, weights: dict[str, Any]) -> None:
 
 # evaluation -----------------------------------------------------------------------------------------------------------
 
+
 @torch.no_grad()
 def validate(model: nn.Module, data: Tensor, config: Config, machine: Machine) -> float:
     """Mean loss (nats per byte) over windows that are the same in every run: evenly spaced over the split."""
@@ -455,8 +509,9 @@ def generate(model: MemoryAsContextTransformer, data: Tensor, config: Config, ma
     with torch.random.fork_rng(devices=[machine.device] if machine.device.type == 'cuda' else []), machine.autocast():
         torch.manual_seed(config.SEED + batch)
         prompt = windows(data, torch.randint(len(data) - config.PRIME_LENGTH, (1,)), config.PRIME_LENGTH)
-        made = model.sample(prompt.to(machine.device), config.GENERATE_LENGTH, use_cache=config.USE_FAST_INFERENCE,
-                            show_progress=False)
+        made = model.sample(
+            prompt.to(machine.device), config.GENERATE_LENGTH, use_cache=config.USE_FAST_INFERENCE, show_progress=False
+        )
     model.train()
     return f'--- sample after {batch} steps\n{printable(prompt[0])}\n--- goes on as\n{printable(made[0])}\n---\n'
 
@@ -475,13 +530,14 @@ def plot_losses(folder: Path) -> None:
         points = [(row['step'], row['bpb']) for row in rows if key in row]
         axes.plot(*zip(*points), label=label, marker=marker, markersize=4) if points else None
     axes.set(xlabel='steps', ylabel='bits per byte', title=str(folder))
-    axes.grid(alpha=.3)
+    axes.grid(alpha=0.3)
     axes.legend()
     with atomic_file(folder / 'loss.png') as file:
         figure.savefig(file, format='png', dpi=120)
 
 
 # training -------------------------------------------------------------------------------------------------------------
+
 
 class Interrupted(BaseException):
     pass
@@ -521,22 +577,25 @@ def train(config: Config, resume: dict[str, Any] | None = None, weights: dict[st
     return 128 + signals.received if signals.received else 0
 
 
-def training_loop(config: Config, resume: dict[str, Any] | None, weights: dict[str, Any] | None,
-                  signals: Signals) -> None:
+def training_loop(
+    config: Config, resume: dict[str, Any] | None, weights: dict[str, Any] | None, signals: Signals
+) -> None:
     machine, folder = choose_machine(config), run_folder(config)
     gpu = machine.device.type == 'cuda'
     if config.WANDB and importlib.util.find_spec('wandb') is None:
         sys.exit('--wandb needs the wandb package, which is not installed')
-    say(f'{config.PRESET} preset on {torch.cuda.get_device_name(machine.device) if gpu else machine.device}, '
+    say(
+        f'{config.PRESET} preset on {torch.cuda.get_device_name(machine.device) if gpu else machine.device}, '
         f'{machine.precision}, FlexAttention {"on" if machine.flex_attn else "off"}, accelerated scan '
-        f'{"on" if machine.accelerated_scan else "off"}, PyTorch {torch.__version__}')
+        f'{"on" if machine.accelerated_scan else "off"}, PyTorch {torch.__version__}'
+    )
     data = load_data(config)
     say(f'data: {data.source}: {len(data.train):,} bytes to train on, {len(data.valid):,} to validate')
 
     # `batch` counts the steps done, and `evaluated` is its value at the last evaluation
 
     model = build_model(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.LEARNING_RATE, weight_decay=0.)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.LEARNING_RATE, weight_decay=0.0)
     generator = torch.Generator().manual_seed(config.DATA_SEED)
     batch, evaluated, val_loss, best = 0, -1, None, math.inf
     if resume is not None:
@@ -561,6 +620,7 @@ def training_loop(config: Config, resume: dict[str, Any] | None, weights: dict[s
     wandb_run = None
     if config.WANDB:
         import wandb
+
         settings = dataclasses.asdict(config)
         wandb_run = wandb.init(project=config.PROJECT_NAME, name=config.RUN_NAME or None, config=settings)
 
@@ -571,30 +631,46 @@ def training_loop(config: Config, resume: dict[str, Any] | None, weights: dict[s
             wandb_run.log(row, step=row['step'])
 
     def fail(what: str) -> NoReturn:
-        sys.exit(f'\nstopped after {batch} steps: {what}. Nothing was saved from this state; earlier checkpoints are '
-                 f'good. A lower NEURAL_MEM_MAX_LR (now {config.NEURAL_MEM_MAX_LR:g}) or LEARNING_RATE '
-                 f'(now {config.LEARNING_RATE:g}) usually helps')
+        sys.exit(
+            f'\nstopped after {batch} steps: {what}. Nothing was saved from this state; earlier checkpoints are '
+            f'good. A lower NEURAL_MEM_MAX_LR (now {config.NEURAL_MEM_MAX_LR:g}) or LEARNING_RATE '
+            f'(now {config.LEARNING_RATE:g}) usually helps'
+        )
 
     def save(name: str) -> None:
         weights = model.state_dict()
         if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
             fail('the weights are not finite')
         with atomic_file(folder / name) as file:
-            torch.save({
-                'batch': batch, 'model_state_dict': weights, 'optimizer_state_dict': optimizer.state_dict(),
-                'val_loss': val_loss, 'config': dataclasses.asdict(config),
-                # and what the resumed run needs to be the same run
-                'best_val_loss': best, 'evaluated': evaluated, 'data_sha256': data.sha256,
-                'random': torch.get_rng_state(), 'python_random': random.getstate(),
-                'windows_random': generator.get_state(),
-                'cuda_random': torch.cuda.get_rng_state(machine.device) if gpu else None,
-            }, file)
+            torch.save(
+                {
+                    'batch': batch,
+                    'model_state_dict': weights,
+                    'optimizer_state_dict': optimizer.state_dict(),
+                    'val_loss': val_loss,
+                    'config': dataclasses.asdict(config),
+                    # and what the resumed run needs to be the same run
+                    'best_val_loss': best,
+                    'evaluated': evaluated,
+                    'data_sha256': data.sha256,
+                    'random': torch.get_rng_state(),
+                    'python_random': random.getstate(),
+                    'windows_random': generator.get_state(),
+                    'cuda_random': torch.cuda.get_rng_state(machine.device) if gpu else None,
+                },
+                file,
+            )
         say(f'saved {folder / name}')
 
     start = batch
     model.train()
-    bar = tqdm(total=config.NUM_BATCHES, initial=batch, unit='step', dynamic_ncols=True,
-               mininterval=.2 if sys.stderr.isatty() else 10.)
+    bar = tqdm(
+        total=config.NUM_BATCHES,
+        initial=batch,
+        unit='step',
+        dynamic_ncols=True,
+        mininterval=0.2 if sys.stderr.isatty() else 10.0,
+    )
     while True:
         # evaluate. This changes nothing that training depends on, so a signal can break it off: it is done again after
         # the resume. What was evaluated before it was saved is not evaluated twice
@@ -660,8 +736,14 @@ def training_loop(config: Config, resume: dict[str, Any] | None, weights: dict[s
         seconds = time.perf_counter() - started
         speed = config.BATCH_SIZE * config.GRADIENT_ACCUMULATE_EVERY * config.SEQ_LEN / seconds
         bpb = train_loss / math.log(2)
-        row = {'step': batch, 'train_loss': train_loss, 'bpb': bpb, 'grad_norm': grad_norm, 'tokens_per_second': speed,
-               'seconds': seconds}
+        row = {
+            'step': batch,
+            'train_loss': train_loss,
+            'bpb': bpb,
+            'grad_norm': grad_norm,
+            'tokens_per_second': speed,
+            'seconds': seconds,
+        }
         if gpu:
             row['peak_memory_bytes'] = torch.cuda.max_memory_allocated(machine.device)
         log(row)
@@ -681,6 +763,7 @@ def training_loop(config: Config, resume: dict[str, Any] | None, weights: dict[s
 
 
 # main -----------------------------------------------------------------------------------------------------------------
+
 
 def main(arguments: list[str] | None = None) -> int:
     with contextlib.suppress(AttributeError):

@@ -73,7 +73,8 @@ def report(folders: list[str]) -> None:
         median = statistics.median(seconds)
         speed = statistics.median(r['tokens_per_second'] for r in steps)
         peak = max(r.get('peak_memory_bytes', 0) for r in steps) / 2**30
-        print(f'| {name} | {median * 1e3:.0f} ms | {low * 1e3:.0f}–{high * 1e3:.0f} ms | {speed:,.0f} | {peak:.1f} GiB |')
+        spread = f'{low * 1e3:.0f}–{high * 1e3:.0f} ms'
+        print(f'| {name} | {median * 1e3:.0f} ms | {spread} | {speed:,.0f} | {peak:.1f} GiB |')
 
 
 if __name__ == '__main__':

@@ -88,6 +88,8 @@ def memory(switch: str = 'plain', chunk_size: int = 4, batch_size: int | None = 
         switches['model'] = switches['model']()
     if chunk_size == 1:
         switches.pop('attn_pool_chunks', None)
+        if switches.get('num_kv_per_token', 1) == 1:
+            switches.pop('store_with_lookahead_value', None)
     made = NeuralMemory(
         DIM,
         heads=2,

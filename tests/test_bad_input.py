@@ -58,6 +58,11 @@ def test_memory_arguments(kwargs, error, message):
         NeuralMemory(**{'dim': DIM, **kwargs})
 
 
+def test_lookahead_that_stores_nothing_says_so():
+    with pytest.warns(UserWarning, match='chunks of a single row stores nothing'):
+        NeuralMemory(DIM, store_with_lookahead_value=True)
+
+
 def test_the_error_of_a_memory_model_is_kept_as_the_cause():
     with pytest.raises(ValueError, match='it raised: ') as caught:
         NeuralMemory(DIM, model=MemoryMLP(5, depth=1))

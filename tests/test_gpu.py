@@ -66,14 +66,14 @@ def test_the_shipped_configuration_with_and_without_what_a_gpu_adds():
 
 
 def test_cached_samples_equal_uncached_in_float64():
-    model = shipped_model(DEPTH=4, USE_ACCELERATED_SCAN=True, USE_FLEX_ATTN=True).double()
+    model = shipped_model(DEPTH=4, NEURAL_MEM_LAYERS=(2, 4), USE_ACCELERATED_SCAN=True, USE_FLEX_ATTN=True).double()
     prompt = torch.randint(0, 256, (2, 50), device='cuda')
     kwargs = {'temperature': 0.0, 'show_progress': False}
     assert torch.equal(model.sample(prompt, 90, use_cache=True, **kwargs), model.sample(prompt, 90, **kwargs))
 
 
 def test_training_in_bfloat16_learns():
-    model = shipped_model(DEPTH=2)
+    model = shipped_model(DEPTH=2, NEURAL_MEM_LAYERS=(2,))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     tokens = torch.randint(0, 256, (2, 129), device='cuda')
     losses = []

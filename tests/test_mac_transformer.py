@@ -162,9 +162,7 @@ def test_factorized_positions_change_nothing():
     expected, cache = model(tokens[:, :9], return_cache=True)
     assert_same(model(tokens[:, :9], factorized_pos_emb=factorized), expected, 1e-12)
     following = {'cache': cache, 'return_cache': True}
-    assert_same(
-        model(tokens, factorized_pos_emb=factorized, **following)[0], model(tokens, **following)[0], 1e-12
-    )
+    assert_same(model(tokens, factorized_pos_emb=factorized, **following)[0], model(tokens, **following)[0], 1e-12)
 
 
 # sampling

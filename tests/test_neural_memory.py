@@ -27,9 +27,7 @@ def in_pieces(mem, seq, sizes, **kwargs):
     for size in sizes:
         piece = slice(start, start + size)
         mask = None if masks is None else masks[:, piece]
-        out, state, surprise = mem(
-            seq[..., piece, :], state=state, return_surprises=True, store_mask=mask, **kwargs
-        )
+        out, state, surprise = mem(seq[..., piece, :], state=state, return_surprises=True, store_mask=mask, **kwargs)
         outs.append(out)
         surprises.append(surprise)
         start += size

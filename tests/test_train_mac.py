@@ -1,4 +1,5 @@
 """The training script: data, presets, checkpoints, resume, signals, and what it leaves in its folder."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -26,11 +27,29 @@ import train_mac
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {
-    'BATCH_SIZE': 2, 'GRADIENT_ACCUMULATE_EVERY': 1, 'SEQ_LEN': 24, 'LEARNING_RATE': 1e-2, 'NUM_BATCHES': 4,
-    'VALIDATE_EVERY': 100, 'VALIDATE_BATCHES': 2, 'GENERATE_EVERY': 100, 'PRIME_LENGTH': 8, 'GENERATE_LENGTH': 12,
-    'CHECKPOINT_EVERY': 100, 'DIM': 16, 'DEPTH': 1, 'HEADS': 2, 'DIM_HEAD': 8, 'WINDOW_SIZE': 8, 'NUM_PERSIST_MEM': 2,
-    'NUM_LONGTERM_MEM': 2, 'NEURAL_MEM_LAYERS': (1,), 'NEURAL_MEM_HEADS': 2, 'NEURAL_MEM_DIM_HEAD': 8,
-    'NEURAL_MEM_BATCH_SIZE': 16, 'DEVICE': 'cpu',
+    'BATCH_SIZE': 2,
+    'GRADIENT_ACCUMULATE_EVERY': 1,
+    'SEQ_LEN': 24,
+    'LEARNING_RATE': 1e-2,
+    'NUM_BATCHES': 4,
+    'VALIDATE_EVERY': 100,
+    'VALIDATE_BATCHES': 2,
+    'GENERATE_EVERY': 100,
+    'PRIME_LENGTH': 8,
+    'GENERATE_LENGTH': 12,
+    'CHECKPOINT_EVERY': 100,
+    'DIM': 16,
+    'DEPTH': 1,
+    'HEADS': 2,
+    'DIM_HEAD': 8,
+    'WINDOW_SIZE': 8,
+    'NUM_PERSIST_MEM': 2,
+    'NUM_LONGTERM_MEM': 2,
+    'NEURAL_MEM_LAYERS': (1,),
+    'NEURAL_MEM_HEADS': 2,
+    'NEURAL_MEM_DIM_HEAD': 8,
+    'NEURAL_MEM_BATCH_SIZE': 16,
+    'DEVICE': 'cpu',
 }
 TEXT = b'The quick brown fox jumps over the lazy dog, and the dog does not mind. ' * 60
 CHECKPOINT_KEYS = {'batch', 'model_state_dict', 'optimizer_state_dict', 'val_loss', 'config'}
@@ -64,8 +83,14 @@ def options(data, folder, **settings):
 
 def start(words, *program):
     """The script in a process of its own."""
-    return subprocess.Popen([sys.executable, *program, *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    return subprocess.Popen(
+        [sys.executable, *program, *words],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )
 
 
 def load(path):
@@ -96,17 +121,20 @@ def assert_same(first, second):
 
 # what a run leaves ----------------------------------------------------------------------------------------------------
 
+
 def test_a_run_leaves_metrics_plot_samples_and_checkpoints(text, tmp_path, capsys):
     folder = tmp_path / 'run'
-    assert train_mac.main(options(text, folder, NUM_BATCHES=30, VALIDATE_EVERY=10, GENERATE_EVERY=15,
-                                  CHECKPOINT_EVERY=10)) == 0
+    assert (
+        train_mac.main(options(text, folder, NUM_BATCHES=30, VALIDATE_EVERY=10, GENERATE_EVERY=15, CHECKPOINT_EVERY=10))
+        == 0
+    )
     training, validation = rows(folder, 'train_loss'), rows(folder, 'val_loss')
     assert list(training) == list(range(1, 31))
     assert list(validation) == [0, 10, 20, 30]
     for row in training.values():
         assert row['bpb'] == pytest.approx(row['train_loss'] / math.log(2))
         assert row['tokens_per_second'] * row['seconds'] == pytest.approx(2 * 24)
-    assert validation[0]['bpb'] == pytest.approx(8, abs=.7)  # an untrained model knows nothing about a byte
+    assert validation[0]['bpb'] == pytest.approx(8, abs=0.7)  # an untrained model knows nothing about a byte
     assert validation[30]['bpb'] < validation[10]['bpb'] < validation[0]['bpb'] - 1
 
     assert (folder / 'loss.png').read_bytes().startswith(b'\x89PNG')
@@ -143,8 +171,16 @@ def test_a_run_leaves_metrics_plot_samples_and_checkpoints(text, tmp_path, capsy
 def test_accumulated_gradients_are_those_of_one_large_batch(text, tmp_path):
     losses = []
     for name, sizes in (('large', (4, 1)), ('small', (1, 4))):
-        train_mac.main(options(text, tmp_path / name, NUM_BATCHES=3, LEARNING_RATE=1e-3, BATCH_SIZE=sizes[0],
-                               GRADIENT_ACCUMULATE_EVERY=sizes[1]))
+        train_mac.main(
+            options(
+                text,
+                tmp_path / name,
+                NUM_BATCHES=3,
+                LEARNING_RATE=1e-3,
+                BATCH_SIZE=sizes[0],
+                GRADIENT_ACCUMULATE_EVERY=sizes[1],
+            )
+        )
         losses.append([row['train_loss'] for row in rows(tmp_path / name, 'train_loss').values()])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
@@ -175,8 +211,9 @@ def test_a_new_run_moves_the_earlier_one_aside(text, tmp_path, capsys):
 
 def test_weights_and_biases_only_when_asked(text, tmp_path, monkeypatch):
     calls = []
-    run = types.SimpleNamespace(log=lambda row, step: calls.append((step, row)),
-                                finish=lambda: calls.append('finished'))
+    run = types.SimpleNamespace(
+        log=lambda row, step: calls.append((step, row)), finish=lambda: calls.append('finished')
+    )
     fake = types.ModuleType('wandb')
     fake.__spec__ = types.SimpleNamespace()
     fake.init = lambda **kwargs: calls.append(kwargs) or run
@@ -199,6 +236,7 @@ def test_without_matplotlib_there_is_a_notice_and_no_plot(text, tmp_path, monkey
 
 # resume ---------------------------------------------------------------------------------------------------------------
 
+
 def test_twenty_steps_are_ten_and_a_resume_and_ten(text, tmp_path):
     busy = {'VALIDATE_EVERY': 5, 'GENERATE_EVERY': 4}
     model = {'DEPTH': 2, 'NEURAL_MEM_LAYERS': (1, 2)}
@@ -220,8 +258,9 @@ def test_twenty_steps_are_ten_and_a_resume_and_ten(text, tmp_path):
         assert_same(half[key], quiet[key])
 
     for key in ('train_loss', 'val_loss'):
-        first, second = ({step: row[key] for step, row in rows(tmp_path / name, key).items()}
-                         for name in ('whole', 'parts'))
+        first, second = (
+            {step: row[key] for step, row in rows(tmp_path / name, key).items()} for name in ('whole', 'parts')
+        )
         assert first == second
 
 
@@ -238,7 +277,7 @@ def test_resume_at_an_older_checkpoint_takes_back_the_later_metrics(text, tmp_pa
     assert after[4]['train_loss'] == before[4]['train_loss']
     assert after[5]['train_loss'] != before[5]['train_loss']  # the other learning rate
     final = load(folder / 'titans_enwik8.pt')
-    assert final['optimizer_state_dict']['param_groups'][0]['lr'] == final['config']['LEARNING_RATE'] == .02
+    assert final['optimizer_state_dict']['param_groups'][0]['lr'] == final['config']['LEARNING_RATE'] == 0.02
     assert final['config']['CHECKPOINT_EVERY'] == 3
 
 
@@ -276,7 +315,7 @@ def test_init_from_takes_weights_and_nothing_else(text, tmp_path):
     torch.save(load(source)['model_state_dict'], bare)
     for path in (source, bare):
         folder = tmp_path / path.stem
-        train_mac.main([*options(text, folder, NUM_BATCHES=1, SEED=3, LEARNING_RATE=0.), '--init-from', str(path)])
+        train_mac.main([*options(text, folder, NUM_BATCHES=1, SEED=3, LEARNING_RATE=0.0), '--init-from', str(path)])
         final = load(folder / 'titans_enwik8.pt')
         assert_same(final['model_state_dict'], load(source)['model_state_dict'])
         assert final['batch'] == 1
@@ -290,7 +329,7 @@ def test_init_from_takes_weights_and_nothing_else(text, tmp_path):
 
 # kills, signals, bad numbers ------------------------------------------------------------------------------------------
 
-KILLED = '''
+KILLED = """
 import io, os, signal, sys, torch, train_mac
 real_save, real_replace = torch.save, os.replace
 def save(content, file):
@@ -307,7 +346,7 @@ def replace(source, target):
     real_replace(source, target)
 torch.save, os.replace = save, replace
 train_mac.main(sys.argv[1:])
-'''
+"""
 
 
 def test_kill_in_a_save_leaves_the_last_good_checkpoint(text, tmp_path, capsys):
@@ -336,7 +375,7 @@ def test_a_signal_saves_and_ends(text, tmp_path):
     for number, process in signalled.items():
         folder, deadline = tmp_path / number.name, time.monotonic() + 60
         while len(rows(folder, 'train_loss')) < 3 and time.monotonic() < deadline and process.poll() is None:
-            time.sleep(.05)
+            time.sleep(0.05)
         process.send_signal(number)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 128 + number, output
@@ -407,6 +446,7 @@ def test_numbers_that_are_not_finite_end_the_run_and_are_never_saved(text, tmp_p
                     weight = next(model.parameters())
                     loss = loss * math.nan if where == 'loss' else loss + (weight - weight.detach()).sum().sqrt()
                 return loss
+
             model.forward = bad_forward
         return model
 
@@ -419,8 +459,11 @@ def test_numbers_that_are_not_finite_end_the_run_and_are_never_saved(text, tmp_p
     monkeypatch.setattr(train_mac, 'build_model', build_and_keep)
     monkeypatch.setattr(train_mac, 'generate', generate_and_poison)
     if where == 'validation':  # the weights go bad at step 4, and step 5 would notice if there were one
-        monkeypatch.setattr(train_mac, 'validate', lambda *args: math.nan if args[2].SEQ_LEN and
-                            len(rows(folder, 'train_loss')) == 4 else 5.)
+        monkeypatch.setattr(
+            train_mac,
+            'validate',
+            lambda *args: math.nan if args[2].SEQ_LEN and len(rows(folder, 'train_loss')) == 4 else 5.0,
+        )
     with pytest.raises(SystemExit, match='NEURAL_MEM_MAX_LR') as ended:
         train_mac.main(options(text, folder, NUM_BATCHES=8, CHECKPOINT_EVERY=2, VALIDATE_EVERY=2, GENERATE_EVERY=2))
     assert isinstance(ended.value.code, str)  # a message, and with it the exit status 1
@@ -432,6 +475,7 @@ def test_numbers_that_are_not_finite_end_the_run_and_are_never_saved(text, tmp_p
 
 
 # data -----------------------------------------------------------------------------------------------------------------
+
 
 def test_raw_gz_and_zip_give_the_same_splits(tmp_path):
     content = bytes(random.Random(0).randbytes(4001))
@@ -446,14 +490,17 @@ def test_raw_gz_and_zip_give_the_same_splits(tmp_path):
         assert bytes(data.test.tolist()) == content[3800:]
 
 
-@pytest.mark.parametrize(('name', 'damage', 'message'), [
-    ('cut.gz', lambda packed: packed[:-20], 'cannot read'),
-    ('flipped.gz', lambda packed: packed[:50] + bytes([packed[50] ^ 8]) + packed[51:], 'cannot read'),
-    ('other.gz', lambda packed: b'not gzip at all', 'cannot read'),
-    ('other.zip', lambda packed: b'not a zip at all', 'cannot read'),
-    ('short.gz', lambda packed: gzip.compress(TEXT[:99]), 'too few'),
-    ('absent.gz', None, 'cannot read'),
-])
+@pytest.mark.parametrize(
+    ('name', 'damage', 'message'),
+    [
+        ('cut.gz', lambda packed: packed[:-20], 'cannot read'),
+        ('flipped.gz', lambda packed: packed[:50] + bytes([packed[50] ^ 8]) + packed[51:], 'cannot read'),
+        ('other.gz', lambda packed: b'not gzip at all', 'cannot read'),
+        ('other.zip', lambda packed: b'not a zip at all', 'cannot read'),
+        ('short.gz', lambda packed: gzip.compress(TEXT[:99]), 'too few'),
+        ('absent.gz', None, 'cannot read'),
+    ],
+)
 def test_a_bad_data_file_ends_with_its_name(tmp_path, name, damage, message):
     if damage:
         (tmp_path / name).write_bytes(damage(gzip.compress(random.Random(0).randbytes(5000))))
@@ -567,17 +614,41 @@ def test_checksums_are_the_published_ones():
 
 # settings -------------------------------------------------------------------------------------------------------------
 
+
 def test_defaults_are_the_published_configuration():
     expected = {
-        'NUM_BATCHES': 100_000, 'BATCH_SIZE': 4, 'GRADIENT_ACCUMULATE_EVERY': 4, 'LEARNING_RATE': 2e-4,
-        'VALIDATE_EVERY': 100, 'GENERATE_EVERY': 500, 'PRIME_LENGTH': 100, 'GENERATE_LENGTH': 512, 'SEQ_LEN': 512,
-        'CHECKPOINT_EVERY': 5000, 'NEURAL_MEMORY_DEPTH': 2, 'NUM_PERSIST_MEM': 4, 'NUM_LONGTERM_MEM': 4,
-        'NEURAL_MEM_LAYERS': (2, 4, 6), 'NEURAL_MEM_GATE_ATTN_OUTPUT': False, 'NEURAL_MEM_MOMENTUM': True,
-        'NEURAL_MEM_MOMENTUM_ORDER': 1, 'NEURAL_MEM_QK_NORM': True, 'NEURAL_MEM_MAX_LR': 1e-1,
-        'NEURAL_MEM_SEGMENT_LEN': 4, 'NEURAL_MEM_BATCH_SIZE': 128, 'NEURAL_MEM_WEIGHT_RESIDUAL': True,
-        'NEURAL_MEM_QKV_RECEIVES_DIFF_VIEW': True, 'NEURAL_MEM_SPEC_NORM_SURPRISES': True,
-        'STORE_ATTN_POOL_CHUNKS': True, 'MEMORY_MODEL_PER_LAYER_LEARNED_LR': True, 'WINDOW_SIZE': 32,
-        'SLIDING_WINDOWS': True, 'USE_MEM_ATTENTION_MODEL': False, 'DIM': 384, 'DEPTH': 8, 'NEURAL_MEM_HEADS': 4,
+        'NUM_BATCHES': 100_000,
+        'BATCH_SIZE': 4,
+        'GRADIENT_ACCUMULATE_EVERY': 4,
+        'LEARNING_RATE': 2e-4,
+        'VALIDATE_EVERY': 100,
+        'GENERATE_EVERY': 500,
+        'PRIME_LENGTH': 100,
+        'GENERATE_LENGTH': 512,
+        'SEQ_LEN': 512,
+        'CHECKPOINT_EVERY': 5000,
+        'NEURAL_MEMORY_DEPTH': 2,
+        'NUM_PERSIST_MEM': 4,
+        'NUM_LONGTERM_MEM': 4,
+        'NEURAL_MEM_LAYERS': (2, 4, 6),
+        'NEURAL_MEM_GATE_ATTN_OUTPUT': False,
+        'NEURAL_MEM_MOMENTUM': True,
+        'NEURAL_MEM_MOMENTUM_ORDER': 1,
+        'NEURAL_MEM_QK_NORM': True,
+        'NEURAL_MEM_MAX_LR': 1e-1,
+        'NEURAL_MEM_SEGMENT_LEN': 4,
+        'NEURAL_MEM_BATCH_SIZE': 128,
+        'NEURAL_MEM_WEIGHT_RESIDUAL': True,
+        'NEURAL_MEM_QKV_RECEIVES_DIFF_VIEW': True,
+        'NEURAL_MEM_SPEC_NORM_SURPRISES': True,
+        'STORE_ATTN_POOL_CHUNKS': True,
+        'MEMORY_MODEL_PER_LAYER_LEARNED_LR': True,
+        'WINDOW_SIZE': 32,
+        'SLIDING_WINDOWS': True,
+        'USE_MEM_ATTENTION_MODEL': False,
+        'DIM': 384,
+        'DEPTH': 8,
+        'NEURAL_MEM_HEADS': 4,
         'NEURAL_MEM_DIM_HEAD': 64,
     }
     config = dataclasses.asdict(train_mac.config_from_options({'PRESET': 'full'}))
@@ -604,10 +675,22 @@ def test_options_override_the_preset():
 
     quick = parse('--preset', 'quick')
     assert quick.DIM < 384
-    config = parse('--preset', 'quick', '--dim', '48', '--no-neural-mem-momentum', '--neural-mem-layers', '1', '2',
-                   '--use-flex-attn', '--neural-mem-max-lr', '0.5')
-    assert config == dataclasses.replace(quick, DIM=48, NEURAL_MEM_MOMENTUM=False, NEURAL_MEM_LAYERS=(1, 2),
-                                         USE_FLEX_ATTN=True, NEURAL_MEM_MAX_LR=.5)
+    config = parse(
+        '--preset',
+        'quick',
+        '--dim',
+        '48',
+        '--no-neural-mem-momentum',
+        '--neural-mem-layers',
+        '1',
+        '2',
+        '--use-flex-attn',
+        '--neural-mem-max-lr',
+        '0.5',
+    )
+    assert config == dataclasses.replace(
+        quick, DIM=48, NEURAL_MEM_MOMENTUM=False, NEURAL_MEM_LAYERS=(1, 2), USE_FLEX_ATTN=True, NEURAL_MEM_MAX_LR=0.5
+    )
     assert parse('--device', 'cpu') == dataclasses.replace(quick, DEVICE='cpu')
     assert parse('--device', 'cuda').PRESET == 'full'
     assert parse().PRESET == ('full' if torch.cuda.is_available() else 'quick')
@@ -633,8 +716,17 @@ def test_precision():
 
 
 def test_the_memory_attention_model_and_bf16_train_too(text, tmp_path):
-    train_mac.main(options(text, tmp_path / 'run', NUM_BATCHES=2, USE_MEM_ATTENTION_MODEL=True, PRECISION='bf16',
-                           USE_FAST_INFERENCE=False, NEURAL_MEM_MOMENTUM=False))
+    train_mac.main(
+        options(
+            text,
+            tmp_path / 'run',
+            NUM_BATCHES=2,
+            USE_MEM_ATTENTION_MODEL=True,
+            PRECISION='bf16',
+            USE_FAST_INFERENCE=False,
+            NEURAL_MEM_MOMENTUM=False,
+        )
+    )
     assert len(rows(tmp_path / 'run', 'train_loss')) == 2
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ class AttnIntermediates(NamedTuple):
 
 
 @cache
-def _compiled_flex_attention() -> Callable[..., Tensor]:
+def _compiled_flex_attention() -> Callable[..., Any]:
     # uncompiled, it forms all scores; and compiling on import would load the compiler for everyone
     return torch.compile(flex_attention)
 
@@ -44,7 +44,7 @@ def segmented_flex_attention(
 ) -> Callable[..., Tensor]:
     """FlexAttention with the segments' block mask: (queries, keys, values) to the attended values."""
     block_mask = segmented_block_mask(seq_len, window, num_persistent, sliding, device)
-    attend = _compiled_flex_attention() if device.type == 'cuda' else flex_attention
+    attend = _compiled_flex_attention() if device.type == 'cuda' else cast(Callable[..., Any], flex_attention)
     return partial(attend, block_mask=block_mask)
 
 
@@ -155,13 +155,14 @@ class SegmentedAttention(Module):
         """What tokens from `position` on can still see: the last window if it slides, else the one not full yet."""
         length, window = key_values[0].shape[-2], self.total_segment_len
         keep = min(length, window if self.sliding else position % window)
-        return tuple(t[..., length - keep :, :].clone() for t in key_values)
+        keys, values = (t[..., length - keep :, :].clone() for t in key_values)
+        return keys, values
 
     def _project(self, seq: Tensor, value_residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         seq = self.norm(seq)
         queries, keys, values = map(self.split_heads, self.to_qkv(seq).chunk(3, dim=-1))
         mixed = values
-        if self.to_learned_v_mix is not None:
+        if self.to_learned_v_mix is not None and value_residual is not None:
             mixed = values.lerp(value_residual.to(values.dtype), self.to_learned_v_mix(seq).to(values.dtype))
         return queries, keys, mixed, values
 

@@ -69,7 +69,7 @@ class MACBlock(ModuleList):
     feedforward = property(itemgetter(6))
 
     def __init__(self, *parts: Module | None, gate_attn_output: bool):
-        super().__init__(parts)
+        super().__init__(parts)  # type: ignore[arg-type]  # a slot may be empty
         self.gate_attn_output = gate_attn_output
 
     def forward(
@@ -256,6 +256,10 @@ class MemoryAsContextTransformer(Module):
         self.norm = nn.RMSNorm(dim)
         self.to_logits = Linear(dim, num_tokens, bias=False)
 
+    @property
+    def _mac_blocks(self) -> list[MACBlock]:
+        return [*self.layers]  # type: ignore[arg-type]
+
     # positions: tokens, and long-term memory tokens between them
 
     def seq_index_is_longterm(self, seq_index: int) -> bool:
@@ -347,7 +351,8 @@ class MemoryAsContextTransformer(Module):
             return F.cross_entropy(rearrange(logits, 'b n l -> b l n'), labels)
         if not return_cache:
             return logits
-        key_values = [block.attention.trimmed(pair, stop) for block, pair in zip(self.layers, key_values)]
+        pairs = zip(self._mac_blocks, key_values)
+        key_values = [block.attention.trimmed(pair, stop) for block, pair in pairs]
         return logits, DecodingCache(stop, key_values, memories)
 
     def _blocks(
@@ -369,14 +374,14 @@ class MemoryAsContextTransformer(Module):
             )
 
         stream, next_key_values, next_memories = _Stream(), [], []
-        memories = iter(memories)
+        states = iter(memories)
         x = self.expand_streams(x)
 
-        for index, block in enumerate(self.layers):
+        for index, block in enumerate(self._mac_blocks):
             x, pair, memory = block(
                 x,
                 stream,
-                next(memories, None) if block.memory is not None else None,
+                next(states, None) if block.memory is not None else None,
                 cache=key_values[index] if key_values else None,
                 position=start,
                 flex_attn_fn=flex_attn_fn,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
@@ -71,7 +72,9 @@ class NeuralMemory(Module):
             it mixes tokens, is causal. Default: `MemoryMLP(dim_head, **default_model_kwargs)`.
         store_memory_loss_fn: (prediction, target) to one loss a token. Default: mean squared error.
         adaptive_step_transform: step-size logits to step sizes. Default: sigmoid times `default_step_transform_max_lr`.
-        default_step_transform_max_lr: the largest step size; 1 suits chunk sizes of 64, smaller chunks want less.
+        default_step_transform_max_lr: the largest step size. A chunk is one step on the sum of its tokens' gradients,
+            and a memory batch takes all of its steps at the same weights: the longer either is, the smaller this must
+            be. `train_mac.py` uses 0.1 at chunks of 4 and memory batches of 128.
         per_parameter_lr_modulation: learn a factor in (0, `max_mem_layer_modulation`) on the step of each parameter.
         max_mem_layer_modulation: the largest such factor.
         per_head_learned_parameters: initial weights of their own for each head, instead of shared ones.
@@ -85,19 +88,23 @@ class NeuralMemory(Module):
         pre_rmsnorm: RMS norm of the input.
         post_rmsnorm: RMS norm of what is retrieved, per head.
         qk_rmsnorm: RMS norm of queries and keys, per head; advised for stability.
-        max_grad_norm: softly bound the norm of each parameter's gradient in each chunk.
+        max_grad_norm: move the norm x of each parameter's gradient in each chunk to (tanh(2x / max) + 1) · max / 2,
+            so that it lies between half of this and all of it; small gradients grow.
         use_accelerated_scan: run the recurrences in a Triton kernel where there is a GPU.
         activation: applied to queries, keys and values.
         init_adaptive_step_bias: start with step sizes the same for every token, at this logit.
         init_momentum_bias: the same for momentum.
-        init_decay_bias: the same for forgetting; −3 or so keeps memory long at first.
+        init_decay_bias: the same for forgetting, which also wears away the initial weights. By default it starts near
+            a half per chunk, which a deep memory may not survive; −3 or so keeps memory long at first.
         accept_weight_residual: take the gradients at base weights plus a learned share of another memory's weights
             (`prev_weights`).
-        spectral_norm_surprises: orthogonalise each chunk's momentum by Newton–Schulz (Muon) before it is applied.
+        spectral_norm_surprises: orthogonalise each chunk's momentum by Newton–Schulz (Muon) before it is applied. Its
+            size, and with it that of the steps, then no longer matters, except for parameters that are no matrices.
         gated_transition: let the base weights move only part of the way at the end of a memory batch, by a learned
             share that starts at sigmoid(−5).
         mem_model_norm_add_residual: wrap the network as LN(f(x)) + x (TTT).
-        store_with_lookahead_value: pair each key with the next token's value, within the chunk (arXiv 2601.00671).
+        store_with_lookahead_value: pair each key with the value of the next row in its chunk, for one key per token the
+            next token's (arXiv 2601.00671). The last row of a chunk stores nothing.
         default_model_kwargs: arguments of the default network.
 
     Raises:
@@ -162,6 +169,8 @@ class NeuralMemory(Module):
             )
         if init_momentum_bias is not None and not momentum:
             raise ValueError('init_momentum_bias needs momentum=True')
+        if store_with_lookahead_value and store_chunk_size * num_kv_per_token == 1:
+            warnings.warn('store_with_lookahead_value with chunks of a single row stores nothing', stacklevel=2)
 
         self.dim = dim
         self.heads = heads

@@ -20,7 +20,7 @@ class AssocScan(PlainAssocScan):
 
     `use_accelerated=True` runs a Triton kernel on a CUDA device: ours where a step has one gate (the memory's
     momentum and decay), that of `accelerated-scan` where every feature has its own. What no kernel serves (the CPU,
-    integer or complex inputs, `reverse`, `has_no_feature_dim`) runs the plain scan; on the CPU it says so once.
+    integer or complex inputs, `reverse`, `has_no_feature_dim`) runs the plain scan; on the CPU a warning says so.
     """
 
     def __init__(self, use_accelerated: bool = False, reverse: bool = False, has_no_feature_dim: bool = False):
