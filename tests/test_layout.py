@@ -23,7 +23,7 @@ FLOORS = [
     ['__init__'],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-HEAVY = ('triton', 'accelerated_scan', 'transformers', 'matplotlib', 'wandb')
+HEAVY = ('triton', 'transformers', 'matplotlib', 'wandb')
 
 
 def rooms() -> dict[str, Path]:

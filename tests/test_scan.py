@@ -6,7 +6,7 @@ import pytest
 import torch
 from compare import assert_same
 
-from titans_pytorch.recurrence import AssocScan, accelerated_scan
+from titans_pytorch.recurrence import AssocScan
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 SHAPES = [(1, 1, 1), (2, 7, 5), (3, 33, 256), (2, 16, 300), (1, 130, 3)]
@@ -53,28 +53,23 @@ def test_accelerated_scan_says_where_there_is_no_gpu():
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('shape', SHAPES)
-def test_kernel_equals_a_loop(shape, dtype, monkeypatch):
+@pytest.mark.parametrize('gate_of_each_feature', [False, True])
+def test_kernel_equals_a_loop(shape, dtype, gate_of_each_feature, monkeypatch):
     pytest.importorskip('triton')
-    gates, inputs, prev = (t.detach().to(dtype).requires_grad_() for t in problem(*shape, 1, device=DEVICE))
-    exact = [t.detach().double().requires_grad_() for t in (gates, inputs, prev)]
+    from titans_pytorch.kernels.scan import gated_scan
+
+    gate_features = shape[2] if gate_of_each_feature else 1
+    arguments = [t.detach().to(dtype).requires_grad_() for t in problem(*shape, gate_features, device=DEVICE)]
+    exact = [t.detach().double().requires_grad_() for t in arguments]
 
     # outputs that a kernel leaves unwritten show as NaN
     new_empty = torch.Tensor.new_empty
     poisoned = lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(float('nan'))  # noqa: E731
     monkeypatch.setattr(torch.Tensor, 'new_empty', poisoned)
-    came = with_gradients(accelerated_scan, gates, inputs, prev)
-    expected = with_gradients(by_loop, *exact)
+    came = with_gradients(gated_scan, *arguments)
     assert all(t.dtype == dtype for t in (came[0], *came[1]))
-    assert_same(came, expected, {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize('shape', [shape for shape in SHAPES if shape[-1] > 1])
-def test_gates_of_each_feature(shape):
-    batch, steps, features = shape
-    gates, inputs, prev = problem(batch, steps, features, features, torch.float32, DEVICE)
-    exact = [t.detach().double().requires_grad_() for t in (gates, inputs, prev)]
-    assert_same(with_gradients(accelerated_scan, gates, inputs, prev), with_gradients(by_loop, *exact), 1e-4)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    assert_same(came, with_gradients(by_loop, *exact), tolerance)
 
 
 @pytest.mark.gpu

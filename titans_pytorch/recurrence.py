@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import warnings
 
-import torch
 from assoc_scan import AssocScan as PlainAssocScan
 from torch import Tensor
-
-from titans_pytorch.shapes import Float
 
 
 class AssocScan(PlainAssocScan):
@@ -18,9 +15,8 @@ class AssocScan(PlainAssocScan):
     optionally `prev` (b, d…), the state before the first step. With `remove_prev=False` the result starts with
     `prev` itself and has n + 1 steps; `remove_prev` defaults to whether `prev` is given.
 
-    `use_accelerated=True` runs a Triton kernel on a CUDA device: ours where a step has one gate (the memory's
-    momentum and decay), that of `accelerated-scan` where every feature has its own. What no kernel serves (the CPU,
-    integer or complex inputs, `reverse`, `has_no_feature_dim`) runs the plain scan; on the CPU a warning says so.
+    `use_accelerated=True` runs a Triton kernel on a CUDA device. What it does not serve (the CPU, integer or complex
+    inputs, `reverse`, `has_no_feature_dim`) runs the plain scan; on the CPU a warning says so.
     """
 
     def __init__(self, use_accelerated: bool = False, reverse: bool = False, has_no_feature_dim: bool = False):
@@ -40,8 +36,10 @@ class AssocScan(PlainAssocScan):
 
         rows = inputs.flatten(2)
         first = rows.new_zeros(rows.shape[0], rows.shape[2]) if prev is None else prev.flatten(1).to(rows.dtype)
-        states = accelerated_scan(gates.flatten(2) if gates.ndim > 2 else gates.unsqueeze(-1), rows, first)
+        # imported where it is used: without a GPU there need be no Triton
+        from titans_pytorch.kernels.scan import gated_scan
 
+        states = gated_scan(gates.flatten(2) if gates.ndim > 2 else gates.unsqueeze(-1), rows, first)
         keeps_prev = prev is not None and remove_prev is False
         return states[:, 0 if keeps_prev else 1 :].unflatten(2, inputs.shape[2:])
 
@@ -51,28 +49,6 @@ class AssocScan(PlainAssocScan):
             return False
         plain_shapes = inputs.ndim >= 3 and gates.ndim >= 2 and not (self.reverse or self.has_no_feature_dim)
         return plain_shapes and inputs.numel() > 0 and inputs.is_floating_point()
-
-
-def accelerated_scan(
-    gates: Float[Tensor, 'b n 1'] | Float[Tensor, 'b n d'],
-    inputs: Float[Tensor, 'b n d'],
-    prev: Float[Tensor, 'b d'],
-) -> Float[Tensor, 'b n+1 d']:
-    """The scan by a Triton kernel, starting with `prev` itself."""
-    if gates.shape[-1] == 1:
-        from titans_pytorch.kernels.scan import gated_scan
-
-        return gated_scan(gates.squeeze(-1), inputs, prev)
-
-    from accelerated_scan.scalar import scan
-
-    # `prev` enters as the first step. Each sequence is a batch entry of its own: the kernel's grid counts features
-    # along an axis that CUDA limits to 65,535.
-    inputs = torch.cat((prev.unsqueeze(1), inputs), dim=1)
-    gates = torch.nn.functional.pad(gates, (0, 0, 1, 0), value=1.0)
-    batch, _, features = inputs.shape
-    columns = (t.mT.flatten(0, 1).unsqueeze(1).float().contiguous() for t in (gates, inputs))
-    return scan(*columns).squeeze(1).unflatten(0, (batch, features)).mT.to(inputs.dtype)
 
 
 def _say_there_is_no_gpu() -> None:

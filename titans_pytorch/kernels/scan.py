@@ -1,4 +1,4 @@
-"""h_t = g_t · h_{t−1} + x_t for vectors h and one scalar gate a step: the recurrence of momentum and of decay.
+"""h_t = g_t · h_{t−1} + x_t for vectors h, with one gate a step (as in momentum and decay) or one for each feature.
 
 Each program owns a strip of features and walks the steps in order, so every input is read once, every output is
 written once, and all of it coalesced. The plain twin is `recurrence.AssocScan` without acceleration.
@@ -20,13 +20,18 @@ WARPS = 1
 
 
 @triton.jit
-def _forward_kernel(gates, inputs, prev, states, steps, features, strips, BLOCK: tl.constexpr, ACC: tl.constexpr):  # type: ignore[no-untyped-def]
+def _forward_kernel(  # type: ignore[no-untyped-def]
+    gates, inputs, prev, states,
+    steps, features, gate_features, strips, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     batch, strip = program // strips, program % strips
     feature = strip * BLOCK + tl.arange(0, BLOCK)
     inside = feature < features
 
-    gates += batch * steps
+    # one gate for all features is read by each of them
+    gate = tl.where(gate_features == 1, 0, feature)
+    gates += batch * steps * gate_features
     inputs += batch * steps * features
     states += batch * (steps + 1) * features
 
@@ -34,22 +39,24 @@ def _forward_kernel(gates, inputs, prev, states, steps, features, strips, BLOCK:
     tl.store(states + feature, state, mask=inside)
     for step in range(steps):
         x = tl.load(inputs + step * features + feature, mask=inside, other=0.0).to(ACC)
-        state = tl.load(gates + step).to(ACC) * state + x
+        g = tl.load(gates + step * gate_features + gate, mask=inside, other=0.0).to(ACC)
+        state = g * state + x
         tl.store(states + (step + 1) * features + feature, state, mask=inside)
 
 
 @triton.jit
 def _backward_kernel(  # type: ignore[no-untyped-def]
     gates, states, d_states, d_inputs, d_prev, d_gates,
-    steps, features, strips, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    steps, features, gate_features, strips, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     batch, strip = program // strips, program % strips
     feature = strip * BLOCK + tl.arange(0, BLOCK)
     inside = feature < features
 
-    gates += batch * steps
-    d_gates += batch * steps * strips + strip
+    gate = tl.where(gate_features == 1, 0, feature)
+    gates += batch * steps * gate_features
+    d_gates += batch * steps * tl.where(gate_features == 1, strips, features)
     d_inputs += batch * steps * features
     states += batch * (steps + 1) * features
     d_states += batch * (steps + 1) * features
@@ -60,9 +67,15 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         step = steps - 1 - back
         tl.store(d_inputs + step * features + feature, d_state, mask=inside)
         before = tl.load(states + step * features + feature, mask=inside, other=0.0).to(ACC)
-        tl.store(d_gates + step * strips, tl.sum(d_state * before, axis=0))
+        d_gate = d_state * before
+        if gate_features == 1:
+            # this strip's share; the launcher adds the shares up, so that the sum does not depend on timing
+            tl.store(d_gates + step * strips + strip, tl.sum(d_gate, axis=0))
+        else:
+            tl.store(d_gates + step * features + feature, d_gate, mask=inside)
         own = tl.load(d_states + step * features + feature, mask=inside, other=0.0).to(ACC)
-        d_state = tl.load(gates + step).to(ACC) * d_state + own
+        g = tl.load(gates + step * gate_features + gate, mask=inside, other=0.0).to(ACC)
+        d_state = g * d_state + own
     tl.store(d_prev + batch * features + feature, d_state, mask=inside)
 
 
@@ -74,7 +87,8 @@ class _GatedScan(torch.autograd.Function):
         states = inputs.new_empty(batch, steps + 1, features)
         _forward_kernel[(batch * strips,)](
             gates, inputs, prev, states,
-            steps, features, strips, BLOCK=BLOCK, ACC=_accumulator(inputs.dtype)[1], num_warps=WARPS,
+            steps, features, gates.shape[2], strips,
+            BLOCK=BLOCK, ACC=_accumulator(inputs.dtype)[1], num_warps=WARPS,
         )  # fmt: skip
         ctx.save_for_backward(gates, states)
         return states
@@ -88,13 +102,14 @@ class _GatedScan(torch.autograd.Function):
         accumulator, ACC = _accumulator(states.dtype)
         d_inputs = states.new_empty(batch, steps, features)
         d_prev = states.new_empty(batch, features)
-        # a strip's share of each gate's gradient; summed below so that the result does not depend on timing
-        d_gates = states.new_empty(batch, steps, strips, dtype=accumulator)
+        shared = gates.shape[2] == 1
+        d_gates = states.new_empty(batch, steps, strips if shared else features, dtype=accumulator)
         _backward_kernel[(batch * strips,)](
             gates, states, d_states.contiguous(), d_inputs, d_prev, d_gates,
-            steps, features, strips, BLOCK=BLOCK, ACC=ACC, num_warps=WARPS,
+            steps, features, gates.shape[2], strips, BLOCK=BLOCK, ACC=ACC, num_warps=WARPS,
         )  # fmt: skip
-        return d_gates.sum(dim=-1).to(gates.dtype), d_inputs, d_prev
+        d_gates = d_gates.sum(dim=-1, keepdim=True) if shared else d_gates
+        return d_gates.to(gates.dtype), d_inputs, d_prev
 
 
 def _accumulator(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
@@ -102,7 +117,7 @@ def _accumulator(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
 
 
 def gated_scan(
-    gates: Tensor,  # b n
+    gates: Tensor,  # b n d, or b n 1
     inputs: Tensor,  # b n d
     prev: Tensor,  # b d
 ) -> Tensor:  # b n+1 d
