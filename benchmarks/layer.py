@@ -4,8 +4,9 @@
     make bench ARGS="--reference-path /folder/with/the/reference"  (a folder to put on PYTHONPATH)
     make bench ARGS="--cases 0 1 --repeats 20"
 
-For each case the numbers are checked first, in float64 against an independent way to get them; while they are wrong
-there is no figure. Ours and the reference then run by turns, each time in a process of its own. The table gives the
+For each case the numbers are checked first, in float64 against the dense engine in uneven pieces; while they are wrong
+there is no figure. Ours (on a GPU also as a CUDA graph) and the reference then run by turns, each time in a process of
+its own. The table gives the
 median over all repeats and the range from 10 % to 90 %; the last line of output is JSON.
 """
 
@@ -64,29 +65,36 @@ CASES = [
     Case(4, 128, 16, 2048, 'cuda'),
     Case(64, 512, 4, 4096, 'cuda'),
     Case(1, 32, 4, 512, 'cuda'),
+    # growth: time per token should not depend on the length
+    Case(4, 128, 1, 2048, 'cuda'),
+    Case(4, 128, 1, 16384, 'cuda'),
+    Case(4, None, 1, 2048, 'cuda'),
+    Case(4, None, 1, 16384, 'cuda'),
 ]
 
 
 def check(case: Case) -> float:
-    """Largest relative error of a layer in float64: one pass against uneven pieces, outputs and gradients."""
+    """Largest relative error of a layer in float64, outputs and gradients: one pass against uneven pieces, dense."""
     from titans_pytorch import NeuralMemory
 
     torch.manual_seed(0)
     layer = NeuralMemory(**case.kwargs()).double()
+    dense = NeuralMemory(**case.kwargs(), engine='dense').double()
+    dense.load_state_dict(layer.state_dict())
     length = min(case.length, 2 * (case.memory_batch or 2 * case.chunk) + case.chunk + 3)
     seq = torch.randn(1, length, 384, dtype=torch.float64)
     whole, _ = layer(seq)
     state, outs = None, []
     for piece in seq.split([length // 3 + 1, length // 3, length - 2 * (length // 3) - 1], dim=1):
-        out, state = layer(piece, state=state)
+        out, state = dense(piece, state=state)
         outs.append(out)
     results = []
-    for out in (whole, torch.cat(outs, dim=1)):
-        results.append((out, *torch.autograd.grad(out.sin().sum(), [*layer.parameters()])))
-    return max(((a - b).abs().max() / b.abs().max().clamp(min=1e-12)).item() for a, b in zip(*results))
+    for module, out in ((layer, whole), (dense, torch.cat(outs, dim=1))):
+        results.append((out, *torch.autograd.grad(out.sin().sum(), [*module.parameters()])))
+    return max(((a - b).abs().max() / b.abs().max().clamp(min=1e-9)).item() for a, b in zip(*results))
 
 
-def measure(case: Case, repeats: int) -> dict[str, Any]:
+def measure(case: Case, repeats: int, graph: bool) -> dict[str, Any]:
     """Seconds of each repeat and peak memory, with whichever package this process imports."""
     from titans_pytorch import NeuralMemory
 
@@ -97,16 +105,32 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
         parameter.data = parameter.data.contiguous()  # the reference's are views of one storage
     seq = torch.randn(case.batch, case.length, 384, device=device)
 
-    def step() -> None:
+    def forward_and_backward() -> None:
+        layer.zero_grad(set_to_none=not graph)
         out, _ = layer(seq)
         out.pow(2).mean().backward()
-        layer.zero_grad()
+
+    replay = forward_and_backward
+    if graph:
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                forward_and_backward()
+        torch.cuda.synchronize()
+        recorded = torch.cuda.CUDAGraph()
+        torch.cuda.reset_peak_memory_stats()
+        with torch.cuda.graph(recorded):
+            forward_and_backward()
+        replay = recorded.replay
+
+    def step() -> None:
+        replay()
         if cuda:
             torch.cuda.synchronize()
 
     for _ in range(3):
         step()
-    if cuda:
+    if cuda and not graph:
         torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(repeats):
@@ -116,17 +140,20 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
     return {'seconds': seconds, 'peak': torch.cuda.max_memory_allocated() if cuda else None}
 
 
-def in_own_process(index: int, repeats: int, path: str) -> dict[str, Any]:
+def in_own_process(index: int, repeats: int, path: str, graph: bool) -> dict[str, Any]:
     command = [sys.executable, __file__, '--worker', str(index), '--repeats', str(repeats)]
+    command += ['--graph'] if graph else []
     environment = {**os.environ, 'PYTHONPATH': path}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
+        return {'seconds': [], 'peak': None, 'failed': done.stderr.splitlines()[-1]}
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     seconds = [s for run in runs for s in run['seconds']]
+    if not seconds:
+        return {'failed': runs[0]['failed']}
     low, *_, high = statistics.quantiles(seconds, n=10)
     peaks = [run['peak'] for run in runs if run['peak'] is not None]
     return {'median': statistics.median(seconds), 'low': low, 'high': high, 'peak': max(peaks, default=None)}
@@ -137,22 +164,26 @@ def main() -> None:
     parser.add_argument('--cases', type=int, nargs='*', help='which of the cases; default: those of this machine')
     parser.add_argument('--repeats', type=int, default=5, help='timed steps in each of two processes')
     parser.add_argument('--reference-path', help='PYTHONPATH that holds the reference package')
+    parser.add_argument('--graph', action='store_true', help=argparse.SUPPRESS)
     parser.add_argument('--worker', type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker is not None:
-        print(json.dumps(measure(CASES[options.worker], options.repeats)))
+        print(json.dumps(measure(CASES[options.worker], options.repeats, options.graph)))
         return
 
     machine = 'cuda' if torch.cuda.is_available() else 'cpu'
     indices = options.cases or [i for i, case in enumerate(CASES) if case.machine == machine]
     sys.path.insert(0, str(ROOT))
-    paths = {'ours': f'{ROOT}{os.pathsep}{os.environ.get("PYTHONPATH", "")}'}
+    own_path = f'{ROOT}{os.pathsep}{os.environ.get("PYTHONPATH", "")}'
+    paths = {'ours': own_path}
+    if machine == 'cuda':
+        paths['ours, CUDA graph'] = own_path
     if options.reference_path:
         paths['reference'] = options.reference_path
 
     device = torch.cuda.get_device_name() if machine == 'cuda' else f'{os.cpu_count()} × {platform.processor()}'
     print(f'{device}, PyTorch {torch.__version__}, {time.strftime("%Y-%m-%d")}\n')
-    print('| chunk, memory batch, B × N | package | median | 10 % to 90 % | peak memory | ratio |')
+    print('| chunk, memory batch, B × N | package | median | 10 % to 90 % | peak memory | reference / this |')
     print('| --- | --- | --- | --- | --- | --- |')
     results = []
     for index in indices:
@@ -163,15 +194,17 @@ def main() -> None:
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in paths}
         for _ in range(2):
             for name, path in paths.items():
-                runs[name].append(in_own_process(index, options.repeats, path))
+                runs[name].append(in_own_process(index, options.repeats, path, 'graph' in name))
         figures = {name: summary(own) for name, own in runs.items()}
         for name, f in figures.items():
+            if 'failed' in f:
+                print(f'| {case.name} | {name} | failed: {f["failed"]} | | | |', flush=True)
+                continue
             spread = f'{f["low"] * 1e3:.1f}–{f["high"] * 1e3:.1f} ms'
             peak = '–' if f['peak'] is None else f'{f["peak"] / 2**30:.2f} GiB'
-            ratio = figures.get('reference', f)['median'] / f['median']
-            print(
-                f'| {case.name} | {name} | {f["median"] * 1e3:.1f} ms | {spread} | {peak} | {ratio:.1f} |', flush=True
-            )
+            reference = figures.get('reference', {}).get('median')
+            ratio = '–' if reference is None else f'{reference / f["median"]:.1f} ×'
+            print(f'| {case.name} | {name} | {f["median"] * 1e3:.1f} ms | {spread} | {peak} | {ratio} |', flush=True)
         results.append({'case': asdict(case), 'error': error, **figures})
     print(json.dumps({'device': device, 'torch': torch.__version__, 'results': results}))
 

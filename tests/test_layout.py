@@ -15,7 +15,7 @@ FLOORS = [
     ['shapes', 'checks', 'kernels', 'kernels.scan'],
     ['memory_models', 'recurrence', 'orthogonalize', 'rotary', 'gates'],
     ['fast_weights', 'masks'],
-    ['memory_state'],
+    ['engines', 'memory_state'],
     ['memory_layout'],
     ['neural_memory', 'attention', 'implicit_mlp_attention', 'nested_attention'],
     ['generation'],

@@ -165,6 +165,19 @@ def test_factorized_positions_change_nothing():
     assert_same(model(tokens, factorized_pos_emb=factorized, **following)[0], model(tokens, **following)[0], 1e-12)
 
 
+def test_the_loss_compiles_whole_and_once():
+    torch.compiler.reset()
+    model = transformer(3, neural_memory_layers=(1, 3), num_residual_streams=1)
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    for attempt in range(2):
+        tokens = ids(12)
+        expected = model(tokens, return_loss=True)  # first: einops fills a table of its own at the first call
+        of_eager = gradients(model, expected)
+        with torch.compiler.set_stance('fail_on_recompile' if attempt else 'default'):
+            came = compiled(tokens, return_loss=True)
+            assert_same((came, gradients(model, came)), (expected, of_eager), 1e-7)
+
+
 # sampling
 
 

@@ -330,5 +330,5 @@ def test_float32_and_autocast_stay_near_float64():
     assert_same(single(seq.float())[0], expected, 1e-4)
     with torch.autocast('cpu', dtype=torch.bfloat16):
         out, state = single(seq.float())
-    assert all(t.dtype == torch.float32 for t in leaves(state.states).values())
-    assert (out.double() - expected).norm() / expected.norm() < 0.05
+    assert all(t.dtype == torch.float32 for t in leaves((state.weights, state.states)).values())
+    assert (out.double() - expected).norm() / expected.norm() < 0.1

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -54,19 +53,23 @@ class _Stream:
     """The last memory's weights over time."""
 
 
+def _slot(index: int) -> Any:
+    return property(lambda block: block[index])
+
+
 class MACBlock(ModuleList):
     """One layer: memory (in some layers), attention, feedforward, each inside a hyper-connection.
 
     The parts stand in the order of the reference's checkpoints: `layers.0.4` is the first layer's memory.
     """
 
-    memory_connection = property(itemgetter(0))
-    attention_connection = property(itemgetter(1))
-    feedforward_connection = property(itemgetter(2))
-    view_selector = property(itemgetter(3))
-    memory = property(itemgetter(4))
-    attention = property(itemgetter(5))
-    feedforward = property(itemgetter(6))
+    memory_connection = _slot(0)
+    attention_connection = _slot(1)
+    feedforward_connection = _slot(2)
+    view_selector = _slot(3)
+    memory = _slot(4)
+    attention = _slot(5)
+    feedforward = _slot(6)
 
     def __init__(self, *parts: Module | None, gate_attn_output: bool):
         super().__init__(parts)  # type: ignore[arg-type]  # a slot may be empty

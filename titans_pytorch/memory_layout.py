@@ -129,6 +129,11 @@ class MemoryLayout(NamedTuple):
             raise ValueError(f'{name} must hold the parameters {[*self.parameters]}, got {[*weights.keys()]}')
 
         bh, tensors = batch * self.heads, {}
+        if isinstance(weights, FastWeights):
+            came = {key: (*w.shape[:1], *w.shape[1:]) for key, w in weights.end.items()}
+            if came != {key: (bh, *shape) for key, shape in self.parameters.items()}:
+                raise ValueError(f'{name} must be the weights of a memory like this one, got {came}')
+            return weights
         for key, shape in self.parameters.items():
             w = weights[key]
             if tuple(w.shape) == shape:
@@ -141,7 +146,7 @@ class MemoryLayout(NamedTuple):
                 sizes = ', '.join([f'batch·heads={bh}', 'chunks', *map(str, shape)])
                 raise ValueError(f'{name}[{key!r}] must be ({sizes}), got {tuple(w.shape)}')
             tensors[key] = w
-        return FastWeights(tensors)
+        return FastWeights.of(tensors)
 
 
 def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from titans_pytorch.fast_weights import Weights
+from titans_pytorch.fast_weights import FastWeights, Weights
 from titans_pytorch.shapes import Bool, Float
 
 
@@ -43,9 +43,9 @@ class NeuralMemState(NamedTuple):
     """Tokens of the chunk that is not complete yet, (b, n, d) or (v, b, n, d); with more, a `PendingSegment`."""
     states: tuple[TensorDict, TensorDict] | None
     """Weights after the last complete chunk, per parameter (bh, …), and momentum, per parameter (o, bh, …)."""
-    updates: TensorDict | None
+    updates: TensorDict | FastWeights | None
     """Weights over the call, per parameter (bh, chunks + 1, …): before its first chunk, and after each one.
-    The next memory layer's weight residual; not needed to continue."""
+    The next memory layer's weight residual; not needed to continue. Materialised when its tensors are asked for."""
 
     def detach(self) -> NeuralMemState:
         """The same state, cut from the graph that made it: where truncated backpropagation through time truncates."""
@@ -62,9 +62,9 @@ class NeuralMemState(NamedTuple):
     def __reduce__(self) -> tuple[Any, ...]:
         # plain dictionaries in the file: it then loads with `weights_only=True` and does not depend on TensorDict
         plain = tree_map(
-            lambda t: t.to_dict() if isinstance(t, TensorDict) else t,
+            lambda t: t.to_dict() if isinstance(t, (TensorDict, FastWeights)) else t,
             tuple(self),
-            is_leaf=lambda t: isinstance(t, TensorDict),
+            is_leaf=lambda t: isinstance(t, (TensorDict, FastWeights)),
         )
         return _rebuild_state, plain
 
@@ -96,14 +96,14 @@ class OpenState(NamedTuple):
     momentum: Weights
     pending: PendingSegment
 
-    def closed(self, updates: Weights, detach: bool = False) -> NeuralMemState:
+    def closed(self, updates: FastWeights, detach: bool = False) -> NeuralMemState:
         """The state to hand out, with the weights over the call."""
         state = NeuralMemState(
             seq_index=self.seq_index,
             weights=TensorDict(self.base),
             cache_store_segment=self.pending.simplified(),
             states=(TensorDict(self.last), TensorDict(self.momentum)),
-            updates=TensorDict(updates),
+            updates=TensorDict(updates.dense) if not updates.factored else updates,
         )
         return state.detach() if detach else state
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import Linear, Module, Parameter, ParameterList
 
 from titans_pytorch.checks import check_floating, check_multiple, check_positive, check_shape
-from titans_pytorch.fast_weights import Chunks, DenseEngine, FastWeights, LossFn, Weights
+from titans_pytorch.engines import Chunks, Engine, LossFn, Residual, choose_engine
+from titans_pytorch.fast_weights import FastWeights, Weights
 from titans_pytorch.gates import AttentionPool, AveragePool, MultiheadRMSNorm, gate, projection, start_at
 from titans_pytorch.memory_layout import Call, MemoryLayout, check_memory_model
 from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
@@ -106,6 +107,9 @@ class NeuralMemory(Module):
         store_with_lookahead_value: pair each key with the value of the next row in its chunk, for one key per token the
             next token's (arXiv 2601.00671). The last row of a chunk stores nothing.
         default_model_kwargs: arguments of the default network.
+        engine: how the memory is computed. 'dual' never forms a weight matrix per chunk, and serves networks that
+            send their products through `linear`; 'dense' forms them all, and serves any network; 'auto' is dual
+            where it can serve. The numbers are the same.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit, naming the argument, what was expected and what came.
@@ -147,6 +151,8 @@ class NeuralMemory(Module):
         mem_model_norm_add_residual: bool = True,
         store_with_lookahead_value: bool = False,
         default_model_kwargs: Mapping[str, Any] = {'depth': 2, 'expansion_factor': 4.0},
+        *,
+        engine: str = 'auto',
     ):
         super().__init__()
         dim_head = dim if dim_head is None else dim_head
@@ -195,7 +201,9 @@ class NeuralMemory(Module):
 
         model = MemoryMLP(dim_head, **default_model_kwargs) if model is None else model
         check_memory_model(model, dim_head)
-        self._hold(ResidualNorm(dim_head, model) if mem_model_norm_add_residual else model)
+        model = ResidualNorm(dim_head, model) if mem_model_norm_add_residual else model
+        self._engine_class = choose_engine(engine, model, dim_head)
+        self._hold(model)
         self.transition_gate = Parameter(torch.tensor(-5.0)) if gated_transition else None
         self.assoc_scan = AssocScan(use_accelerated=use_accelerated_scan)
 
@@ -303,8 +311,8 @@ class NeuralMemory(Module):
         )
 
     @property
-    def _engine(self) -> DenseEngine:
-        return DenseEngine(
+    def _engine(self) -> Engine:
+        return self._engine_class(
             self.memory_model,
             self.store_memory_loss_fn,
             self.assoc_scan,
@@ -362,7 +370,7 @@ class NeuralMemory(Module):
         retrieved = self._retrieve(call.queries, rows, weights, before.pending.tokens.shape[-2])
 
         after = after._replace(pending=after.pending._replace(queries=carried))
-        next_state = after.closed(weights.tensors, detach_mem_state)
+        next_state = after.closed(weights, detach_mem_state)
         return (retrieved, next_state, surprises) if return_surprises else (retrieved, next_state)
 
     def store_memories(
@@ -387,7 +395,7 @@ class NeuralMemory(Module):
 
         before = self._opened((seq_index, weights, None, past_state, None), queries)
         over_time, after, surprises = self._store(Call(queries, seq, mask, None), before, prev_weights)
-        next_state = after.closed(over_time.tensors)
+        next_state = after.closed(over_time)
         return (next_state.updates, next_state, *((surprises,) if return_surprises else ()))
 
     def retrieve_memories(self, seq: Float[Tensor, 'b n d'], weights: Mapping[str, Tensor]) -> Float[Tensor, 'b n d']:
@@ -420,11 +428,14 @@ class NeuralMemory(Module):
         chunks = self._chunks(tokens[..., :complete, :], None if mask is None else mask[:, :complete])
         residual = self._weight_residual(prev_weights, tokens[..., :complete, :])
         _, base, last, momentum, _ = state
+        engine = self._engine
         runs, losses = [], [torch.zeros_like(chunks.step_sizes[:, :0])]
 
-        for start, stop, ends_batch in self._memory_batches(state.seq_index, num_chunks, call.batch_size):
-            run = None if residual is None else residual.from_step(start, stop - start)
-            stored = self._engine.store(chunks.span(start, stop), base, last, momentum, run)
+        for start, stop, ends_batch in self._runs(
+            state.seq_index, num_chunks, call.batch_size, engine.run_length(tokens.device)
+        ):
+            run = None if residual is None else residual.span(start, stop)
+            stored = engine.store(chunks.span(start, stop), base, last, momentum, run)
             runs.append(stored.weights)
             losses.append(stored.losses)
             last, momentum = stored.weights.end, stored.momentum
@@ -441,16 +452,29 @@ class NeuralMemory(Module):
         surprises = by_row(torch.cat(losses, dim=1)), by_row(chunks.step_sizes)
         return FastWeights.joined(runs, last), after, surprises
 
-    def _memory_batches(self, seq_index: int, num_chunks: int, batch_size: int | None) -> list[tuple[int, int, bool]]:
-        """Chunks of this call by memory batch: (start, stop, whether the memory batch is complete at stop)."""
+    def _runs(
+        self, seq_index: int, num_chunks: int, batch_size: int | None, run_length: int | None
+    ) -> list[tuple[int, int, bool]]:
+        """What to store in one run: (first chunk of this call, last + 1, whether a memory batch ends there).
+
+        A run ends with its memory batch, and where it has the rows that the engine likes best.
+        """
         first_chunk = seq_index // self.store_chunk_size
-        if num_chunks == 0:
-            return []
-        if batch_size is None:
-            return [(0, num_chunks, False)]
-        per_batch = batch_size // self.store_chunk_size
-        ends = [*range(per_batch - first_chunk % per_batch, num_chunks, per_batch), num_chunks]
-        return [(start, stop, (first_chunk + stop) % per_batch == 0) for start, stop in zip([0, *ends], ends)]
+        rows = self.store_chunk_size * self.num_kv_per_token
+        per_run = num_chunks if run_length is None else max(1, run_length // rows)
+
+        runs, start = [], 0
+        while start < num_chunks:
+            left, ends_batch = num_chunks - start, False
+            if batch_size is not None:
+                per_batch = batch_size // self.store_chunk_size
+                left_of_batch = per_batch - (first_chunk + start) % per_batch
+                ends_batch = left_of_batch <= min(left, per_run)
+                left = min(left, left_of_batch)
+            stop = start + min(left, per_run)
+            runs.append((start, stop, ends_batch))
+            start = stop
+        return runs
 
     def _chunks(self, seq: Tensor, mask: Tensor | None) -> Chunks:
         """Keys, values and gates of the complete chunks in `seq`."""
@@ -483,7 +507,7 @@ class NeuralMemory(Module):
             modulation=None if modulation is None else modulation * self.max_mem_layer_modulation,
         )
 
-    def _weight_residual(self, prev_weights: Mapping[str, Tensor] | None, seq: Tensor) -> FastWeights | None:
+    def _weight_residual(self, prev_weights: Mapping[str, Tensor] | None, seq: Tensor) -> Residual | None:
         """A learned share, per chunk, of the other memory's weights before that chunk."""
         to_mix = self.to_learned_weight_residual_mix
         if (prev_weights is None) != (to_mix is None):
@@ -501,7 +525,7 @@ class NeuralMemory(Module):
             )
         keys_view = self.store_norm(seq)[0] if self.qkv_receives_diff_views else self.store_norm(seq)
         share = to_mix(self.reduce_to_chunk_rep(keys_view, self.store_chunk_size)).squeeze(-1)
-        return previous.from_step(0, num_chunks).scaled(share)
+        return Residual(previous, share)
 
     def _transition(self, base: Weights, last: Weights) -> Weights:
         """Base weights of the next memory batch."""
@@ -552,7 +576,7 @@ class NeuralMemory(Module):
         trail = -(lead + queries.shape[1]) % group_size
         groups = rearrange(F.pad(queries, (0, 0, lead, trail)), 'bh (g c) d -> bh g c d', c=group_size)
 
-        values = weights.from_step(first_step, groups.shape[1]).apply(self.memory_model, groups).flatten(1, 2)
+        values = self._engine.retrieve(weights, groups, first_step).flatten(1, 2)
         values = values[:, values.shape[1] - trail - length : values.shape[1] - trail]
         values = self.multihead_rmsnorm(rearrange(values, '(b h) n d -> b h n d', h=self.heads))
         if self.retrieve_gate is not None:

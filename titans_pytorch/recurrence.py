@@ -7,6 +7,8 @@ import warnings
 from assoc_scan import AssocScan as PlainAssocScan
 from torch import Tensor
 
+from titans_pytorch.shapes import Float
+
 
 class AssocScan(PlainAssocScan):
     """Every state of h_t = gates_t · h_{t−1} + inputs_t along dimension 1, by an associative scan.
@@ -49,6 +51,16 @@ class AssocScan(PlainAssocScan):
             return False
         plain_shapes = inputs.ndim >= 3 and gates.ndim >= 2 and not (self.reverse or self.has_no_feature_dim)
         return plain_shapes and inputs.numel() > 0 and inputs.is_floating_point()
+
+
+def gate_products(log_gates: Float[Tensor, '... n']) -> Float[Tensor, '... n n']:
+    """L[c, j] = g_{j+1} · … · g_c for j ≤ c, else 0: what is left at step c of what came in at step j.
+
+    Each entry sums the logarithms of its own range: the difference of two long sums would cancel.
+    """
+    n = log_gates.shape[-1]
+    sums = log_gates.unsqueeze(-1).expand(*log_gates.shape, n).tril(-1).cumsum(dim=-2)
+    return sums.exp().tril()
 
 
 def _say_there_is_no_gpu() -> None:

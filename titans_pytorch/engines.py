@@ -1,0 +1,475 @@
+"""How chunks are stored in a memory network, by gradient descent with momentum and forgetting (Titans eq. 10, 12, 13).
+
+Two engines of one meaning. The dense one forms a gradient, a momentum and a weight for every chunk; it serves any
+memory network, and is what the other is tested against. The dual one keeps, for each matrix of the network, the rows
+that it saw and the errors of what it gave, and never forms a matrix per chunk; it serves networks that send every
+product of a row with a matrix through `linear`, as those of `memory_models.py` do.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call, grad, vmap
+from torch.nn import Module
+
+from titans_pytorch.fast_weights import Factored, FastWeights, Weights
+from titans_pytorch.orthogonalize import newton_schulz
+from titans_pytorch.recurrence import AssocScan, gate_products
+from titans_pytorch.shapes import Float
+
+LossFn = Callable[[Tensor, Tensor], Tensor]
+"""(prediction, target), both (m, d), to one loss a row, (m,)."""
+
+
+class Chunks(NamedTuple):
+    """What a run of chunks asks the memory to learn, and how."""
+
+    keys: Float[Tensor, 'bh n m d']
+    values: Float[Tensor, 'bh n m d']
+    step_sizes: Float[Tensor, 'bh n m']
+    """θ, the weight of a row's loss; 0 where nothing is to be stored."""
+    decay: Float[Tensor, 'bh n']
+    """Logits of α, the share of the memory forgotten."""
+    momentum: Float[Tensor, 'bh n o'] | None
+    """Logits of η, the share of the past surprise carried on, for each order."""
+    momentum_mix: Float[Tensor, 'bh n o'] | None
+    """How the orders combine; one more than `momentum` has if the plain surprise takes part. `None`: the last."""
+    modulation: Float[Tensor, 'bh n w'] | None
+    """A factor on the update of each parameter."""
+
+    def span(self, start: int, stop: int) -> Chunks:
+        """Chunks `start` to `stop`."""
+        return Chunks(*(None if t is None else t[:, start:stop] for t in self))  # type: ignore[arg-type]
+
+
+class Residual(NamedTuple):
+    """Another memory's weights, a share of which is added to the base weights that gradients are taken at."""
+
+    weights: FastWeights
+    shares: Float[Tensor, 'bh n']
+    first: int = 0
+    """The step that belongs to the first chunk."""
+
+    def span(self, start: int, stop: int) -> Residual:
+        return Residual(self.weights, self.shares[:, start:stop], self.first + start)
+
+
+class Stored(NamedTuple):
+    """What storing a run of chunks gives."""
+
+    weights: FastWeights
+    momentum: Weights
+    """After the last chunk, (o, bh, …); empty without momentum."""
+    losses: Float[Tensor, 'bh n m']
+    """‖M(k) − v‖² of each row before it is stored, unweighted: how surprising it was."""
+
+
+class Engine(Protocol):
+    def run_length(self, device: torch.device) -> int | None:
+        """Rows that are best stored in one run; `None`: as many as there are."""
+        ...
+
+    def store(
+        self, chunks: Chunks, base: Weights, last: Weights, last_momentum: Weights, residual: Residual | None = None
+    ) -> Stored:
+        """Store `chunks`, all gradients at `base` (plus `residual`), going on from `last` and `last_momentum`."""
+        ...
+
+    def retrieve(self, weights: FastWeights, rows: Float[Tensor, 'bh n c d'], first: int) -> Float[Tensor, 'bh n c d']:
+        """Group k of `rows` through the network with the weights of step `first + k`."""
+        ...
+
+
+def choose_engine(requested: str, model: Module, dim: int) -> type[DenseEngine] | type[DualEngine]:
+    """The engine for a network of width `dim`: the one requested, or with `auto` the dual one if it can serve."""
+    if requested not in ('auto', 'dual', 'dense'):
+        raise ValueError(f"engine must be 'auto', 'dual' or 'dense', got {requested!r}")
+    if requested == 'dense':
+        return DenseEngine
+    obstacle = obstacle_to_dual(model, dim)
+    if obstacle is None:
+        return DualEngine
+    if requested == 'dual':
+        raise ValueError(f"engine='dual' cannot serve this model: {obstacle}; use engine='dense'")
+    return DenseEngine
+
+
+def obstacle_to_dual(model: Module, dim: int) -> str | None:
+    """Why the dual form cannot serve a memory network, or `None` if it can."""
+    inner = getattr(model, 'model', model)
+    if 'linear' not in inspect.signature(inner.forward).parameters:
+        return 'its forward takes no `linear`'
+
+    names = {id(p): name for name, p in model.named_parameters()}
+    used: list[str] = []
+
+    def record(x: Tensor, weight: Tensor) -> Tensor:
+        used.append(names[id(weight)])
+        return x @ weight
+
+    device = next(model.parameters()).device
+    model(torch.zeros(2, dim, device=device), linear=record)
+    matrices = [name for name, p in model.named_parameters() if p.ndim > 1]
+    if sorted(used) != sorted(matrices):
+        return f'it must use each of its matrices {matrices} once through `linear`, and used {used}'
+
+    # vectors come with axes in front; see that a network of its own kind treats them so
+    generator = torch.Generator().manual_seed(0)  # of its own: building a module must not move the global one
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device='cpu')
+
+    weights = {name: draw(2, 3, *p.shape) for name, p in model.named_parameters()}
+    rows = draw(2, 3, 4, dim)
+    over_time = FastWeights.of(weights)
+    try:
+        by_rows = DualEngine.retrieve_with(model, over_time, rows, 0)
+        same = torch.allclose(by_rows, DenseEngine.retrieve_with(model, over_time, rows, 0))
+    except RuntimeError:
+        same = False
+    return None if same else 'its vectors must broadcast over rows, as `vector.unsqueeze(-2)` does'
+
+
+class DenseEngine:
+    """A gradient, a momentum and a weight for every chunk; momentum and decay are scans over them."""
+
+    def __init__(
+        self, model: Module, loss_fn: LossFn, scan: AssocScan, max_grad_norm: float | None, spectral_norm: bool
+    ):
+        self.model = model
+        self.loss_fn = loss_fn
+        self.scan = scan
+        self.max_grad_norm = max_grad_norm
+        self.spectral_norm = spectral_norm
+
+    def run_length(self, device: torch.device) -> int | None:
+        return None
+
+    def store(
+        self, chunks: Chunks, base: Weights, last: Weights, last_momentum: Weights, residual: Residual | None = None
+    ) -> Stored:
+        gradients, losses = self._gradients(chunks, base, residual)
+        weights, momentum = {}, {}
+
+        for index, (name, gradient) in enumerate(gradients.items()):
+            if self.max_grad_norm is not None:
+                gradient = soft_clamp_norm(gradient, self.max_grad_norm)
+            if chunks.modulation is not None:
+                gradient = _per_chunk(chunks.modulation[..., index], gradient)
+
+            update = -gradient
+            if chunks.momentum is not None:
+                orders = self._momentum(update, chunks.momentum, last_momentum[name])
+                momentum[name] = orders[:, :, -1]
+                update = _combined(orders, update, chunks.momentum_mix)
+            if self.spectral_norm and gradient.ndim > 3:
+                update = newton_schulz(update)
+
+            # Titans eq. 13: M_t = (1 − α_t) M_{t−1} + S_t
+            keep = (-chunks.decay).sigmoid().unsqueeze(-1)
+            weights[name] = self.scan(keep, update, prev=last[name], remove_prev=False)
+
+        return Stored(FastWeights.of(weights), momentum, losses)
+
+    def retrieve(self, weights: FastWeights, rows: Float[Tensor, 'bh n c d'], first: int) -> Float[Tensor, 'bh n c d']:
+        return self.retrieve_with(self.model, weights, rows, first)
+
+    @staticmethod
+    def retrieve_with(model: Module, weights: FastWeights, rows: Tensor, first: int) -> Tensor:
+        def forward(weights: Weights, group: Tensor) -> Tensor:
+            return functional_call(model, weights, (group,))
+
+        steps = {name: weights.steps(name, first, rows.shape[1]) for name in weights}
+        return vmap(vmap(forward, randomness='different'), randomness='different')(steps, rows)
+
+    def _gradients(self, chunks: Chunks, base: Weights, residual: Residual | None) -> tuple[Weights, Tensor]:
+        """∇ of each chunk's weighted loss: per parameter (bh, n, …); and the unweighted losses (bh, n, m)."""
+
+        def loss(weights: Weights, keys: Tensor, values: Tensor, step_sizes: Tensor) -> tuple[Tensor, Tensor]:
+            # Titans eq. 12, the associative memory loss: ‖M(k) − v‖²
+            losses = self.loss_fn(functional_call(self.model, weights, (keys,)), values)
+            return (losses * step_sizes).sum(), losses
+
+        at, per_chunk = base, None
+        if residual is not None:
+            num_chunks, per_chunk = chunks.keys.shape[1], 0
+            others = {name: residual.weights.steps(name, residual.first, num_chunks) for name in base}
+            at = {name: w.unsqueeze(1) + _per_chunk(residual.shares, others[name]) for name, w in base.items()}
+
+        gradient = grad(loss, has_aux=True)
+        over_chunks = vmap(gradient, in_dims=(per_chunk, 0, 0, 0), randomness='different')
+        return vmap(over_chunks, randomness='different')(at, chunks.keys, chunks.values, chunks.step_sizes)
+
+    def _momentum(self, surprise: Tensor, gates: Tensor, last: Tensor) -> Float[Tensor, 'o bh n ...']:
+        """Titans eq. 10, S_t = η_t S_{t−1} + u_t, order upon order: each order's momentum is the next one's input."""
+        orders = []
+        for gate, before in zip(gates.sigmoid().split(1, dim=-1), last):
+            surprise = self.scan(gate, surprise, prev=before)
+            orders.append(surprise)
+        return torch.stack(orders)
+
+
+class Mixing(NamedTuple):
+    """The two recurrences over a run of n chunks, solved: what is in the state after chunk c of each chunk's update
+    u_j, and of each state at the start. Both recurrences are linear, so these are matrices of gates alone."""
+
+    momentum: Float[Tensor, 'bh n n']
+    """Of the update j, in the combined momentum after chunk c."""
+    momentum_starts: Float[Tensor, 'bh n o']
+    """Of the momentum that each order started with."""
+    weight: Float[Tensor, 'bh n n']
+    """Of the update j, in the weights after chunk c."""
+    weight_starts: Float[Tensor, 'bh n k']
+    """Of the weights at the start, then of each order's momentum."""
+    decay: Float[Tensor, 'bh n n']
+    """Of the combined momentum j, in the weights after chunk c."""
+    end: Float[Tensor, 'bh o n']
+    """Of the update j, in each order's momentum after the last chunk."""
+    end_starts: Float[Tensor, 'bh o o']
+    """Of the momentum that each order started with, in each order's momentum after the last chunk."""
+
+    @classmethod
+    def of(cls, chunks: Chunks) -> Mixing:
+        with _no_autocast(chunks.decay):
+            return cls._of(chunks)
+
+    @classmethod
+    def _of(cls, chunks: Chunks) -> Mixing:
+        # from logits, in log space and at least float32: saturated gates stay finite
+        def log_gate(logits: Tensor) -> Tensor:
+            return F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+
+        log_keep = log_gate(-chunks.decay)
+        decay, beta = gate_products(log_keep), log_keep.cumsum(dim=-1).exp().unsqueeze(-1)
+        identity = torch.eye(log_keep.shape[-1], dtype=decay.dtype, device=decay.device).expand_as(decay)
+
+        if chunks.momentum is None:
+            return cls(identity, decay[..., :0], decay, beta, decay, decay[:, :0], decay[:, :0, :0])
+
+        log_gates = log_gate(chunks.momentum)
+        num_orders = log_gates.shape[-1]
+        matrices: list[Tensor] = []
+        starts: list[Tensor] = []
+        for order in range(num_orders):
+            products = gate_products(log_gates[..., order])
+            of_own = F.pad(log_gates[..., order : order + 1].cumsum(dim=1).exp(), (order, num_orders - order - 1))
+            matrices.append(products @ matrices[-1] if order else products)
+            starts.append(products @ starts[-1] + of_own if order else of_own)
+
+        momentum, momentum_starts = matrices[-1], starts[-1]
+        if chunks.momentum_mix is not None:
+            mix = chunks.momentum_mix.to(decay.dtype)
+            zeroth = mix.shape[-1] > num_orders
+            none = torch.zeros_like(starts[-1])
+            parts = zip(mix.split(1, dim=-1), [identity] * zeroth + matrices, [none] * zeroth + starts)
+            weighted = [(share * matrix, share * start) for share, matrix, start in parts]
+            momentum, momentum_starts = (sum(terms[1:], terms[0]) for terms in zip(*weighted))
+
+        return cls(
+            momentum=momentum,
+            momentum_starts=momentum_starts,
+            weight=decay @ momentum,
+            weight_starts=torch.cat((beta, decay @ momentum_starts), dim=-1),
+            decay=decay,
+            end=torch.stack([matrix[:, -1] for matrix in matrices], dim=1),
+            end_starts=torch.stack([start[:, -1] for start in starts], dim=1),
+        )
+
+
+class DualEngine:
+    """Rows and errors instead of gradients: a matrix X Δ of a chunk is never formed unless it must be.
+
+    Spectral norm must: Newton–Schulz of a sum of such products has no such form. Vectors are as small as a row.
+    """
+
+    def __init__(
+        self, model: Module, loss_fn: LossFn, scan: AssocScan, max_grad_norm: float | None, spectral_norm: bool
+    ):
+        self.model = model
+        self.loss_fn = loss_fn
+        self.max_grad_norm = max_grad_norm
+        self.spectral_norm = spectral_norm
+
+    def run_length(self, device: torch.device) -> int | None:
+        # work inside a run grows with its square, launches with the number of runs: a GPU would rather work
+        return 128 if device.type == 'cpu' else 512
+
+    def store(
+        self, chunks: Chunks, base: Weights, last: Weights, last_momentum: Weights, residual: Residual | None = None
+    ) -> Stored:
+        inputs, errors, vectors, losses = self._factors(chunks, base, residual)
+        dtype = next(iter(last.values())).dtype
+        mixing = Mixing(*(t.to(dtype) for t in Mixing.of(chunks)))
+        dense, factored, end, momentum = {}, {}, {}, {}
+
+        for index, name in enumerate(base):
+            modulation = None if chunks.modulation is None else chunks.modulation[..., index]
+            starts = [last[name], *(last_momentum[name] if chunks.momentum is not None else ())]
+
+            if name in inputs and not self.spectral_norm:
+                update = self._factored_update(inputs[name], errors[name], modulation)
+                factored[name] = [_run(mixing, starts, inputs[name], update)]
+                end[name], momentum[name] = _ends(mixing, starts, inputs[name], update)
+            else:
+                gradient = inputs[name].mT @ errors[name] if name in inputs else vectors[name]
+                update = self._dense_update(gradient.to(dtype), modulation)
+                dense[name], momentum[name] = self._dense_run(mixing, starts, update)
+                end[name] = dense[name][:, -1]
+
+        momentum = momentum if chunks.momentum is not None else {}
+        return Stored(FastWeights(dense, factored, end), momentum, losses)
+
+    def retrieve(self, weights: FastWeights, rows: Float[Tensor, 'bh n c d'], first: int) -> Float[Tensor, 'bh n c d']:
+        return self.retrieve_with(self.model, weights, rows, first)
+
+    @staticmethod
+    def retrieve_with(model: Module, weights: FastWeights, rows: Tensor, first: int) -> Tensor:
+        names = {id(p): name for name, p in model.named_parameters()}
+
+        def linear(x: Tensor, weight: Tensor) -> Tensor:
+            return weights.linear(names[id(weight)], x, first)
+
+        vectors = {name: weights.steps(name, first, rows.shape[1]) for name in _vectors(model)}
+        return functional_call(model, vectors, (rows,), {'linear': linear})
+
+    def _factors(
+        self, chunks: Chunks, base: Weights, residual: Residual | None
+    ) -> tuple[Weights, Weights, Weights, Tensor]:
+        """Per matrix the rows X it saw and their errors Δ = ∂ loss / ∂ (X W), (bh, n, m, ·); per vector its gradient
+        (bh, n, d); and the unweighted losses (bh, n, m)."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        bh, n, m, _ = chunks.keys.shape
+        vectors = {name: base[name].unsqueeze(1).expand(-1, n, -1) for name in _vectors(self.model)}
+        if residual is not None:
+            others = {name: residual.weights.steps(name, residual.first, n) for name in vectors}
+            vectors = {name: v + _per_chunk(residual.shares, others[name]) for name, v in vectors.items()}
+
+        def loss(probes: Weights, vectors: Weights) -> tuple[Tensor, tuple[Weights, Tensor]]:
+            seen: Weights = {}
+
+            def linear(x: Tensor, weight: Tensor) -> Tensor:
+                name = names[id(weight)]
+                seen[name] = x
+                out = (x.flatten(1, 2) @ base[name]).unflatten(1, (n, m))
+                if residual is not None:
+                    other = residual.weights.linear(name, x, residual.first)
+                    out = out + residual.shares[:, :, None, None] * other
+                # a probe of zeros: the gradient with respect to it is that with respect to the product
+                return out + probes[name]
+
+            prediction = functional_call(self.model, vectors, (chunks.keys,), {'linear': linear})
+            losses = vmap(vmap(self.loss_fn))(prediction, chunks.values)
+            return (losses * chunks.step_sizes).sum(), (seen, losses)
+
+        matrices = {name: w for name, w in base.items() if name not in vectors}
+        probes = {name: w.new_zeros(bh, n, m, w.shape[-1]) for name, w in matrices.items()}
+        (errors, gradients), (inputs, losses) = grad(loss, argnums=(0, 1), has_aux=True)(probes, vectors)
+        return inputs, errors, gradients, losses
+
+    def _factored_update(self, inputs: Tensor, errors: Tensor, modulation: Tensor | None) -> Tensor:
+        """Errors of the update, which is minus the gradient: clamped and modulated, chunk by chunk."""
+        factor = -torch.ones((), dtype=errors.dtype, device=errors.device)
+        if self.max_grad_norm is not None:
+            # ‖XᵀΔ‖² = Σ (X Xᵀ) ∘ (Δ Δᵀ), without the matrix
+            squared = ((inputs @ inputs.mT) * (errors @ errors.mT)).sum(dim=(-2, -1))
+            factor = -_soft_clamp_factor(squared, self.max_grad_norm)[..., None, None]
+        if modulation is not None:
+            factor = factor * modulation[..., None, None]
+        return errors * factor
+
+    def _dense_update(self, gradient: Tensor, modulation: Tensor | None) -> Tensor:
+        if self.max_grad_norm is not None:
+            gradient = soft_clamp_norm(gradient, self.max_grad_norm)
+        return -gradient if modulation is None else -_per_chunk(modulation, gradient)
+
+    def _dense_run(self, mixing: Mixing, starts: list[Tensor], update: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights of every step (bh, n + 1, …), and momentum after the last chunk (o, bh, …)."""
+        first, *momenta = starts
+        combined = self._orthogonal(mixing, momenta, update) if self.spectral_norm and update.ndim > 3 else None
+        with _no_autocast(update):
+            return self._recurrences(mixing, starts, update, combined)
+
+    def _orthogonal(self, mixing: Mixing, momenta: list[Tensor], update: Tensor) -> Tensor:
+        """The momentum after each chunk, orthogonalised."""
+        with _no_autocast(update):
+            combined = mixing.momentum @ update.flatten(2)
+            if momenta:
+                combined = combined + mixing.momentum_starts @ torch.stack(momenta, dim=1).flatten(2)
+        return newton_schulz(combined.view_as(update)).to(update.dtype)
+
+    def _recurrences(
+        self, mixing: Mixing, starts: list[Tensor], update: Tensor, combined: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        first, *momenta = starts
+        flat = update.flatten(2)
+        if combined is not None:
+            weights = mixing.decay @ combined.flatten(2) + mixing.weight_starts[..., :1] * first.flatten(1).unsqueeze(1)
+        else:
+            weights = mixing.weight @ flat + mixing.weight_starts @ torch.stack(starts, dim=1).flatten(2)
+        weights = torch.cat((first.unsqueeze(1), weights.view_as(update)), dim=1)
+
+        if not momenta:
+            return weights, first.new_zeros(0)
+        end = mixing.end @ flat + mixing.end_starts @ torch.stack(momenta, dim=1).flatten(2)
+        return weights, end.transpose(0, 1).unflatten(2, first.shape[1:])
+
+
+def _run(mixing: Mixing, starts: list[Tensor], inputs: Tensor, errors: Tensor) -> Factored:
+    """The steps before each chunk of a run: what is in the weights after chunk c is what step c + 1 has."""
+    mix = F.pad(mixing.weight, (0, 0, 1, 0))[:, :-1]
+    shares = F.pad(mixing.weight_starts, (0, 0, 1, 0))[:, :-1]
+    shares = shares + F.pad(torch.ones_like(shares[:, :1, :1]), (0, shares.shape[2] - 1, 0, shares.shape[1] - 1))
+    stacked = (mix, shares, torch.stack(starts, dim=1), inputs, errors)
+    return Factored(*(t.unsqueeze(1) for t in stacked))
+
+
+def _ends(mixing: Mixing, starts: list[Tensor], inputs: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix after the last chunk, (bh, d, e), and its momentum, (o, bh, d, e)."""
+    # one product for the weights and for every order
+    shares = torch.cat((mixing.weight[:, -1:], mixing.end), dim=1)
+    of_starts = torch.cat((mixing.weight_starts[:, -1:], F.pad(mixing.end_starts, (1, 0))), dim=1)
+    weighted = (errors.unsqueeze(3) * shares.mT[:, :, None, :, None]).flatten(3)
+    changes = (inputs.flatten(1, 2).mT @ weighted.flatten(1, 2)).unflatten(2, (shares.shape[1], -1))
+    with _no_autocast(changes):
+        ends = torch.einsum('bok, bkde -> bode', of_starts, torch.stack(starts, dim=1)) + changes.transpose(1, 2)
+    return ends[:, 0], ends[:, 1:].transpose(0, 1)
+
+
+def _no_autocast(like: Tensor) -> torch.autocast:
+    """Gates and states keep their precision under autocast."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def _vectors(model: Module) -> list[str]:
+    return [name for name, p in model.named_parameters() if p.ndim == 1]
+
+
+def _combined(orders: Tensor, surprise: Tensor, mix: Tensor | None) -> Tensor:
+    """The last order, or the learned mixture of all, in which the plain surprise may have a share."""
+    if mix is None:
+        return orders[-1]
+    if mix.shape[-1] > len(orders):
+        orders = torch.cat((surprise.unsqueeze(0), orders))
+    return torch.einsum('bno, obn... -> bn...', mix, orders)
+
+
+def soft_clamp_norm(gradients: Float[Tensor, 'bh n ...'], max_norm: float) -> Float[Tensor, 'bh n ...']:
+    """Each gradient with its norm x moved to (tanh(2x / max) + 1) · max / 2; a gradient of zero stays zero."""
+    squared = gradients.flatten(2).square().sum(dim=-1)
+    return _per_chunk(_soft_clamp_factor(squared, max_norm), gradients)
+
+
+def _soft_clamp_factor(squared_norm: Float[Tensor, 'bh n'], max_norm: float) -> Float[Tensor, 'bh n']:
+    # where all is zero there is no direction: a norm of 1 keeps value and gradient finite
+    norm = torch.where(squared_norm > 0, squared_norm, torch.ones_like(squared_norm)).sqrt()
+    return ((norm / (max_norm / 2)).tanh() + 1) * (max_norm / 2) / norm
+
+
+def _per_chunk(factors: Float[Tensor, 'bh n'], tensors: Float[Tensor, 'bh n ...']) -> Float[Tensor, 'bh n ...']:
+    return torch.einsum('bn, bn... -> bn...', factors, tensors)
