@@ -120,7 +120,9 @@ class FastWeights(Mapping[str, Tensor]):
             end = start + piece.num_steps
             low, high = max(first, start), min(stop, end)
             if low < high:
-                rows = F.pad(x[:, low - first : high - first], (0, 0, 0, 0, low - start, end - high))
+                rows = x[:, low - first : high - first]
+                if (low, high) != (start, end):  # a piece is applied as a whole
+                    rows = F.pad(rows, (0, 0, 0, 0, low - start, end - high))
                 out.append(piece.linear(rows)[:, low - start : high - start])
             start = end
         if stop > start:
