@@ -370,7 +370,7 @@ class DualEngine:
         matrices = {name: w for name, w in base.items() if name not in vectors}
         probes = {name: w.new_zeros(bh, n, m, w.shape[-1]) for name, w in matrices.items()}
         (errors, gradients), (inputs, losses) = grad(loss, argnums=(0, 1), has_aux=True)(probes, vectors)
-        return inputs, errors, gradients, losses
+        return {name: x.to(errors[name].dtype) for name, x in inputs.items()}, errors, gradients, losses
 
     def _factored_update(self, inputs: Tensor, errors: Tensor, modulation: Tensor | None) -> Tensor:
         """Errors of the update, which is minus the gradient: clamped and modulated, chunk by chunk."""
@@ -472,4 +472,5 @@ def _soft_clamp_factor(squared_norm: Float[Tensor, 'bh n'], max_norm: float) -> 
 
 
 def _per_chunk(factors: Float[Tensor, 'bh n'], tensors: Float[Tensor, 'bh n ...']) -> Float[Tensor, 'bh n ...']:
-    return torch.einsum('bn, bn... -> bn...', factors, tensors)
+    # a plain product: einsum would lower its precision under autocast
+    return tensors * factors.reshape(*factors.shape, *(1,) * (tensors.ndim - 2))
