@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -70,23 +70,46 @@ class Stored(NamedTuple):
     """‖M(k) − v‖² of each row before it is stored, unweighted: how surprising it was."""
 
 
-class Engine(Protocol):
+class Engine:
+    """Stores chunks in the weights of `model`, and sends rows through weights over time.
+
+    Args:
+        model: the memory network, a template whose own weights are not used.
+        loss_fn: what gradient descent lowers.
+        scan: how the dense engine solves its recurrences.
+        max_grad_norm: soft bound of a gradient's norm.
+        spectral_norm: orthogonalise the momentum.
+    """
+
+    def __init__(
+        self, model: Module, loss_fn: LossFn, scan: AssocScan, max_grad_norm: float | None, spectral_norm: bool
+    ):
+        self.model = model
+        self.loss_fn = loss_fn
+        self.scan = scan
+        self.max_grad_norm = max_grad_norm
+        self.spectral_norm = spectral_norm
+
     def run_length(self, device: torch.device) -> int | None:
         """Rows that are best stored in one run; `None`: as many as there are."""
-        ...
+        return None
 
     def store(
         self, chunks: Chunks, base: Weights, last: Weights, last_momentum: Weights, residual: Residual | None = None
     ) -> Stored:
         """Store `chunks`, all gradients at `base` (plus `residual`), going on from `last` and `last_momentum`."""
-        ...
+        raise NotImplementedError
 
     def retrieve(self, weights: FastWeights, rows: Float[Tensor, 'bh n c d'], first: int) -> Float[Tensor, 'bh n c d']:
         """Group k of `rows` through the network with the weights of step `first + k`."""
-        ...
+        return self.retrieve_with(self.model, weights, rows, first)
+
+    @staticmethod
+    def retrieve_with(model: Module, weights: FastWeights, rows: Tensor, first: int) -> Tensor:
+        raise NotImplementedError
 
 
-def choose_engine(requested: str, model: Module, dim: int) -> type[DenseEngine] | type[DualEngine]:
+def choose_engine(requested: str, model: Module, dim: int) -> type[Engine]:
     """The engine for a network of width `dim`: the one requested, or with `auto` the dual one if it can serve."""
     if requested not in ('auto', 'dual', 'dense'):
         raise ValueError(f"engine must be 'auto', 'dual' or 'dense', got {requested!r}")
@@ -136,20 +159,8 @@ def obstacle_to_dual(model: Module, dim: int) -> str | None:
     return None if same else 'its vectors must broadcast over rows, as `vector.unsqueeze(-2)` does'
 
 
-class DenseEngine:
+class DenseEngine(Engine):
     """A gradient, a momentum and a weight for every chunk; momentum and decay are scans over them."""
-
-    def __init__(
-        self, model: Module, loss_fn: LossFn, scan: AssocScan, max_grad_norm: float | None, spectral_norm: bool
-    ):
-        self.model = model
-        self.loss_fn = loss_fn
-        self.scan = scan
-        self.max_grad_norm = max_grad_norm
-        self.spectral_norm = spectral_norm
-
-    def run_length(self, device: torch.device) -> int | None:
-        return None
 
     def store(
         self, chunks: Chunks, base: Weights, last: Weights, last_momentum: Weights, residual: Residual | None = None
@@ -176,9 +187,6 @@ class DenseEngine:
             weights[name] = self.scan(keep, update, prev=last[name], remove_prev=False)
 
         return Stored(FastWeights.of(weights), momentum, losses)
-
-    def retrieve(self, weights: FastWeights, rows: Float[Tensor, 'bh n c d'], first: int) -> Float[Tensor, 'bh n c d']:
-        return self.retrieve_with(self.model, weights, rows, first)
 
     @staticmethod
     def retrieve_with(model: Module, weights: FastWeights, rows: Tensor, first: int) -> Tensor:
@@ -282,19 +290,11 @@ class Mixing(NamedTuple):
         )
 
 
-class DualEngine:
+class DualEngine(Engine):
     """Rows and errors instead of gradients: a matrix X Δ of a chunk is never formed unless it must be.
 
     Spectral norm must: Newton–Schulz of a sum of such products has no such form. Vectors are as small as a row.
     """
-
-    def __init__(
-        self, model: Module, loss_fn: LossFn, scan: AssocScan, max_grad_norm: float | None, spectral_norm: bool
-    ):
-        self.model = model
-        self.loss_fn = loss_fn
-        self.max_grad_norm = max_grad_norm
-        self.spectral_norm = spectral_norm
 
     def run_length(self, device: torch.device) -> int | None:
         # work inside a run grows with its square, launches with the number of runs: a GPU would rather work
@@ -324,9 +324,6 @@ class DualEngine:
 
         momentum = momentum if chunks.momentum is not None else {}
         return Stored(FastWeights(dense, factored, end), momentum, losses)
-
-    def retrieve(self, weights: FastWeights, rows: Float[Tensor, 'bh n c d'], first: int) -> Float[Tensor, 'bh n c d']:
-        return self.retrieve_with(self.model, weights, rows, first)
 
     @staticmethod
     def retrieve_with(model: Module, weights: FastWeights, rows: Tensor, first: int) -> Tensor:

@@ -91,7 +91,8 @@ class NeuralMemory(Module):
         qk_rmsnorm: RMS norm of queries and keys, per head; advised for stability.
         max_grad_norm: move the norm x of each parameter's gradient in each chunk to (tanh(2x / max) + 1) · max / 2,
             so that it lies between half of this and all of it; small gradients grow.
-        use_accelerated_scan: run the recurrences in a Triton kernel where there is a GPU.
+        use_accelerated_scan: run the dense engine's recurrences in a Triton kernel where there is a GPU. The dual
+            engine has none to run.
         activation: applied to queries, keys and values.
         init_adaptive_step_bias: start with step sizes the same for every token, at this logit.
         init_momentum_bias: the same for momentum.
