@@ -85,7 +85,8 @@ class FastWeights(Mapping[str, Tensor]):
     def joined(cls, runs: list[FastWeights], end: Weights) -> FastWeights:
         """Runs one after the other, each beginning where the one before ended, and `end` after the last."""
         factored = {
-            name: _batched([f for run in runs for f in run.factored[name]]) for name in _names(runs, 'factored')
+            name: _batched([f for run in runs for f in run.factored[name]])
+            for name in (runs[0].factored if runs else ())
         }
         dense = {
             name: torch.cat([*(run.dense[name][:, :-1] for run in runs), w.unsqueeze(1)], dim=1)
@@ -150,10 +151,6 @@ class FastWeights(Mapping[str, Tensor]):
         if name.startswith('_') or name in ('dense', 'factored', 'end'):
             raise AttributeError(name)
         return getattr(TensorDict(self.to_dict()), name)
-
-
-def _names(runs: list[FastWeights], kind: str) -> list[str]:
-    return [*getattr(runs[0], kind)] if runs else []
 
 
 def _batched(pieces: list[Factored]) -> list[Factored]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -78,9 +78,13 @@ class MemoryLayout(NamedTuple):
         check_shape(name, mask, batch=store.shape[-3], length=store.shape[-2])
 
     def opened(
-        self, state: Any, seq: Float[Tensor, 'b n d'], weights: Mapping[str, Tensor], momentum: Mapping[str, Tensor]
+        self,
+        state: Any,
+        seq: Float[Tensor, 'b n d'],
+        init_weights: Callable[[int], Mapping[str, Tensor]],
+        init_momentum: Callable[[int], Mapping[str, Tensor]],
     ) -> OpenState:
-        """`state` to go on from at `seq`; what it leaves out is taken from the initial `weights` and `momentum`."""
+        """`state` to go on from at `seq`; what it leaves out is made by the two functions, from the batch size."""
         batch = seq.shape[0]
         if not isinstance(state, tuple) or len(state) != len(NeuralMemState._fields):
             raise TypeError(f'state must be a NeuralMemState, got {type(state).__name__}')
@@ -91,8 +95,8 @@ class MemoryLayout(NamedTuple):
                 f'state must come from a memory of chunk_size={self.chunk_size}: '
                 f'its seq_index must be a multiple of it, got {state.seq_index}'
             )
-        base = weights if state.weights is None else state.weights
-        last, momentum = (base, momentum) if state.states is None else state.states
+        base = init_weights(batch) if state.weights is None else state.weights
+        last, momentum = (base, init_momentum(batch)) if state.states is None else state.states
         self._check_weights('state.weights', base, (batch * self.heads,))
         self._check_weights('state.states[0]', last, (batch * self.heads,))
         if self.momentum_orders:
@@ -130,7 +134,7 @@ class MemoryLayout(NamedTuple):
 
         bh, tensors = batch * self.heads, {}
         if isinstance(weights, FastWeights):
-            came = {key: (*w.shape[:1], *w.shape[1:]) for key, w in weights.end.items()}
+            came = {key: tuple(w.shape) for key, w in weights.end.items()}
             if came != {key: (bh, *shape) for key, shape in self.parameters.items()}:
                 raise ValueError(f'{name} must be the weights of a memory like this one, got {came}')
             return weights

@@ -368,7 +368,7 @@ class NeuralMemory(Module):
 
         weights, after, surprises = self._store(call, before, prev_weights)
         rows, carried = self._query_rows(call.queries, before.pending)
-        retrieved = self._retrieve(call.queries, rows, weights, before.pending.tokens.shape[-2])
+        retrieved = self._retrieve(call.queries.shape[1], rows, weights, before.pending.tokens.shape[-2])
 
         after = after._replace(pending=after.pending._replace(queries=carried))
         next_state = after.closed(weights, detach_mem_state)
@@ -409,12 +409,11 @@ class NeuralMemory(Module):
         check_shape('seq', seq, batch=None, length=None, dim=self.dim)
         over_time = self._layout.over_time('weights', weights, seq.shape[0])
         rows, _ = self._query_rows(seq, self._layout.no_pending(seq))
-        return self._retrieve(seq, rows, over_time, 0)
+        return self._retrieve(seq.shape[1], rows, over_time, 0)
 
     def _opened(self, state: Any, seq: Float[Tensor, 'b n d']) -> OpenState:
-        batch = seq.shape[0]
-        no_momentum: Mapping[str, Tensor] = {} if self.to_momentum is None else self.init_momentum(batch)
-        return self._layout.opened(state, seq, self.init_weights(batch), no_momentum)
+        init_momentum = self.init_momentum if self.to_momentum is not None else lambda batch: TensorDict({})
+        return self._layout.opened(state, seq, self.init_weights, init_momentum)
 
     # storing
 
@@ -426,8 +425,11 @@ class NeuralMemory(Module):
         num_chunks = tokens.shape[-2] // self.store_chunk_size
         complete = num_chunks * self.store_chunk_size
 
-        chunks = self._chunks(tokens[..., :complete, :], None if mask is None else mask[:, :complete])
-        residual = self._weight_residual(prev_weights, tokens[..., :complete, :])
+        normed = self.store_norm(tokens[..., :complete, :])
+        keys_seq, values_seq = normed if self.qkv_receives_diff_views else (normed, normed)
+        pooled = self.reduce_to_chunk_rep(keys_seq, self.store_chunk_size)
+        chunks = self._chunks(keys_seq, values_seq, pooled, None if mask is None else mask[:, :complete])
+        residual = self._weight_residual(prev_weights, pooled)
         _, base, last, momentum, _ = state
         engine = self._engine
         runs, losses = [], [torch.zeros_like(chunks.step_sizes[:, :0])]
@@ -477,12 +479,15 @@ class NeuralMemory(Module):
             start = stop
         return runs
 
-    def _chunks(self, seq: Tensor, mask: Tensor | None) -> Chunks:
-        """Keys, values and gates of the complete chunks in `seq`."""
+    def _chunks(
+        self,
+        seq: Float[Tensor, 'b n d'],
+        values_seq: Float[Tensor, 'b n d'],
+        pooled: Float[Tensor, 'b n d'],
+        mask: Bool[Tensor, 'b n'] | None,
+    ) -> Chunks:
+        """Keys, values and gates of complete chunks; `pooled` has a row for each chunk."""
         chunk_size, rows = self.store_chunk_size, self.store_chunk_size * self.num_kv_per_token
-        seq = self.store_norm(seq)
-        seq, values_seq = seq if self.qkv_receives_diff_views else (seq, seq)
-
         keys = self.k_norm(self.split_kv_heads(self.to_keys(seq)))
         values = self.split_kv_heads(self.to_values(values_seq))
         keys, values = (rearrange(t, 'b h (n m) d -> (b h) n m d', m=rows) for t in (keys, values))
@@ -496,7 +501,6 @@ class NeuralMemory(Module):
         if self.store_with_lookahead_value:
             keys, values, step_sizes = keys[..., :-1, :], values[..., 1:, :], step_sizes[..., :-1]
 
-        pooled = self.reduce_to_chunk_rep(seq, chunk_size)
         modulation = _optional(self.to_layer_modulation, pooled)
         return Chunks(
             keys=keys,
@@ -508,25 +512,25 @@ class NeuralMemory(Module):
             modulation=None if modulation is None else modulation * self.max_mem_layer_modulation,
         )
 
-    def _weight_residual(self, prev_weights: Mapping[str, Tensor] | None, seq: Tensor) -> Residual | None:
+    def _weight_residual(
+        self, prev_weights: Mapping[str, Tensor] | None, pooled: Float[Tensor, 'b n d']
+    ) -> Residual | None:
         """A learned share, per chunk, of the other memory's weights before that chunk."""
         to_mix = self.to_learned_weight_residual_mix
         if (prev_weights is None) != (to_mix is None):
             given = 'got none' if prev_weights is None else 'but this memory has accept_weight_residual=False'
             raise ValueError(f'prev_weights must be given exactly where accept_weight_residual=True, {given}')
-        num_chunks = seq.shape[-2] // self.store_chunk_size
+        batch, num_chunks = pooled.shape[:2]
         if prev_weights is None or to_mix is None or num_chunks == 0:
             return None
 
-        previous = self._layout.over_time('prev_weights', prev_weights, seq.shape[-3])
+        previous = self._layout.over_time('prev_weights', prev_weights, batch)
         if previous.num_steps < num_chunks:
             raise ValueError(
                 f'prev_weights must hold weights for each of the {num_chunks} chunks that this call completes, '
                 f'got {previous.num_steps}'
             )
-        keys_view = self.store_norm(seq)[0] if self.qkv_receives_diff_views else self.store_norm(seq)
-        share = to_mix(self.reduce_to_chunk_rep(keys_view, self.store_chunk_size)).squeeze(-1)
-        return Residual(previous, share)
+        return Residual(previous, to_mix(pooled).squeeze(-1))
 
     def _transition(self, base: Weights, last: Weights) -> Weights:
         """Base weights of the next memory batch."""
@@ -554,19 +558,20 @@ class NeuralMemory(Module):
 
     def _retrieve(
         self,
-        seq: Float[Tensor, 'b n d'],
+        length: int,
         rows: Float[Tensor, 'b n d'],
         weights: FastWeights,
         num_pending: int,
     ) -> Float[Tensor, 'b n d']:
-        """Each token of `seq` through the weights it may read.
+        """The last `length` of `rows`, each through the weights it may read.
 
         The first token is number `num_pending` of its chunk. `weights` start with those before that chunk.
         """
-        chunk_size, length = self.store_chunk_size, seq.shape[1]
+        chunk_size = self.store_chunk_size
         first_step, before = divmod(num_pending + 1, chunk_size)
 
-        queries = self.q_norm(self.split_heads(self.to_queries(self.retrieve_norm(rows))))
+        normed = self.retrieve_norm(rows)
+        queries = self.q_norm(self.split_heads(self.to_queries(normed)))
         queries = queries.flatten(0, 1)
 
         # group the queries by the weights they read
@@ -581,7 +586,7 @@ class NeuralMemory(Module):
         values = values[:, values.shape[1] - trail - length : values.shape[1] - trail]
         values = self.multihead_rmsnorm(rearrange(values, '(b h) n d -> b h n d', h=self.heads))
         if self.retrieve_gate is not None:
-            values = values * self.retrieve_gate(self.retrieve_norm(seq))
+            values = values * self.retrieve_gate(normed[:, -length:])
         return self.combine_heads(self.merge_heads(values))
 
 
