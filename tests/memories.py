@@ -17,7 +17,7 @@ from titans_pytorch import (
     NeuralMemory,
 )
 
-DIM, HEAD = 8, 4
+DIM, HEAD = 8, 8
 
 
 class CausalMean(nn.Module):

@@ -44,10 +44,30 @@ def assert_engines_agree(dual, dense, seq, sizes, mask=None):
         assert_same(came, expected, 1e-9, f'{what} ')
 
 
-@pytest.mark.parametrize('switch', DUAL)
-def test_engines_agree(switch):
+FORMED = {'factored': lambda *_: False, 'formed': lambda *_: True, 'the smaller': DualEngine._materialises}
+
+
+@pytest.mark.parametrize('matrices', ['factored', 'formed'])
+@pytest.mark.parametrize('switch', [switch for switch in DUAL if 'spectral_norm_surprises' not in SWITCHES[switch]])
+def test_engines_agree(switch, matrices, monkeypatch):
+    monkeypatch.setattr(DualEngine, '_materialises', FORMED[matrices])
     dual, dense = pair(switch)
     assert_engines_agree(dual, dense, inputs(dual, 29), [29])
+
+
+@pytest.mark.parametrize('switch', [switch for switch in DUAL if 'spectral_norm_surprises' in SWITCHES[switch]])
+def test_engines_agree_on_orthogonal_momentum(switch):
+    dual, dense = pair(switch)
+    assert_engines_agree(dual, dense, inputs(dual, 29), [29])
+
+
+def test_the_smaller_of_matrices_and_rows_is_kept():
+    for chunk_size, factored in ((3, True), (8, False)):
+        mem = memory(
+            'linear memory', chunk_size, chunk_size
+        )  # 8 × 8: as large as four rows of inputs and four of errors
+        updates = mem(inputs(mem, 16))[1].updates
+        assert isinstance(updates, FastWeights) is factored
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -57,7 +77,7 @@ def test_engines_agree_on_any_configuration(data):
     for extra in data.draw(st.lists(st.sampled_from(DUAL), max_size=3)):
         switches |= {key: value for key, value in SWITCHES[extra].items() if key != 'model'}
     switch = data.draw(st.sampled_from(DUAL))
-    chunk_size = data.draw(st.sampled_from([1, 2, 3, 5, (2, 4), (4, 2)]))
+    chunk_size = data.draw(st.sampled_from([1, 2, 3, 5, 9, (2, 4), (4, 2)]))
     store = chunk_size[1] if isinstance(chunk_size, tuple) else chunk_size
     per_batch = data.draw(st.sampled_from([None, 1, 2, 4]))
     sizes = data.draw(st.lists(st.integers(1, 11), min_size=1, max_size=4))
@@ -101,7 +121,7 @@ def test_weight_residual_agrees(switch):
 @pytest.mark.parametrize('batch_size', [None, 400])
 def test_long_memory_batches_are_stored_in_runs(batch_size):
     dual, dense = pair('plain', 4, batch_size)
-    assert dual._engine.run_length(torch.device('cpu')) < 400
+    assert dual._engine.run_length(torch.device('cpu'), rows=4) < 100
     assert_engines_agree(dual, dense, inputs(dual, 800, batch=1), [333, 467])
 
 
@@ -209,9 +229,7 @@ def test_no_weights_per_chunk_are_held():
     with torch.no_grad():
         _, state = mem(seq)
     weights = sum(p.numel() for p in mem.memory_model_parameters)
-    held = sum(
-        t.numel() for t in leaves([*state.updates.factored.values(), state.updates.dense, state.updates.end]).values()
-    )
+    held = sum(t.numel() for t in leaves([state.updates.runs, state.updates.dense, state.updates.end]).values())
     assert held < 0.1 * 513 * weights
     assert sum(t.numel() for t in leaves(dict(state.updates.items())).values()) == 513 * weights
 
@@ -311,11 +329,18 @@ def test_mixing_equals_the_recurrences():
     }
     empty = torch.zeros(2, n, 1, 1)
     chunks = Chunks(empty, empty, empty[..., 0], **{k: v.double() for k, v in gates.items()}, modulation=None)
-    mixing = Mixing.of(chunks)
+    mixing = Mixing.of(chunks.decay, chunks.momentum, chunks.momentum_mix)
+    for run, (start, stop) in zip(Mixing.of_runs(chunks.span(1, 7), 2), ((1, 4), (4, 7))):
+        own = chunks.span(start, stop)
+        assert_same(run, Mixing.of(own.decay, own.momentum, own.momentum_mix), 1e-12)
+
     u, w0, s0 = torch.randn(2, n).double(), torch.randn(2).double(), torch.randn(2, orders).double()
 
+    starts = torch.cat((w0[:, None], s0), dim=1)
     weight, states = w0, [*s0.unbind(1)]
     for c in range(n):
+        before = (mixing.steps[:, c] * u).sum(1) + (mixing.step_starts[:, c] * starts).sum(1)
+        assert_same(before, weight, 1e-12)
         carried_in = u[:, c]
         for o in range(orders):
             states[o] = chunks.momentum[:, c, o].sigmoid() * states[o] + carried_in
@@ -323,13 +348,12 @@ def test_mixing_equals_the_recurrences():
         terms = torch.stack([u[:, c], *states], dim=1)
         combined = (chunks.momentum_mix[:, c] * terms).sum(dim=1)
         weight = (1 - chunks.decay[:, c].sigmoid()) * weight + combined
-        starts = torch.cat((w0[:, None], s0), dim=1)
         came = (mixing.weight[:, c] * u).sum(1) + (mixing.weight_starts[:, c] * starts).sum(1)
         assert_same(came, weight, 1e-12)
         came = (mixing.momentum[:, c] * u).sum(1) + (mixing.momentum_starts[:, c] * s0).sum(1)
         assert_same(came, combined, 1e-12)
-    ends = (mixing.end * u[:, None]).sum(2) + (mixing.end_starts * s0[:, None]).sum(2)
-    assert_same(ends, torch.stack(states, dim=1), 1e-12)
+    ends = (mixing.end * u[:, None]).sum(2) + (mixing.end_starts * starts[:, None]).sum(2)
+    assert_same(ends, torch.stack([weight, *states], dim=1), 1e-12)
 
 
 def test_soft_clamp_bounds_the_norm_and_keeps_the_direction():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn import Module
 
-from titans_pytorch.fast_weights import Factored, FastWeights, Weights
+from titans_pytorch.fast_weights import Factors, FastWeights, Runs, Weights
 from titans_pytorch.orthogonalize import newton_schulz
 from titans_pytorch.recurrence import AssocScan, gate_products
 from titans_pytorch.shapes import Float
@@ -60,6 +61,14 @@ class Residual(NamedTuple):
         return Residual(self.weights, self.shares[:, start:stop], self.first + start)
 
 
+class Run(NamedTuple):
+    """Chunks to be stored at one set of base weights."""
+
+    chunks: Chunks
+    mixing: Mixing | None = None
+    """Their recurrences, solved, for an engine that wants them so."""
+
+
 class Stored(NamedTuple):
     """What storing a run of chunks gives."""
 
@@ -90,14 +99,18 @@ class Engine:
         self.max_grad_norm = max_grad_norm
         self.spectral_norm = spectral_norm
 
-    def run_length(self, device: torch.device) -> int | None:
-        """Rows that are best stored in one run; `None`: as many as there are."""
+    def run_length(self, device: torch.device, rows: int) -> int | None:
+        """How many chunks of so many rows are best stored in one run; `None`: all that there are."""
         return None
 
+    def runs(self, chunks: Chunks, spans: list[tuple[int, int]]) -> list[Run]:
+        """Chunks as runs, ready to be stored one after the other; a span is (first chunk, last + 1)."""
+        return [Run(chunks.span(start, stop)) for start, stop in spans]
+
     def store(
-        self, chunks: Chunks, base: Weights, last: Weights, last_momentum: Weights, residual: Residual | None = None
+        self, run: Run, base: Weights, last: Weights, last_momentum: Weights, residual: Residual | None = None
     ) -> Stored:
-        """Store `chunks`, all gradients at `base` (plus `residual`), going on from `last` and `last_momentum`."""
+        """Store a run, all gradients at `base` (plus `residual`), going on from `last` and `last_momentum`."""
         raise NotImplementedError
 
     def retrieve(self, weights: FastWeights, rows: Float[Tensor, 'bh n c d'], first: int) -> Float[Tensor, 'bh n c d']:
@@ -163,8 +176,9 @@ class DenseEngine(Engine):
     """A gradient, a momentum and a weight for every chunk; momentum and decay are scans over them."""
 
     def store(
-        self, chunks: Chunks, base: Weights, last: Weights, last_momentum: Weights, residual: Residual | None = None
+        self, run: Run, base: Weights, last: Weights, last_momentum: Weights, residual: Residual | None = None
     ) -> Stored:
+        chunks = run.chunks
         gradients, losses = self._gradients(chunks, base, residual)
         weights, momentum = {}, {}
 
@@ -237,30 +251,47 @@ class Mixing(NamedTuple):
     """Of the weights at the start, then of each order's momentum."""
     decay: Float[Tensor, 'bh n n']
     """Of the combined momentum j, in the weights after chunk c."""
-    end: Float[Tensor, 'bh o n']
-    """Of the update j, in each order's momentum after the last chunk."""
-    end_starts: Float[Tensor, 'bh o o']
-    """Of the momentum that each order started with, in each order's momentum after the last chunk."""
+    steps: Float[Tensor, 'bh n n']
+    """Of the update j, in the weights before chunk c: those of step c."""
+    step_starts: Float[Tensor, 'bh n k']
+    """Of each state at the start, in the weights before chunk c."""
+    end: Float[Tensor, 'bh k n']
+    """Of the update j, in the weights and in each order's momentum after the last chunk."""
+    end_starts: Float[Tensor, 'bh k k']
+    """Of each state at the start, in each state after the last chunk."""
 
     @classmethod
-    def of(cls, chunks: Chunks) -> Mixing:
+    def of_runs(cls, chunks: Chunks, num_runs: int) -> list[Mixing]:
+        """`chunks` in runs of equal length."""
+
+        def by_run(gates: Tensor) -> Tensor:
+            return gates.unflatten(1, (num_runs, -1)).flatten(0, 1)
+
+        momentum, mix = (None if gates is None else by_run(gates) for gates in (chunks.momentum, chunks.momentum_mix))
         with _no_autocast(chunks.decay):
-            return cls._of(chunks)
+            mixing = cls.of(by_run(chunks.decay), momentum, mix)
+        return [cls(*run) for run in zip(*(t.unflatten(0, (-1, num_runs)).unbind(1) for t in mixing))]
 
     @classmethod
-    def _of(cls, chunks: Chunks) -> Mixing:
-        # from logits, in log space and at least float32: saturated gates stay finite
+    def of(
+        cls,
+        decay: Float[Tensor, 'bh n'],
+        momentum: Float[Tensor, 'bh n o'] | None,
+        momentum_mix: Float[Tensor, 'bh n o'] | None,
+    ) -> Mixing:
+        """From the logits of α and η, and how the orders combine."""
+
+        # in log space and at least float32: saturated gates stay finite
         def log_gate(logits: Tensor) -> Tensor:
             return F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
-        log_keep = log_gate(-chunks.decay)
+        log_keep = log_gate(-decay)
         decay, beta = gate_products(log_keep), log_keep.cumsum(dim=-1).exp().unsqueeze(-1)
         identity = torch.eye(log_keep.shape[-1], dtype=decay.dtype, device=decay.device).expand_as(decay)
+        if momentum is None:
+            return cls._of(identity, beta[..., :0], decay, beta, decay, [], [])
 
-        if chunks.momentum is None:
-            return cls(identity, decay[..., :0], decay, beta, decay, decay[:, :0], decay[:, :0, :0])
-
-        log_gates = log_gate(chunks.momentum)
+        log_gates = log_gate(momentum)
         num_orders = log_gates.shape[-1]
         matrices: list[Tensor] = []
         starts: list[Tensor] = []
@@ -270,23 +301,43 @@ class Mixing(NamedTuple):
             matrices.append(products @ matrices[-1] if order else products)
             starts.append(products @ starts[-1] + of_own if order else of_own)
 
-        momentum, momentum_starts = matrices[-1], starts[-1]
-        if chunks.momentum_mix is not None:
-            mix = chunks.momentum_mix.to(decay.dtype)
+        combined, combined_starts = matrices[-1], starts[-1]
+        if momentum_mix is not None:
+            mix = momentum_mix.to(decay.dtype)
             zeroth = mix.shape[-1] > num_orders
             none = torch.zeros_like(starts[-1])
             parts = zip(mix.split(1, dim=-1), [identity] * zeroth + matrices, [none] * zeroth + starts)
             weighted = [(share * matrix, share * start) for share, matrix, start in parts]
-            momentum, momentum_starts = (sum(terms[1:], terms[0]) for terms in zip(*weighted))
+            combined, combined_starts = (sum(terms[1:], terms[0]) for terms in zip(*weighted))
 
+        weight_starts = torch.cat((beta, decay @ combined_starts), dim=-1)
+        return cls._of(combined, combined_starts, decay @ combined, weight_starts, decay, matrices, starts)
+
+    @classmethod
+    def _of(
+        cls,
+        momentum: Tensor,
+        momentum_starts: Tensor,
+        weight: Tensor,
+        weight_starts: Tensor,
+        decay: Tensor,
+        orders: list[Tensor],
+        order_starts: list[Tensor],
+    ) -> Mixing:
+        # what is in the weights after chunk c is what step c + 1 has; step 0 has the weights at the start
+        at_first = F.pad(torch.ones_like(weight_starts[:, :1, :1]), (0, weight_starts.shape[2] - 1))
+        # a momentum has nothing of the weights in it
+        order_ends = [F.pad(start[:, -1], (1, 0)) for start in order_starts]
         return cls(
             momentum=momentum,
             momentum_starts=momentum_starts,
-            weight=decay @ momentum,
-            weight_starts=torch.cat((beta, decay @ momentum_starts), dim=-1),
+            weight=weight,
+            weight_starts=weight_starts,
             decay=decay,
-            end=torch.stack([matrix[:, -1] for matrix in matrices], dim=1),
-            end_starts=torch.stack([start[:, -1] for start in starts], dim=1),
+            steps=F.pad(weight[:, :-1], (0, 0, 1, 0)),
+            step_starts=torch.cat((at_first, weight_starts[:, :-1]), dim=1),
+            end=torch.stack([weight[:, -1], *(order[:, -1] for order in orders)], dim=1),
+            end_starts=torch.stack([weight_starts[:, -1], *order_ends], dim=1),
         )
 
 
@@ -294,36 +345,52 @@ class DualEngine(Engine):
     """Rows and errors instead of gradients: a matrix X Δ of a chunk is never formed unless it must be.
 
     Spectral norm must: Newton–Schulz of a sum of such products has no such form. Vectors are as small as a row.
+    So is a matrix that has no more numbers than a chunk's rows: then the product is formed too, as it is the smaller.
     """
 
-    def run_length(self, device: torch.device) -> int | None:
-        # work inside a run grows with its square, launches with the number of runs: a GPU would rather work
-        return 128 if device.type == 'cpu' else 512
+    def run_length(self, device: torch.device, rows: int) -> int | None:
+        # work inside a run grows with its square, launches with the number of runs: a GPU would rather work.
+        # Where chunks are so long that their matrices are formed, the square is that of the chunks
+        return max((128 if device.type == 'cpu' else 512) // rows, 8)
+
+    def runs(self, chunks: Chunks, spans: list[tuple[int, int]]) -> list[Run]:
+        runs: list[Run] = []
+        # the recurrences of neighbours of one length are solved together
+        for _, group in groupby(spans, key=lambda span: span[1] - span[0]):
+            same = [*group]
+            together = chunks.span(same[0][0], same[-1][1])
+            runs += [Run(chunks.span(*span), mixing) for span, mixing in zip(same, Mixing.of_runs(together, len(same)))]
+        return runs
 
     def store(
-        self, chunks: Chunks, base: Weights, last: Weights, last_momentum: Weights, residual: Residual | None = None
+        self, run: Run, base: Weights, last: Weights, last_momentum: Weights, residual: Residual | None = None
     ) -> Stored:
-        inputs, errors, vectors, losses = self._factors(chunks, base, residual)
+        chunks, has_momentum = run.chunks, run.chunks.momentum is not None
+        assert run.mixing is not None
         dtype = next(iter(last.values())).dtype
-        mixing = Mixing(*(t.to(dtype) for t in Mixing.of(chunks)))
-        dense, factored, end, momentum = {}, {}, {}, {}
+        mixing = Mixing(*(t.to(dtype) for t in run.mixing))
+        inputs, errors, vectors, losses = self._factors(chunks, base, residual)
+        dense, factors, end, momentum = {}, {}, {}, {}
 
         for index, name in enumerate(base):
             modulation = None if chunks.modulation is None else chunks.modulation[..., index]
-            starts = [last[name], *(last_momentum[name] if chunks.momentum is not None else ())]
+            starts = [last[name], *(last_momentum[name] if has_momentum else ())]
 
-            if name in inputs and not self.spectral_norm:
+            if name in inputs and not self._materialises(inputs[name], errors[name]):
                 update = self._factored_update(inputs[name], errors[name], modulation)
-                factored[name] = [_run(mixing, starts, inputs[name], update)]
-                end[name], momentum[name] = _ends(mixing, starts, inputs[name], update)
+                factors[name] = Factors.of(starts, inputs[name], update)
+                ends = _ends(mixing, starts, inputs[name], update)
             else:
-                gradient = inputs[name].mT @ errors[name] if name in inputs else vectors[name]
-                update = self._dense_update(gradient.to(dtype), modulation)
-                dense[name], momentum[name] = self._dense_run(mixing, starts, update)
-                end[name] = dense[name][:, -1]
+                descent = inputs[name].mT @ errors[name] if name in inputs else vectors[name]
+                update = self._dense_update(descent.to(dtype), modulation)
+                dense[name], ends = self._dense_run(mixing, starts, update)
+            end[name] = ends[0]
+            if has_momentum:
+                momentum[name] = torch.stack(ends[1:])
 
-        momentum = momentum if chunks.momentum is not None else {}
-        return Stored(FastWeights(dense, factored, end), momentum, losses)
+        rows = chunks.keys.shape[2]
+        runs = [Runs.of(_of_rows(mixing.steps, rows), mixing.step_starts, factors)] if factors else []
+        return Stored(FastWeights(dense, runs, end), momentum, losses)
 
     @staticmethod
     def retrieve_with(model: Module, weights: FastWeights, rows: Tensor, first: int) -> Tensor:
@@ -338,8 +405,8 @@ class DualEngine(Engine):
     def _factors(
         self, chunks: Chunks, base: Weights, residual: Residual | None
     ) -> tuple[Weights, Weights, Weights, Tensor]:
-        """Per matrix the rows X it saw and their errors Δ = ∂ loss / ∂ (X W), (bh, n, m, ·); per vector its gradient
-        (bh, n, d); and the unweighted losses (bh, n, m)."""
+        """Per matrix the rows X it saw and their errors Δ = −∂ loss / ∂ (X W), (bh, n, m, ·); per vector minus its
+        gradient, (bh, n, d); and the unweighted losses (bh, n, m)."""
         names = {id(p): name for name, p in self.model.named_parameters()}
         bh, n, m, _ = chunks.keys.shape
         vectors = {name: base[name].unsqueeze(1).expand(-1, n, -1) for name in _vectors(self.model)}
@@ -362,35 +429,44 @@ class DualEngine(Engine):
 
             prediction = functional_call(self.model, vectors, (chunks.keys,), {'linear': linear})
             losses = vmap(vmap(self.loss_fn))(prediction, chunks.values)
-            return (losses * chunks.step_sizes).sum(), (seen, losses)
+            # the gradient of minus the loss is the way down
+            return -(losses * chunks.step_sizes).sum(), (seen, losses)
 
         matrices = {name: w for name, w in base.items() if name not in vectors}
         probes = {name: w.new_zeros(bh, n, m, w.shape[-1]) for name, w in matrices.items()}
-        (errors, gradients), (inputs, losses) = grad(loss, argnums=(0, 1), has_aux=True)(probes, vectors)
-        return {name: x.to(errors[name].dtype) for name, x in inputs.items()}, errors, gradients, losses
+        (errors, descents), (inputs, losses) = grad(loss, argnums=(0, 1), has_aux=True)(probes, vectors)
+        return {name: x.to(errors[name].dtype) for name, x in inputs.items()}, errors, descents, losses
+
+    def _materialises(self, inputs: Tensor, errors: Tensor) -> bool:
+        """Whether to form a chunk's X Δ: where it must be, and where it is no larger than the rows of X and Δ."""
+        dim_in, dim_out = inputs.shape[-1], errors.shape[-1]
+        return self.spectral_norm or inputs.shape[-2] * (dim_in + dim_out) >= dim_in * dim_out
 
     def _factored_update(self, inputs: Tensor, errors: Tensor, modulation: Tensor | None) -> Tensor:
-        """Errors of the update, which is minus the gradient: clamped and modulated, chunk by chunk."""
-        factor = -torch.ones((), dtype=errors.dtype, device=errors.device)
+        """Errors of the update: clamped and modulated, chunk by chunk."""
         if self.max_grad_norm is not None:
             # ‖XᵀΔ‖² = Σ (X Xᵀ) ∘ (Δ Δᵀ), without the matrix
             squared = ((inputs @ inputs.mT) * (errors @ errors.mT)).sum(dim=(-2, -1))
-            factor = -_soft_clamp_factor(squared, self.max_grad_norm)[..., None, None]
-        if modulation is not None:
-            factor = factor * modulation[..., None, None]
-        return errors * factor
+            errors = _per_chunk(_soft_clamp_factor(squared, self.max_grad_norm), errors)
+        return errors if modulation is None else _per_chunk(modulation, errors)
 
-    def _dense_update(self, gradient: Tensor, modulation: Tensor | None) -> Tensor:
+    def _dense_update(self, descent: Tensor, modulation: Tensor | None) -> Tensor:
         if self.max_grad_norm is not None:
-            gradient = soft_clamp_norm(gradient, self.max_grad_norm)
-        return -gradient if modulation is None else -_per_chunk(modulation, gradient)
+            descent = soft_clamp_norm(descent, self.max_grad_norm)
+        return descent if modulation is None else _per_chunk(modulation, descent)
 
-    def _dense_run(self, mixing: Mixing, starts: list[Tensor], update: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights of every step (bh, n + 1, …), and momentum after the last chunk (o, bh, …)."""
-        first, *momenta = starts
-        combined = self._orthogonal(mixing, momenta, update) if self.spectral_norm and update.ndim > 3 else None
+    def _dense_run(self, mixing: Mixing, starts: list[Tensor], update: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Weights of every step (bh, n + 1, …), and each state after the last chunk."""
+        combined = self._orthogonal(mixing, starts[1:], update) if self.spectral_norm and update.ndim > 3 else None
         with _no_autocast(update):
-            return self._recurrences(mixing, starts, update, combined)
+            flat, flat_starts = update.flatten(2), torch.stack(starts, dim=1).flatten(2)
+            if combined is None:
+                weights = mixing.weight @ flat + mixing.weight_starts @ flat_starts
+            else:
+                weights = mixing.decay @ combined.flatten(2) + mixing.weight_starts[..., :1] * flat_starts[:, :1]
+            weights = torch.cat((starts[0].unsqueeze(1), weights.view_as(update)), dim=1)
+            momenta = mixing.end[:, 1:] @ flat + mixing.end_starts[:, 1:] @ flat_starts
+            return weights, [weights[:, -1], *momenta.unflatten(2, update.shape[2:]).unbind(1)]
 
     def _orthogonal(self, mixing: Mixing, momenta: list[Tensor], update: Tensor) -> Tensor:
         """The momentum after each chunk, orthogonalised."""
@@ -400,42 +476,32 @@ class DualEngine(Engine):
                 combined = combined + mixing.momentum_starts @ torch.stack(momenta, dim=1).flatten(2)
         return newton_schulz(combined.view_as(update)).to(update.dtype)
 
-    def _recurrences(
-        self, mixing: Mixing, starts: list[Tensor], update: Tensor, combined: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        first, *momenta = starts
-        flat = update.flatten(2)
-        if combined is not None:
-            weights = mixing.decay @ combined.flatten(2) + mixing.weight_starts[..., :1] * first.flatten(1).unsqueeze(1)
-        else:
-            weights = mixing.weight @ flat + mixing.weight_starts @ torch.stack(starts, dim=1).flatten(2)
-        weights = torch.cat((first.unsqueeze(1), weights.view_as(update)), dim=1)
 
-        if not momenta:
-            return weights, first.new_zeros(0)
-        end = mixing.end @ flat + mixing.end_starts @ torch.stack(momenta, dim=1).flatten(2)
-        return weights, end.transpose(0, 1).unflatten(2, first.shape[1:])
+def _ends(mixing: Mixing, starts: list[Tensor], inputs: Tensor, errors: Tensor) -> list[Tensor]:
+    """Each state of a matrix after the last chunk, (bh, d, e): its weights, then each order's momentum."""
+    # one product for all states; what a row has in each goes to the shorter rows
+    shares = _of_rows(mixing.end, inputs.shape[2]).mT.unsqueeze(3)
+    inputs, errors = inputs.flatten(1, 2), errors.flatten(1, 2)
+    if inputs.shape[2] <= errors.shape[2]:
+        weighted = (shares * inputs.unsqueeze(2)).flatten(2)
+        changes = (weighted.mT @ errors).unflatten(1, (len(starts), -1)).unbind(1)
+    else:
+        weighted = (shares * errors.unsqueeze(2)).flatten(2)
+        changes = (inputs.mT @ weighted).unflatten(2, (len(starts), -1)).unbind(2)
 
-
-def _run(mixing: Mixing, starts: list[Tensor], inputs: Tensor, errors: Tensor) -> Factored:
-    """The steps before each chunk of a run: what is in the weights after chunk c is what step c + 1 has."""
-    mix = F.pad(mixing.weight, (0, 0, 1, 0))[:, :-1]
-    shares = F.pad(mixing.weight_starts, (0, 0, 1, 0))[:, :-1]
-    shares = shares + F.pad(torch.ones_like(shares[:, :1, :1]), (0, shares.shape[2] - 1, 0, shares.shape[1] - 1))
-    stacked = (mix, shares, torch.stack(starts, dim=1), inputs, errors)
-    return Factored(*(t.unsqueeze(1) for t in stacked))
+    ends, of_starts = [], mixing.end_starts[..., None, None]
+    with _no_autocast(errors):
+        for state, change in enumerate(changes):
+            # the weights are in no momentum, and no momentum is in one of an earlier order
+            for start in range(len(starts)) if state == 0 else range(1, state + 1):
+                change = torch.addcmul(change, of_starts[:, state, start], starts[start])
+            ends.append(change)
+    return ends
 
 
-def _ends(mixing: Mixing, starts: list[Tensor], inputs: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix after the last chunk, (bh, d, e), and its momentum, (o, bh, d, e)."""
-    # one product for the weights and for every order
-    shares = torch.cat((mixing.weight[:, -1:], mixing.end), dim=1)
-    of_starts = torch.cat((mixing.weight_starts[:, -1:], F.pad(mixing.end_starts, (1, 0))), dim=1)
-    weighted = (errors.unsqueeze(3) * shares.mT[:, :, None, :, None]).flatten(3)
-    changes = (inputs.flatten(1, 2).mT @ weighted.flatten(1, 2)).unflatten(2, (shares.shape[1], -1))
-    with _no_autocast(changes):
-        ends = torch.einsum('bok, bkde -> bode', of_starts, torch.stack(starts, dim=1)) + changes.transpose(1, 2)
-    return ends[:, 0], ends[:, 1:].transpose(0, 1)
+def _of_rows(of_chunks: Float[Tensor, 'bh s n'], rows: int) -> Float[Tensor, 'bh s nm']:
+    """What holds for a chunk, for each of its rows."""
+    return of_chunks.unsqueeze(-1).expand(-1, -1, -1, rows).flatten(2)
 
 
 def _no_autocast(like: Tensor) -> torch.autocast:

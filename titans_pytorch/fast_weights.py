@@ -14,7 +14,8 @@ with the weights and the momentum at the start of the run as start_k, so that x 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -29,39 +30,87 @@ Weights = dict[str, Tensor]
 """Per parameter of the memory network, by name."""
 
 
-class Factored(NamedTuple):
-    """One matrix over r runs of n steps each, all steps but the one after the last chunk."""
+class Factors(NamedTuple):
+    """What one matrix keeps of r runs, in each of which t rows were stored."""
 
-    mix: Float[Tensor, 'bh r n n']
-    shares: Float[Tensor, 'bh r n k']
     starts: Float[Tensor, 'bh r k d e']
-    inputs: Float[Tensor, 'bh r n m d']
-    errors: Float[Tensor, 'bh r n m e']
+    inputs: Float[Tensor, 'bh r t d']
+    errors: Float[Tensor, 'bh r t e']
+
+    @classmethod
+    def of(cls, starts: list[Tensor], inputs: Float[Tensor, 'bh n m d'], errors: Float[Tensor, 'bh n m e']) -> Factors:
+        """Of one run."""
+        return cls(*(t.unsqueeze(1) for t in (torch.stack(starts, dim=1), inputs.flatten(1, 2), errors.flatten(1, 2))))
+
+
+class Runs(NamedTuple):
+    """The factored matrices over r runs of n steps each, all steps but the one after the last chunk."""
+
+    mix: Float[Tensor, 'bh r n t']
+    """Of each row's X Δ, in the matrices of each step."""
+    shares: Float[Tensor, 'bh r n k']
+    matrices: dict[str, Factors]
+
+    @classmethod
+    def of(cls, mix: Float[Tensor, 'bh n t'], shares: Float[Tensor, 'bh n k'], matrices: dict[str, Factors]) -> Runs:
+        """A single run."""
+        return cls(mix.unsqueeze(1), shares.unsqueeze(1), matrices)
+
+    @classmethod
+    def joined(cls, runs: list[Runs]) -> Runs:
+        """Runs of one length, in a row."""
+        if len(runs) == 1:
+            return runs[0]
+
+        def in_a_row(parts: Iterable[Tensor]) -> Tensor:
+            return torch.cat([*parts], dim=1)
+
+        mix, shares, matrices = zip(*runs)
+        return cls(
+            in_a_row(mix),
+            in_a_row(shares),
+            {name: Factors(*map(in_a_row, zip(*(own[name] for own in matrices)))) for name in matrices[0]},
+        )
 
     @property
     def num_steps(self) -> int:
         return self.mix.shape[1] * self.mix.shape[2]
 
-    def linear(self, x: Float[Tensor, 'bh n c d']) -> Float[Tensor, 'bh n c e']:
+    def linear(self, name: str, x: Float[Tensor, 'bh n c d']) -> Float[Tensor, 'bh n c e']:
         """Rows of every step through that step's matrix."""
         batch, runs, n, _ = self.mix.shape
-        c, dim_out = x.shape[2], self.errors.shape[-1]
-        mix, shares, starts, inputs, errors = (t.flatten(0, 1) for t in self)
+        mix, shares, starts, inputs, errors = (t.flatten(0, 1) for t in (*self[:2], *self.matrices[name]))
         x = x.unflatten(1, (runs, n)).flatten(0, 1)
 
-        # all starts in one product, their shares on the rows
-        shared = torch.einsum('bncd, bnk -> bnckd', x, shares.to(x.dtype)).flatten(3).flatten(1, 2)
-        out = shared @ starts.flatten(1, 2)
+        out = _shared_linear(x, shares, starts)
         if n > 1:  # nothing is stored before step 0
-            scores = x.flatten(1, 2) @ inputs.flatten(1, 2).mT
-            scores = scores.view(-1, n, c, n, inputs.shape[2]) * mix[:, :, None, :, None]
-            out = out + scores.flatten(3).flatten(1, 2) @ errors.flatten(1, 2)
-        return out.view(batch, runs * n, c, dim_out)
+            scores = (x.flatten(1, 2) @ inputs.mT).unflatten(1, x.shape[1:3]) * mix.unsqueeze(2)
+            out = torch.baddbmm(out, scores.flatten(1, 2), errors)
+        return out.view(batch, runs * n, -1, errors.shape[-1])
 
-    def materialise(self) -> Float[Tensor, 'bh n d e']:
-        changes = self.inputs.mT @ self.errors
-        weights = torch.einsum('brij, brjde -> bride', self.mix.to(changes.dtype), changes)
-        return (weights + torch.einsum('brik, brkde -> bride', self.shares, self.starts)).flatten(1, 2)
+    def materialise(self, name: str) -> Float[Tensor, 'bh n d e']:
+        starts, inputs, errors = self.matrices[name]
+        n, t = self.mix.shape[2:]
+        chunks = (n, t // n)
+        changes = inputs.unflatten(2, chunks).mT @ errors.unflatten(2, chunks)
+        mix = self.mix.unflatten(3, chunks)[..., 0]  # the same for all rows of a chunk
+        weights = torch.einsum('brij, brjde -> bride', mix.to(changes.dtype), changes)
+        return (weights + torch.einsum('brik, brkde -> bride', self.shares, starts)).flatten(1, 2)
+
+
+def _shared_linear(
+    x: Float[Tensor, 'b n c d'], shares: Float[Tensor, 'b n k'], starts: Float[Tensor, 'b k d e']
+) -> Float[Tensor, 'b nc e']:
+    """Rows times Σ_k share_k · start_k, never formed: the shares go to `x` or to the products, the shorter of the two."""
+    shares = shares.to(x.dtype)
+    if starts.shape[2] <= starts.shape[3]:
+        shared = x.unsqueeze(3) * shares[:, :, None, :, None]
+        return shared.flatten(3).flatten(1, 2) @ starts.flatten(1, 2)
+
+    rows = x.flatten(1, 2)
+    products = ((rows @ start).view(*x.shape[:3], -1) for start in starts.unbind(1))
+    parts = [product * share[:, :, None, None] for product, share in zip(products, shares.unbind(2))]
+    return sum(parts[1:], parts[0]).flatten(1, 2)
 
 
 class FastWeights(Mapping[str, Tensor]):
@@ -71,37 +120,35 @@ class FastWeights(Mapping[str, Tensor]):
     methods of TensorDict work on it in the same way.
     """
 
-    def __init__(self, dense: Weights, factored: dict[str, list[Factored]], end: Weights):
+    def __init__(self, dense: Weights, runs: list[Runs], end: Weights):
         self.dense = dense
-        self.factored = factored
+        self.runs = runs
         self.end = end
 
     @classmethod
     def of(cls, tensors: Weights) -> FastWeights:
         """All dense: every parameter (bh, chunks + 1, …)."""
-        return cls(tensors, {}, {name: w[:, -1] for name, w in tensors.items()})
+        return cls(tensors, [], {name: w[:, -1] for name, w in tensors.items()})
 
     @classmethod
-    def joined(cls, runs: list[FastWeights], end: Weights) -> FastWeights:
-        """Runs one after the other, each beginning where the one before ended, and `end` after the last."""
-        factored = {
-            name: _batched([f for run in runs for f in run.factored[name]])
-            for name in (runs[0].factored if runs else ())
-        }
+    def joined(cls, pieces: list[FastWeights], end: Weights) -> FastWeights:
+        """Pieces one after the other, each beginning where the one before ended, and `end` after the last."""
+        runs = [run for piece in pieces for run in piece.runs]
+        # neighbours of one length are applied together
+        runs = [Runs.joined([*same]) for _, same in groupby(runs, key=lambda run: run.mix.shape[2:])]
+        factored = runs[0].matrices if runs else ()
         dense = {
-            name: torch.cat([*(run.dense[name][:, :-1] for run in runs), w.unsqueeze(1)], dim=1)
+            name: torch.cat([*(piece.dense[name][:, :-1] for piece in pieces), w.unsqueeze(1)], dim=1)
             for name, w in end.items()
             if name not in factored
         }
-        return cls(dense, factored, end)
+        return cls(dense, runs, end)
 
     @property
     def num_steps(self) -> int:
         for name in self.dense:
             return self.dense[name].shape[1]
-        for pieces in self.factored.values():
-            return sum(piece.num_steps for piece in pieces) + 1
-        raise AssertionError('a memory network has parameters')
+        return sum(run.num_steps for run in self.runs) + 1
 
     def steps(self, name: str, first: int, length: int) -> Float[Tensor, 'bh n ...']:
         """Materialised steps `first` to `first + length`; the last one stays in force beyond the end."""
@@ -117,14 +164,14 @@ class FastWeights(Mapping[str, Tensor]):
             return x @ self.steps(name, first, x.shape[1])
 
         out, start, stop = [], 0, first + x.shape[1]
-        for piece in self.factored[name]:
+        for piece in self.runs:
             end = start + piece.num_steps
             low, high = max(first, start), min(stop, end)
             if low < high:
                 rows = x[:, low - first : high - first]
                 if (low, high) != (start, end):  # a piece is applied as a whole
                     rows = F.pad(rows, (0, 0, 0, 0, low - start, end - high))
-                out.append(piece.linear(rows)[:, low - start : high - start])
+                out.append(piece.linear(name, rows)[:, low - start : high - start])
             start = end
         if stop > start:
             out.append(x[:, max(start - first, 0) :] @ self.end[name].unsqueeze(1))
@@ -135,7 +182,7 @@ class FastWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Float[Tensor, 'bh n ...']:
         if name in self.dense:
             return self.dense[name]
-        pieces = [piece.materialise() for piece in self.factored[name]]
+        pieces = [piece.materialise(name) for piece in self.runs]
         return torch.cat([*pieces, self.end[name].unsqueeze(1)], dim=1)
 
     def __iter__(self) -> Iterator[str]:
@@ -148,25 +195,14 @@ class FastWeights(Mapping[str, Tensor]):
         return {name: self[name] for name in self}
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith('_') or name in ('dense', 'factored', 'end'):
+        if name.startswith('_') or name in ('dense', 'runs', 'end'):
             raise AttributeError(name)
         return getattr(TensorDict(self.to_dict()), name)
-
-
-def _batched(pieces: list[Factored]) -> list[Factored]:
-    """Neighbours of equal length as one piece, so that they are applied together."""
-    groups: list[list[Factored]] = []
-    for piece in pieces:
-        if groups and groups[-1][0].mix.shape[2:] == piece.mix.shape[2:]:
-            groups[-1].append(piece)
-        else:
-            groups.append([piece])
-    return [g[0] if len(g) == 1 else Factored(*(torch.cat(tensors, dim=1) for tensors in zip(*g))) for g in groups]
 
 
 # detaching and moving a state reaches the tensors inside
 pytree.register_pytree_node(
     FastWeights,
-    lambda weights: ([weights.dense, weights.factored, weights.end], None),
+    lambda weights: ([weights.dense, weights.runs, weights.end], None),
     lambda children, _: FastWeights(*children),
 )

@@ -103,7 +103,7 @@ class OpenState(NamedTuple):
             weights=TensorDict(self.base),
             cache_store_segment=self.pending.simplified(),
             states=(TensorDict(self.last), TensorDict(self.momentum)),
-            updates=TensorDict(updates.dense) if not updates.factored else updates,
+            updates=TensorDict(updates.dense) if not updates.runs else updates,
         )
         return state.detach() if detach else state
 

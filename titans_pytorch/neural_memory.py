@@ -432,14 +432,15 @@ class NeuralMemory(Module):
         residual = self._weight_residual(prev_weights, pooled)
         _, base, last, momentum, _ = state
         engine = self._engine
-        runs, losses = [], [torch.zeros_like(chunks.step_sizes[:, :0])]
+        stored_weights, losses = [], [torch.zeros_like(chunks.step_sizes[:, :0])]
 
-        for start, stop, ends_batch in self._runs(
-            state.seq_index, num_chunks, call.batch_size, engine.run_length(tokens.device)
-        ):
-            run = None if residual is None else residual.span(start, stop)
-            stored = engine.store(chunks.span(start, stop), base, last, momentum, run)
-            runs.append(stored.weights)
+        run_length = engine.run_length(tokens.device, self.store_chunk_size * self.num_kv_per_token)
+        spans = self._spans(state.seq_index, num_chunks, call.batch_size, run_length)
+        runs = engine.runs(chunks, [(start, stop) for start, stop, _ in spans])
+        for run, (start, stop, ends_batch) in zip(runs, spans):
+            own_residual = None if residual is None else residual.span(start, stop)
+            stored = engine.store(run, base, last, momentum, own_residual)
+            stored_weights.append(stored.weights)
             losses.append(stored.losses)
             last, momentum = stored.weights.end, stored.momentum
             if ends_batch:
@@ -453,20 +454,19 @@ class NeuralMemory(Module):
             return rearrange(t, '(b h) n m -> b h (n m)', h=self.heads)
 
         surprises = by_row(torch.cat(losses, dim=1)), by_row(chunks.step_sizes)
-        return FastWeights.joined(runs, last), after, surprises
+        return FastWeights.joined(stored_weights, last), after, surprises
 
-    def _runs(
+    def _spans(
         self, seq_index: int, num_chunks: int, batch_size: int | None, run_length: int | None
     ) -> list[tuple[int, int, bool]]:
         """What to store in one run: (first chunk of this call, last + 1, whether a memory batch ends there).
 
-        A run ends with its memory batch, and where it has the rows that the engine likes best.
+        A run ends with its memory batch, and where it has the chunks that the engine likes best.
         """
         first_chunk = seq_index // self.store_chunk_size
-        rows = self.store_chunk_size * self.num_kv_per_token
-        per_run = num_chunks if run_length is None else max(1, run_length // rows)
+        per_run = num_chunks if run_length is None else run_length
 
-        runs, start = [], 0
+        spans, start = [], 0
         while start < num_chunks:
             left, ends_batch = num_chunks - start, False
             if batch_size is not None:
@@ -475,9 +475,9 @@ class NeuralMemory(Module):
                 ends_batch = left_of_batch <= min(left, per_run)
                 left = min(left, left_of_batch)
             stop = start + min(left, per_run)
-            runs.append((start, stop, ends_batch))
+            spans.append((start, stop, ends_batch))
             start = stop
-        return runs
+        return spans
 
     def _chunks(
         self,
