@@ -332,3 +332,41 @@ def test_float32_and_autocast_stay_near_float64():
         out, state = single(seq.float())
     assert all(t.dtype == torch.float32 for t in leaves((state.weights, state.states)).values())
     assert (out.double() - expected).norm() / expected.norm() < 0.1
+
+
+# activation checkpointing
+
+
+@pytest.mark.parametrize('switch', ['plain', 'two keys per token', 'different views', 'attention memory', 'everything'])
+def test_checkpointing_changes_no_number(switch):
+    keeping, recomputing = memory(switch), memory(switch, checkpoint_every=7)
+    recomputing.load_state_dict(keeping.state_dict())
+    seq = inputs(keeping, 29)
+    mask, results = torch.rand(2, 29) > 0.3, []
+    for mem in (keeping, recomputing):
+        first, state = mem(seq[..., :5, :])
+        out, state, surprises = mem(seq[..., 5:, :], state=state, store_mask=mask[:, 5:], return_surprises=True)
+        results.append((first, out, carried(state), surprises, gradients(mem, scalar(out, state))))
+    assert_same(*results, 1e-9)
+    assert recomputing(seq)[1].updates is None
+    with torch.no_grad():
+        assert recomputing(seq)[1].updates is not None
+
+
+def test_checkpointing_bounds_what_a_step_holds():
+    def held(length, **kwargs):
+        """Bytes kept for the backward, less what is as long as the input and as wide."""
+        storages = {}
+
+        def pack(t):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage()
+            return t
+
+        mem = memory('plain', 4, 8, **kwargs)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out, _ = mem(inputs(mem, length))
+        return sum(s.nbytes() for s in storages.values())
+
+    # what each further token costs
+    kept, recomputed = ((held(512, **kw) - held(256, **kw)) / 256 for kw in ({}, {'checkpoint_every': 128}))
+    assert recomputed < kept / 8

@@ -414,27 +414,29 @@ class DualEngine(Engine):
             others = {name: residual.weights.steps(name, residual.first, n) for name in vectors}
             vectors = {name: v + _per_chunk(residual.shares, others[name]) for name, v in vectors.items()}
 
-        def loss(probes: Weights, vectors: Weights) -> tuple[Tensor, tuple[Weights, Tensor]]:
-            seen: Weights = {}
+        inputs: Weights = {}
 
+        def loss(probe: Callable[[str, Tensor], Tensor], vectors: Weights) -> tuple[Tensor, Tensor]:
             def linear(x: Tensor, weight: Tensor) -> Tensor:
                 name = names[id(weight)]
-                seen[name] = x
+                inputs[name] = x
                 out = (x.flatten(1, 2) @ base[name]).unflatten(1, (n, m))
                 if residual is not None:
                     other = residual.weights.linear(name, x, residual.first)
                     out = out + residual.shares[:, :, None, None] * other
-                # a probe of zeros: the gradient with respect to it is that with respect to the product
-                return out + probes[name]
+                return probe(name, out)
 
             prediction = functional_call(self.model, vectors, (chunks.keys,), {'linear': linear})
             losses = vmap(vmap(self.loss_fn))(prediction, chunks.values)
             # the gradient of minus the loss is the way down
-            return -(losses * chunks.step_sizes).sum(), (seen, losses)
+            return -(losses * chunks.step_sizes).sum(), losses
 
-        matrices = {name: w for name, w in base.items() if name not in vectors}
-        probes = {name: w.new_zeros(bh, n, m, w.shape[-1]) for name, w in matrices.items()}
-        (errors, descents), (inputs, losses) = grad(loss, argnums=(0, 1), has_aux=True)(probes, vectors)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            errors, descents, losses = _descent(loss, vectors)
+        else:
+            widths = {name: w.shape[-1] for name, w in base.items() if name not in vectors}
+            zeros = {name: chunks.keys.new_zeros(bh, n, m, width) for name, width in widths.items()}
+            errors, descents, losses = _traced_descent(loss, vectors, zeros)
         return {name: x.to(errors[name].dtype) for name, x in inputs.items()}, errors, descents, losses
 
     def _materialises(self, inputs: Tensor, errors: Tensor) -> bool:
@@ -475,6 +477,36 @@ class DualEngine(Engine):
             if momenta:
                 combined = combined + mixing.momentum_starts @ torch.stack(momenta, dim=1).flatten(2)
         return newton_schulz(combined.view_as(update)).to(update.dtype)
+
+
+ProbedLoss = Callable[[Callable[[str, Tensor], Tensor], Weights], tuple[Tensor, Tensor]]
+"""(probe, vectors) to what is to rise, and losses on the side. `probe(name, product)` returns a product that
+the rest is computed from, and with respect to which the gradient is wanted."""
+
+
+def _descent(fn: ProbedLoss, vectors: Weights) -> tuple[Weights, Weights, Tensor]:
+    """Gradients of `fn` by its products and by `vectors`, which can be differentiated again; and the losses."""
+    products: Weights = {}
+
+    def probe(name: str, product: Tensor) -> Tensor:
+        products[name] = product if product.requires_grad else product.requires_grad_()
+        return product
+
+    vectors = {name: v if v.requires_grad else v.detach().requires_grad_() for name, v in vectors.items()}
+    total, losses = fn(probe, vectors)
+    gradients = iter(torch.autograd.grad(total, [*products.values(), *vectors.values()], create_graph=True))
+    return dict(zip(products, gradients)), dict(zip(vectors, gradients)), losses
+
+
+def _traced_descent(fn: ProbedLoss, vectors: Weights, zeros: Weights) -> tuple[Weights, Weights, Tensor]:
+    """The same as a pure function, which is what the compiler can trace and what needs no graph around it: a zero is
+    added to every product, and the gradient by it is that by the product."""
+
+    def of_zeros(zeros: Weights, vectors: Weights) -> tuple[Tensor, Tensor]:
+        return fn(lambda name, product: product + zeros[name], vectors)
+
+    (errors, descents), losses = grad(of_zeros, argnums=(0, 1), has_aux=True)(zeros, vectors)
+    return errors, descents, losses
 
 
 def _ends(mixing: Mixing, starts: list[Tensor], inputs: Tensor, errors: Tensor) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,18 @@ class Call(NamedTuple):
     store: Float[Tensor, 'b n d'] | Float[Tensor, 'v b n d']
     mask: Bool[Tensor, 'b n'] | None
     batch_size: int | None
+
+    def pieces(self, length: int) -> Iterator[Call]:
+        """This call as several, of so many tokens each."""
+        total = self.queries.shape[1]
+        if self.store.shape[-2] != total:
+            raise ValueError(
+                f'checkpoint_every needs a store_seq as long as seq, {total} tokens, got {self.store.shape[-2]}'
+            )
+        for start in range(0, max(total, 1), length):
+            span = slice(start, start + length)
+            mask = None if self.mask is None else self.mask[:, span]
+            yield Call(self.queries[:, span], self.store[..., span, :], mask, self.batch_size)
 
 
 class MemoryLayout(NamedTuple):

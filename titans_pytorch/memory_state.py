@@ -96,16 +96,15 @@ class OpenState(NamedTuple):
     momentum: Weights
     pending: PendingSegment
 
-    def closed(self, updates: FastWeights, detach: bool = False) -> NeuralMemState:
+    def closed(self, updates: FastWeights) -> NeuralMemState:
         """The state to hand out, with the weights over the call."""
-        state = NeuralMemState(
+        return NeuralMemState(
             seq_index=self.seq_index,
             weights=TensorDict(self.base),
             cache_store_segment=self.pending.simplified(),
             states=(TensorDict(self.last), TensorDict(self.momentum)),
             updates=TensorDict(updates.dense) if not updates.runs else updates,
         )
-        return state.detach() if detach else state
 
 
 def mem_state_detach(state: NeuralMemState) -> NeuralMemState:

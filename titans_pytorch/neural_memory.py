@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from einops.layers.torch import Rearrange
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn import Linear, Module, Parameter, ParameterList
+from torch.utils.checkpoint import checkpoint
 
 from titans_pytorch.checks import check_floating, check_multiple, check_positive, check_shape
 from titans_pytorch.engines import Chunks, Engine, LossFn, Residual, choose_engine
@@ -111,6 +112,9 @@ class NeuralMemory(Module):
         engine: how the memory is computed. 'dual' never forms a weight matrix per chunk, and serves networks that
             send their products through `linear`; 'dense' forms them all, and serves any network; 'auto' is dual
             where it can serve. The numbers are the same.
+        checkpoint_every: keep only the state after every so many tokens for the backward, which computes the rest
+            again (activation checkpointing). What a training step holds is then one such stretch and a state for each,
+            for a third more work; `state.updates` is `None`. Default: keep everything.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit, naming the argument, what was expected and what came.
@@ -154,6 +158,7 @@ class NeuralMemory(Module):
         default_model_kwargs: Mapping[str, Any] = {'depth': 2, 'expansion_factor': 4.0},
         *,
         engine: str = 'auto',
+        checkpoint_every: int | None = None,
     ):
         super().__init__()
         dim_head = dim if dim_head is None else dim_head
@@ -174,6 +179,10 @@ class NeuralMemory(Module):
                 'learned_momentum_combine needs momentum=True and momentum_order of at least 2, '
                 f'got momentum={momentum}, momentum_order={momentum_order}'
             )
+        if checkpoint_every is not None:
+            check_positive(checkpoint_every=checkpoint_every)
+            if accept_weight_residual:
+                raise ValueError('checkpoint_every keeps no weights over time, which accept_weight_residual needs')
         if init_momentum_bias is not None and not momentum:
             raise ValueError('init_momentum_bias needs momentum=True')
         if store_with_lookahead_value and store_chunk_size * num_kv_per_token == 1:
@@ -184,6 +193,7 @@ class NeuralMemory(Module):
         self.chunk_size = chunk_size
         self.retrieve_chunk_size, self.store_chunk_size = retrieve_chunk_size, store_chunk_size
         self.batch_size = batch_size
+        self.checkpoint_every = checkpoint_every
         self.num_kv_per_token = num_kv_per_token
         self.qkv_receives_diff_views = qkv_receives_diff_views
         self.store_with_lookahead_value = store_with_lookahead_value
@@ -364,15 +374,42 @@ class NeuralMemory(Module):
             state = cache
 
         call = self._layout.call(seq, store_seq, store_mask, ttt_batch_size, self.batch_size)
-        before = self._opened(EMPTY if state is None else state, call.queries)
+        state = EMPTY if state is None else state
+        if self.checkpoint_every is not None and torch.is_grad_enabled():
+            pieces = call.pieces(self.checkpoint_every)
+            retrieved, next_state, surprises = self._checkpointed(pieces, state, prev_weights)
+        else:
+            retrieved, next_state, surprises = self._forward(call, state, prev_weights)
+        next_state = next_state.detach() if detach_mem_state else next_state
+        return (retrieved, next_state, surprises) if return_surprises else (retrieved, next_state)
 
+    def _forward(
+        self, call: Call, state: NeuralMemState, prev_weights: Mapping[str, Tensor] | None
+    ) -> tuple[Float[Tensor, 'b n d'], NeuralMemState, Surprises]:
+        before = self._opened(state, call.queries)
         weights, after, surprises = self._store(call, before, prev_weights)
         rows, carried = self._query_rows(call.queries, before.pending)
         retrieved = self._retrieve(call.queries.shape[1], rows, weights, before.pending.tokens.shape[-2])
 
         after = after._replace(pending=after.pending._replace(queries=carried))
-        next_state = after.closed(weights, detach_mem_state)
-        return (retrieved, next_state, surprises) if return_surprises else (retrieved, next_state)
+        return retrieved, after.closed(weights), surprises
+
+    def _checkpointed(
+        self, pieces: Iterable[Call], state: NeuralMemState, prev_weights: Mapping[str, Tensor] | None
+    ) -> tuple[Float[Tensor, 'b n d'], NeuralMemState, Surprises]:
+        """Piece after piece, each of them computed again in the backward."""
+
+        def forward(piece: Call, state: NeuralMemState) -> Any:
+            retrieved, after, surprises = self._forward(piece, state, prev_weights)
+            return retrieved, after._replace(updates=None), surprises
+
+        retrieved, surprises = [], []
+        for piece in pieces:
+            out, state, surprise = checkpoint(forward, piece, state, use_reentrant=False)
+            retrieved.append(out)
+            surprises.append(surprise)
+        losses, step_sizes = (torch.cat(parts, dim=-1) for parts in zip(*surprises))
+        return torch.cat(retrieved, dim=1), state, (losses, step_sizes)
 
     def store_memories(
         self,
