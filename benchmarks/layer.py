@@ -2,22 +2,25 @@
 
     make bench                                                     (ours alone)
     make bench ARGS="--reference-path /folder/with/the/reference"  (a folder to put on PYTHONPATH)
-    make bench ARGS="--cases 0 1 --repeats 20"
+    make bench ARGS="--kinds step growth --cases 0 1 --repeats 20 --write"
 
-For each case the numbers are checked first, in float64 against the dense engine in uneven pieces; while they are wrong
-there is no figure. Ours (on a GPU also as a CUDA graph) and the reference then run by turns, each time in a process of
-its own. The table gives the
-median over all repeats and the range from 10 % to 90 %; the last line of output is JSON.
+Before a case is timed its numbers are checked, in float64 against the dense engine in uneven pieces: while they are
+wrong there is no figure. Then ours (on a GPU also as a CUDA graph, eager and compiled) and the reference run by turns,
+each time in a process of its own. Four kinds of measurement:
+
+    step     a training step; median and range from 10 % to 90 %, peak memory, and the reference's time by ours
+    growth   the same for ours at two lengths: time per token
+    stream   2²⁰ tokens in calls of 4096 without gradients: memory and time per token, at the start and at the end
+    longest  a training step on a single sequence: memory per token, and the longest tried that fits
+
+The last line of output is JSON; `--json FILE` also writes it, `--report FILE…` makes the tables of such files, and
+`--write` puts the tables into RESULTS.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import statistics
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -25,27 +28,48 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import (
+    ROOT,
+    by_turns,
+    captured,
+    gibibytes,
+    in_own_process,
+    machine,
+    milliseconds,
+    own_path,
+    table,
+    timed,
+    write_section,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
+DIM = 384
 
 
 @dataclass(frozen=True)
 class Case:
     """Dim 384, 4 heads of 64, memory 64 → 256 → 64, momentum and decay."""
 
+    kind: str
+    device: str
     chunk: int
     memory_batch: int | None
     batch: int
     length: int
-    machine: str
+    checkpoint_every: int | None = None
+
+    @property
+    def sizes(self) -> str:
+        every = f', checkpoint_every={self.checkpoint_every}' if self.checkpoint_every else ''
+        return f'{self.chunk}, {self.memory_batch}{every}'
 
     @property
     def name(self) -> str:
-        return f'{self.chunk}, {self.memory_batch}, {self.batch} × {self.length}'
+        return f'{self.sizes}, {self.batch} × {self.length}'
 
     def kwargs(self) -> dict[str, Any]:
+        extra = {'checkpoint_every': self.checkpoint_every} if self.checkpoint_every else {}
         return {
-            'dim': 384,
+            'dim': DIM,
             'dim_head': 64,
             'heads': 4,
             'chunk_size': self.chunk,
@@ -53,23 +77,30 @@ class Case:
             'qk_rmsnorm': True,
             'default_step_transform_max_lr': 1e-2,
             'init_decay_bias': -3.0,
+            **extra,
         }
 
 
 CASES = [
-    Case(4, 128, 1, 512, 'cpu'),
-    Case(64, None, 1, 512, 'cpu'),
-    Case(1, 32, 1, 256, 'cpu'),
-    Case(16, 128, 1, 1024, 'cpu'),
-    Case(4, 128, 4, 512, 'cuda'),
-    Case(4, 128, 16, 2048, 'cuda'),
-    Case(64, 512, 4, 4096, 'cuda'),
-    Case(1, 32, 4, 512, 'cuda'),
-    # growth: time per token should not depend on the length
-    Case(4, 128, 1, 2048, 'cuda'),
-    Case(4, 128, 1, 16384, 'cuda'),
-    Case(4, None, 1, 2048, 'cuda'),
-    Case(4, None, 1, 16384, 'cuda'),
+    Case('step', 'cpu', 4, 128, 1, 512),
+    Case('step', 'cpu', 64, None, 1, 512),
+    Case('step', 'cpu', 1, 32, 1, 256),
+    Case('step', 'cpu', 16, 128, 1, 1024),
+    Case('step', 'cuda', 4, 128, 4, 512),
+    Case('step', 'cuda', 4, 128, 16, 2048),
+    Case('step', 'cuda', 64, 512, 4, 4096),
+    Case('step', 'cuda', 1, 32, 4, 512),
+    Case('step', 'cuda', 16, 128, 1, 1024),
+    *(
+        Case('growth', device, 4, memory_batch, 1, length)
+        for device in ('cpu', 'cuda')
+        for memory_batch in (128, None)
+        for length in (2048, 16384)
+    ),
+    Case('stream', 'cpu', 64, 512, 1, 2**20),
+    Case('stream', 'cuda', 4, 128, 1, 2**20),
+    Case('longest', 'cuda', 4, 128, 1, 2**17),
+    Case('longest', 'cuda', 4, 128, 1, 2**17, checkpoint_every=4096),
 ]
 
 
@@ -82,7 +113,7 @@ def check(case: Case) -> float:
     dense = NeuralMemory(**case.kwargs(), engine='dense').double()
     dense.load_state_dict(layer.state_dict())
     length = min(case.length, 2 * (case.memory_batch or 2 * case.chunk) + case.chunk + 3)
-    seq = torch.randn(1, length, 384, dtype=torch.float64)
+    seq = torch.randn(1, length, DIM, dtype=torch.float64)
     whole, _ = layer(seq)
     state, outs = None, []
     for piece in seq.split([length // 3 + 1, length // 3, length - 2 * (length // 3) - 1], dim=1):
@@ -94,119 +125,224 @@ def check(case: Case) -> float:
     return max(((a - b).abs().max() / b.abs().max().clamp(min=1e-9)).item() for a, b in zip(*results))
 
 
-def measure(case: Case, repeats: int, graph: bool) -> dict[str, Any]:
-    """Seconds of each repeat and peak memory, with whichever package this process imports."""
+# what a worker does, with whichever package its process imports
+
+
+def build(case: Case) -> torch.nn.Module:
     from titans_pytorch import NeuralMemory
 
-    device, cuda = case.machine, case.machine == 'cuda'
     torch.manual_seed(0)
-    layer = NeuralMemory(**case.kwargs()).to(device)
+    layer = NeuralMemory(**case.kwargs()).to(case.device)
     for parameter in layer.parameters():
         parameter.data = parameter.data.contiguous()  # the reference's are views of one storage
-    seq = torch.randn(case.batch, case.length, 384, device=device)
+    return layer
+
+
+def peak_memory(case: Case) -> int | None:
+    return torch.cuda.max_memory_allocated() if case.device == 'cuda' else None
+
+
+def step(case: Case, repeats: int, mode: str) -> dict[str, Any]:
+    layer = build(case)
+    seq = torch.randn(case.batch, case.length, DIM, device=case.device)
+    graph, compiled = 'graph' in mode, 'compiled' in mode
+
+    def loss(seq: torch.Tensor) -> torch.Tensor:
+        return layer(seq)[0].pow(2).mean()
+
+    compute = torch.compile(loss, fullgraph=True) if compiled else loss
 
     def forward_and_backward() -> None:
         layer.zero_grad(set_to_none=not graph)
-        out, _ = layer(seq)
-        out.pow(2).mean().backward()
+        compute(seq).backward()
 
-    replay = forward_and_backward
-    if graph:
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                forward_and_backward()
-        torch.cuda.synchronize()
-        recorded = torch.cuda.CUDAGraph()
+    started = time.perf_counter()
+    forward_and_backward()
+    first = time.perf_counter() - started
+    replay = captured(forward_and_backward) if graph else forward_and_backward
+    seconds = timed(replay, repeats)
+    return {'seconds': seconds, 'peak': peak_memory(case), 'first step': first}
+
+
+def stream(case: Case, repeats: int, mode: str) -> dict[str, Any]:
+    layer, state, call = build(case), None, 4096
+    seconds, held = [], []
+    with torch.no_grad():
+        for _ in range(case.length // call):
+            seq = torch.randn(case.batch, call, DIM, device=case.device)
+
+            def read(seq: torch.Tensor = seq) -> None:
+                nonlocal state
+                _, state = layer(seq, state=state)
+
+            seconds += timed(read, 1, warmup=0)
+            held.append(peak_memory(case))
+    quarter = len(seconds) // 4
+    first, last = (sorted(s)[len(s) // 2] for s in (seconds[2:quarter], seconds[-quarter:]))
+    return {
+        'seconds': seconds,
+        'peak': held[-1],
+        'peak after two calls': held[1],
+        'first quarter': first / call,
+        'last quarter': last / call,
+    }
+
+
+def longest(case: Case, repeats: int, mode: str) -> dict[str, Any]:
+    """Doubling the length until memory or the case's length ends it."""
+    layer, length, tried = build(case), 4096, []
+    while length <= case.length:
         torch.cuda.reset_peak_memory_stats()
-        with torch.cuda.graph(recorded):
-            forward_and_backward()
-        replay = recorded.replay
-
-    def step() -> None:
-        replay()
-        if cuda:
+        try:
+            layer.zero_grad(set_to_none=True)
+            seq = torch.randn(case.batch, length, DIM, device=case.device)
+            started = time.perf_counter()
+            layer(seq)[0].pow(2).mean().backward()
             torch.cuda.synchronize()
-
-    for _ in range(3):
-        step()
-    if cuda and not graph:
-        torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - started)
-    return {'seconds': seconds, 'peak': torch.cuda.max_memory_allocated() if cuda else None}
-
-
-def in_own_process(index: int, repeats: int, path: str, graph: bool) -> dict[str, Any]:
-    command = [sys.executable, __file__, '--worker', str(index), '--repeats', str(repeats)]
-    command += ['--graph'] if graph else []
-    environment = {**os.environ, 'PYTHONPATH': path}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {'seconds': [], 'peak': None, 'failed': done.stderr.splitlines()[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
+        except torch.OutOfMemoryError:
+            break
+        tried.append({'length': length, 'peak': peak_memory(case), 'seconds': time.perf_counter() - started})
+        length *= 2
+    return {
+        'seconds': [t['seconds'] for t in tried],
+        'peak': tried[-1]['peak'],
+        'tried': tried,
+        'out of memory at': length if length <= case.length else None,
+        'memory of the device': torch.cuda.get_device_properties(0).total_memory,
+    }
 
 
-def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    seconds = [s for run in runs for s in run['seconds']]
-    if not seconds:
-        return {'failed': runs[0]['failed']}
-    low, *_, high = statistics.quantiles(seconds, n=10)
-    peaks = [run['peak'] for run in runs if run['peak'] is not None]
-    return {'median': statistics.median(seconds), 'low': low, 'high': high, 'peak': max(peaks, default=None)}
+def work(case: dict[str, Any], repeats: int, mode: str) -> dict[str, Any]:
+    kinds = {'step': step, 'growth': step, 'stream': stream, 'longest': longest}
+    return kinds[case['kind']](Case(**case), repeats, mode)
+
+
+# the measurements
+
+
+def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    error = check(case)
+    if not error < 1e-9:
+        raise SystemExit(f'{case.name}: wrong by {error:.1e}, so there is no figure')
+
+    modes = {'ours': own_path()}
+    if case.device == 'cuda' and case.kind in ('step', 'growth'):
+        modes |= {'ours, CUDA graph': own_path()}
+    if case.device == 'cuda' and case.kind == 'step' and options.compile:
+        modes |= {'ours, compiled, CUDA graph': own_path()}
+    if options.reference_path and case.kind in ('step', 'longest') and not case.checkpoint_every:
+        modes |= {'reference': options.reference_path}
+
+    packages = {
+        mode: lambda mode=mode, path=path: in_own_process(
+            __file__, path, case=asdict(case), repeats=options.repeats, mode=mode
+        )
+        for mode, path in modes.items()
+    }
+    rounds = 2 if case.kind in ('step', 'growth') else 1
+    figures = by_turns(packages, rounds)
+    print(f'{case.kind} {case.name}: {json.dumps(figures)}', flush=True)
+    return {'case': asdict(case), 'error': error, 'figures': figures}
+
+
+def report(results: list[dict[str, Any]]) -> dict[str, str]:
+    """A table for each kind."""
+    columns = {
+        'step': ('median', '10 % to 90 %', 'peak memory', 'reference / this'),
+        'growth': ('median', '10 % to 90 %', 'time per token'),
+        'stream': ('per token, first quarter', 'last quarter', 'peak after two calls', 'at the end'),
+        'longest': (
+            'longest tried that fits',
+            'peak',
+            'per token',
+            'tokens that fit at this',
+            'time',
+            'out of memory at',
+        ),
+    }
+    cells = {'step': _step_cells, 'growth': _growth_cells, 'stream': _stream_cells, 'longest': _longest_cells}
+    tables = {}
+    for kind, heads in columns.items():
+        rows = []
+        for result in (r for r in results if r['case']['kind'] == kind):
+            for package, f in result['figures'].items():
+                empty = [''] * (len(heads) - 1)
+                own = [f'failed: {f["failed"]}', *empty] if 'failed' in f else cells[kind](f, result['figures'])
+                rows.append([Case(**result['case']).name, package, *own])
+        if rows:
+            tables[kind] = table(['chunk, memory batch, B × N', 'package', *heads], rows)
+    return tables
+
+
+def _step_cells(f: dict[str, Any], all_figures: dict[str, Any]) -> list[str]:
+    reference = all_figures.get('reference', {}).get('median')
+    ratio = '–' if reference is None else f'{reference / f["median"]:.1f} ×'
+    return [*milliseconds(f), gibibytes(f['peak']), ratio]
+
+
+def _growth_cells(f: dict[str, Any], _: dict[str, Any]) -> list[str]:
+    return [*milliseconds(f), f'{f["per token"] * 1e6:.2f} µs']
+
+
+def _stream_cells(f: dict[str, Any], _: dict[str, Any]) -> list[str]:
+    times = [f'{f[quarter] * 1e6:.1f} µs' for quarter in ('first quarter', 'last quarter')]
+    return [*times, gibibytes(f['peak after two calls']), gibibytes(f['peak'])]
+
+
+def _longest_cells(f: dict[str, Any], _: dict[str, Any]) -> list[str]:
+    last, before = f['tried'][-1], f['tried'][-2]
+    slope = (last['peak'] - before['peak']) / (last['length'] - before['length'])
+    stop = f['out of memory at']
+    return [
+        f'{last["length"]}',
+        gibibytes(last['peak']),
+        f'{slope / 2**10:.1f} KiB',
+        f'{f["memory of the device"] / slope:,.0f}',
+        f'{last["seconds"]:.1f} s',
+        'not reached' if stop is None else f'{stop}',
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--cases', type=int, nargs='*', help='which of the cases; default: those of this machine')
+    parser.add_argument('--kinds', nargs='*', default=['step'], help='step, growth, stream, longest; default: step')
     parser.add_argument('--repeats', type=int, default=5, help='timed steps in each of two processes')
     parser.add_argument('--reference-path', help='PYTHONPATH that holds the reference package')
-    parser.add_argument('--graph', action='store_true', help=argparse.SUPPRESS)
-    parser.add_argument('--worker', type=int, help=argparse.SUPPRESS)
+    parser.add_argument('--no-compile', dest='compile', action='store_false', help='leave out the compiled rows')
+    parser.add_argument('--json', type=Path, help='write the figures to this file')
+    parser.add_argument('--report', type=Path, nargs='*', help='tables of figures measured before')
+    parser.add_argument('--write', action='store_true', help='put the tables into RESULTS.md')
+    parser.add_argument('--worker', help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker is not None:
-        print(json.dumps(measure(CASES[options.worker], options.repeats, options.graph)))
+        print(json.dumps(work(**json.loads(options.worker))))
         return
 
-    machine = 'cuda' if torch.cuda.is_available() else 'cpu'
-    indices = options.cases or [i for i, case in enumerate(CASES) if case.machine == machine]
     sys.path.insert(0, str(ROOT))
-    own_path = f'{ROOT}{os.pathsep}{os.environ.get("PYTHONPATH", "")}'
-    paths = {'ours': own_path}
-    if machine == 'cuda':
-        paths['ours, CUDA graph'] = own_path
-    if options.reference_path:
-        paths['reference'] = options.reference_path
+    if options.report:
+        files = [json.loads(path.read_text()) for path in options.report]
+        where, results = files[0]['machine'], [r for file in files for r in file['results']]
+        results.sort(key=lambda r: CASES.index(Case(**r['case'])))
+    else:
+        device, where = 'cuda' if torch.cuda.is_available() else 'cpu', machine()
+        indices = [i for i, case in enumerate(CASES) if case.device == device and case.kind in options.kinds]
+        results = [measure(CASES[i], options) for i in (options.cases or indices)]
 
-    device = torch.cuda.get_device_name() if machine == 'cuda' else f'{os.cpu_count()} × {platform.processor()}'
-    print(f'{device}, PyTorch {torch.__version__}, {time.strftime("%Y-%m-%d")}\n')
-    print('| chunk, memory batch, B × N | package | median | 10 % to 90 % | peak memory | reference / this |')
-    print('| --- | --- | --- | --- | --- | --- |')
-    results = []
-    for index in indices:
-        case = CASES[index]
-        error = check(case)
-        if not error < 1e-9:
-            raise SystemExit(f'{case.name}: wrong by {error:.1e}, so there is no figure')
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in paths}
-        for _ in range(2):
-            for name, path in paths.items():
-                runs[name].append(in_own_process(index, options.repeats, path, 'graph' in name))
-        figures = {name: summary(own) for name, own in runs.items()}
-        for name, f in figures.items():
-            if 'failed' in f:
-                print(f'| {case.name} | {name} | failed: {f["failed"]} | | | |', flush=True)
-                continue
-            spread = f'{f["low"] * 1e3:.1f}–{f["high"] * 1e3:.1f} ms'
-            peak = '–' if f['peak'] is None else f'{f["peak"] / 2**30:.2f} GiB'
-            reference = figures.get('reference', {}).get('median')
-            ratio = '–' if reference is None else f'{reference / f["median"]:.1f} ×'
-            print(f'| {case.name} | {name} | {f["median"] * 1e3:.1f} ms | {spread} | {peak} | {ratio} |', flush=True)
-        results.append({'case': asdict(case), 'error': error, **figures})
-    print(json.dumps({'device': device, 'torch': torch.__version__, 'results': results}))
+    for result in results:
+        for f in result['figures'].values():
+            if 'median' in f:
+                f['per token'] = f['median'] / result['case']['batch'] / result['case']['length']
+    print(f'\n{where}')
+    device = results[0]['case']['device']
+    for kind, text in report(results).items():
+        print(f'\n{kind}\n{text}')
+        if options.write:
+            write_section(f'layer, {kind}, {device}', f'{where}\n\n{text}')
+    line = json.dumps({'machine': where, 'results': results})
+    if options.json:
+        options.json.write_text(line)
+    print(line)
 
 
 if __name__ == '__main__':

@@ -12,8 +12,8 @@ import titans_pytorch
 PACKAGE = Path(titans_pytorch.__file__).parent
 
 FLOORS = [
-    ['shapes', 'checks', 'kernels', 'kernels.scan'],
-    ['memory_models', 'recurrence', 'orthogonalize', 'rotary', 'gates'],
+    ['shapes', 'checks', 'kernels', 'kernels.newton_schulz', 'kernels.scan', 'kernels.sinkhorn'],
+    ['memory_models', 'recurrence', 'orthogonalize', 'rotary', 'gates', 'sinkhorn'],
     ['fast_weights', 'masks'],
     ['engines', 'memory_state'],
     ['memory_layout'],

@@ -23,6 +23,7 @@ from titans_pytorch.generation import DecodingCache, min_p_filter
 from titans_pytorch.memory_state import NeuralMemState
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.shapes import Float, Int
+from titans_pytorch.sinkhorn import sinkhorn
 
 __all__ = ['MemoryAsContextTransformer', 'SegmentedAttention', 'flex_attention']
 
@@ -208,7 +209,11 @@ class MemoryAsContextTransformer(Module):
         self.longterm_mems = nn.Parameter(torch.randn(num_longterm_mem_tokens, dim) * 0.02)
 
         connection, self.expand_streams, self.reduce_streams = mc_get_init_and_expand_reduce_stream_functions(
-            num_residual_streams, dim=dim, add_stream_embed=True, disable=num_residual_streams == 1
+            num_residual_streams,
+            dim=dim,
+            add_stream_embed=True,
+            disable=num_residual_streams == 1,
+            residual_mix_constraint_fn=sinkhorn,
         )
 
         def memory_parts(layer: int) -> tuple[Module | None, Module | None, Module | None]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+
+import torch
 from torch import Tensor
 
 from titans_pytorch.shapes import Float
 
 # Jordan et al.'s quintic: the steepest at 0 that still keeps every singular value within about [0.7, 1.2]
 QUINTIC = (3.4445, -4.7750, 2.0315)
+HAS_TRITON = importlib.util.find_spec('triton') is not None
 
 
 def newton_schulz(
@@ -20,7 +24,25 @@ def newton_schulz(
 
     `steps` iterations of x ← a·x + (b·xxᵀ + c·(xxᵀ)²)·x on the matrix scaled to unit Frobenius norm; a zero
     matrix stays zero (`eps` bounds the norm from below).
+
+    On a Hopper GPU, matrices that fit on chip (up to 64 × 128, under autocast up to 128 × 128 or 64 × 256) are
+    computed by one Triton kernel, which can be differentiated once; not in float64.
     """
+    if matrices.dtype != torch.float64 and _kernel_runs_on(matrices.device):
+        # imported where it is used: without a GPU there need be no Triton
+        from titans_pytorch.kernels import newton_schulz as kernel
+
+        operands = matrices.dtype
+        if torch.is_autocast_enabled(matrices.device.type):
+            # the products are lowered; the norm is float32, and with it the result
+            operands, matrices = torch.get_autocast_dtype(matrices.device.type), matrices.float()
+        if kernel.serves(matrices, operands):
+            flat = matrices.reshape(-1, *matrices.shape[-2:])
+            return kernel.newton_schulz(flat, steps, eps, *coefficients, operands).view(matrices.shape)
+    return _by_loop(matrices, steps, eps, coefficients)
+
+
+def _by_loop(matrices: Tensor, steps: int, eps: float, coefficients: tuple[float, float, float]) -> Tensor:
     a, b, c = coefficients
 
     # xxᵀ is formed over the shorter side
@@ -33,3 +55,9 @@ def newton_schulz(
         x = a * x + (b * gram + c * gram @ gram) @ x
 
     return x.mT if tall else x
+
+
+@torch.compiler.assume_constant_result
+def _kernel_runs_on(device: torch.device) -> bool:
+    # Hopper: elsewhere less fits on chip
+    return device.type == 'cuda' and HAS_TRITON and torch.cuda.get_device_capability(device)[0] == 9

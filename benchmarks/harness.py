@@ -1,0 +1,125 @@
+"""What the benchmarks share: processes of their own, taken by turns; medians; and the sections of RESULTS.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / 'RESULTS.md'
+GIB = 2**30
+
+
+def own_path() -> str:
+    """PYTHONPATH under which this repository's package is the one imported."""
+    return f'{ROOT}{os.pathsep}{os.environ.get("PYTHONPATH", "")}'
+
+
+def in_own_process(script: str, path: str, timeout: float | None = None, **job: Any) -> dict[str, Any]:
+    """Run `script --worker <job>` and return the JSON of its last line; `{'failed': why}` where it fails."""
+    command = [sys.executable, script, '--worker', json.dumps(job)]
+    settings = {'env': {**os.environ, 'PYTHONPATH': path}, 'cwd': Path(script).parent, 'timeout': timeout}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, **settings)
+    except subprocess.TimeoutExpired:
+        return {'failed': f'not done after {timeout:.0f} s'}
+    if done.returncode:
+        return {'failed': (done.stderr.strip() or f'status {done.returncode}').splitlines()[-1][:200]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def by_turns(packages: dict[str, Callable[[], dict[str, Any]]], rounds: int = 2) -> dict[str, dict[str, Any]]:
+    """Each package's runs, alternating so that a machine's moods meet all of them; summarised."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in packages}
+    for _ in range(rounds):
+        for name, run in packages.items():
+            if not any('failed' in earlier for earlier in runs[name]):
+                runs[name].append(run())
+    return {name: summary(own) for name, own in runs.items()}
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Median, 10 % and 90 % of all seconds of all runs, and the highest peak of memory in bytes."""
+    for run in runs:
+        if 'failed' in run:
+            return run
+    seconds = [s for run in runs for s in run['seconds']]
+    low, *_, high = statistics.quantiles(seconds, n=10)
+    peaks = [run['peak'] for run in runs if run['peak'] is not None]
+    others = {key: value for key, value in runs[0].items() if key not in ('seconds', 'peak')}
+    return {'median': statistics.median(seconds), 'low': low, 'high': high, 'peak': max(peaks, default=None), **others}
+
+
+def timed(step: Callable[[], Any], repeats: int, warmup: int = 3) -> list[float]:
+    """Seconds of each of `repeats` steps, the device waited for."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    for _ in range(warmup):
+        step()
+    seconds = []
+    for _ in range(repeats):
+        wait()
+        started = time.perf_counter()
+        step()
+        wait()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def captured(step: Callable[[], Any]) -> Callable[[], Any]:
+    """`step` as a CUDA graph. It must leave gradients in place, and nothing else."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.reset_peak_memory_stats()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def machine() -> str:
+    """The device, the versions and the date."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        names = [line.split(':')[1] for line in _cpu_info() if line.startswith('model name')]
+        device = f'{os.cpu_count()} cores of {names[0].strip() if names else platform.machine()}'
+    return f'{device}, PyTorch {torch.__version__}, Python {platform.python_version()}, {time.strftime("%Y-%m-%d")}'
+
+
+def _cpu_info() -> list[str]:
+    path = Path('/proc/cpuinfo')
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ['---'] * len(heads), *rows]
+    return '\n'.join('| ' + ' | '.join(cells) + ' |' for cells in lines)
+
+
+def milliseconds(figures: dict[str, Any]) -> list[str]:
+    """Median and spread, for a table."""
+    return [f'{figures["median"] * 1e3:.1f} ms', f'{figures["low"] * 1e3:.1f}–{figures["high"] * 1e3:.1f} ms']
+
+
+def gibibytes(peak: int | None) -> str:
+    return '–' if peak is None else f'{peak / GIB:.2f} GiB'
+
+
+def write_section(name: str, text: str) -> None:
+    """Put `text` between the marks of section `name` in RESULTS.md."""
+    before, rest = RESULTS.read_text().split(f'<!-- {name} -->\n')
+    after = rest.split(f'<!-- end of {name} -->')[1]
+    RESULTS.write_text(f'{before}<!-- {name} -->\n{text}\n<!-- end of {name} -->{after}')
