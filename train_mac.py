@@ -119,6 +119,9 @@ class Config:
     )
     USE_ACCELERATED_SCAN: bool | None = option(None, 'accelerated scan in the memory; unset: on a GPU with Triton')
     USE_FLEX_ATTN: bool | None = option(None, 'FlexAttention; unset: on a GPU with Triton')
+    USE_CUDA_GRAPHS: bool | None = option(
+        None, 'record forward and backward once and replay them, so that kernels cost no launches; unset: on a GPU'
+    )
     USE_FAST_INFERENCE: bool = option(True, 'sample with a cache instead of rereading the text for each byte')
 
     WANDB: bool = option(False, 'also report to Weights & Biases')
@@ -209,6 +212,7 @@ class Machine(NamedTuple):
     precision: str
     flex_attn: bool
     accelerated_scan: bool
+    cuda_graphs: bool
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == 'bf16')
@@ -232,6 +236,7 @@ def choose_machine(config: Config) -> Machine:
         precision,
         triton if config.USE_FLEX_ATTN is None else config.USE_FLEX_ATTN,
         triton if config.USE_ACCELERATED_SCAN is None else config.USE_ACCELERATED_SCAN,
+        on_gpu if config.USE_CUDA_GRAPHS is None else config.USE_CUDA_GRAPHS,
     )
 
 
@@ -577,6 +582,46 @@ def train(config: Config, resume: dict[str, Any] | None = None, weights: dict[st
     return 128 + signals.received if signals.received else 0
 
 
+class MicroStep:
+    """Forward and backward over one micro batch, adding to the gradients; as a CUDA graph if the machine has them."""
+
+    def __init__(self, model: nn.Module, config: Config, machine: Machine):
+        self.model = model
+        self.share = 1 / config.GRADIENT_ACCUMULATE_EVERY
+        self.machine = machine
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """The loss, its share in the optimizer step; overwritten by the next call."""
+        if not self.machine.cuda_graphs:
+            return self._compute(inputs.to(self.machine.device))
+        if self.graph is None:
+            self._record(inputs)
+        assert self.graph is not None
+        self.inputs.copy_(inputs, non_blocking=True)
+        self.graph.replay()
+        return self.loss
+
+    def _compute(self, inputs: Tensor) -> Tensor:
+        with self.machine.autocast():
+            loss = self.model(inputs, return_loss=True) * self.share
+        loss.backward()
+        return loss.detach()
+
+    def _record(self, inputs: Tensor) -> None:
+        self.inputs = inputs.to(self.machine.device)
+        # rehearsals compile what is to be compiled, and make the gradients that the graph adds to
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._compute(self.inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = self._compute(self.inputs)
+        self.model.zero_grad(set_to_none=False)
+
+
 def training_loop(
     config: Config, resume: dict[str, Any] | None, weights: dict[str, Any] | None, signals: Signals
 ) -> None:
@@ -587,7 +632,8 @@ def training_loop(
     say(
         f'{config.PRESET} preset on {torch.cuda.get_device_name(machine.device) if gpu else machine.device}, '
         f'{machine.precision}, FlexAttention {"on" if machine.flex_attn else "off"}, accelerated scan '
-        f'{"on" if machine.accelerated_scan else "off"}, PyTorch {torch.__version__}'
+        f'{"on" if machine.accelerated_scan else "off"}, CUDA graphs {"on" if machine.cuda_graphs else "off"}, '
+        f'PyTorch {torch.__version__}'
     )
     data = load_data(config)
     say(f'data: {data.source}: {len(data.train):,} bytes to train on, {len(data.valid):,} to validate')
@@ -595,7 +641,8 @@ def training_loop(
     # `batch` counts the steps done, and `evaluated` is its value at the last evaluation
 
     model = build_model(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.LEARNING_RATE, weight_decay=0.0, fused=gpu)
+    micro_step = MicroStep(model, config, machine)
     generator = torch.Generator().manual_seed(config.DATA_SEED)
     batch, evaluated, val_loss, best = 0, -1, None, math.inf
     if resume is not None:
@@ -720,14 +767,10 @@ def training_loop(
         if gpu:
             torch.cuda.reset_peak_memory_stats(machine.device)
         for _ in range(config.GRADIENT_ACCUMULATE_EVERY):
-            inputs = random_windows(data.train, config, generator).to(machine.device, non_blocking=gpu)
-            with machine.autocast():
-                loss = model(inputs, return_loss=True) / config.GRADIENT_ACCUMULATE_EVERY
-            loss.backward()
-            total += loss.detach()
+            total += micro_step(random_windows(data.train, config, generator))
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.MAX_GRAD_NORM)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=not machine.cuda_graphs)
         train_loss, grad_norm = torch.stack((total, norm)).tolist()
         if not (math.isfinite(train_loss) and math.isfinite(grad_norm)):
             fail(f'the training loss is {train_loss}, the norm of its gradient {grad_norm}')

@@ -96,3 +96,84 @@ def test_a_state_travels_from_the_gpu_through_a_file(tmp_path):
     expected, _ = mem(seq[:, 11:], state=state)
     came, _ = mem.cpu()(seq[:, 11:].cpu(), state=loaded)
     assert_same(came, expected.cpu())
+
+
+# CUDA graphs and the compiler
+
+
+@pytest.mark.parametrize('switch', ['plain', 'everything'])
+def test_a_step_of_a_memory_is_captured(switch):
+    mem = memory(switch).cuda()
+    seq = torch.empty_like(inputs(mem, 29)).cuda()
+
+    def step():
+        out, state = mem(seq)
+        loss = out.pow(2).sum() + sum(w.sum() for w in state.states[0].values())
+        loss.backward()
+        return loss.detach()
+
+    replay, replayed = captured(mem, step)
+    for _ in range(2):
+        seq.copy_(torch.randn_like(seq))
+        replay()
+        came = replayed.clone(), [p.grad.clone() for p in mem.parameters()]
+        mem.zero_grad(set_to_none=False)
+        expected = step(), [p.grad.clone() for p in mem.parameters()]
+        mem.zero_grad(set_to_none=False)
+        assert_same(came, expected, 1e-9)
+
+
+def captured(module, step):
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    module.zero_grad(set_to_none=False)
+    return graph.replay, result
+
+
+def test_training_by_graph_equals_training_without():
+    losses = []
+    for graphs in (True, False):
+        config = train_mac.Config(
+            PRESET='full', DEPTH=2, NEURAL_MEM_LAYERS=(2,), PRECISION='fp32', USE_CUDA_GRAPHS=graphs, BATCH_SIZE=2
+        )
+        model, generator = train_mac.build_model(config), torch.Generator().manual_seed(0)
+        step = train_mac.MicroStep(model, config, train_mac.choose_machine(config))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        text = torch.randint(0, 256, (4096,), generator=generator)
+        losses.append([])
+        for _ in range(4):
+            losses[-1].append(step(train_mac.random_windows(text, config, generator)).item())
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=not graphs)
+    assert losses[0][-1] < losses[0][0]
+    assert_same(torch.tensor(losses[0]), torch.tensor(losses[1]), 1e-3)
+
+
+def test_a_memory_compiles_with_inductor():
+    mem = memory('plain').cuda()
+    seq = inputs(mem, 21).cuda()
+
+    def loss(seq):
+        out, state = mem(seq)
+        return out.pow(2).sum() + sum(w.sum() for w in state.states[0].values())
+
+    compiled = torch.compile(loss, fullgraph=True)(seq)
+    assert_same(gradients(mem, compiled), gradients(mem, loss(seq)), 1e-9)
+
+
+def test_a_transformer_compiles_with_inductor():
+    config = train_mac.Config(PRESET='full', DEPTH=1, NEURAL_MEM_LAYERS=(1,), SEQ_LEN=128, PRECISION='fp32')
+    model = train_mac.build_model(config)
+    tokens = torch.randint(0, 256, (1, 129), device='cuda')
+    loss = model(tokens, return_loss=True)
+    compiled = torch.compile(lambda tokens: model(tokens, return_loss=True), fullgraph=True)(tokens)
+    assert_same(compiled, loss, 1e-4)
+    came, expected = gradients(model, compiled), gradients(model, loss)
+    for name, gradient in expected.items():
+        error = (came[name] - gradient).norm() / gradient.norm().clamp(min=1e-6)
+        assert error < 0.02, f'{name}: {error:.3f}'

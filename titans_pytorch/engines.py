@@ -463,9 +463,9 @@ class DualEngine(Engine):
         with _no_autocast(update):
             flat, flat_starts = update.flatten(2), torch.stack(starts, dim=1).flatten(2)
             if combined is None:
-                weights = mixing.weight @ flat + mixing.weight_starts @ flat_starts
+                weights = _mixed(mixing.weight, flat) + mixing.weight_starts @ flat_starts
             else:
-                weights = mixing.decay @ combined.flatten(2) + mixing.weight_starts[..., :1] * flat_starts[:, :1]
+                weights = _mixed(mixing.decay, combined.flatten(2)) + mixing.weight_starts[..., :1] * flat_starts[:, :1]
             weights = torch.cat((starts[0].unsqueeze(1), weights.view_as(update)), dim=1)
             momenta = mixing.end[:, 1:] @ flat + mixing.end_starts[:, 1:] @ flat_starts
             return weights, [weights[:, -1], *momenta.unflatten(2, update.shape[2:]).unbind(1)]
@@ -473,7 +473,7 @@ class DualEngine(Engine):
     def _orthogonal(self, mixing: Mixing, momenta: list[Tensor], update: Tensor) -> Tensor:
         """The momentum after each chunk, orthogonalised."""
         with _no_autocast(update):
-            combined = mixing.momentum @ update.flatten(2)
+            combined = _mixed(mixing.momentum, update.flatten(2))
             if momenta:
                 combined = combined + mixing.momentum_starts @ torch.stack(momenta, dim=1).flatten(2)
         return newton_schulz(combined.view_as(update)).to(update.dtype)
@@ -529,6 +529,16 @@ def _ends(mixing: Mixing, starts: list[Tensor], inputs: Tensor, errors: Tensor) 
                 change = torch.addcmul(change, of_starts[:, state, start], starts[start])
             ends.append(change)
     return ends
+
+
+def _mixed(mix: Float[Tensor, 'bh s n'], chunks: Float[Tensor, 'bh n f']) -> Float[Tensor, 'bh s f']:
+    """The chunks' features, mixed."""
+    features = chunks.shape[2]
+    if not chunks.is_cuda or features % 512:
+        return mix @ chunks
+    # the gradient of `mix` is few numbers, each a sum over all features: in parts, a GPU has enough to do at a time
+    parts = chunks.unflatten(2, (-1, 512)).transpose(1, 2)
+    return (mix.unsqueeze(1) @ parts).transpose(1, 2).flatten(2)
 
 
 def _of_rows(of_chunks: Float[Tensor, 'bh s n'], rows: int) -> Float[Tensor, 'bh s nm']:
