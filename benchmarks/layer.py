@@ -13,8 +13,8 @@ each time in a process of its own. Four kinds of measurement:
     stream   2²⁰ tokens in calls of 4096 without gradients: memory and time per token, at the start and at the end
     longest  a training step on a single sequence: memory per token, and the longest tried that fits
 
-The last line of output is JSON; `--json FILE` also writes it, `--report FILE…` makes the tables of such files, and
-`--write` puts the tables into RESULTS.md.
+The last line of output is JSON. `--json FILE` notes each case as soon as it is measured, `--report FILE…` makes the
+tables of such notes, and `--write` puts the tables into RESULTS.md.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -233,14 +234,9 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     if options.reference_path and case.kind in ('step', 'longest') and not case.checkpoint_every:
         modes |= {'reference': options.reference_path}
 
-    packages = {
-        mode: lambda mode=mode, path=path: in_own_process(
-            __file__, path, case=asdict(case), repeats=options.repeats, mode=mode
-        )
-        for mode, path in modes.items()
-    }
-    rounds = 2 if case.kind in ('step', 'growth') else 1
-    figures = by_turns(packages, rounds)
+    job = {'case': asdict(case), 'repeats': options.repeats}
+    packages = {mode: partial(in_own_process, __file__, path, mode=mode, **job) for mode, path in modes.items()}
+    figures = by_turns(packages, options.rounds if case.kind in ('step', 'growth') else 1)
     print(f'{case.kind} {case.name}: {json.dumps(figures)}', flush=True)
     return {'case': asdict(case), 'error': error, 'figures': figures}
 
@@ -307,10 +303,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--cases', type=int, nargs='*', help='which of the cases; default: those of this machine')
     parser.add_argument('--kinds', nargs='*', default=['step'], help='step, growth, stream, longest; default: step')
-    parser.add_argument('--repeats', type=int, default=5, help='timed steps in each of two processes')
+    parser.add_argument('--repeats', type=int, default=5, help='timed steps in each process')
+    parser.add_argument('--rounds', type=int, default=2, help='processes a package gets, by turns')
     parser.add_argument('--reference-path', help='PYTHONPATH that holds the reference package')
     parser.add_argument('--no-compile', dest='compile', action='store_false', help='leave out the compiled rows')
-    parser.add_argument('--json', type=Path, help='write the figures to this file')
+    parser.add_argument('--json', type=Path, help='note each case in this file')
     parser.add_argument('--report', type=Path, nargs='*', help='tables of figures measured before')
     parser.add_argument('--write', action='store_true', help='put the tables into RESULTS.md')
     parser.add_argument('--worker', help=argparse.SUPPRESS)
@@ -321,13 +318,17 @@ def main() -> None:
 
     sys.path.insert(0, str(ROOT))
     if options.report:
-        files = [json.loads(path.read_text()) for path in options.report]
-        where, results = files[0]['machine'], [r for file in files for r in file['results']]
-        results.sort(key=lambda r: CASES.index(Case(**r['case'])))
+        notes = [json.loads(line) for path in options.report for line in path.read_text().splitlines()]
+        where = notes[0]['machine']
+        results = sorted((note['result'] for note in notes), key=lambda r: CASES.index(Case(**r['case'])))
     else:
-        device, where = 'cuda' if torch.cuda.is_available() else 'cpu', machine()
+        device, where, results = 'cuda' if torch.cuda.is_available() else 'cpu', machine(), []
         indices = [i for i, case in enumerate(CASES) if case.device == device and case.kind in options.kinds]
-        results = [measure(CASES[i], options) for i in (options.cases or indices)]
+        for index in options.cases or indices:
+            results.append(measure(CASES[index], options))
+            if options.json:
+                with open(options.json, 'a') as notes:
+                    notes.write(json.dumps({'machine': where, 'result': results[-1]}) + '\n')
 
     for result in results:
         for f in result['figures'].values():
@@ -339,10 +340,7 @@ def main() -> None:
         print(f'\n{kind}\n{text}')
         if options.write:
             write_section(f'layer, {kind}, {device}', f'{where}\n\n{text}')
-    line = json.dumps({'machine': where, 'results': results})
-    if options.json:
-        options.json.write_text(line)
-    print(line)
+    print(json.dumps({'machine': where, 'results': results}))
 
 
 if __name__ == '__main__':

@@ -6,6 +6,10 @@ import random
 import pytest
 import torch
 
+# the tensors here are small: a second thread costs more than it brings, many times over on a busy machine
+torch.set_num_threads(1)
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
 # Triton kernels are tested in its interpreter where there is no GPU; Triton reads this when it is imported
 if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')

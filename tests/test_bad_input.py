@@ -122,7 +122,7 @@ def test_weights_of_another_kind():
         accepts(SEQ, prev_weights=state.weights)
     with pytest.raises(ValueError, match='prev_weights must hold the parameters'):
         accepts(SEQ, prev_weights={'other': SEQ})
-    with pytest.raises(ValueError, match=r"weights\['norm.gamma'\] must be \(batch·heads=4, chunks, 4\)"):
+    with pytest.raises(ValueError, match=r"weights\['norm.gamma'\] must be \(batch·heads=4, chunks, 8\)"):
         mem.retrieve_memories(SEQ, {name: w[:1] for name, w in state.updates.items()})
 
 

@@ -14,11 +14,11 @@ PACKAGE = Path(titans_pytorch.__file__).parent
 FLOORS = [
     ['shapes', 'checks', 'kernels', 'kernels.newton_schulz', 'kernels.scan', 'kernels.sinkhorn'],
     ['memory_models', 'recurrence', 'orthogonalize', 'rotary', 'gates', 'sinkhorn'],
-    ['fast_weights', 'masks'],
+    ['fast_weights', 'masks', 'connections'],
     ['engines', 'memory_state'],
-    ['memory_layout'],
+    ['memory_layout', 'one_chunk'],
     ['neural_memory', 'attention', 'implicit_mlp_attention', 'nested_attention'],
-    ['generation'],
+    ['generation', 'decoding'],
     ['mac_transformer'],
     ['__init__'],
 ]

@@ -42,19 +42,20 @@ every_configuration = pytest.mark.parametrize('index', range(len(CONFIGURATIONS)
 
 def transformer(index: int = 0, **changes) -> MemoryAsContextTransformer:
     kwargs = {**CONFIGURATIONS[index], **changes}
-    memory = kwargs.pop('memory')
-    segment = kwargs['neural_memory_segment_len'] or 5 + kwargs['num_longterm_mem_tokens']
+    memory, memory_kwargs = kwargs.pop('memory'), kwargs.pop('neural_memory_kwargs', {})
+    segment_len = kwargs.pop('segment_len', 5)
+    segment = kwargs['neural_memory_segment_len'] or segment_len + kwargs['num_longterm_mem_tokens']
     if kwargs['neural_memory_batch_size']:
         kwargs['neural_memory_batch_size'] *= segment
     model = MemoryAsContextTransformer(
         num_tokens=TOKENS,
         dim=16,
         depth=3,
-        segment_len=5,
+        segment_len=segment_len,
         dim_head=8,
         heads=2,
         neural_memory_model=memory(8, **({'depth': 2} if memory is MemoryMLP else {})),
-        neural_memory_kwargs={'dim_head': 8, 'heads': 2, 'default_step_transform_max_lr': 0.3},
+        neural_memory_kwargs={'dim_head': 8, 'heads': 2, 'default_step_transform_max_lr': 0.3, **memory_kwargs},
         **kwargs,
     )
     return randomised(model, 0.1).double()

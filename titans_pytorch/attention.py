@@ -17,9 +17,10 @@ from torch.nn.attention.flex_attention import flex_attention
 from x_transformers.attend import Attend
 
 from titans_pytorch.checks import check_floating, check_not_negative, check_positive, check_shape
+from titans_pytorch.gates import HeadsFirst
 from titans_pytorch.masks import after_persistent, over_positions, segmented, segmented_block_mask
-from titans_pytorch.rotary import rotate
-from titans_pytorch.shapes import Float
+from titans_pytorch.rotary import rotate, turned
+from titans_pytorch.shapes import Float, Int
 
 KeyValues = tuple[Float[Tensor, 'b h n d'], Float[Tensor, 'b h n d']]
 
@@ -31,6 +32,15 @@ class AttnIntermediates(NamedTuple):
     """The values before any residual; those of the first layer are mixed into the later ones."""
     cached_key_values: KeyValues
     """Keys, not rotated, and values: those of the cache and of this call."""
+
+
+class Slot(NamedTuple):
+    """Where one position stands in the buffers of `SegmentedAttention.to_ring`, the same in every layer."""
+
+    number: Int[Tensor, ' 1']
+    """The slot of its key and value."""
+    bias: Float[Tensor, '1 1 1 j']
+    """Added to its scores: 0 for the slots that it sees, −∞ for those it does not."""
 
 
 @cache
@@ -100,11 +110,9 @@ class SegmentedAttention(Module):
         self.to_qkv = Linear(dim, dim_inner * 3, bias=False)
         self.to_out = Linear(dim_inner, dim, bias=False)
         self.to_learned_v_mix = (
-            nn.Sequential(Linear(dim, heads), Rearrange('b n h -> b h n 1'), nn.Sigmoid())
-            if accept_value_residual
-            else None
+            nn.Sequential(Linear(dim, heads), HeadsFirst(), nn.Sigmoid()) if accept_value_residual else None
         )
-        self.split_heads = Rearrange('b n (h d) -> b h n d', h=heads)
+        self.heads = heads
         self.merge_heads = Rearrange('b h n d -> b n (h d)')
         self.persistent_memory = nn.Parameter(torch.zeros(2, heads, num_persist_mem_tokens, dim_head))
 
@@ -158,13 +166,83 @@ class SegmentedAttention(Module):
         keys, values = (t[..., length - keep :, :].clone() for t in key_values)
         return keys, values
 
+    # one position at a time, over buffers of constant size that are written in place
+
+    @property
+    def num_slots(self) -> int:
+        """How many positions a token can see, itself included."""
+        return self.total_segment_len + self.sliding
+
+    def to_ring(self, key_values: KeyValues, position: int) -> KeyValues:
+        """Keys and values that tokens from `position` on can see, (b, h, persistent + `num_slots`, d).
+
+        The persistent ones come first, then a ring in which position p has slot p modulo `num_slots`. The keys are
+        rotated: a key is rotated once, not at every step.
+        """
+        keys, values = self.trimmed(key_values, position)
+        start = position - keys.shape[-2]
+        slots = torch.arange(start, position, device=keys.device) % self.num_slots
+        rings = []
+        for t in (self._rotated(keys, start), values):
+            ring = t.new_zeros(*t.shape[:2], self.num_slots, t.shape[-1])
+            rings.append(ring.index_copy(2, slots, t))
+        return self._with_persistent(*rings)
+
+    def from_ring(self, buffers: KeyValues, position: int) -> KeyValues:
+        """The opposite: keys, not rotated, and values in the order of their positions."""
+        window = self.total_segment_len
+        start = position - (min(position, window) if self.sliding else position % window)
+        positions = torch.arange(start, position, device=buffers[0].device)
+        slots = positions % self.num_slots + self.num_persist_mem_tokens
+        keys, values = (t.index_select(2, slots) for t in buffers)
+        return rotate(self.rotary_emb, keys, -positions), values
+
+    def slot(self, position: Int[Tensor, ' 1'], like: Tensor) -> Slot:
+        """Where `position` goes, and which slots it sees: those written in its block, or so far, if windows slide."""
+        index = position % self.num_slots + self.num_persist_mem_tokens
+        slots = torch.arange(self.num_persist_mem_tokens + self.num_slots, device=position.device)
+        last_seen = position + self.num_persist_mem_tokens if self.sliding else index
+        bias = like.new_zeros(1, 1, 1, len(slots)).masked_fill_(slots > last_seen, float('-inf'))
+        return Slot(index, bias)
+
+    def step(
+        self,
+        seq: Float[Tensor, 'b 1 d'],
+        buffers: KeyValues,
+        slot: Slot,
+        turn: Tensor,
+        value_residual: Float[Tensor, 'b h 1 d'] | None = None,
+        output_gating: Float[Tensor, 'b 1 d'] | None = None,
+    ) -> tuple[Float[Tensor, 'b 1 d'], Float[Tensor, 'b h 1 d']]:
+        """`forward` for one position, which it writes into `buffers`; its rotation is `turn`.
+
+        Returns the output, and the values before any residual. Like FlexAttention it knows no `attend_kwargs`.
+        """
+        seq = self.norm(seq)
+        projected = self._queries_keys_values(seq)
+        queries, keys = turned(projected[:2], turn)
+        values = self._mixed(projected[2], value_residual, seq)
+
+        for buffer, new in zip(buffers, (keys, values)):
+            buffer.index_copy_(2, slot.number, new.to(buffer.dtype))
+        out = F.scaled_dot_product_attention(queries, *buffers, attn_mask=slot.bias)
+        out = self.to_out(out.transpose(1, 2).flatten(2))
+        return out if output_gating is None else out * output_gating, projected[2]
+
+    # parts
+
     def _project(self, seq: Tensor, value_residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         seq = self.norm(seq)
-        queries, keys, values = map(self.split_heads, self.to_qkv(seq).chunk(3, dim=-1))
-        mixed = values
-        if self.to_learned_v_mix is not None and value_residual is not None:
-            mixed = values.lerp(value_residual.to(values.dtype), self.to_learned_v_mix(seq).to(values.dtype))
-        return queries, keys, mixed, values
+        queries, keys, values = self._queries_keys_values(seq)
+        return queries, keys, self._mixed(values, value_residual, seq), values
+
+    def _queries_keys_values(self, seq: Float[Tensor, 'b n d']) -> Float[Tensor, '3 b h n d']:
+        return self.to_qkv(seq).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def _mixed(self, values: Tensor, value_residual: Tensor | None, seq: Tensor) -> Float[Tensor, 'b h n d']:
+        if self.to_learned_v_mix is None or value_residual is None:
+            return values
+        return values.lerp(value_residual.to(values.dtype), self.to_learned_v_mix(seq).to(values.dtype))
 
     def _rotated(self, t: Tensor, position: int) -> Tensor:
         """`position` counts from the start of the sequence: persistent keys stand still, so it matters."""

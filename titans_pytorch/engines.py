@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn import Module
 
-from titans_pytorch.fast_weights import Factors, FastWeights, Runs, Weights
+from titans_pytorch.fast_weights import Factors, FastWeights, Piece, Weights
 from titans_pytorch.orthogonalize import newton_schulz
 from titans_pytorch.recurrence import AssocScan, gate_products
 from titans_pytorch.shapes import Float
@@ -61,6 +61,10 @@ class Residual(NamedTuple):
         return Residual(self.weights, self.shares[:, start:stop], self.first + start)
 
 
+Momentum = dict[str, list[Tensor]]
+"""Per parameter of the memory network, by name: that of each order, (bh, …)."""
+
+
 class Run(NamedTuple):
     """Chunks to be stored at one set of base weights."""
 
@@ -72,9 +76,9 @@ class Run(NamedTuple):
 class Stored(NamedTuple):
     """What storing a run of chunks gives."""
 
-    weights: FastWeights
-    momentum: Weights
-    """After the last chunk, (o, bh, …); empty without momentum."""
+    weights: Piece
+    momentum: Momentum
+    """After the last chunk; empty without momentum."""
     losses: Float[Tensor, 'bh n m']
     """‖M(k) − v‖² of each row before it is stored, unweighted: how surprising it was."""
 
@@ -108,7 +112,7 @@ class Engine:
         return [Run(chunks.span(start, stop)) for start, stop in spans]
 
     def store(
-        self, run: Run, base: Weights, last: Weights, last_momentum: Weights, residual: Residual | None = None
+        self, run: Run, base: Weights, last: Weights, last_momentum: Momentum, residual: Residual | None = None
     ) -> Stored:
         """Store a run, all gradients at `base` (plus `residual`), going on from `last` and `last_momentum`."""
         raise NotImplementedError
@@ -176,11 +180,11 @@ class DenseEngine(Engine):
     """A gradient, a momentum and a weight for every chunk; momentum and decay are scans over them."""
 
     def store(
-        self, run: Run, base: Weights, last: Weights, last_momentum: Weights, residual: Residual | None = None
+        self, run: Run, base: Weights, last: Weights, last_momentum: Momentum, residual: Residual | None = None
     ) -> Stored:
         chunks = run.chunks
         gradients, losses = self._gradients(chunks, base, residual)
-        weights, momentum = {}, {}
+        dense, end, momentum = {}, {}, {}
 
         for index, (name, gradient) in enumerate(gradients.items()):
             if self.max_grad_norm is not None:
@@ -191,16 +195,17 @@ class DenseEngine(Engine):
             update = -gradient
             if chunks.momentum is not None:
                 orders = self._momentum(update, chunks.momentum, last_momentum[name])
-                momentum[name] = orders[:, :, -1]
+                momentum[name] = [*orders[:, :, -1]]
                 update = _combined(orders, update, chunks.momentum_mix)
             if self.spectral_norm and gradient.ndim > 3:
                 update = newton_schulz(update)
 
             # Titans eq. 13: M_t = (1 − α_t) M_{t−1} + S_t
             keep = (-chunks.decay).sigmoid().unsqueeze(-1)
-            weights[name] = self.scan(keep, update, prev=last[name], remove_prev=False)
+            weights = self.scan(keep, update, prev=last[name], remove_prev=False)
+            dense[name], end[name] = weights[:, :-1], weights[:, -1]
 
-        return Stored(FastWeights.of(weights), momentum, losses)
+        return Stored(Piece(dense, None, None, {}, end), momentum, losses)
 
     @staticmethod
     def retrieve_with(model: Module, weights: FastWeights, rows: Tensor, first: int) -> Tensor:
@@ -228,7 +233,7 @@ class DenseEngine(Engine):
         over_chunks = vmap(gradient, in_dims=(per_chunk, 0, 0, 0), randomness='different')
         return vmap(over_chunks, randomness='different')(at, chunks.keys, chunks.values, chunks.step_sizes)
 
-    def _momentum(self, surprise: Tensor, gates: Tensor, last: Tensor) -> Float[Tensor, 'o bh n ...']:
+    def _momentum(self, surprise: Tensor, gates: Tensor, last: list[Tensor]) -> Float[Tensor, 'o bh n ...']:
         """Titans eq. 10, S_t = η_t S_{t−1} + u_t, order upon order: each order's momentum is the next one's input."""
         orders = []
         for gate, before in zip(gates.sigmoid().split(1, dim=-1), last):
@@ -363,7 +368,7 @@ class DualEngine(Engine):
         return runs
 
     def store(
-        self, run: Run, base: Weights, last: Weights, last_momentum: Weights, residual: Residual | None = None
+        self, run: Run, base: Weights, last: Weights, last_momentum: Momentum, residual: Residual | None = None
     ) -> Stored:
         chunks, has_momentum = run.chunks, run.chunks.momentum is not None
         assert run.mixing is not None
@@ -378,7 +383,7 @@ class DualEngine(Engine):
 
             if name in inputs and not self._materialises(inputs[name], errors[name]):
                 update = self._factored_update(inputs[name], errors[name], modulation)
-                factors[name] = Factors.of(starts, inputs[name], update)
+                factors[name] = Factors(starts, inputs[name].flatten(1, 2), update.flatten(1, 2))
                 ends = _ends(mixing, starts, inputs[name], update)
             else:
                 descent = inputs[name].mT @ errors[name] if name in inputs else vectors[name]
@@ -386,11 +391,10 @@ class DualEngine(Engine):
                 dense[name], ends = self._dense_run(mixing, starts, update)
             end[name] = ends[0]
             if has_momentum:
-                momentum[name] = torch.stack(ends[1:])
+                momentum[name] = ends[1:]
 
-        rows = chunks.keys.shape[2]
-        runs = [Runs.of(_of_rows(mixing.steps, rows), mixing.step_starts, factors)] if factors else []
-        return Stored(FastWeights(dense, runs, end), momentum, losses)
+        mix = _of_rows(mixing.steps, chunks.keys.shape[2]) if factors else None
+        return Stored(Piece(dense, mix, mixing.step_starts, factors, end), momentum, losses)
 
     @staticmethod
     def retrieve_with(model: Module, weights: FastWeights, rows: Tensor, first: int) -> Tensor:
@@ -458,17 +462,20 @@ class DualEngine(Engine):
         return descent if modulation is None else _per_chunk(modulation, descent)
 
     def _dense_run(self, mixing: Mixing, starts: list[Tensor], update: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Weights of every step (bh, n + 1, …), and each state after the last chunk."""
+        """Weights before each chunk (bh, n, …), and each state after the last."""
         combined = self._orthogonal(mixing, starts[1:], update) if self.spectral_norm and update.ndim > 3 else None
         with _no_autocast(update):
             flat, flat_starts = update.flatten(2), torch.stack(starts, dim=1).flatten(2)
-            if combined is None:
-                weights = _mixed(mixing.weight, flat) + mixing.weight_starts @ flat_starts
-            else:
-                weights = _mixed(mixing.decay, combined.flatten(2)) + mixing.weight_starts[..., :1] * flat_starts[:, :1]
-            weights = torch.cat((starts[0].unsqueeze(1), weights.view_as(update)), dim=1)
-            momenta = mixing.end[:, 1:] @ flat + mixing.end_starts[:, 1:] @ flat_starts
-            return weights, [weights[:, -1], *momenta.unflatten(2, update.shape[2:]).unbind(1)]
+            steps, of_starts = mixing.steps, mixing.step_starts
+            ends = mixing.end @ flat + mixing.end_starts @ flat_starts
+            if combined is not None:
+                # into the weights goes the orthogonal momentum, which has taken in that at the start
+                flat, flat_starts = combined.flatten(2), flat_starts[:, :1]
+                steps, of_starts = F.pad(mixing.decay[:, :-1], (0, 0, 1, 0)), of_starts[..., :1]
+                end = mixing.decay[:, -1:] @ flat + mixing.end_starts[:, :1, :1] * flat_starts
+                ends = torch.cat((end, ends[:, 1:]), dim=1)
+            weights = _mixed(steps, flat) + of_starts @ flat_starts
+            return weights.view_as(update), [*ends.unflatten(2, update.shape[2:]).unbind(1)]
 
     def _orthogonal(self, mixing: Mixing, momenta: list[Tensor], update: Tensor) -> Tensor:
         """The momentum after each chunk, orthogonalised."""

@@ -14,7 +14,7 @@ with the weights and the momentum at the start of the run as start_k, so that x 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -31,46 +31,49 @@ Weights = dict[str, Tensor]
 
 
 class Factors(NamedTuple):
-    """What one matrix keeps of r runs, in each of which t rows were stored."""
+    """What one matrix keeps of a run in which t rows were stored."""
 
-    starts: Float[Tensor, 'bh r k d e']
-    inputs: Float[Tensor, 'bh r t d']
-    errors: Float[Tensor, 'bh r t e']
+    starts: list[Float[Tensor, 'bh d e']]
+    inputs: Float[Tensor, 'bh t d']
+    errors: Float[Tensor, 'bh t e']
 
-    @classmethod
-    def of(cls, starts: list[Tensor], inputs: Float[Tensor, 'bh n m d'], errors: Float[Tensor, 'bh n m e']) -> Factors:
-        """Of one run."""
-        return cls(*(t.unsqueeze(1) for t in (torch.stack(starts, dim=1), inputs.flatten(1, 2), errors.flatten(1, 2))))
+
+class Piece(NamedTuple):
+    """The weights over one run of n chunks, each parameter either dense or factored."""
+
+    dense: Weights
+    """Before each chunk, (bh, n, …)."""
+    mix: Float[Tensor, 'bh n t'] | None
+    """Of each row's X Δ, in the matrices before each chunk."""
+    shares: Float[Tensor, 'bh n k'] | None
+    """Of each start."""
+    factors: dict[str, Factors]
+    end: Weights
+    """Every parameter after the last chunk, (bh, …)."""
 
 
 class Runs(NamedTuple):
     """The factored matrices over r runs of n steps each, all steps but the one after the last chunk."""
 
     mix: Float[Tensor, 'bh r n t']
-    """Of each row's X Δ, in the matrices of each step."""
     shares: Float[Tensor, 'bh r n k']
-    matrices: dict[str, Factors]
+    matrices: dict[str, tuple[Float[Tensor, 'bh r k d e'], Float[Tensor, 'bh r t d'], Float[Tensor, 'bh r t e']]]
+    """Starts, inputs and errors."""
 
     @classmethod
-    def of(cls, mix: Float[Tensor, 'bh n t'], shares: Float[Tensor, 'bh n k'], matrices: dict[str, Factors]) -> Runs:
-        """A single run."""
-        return cls(mix.unsqueeze(1), shares.unsqueeze(1), matrices)
-
-    @classmethod
-    def joined(cls, runs: list[Runs]) -> Runs:
-        """Runs of one length, in a row."""
-        if len(runs) == 1:
-            return runs[0]
-
-        def in_a_row(parts: Iterable[Tensor]) -> Tensor:
-            return torch.cat([*parts], dim=1)
-
-        mix, shares, matrices = zip(*runs)
-        return cls(
-            in_a_row(mix),
-            in_a_row(shares),
-            {name: Factors(*map(in_a_row, zip(*(own[name] for own in matrices)))) for name in matrices[0]},
-        )
+    def of(cls, pieces: list[Piece]) -> Runs:
+        """Pieces of one length, in a row."""
+        matrices = {}
+        for name in pieces[0].factors:
+            starts, inputs, errors = zip(*(piece.factors[name] for piece in pieces))
+            together = torch.stack([start for own in starts for start in own], dim=1)
+            matrices[name] = (
+                together.unflatten(1, (len(pieces), -1)),
+                torch.stack(inputs, dim=1),
+                torch.stack(errors, dim=1),
+            )
+        mix, shares = (torch.stack(parts, dim=1) for parts in zip(*((p.mix, p.shares) for p in pieces)))
+        return cls(mix, shares, matrices)
 
     @property
     def num_steps(self) -> int:
@@ -101,7 +104,7 @@ class Runs(NamedTuple):
 def _shared_linear(
     x: Float[Tensor, 'b n c d'], shares: Float[Tensor, 'b n k'], starts: Float[Tensor, 'b k d e']
 ) -> Float[Tensor, 'b nc e']:
-    """Rows times Σ_k share_k · start_k, never formed: the shares go to `x` or to the products, the shorter of the two."""
+    """Rows times Σ_k share_k · start_k, never formed: the shares go to `x` or to the products, whichever is shorter."""
     shares = shares.to(x.dtype)
     if starts.shape[2] <= starts.shape[3]:
         shared = x.unsqueeze(3) * shares[:, :, None, :, None]
@@ -131,14 +134,14 @@ class FastWeights(Mapping[str, Tensor]):
         return cls(tensors, [], {name: w[:, -1] for name, w in tensors.items()})
 
     @classmethod
-    def joined(cls, pieces: list[FastWeights], end: Weights) -> FastWeights:
+    def joined(cls, pieces: list[Piece], end: Weights) -> FastWeights:
         """Pieces one after the other, each beginning where the one before ended, and `end` after the last."""
-        runs = [run for piece in pieces for run in piece.runs]
+        factored = {*pieces[0].factors} if pieces else set()
         # neighbours of one length are applied together
-        runs = [Runs.joined([*same]) for _, same in groupby(runs, key=lambda run: run.mix.shape[2:])]
-        factored = runs[0].matrices if runs else ()
+        lengths = groupby(pieces if factored else (), key=lambda piece: piece.mix.shape[1:])
+        runs = [Runs.of([*same]) for _, same in lengths]
         dense = {
-            name: torch.cat([*(piece.dense[name][:, :-1] for piece in pieces), w.unsqueeze(1)], dim=1)
+            name: torch.cat([*(piece.dense[name] for piece in pieces), w.unsqueeze(1)], dim=1)
             for name, w in end.items()
             if name not in factored
         }

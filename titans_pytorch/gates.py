@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from einops import rearrange, reduce
-from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 from torch.nn import Linear, Module, Parameter
 
@@ -50,10 +49,28 @@ def projection(dim: int, dim_out: int, activation: Module | None) -> Module:
     return linear if activation is None else nn.Sequential(linear, activation)
 
 
+class PerHead(Module):
+    """(b, n, h · g) to (b · h, n, g). Plain operations: a name of axes to look up takes longer than a small gate."""
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, 'bh n g']:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2).flatten(0, 1)
+
+
+class HeadsFirst(Module):
+    """A number for each head, (b, n, h), to where it scales that head's rows, (b, h, n, 1)."""
+
+    def forward(self, x: Float[Tensor, 'b n h']) -> Float[Tensor, 'b h n 1']:
+        return x.transpose(1, 2).unsqueeze(-1)
+
+
 def gate(dim: int, heads: int, per_head: int, activation: Module | None = None) -> nn.Sequential:
     """Chunk representations (b, n, dim) to `per_head` numbers for each head and chunk, (bh, n, per_head)."""
     to_gate = Linear(dim, heads * per_head)
-    split = Rearrange('b n (h g) -> (b h) n g', g=per_head)
+    split = PerHead(heads)
     return nn.Sequential(to_gate, split) if activation is None else nn.Sequential(to_gate, split, activation)
 
 

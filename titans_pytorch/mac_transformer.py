@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from axial_positional_embedding import ContinuousAxialPositionalEmbedding
-from einops import einsum, rearrange, repeat
-from einops.layers.torch import Rearrange
+from einops import rearrange, repeat
 from hyper_connections import mc_get_init_and_expand_reduce_stream_functions
 from torch import Tensor, nn
 from torch.nn import Linear, Module, ModuleList
 
 from titans_pytorch import generation
-from titans_pytorch.attention import SegmentedAttention, flex_attention, segmented_flex_attention
+from titans_pytorch.attention import KeyValues, SegmentedAttention, Slot, flex_attention, segmented_flex_attention
 from titans_pytorch.checks import check_not_negative, check_positive, check_token_ids
-from titans_pytorch.generation import DecodingCache, min_p_filter
-from titans_pytorch.memory_state import NeuralMemState
+from titans_pytorch.connections import AddResidual, FoldedConnection, connect, folded
+from titans_pytorch.decoding import DecodingCache, StepKind
+from titans_pytorch.memory_state import NeuralMemState, StepState
 from titans_pytorch.neural_memory import NeuralMemory
+from titans_pytorch.rotary import frequencies, turns
 from titans_pytorch.shapes import Float, Int
 from titans_pytorch.sinkhorn import sinkhorn
 
@@ -54,8 +56,40 @@ class _Stream:
     """The last memory's weights over time."""
 
 
-def _slot(index: int) -> Any:
-    return property(lambda block: block[index])
+class _Place(NamedTuple):
+    """A position, for all layers."""
+
+    position: Int[Tensor, ' 1']
+    slot: Slot
+    kind: StepKind
+
+
+class _LayerState(NamedTuple):
+    """What a layer keeps between steps, and its connections' weights."""
+
+    key_values: KeyValues
+    memory: StepState | None
+    connections: list[FoldedConnection | None]
+
+
+class DecodingState(NamedTuple):
+    """A `DecodingCache` as buffers of constant size, which every step writes in place, with tables that it reads."""
+
+    position: Int[Tensor, ' 1']
+    token: Int[Tensor, 'b 1']
+    """What the next step reads."""
+    logits: Float[Tensor, 'b l']
+    """What the last step of a token gave."""
+    layers: list[_LayerState]
+    frequencies: Float[Tensor, 'layers d/2']
+    inner_positions: Float[Tensor, 'n d']
+    """Embeddings of the positions in a memory chunk."""
+    outer_position: Float[Tensor, '1 d']
+    """Embedding of the open chunk."""
+
+
+def _part(index: int) -> Any:
+    return property(lambda block: block._modules[str(index)])  # `block[index]` takes far longer
 
 
 class MACBlock(ModuleList):
@@ -64,17 +98,22 @@ class MACBlock(ModuleList):
     The parts stand in the order of the reference's checkpoints: `layers.0.4` is the first layer's memory.
     """
 
-    memory_connection = _slot(0)
-    attention_connection = _slot(1)
-    feedforward_connection = _slot(2)
-    view_selector = _slot(3)
-    memory = _slot(4)
-    attention = _slot(5)
-    feedforward = _slot(6)
+    memory_connection = _part(0)
+    attention_connection = _part(1)
+    feedforward_connection = _part(2)
+    view_selector = _part(3)
+    memory = _part(4)
+    attention = _part(5)
+    feedforward = _part(6)
 
     def __init__(self, *parts: Module | None, gate_attn_output: bool):
         super().__init__(parts)  # type: ignore[arg-type]  # a slot may be empty
         self.gate_attn_output = gate_attn_output
+
+    @property
+    def connections(self) -> tuple[Module, Module, Module]:
+        """To memory, attention and feedforward."""
+        return self.memory_connection, self.attention_connection, self.feedforward_connection
 
     def forward(
         self,
@@ -84,41 +123,97 @@ class MACBlock(ModuleList):
         **attention_kwargs: Any,
     ) -> tuple[Float[Tensor, 'b n d'], tuple[Tensor, Tensor], NeuralMemState | None]:
         """Returns the residual stream, the attention's keys and values, and the memory's state."""
+        key_values: Any = None
+
+        def remember(views: Tensor, weights: Any) -> tuple[Tensor, Any]:
+            nonlocal memory_state
+            retrieved, memory_state = self.memory(views, state=memory_state, prev_weights=weights)
+            return retrieved, memory_state.updates
+
+        def attend(seq: Tensor, gates: Tensor | None) -> tuple[Tensor, Tensor]:
+            nonlocal key_values
+            out, (values, key_values) = self.attention(
+                seq, value_residual=stream.values, output_gating=gates, **attention_kwargs
+            )
+            return out, values
+
+        x = self._through_parts(x, stream, self.connections, remember, attend)
+        return x, key_values, memory_state
+
+    def step(
+        self,
+        x: Float[Tensor, 'b s d'],
+        stream: _Stream,
+        state: _LayerState,
+        place: _Place,
+        turn: Tensor,
+    ) -> tuple[Float[Tensor, 'b s d'], StepState | None]:
+        """`forward` for one position; its streams stand in a dimension of their own.
+
+        Writes the position into the buffers of `state`. Returns the streams and the memory's state.
+        """
+        memory_state = state.memory
+        connections = [partial(connect, own, weights) for own, weights in zip(self.connections, state.connections)]
+
+        def remember(views: Tensor, weights: Any) -> tuple[Tensor, Any]:
+            nonlocal memory_state
+            assert memory_state is not None
+            before = memory_state.last
+            retrieved, memory_state = self.memory.step(
+                views, memory_state, place.position, place.kind.ends_chunk, place.kind.ends_batch, weights
+            )
+            return retrieved, before
+
+        def attend(seq: Tensor, gates: Tensor | None) -> tuple[Tensor, Tensor]:
+            return self.attention.step(seq, state.key_values, place.slot, turn, stream.values, gates)
+
+        return self._through_parts(x, stream, connections, remember, attend), memory_state
+
+    def _through_parts(
+        self,
+        x: Tensor,
+        stream: _Stream,
+        connections: Iterable[Callable[[Tensor], tuple[Tensor, AddResidual]]],
+        remember: Callable[[Tensor, Any], tuple[Tensor, Any]],
+        attend: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """How the parts are put together, whether a sequence passes through them or a single position.
+
+        `remember` takes the views and the weights of the memory before; it gives what was retrieved, and this memory's
+        weights. `attend` takes a sequence and gates on its output; it gives that, and the values.
+        """
+        to_memory, to_attention, to_feedforward = connections
         gates = None
         if self.memory is not None:
-            memory_in, add_residual = self.memory_connection(x)
+            memory_in, add_residual = to_memory(x)
             accepts_weights = self.memory.to_learned_weight_residual_mix is not None
-            retrieved, memory_state = self.memory(
-                self._views(memory_in, stream.inputs),
-                state=memory_state,
-                prev_weights=stream.memory_weights if accepts_weights else None,
+            retrieved, stream.memory_weights = remember(
+                self._views(memory_in, stream.inputs), stream.memory_weights if accepts_weights else None
             )
-            stream.memory_weights = memory_state.updates
             if self.gate_attn_output:
                 gates = retrieved.sigmoid()
             else:
                 x = add_residual(retrieved)
 
-        attn_in, add_residual = self.attention_connection(x)
-        attn_out, (values, key_values) = self.attention(
-            attn_in, value_residual=stream.values, output_gating=gates, **attention_kwargs
-        )
+        attn_in, add_residual = to_attention(x)
+        attn_out, values = attend(attn_in, gates)
         x = add_residual(attn_out)
         stream.values = values if stream.values is None else stream.values
 
-        ff_in, add_residual = self.feedforward_connection(x)
+        ff_in, add_residual = to_feedforward(x)
         ff_out = self.feedforward(ff_in)
         x = add_residual(ff_out)
 
         stream.inputs += [attn_in, attn_out, ff_in, ff_out]
-        return x, key_values, memory_state
+        return x
 
     def _views(self, memory_in: Float[Tensor, 'b n d'], earlier: list[Tensor]) -> Float[Tensor, 'v b n d']:
         """What the memory's queries, keys and values are made of."""
         if self.view_selector is None:
             return torch.stack((memory_in,) * 3)
-        choices = torch.stack((memory_in, *earlier))
-        return einsum(choices, self.view_selector(memory_in), 'l b n d, v b n l -> v b n d')
+        choices = torch.stack((memory_in, *earlier), dim=2)
+        weights = self.view_selector(memory_in).unflatten(-1, (3, -1)).softmax(dim=-1)
+        return (weights @ choices).movedim(2, 0)
 
 
 class MemoryAsContextTransformer(Module):
@@ -203,6 +298,7 @@ class MemoryAsContextTransformer(Module):
         self.neural_memory_segment_len = (
             self.attn_window_size if neural_memory_segment_len is None else neural_memory_segment_len
         )
+        self.neural_memory_batch_size = neural_memory_batch_size
 
         self.token_emb = nn.Embedding(num_tokens, dim) if token_emb is None else token_emb
         self.axial_pos_emb = ContinuousAxialPositionalEmbedding(dim=dim, num_axial_dims=2)
@@ -397,39 +493,99 @@ class MemoryAsContextTransformer(Module):
             )
             next_key_values.append(pair)
             if memory is not None:
-                next_memories.append(memory)
+                next_memories.append(memory._replace(updates=None))  # the next call does not need them
 
         return self.reduce_streams(x), next_key_values, next_memories
 
-    def sample(
-        self,
-        prompt: Int[Tensor, 'b n'],
-        seq_len: int,
-        temperature: float = 1.5,
-        filter_fn: Callable[..., Tensor] = min_p_filter,
-        filter_kwargs: Mapping[str, Any] = {'min_p': 0.1},
-        show_progress: bool = True,
-        use_cache: bool = False,
-    ) -> Int[Tensor, 'b n']:
-        """Continue `prompt` to a total length of `seq_len` tokens; returns what was added.
+    # one position at a time: see `decoding.Decodable`
 
-        Args:
-            prompt: token ids (batch, length), at least one.
-            seq_len: total length, prompt included.
-            temperature: 0 always takes the likeliest token.
-            filter_fn: called as `filter_fn(logits, **filter_kwargs)` on the logits of each step, (batch, num_tokens).
-            show_progress: show a progress bar.
-            use_cache: keep the state between steps; same tokens, and a step's cost does not grow with the length.
+    sample = generation.sample
+    stream = generation.stream
+
+    def decoding_state(self, cache: DecodingCache) -> DecodingState:
+        """`cache` as buffers for `step`. Weights are read here: it serves until they change."""
+        states = iter(cache.memories)
+        layers = []
+        for block, key_values in zip(self._mac_blocks, cache.key_values):
+            buffers = block.attention.to_ring(key_values, cache.seq_index)
+            memory = None if block.memory is None else block.memory.step_state(next(states))
+            layers.append(_LayerState(buffers, memory, [folded(connection) for connection in block.connections]))
+
+        batch, device = cache.key_values[0][0].shape[0], self.longterm_mems.device
+        position = torch.full((1,), cache.seq_index, device=device)
+        weight = self.to_logits.weight
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
+        return DecodingState(
+            position=position,
+            token=torch.zeros(batch, 1, dtype=torch.long, device=device),
+            logits=torch.zeros(batch, self.num_tokens, dtype=dtype, device=device),
+            layers=layers,
+            frequencies=torch.stack([frequencies(block.attention.rotary_emb) for block in self._mac_blocks]),
+            inner_positions=self._axial_embedding(1, torch.arange(self.neural_memory_segment_len, device=device)),
+            outer_position=self._axial_embedding(0, position // self.neural_memory_segment_len),
+        )
+
+    def decoding_cache(self, state: DecodingState, position: int) -> DecodingCache:
+        """The cache after `position` positions, from the buffers, with which it shares nothing."""
+        layers = [*zip(self._mac_blocks, state.layers)]
+        return DecodingCache(
+            position,
+            [block.attention.from_ring(layer.key_values, position) for block, layer in layers],
+            [layer.memory.closed(position) for _, layer in layers if layer.memory is not None],
+        )
+
+    def step_kind(self, position: int) -> StepKind:
+        """What the step at `position` has to do."""
+        batch_size, following = self.neural_memory_batch_size, position + 1
+        return StepKind(
+            self.seq_index_is_longterm(position),
+            following % self.neural_memory_segment_len == 0,
+            batch_size is not None and following % batch_size == 0,
+        )
+
+    def step(self, state: DecodingState, kind: StepKind) -> None:
+        """One position through all layers, from buffers into buffers.
+
+        Shapes do not change from step to step, and a kind of step always does the same: it can be captured as a CUDA
+        graph. So whatever depends on the position is computed from the tensor that holds it.
         """
-        return generation.sample(self, prompt, seq_len, temperature, filter_fn, filter_kwargs, show_progress, use_cache)
+        position = state.position
+        x = self._embedded_one(state, kind)
+        place = _Place(position, self._mac_blocks[0].attention.slot(position, state.layers[0].key_values[0]), kind)
+        layer_turns = turns(state.frequencies, position).unbind(0)
+
+        stream, memories = _Stream(), []
+        if hasattr(self.expand_streams, 'stream_embed'):
+            x = x + self.expand_streams.stream_embed
+        for block, layer, turn in zip(self._mac_blocks, state.layers, layer_turns):
+            x, memory = block.step(x, stream, layer, place, turn)
+            memories.append(memory)
+        if not kind.is_longterm:
+            state.logits.copy_(self.to_logits(self.norm(x.sum(dim=1))))
+
+        position.add_(1)
+        if kind.ends_chunk:
+            state.outer_position.copy_(self._axial_embedding(0, position // self.neural_memory_segment_len))
+            # only now: memories read the weights that earlier ones had before this step
+            for layer, memory in zip(state.layers, memories):
+                if layer.memory is not None and memory is not None:
+                    layer.memory.take_over(memory)
+
+    def _embedded_one(self, state: DecodingState, kind: StepKind) -> Float[Tensor, 'b 1 d']:
+        if kind.is_longterm:
+            index = state.position % self.attn_window_size - self.segment_len
+            x = self.longterm_mems.index_select(0, index).expand(len(state.token), 1, -1)
+        else:
+            x = self.token_emb(state.token)
+        inner_position = state.inner_positions.index_select(0, state.position % len(state.inner_positions))
+        return x + (state.outer_position + inner_position)
+
+    def _axial_embedding(self, axis: int, indices: Int[Tensor, ' n']) -> Float[Tensor, 'n d']:
+        with torch.autocast(indices.device.type, enabled=False):
+            return self.axial_pos_emb.mlps[axis](indices.to(self.axial_pos_emb.dtype).unsqueeze(1))
 
 
 def _view_selector(dim: int, layer: int) -> nn.Sequential:
-    """Weights (views, …, choices) over the memory's own input and four tensors of each earlier layer."""
+    """Logits, for each of three views, over the memory's own input and four tensors of each earlier layer."""
     choices = (layer - 1) * 4 + 1
-    return nn.Sequential(
-        nn.RMSNorm(dim),
-        Linear(dim, 3 * choices),
-        Rearrange('... (views layers) -> views ... layers', views=3),
-        nn.Softmax(dim=-1),
-    )
+    return nn.Sequential(nn.RMSNorm(dim), Linear(dim, 3 * choices))

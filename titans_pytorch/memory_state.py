@@ -107,6 +107,55 @@ class OpenState(NamedTuple):
         )
 
 
+class StepState(NamedTuple):
+    """A state as buffers of constant size, which steps of one token write in place."""
+
+    base: Weights
+    last: Weights
+    momentum: Weights
+    pending: Float[Tensor, 'b c d'] | Float[Tensor, 'v b c d']
+    """Store inputs of the open chunk, but for its last token, which is stored as it comes."""
+    queries: Float[Tensor, 'b c d'] | None
+    """Retrieval inputs that read the same weights, for memory models that mix tokens."""
+
+    @classmethod
+    def of(cls, state: OpenState, chunk_size: int, carries_queries: bool) -> StepState:
+        if state.pending.mask is not None:
+            raise ValueError('a state with a store_mask cannot be gone on from token by token: its chunk is open')
+
+        def in_buffer(rows: Tensor, length: int) -> Tensor:
+            buffer = rows.new_zeros(*rows.shape[:-2], length, rows.shape[-1])
+            buffer[..., : rows.shape[-2], :] = rows
+            return buffer
+
+        tokens, _, queries = state.pending
+        if queries is None:
+            queries = tokens.new_zeros(tokens.shape[-3], 0, tokens.shape[-1])
+        base, last, momentum = map(_cloned, (state.base, state.last, state.momentum))
+        rows = in_buffer(queries, chunk_size) if carries_queries else None
+        return cls(base, last, momentum, in_buffer(tokens, chunk_size - 1), rows)
+
+    def take_over(self, after: StepState) -> None:
+        """Write the weights and momentum of `after` into these buffers."""
+        for buffers, new in zip(self[:3], after[:3]):
+            for name, w in new.items():
+                if w is not buffers[name]:
+                    buffers[name].copy_(w)
+
+    def closed(self, position: int) -> NeuralMemState:
+        """The state after `position` tokens, to hand out: it shares nothing with the buffers."""
+        chunk_size = self.pending.shape[-2] + 1
+        seq_index, waiting = position // chunk_size * chunk_size, position % chunk_size
+        queries = None if self.queries is None else self.queries[:, : (waiting + 1) % chunk_size].clone()
+        base, last, momentum = (TensorDict(_cloned(weights)) for weights in self[:3])
+        pending = PendingSegment(self.pending[..., :waiting, :].clone(), None, queries)
+        return NeuralMemState(seq_index, base, pending.simplified(), (last, momentum), None)
+
+
+def _cloned(weights: Weights) -> Weights:
+    return {name: w.clone() for name, w in weights.items()}
+
+
 def mem_state_detach(state: NeuralMemState) -> NeuralMemState:
     """`state.detach()`, under the reference's name."""
     if not isinstance(state, NeuralMemState):

@@ -14,18 +14,20 @@ from einops import rearrange, repeat
 from einops.layers.torch import Rearrange
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.func import vmap
 from torch.nn import Linear, Module, Parameter, ParameterList
 from torch.utils.checkpoint import checkpoint
 
 from titans_pytorch.checks import check_floating, check_multiple, check_positive, check_shape
-from titans_pytorch.engines import Chunks, Engine, LossFn, Residual, choose_engine
+from titans_pytorch.engines import Chunks, DualEngine, Engine, LossFn, Residual, choose_engine
 from titans_pytorch.fast_weights import FastWeights, Weights
-from titans_pytorch.gates import AttentionPool, AveragePool, MultiheadRMSNorm, gate, projection, start_at
+from titans_pytorch.gates import AttentionPool, AveragePool, HeadsFirst, MultiheadRMSNorm, gate, projection, start_at
 from titans_pytorch.memory_layout import Call, MemoryLayout, check_memory_model
 from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
-from titans_pytorch.memory_state import NeuralMemState, OpenState, PendingSegment, mem_state_detach
+from titans_pytorch.memory_state import NeuralMemState, OpenState, PendingSegment, StepState, mem_state_detach
+from titans_pytorch.one_chunk import predict, store_one_chunk
 from titans_pytorch.recurrence import AssocScan
-from titans_pytorch.shapes import Bool, Float
+from titans_pytorch.shapes import Bool, Float, Int
 
 __all__ = ['AssocScan', 'NeuralMemState', 'NeuralMemory', 'mem_state_detach']
 
@@ -228,18 +230,14 @@ class NeuralMemory(Module):
         self.to_values = projection(dim, dim_inner * num_kv_per_token, activation)
         self.q_norm = MultiheadRMSNorm(dim_head, heads) if qk_rmsnorm else nn.Identity()
         self.k_norm = MultiheadRMSNorm(dim_head, heads) if qk_rmsnorm else nn.Identity()
-        self.split_heads = Rearrange('b n (h d) -> b h n d', h=heads)
         self.split_kv_heads = Rearrange('b n (h u d) -> b h (n u) d', h=heads, u=num_kv_per_token)
 
         # what is retrieved
 
         self.multihead_rmsnorm = MultiheadRMSNorm(dim_head, heads) if post_rmsnorm else nn.Identity()
-        self.merge_heads = Rearrange('b h n d -> b n (h d)')
         self.combine_heads = Linear(dim_inner, dim, bias=False) if heads > 1 else nn.Identity()
         self.retrieve_gate = (
-            nn.Sequential(Linear(dim, heads, bias=False), Rearrange('b n h -> b h n 1'), nn.Sigmoid())
-            if heads > 1
-            else None
+            nn.Sequential(Linear(dim, heads, bias=False), HeadsFirst(), nn.Sigmoid()) if heads > 1 else None
         )
 
         # gates: step sizes per key, the rest per chunk
@@ -452,6 +450,80 @@ class NeuralMemory(Module):
         init_momentum = self.init_momentum if self.to_momentum is not None else lambda batch: TensorDict({})
         return self._layout.opened(state, seq, self.init_weights, init_momentum)
 
+    # one token at a time, without gradients, over buffers of constant size
+
+    def step_state(self, state: NeuralMemState) -> StepState:
+        """`state` as buffers for `step`; `StepState.closed` is the way back."""
+        pending = state.cache_store_segment
+        tokens = pending.tokens if isinstance(pending, PendingSegment) else pending
+        assert tokens is not None
+        opened = self._opened(state, tokens[0] if self.qkv_receives_diff_views else tokens)
+        return StepState.of(opened, self.store_chunk_size, self._carries_queries)
+
+    def step(
+        self,
+        seq: Float[Tensor, 'b 1 d'] | Float[Tensor, 'v b 1 d'],
+        state: StepState,
+        position: Int[Tensor, ' 1'],
+        ends_chunk: bool,
+        ends_batch: bool,
+        prev_weights: Weights | None = None,
+    ) -> tuple[Float[Tensor, 'b 1 d'], StepState]:
+        """`forward` for the token at `position`, which ends a chunk, and with it a memory batch, or does not.
+
+        Writes the token into the buffers of `state`. Where a chunk ends its weights are new tensors, in the state
+        that is returned: another memory may still have to read the old ones (`prev_weights`, (bh, …) by parameter).
+        """
+        query, store = (seq[0], seq[1:]) if self.qkv_receives_diff_views else (seq, seq)
+        if ends_chunk:
+            tokens = torch.cat((state.pending, store), dim=-2)
+            state = self._stored_chunk(tokens, state, ends_batch, prev_weights)
+        else:
+            state.pending.index_copy_(-2, position % self.store_chunk_size, store.to(state.pending.dtype))
+        return self._retrieve_one(query, state, position), state
+
+    def _stored_chunk(
+        self, tokens: Tensor, state: StepState, ends_batch: bool, prev_weights: Weights | None
+    ) -> StepState:
+        chunk, pooled = self._normed_chunks(tokens, None)
+        at = state.base
+        if self.to_learned_weight_residual_mix is not None:
+            assert prev_weights is not None
+            shares = self.to_learned_weight_residual_mix(pooled).flatten()
+            at = {n: w + shares.view(-1, *(1,) * (w.ndim - 1)) * prev_weights[n] for n, w in at.items()}
+
+        loss_fn = self.store_memory_loss_fn
+        last, momentum = store_one_chunk(
+            self._predict,
+            loss_fn if loss_fn is default_loss_fn else vmap(loss_fn),
+            chunk,
+            at,
+            state.last,
+            state.momentum,
+            self.max_grad_norm,
+            self.spectral_norm_surprises,
+        )
+        base = state.base
+        if ends_batch:
+            base = last = self._transition(base, last)
+        return state._replace(base=base, last=last, momentum=momentum)
+
+    def _retrieve_one(
+        self, query: Float[Tensor, 'b 1 d'], state: StepState, position: Int[Tensor, ' 1']
+    ) -> Float[Tensor, 'b 1 d']:
+        if state.queries is None:
+            normed, queries = self._queries(query)
+            return self._combined(self._predict(state.last, queries), normed)
+        # rows beyond this one are of an earlier group: a causal memory model does not look at them
+        row = (position + 1) % self.store_chunk_size
+        state.queries.index_copy_(1, row, query.to(state.queries.dtype))
+        normed, queries = self._queries(state.queries)
+        values = self._predict(state.last, queries)
+        return self._combined(values.index_select(1, row), normed.index_select(1, row))
+
+    def _predict(self, weights: Weights, rows: Float[Tensor, 'bh m d']) -> Float[Tensor, 'bh m d']:
+        return predict(self.memory_model, weights, rows, broadcasts=self._engine_class is DualEngine)
+
     # storing
 
     def _store(
@@ -462,14 +534,12 @@ class NeuralMemory(Module):
         num_chunks = tokens.shape[-2] // self.store_chunk_size
         complete = num_chunks * self.store_chunk_size
 
-        normed = self.store_norm(tokens[..., :complete, :])
-        keys_seq, values_seq = normed if self.qkv_receives_diff_views else (normed, normed)
-        pooled = self.reduce_to_chunk_rep(keys_seq, self.store_chunk_size)
-        chunks = self._chunks(keys_seq, values_seq, pooled, None if mask is None else mask[:, :complete])
+        chunks, pooled = self._normed_chunks(tokens[..., :complete, :], None if mask is None else mask[:, :complete])
         residual = self._weight_residual(prev_weights, pooled)
-        _, base, last, momentum, _ = state
+        base, last = state.base, state.last
+        momentum = {name: [*orders] for name, orders in state.momentum.items()}
         engine = self._engine
-        stored_weights, losses = [], [torch.zeros_like(chunks.step_sizes[:, :0])]
+        pieces, losses = [], [torch.zeros_like(chunks.step_sizes[:, :0])]
 
         run_length = engine.run_length(tokens.device, self.store_chunk_size * self.num_kv_per_token)
         spans = self._spans(state.seq_index, num_chunks, call.batch_size, run_length)
@@ -477,7 +547,7 @@ class NeuralMemory(Module):
         for run, (start, stop, ends_batch) in zip(runs, spans):
             own_residual = None if residual is None else residual.span(start, stop)
             stored = engine.store(run, base, last, momentum, own_residual)
-            stored_weights.append(stored.weights)
+            pieces.append(stored.weights)
             losses.append(stored.losses)
             last, momentum = stored.weights.end, stored.momentum
             if ends_batch:
@@ -485,13 +555,14 @@ class NeuralMemory(Module):
 
         # copied, so that a kept state does not keep the whole input
         rest = PendingSegment(tokens[..., complete:, :].clone(), None if mask is None else mask[:, complete:].clone())
-        after = OpenState(state.seq_index + complete, base, last, momentum, rest)
+        stacked = {name: torch.stack(orders) for name, orders in momentum.items()}
+        after = OpenState(state.seq_index + complete, base, last, stacked, rest)
 
         def by_row(t: Float[Tensor, 'bh n m']) -> Float[Tensor, 'b h n']:
             return rearrange(t, '(b h) n m -> b h (n m)', h=self.heads)
 
         surprises = by_row(torch.cat(losses, dim=1)), by_row(chunks.step_sizes)
-        return FastWeights.joined(stored_weights, last), after, surprises
+        return FastWeights.joined(pieces, last), after, surprises
 
     def _spans(
         self, seq_index: int, num_chunks: int, batch_size: int | None, run_length: int | None
@@ -515,6 +586,13 @@ class NeuralMemory(Module):
             spans.append((start, stop, ends_batch))
             start = stop
         return spans
+
+    def _normed_chunks(self, tokens: Tensor, mask: Bool[Tensor, 'b n'] | None) -> tuple[Chunks, Float[Tensor, 'b n d']]:
+        """What complete chunks ask to be learned; and a row for each."""
+        normed = self.store_norm(tokens)
+        keys_seq, values_seq = normed if self.qkv_receives_diff_views else (normed, normed)
+        pooled = self.reduce_to_chunk_rep(keys_seq, self.store_chunk_size)
+        return self._chunks(keys_seq, values_seq, pooled, mask), pooled
 
     def _chunks(
         self,
@@ -607,9 +685,7 @@ class NeuralMemory(Module):
         chunk_size = self.store_chunk_size
         first_step, before = divmod(num_pending + 1, chunk_size)
 
-        normed = self.retrieve_norm(rows)
-        queries = self.q_norm(self.split_heads(self.to_queries(normed)))
-        queries = queries.flatten(0, 1)
+        normed, queries = self._queries(rows)
 
         # group the queries by the weights they read
         lead = before - (queries.shape[1] - length)
@@ -621,10 +697,20 @@ class NeuralMemory(Module):
 
         values = self._engine.retrieve(weights, groups, first_step).flatten(1, 2)
         values = values[:, values.shape[1] - trail - length : values.shape[1] - trail]
-        values = self.multihead_rmsnorm(rearrange(values, '(b h) n d -> b h n d', h=self.heads))
+        return self._combined(values, normed[:, -length:])
+
+    def _queries(self, rows: Float[Tensor, 'b n d']) -> tuple[Float[Tensor, 'b n d'], Float[Tensor, 'bh n d']]:
+        """Rows normalised, and what the memory is asked for them."""
+        normed = self.retrieve_norm(rows)
+        queries = self.to_queries(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return normed, self.q_norm(queries).flatten(0, 1)
+
+    def _combined(self, values: Float[Tensor, 'bh n d'], normed: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
+        """The heads' answers as one."""
+        values = self.multihead_rmsnorm(values.unflatten(0, (-1, self.heads)))
         if self.retrieve_gate is not None:
-            values = values * self.retrieve_gate(normed[:, -length:])
-        return self.combine_heads(self.merge_heads(values))
+            values = values * self.retrieve_gate(normed)
+        return self.combine_heads(values.transpose(1, 2).flatten(2))
 
 
 def _optional(module: Module | None, x: Tensor) -> Tensor | None:

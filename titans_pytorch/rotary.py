@@ -36,6 +36,33 @@ def rotate(
     return apply_rotary_emb(angles, t)
 
 
+def turns(
+    frequencies: Tensor,  # ... d/2
+    position: Tensor,  # 1
+) -> Tensor:  # ... d/2, complex
+    """By how much `turned` rotates each pair of features at one position."""
+    angles = position * frequencies
+
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def frequencies(rotary: RotaryEmbedding) -> Tensor:  # d/2
+    """Angle per position of each pair of features, as precise as in `rotate`."""
+    dtype = torch.promote_types(rotary.freqs.dtype, torch.float32)
+
+    return rotary.freqs.detach().to(dtype) / rotary.interpolate_factor
+
+
+def turned(
+    t: Tensor,  # ... d
+    by: Tensor,  # d/2, complex
+) -> Tensor:  # ... d
+    """What `rotate` computes, for a single position: neighbouring features as the two parts of a complex number."""
+    pairs = torch.view_as_complex(t.unflatten(-1, (-1, 2)).to(by.real.dtype))
+
+    return torch.view_as_real(pairs * by).flatten(-2).to(t.dtype)
+
+
 def rotary_causal_attention(
     rotary: RotaryEmbedding,
     q: Tensor,  # b h i d

@@ -1,0 +1,190 @@
+"""Tokens per second of sampling with a cache, ours and the reference's beside it.
+
+    python benchmarks/decoding.py                                              (ours alone)
+    python benchmarks/decoding.py --reference-path /folder/with/the/reference  (a folder to put on PYTHONPATH)
+    python benchmarks/decoding.py --repeats 5 --write
+
+On a GPU it is the model of `train_mac.py --preset full` at batch 1 and 64, with and without CUDA graphs; on a CPU that
+of `--preset quick` at batch 1. Before it is timed, decoding is checked in float64 on a small model: while a step
+differs from a pass over the whole sequence there is no figure. Ours and the reference run by turns, each in a process
+of its own. Timed is one call of `sample` after another like it, the reading of the prompt (64 tokens) included; with
+CUDA graphs, capturing them is part of the first call, whose time is given apart.
+
+The last line of output is JSON; `--write` puts the table into RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from beside_reference import load_train_mac
+from harness import ROOT, by_turns, gibibytes, in_own_process, machine, own_path, table, timed, write_section
+
+PROMPT = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    device: str
+    preset: str
+    batch: int
+
+
+CASES = [Case('cpu', 'quick', 1), Case('cuda', 'full', 1), Case('cuda', 'full', 64)]
+
+# how many tokens a call adds: enough to time, and for slow ones no more
+TOKENS = {'ours': 1024, 'ours, no CUDA graphs': 128, 'reference': 48}
+TOKENS_ON_CPU = 128
+
+
+def small_model() -> torch.nn.Module:
+    from titans_pytorch import MemoryAsContextTransformer
+
+    torch.manual_seed(0)
+    return MemoryAsContextTransformer(
+        num_tokens=16,
+        dim=32,
+        depth=3,
+        heads=2,
+        dim_head=16,
+        segment_len=6,
+        num_persist_mem_tokens=2,
+        num_longterm_mem_tokens=2,
+        neural_memory_layers=(2, 3),
+        neural_memory_segment_len=4,
+        neural_memory_batch_size=8,
+        neural_memory_qkv_receives_diff_views=True,
+        neural_mem_weight_residual=True,
+        neural_memory_kwargs={'heads': 2, 'dim_head': 16, 'qk_rmsnorm': True, 'spectral_norm_surprises': True},
+        sliding_window_attn=True,
+    )
+
+
+def check(device: str) -> float:
+    """Largest relative error of a small model's steps in float64."""
+    from titans_pytorch.decoding import Stepper
+
+    def softmax(x: torch.Tensor, dim: int, **_: Any) -> torch.Tensor:
+        return torch.softmax(x, dim)
+
+    # hyper-connections cast to float32 inside, and plain attention takes its softmax in it: here both are float64
+    in_float64 = patch.object(torch.Tensor, 'float', torch.Tensor.double), patch.object(F, 'softmax', softmax)
+    with torch.no_grad(), in_float64[0], in_float64[1]:
+        model = small_model().double().to(device).eval()
+        ids = torch.randint(0, 16, (2, 60), device=device)
+        whole = model(ids)
+        _, cache = model(ids[:, :7], return_cache=True)
+        step = Stepper.of(model, cache, cuda_graphs=None)
+        steps = torch.stack([step(token).clone() for token in ids[:, 7:].unbind(1)], dim=1)
+    return ((steps - whole[:, 7:]).abs().max() / whole.abs().max()).item()
+
+
+def work(case: dict[str, Any], mode: str, repeats: int) -> dict[str, Any]:
+    """What a worker does, with whichever package its process imports."""
+    import titans_pytorch
+
+    device, batch = case['device'], case['batch']
+    train_mac = load_train_mac()
+    options = {'PRESET': case['preset'], 'DEVICE': device, 'USE_ACCELERATED_SCAN': False, 'USE_FLEX_ATTN': False}
+    model = train_mac.build_model(train_mac.config_from_options(options)).eval()
+
+    tokens = TOKENS[mode] if device == 'cuda' else TOKENS_ON_CPU
+    prompt = torch.randint(0, 256, (batch, PROMPT), device=device)
+    kwargs = {'use_cache': True, 'show_progress': False, 'cuda_graphs': False if 'no CUDA' in mode else None}
+    known = inspect.signature(model.sample).parameters
+    kwargs = {name: value for name, value in kwargs.items() if name in known}
+
+    def sample() -> None:
+        model.sample(prompt, PROMPT + tokens, **kwargs)
+
+    started = time.perf_counter()
+    sample()
+    first = time.perf_counter() - started
+    if device == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+    seconds = timed(sample, repeats, warmup=0)
+    return {
+        'seconds': [s / tokens for s in seconds],
+        'peak': torch.cuda.max_memory_allocated() if device == 'cuda' else None,
+        'first call': first,
+        'tokens': tokens,
+        'threads': torch.get_num_threads(),
+        'package': titans_pytorch.__file__,
+    }
+
+
+def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    modes = {'ours': own_path()}
+    if case.device == 'cuda':
+        modes |= {'ours, no CUDA graphs': own_path()}
+    if options.reference_path:
+        modes |= {'reference': options.reference_path}
+    packages = {
+        mode: lambda mode=mode, path=path: in_own_process(
+            __file__, path, timeout=options.timeout, case=asdict(case), mode=mode, repeats=options.repeats
+        )
+        for mode, path in modes.items()
+    }
+    figures = by_turns(packages)
+    print(f'{case}: {json.dumps(figures)}', flush=True)
+    return {'case': asdict(case), 'figures': figures}
+
+
+def report(results: list[dict[str, Any]]) -> str:
+    rows = []
+    for result in results:
+        case, figures = Case(**result['case']), result['figures']
+        reference = figures.get('reference', {}).get('median')
+        for package, f in figures.items():
+            own = [f'failed: {f["failed"]}', *[''] * 4] if 'failed' in f else _cells(f, case.batch, reference)
+            rows.append([case.preset, str(case.batch), package, *own])
+    heads = ['tokens/s', '10 % to 90 %', 'first call', 'peak memory', 'this / reference']
+    return table(['preset', 'batch', 'package', *heads], rows)
+
+
+def _cells(f: dict[str, Any], batch: int, reference: float | None) -> list[str]:
+    speed, low, high = (f'{batch / f[key]:,.0f}' for key in ('median', 'high', 'low'))
+    ratio = '–' if reference is None else f'{reference / f["median"]:.1f} ×'
+    first = f'{f["first call"]:.1f} s for {f["tokens"]} tokens'
+    return [speed, f'{low}–{high}', first, gibibytes(f['peak']), ratio]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--reference-path', help='PYTHONPATH that holds the reference package')
+    parser.add_argument('--repeats', type=int, default=3, help='timed calls in each of two processes')
+    parser.add_argument('--timeout', type=float, default=300.0, help='seconds that a process may take')
+    parser.add_argument('--write', action='store_true', help='put the table into RESULTS.md')
+    parser.add_argument('--worker', help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker is not None:
+        print(json.dumps(work(**json.loads(options.worker))))
+        return
+
+    sys.path.insert(0, str(ROOT))
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    error = check(device)
+    print(f'largest error of steps, float64: {error:.1e}', flush=True)
+    if not error < 1e-9:
+        raise SystemExit(f'decoding is wrong by {error:.1e}, so there is no figure')
+
+    results = [measure(case, options) for case in CASES if case.device == device]
+    threads = '' if device == 'cuda' else f', {torch.get_num_threads()} threads'
+    text = f'{machine()}{threads}, fp32\n\n{report(results)}'
+    print(f'\n{text}')
+    if options.write:
+        write_section(f'decoding, {device}', text)
+    print(json.dumps({'machine': machine(), 'error': error, 'results': results}))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,310 @@
+"""Decoding by steps: equal to reading the whole sequence, over state of constant size; stop tokens, lengths, caches."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import assert_same, leaves, randomised
+from memories import SWITCHES, inputs, memory
+from test_mac_transformer import CONFIGURATIONS, TOKENS, ids, transformer
+
+from titans_pytorch.connections import connect, folded
+from titans_pytorch.decoding import Stepper
+from titans_pytorch.sinkhorn import sinkhorn, sinkhorn_of_few
+
+GREEDY = {'temperature': 0.0, 'show_progress': False}
+LENGTH = 45  # at 5 tokens to a window, and at most 8 positions to a chunk: several of each, and of memory batches
+
+
+@pytest.fixture(autouse=True)
+def all_in_float64():
+    """Hyper-connections cast to float32 inside, and attention takes its softmax in it: here both are float64."""
+
+    def softmax(x, dim, **_):
+        return torch.softmax(x, dim)
+
+    with patch.object(torch.Tensor, 'float', torch.Tensor.double), patch.object(F, 'softmax', softmax):
+        yield
+
+
+def stepper(model, tokens) -> Stepper:
+    _, cache = model(tokens, return_cache=True)
+    return Stepper.of(model, cache, cuda_graphs=None)
+
+
+def steps(model, tokens, start: int) -> torch.Tensor:
+    """Logits from token number `start` on, a step each."""
+    step = stepper(model, tokens[:, :start])
+    return torch.stack([step(token).clone() for token in tokens[:, start:].unbind(1)], dim=1)
+
+
+# steps
+
+
+@pytest.mark.parametrize('index', range(len(CONFIGURATIONS)))
+@torch.no_grad()
+def test_steps_equal_one_pass(index):
+    model, tokens = transformer(index), ids(LENGTH)
+    expected = model(tokens)
+    for start in (1, 5, 12):
+        assert_same(steps(model, tokens, start), expected[:, start:], 1e-9)
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'neural_memory_layers': ()},
+        {'neural_memory_segment_len': 1, 'neural_memory_batch_size': 3},
+        {'segment_len': 1, 'num_longterm_mem_tokens': 2, 'sliding_window_attn': True},
+        {'neural_memory_kwargs': {'spectral_norm_surprises': True, 'momentum_order': 2, 'attn_pool_chunks': True}},
+        {'neural_memory_kwargs': {'gated_transition': True, 'per_parameter_lr_modulation': True}},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_steps_equal_one_pass_with_other_arguments(changes):
+    changes = {'neural_memory_segment_len': 3, **changes}
+    model, tokens = transformer(3, **changes), ids(30)
+    assert_same(steps(model, tokens, 4), model(tokens)[:, 4:], 1e-9)
+
+
+@pytest.mark.parametrize('switch', SWITCHES)
+@pytest.mark.parametrize('chunk_size', [1, 3])
+@pytest.mark.filterwarnings('ignore:store_with_lookahead_value')
+@torch.no_grad()
+def test_steps_of_a_memory_equal_one_call(switch, chunk_size):
+    mem = memory(switch, chunk_size, batch_size=2 * chunk_size)
+    seq = inputs(mem, 17)
+    expected, end = mem(seq)
+    _, state = mem(seq[..., :4, :])
+    buffers, outs = mem.step_state(state), []
+    for position in range(4, 17):
+        following = position + 1
+        ends = following % chunk_size == 0, following % (2 * chunk_size) == 0
+        out, after = mem.step(seq[..., position:following, :], buffers, torch.tensor([position]), *ends)
+        buffers.take_over(after)
+        outs.append(out)
+    assert_same(torch.cat(outs, dim=1), expected[:, 4:], 1e-9)
+    assert_same(buffers.closed(17), end._replace(updates=None), 1e-9)
+
+
+@torch.no_grad()
+def test_a_state_with_a_mask_is_refused():
+    mem = memory('plain', 4)
+    seq = inputs(mem, 6)
+    _, state = mem(seq, store_mask=torch.ones(2, 6, dtype=torch.bool))
+    with pytest.raises(ValueError, match='a state with a store_mask cannot be gone on from token by token'):
+        mem.step_state(state)
+
+
+@pytest.mark.parametrize('adds', [True, False])
+@torch.no_grad()
+def test_folded_connections_equal_the_package(adds):
+    model = transformer(0, num_residual_streams=4, neural_mem_gate_attn_output=not adds, neural_memory_layers=None)
+    connection = randomised(model.layers[1].memory_connection)
+    x, branch_out = torch.randn(3, 4, 16).double(), torch.randn(3, 1, 16).double()
+    expected_in, expected_add = connection(x.flatten(0, 1).unsqueeze(1))
+    branch_in, add_residual = connect(connection, folded(connection), x)
+    assert_same(branch_in, expected_in, 1e-12)
+    if adds:
+        assert_same(add_residual(branch_out), expected_add(branch_out).view(3, 4, 16), 1e-12)
+
+
+@pytest.mark.parametrize('size', [1, 2, 4])
+def test_sinkhorn_of_few_is_sinkhorn(size):
+    for scale in (0.1, 1.0, 5.0):
+        log_alpha = torch.randn(7, size, size).double() * scale
+        assert_same(sinkhorn_of_few(log_alpha), sinkhorn(log_alpha), 1e-12)
+
+
+@torch.no_grad()
+def test_memory_stays_constant():
+    model = transformer(11)
+    step = stepper(model, ids(7))
+    places = {name: (t.data_ptr(), t.shape) for name, t in leaves(step._state).items()}
+    sizes = set()
+    for count in range(1, 200):
+        step(ids(1)[:, 0])
+        if count % 40 == 0:  # the same place in window, chunk and memory batch
+            sizes.add(sum(t.numel() for t in leaves(step.cache()).values()))
+    assert {name: (t.data_ptr(), t.shape) for name, t in leaves(step._state).items()} == places
+    assert len(sizes) == 1
+
+
+@torch.no_grad()
+def test_each_kind_of_step_always_runs_the_same():
+    """What a captured graph relies on: the operations and their shapes depend on the kind alone."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Recorder(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.calls = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            assert func is not torch.ops.aten._local_scalar_dense.default  # reads a value back
+            self.calls.append((func, *(t.shape for t in args if isinstance(t, torch.Tensor))))
+            return out
+
+    def no_early_end(log_alpha, iters=20):  # which is for the CPU alone
+        return sinkhorn(log_alpha, iters)
+
+    for index in (3, 9, 22):
+        model, runs = transformer(index, num_longterm_mem_tokens=3), {}
+        step = stepper(model, ids(4))
+        plain_step = step._step
+
+        def recorded(kind, plain_step=plain_step, runs=runs):
+            with Recorder() as recorder:
+                plain_step(kind)
+            assert runs.setdefault(kind, recorder.calls) == recorder.calls
+
+        step._step = recorded
+        with patch('titans_pytorch.connections.sinkhorn_of_few', no_early_end):
+            for token in ids(60).unbind(1):
+                step(token)
+        assert 3 <= len(runs) <= 6
+
+
+# sampling
+
+
+@pytest.mark.parametrize('index', [0, 6, 13, 27])
+def test_samples_with_a_seed_are_those_without_a_cache(index):
+    model, prompt = transformer(index), ids(6)
+    results = []
+    for use_cache in (False, True):
+        torch.manual_seed(3)
+        results.append(model.sample(prompt, 40, temperature=1.2, use_cache=use_cache, show_progress=False))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize('use_cache', [False, True])
+@pytest.mark.parametrize('index', [1, 10, 30])
+def test_prompts_of_different_lengths_equal_each_alone(index, use_cache):
+    model, prompt, lengths = transformer(index), ids(13, batch=3), [4, 13, 9]
+    together = model.sample(prompt, 30, prompt_lengths=lengths, pad_token=-1, use_cache=use_cache, **GREEDY)
+    assert together.shape == (3, 26)
+    for row, one, length in zip(together, prompt, lengths):
+        alone = model.sample(one[None, :length], 30, use_cache=use_cache, **GREEDY)[0]
+        assert torch.equal(row[: 30 - length], alone)
+        assert (row[30 - length :] == -1).all()
+    as_tensor = model.sample(prompt, 30, prompt_lengths=torch.tensor(lengths), pad_token=-1, use_cache=True, **GREEDY)
+    assert torch.equal(as_tensor, together)
+
+
+@pytest.mark.parametrize('use_cache', [False, True])
+def test_stop_tokens_end_each_row(use_cache):
+    model, prompt, lengths = transformer(7), ids(5, batch=6), [5, 3, 5, 4, 5, 5]
+    kwargs = {'prompt_lengths': lengths, 'use_cache': use_cache, 'pad_token': 15, **GREEDY}
+    free = model.sample(prompt, 60, **kwargs)
+    stops = [*{int(row[6 + index]) for index, row in enumerate(free)}][:3]
+    stopped = model.sample(prompt, 60, stop_tokens=stops, **kwargs)
+    ends = []
+    for row, own, length in zip(stopped, free, lengths):
+        hits = [i for i, token in enumerate(own[: 60 - length].tolist()) if token in stops]
+        end = hits[0] + 1 if hits else 60 - length
+        assert torch.equal(row[:end], own[:end][: len(row)])
+        assert (row[end:] == 15).all()
+        ends.append(end + length - min(lengths))
+    assert stopped.shape[1] == max(ends)
+    one = stops[0]
+    assert torch.equal(
+        model.sample(prompt, 60, stop_tokens=one, **kwargs), model.sample(prompt, 60, stop_tokens=[one], **kwargs)
+    )
+
+
+def test_all_rows_may_end_early():
+    model, prompt = transformer(7), ids(5)
+    out = model.sample(prompt, 60, stop_tokens=range(TOKENS), use_cache=True, **GREEDY)
+    assert torch.equal(out, model.sample(prompt, 6, use_cache=True, **GREEDY))
+
+
+def test_a_stream_yields_the_same_tokens():
+    model, prompt = transformer(4), ids(9)
+    expected = model.sample(prompt, 30, **GREEDY)
+    model.train()
+    stream = model.stream(prompt, 30, temperature=0.0)
+    tokens = [next(stream) for _ in range(5)]
+    assert not model.training and tokens[0].shape == (2,) and not torch.is_inference(tokens[0])
+    tokens += stream
+    assert model.training
+    assert torch.equal(torch.stack(tokens, dim=1), expected)
+
+    begun = model.stream(prompt, 30)
+    next(begun)
+    begun.close()
+    assert model.training
+
+    positions = [*model.stream(prompt, 12, temperature=0.0, prompt_lengths=[4, 9])]
+    assert torch.equal(torch.stack(positions[:5], dim=1)[1], prompt[1, 4:])
+
+
+def test_streams_do_not_disturb_each_other():
+    model, prompts = transformer(4), [ids(9), ids(6)]
+    streams = [model.stream(prompt, 30, temperature=0.0) for prompt in prompts]
+    turns = [next(streams[count % 2]) for count in range(30)]
+    for index, prompt in enumerate(prompts):
+        expected = model.sample(prompt, prompt.shape[1] + 15, **GREEDY)
+        assert torch.equal(torch.stack(turns[index::2], dim=1), expected)
+
+
+@pytest.mark.parametrize('index', [2, 7, 15, 18, 31])
+def test_a_cache_is_handed_on_through_a_file(index, tmp_path):
+    model, prompt = transformer(index), ids(6)
+    expected = model.sample(prompt, 50, **GREEDY)
+
+    first, cache = model.sample(prompt, 23, return_cache=True, **GREEDY)
+    torch.save(cache, tmp_path / 'cache.pt')
+    loaded = torch.load(tmp_path / 'cache.pt', weights_only=True)
+    assert_same(loaded, cache, 0.0)
+    so_far = torch.cat((prompt, first), dim=1)
+    # a user's own tokens may come in between; here they are those that the model would have chosen
+    so_far = torch.cat((so_far, expected[:, 17:20]), dim=1)
+    second, after = model.sample(so_far, 40, cache=loaded, return_cache=True, **GREEDY)
+    assert torch.equal(second, expected[:, 20:34])
+
+    def rest(so_far):
+        cache = yield from model.stream(so_far, 50, temperature=0.0, cache=after)
+        assert cache.seq_index == model.seq_len_with_longterm_mem(49)
+
+    third = torch.stack([*rest(torch.cat((so_far, second), dim=1))], dim=1)
+    assert torch.equal(third, expected[:, 34:])
+
+    # the same cache serves a call of the model
+    tokens = torch.cat((prompt, expected), dim=1)
+    assert_same(model(tokens, cache=cache, return_cache=True)[0], model(tokens)[:, 22:], 1e-9)
+
+
+def test_a_cache_is_as_a_pass_leaves_it():
+    model, prompt = transformer(18), ids(6)
+    added, cache = model.sample(prompt, 33, return_cache=True, **GREEDY)
+    with torch.no_grad():
+        _, expected = model(torch.cat((prompt, added), dim=1)[:, :-1], return_cache=True)
+    assert_same(cache, expected, 1e-9)
+
+
+def test_bad_arguments_of_sampling():
+    model, prompt = transformer(0), ids(6)
+    for lengths in ([3], [0, 4], [3, 7], [2.5, 3]):
+        with pytest.raises(ValueError, match='prompt_lengths must be 2 integers from 1 to 6'):
+            model.sample(prompt, 9, prompt_lengths=lengths, **GREEDY)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match='cuda_graphs=True needs the model on a CUDA device'):
+            model.sample(prompt, 9, use_cache=True, cuda_graphs=True, **GREEDY)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('index', [0, 7, 18])
+def test_graphs_give_the_tokens_of_eager_steps(index):
+    model, prompt = transformer(index).cuda(), ids(6, batch=3).cuda()
+    results = [model.sample(prompt, 60, use_cache=True, cuda_graphs=graphs, **GREEDY) for graphs in (False, True, True)]
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    with torch.no_grad():  # in place: the graphs read them where they lie
+        model.to_logits.weight.mul_(-1.0)
+    again = [model.sample(prompt, 60, use_cache=True, cuda_graphs=graphs, **GREEDY) for graphs in (False, True)]
+    assert torch.equal(*again) and not torch.equal(again[0], results[0])
