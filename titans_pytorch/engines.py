@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
@@ -44,9 +44,11 @@ class Chunks(NamedTuple):
     modulation: Float[Tensor, 'bh n w'] | None
     """A factor on the update of each parameter."""
 
-    def span(self, start: int, stop: int) -> Chunks:
-        """Chunks `start` to `stop`."""
-        return Chunks(*(None if t is None else t[:, start:stop] for t in self))  # type: ignore[arg-type]
+    def split(self, lengths: list[int]) -> list[Chunks]:
+        """So many chunks, then so many, to the end."""
+        # not by slices: the gradient of each would be as long as the whole
+        parts = ([None] * len(lengths) if t is None else t.split(lengths, dim=1) for t in self)
+        return [Chunks(*own) for own in zip(*parts)]
 
 
 class Residual(NamedTuple):
@@ -57,8 +59,10 @@ class Residual(NamedTuple):
     first: int = 0
     """The step that belongs to the first chunk."""
 
-    def span(self, start: int, stop: int) -> Residual:
-        return Residual(self.weights, self.shares[:, start:stop], self.first + start)
+    def split(self, lengths: list[int]) -> list[Residual]:
+        firsts = accumulate(lengths[:-1], initial=self.first)
+        parts = zip(self.shares.split(lengths, dim=1), firsts)
+        return [Residual(self.weights, shares, first) for shares, first in parts]
 
 
 Momentum = dict[str, list[Tensor]]
@@ -69,6 +73,7 @@ class Run(NamedTuple):
     """Chunks to be stored at one set of base weights."""
 
     chunks: Chunks
+    residual: Residual | None
     mixing: Mixing | None = None
     """Their recurrences, solved, for an engine that wants them so."""
 
@@ -107,19 +112,23 @@ class Engine:
         """How many chunks of so many rows are best stored in one run; `None`: all that there are."""
         return None
 
-    def runs(self, chunks: Chunks, spans: list[tuple[int, int]]) -> list[Run]:
-        """Chunks as runs, ready to be stored one after the other; a span is (first chunk, last + 1)."""
-        return [Run(chunks.span(start, stop)) for start, stop in spans]
+    def runs(self, chunks: Chunks, residual: Residual | None, lengths: list[int]) -> list[Run]:
+        """Chunks as runs of so many each, ready to be stored one after the other."""
+        residuals = [None] * len(lengths) if residual is None else residual.split(lengths)
+        return [Run(*own) for own in zip(chunks.split(lengths), residuals)]
 
-    def store(
-        self, run: Run, base: Weights, last: Weights, last_momentum: Momentum, residual: Residual | None = None
-    ) -> Stored:
-        """Store a run, all gradients at `base` (plus `residual`), going on from `last` and `last_momentum`."""
+    def store(self, run: Run, base: Weights, last: Weights, last_momentum: Momentum) -> Stored:
+        """Store a run, all gradients at `base` (plus its residual), going on from `last` and `last_momentum`."""
         raise NotImplementedError
 
     def retrieve(self, weights: FastWeights, rows: Float[Tensor, 'bh n c d'], first: int) -> Float[Tensor, 'bh n c d']:
         """Group k of `rows` through the network with the weights of step `first + k`."""
-        return self.retrieve_with(self.model, weights, rows, first)
+        lengths = weights.lengths(first, rows.shape[1])
+        if len(lengths) == 1:
+            return self.retrieve_with(self.model, weights, rows, first)
+        firsts = accumulate(lengths[:-1], initial=first)
+        parts = zip(rows.split(lengths, dim=1), firsts)
+        return torch.cat([self.retrieve_with(self.model, weights, part, start) for part, start in parts], dim=1)
 
     @staticmethod
     def retrieve_with(model: Module, weights: FastWeights, rows: Tensor, first: int) -> Tensor:
@@ -179,11 +188,9 @@ def obstacle_to_dual(model: Module, dim: int) -> str | None:
 class DenseEngine(Engine):
     """A gradient, a momentum and a weight for every chunk; momentum and decay are scans over them."""
 
-    def store(
-        self, run: Run, base: Weights, last: Weights, last_momentum: Momentum, residual: Residual | None = None
-    ) -> Stored:
+    def store(self, run: Run, base: Weights, last: Weights, last_momentum: Momentum) -> Stored:
         chunks = run.chunks
-        gradients, losses = self._gradients(chunks, base, residual)
+        gradients, losses = self._gradients(chunks, base, run.residual)
         dense, end, momentum = {}, {}, {}
 
         for index, (name, gradient) in enumerate(gradients.items()):
@@ -358,23 +365,20 @@ class DualEngine(Engine):
         # Where chunks are so long that their matrices are formed, the square is that of the chunks
         return max((128 if device.type == 'cpu' else 512) // rows, 8)
 
-    def runs(self, chunks: Chunks, spans: list[tuple[int, int]]) -> list[Run]:
-        runs: list[Run] = []
+    def runs(self, chunks: Chunks, residual: Residual | None, lengths: list[int]) -> list[Run]:
         # the recurrences of neighbours of one length are solved together
-        for _, group in groupby(spans, key=lambda span: span[1] - span[0]):
-            same = [*group]
-            together = chunks.span(same[0][0], same[-1][1])
-            runs += [Run(chunks.span(*span), mixing) for span, mixing in zip(same, Mixing.of_runs(together, len(same)))]
-        return runs
+        groups = [[*same] for _, same in groupby(lengths)]
+        together = chunks.split([sum(group) for group in groups])
+        mixings = [mixing for own, group in zip(together, groups) for mixing in Mixing.of_runs(own, len(group))]
+        runs = super().runs(chunks, residual, lengths)
+        return [run._replace(mixing=mixing) for run, mixing in zip(runs, mixings)]
 
-    def store(
-        self, run: Run, base: Weights, last: Weights, last_momentum: Momentum, residual: Residual | None = None
-    ) -> Stored:
+    def store(self, run: Run, base: Weights, last: Weights, last_momentum: Momentum) -> Stored:
         chunks, has_momentum = run.chunks, run.chunks.momentum is not None
         assert run.mixing is not None
         dtype = next(iter(last.values())).dtype
         mixing = Mixing(*(t.to(dtype) for t in run.mixing))
-        inputs, errors, vectors, losses = self._factors(chunks, base, residual)
+        inputs, errors, vectors, losses = self._factors(chunks, base, run.residual)
         dense, factors, end, momentum = {}, {}, {}, {}
 
         for index, name in enumerate(base):

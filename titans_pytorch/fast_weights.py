@@ -26,6 +26,8 @@ from torch.utils import _pytree as pytree
 
 from titans_pytorch.shapes import Float
 
+ROWS_IN_CACHE = 2048
+
 Weights = dict[str, Tensor]
 """Per parameter of the memory network, by name."""
 
@@ -116,6 +118,22 @@ def _shared_linear(
     return sum(parts[1:], parts[0]).flatten(1, 2)
 
 
+def _groups(pieces: list[Piece]) -> Iterator[list[Piece]]:
+    """Neighbours of one length, which are applied together; on a CPU so many that they stay in its cache."""
+
+    def length(piece: Piece) -> tuple[int, ...]:
+        assert piece.mix is not None
+        return piece.mix.shape[1:]
+
+    for _, same in groupby(pieces, key=length):
+        group = [*same]
+        mix = group[0].mix
+        assert mix is not None
+        at_once = len(group) if mix.is_cuda else max(1, ROWS_IN_CACHE // (len(mix) * max(1, mix.shape[2])))
+        for start in range(0, len(group), at_once):
+            yield group[start : start + at_once]
+
+
 class FastWeights(Mapping[str, Tensor]):
     """A memory network's weights over time.
 
@@ -137,9 +155,7 @@ class FastWeights(Mapping[str, Tensor]):
     def joined(cls, pieces: list[Piece], end: Weights) -> FastWeights:
         """Pieces one after the other, each beginning where the one before ended, and `end` after the last."""
         factored = {*pieces[0].factors} if pieces else set()
-        # neighbours of one length are applied together
-        lengths = groupby(pieces if factored else (), key=lambda piece: piece.mix.shape[1:])
-        runs = [Runs.of([*same]) for _, same in lengths]
+        runs = [Runs.of(group) for group in _groups(pieces)] if factored else []
         dense = {
             name: torch.cat([*(piece.dense[name] for piece in pieces), w.unsqueeze(1)], dim=1)
             for name, w in end.items()
@@ -179,6 +195,16 @@ class FastWeights(Mapping[str, Tensor]):
         if stop > start:
             out.append(x[:, max(start - first, 0) :] @ self.end[name].unsqueeze(1))
         return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+
+    def lengths(self, first: int, length: int) -> list[int]:
+        """`length` steps from `first` on, as the lengths of what is best read at once: each group of runs."""
+        lengths: list[int] = []
+        start = 0
+        for run in self.runs[:-1]:
+            start += run.num_steps
+            if first < start < first + length:
+                lengths.append(start - first - sum(lengths))
+        return [*lengths, length - sum(lengths)]
 
     # as a mapping
 

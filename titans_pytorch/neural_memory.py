@@ -542,11 +542,9 @@ class NeuralMemory(Module):
         pieces, losses = [], [torch.zeros_like(chunks.step_sizes[:, :0])]
 
         run_length = engine.run_length(tokens.device, self.store_chunk_size * self.num_kv_per_token)
-        spans = self._spans(state.seq_index, num_chunks, call.batch_size, run_length)
-        runs = engine.runs(chunks, [(start, stop) for start, stop, _ in spans])
-        for run, (start, stop, ends_batch) in zip(runs, spans):
-            own_residual = None if residual is None else residual.span(start, stop)
-            stored = engine.store(run, base, last, momentum, own_residual)
+        lengths, ends = self._run_lengths(state.seq_index, num_chunks, call.batch_size, run_length)
+        for run, ends_batch in zip(engine.runs(chunks, residual, lengths), ends):
+            stored = engine.store(run, base, last, momentum)
             pieces.append(stored.weights)
             losses.append(stored.losses)
             last, momentum = stored.weights.end, stored.momentum
@@ -564,28 +562,26 @@ class NeuralMemory(Module):
         surprises = by_row(torch.cat(losses, dim=1)), by_row(chunks.step_sizes)
         return FastWeights.joined(pieces, last), after, surprises
 
-    def _spans(
+    def _run_lengths(
         self, seq_index: int, num_chunks: int, batch_size: int | None, run_length: int | None
-    ) -> list[tuple[int, int, bool]]:
-        """What to store in one run: (first chunk of this call, last + 1, whether a memory batch ends there).
+    ) -> tuple[list[int], list[bool]]:
+        """How many chunks to store in each run, and whether a memory batch ends with it.
 
         A run ends with its memory batch, and where it has the chunks that the engine likes best.
         """
-        first_chunk = seq_index // self.store_chunk_size
-        per_run = num_chunks if run_length is None else run_length
-
-        spans, start = [], 0
-        while start < num_chunks:
-            left, ends_batch = num_chunks - start, False
+        chunk = seq_index // self.store_chunk_size
+        lengths: list[int] = []
+        ends: list[bool] = []
+        while left := num_chunks - sum(lengths):
+            length = left if run_length is None else min(left, run_length)
+            left_of_batch = None
             if batch_size is not None:
                 per_batch = batch_size // self.store_chunk_size
-                left_of_batch = per_batch - (first_chunk + start) % per_batch
-                ends_batch = left_of_batch <= min(left, per_run)
-                left = min(left, left_of_batch)
-            stop = start + min(left, per_run)
-            spans.append((start, stop, ends_batch))
-            start = stop
-        return spans
+                left_of_batch = per_batch - (chunk + sum(lengths)) % per_batch
+                length = min(length, left_of_batch)
+            lengths.append(length)
+            ends.append(length == left_of_batch)
+        return lengths, ends
 
     def _normed_chunks(self, tokens: Tensor, mask: Bool[Tensor, 'b n'] | None) -> tuple[Chunks, Float[Tensor, 'b n d']]:
         """What complete chunks ask to be learned; and a row for each."""
