@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from memories import HEAD, SWITCHES, inputs, memory
 from test_neural_memory import carried, scalar
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from titans_pytorch import MemoryMLP, NeuralMemory
 from titans_pytorch.engines import Chunks, DenseEngine, DualEngine, Mixing, soft_clamp_norm
@@ -123,6 +125,28 @@ def test_long_memory_batches_are_stored_in_runs(batch_size):
     dual, dense = pair('plain', 4, batch_size)
     assert dual._engine.run_length(torch.device('cpu'), rows=4) < 100
     assert_engines_agree(dual, dense, inputs(dual, 800, batch=1), [333, 467])
+
+
+class NumbersMade(TorchDispatchMode):
+    """How many numbers all operations give, those of the backward included."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.count += sum(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+        return out
+
+
+@pytest.mark.parametrize('batch_size', [None, 16])
+def test_work_grows_with_the_length_and_no_faster(batch_size):
+    mem = memory('plain', 1, batch_size)
+    counts = []
+    for length in (1024, 2048, 4096):
+        with NumbersMade() as made:
+            mem(inputs(mem, length, batch=1))[0].sum().backward()
+        counts.append(made.count)
+    assert counts[2] - counts[1] < 1.01 * 2 * (counts[1] - counts[0])
 
 
 def test_masks_of_whole_chunks_and_steps_of_zero():
