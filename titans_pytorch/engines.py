@@ -28,6 +28,11 @@ LossFn = Callable[[Tensor, Tensor], Tensor]
 """(prediction, target), both (m, d), to one loss a row, (m,)."""
 
 
+def default_loss_fn(pred: Float[Tensor, '... d'], target: Float[Tensor, '... d']) -> Float[Tensor, ...]:
+    """‖M(k) − v‖², a mean over features (Titans eq. 12)."""
+    return (pred - target).pow(2).mean(dim=-1)
+
+
 class Chunks(NamedTuple):
     """What a run of chunks asks the memory to learn, and how."""
 
@@ -435,7 +440,8 @@ class DualEngine(Engine):
                 return probe(name, out)
 
             prediction = functional_call(self.model, vectors, (chunks.keys,), {'linear': linear})
-            losses = vmap(vmap(self.loss_fn))(prediction, chunks.values)
+            loss_fn = self.loss_fn if self.loss_fn is default_loss_fn else vmap(vmap(self.loss_fn))
+            losses = loss_fn(prediction, chunks.values)
             # the gradient of minus the loss is the way down
             return -(losses * chunks.step_sizes).sum(), losses
 

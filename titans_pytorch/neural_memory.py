@@ -19,7 +19,7 @@ from torch.nn import Linear, Module, Parameter, ParameterList
 from torch.utils.checkpoint import checkpoint
 
 from titans_pytorch.checks import check_floating, check_multiple, check_positive, check_shape
-from titans_pytorch.engines import Chunks, DualEngine, Engine, LossFn, Residual, choose_engine
+from titans_pytorch.engines import Chunks, DualEngine, Engine, LossFn, Residual, choose_engine, default_loss_fn
 from titans_pytorch.fast_weights import FastWeights, Weights
 from titans_pytorch.gates import AttentionPool, AveragePool, HeadsFirst, MultiheadRMSNorm, gate, projection, start_at
 from titans_pytorch.memory_layout import Call, MemoryLayout, check_memory_model
@@ -40,11 +40,6 @@ Surprises = tuple[Float[Tensor, 'b h n'], Float[Tensor, 'b h n']]
 def default_adaptive_step_transform(adaptive_step: Tensor, max_lr: float = 1e-2) -> Tensor:
     """Logits to step sizes in (0, max_lr)."""
     return adaptive_step.sigmoid() * max_lr
-
-
-def default_loss_fn(pred: Float[Tensor, '... d'], target: Float[Tensor, '... d']) -> Float[Tensor, ...]:
-    """‖M(k) − v‖², a mean over features (Titans eq. 12)."""
-    return (pred - target).pow(2).mean(dim=-1)
 
 
 class NeuralMemory(Module):
