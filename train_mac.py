@@ -614,12 +614,27 @@ class MicroStep:
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self._compute(self.inputs)
+                self.model.zero_grad(set_to_none=False)
+                expected = self._outcome(self._compute(self.inputs))
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.loss = self._compute(self.inputs)
+
         self.model.zero_grad(set_to_none=False)
+        self.graph.replay()
+        came = self._outcome(self.loss)
+        if not torch.allclose(came, expected, rtol=0.02):
+            raise RuntimeError(
+                f'the recorded step gives a loss and a norm of the gradient of {came.tolist()}, the step itself '
+                f'{expected.tolist()}: train with --no-use-cuda-graphs'
+            )
+        self.model.zero_grad(set_to_none=False)
+
+    def _outcome(self, loss: Tensor) -> Tensor:
+        """The loss, and the norm of the gradient."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return torch.stack((loss.float(), nn.utils.get_total_norm(gradients)))
 
 
 def training_loop(
