@@ -230,6 +230,8 @@ def choose_machine(config: Config) -> Machine:
     if precision == 'auto':
         precision = 'bf16' if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else 'fp32'
     torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')  # fp32 is never TF32 in disguise
+    if config.USE_CUDA_GRAPHS and not on_gpu:
+        sys.exit(f'--use-cuda-graphs needs a CUDA device, and this run is on {device}')
     triton = on_gpu and importlib.util.find_spec('triton') is not None
     return Machine(
         device,
@@ -587,7 +589,7 @@ class MicroStep:
 
     def __init__(self, model: nn.Module, config: Config, machine: Machine):
         self.model = model
-        self.share = 1 / config.GRADIENT_ACCUMULATE_EVERY
+        self.shares = config.GRADIENT_ACCUMULATE_EVERY
         self.machine = machine
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -604,7 +606,7 @@ class MicroStep:
 
     def _compute(self, inputs: Tensor) -> Tensor:
         with self.machine.autocast():
-            loss = self.model(inputs, return_loss=True) * self.share
+            loss = self.model(inputs, return_loss=True) / self.shares
         loss.backward()
         return loss.detach()
 

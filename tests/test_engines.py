@@ -362,6 +362,9 @@ def test_mixing_equals_the_recurrences():
     u, w0, s0 = torch.randn(2, n).double(), torch.randn(2).double(), torch.randn(2, orders).double()
 
     starts = torch.cat((w0[:, None], s0), dim=1)
+    # after a chunk there is what stands before the next, or at the end
+    after = torch.cat((mixing.steps[:, 1:], mixing.end[:, :1]), dim=1)
+    starts_after = torch.cat((mixing.step_starts[:, 1:], mixing.end_starts[:, :1]), dim=1)
     weight, states = w0, [*s0.unbind(1)]
     for c in range(n):
         before = (mixing.steps[:, c] * u).sum(1) + (mixing.step_starts[:, c] * starts).sum(1)
@@ -373,7 +376,7 @@ def test_mixing_equals_the_recurrences():
         terms = torch.stack([u[:, c], *states], dim=1)
         combined = (chunks.momentum_mix[:, c] * terms).sum(dim=1)
         weight = (1 - chunks.decay[:, c].sigmoid()) * weight + combined
-        came = (mixing.weight[:, c] * u).sum(1) + (mixing.weight_starts[:, c] * starts).sum(1)
+        came = (after[:, c] * u).sum(1) + (starts_after[:, c] * starts).sum(1)
         assert_same(came, weight, 1e-12)
         came = (mixing.momentum[:, c] * u).sum(1) + (mixing.momentum_starts[:, c] * s0).sum(1)
         assert_same(came, combined, 1e-12)

@@ -33,6 +33,15 @@ def default_loss_fn(pred: Float[Tensor, '... d'], target: Float[Tensor, '... d']
     return (pred - target).pow(2).mean(dim=-1)
 
 
+def batched_loss(loss_fn: LossFn, axes: int) -> LossFn:
+    """`loss_fn` for so many axes in front; the default one takes any."""
+    if loss_fn is default_loss_fn:
+        return loss_fn
+    for _ in range(axes):
+        loss_fn = vmap(loss_fn)
+    return loss_fn
+
+
 class Chunks(NamedTuple):
     """What a run of chunks asks the memory to learn, and how."""
 
@@ -262,16 +271,12 @@ class Mixing(NamedTuple):
     """Of the update j, in the combined momentum after chunk c."""
     momentum_starts: Float[Tensor, 'bh n o']
     """Of the momentum that each order started with."""
-    weight: Float[Tensor, 'bh n n']
-    """Of the update j, in the weights after chunk c."""
-    weight_starts: Float[Tensor, 'bh n k']
-    """Of the weights at the start, then of each order's momentum."""
     decay: Float[Tensor, 'bh n n']
     """Of the combined momentum j, in the weights after chunk c."""
     steps: Float[Tensor, 'bh n n']
     """Of the update j, in the weights before chunk c: those of step c."""
     step_starts: Float[Tensor, 'bh n k']
-    """Of each state at the start, in the weights before chunk c."""
+    """Of the weights at the start, then of each order's momentum, in the weights before chunk c."""
     end: Float[Tensor, 'bh k n']
     """Of the update j, in the weights and in each order's momentum after the last chunk."""
     end_starts: Float[Tensor, 'bh k k']
@@ -348,8 +353,6 @@ class Mixing(NamedTuple):
         return cls(
             momentum=momentum,
             momentum_starts=momentum_starts,
-            weight=weight,
-            weight_starts=weight_starts,
             decay=decay,
             steps=F.pad(weight[:, :-1], (0, 0, 1, 0)),
             step_starts=torch.cat((at_first, weight_starts[:, :-1]), dim=1),
@@ -440,8 +443,7 @@ class DualEngine(Engine):
                 return probe(name, out)
 
             prediction = functional_call(self.model, vectors, (chunks.keys,), {'linear': linear})
-            loss_fn = self.loss_fn if self.loss_fn is default_loss_fn else vmap(vmap(self.loss_fn))
-            losses = loss_fn(prediction, chunks.values)
+            losses = batched_loss(self.loss_fn, 2)(prediction, chunks.values)
             # the gradient of minus the loss is the way down
             return -(losses * chunks.step_sizes).sum(), losses
 
@@ -595,4 +597,9 @@ def _soft_clamp_factor(squared_norm: Float[Tensor, 'bh n'], max_norm: float) -> 
 
 def _per_chunk(factors: Float[Tensor, 'bh n'], tensors: Float[Tensor, 'bh n ...']) -> Float[Tensor, 'bh n ...']:
     # a plain product: einsum would lower its precision under autocast
-    return tensors * factors.reshape(*factors.shape, *(1,) * (tensors.ndim - 2))
+    return tensors * beside(factors, tensors)
+
+
+def beside(factors: Tensor, tensors: Tensor) -> Tensor:
+    """Factors for the first axes of `tensors`, with an axis of one for each of the rest."""
+    return factors.reshape(*factors.shape, *(1,) * (tensors.ndim - factors.ndim))

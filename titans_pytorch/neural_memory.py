@@ -14,12 +14,21 @@ from einops import rearrange, repeat
 from einops.layers.torch import Rearrange
 from tensordict import TensorDict
 from torch import Tensor, nn
-from torch.func import vmap
 from torch.nn import Linear, Module, Parameter, ParameterList
 from torch.utils.checkpoint import checkpoint
 
 from titans_pytorch.checks import check_floating, check_multiple, check_positive, check_shape
-from titans_pytorch.engines import Chunks, DualEngine, Engine, LossFn, Residual, choose_engine, default_loss_fn
+from titans_pytorch.engines import (
+    Chunks,
+    DualEngine,
+    Engine,
+    LossFn,
+    Residual,
+    batched_loss,
+    beside,
+    choose_engine,
+    default_loss_fn,
+)
 from titans_pytorch.fast_weights import FastWeights, Weights
 from titans_pytorch.gates import AttentionPool, AveragePool, HeadsFirst, MultiheadRMSNorm, gate, projection, start_at
 from titans_pytorch.memory_layout import Call, MemoryLayout, check_memory_model
@@ -485,12 +494,11 @@ class NeuralMemory(Module):
         if self.to_learned_weight_residual_mix is not None:
             assert prev_weights is not None
             shares = self.to_learned_weight_residual_mix(pooled).flatten()
-            at = {n: w + shares.view(-1, *(1,) * (w.ndim - 1)) * prev_weights[n] for n, w in at.items()}
+            at = {name: w + beside(shares, w) * prev_weights[name] for name, w in at.items()}
 
-        loss_fn = self.store_memory_loss_fn
         last, momentum = store_one_chunk(
             self._predict,
-            loss_fn if loss_fn is default_loss_fn else vmap(loss_fn),
+            batched_loss(self.store_memory_loss_fn, 1),
             chunk,
             at,
             state.last,

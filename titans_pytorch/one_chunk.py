@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 from torch.nn import Module
 
-from titans_pytorch.engines import Chunks, LossFn, soft_clamp_norm
+from titans_pytorch.engines import Chunks, LossFn, beside, soft_clamp_norm
 from titans_pytorch.fast_weights import Weights
 from titans_pytorch.orthogonalize import newton_schulz
 from titans_pytorch.shapes import Float
@@ -57,9 +57,9 @@ def store_one_chunk(
         if max_grad_norm is not None:
             descent = soft_clamp_norm(descent.unsqueeze(1), max_grad_norm).squeeze(1)
         # Titans eq. 10: S_t = η_t S_{t−1} + u_t, each order's momentum the next one's input
-        surprises = [descent if scales is None else descent * _like(scales[index], descent)]
+        surprises = [descent if scales is None else descent * beside(scales[index], descent)]
         for eta, before in zip(etas, last_momentum.get(name, ())):
-            surprises.append(torch.addcmul(surprises[-1], _like(eta, before), before))
+            surprises.append(torch.addcmul(surprises[-1], beside(eta, before), before))
         if etas:
             momentum[name] = torch.stack(surprises[1:])
         updates[name] = surprises[-1] if shares is None else _mixed(surprises[-len(shares) :], shares)
@@ -67,7 +67,7 @@ def store_one_chunk(
         updates |= _orthogonal({name: update for name, update in updates.items() if update.ndim > 2})
 
     # Titans eq. 13: M_t = (1 − α_t) M_{t−1} + S_t
-    return {name: torch.addcmul(updates[name], _like(keep, w), w) for name, w in last.items()}, momentum
+    return {name: torch.addcmul(updates[name], beside(keep, w), w) for name, w in last.items()}, momentum
 
 
 @torch.enable_grad()
@@ -80,7 +80,7 @@ def _descents(predict: Predict, loss_fn: LossFn, chunk: Chunks, at: Weights) -> 
 
 
 def _mixed(orders: list[Tensor], shares: Sequence[Float[Tensor, ' bh']]) -> Tensor:
-    terms = [_like(share, order) * order for share, order in zip(shares, orders)]
+    terms = [beside(share, order) * order for share, order in zip(shares, orders)]
     return sum(terms[1:], terms[0])
 
 
@@ -95,7 +95,3 @@ def _orthogonal(matrices: Weights) -> Weights:
         stacked = torch.stack([wide[name] for name in names])
         done |= zip(names, newton_schulz(stacked).to(stacked.dtype).unbind(0))
     return {name: done[name] if wide[name] is m else done[name].mT for name, m in matrices.items()}
-
-
-def _like(factor: Float[Tensor, ' bh'], t: Float[Tensor, 'bh ...']) -> Tensor:
-    return factor.view(-1, *(1,) * (t.ndim - 1))
