@@ -22,12 +22,10 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from beside_reference import load_train_mac
-from harness import ROOT, by_turns, gibibytes, in_own_process, machine, own_path, table, timed, write_section
+from harness import ROOT, by_turns, gibibytes, machine, own_path, parsed, table, timed, write_section
 
 PROMPT = 64
 
@@ -71,14 +69,10 @@ def small_model() -> torch.nn.Module:
 
 def check(device: str) -> float:
     """Largest relative error of a small model's steps in float64."""
+    from tests.compare import all_in_float64
     from titans_pytorch.decoding import Stepper
 
-    def softmax(x: torch.Tensor, dim: int, **_: Any) -> torch.Tensor:
-        return torch.softmax(x, dim)
-
-    # hyper-connections cast to float32 inside, and plain attention takes its softmax in it: here both are float64
-    in_float64 = patch.object(torch.Tensor, 'float', torch.Tensor.double), patch.object(F, 'softmax', softmax)
-    with torch.no_grad(), in_float64[0], in_float64[1]:
+    with torch.no_grad(), all_in_float64():
         model = small_model().double().to(device).eval()
         ids = torch.randint(0, 16, (2, 60), device=device)
         whole = model(ids)
@@ -128,13 +122,8 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         modes |= {'ours, no CUDA graphs': own_path()}
     if options.reference_path:
         modes |= {'reference': options.reference_path}
-    packages = {
-        mode: lambda mode=mode, path=path: in_own_process(
-            __file__, path, timeout=options.timeout, case=asdict(case), mode=mode, repeats=options.repeats
-        )
-        for mode, path in modes.items()
-    }
-    figures = by_turns(packages)
+    job = {'case': asdict(case), 'repeats': options.repeats}
+    figures = by_turns(__file__, modes, timeout=options.timeout, **job)
     print(f'{case}: {json.dumps(figures)}', flush=True)
     return {'case': asdict(case), 'figures': figures}
 
@@ -160,15 +149,9 @@ def _cells(f: dict[str, Any], batch: int, reference: float | None) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--reference-path', help='PYTHONPATH that holds the reference package')
     parser.add_argument('--repeats', type=int, default=3, help='timed calls in each of two processes')
     parser.add_argument('--timeout', type=float, default=300.0, help='seconds that a process may take')
-    parser.add_argument('--write', action='store_true', help='put the table into RESULTS.md')
-    parser.add_argument('--worker', help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker is not None:
-        print(json.dumps(work(**json.loads(options.worker))))
-        return
+    options = parsed(parser, work)
 
     sys.path.insert(0, str(ROOT))
     device = 'cuda' if torch.cuda.is_available() else 'cpu'

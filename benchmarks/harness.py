@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -38,14 +39,28 @@ def in_own_process(script: str, path: str, timeout: float | None = None, **job: 
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def by_turns(packages: dict[str, Callable[[], dict[str, Any]]], rounds: int = 2) -> dict[str, dict[str, Any]]:
-    """Each package's runs, alternating so that a machine's moods meet all of them; summarised."""
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in packages}
+def by_turns(
+    script: str, paths: dict[str, str], rounds: int = 2, timeout: float | None = None, **job: Any
+) -> dict[str, dict[str, Any]]:
+    """Runs of each mode under its PYTHONPATH, alternating so that a machine's moods meet all of them; summarised."""
+    runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in paths}
     for _ in range(rounds):
-        for name, run in packages.items():
-            if not any('failed' in earlier for earlier in runs[name]):
-                runs[name].append(run())
-    return {name: summary(own) for name, own in runs.items()}
+        for mode, path in paths.items():
+            if not any('failed' in earlier for earlier in runs[mode]):
+                runs[mode].append(in_own_process(script, path, timeout, mode=mode, **job))
+    return {mode: summary(own) for mode, own in runs.items()}
+
+
+def parsed(parser: argparse.ArgumentParser, work: Callable[..., dict[str, Any]]) -> argparse.Namespace:
+    """The options, with those that every benchmark has. A worker does its job instead, and ends here."""
+    parser.add_argument('--reference-path', help='PYTHONPATH that holds the reference package')
+    parser.add_argument('--write', action='store_true', help='put the tables into RESULTS.md')
+    parser.add_argument('--worker', help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker is not None:
+        print(json.dumps(work(**json.loads(options.worker))))
+        sys.exit()
+    return options
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -24,7 +24,6 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,10 @@ from harness import (
     by_turns,
     captured,
     gibibytes,
-    in_own_process,
     machine,
     milliseconds,
     own_path,
+    parsed,
     table,
     timed,
     write_section,
@@ -234,9 +233,8 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     if options.reference_path and case.kind in ('step', 'longest') and not case.checkpoint_every:
         modes |= {'reference': options.reference_path}
 
-    job = {'case': asdict(case), 'repeats': options.repeats}
-    packages = {mode: partial(in_own_process, __file__, path, mode=mode, **job) for mode, path in modes.items()}
-    figures = by_turns(packages, options.rounds if case.kind in ('step', 'growth') else 1)
+    rounds = options.rounds if case.kind in ('step', 'growth') else 1
+    figures = by_turns(__file__, modes, rounds, case=asdict(case), repeats=options.repeats)
     print(f'{case.kind} {case.name}: {json.dumps(figures)}', flush=True)
     return {'case': asdict(case), 'error': error, 'figures': figures}
 
@@ -305,16 +303,10 @@ def main() -> None:
     parser.add_argument('--kinds', nargs='*', default=['step'], help='step, growth, stream, longest; default: step')
     parser.add_argument('--repeats', type=int, default=5, help='timed steps in each process')
     parser.add_argument('--rounds', type=int, default=2, help='processes a package gets, by turns')
-    parser.add_argument('--reference-path', help='PYTHONPATH that holds the reference package')
     parser.add_argument('--no-compile', dest='compile', action='store_false', help='leave out the compiled rows')
     parser.add_argument('--json', type=Path, help='note each case in this file')
     parser.add_argument('--report', type=Path, nargs='*', help='tables of figures measured before')
-    parser.add_argument('--write', action='store_true', help='put the tables into RESULTS.md')
-    parser.add_argument('--worker', help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker is not None:
-        print(json.dumps(work(**json.loads(options.worker))))
-        return
+    options = parsed(parser, work)
 
     sys.path.insert(0, str(ROOT))
     if options.report:

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from beside_reference import load_train_mac
-from harness import by_turns, gibibytes, in_own_process, machine, milliseconds, own_path, table, timed, write_section
+from harness import by_turns, gibibytes, machine, milliseconds, own_path, parsed, table, timed, write_section
 
 GPU = torch.cuda.is_available()
 
@@ -58,14 +57,8 @@ def main() -> None:
     parser.add_argument('--batches', type=int, nargs='*', default=[4])
     parser.add_argument('--precisions', nargs='*', default=['fp32', 'bf16'] if GPU else ['fp32'])
     parser.add_argument('--repeats', type=int, default=5, help='timed steps in each of two processes')
-    parser.add_argument('--reference-path', help='PYTHONPATH that holds the reference package')
     parser.add_argument('--json', type=Path, help='write the figures to this file')
-    parser.add_argument('--write', action='store_true', help='put the table into RESULTS.md')
-    parser.add_argument('--worker', help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker is not None:
-        print(json.dumps(work(**json.loads(options.worker))))
-        return
+    options = parsed(parser, work)
 
     paths = {'ours': own_path(), **({'ours, CUDA graph': own_path()} if GPU else {})}
     if options.reference_path:
@@ -73,9 +66,7 @@ def main() -> None:
     rows, results = [], []
     for batch in options.batches:
         for precision in options.precisions:
-            job = {'batch': batch, 'precision': precision, 'repeats': options.repeats}
-            packages = {mode: partial(in_own_process, __file__, path, mode=mode, **job) for mode, path in paths.items()}
-            figures = by_turns(packages)
+            figures = by_turns(__file__, paths, batch=batch, precision=precision, repeats=options.repeats)
             print(f'{batch}, {precision}: {json.dumps(figures)}', flush=True)
             results.append({'batch': batch, 'precision': precision, 'figures': figures})
             reference = figures.get('reference', {})

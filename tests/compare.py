@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -52,3 +55,14 @@ def gradients(module: torch.nn.Module, scalar: Tensor) -> dict[str, Tensor]:
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     came = torch.autograd.grad(scalar, [*named.values()], allow_unused=True)
     return {name: g for name, g in zip(named, came) if g is not None}
+
+
+@contextmanager
+def all_in_float64() -> Iterator[None]:
+    """Hyper-connections cast to float32 inside, and the attention's softmax is taken in it: here both are float64."""
+
+    def softmax(x: Tensor, dim: int, **_: Any) -> Tensor:
+        return torch.softmax(x, dim)
+
+    with patch.object(Tensor, 'float', Tensor.double), patch.object(F, 'softmax', softmax):
+        yield

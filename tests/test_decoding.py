@@ -6,8 +6,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-import torch.nn.functional as F
-from compare import assert_same, leaves, randomised
+from compare import all_in_float64, assert_same, leaves, randomised
 from memories import SWITCHES, inputs, memory
 from test_mac_transformer import CONFIGURATIONS, TOKENS, ids, transformer
 
@@ -20,13 +19,8 @@ LENGTH = 45  # at 5 tokens to a window, and at most 8 positions to a chunk: seve
 
 
 @pytest.fixture(autouse=True)
-def all_in_float64():
-    """Hyper-connections cast to float32 inside, and attention takes its softmax in it: here both are float64."""
-
-    def softmax(x, dim, **_):
-        return torch.softmax(x, dim)
-
-    with patch.object(torch.Tensor, 'float', torch.Tensor.double), patch.object(F, 'softmax', softmax):
+def float64():
+    with all_in_float64():
         yield
 
 

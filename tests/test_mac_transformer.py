@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import itertools
 import random
-from unittest.mock import patch
 
 import pytest
 import torch
-import torch.nn.functional as F
-from compare import assert_same, gradients, randomised
+from compare import all_in_float64, assert_same, gradients, randomised
 from torch import nn
 
 from titans_pytorch import MemoryAsContextTransformer, MemoryAttention, MemoryMLP
@@ -66,13 +64,8 @@ def ids(length: int, batch: int = 2) -> torch.Tensor:
 
 
 @pytest.fixture(autouse=True)
-def all_in_float64():
-    """Hyper-connections cast to float32 inside, and the attention's softmax is taken in it: here both are float64."""
-
-    def softmax(x, dim, **_):
-        return torch.softmax(x, dim)
-
-    with patch.object(torch.Tensor, 'float', torch.Tensor.double), patch.object(F, 'softmax', softmax):
+def float64():
+    with all_in_float64():
         yield
 
 
