@@ -9,7 +9,7 @@ wrong there is no figure. Then ours (on a GPU also as a CUDA graph, eager and co
 each time in a process of its own. Four kinds of measurement:
 
     step     a training step; median and range from 10 % to 90 %, peak memory, and the reference's time by ours
-    growth   the same for ours at two lengths: time per token
+    growth   a training step at the length and at an eighth of it, by turns in one process: time per token
     stream   2²⁰ tokens in calls of 4096 without gradients: memory and time per token, at the start and at the end
     longest  a training step on a single sequence: memory per token, and the longest tried that fits
 
@@ -21,8 +21,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -91,12 +93,7 @@ CASES = [
     Case('step', 'cuda', 64, 512, 4, 4096),
     Case('step', 'cuda', 1, 32, 4, 512),
     Case('step', 'cuda', 16, 128, 1, 1024),
-    *(
-        Case('growth', device, 4, memory_batch, 1, length)
-        for device in ('cpu', 'cuda')
-        for memory_batch in (128, None)
-        for length in (2048, 16384)
-    ),
+    *(Case('growth', device, 4, memory_batch, 1, 16384) for device in ('cpu', 'cuda') for memory_batch in (128, None)),
     Case('stream', 'cpu', 64, 512, 1, 2**20),
     Case('stream', 'cuda', 4, 128, 1, 2**20),
     Case('longest', 'cuda', 4, 128, 1, 2**17),
@@ -142,9 +139,8 @@ def peak_memory(case: Case) -> int | None:
     return torch.cuda.max_memory_allocated() if case.device == 'cuda' else None
 
 
-def step(case: Case, repeats: int, mode: str) -> dict[str, Any]:
-    layer = build(case)
-    seq = torch.randn(case.batch, case.length, DIM, device=case.device)
+def training_step(layer: torch.nn.Module, seq: torch.Tensor, mode: str) -> Callable[[], None]:
+    """Forward and backward as `mode` names it."""
     graph, compiled = 'graph' in mode, 'compiled' in mode
 
     def loss(seq: torch.Tensor) -> torch.Tensor:
@@ -156,12 +152,29 @@ def step(case: Case, repeats: int, mode: str) -> dict[str, Any]:
         layer.zero_grad(set_to_none=not graph)
         compute(seq).backward()
 
-    started = time.perf_counter()
     forward_and_backward()
+    return captured(forward_and_backward) if graph else forward_and_backward
+
+
+def step(case: Case, repeats: int, mode: str) -> dict[str, Any]:
+    started = time.perf_counter()
+    run = training_step(build(case), torch.randn(case.batch, case.length, DIM, device=case.device), mode)
     first = time.perf_counter() - started
-    replay = captured(forward_and_backward) if graph else forward_and_backward
-    seconds = timed(replay, repeats)
-    return {'seconds': seconds, 'peak': peak_memory(case), 'first step': first}
+    seconds = timed(run, repeats)
+    return {'seconds': seconds, 'peak': peak_memory(case), 'build and first step': first}
+
+
+def growth(case: Case, repeats: int, mode: str) -> dict[str, Any]:
+    """By turns, so that a machine's moods meet both lengths; the short one as often as makes the same tokens."""
+    layer, lengths = build(case), (case.length // 8, case.length)
+    seqs = [torch.randn(case.batch, length, DIM, device=case.device) for length in lengths]
+    runs = [training_step(layer, seq, mode) for seq in seqs]
+    seconds: list[list[float]] = [[], []]
+    for turn in range(repeats + 1):
+        for own, run, times in zip(seconds, runs, (8, 1)):
+            own += timed(run, times, warmup=int(turn == 0))
+    short, long = (statistics.median(own) / length for own, length in zip(seconds, lengths))
+    return {'seconds': seconds[1], 'peak': peak_memory(case), 'short': short, 'long': long}
 
 
 def stream(case: Case, repeats: int, mode: str) -> dict[str, Any]:
@@ -213,7 +226,7 @@ def longest(case: Case, repeats: int, mode: str) -> dict[str, Any]:
 
 
 def work(case: dict[str, Any], repeats: int, mode: str) -> dict[str, Any]:
-    kinds = {'step': step, 'growth': step, 'stream': stream, 'longest': longest}
+    kinds = {'step': step, 'growth': growth, 'stream': stream, 'longest': longest}
     return kinds[case['kind']](Case(**case), repeats, mode)
 
 
@@ -233,7 +246,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     if options.reference_path and case.kind in ('step', 'longest') and not case.checkpoint_every:
         modes |= {'reference': options.reference_path}
 
-    rounds = options.rounds if case.kind in ('step', 'growth') else 1
+    rounds = options.rounds if case.kind == 'step' else 1
     figures = by_turns(__file__, modes, rounds, case=asdict(case), repeats=options.repeats)
     print(f'{case.kind} {case.name}: {json.dumps(figures)}', flush=True)
     return {'case': asdict(case), 'error': error, 'figures': figures}
@@ -243,7 +256,7 @@ def report(results: list[dict[str, Any]]) -> dict[str, str]:
     """A table for each kind."""
     columns = {
         'step': ('median', '10 % to 90 %', 'peak memory', 'reference / this'),
-        'growth': ('median', '10 % to 90 %', 'time per token'),
+        'growth': ('per token, an eighth of the length', 'per token', 'growth'),
         'stream': ('per token, first quarter', 'last quarter', 'peak after two calls', 'at the end'),
         'longest': (
             'longest tried that fits',
@@ -275,7 +288,7 @@ def _step_cells(f: dict[str, Any], all_figures: dict[str, Any]) -> list[str]:
 
 
 def _growth_cells(f: dict[str, Any], _: dict[str, Any]) -> list[str]:
-    return [*milliseconds(f), f'{f["per token"] * 1e6:.2f} µs']
+    return [*(f'{f[length] * 1e6:.2f} µs' for length in ('short', 'long')), f'{(f["long"] / f["short"] - 1):+.1%}']
 
 
 def _stream_cells(f: dict[str, Any], _: dict[str, Any]) -> list[str]:
@@ -322,10 +335,6 @@ def main() -> None:
                 with open(options.json, 'a') as notes:
                     notes.write(json.dumps({'machine': where, 'result': results[-1]}) + '\n')
 
-    for result in results:
-        for f in result['figures'].values():
-            if 'median' in f:
-                f['per token'] = f['median'] / result['case']['batch'] / result['case']['length']
     print(f'\n{where}')
     device = results[0]['case']['device']
     for kind, text in report(results).items():

@@ -69,14 +69,35 @@ class Residual(NamedTuple):
     """Another memory's weights, a share of which is added to the base weights that gradients are taken at."""
 
     weights: FastWeights
+    dense: Weights
+    """Those that are held dense, before each chunk, (bh, n, …)."""
     shares: Float[Tensor, 'bh n']
     first: int = 0
     """The step that belongs to the first chunk."""
 
+    @classmethod
+    def of(cls, weights: FastWeights, shares: Float[Tensor, 'bh n']) -> Residual:
+        return cls(weights, {name: weights.steps(name, 0, shares.shape[1]) for name in weights.dense}, shares)
+
     def split(self, lengths: list[int]) -> list[Residual]:
+        dense = {name: w.split(lengths, dim=1) for name, w in self.dense.items()}
         firsts = accumulate(lengths[:-1], initial=self.first)
-        parts = zip(self.shares.split(lengths, dim=1), firsts)
-        return [Residual(self.weights, shares, first) for shares, first in parts]
+        return [
+            Residual(self.weights, {name: parts[run] for name, parts in dense.items()}, shares, first)
+            for run, (shares, first) in enumerate(zip(self.shares.split(lengths, dim=1), firsts))
+        ]
+
+    def steps(self, name: str) -> Float[Tensor, 'bh n ...']:
+        """A share of a parameter before each chunk."""
+        held = self.dense.get(name)
+        return _per_chunk(
+            self.shares, self.weights.steps(name, self.first, self.shares.shape[1]) if held is None else held
+        )
+
+    def linear(self, name: str, x: Float[Tensor, 'bh n m d']) -> Float[Tensor, 'bh n m e']:
+        """A share of the rows of each chunk times the matrix before it."""
+        out = x @ self.dense[name] if name in self.dense else self.weights.linear(name, x, self.first)
+        return _per_chunk(self.shares, out)
 
 
 Momentum = dict[str, list[Tensor]]
@@ -246,9 +267,8 @@ class DenseEngine(Engine):
 
         at, per_chunk = base, None
         if residual is not None:
-            num_chunks, per_chunk = chunks.keys.shape[1], 0
-            others = {name: residual.weights.steps(name, residual.first, num_chunks) for name in base}
-            at = {name: w.unsqueeze(1) + _per_chunk(residual.shares, others[name]) for name, w in base.items()}
+            per_chunk = 0
+            at = {name: w.unsqueeze(1) + residual.steps(name) for name, w in base.items()}
 
         gradient = grad(loss, has_aux=True)
         over_chunks = vmap(gradient, in_dims=(per_chunk, 0, 0, 0), randomness='different')
@@ -427,8 +447,7 @@ class DualEngine(Engine):
         bh, n, m, _ = chunks.keys.shape
         vectors = {name: base[name].unsqueeze(1).expand(-1, n, -1) for name in _vectors(self.model)}
         if residual is not None:
-            others = {name: residual.weights.steps(name, residual.first, n) for name in vectors}
-            vectors = {name: v + _per_chunk(residual.shares, others[name]) for name, v in vectors.items()}
+            vectors = {name: v + residual.steps(name) for name, v in vectors.items()}
 
         inputs: Weights = {}
 
@@ -438,8 +457,7 @@ class DualEngine(Engine):
                 inputs[name] = x
                 out = (x.flatten(1, 2) @ base[name]).unflatten(1, (n, m))
                 if residual is not None:
-                    other = residual.weights.linear(name, x, residual.first)
-                    out = out + residual.shares[:, :, None, None] * other
+                    out = out + residual.linear(name, x)
                 return probe(name, out)
 
             prediction = functional_call(self.model, vectors, (chunks.keys,), {'linear': linear})

@@ -644,7 +644,7 @@ class NeuralMemory(Module):
                 f'prev_weights must hold weights for each of the {num_chunks} chunks that this call completes, '
                 f'got {previous.num_steps}'
             )
-        return Residual(previous, to_mix(pooled).squeeze(-1))
+        return Residual.of(previous, to_mix(pooled).squeeze(-1))
 
     def _transition(self, base: Weights, last: Weights) -> Weights:
         """Base weights of the next memory batch."""
