@@ -48,6 +48,8 @@ BAD_MEMORIES = [
     (dict(model=MemoryMLP(5, depth=1)), ValueError, r'model must accept a tensor of shape \(3, 2, 8\)'),
     (dict(model=nn.BatchNorm1d(2)), ValueError, "model must have no buffers, got .'running_mean'"),
     (dict(model=nn.Identity()), ValueError, 'model must have parameters'),
+    (dict(engine='dense', checkpoint_every=8), ValueError, "checkpoint_every needs engine='dual', and this memory is"),
+    (dict(accept_weight_residual=True, checkpoint_every=8), ValueError, 'checkpoint_every keeps no weights over time'),
     (dict(model=torch.tanh), TypeError, 'model must be a torch.nn.Module'),
 ]
 

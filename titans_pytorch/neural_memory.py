@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from titans_pytorch.checks import check_floating, check_multiple, check_positive, check_shape
 from titans_pytorch.engines import (
     Chunks,
+    DenseEngine,
     DualEngine,
     Engine,
     LossFn,
@@ -120,7 +121,7 @@ class NeuralMemory(Module):
             where it can serve. The numbers are the same.
         checkpoint_every: keep only the state after every so many tokens for the backward, which computes the rest
             again (activation checkpointing). What a training step holds is then one such stretch and a state for each,
-            for a third more work; `state.updates` is `None`. Default: keep everything.
+            for a third more work; `state.updates` is `None`. Needs the dual engine. Default: keep everything.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit, naming the argument, what was expected and what came.
@@ -220,6 +221,9 @@ class NeuralMemory(Module):
         check_memory_model(model, dim_head)
         model = ResidualNorm(dim_head, model) if mem_model_norm_add_residual else model
         self._engine_class = choose_engine(engine, model, dim_head)
+        if checkpoint_every is not None and self._engine_class is DenseEngine:
+            # its gradients are those of torch.func, which lets no saved tensor be computed again
+            raise ValueError("checkpoint_every needs engine='dual', and this memory is dense")
         self._hold(model)
         self.transition_gate = Parameter(torch.tensor(-5.0)) if gated_transition else None
         self.assoc_scan = AssocScan(use_accelerated=use_accelerated_scan)
