@@ -55,6 +55,10 @@ SWITCHES: dict[str, dict[str, Any]] = {
     'no residual norm': {'mem_model_norm_add_residual': False},
     'activation': {'activation': nn.SiLU()},
     'biases': {'init_adaptive_step_bias': -2.0, 'init_momentum_bias': 1.0, 'init_decay_bias': -3.0},
+    'l2 norm': {'qk_l2norm': True},
+    'convolution': {'conv_kernel': 4, 'activation': nn.SiLU()},
+    'convolution, attention memory': {'conv_kernel': 3, 'model': lambda: MemoryAttention(HEAD)},
+    'gate per channel': {'channel_gate': True},
     'different views': {'qkv_receives_diff_views': True},
     'linear memory': {'model': lambda: MemoryMLP(HEAD, depth=1)},
     'deep memory': {'model': lambda: MemoryMLP(HEAD, depth=4)},
@@ -76,6 +80,8 @@ SWITCHES: dict[str, dict[str, Any]] = {
         'spectral_norm_surprises': True,
         'gated_transition': True,
         'qkv_receives_diff_views': True,
+        'conv_kernel': 3,
+        'channel_gate': True,
     },
 }
 

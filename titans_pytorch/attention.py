@@ -110,7 +110,7 @@ class SegmentedAttention(Module):
         self.to_qkv = Linear(dim, dim_inner * 3, bias=False)
         self.to_out = Linear(dim_inner, dim, bias=False)
         self.to_learned_v_mix = (
-            nn.Sequential(Linear(dim, heads), HeadsFirst(), nn.Sigmoid()) if accept_value_residual else None
+            nn.Sequential(Linear(dim, heads), HeadsFirst(heads), nn.Sigmoid()) if accept_value_residual else None
         )
         self.heads = heads
         self.merge_heads = Rearrange('b h n d -> b n (h d)')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import Linear, Module, Parameter
@@ -43,10 +44,33 @@ class AttentionPool(Module):
         return (x * self.to_attn_logits(x).softmax(dim=-2)).sum(dim=-2)
 
 
-def projection(dim: int, dim_out: int, activation: Module | None) -> Module:
-    """A bias-free linear map, followed by `activation` if there is one."""
+class L2Norm(Module):
+    """Rows of length 1, so that a product of two is their cosine."""
+
+    def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
+        return F.normalize(x, dim=-1)
+
+
+class CausalConv(Module):
+    """Each feature's own convolution over the tokens up to each one: of k − 1 + n tokens, what the last n give."""
+
+    def __init__(self, dim: int, kernel_size: int):
+        super().__init__()
+        self.conv = nn.Conv1d(dim, dim, kernel_size, groups=dim, bias=False)
+        self.reach = kernel_size - 1
+
+    def forward(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
+        if x.shape[1] == self.reach:  # which `conv1d` refuses
+            return x[:, self.reach :]
+        return self.conv(x.transpose(1, 2)).transpose(1, 2)
+
+
+def projection(dim: int, dim_out: int, activation: Module | None, conv_kernel: int | None = None) -> Module:
+    """A bias-free linear map, followed by a `CausalConv` and by `activation`, if there are any."""
     linear = Linear(dim, dim_out, bias=False)
-    return linear if activation is None else nn.Sequential(linear, activation)
+    conv = () if conv_kernel is None else (CausalConv(dim_out, conv_kernel),)
+    parts = (linear, *conv, *(() if activation is None else (activation,)))
+    return linear if len(parts) == 1 else nn.Sequential(*parts)
 
 
 class PerHead(Module):
@@ -61,10 +85,14 @@ class PerHead(Module):
 
 
 class HeadsFirst(Module):
-    """A number for each head, (b, n, h), to where it scales that head's rows, (b, h, n, 1)."""
+    """Numbers for each head, (b, n, h · g), to where they scale that head's rows, (b, h, n, g)."""
 
-    def forward(self, x: Float[Tensor, 'b n h']) -> Float[Tensor, 'b h n 1']:
-        return x.transpose(1, 2).unsqueeze(-1)
+    def __init__(self, heads: int):
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, 'b h n g']:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 def gate(dim: int, heads: int, per_head: int, activation: Module | None = None) -> nn.Sequential:

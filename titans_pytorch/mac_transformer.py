@@ -531,7 +531,11 @@ class MemoryAsContextTransformer(Module):
         return DecodingCache(
             position,
             [block.attention.from_ring(layer.key_values, position) for block, layer in layers],
-            [layer.memory.closed(position) for _, layer in layers if layer.memory is not None],
+            [
+                layer.memory.closed(position, block.memory.step_sizes)
+                for block, layer in layers
+                if layer.memory is not None
+            ],
         )
 
     def step_kind(self, position: int) -> StepKind:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -21,11 +22,14 @@ class PendingSegment(NamedTuple):
     mask: Bool[Tensor, 'b n'] | None = None
     """Which of them to store; `None`: all."""
     queries: Float[Tensor, 'b n d'] | None = None
-    """Retrieval inputs that read the same weights as the next token, for memory models that mix tokens."""
+    """Retrieval inputs before the next token that its result depends on: those that read the same weights, for memory
+    models that mix tokens, and before them those that a convolution reaches."""
+    before: Float[Tensor, 'b k-1 d'] | Float[Tensor, 'v b k-1 d'] | None = None
+    """Store inputs before the open chunk that a convolution reaches."""
 
     def simplified(self) -> Tensor | PendingSegment:
         """The bare tokens where they are all there is."""
-        return self.tokens if self.mask is None and self.queries is None else self
+        return self.tokens if all(other is None for other in self[1:]) else self
 
 
 class NeuralMemState(NamedTuple):
@@ -107,6 +111,23 @@ class OpenState(NamedTuple):
         )
 
 
+class StepSizes(NamedTuple):
+    """How long the buffers of a `StepState` are."""
+
+    chunk: int
+    reach: int
+    """Tokens before a token that a convolution reaches."""
+    group: int
+    """Tokens that read the same weights, for memory models that mix them; else 0."""
+
+    def queries(self, waiting: int) -> slice:
+        """Where a `StepState` holds the retrieval inputs that the next token depends on: of a group that is full, what
+        a convolution still reaches."""
+        in_group = (waiting + 1) % self.chunk if self.group else 0
+        start = 0 if in_group else self.group
+        return slice(start, start + self.reach + in_group)
+
+
 class StepState(NamedTuple):
     """A state as buffers of constant size, which steps of one token write in place."""
 
@@ -114,26 +135,29 @@ class StepState(NamedTuple):
     last: Weights
     momentum: Weights
     pending: Float[Tensor, 'b c d'] | Float[Tensor, 'v b c d']
-    """Store inputs of the open chunk, but for its last token, which is stored as it comes."""
+    """Store inputs of the open chunk, but for its last token, which is stored as it comes; before them, those that a
+    convolution reaches."""
     queries: Float[Tensor, 'b c d'] | None
-    """Retrieval inputs that read the same weights, for memory models that mix tokens."""
+    """Retrieval inputs that read the same weights, for memory models that mix tokens; and before them likewise."""
 
     @classmethod
-    def of(cls, state: OpenState, chunk_size: int, carries_queries: bool) -> StepState:
+    def of(cls, state: OpenState, sizes: StepSizes) -> StepState:
         if state.pending.mask is not None:
             raise ValueError('a state with a store_mask cannot be gone on from token by token: its chunk is open')
 
-        def in_buffer(rows: Tensor, length: int) -> Tensor:
-            buffer = rows.new_zeros(*rows.shape[:-2], length, rows.shape[-1])
-            buffer[..., : rows.shape[-2], :] = rows
-            return buffer
+        def in_buffer(rows: Tensor, length: int, start: int = 0) -> Tensor:
+            return F.pad(rows, (0, 0, start, length - start - rows.shape[-2])).clone()
 
-        tokens, _, queries = state.pending
+        tokens, _, queries, before = state.pending
+        if before is None:
+            before = tokens.new_zeros(*tokens.shape[:-2], sizes.reach, tokens.shape[-1])
         if queries is None:
-            queries = tokens.new_zeros(tokens.shape[-3], 0, tokens.shape[-1])
+            queries = tokens.new_zeros(tokens.shape[-3], sizes.reach, tokens.shape[-1])
+        place = sizes.queries(tokens.shape[-2])
         base, last, momentum = map(_cloned, (state.base, state.last, state.momentum))
-        rows = in_buffer(queries, chunk_size) if carries_queries else None
-        return cls(base, last, momentum, in_buffer(tokens, chunk_size - 1), rows)
+        pending = in_buffer(torch.cat((before, tokens), dim=-2), sizes.reach + sizes.chunk - 1)
+        rows = in_buffer(queries, sizes.reach + sizes.group, place.start) if sizes.reach + sizes.group else None
+        return cls(base, last, momentum, pending, rows)
 
     def take_over(self, after: StepState) -> None:
         """Write the weights and momentum of `after` into these buffers."""
@@ -142,14 +166,18 @@ class StepState(NamedTuple):
                 if w is not buffers[name]:
                     buffers[name].copy_(w)
 
-    def closed(self, position: int) -> NeuralMemState:
+    def closed(self, position: int, sizes: StepSizes) -> NeuralMemState:
         """The state after `position` tokens, to hand out: it shares nothing with the buffers."""
-        chunk_size = self.pending.shape[-2] + 1
-        seq_index, waiting = position // chunk_size * chunk_size, position % chunk_size
-        queries = None if self.queries is None else self.queries[:, : (waiting + 1) % chunk_size].clone()
+        waiting = position % sizes.chunk
+        queries = before = None
+        if self.queries is not None:
+            queries = self.queries[:, sizes.queries(waiting)].clone()
+        if sizes.reach:
+            before = self.pending[..., : sizes.reach, :].clone()
+        tokens = self.pending[..., sizes.reach : sizes.reach + waiting, :].clone()
         base, last, momentum = (TensorDict(_cloned(weights)) for weights in self[:3])
-        pending = PendingSegment(self.pending[..., :waiting, :].clone(), None, queries)
-        return NeuralMemState(seq_index, base, pending.simplified(), (last, momentum), None)
+        pending = PendingSegment(tokens, None, queries, before)
+        return NeuralMemState(position - waiting, base, pending.simplified(), (last, momentum), None)
 
 
 def _cloned(weights: Weights) -> Weights:

@@ -31,10 +31,26 @@ from titans_pytorch.engines import (
     default_loss_fn,
 )
 from titans_pytorch.fast_weights import FastWeights, Weights
-from titans_pytorch.gates import AttentionPool, AveragePool, HeadsFirst, MultiheadRMSNorm, gate, projection, start_at
+from titans_pytorch.gates import (
+    AttentionPool,
+    AveragePool,
+    HeadsFirst,
+    L2Norm,
+    MultiheadRMSNorm,
+    gate,
+    projection,
+    start_at,
+)
 from titans_pytorch.memory_layout import Call, MemoryLayout, check_memory_model
 from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
-from titans_pytorch.memory_state import NeuralMemState, OpenState, PendingSegment, StepState, mem_state_detach
+from titans_pytorch.memory_state import (
+    NeuralMemState,
+    OpenState,
+    PendingSegment,
+    StepSizes,
+    StepState,
+    mem_state_detach,
+)
 from titans_pytorch.one_chunk import predict, store_one_chunk
 from titans_pytorch.recurrence import AssocScan
 from titans_pytorch.shapes import Bool, Float, Int
@@ -119,6 +135,11 @@ class NeuralMemory(Module):
         engine: how the memory is computed. 'dual' never forms a weight matrix per chunk, and serves networks that
             send their products through `linear`; 'dense' forms them all, and serves any network; 'auto' is dual
             where it can serve. The numbers are the same.
+        qk_l2norm: queries and keys of length 1, per head, in place of `qk_rmsnorm` (Titans, section 4.4).
+        conv_kernel: width of a depthwise causal convolution after each of the projections to queries, keys and values,
+            before the activation; the paper's architectures have one, after Mamba of width 4. A state then also holds
+            the tokens that it reaches.
+        channel_gate: gate what is retrieved for each channel, instead of each head; with one head, too.
         checkpoint_every: keep only the state after every so many tokens for the backward, which computes the rest
             again (activation checkpointing). What a training step holds is then one such stretch and a state for each,
             for a third more work; `state.updates` is `None`. Needs the dual engine. Default: keep everything.
@@ -166,6 +187,9 @@ class NeuralMemory(Module):
         *,
         engine: str = 'auto',
         checkpoint_every: int | None = None,
+        qk_l2norm: bool = False,
+        conv_kernel: int | None = None,
+        channel_gate: bool = False,
     ):
         super().__init__()
         dim_head = dim if dim_head is None else dim_head
@@ -186,6 +210,10 @@ class NeuralMemory(Module):
                 'learned_momentum_combine needs momentum=True and momentum_order of at least 2, '
                 f'got momentum={momentum}, momentum_order={momentum_order}'
             )
+        if qk_l2norm and qk_rmsnorm:
+            raise ValueError('qk_l2norm and qk_rmsnorm are two norms for one place: choose one of them')
+        if conv_kernel is not None:
+            check_positive(conv_kernel=conv_kernel)
         if checkpoint_every is not None:
             check_positive(checkpoint_every=checkpoint_every)
             if accept_weight_residual:
@@ -233,19 +261,21 @@ class NeuralMemory(Module):
         dim_inner = dim_head * heads
         self.retrieve_norm = nn.RMSNorm(dim) if pre_rmsnorm else nn.Identity()
         self.store_norm = nn.RMSNorm(dim) if pre_rmsnorm else nn.Identity()
-        self.to_queries = projection(dim, dim_inner, activation)
-        self.to_keys = projection(dim, dim_inner * num_kv_per_token, activation)
-        self.to_values = projection(dim, dim_inner * num_kv_per_token, activation)
-        self.q_norm = MultiheadRMSNorm(dim_head, heads) if qk_rmsnorm else nn.Identity()
-        self.k_norm = MultiheadRMSNorm(dim_head, heads) if qk_rmsnorm else nn.Identity()
+        self.to_queries = projection(dim, dim_inner, activation, conv_kernel)
+        self.to_keys = projection(dim, dim_inner * num_kv_per_token, activation, conv_kernel)
+        self.to_values = projection(dim, dim_inner * num_kv_per_token, activation, conv_kernel)
+        self.conv_reach = 0 if conv_kernel is None else conv_kernel - 1
+        norm = partial(MultiheadRMSNorm, dim_head, heads) if qk_rmsnorm else L2Norm if qk_l2norm else nn.Identity
+        self.q_norm, self.k_norm = norm(), norm()
         self.split_kv_heads = Rearrange('b n (h u d) -> b h (n u) d', h=heads, u=num_kv_per_token)
 
         # what is retrieved
 
         self.multihead_rmsnorm = MultiheadRMSNorm(dim_head, heads) if post_rmsnorm else nn.Identity()
         self.combine_heads = Linear(dim_inner, dim, bias=False) if heads > 1 else nn.Identity()
+        num_gates = dim_inner if channel_gate else heads if heads > 1 else 0
         self.retrieve_gate = (
-            nn.Sequential(Linear(dim, heads, bias=False), HeadsFirst(), nn.Sigmoid()) if heads > 1 else None
+            nn.Sequential(Linear(dim, num_gates, bias=False), HeadsFirst(heads), nn.Sigmoid()) if num_gates else None
         )
 
         # gates: step sizes per key, the rest per chunk
@@ -460,13 +490,19 @@ class NeuralMemory(Module):
 
     # one token at a time, without gradients, over buffers of constant size
 
+    @property
+    def step_sizes(self) -> StepSizes:
+        """How long the buffers of a `StepState` are."""
+        group = self.store_chunk_size if self._carries_queries else 0
+        return StepSizes(self.store_chunk_size, self.conv_reach, group)
+
     def step_state(self, state: NeuralMemState) -> StepState:
         """`state` as buffers for `step`; `StepState.closed` is the way back."""
         pending = state.cache_store_segment
         tokens = pending.tokens if isinstance(pending, PendingSegment) else pending
         assert tokens is not None
         opened = self._opened(state, tokens[0] if self.qkv_receives_diff_views else tokens)
-        return StepState.of(opened, self.store_chunk_size, self._carries_queries)
+        return StepState.of(opened, self.step_sizes)
 
     def step(
         self,
@@ -486,9 +522,11 @@ class NeuralMemory(Module):
         if ends_chunk:
             tokens = torch.cat((state.pending, store), dim=-2)
             state = self._stored_chunk(tokens, state, ends_batch, prev_weights)
+            state.pending[..., : self.conv_reach, :] = tokens[..., self.store_chunk_size :, :]
         else:
-            state.pending.index_copy_(-2, position % self.store_chunk_size, store.to(state.pending.dtype))
-        return self._retrieve_one(query, state, position), state
+            index = position % self.store_chunk_size + self.conv_reach
+            state.pending.index_copy_(-2, index, store.to(state.pending.dtype))
+        return self._retrieve_one(query, state, position, ends_chunk), state
 
     def _stored_chunk(
         self, tokens: Tensor, state: StepState, ends_batch: bool, prev_weights: Weights | None
@@ -516,14 +554,22 @@ class NeuralMemory(Module):
         return state._replace(base=base, last=last, momentum=momentum)
 
     def _retrieve_one(
-        self, query: Float[Tensor, 'b 1 d'], state: StepState, position: Int[Tensor, ' 1']
+        self, query: Float[Tensor, 'b 1 d'], state: StepState, position: Int[Tensor, ' 1'], begins_group: bool
     ) -> Float[Tensor, 'b 1 d']:
-        if state.queries is None:
-            normed, queries = self._queries(query)
+        reach = self.conv_reach
+        if not self._carries_queries:
+            rows = query if state.queries is None else torch.cat((state.queries, query), dim=1)
+            if state.queries is not None:
+                state.queries.copy_(rows[:, 1:])
+            normed, queries = self._queries(rows)
             return self._combined(self._predict(state.last, queries), normed)
+
+        assert state.queries is not None
+        if begins_group and reach:
+            state.queries[:, :reach] = state.queries[:, self.store_chunk_size :].clone()
         # rows beyond this one are of an earlier group: a causal memory model does not look at them
         row = (position + 1) % self.store_chunk_size
-        state.queries.index_copy_(1, row, query.to(state.queries.dtype))
+        state.queries.index_copy_(1, row + reach, query.to(state.queries.dtype))
         normed, queries = self._queries(state.queries)
         values = self._predict(state.last, queries)
         return self._combined(values.index_select(1, row), normed.index_select(1, row))
@@ -541,7 +587,11 @@ class NeuralMemory(Module):
         num_chunks = tokens.shape[-2] // self.store_chunk_size
         complete = num_chunks * self.store_chunk_size
 
-        chunks, pooled = self._normed_chunks(tokens[..., :complete, :], None if mask is None else mask[:, :complete])
+        # a convolution reaches tokens before the open chunk; before the first token there are zeros
+        before = state.pending.before
+        before = tokens.new_zeros(*tokens.shape[:-2], self.conv_reach, self.dim) if before is None else before
+        complete_rows = torch.cat((before, tokens[..., :complete, :]), dim=-2)
+        chunks, pooled = self._normed_chunks(complete_rows, None if mask is None else mask[:, :complete])
         residual = self._weight_residual(prev_weights, pooled)
         base, last = state.base, state.last
         momentum = {name: [*orders] for name, orders in state.momentum.items()}
@@ -559,7 +609,11 @@ class NeuralMemory(Module):
                 base = last = self._transition(base, last)
 
         # copied, so that a kept state does not keep the whole input
-        rest = PendingSegment(tokens[..., complete:, :].clone(), None if mask is None else mask[:, complete:].clone())
+        rest = PendingSegment(
+            tokens[..., complete:, :].clone(),
+            None if mask is None else mask[:, complete:].clone(),
+            before=complete_rows[..., complete:, :].clone() if self.conv_reach else None,
+        )
         stacked = {name: torch.stack(orders) for name, orders in momentum.items()}
         after = OpenState(state.seq_index + complete, base, last, stacked, rest)
 
@@ -591,10 +645,10 @@ class NeuralMemory(Module):
         return lengths, ends
 
     def _normed_chunks(self, tokens: Tensor, mask: Bool[Tensor, 'b n'] | None) -> tuple[Chunks, Float[Tensor, 'b n d']]:
-        """What complete chunks ask to be learned; and a row for each."""
+        """What complete chunks ask to be learned, and a row for each; before them are tokens for the convolution."""
         normed = self.store_norm(tokens)
         keys_seq, values_seq = normed if self.qkv_receives_diff_views else (normed, normed)
-        pooled = self.reduce_to_chunk_rep(keys_seq, self.store_chunk_size)
+        pooled = self.reduce_to_chunk_rep(keys_seq[:, self.conv_reach :], self.store_chunk_size)
         return self._chunks(keys_seq, values_seq, pooled, mask), pooled
 
     def _chunks(
@@ -610,7 +664,7 @@ class NeuralMemory(Module):
         values = self.split_kv_heads(self.to_values(values_seq))
         keys, values = (rearrange(t, 'b h (n m) d -> (b h) n m d', m=rows) for t in (keys, values))
 
-        step_sizes = self.adaptive_step_transform(self.to_adaptive_step(seq))
+        step_sizes = self.adaptive_step_transform(self.to_adaptive_step(seq[:, self.conv_reach :]))
         step_sizes = rearrange(step_sizes, 'bh (n m) -> bh n m', m=rows)
         if mask is not None:
             stored = repeat(mask, 'b (n c) -> (b h) n (c u)', h=self.heads, c=chunk_size, u=self.num_kv_per_token)
@@ -667,12 +721,16 @@ class NeuralMemory(Module):
         The group of tokens that read one set of weights starts on the last token of a chunk; before the first token
         of all it starts with a row of zeros.
         """
-        if not self._carries_queries:
+        if not self._carries_queries and not self.conv_reach:
             return seq, None
-        before = _last_rows(pending.queries, seq, (pending.tokens.shape[-2] + 1) % self.store_chunk_size)
-        rows = torch.cat((before, seq), dim=1)
-        carried = _last_rows(rows, seq, (pending.tokens.shape[-2] + seq.shape[1] + 1) % self.store_chunk_size)
-        return rows, carried.clone()
+
+        def needed(num_pending: int) -> int:
+            """Rows before the next token."""
+            return self.conv_reach + self._carries_queries * ((num_pending + 1) % self.store_chunk_size)
+
+        num_pending = pending.tokens.shape[-2]
+        rows = torch.cat((_last_rows(pending.queries, seq, needed(num_pending)), seq), dim=1)
+        return rows, _last_rows(rows, seq, needed(num_pending + seq.shape[1])).clone()
 
     def _retrieve(
         self,
@@ -703,10 +761,10 @@ class NeuralMemory(Module):
         return self._combined(values, normed[:, -length:])
 
     def _queries(self, rows: Float[Tensor, 'b n d']) -> tuple[Float[Tensor, 'b n d'], Float[Tensor, 'bh n d']]:
-        """Rows normalised, and what the memory is asked for them."""
+        """Rows normalised, and what the memory is asked for them, but for those at the front for the convolution."""
         normed = self.retrieve_norm(rows)
         queries = self.to_queries(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        return normed, self.q_norm(queries).flatten(0, 1)
+        return normed[:, self.conv_reach :], self.q_norm(queries).flatten(0, 1)
 
     def _combined(self, values: Float[Tensor, 'bh n d'], normed: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
         """The heads' answers as one."""
