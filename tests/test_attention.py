@@ -83,8 +83,16 @@ def test_flex_attention_equals_the_definition(variant):
         attend = segmented_flex_attention(
             LENGTH, layer.total_segment_len, layer.num_persist_mem_tokens, layer.sliding, seq.device
         )
-        out = layer.to_out(layer.merge_heads(layer._attend_flex(queries, keys, values, attend)))
-        assert_same(out, expected_output(layer, seq), 1e-5)
+        expected = expected_output(layer, seq)
+        out = layer.to_out(layer.merge_heads(layer._attend_flex(queries, keys, values, 0, attend)))
+        assert_same(out, expected, 1e-5)
+
+        # the last queries, to the keys that they can see
+        read = 2 * layer.total_segment_len + 3 * layer.sliding
+        first = read - layer.total_segment_len * layer.sliding
+        keys, values = keys[..., first:, :], values[..., first:, :]
+        out = layer.to_out(layer.merge_heads(layer._attend_flex(queries[..., read:, :], keys, values, first, None)))
+        assert_same(out, expected[:, read:], 1e-5)
 
 
 def test_block_masks_are_built_once_per_shape():

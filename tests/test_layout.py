@@ -12,14 +12,36 @@ import titans_pytorch
 PACKAGE = Path(titans_pytorch.__file__).parent
 
 FLOORS = [
-    ['shapes', 'checks', 'kernels', 'kernels.newton_schulz', 'kernels.scan', 'kernels.sinkhorn'],
-    ['memory_models', 'recurrence', 'orthogonalize', 'rotary', 'gates', 'sinkhorn'],
+    [
+        'shapes',
+        'checks',
+        'kernels',
+        'kernels.connections',
+        'kernels.ends',
+        'kernels.newton_schulz',
+        'kernels.record',
+        'kernels.scan',
+        'kernels.sinkhorn',
+    ],
+    [
+        'memory_models',
+        'recurrence',
+        'orthogonalize',
+        'rotary',
+        'gates',
+        'feedforward',
+        'packing',
+        'sinkhorn',
+        'fused_mlp',
+    ],
     ['fast_weights', 'masks', 'connections'],
     ['engines', 'memory_state'],
-    ['memory_layout', 'one_chunk'],
+    ['memory_layout', 'one_chunk', 'model_state'],
     ['neural_memory', 'attention', 'implicit_mlp_attention', 'nested_attention'],
     ['generation', 'decoding'],
-    ['mac_transformer'],
+    ['transformer'],
+    ['mac_transformer', 'hybrid_transformer'],
+    ['mag_transformer', 'mal_transformer', 'lmm', 'presets'],
     ['__init__'],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,6 +1,9 @@
 """Neural long-term memory for sequence models: Titans (arXiv 2501.00663) and what learns at test time."""
 
+from titans_pytorch.lmm import LongTermMemoryModel
 from titans_pytorch.mac_transformer import MemoryAsContextTransformer
+from titans_pytorch.mag_transformer import MemoryAsGateTransformer
+from titans_pytorch.mal_transformer import MemoryAsLayerTransformer
 from titans_pytorch.memory_models import (
     FactorizedMemoryMLP,
     GatedResidualMemoryMLP,
@@ -8,15 +11,20 @@ from titans_pytorch.memory_models import (
     MemoryMLP,
     MemorySwiGluMLP,
 )
+from titans_pytorch.model_state import ModelState
 from titans_pytorch.neural_memory import NeuralMemory, NeuralMemState, mem_state_detach
 
 __all__ = [
     'FactorizedMemoryMLP',
     'GatedResidualMemoryMLP',
+    'LongTermMemoryModel',
     'MemoryAsContextTransformer',
+    'MemoryAsGateTransformer',
+    'MemoryAsLayerTransformer',
     'MemoryAttention',
     'MemoryMLP',
     'MemorySwiGluMLP',
+    'ModelState',
     'NeuralMemState',
     'NeuralMemory',
     'mem_state_detach',

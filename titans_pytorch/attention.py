@@ -19,10 +19,9 @@ from x_transformers.attend import Attend
 from titans_pytorch.checks import check_floating, check_not_negative, check_positive, check_shape
 from titans_pytorch.gates import HeadsFirst
 from titans_pytorch.masks import after_persistent, over_positions, segmented, segmented_block_mask
+from titans_pytorch.model_state import KeyValues
 from titans_pytorch.rotary import rotate, turned
 from titans_pytorch.shapes import Float, Int
-
-KeyValues = tuple[Float[Tensor, 'b h n d'], Float[Tensor, 'b h n d']]
 
 
 class AttnIntermediates(NamedTuple):
@@ -37,8 +36,8 @@ class AttnIntermediates(NamedTuple):
 class Slot(NamedTuple):
     """Where one position stands in the buffers of `SegmentedAttention.to_ring`, the same in every layer."""
 
-    number: Int[Tensor, ' 1']
-    """The slot of its key and value."""
+    numbers: Int[Tensor, ' r']
+    """The slots of its keys and values."""
     bias: Float[Tensor, '1 1 1 j']
     """Added to its scores: 0 for the slots that it sees, −∞ for those it does not."""
 
@@ -76,6 +75,8 @@ class SegmentedAttention(Module):
         attend_kwargs: options of `x_transformers.attend.Attend`, for the path without FlexAttention.
         use_flex_attn: use FlexAttention on a CUDA device.
     """
+
+    keys_per_position = 1
 
     def __init__(
         self,
@@ -147,12 +148,18 @@ class SegmentedAttention(Module):
 
         queries, keys, values, own_values = self._project(seq, value_residual)
 
+        first = 0
         if cache is not None:
-            out, keys, values = self._attend_with_cache(queries, keys, values, cache, position)
+            num_cached = cache[0].shape[-2]
+            first = 0 if position is None else position - num_cached
+            keys, values = torch.cat((cache[0], keys), dim=-2), torch.cat((cache[1], values), dim=-2)
+
+        if cache is not None and seq.shape[1] <= self.total_segment_len:
+            out = self._attend_at_once(queries, keys, values, first)
         elif self.use_flex_attn and seq.is_cuda and not disable_flex_attn:
-            out = self._attend_flex(queries, keys, values, flex_attn_fn)
+            out = self._attend_flex(queries, keys, values, first, flex_attn_fn)
         else:
-            out = self._attend_windows(queries, keys, values)
+            out = self._attend_windows(queries, keys, values, first)
 
         out = self.to_out(self.merge_heads(out))
         if output_gating is not None:
@@ -162,7 +169,7 @@ class SegmentedAttention(Module):
     def trimmed(self, key_values: KeyValues, position: int) -> KeyValues:
         """What tokens from `position` on can still see: the last window if it slides, else the one not full yet."""
         length, window = key_values[0].shape[-2], self.total_segment_len
-        keep = min(length, window if self.sliding else position % window)
+        keep = min(length, (window if self.sliding else position % window) * self.keys_per_position)
         keys, values = (t[..., length - keep :, :].clone() for t in key_values)
         return keys, values
 
@@ -180,11 +187,11 @@ class SegmentedAttention(Module):
         rotated: a key is rotated once, not at every step.
         """
         keys, values = self.trimmed(key_values, position)
-        start = position - keys.shape[-2]
-        slots = torch.arange(start, position, device=keys.device) % self.num_slots
+        start = position - keys.shape[-2] // self.keys_per_position
+        slots = self._slots(torch.arange(start, position, device=keys.device))
         rings = []
         for t in (self._rotated(keys, start), values):
-            ring = t.new_zeros(*t.shape[:2], self.num_slots, t.shape[-1])
+            ring = t.new_zeros(*t.shape[:2], self.num_slots * self.keys_per_position, t.shape[-1])
             rings.append(ring.index_copy(2, slots, t))
         return self._with_persistent(*rings)
 
@@ -193,17 +200,23 @@ class SegmentedAttention(Module):
         window = self.total_segment_len
         start = position - (min(position, window) if self.sliding else position % window)
         positions = torch.arange(start, position, device=buffers[0].device)
-        slots = positions % self.num_slots + self.num_persist_mem_tokens
+        slots = self._slots(positions) + self.num_persist_mem_tokens
         keys, values = (t.index_select(2, slots) for t in buffers)
-        return rotate(self.rotary_emb, keys, -positions), values
+        return rotate(self.rotary_emb, keys, -positions.repeat_interleave(self.keys_per_position)), values
+
+    def _slots(self, positions: Int[Tensor, ' n']) -> Int[Tensor, ' nr']:
+        """Where the keys of these positions stand in a ring."""
+        first = positions % self.num_slots * self.keys_per_position
+        return (first.unsqueeze(1) + torch.arange(self.keys_per_position, device=positions.device)).flatten()
 
     def slot(self, position: Int[Tensor, ' 1'], like: Tensor) -> Slot:
         """Where `position` goes, and which slots it sees: those written in its block, or so far, if windows slide."""
-        index = position % self.num_slots + self.num_persist_mem_tokens
-        slots = torch.arange(self.num_persist_mem_tokens + self.num_slots, device=position.device)
-        last_seen = position + self.num_persist_mem_tokens if self.sliding else index
-        bias = like.new_zeros(1, 1, 1, len(slots)).masked_fill_(slots > last_seen, float('-inf'))
-        return Slot(index, bias)
+        numbers = self._slots(position) + self.num_persist_mem_tokens
+        num_keys = self.num_persist_mem_tokens + self.num_slots * self.keys_per_position
+        slots = torch.arange(num_keys, device=position.device)
+        last_seen = position + self.num_persist_mem_tokens if self.sliding else numbers[-1:]
+        bias = like.new_zeros(1, 1, 1, num_keys).masked_fill_(slots > last_seen, float('-inf'))
+        return Slot(numbers, bias)
 
     def step(
         self,
@@ -223,11 +236,14 @@ class SegmentedAttention(Module):
         queries, keys = turned(projected[:2], turn)
         values = self._mixed(projected[2], value_residual, seq)
 
-        for buffer, new in zip(buffers, (keys, values)):
-            buffer.index_copy_(2, slot.number, new.to(buffer.dtype))
-        out = F.scaled_dot_product_attention(queries, *buffers, attn_mask=slot.bias)
-        out = self.to_out(out.transpose(1, 2).flatten(2))
+        out = self._attend_one(queries, keys, values, buffers, slot)
         return out if output_gating is None else out * output_gating, projected[2]
+
+    def _attend_one(self, queries: Tensor, keys: Tensor, values: Tensor, buffers: KeyValues, slot: Slot) -> Tensor:
+        for buffer, new in zip(buffers, (keys, values)):
+            buffer.index_copy_(2, slot.numbers, new.to(buffer.dtype))
+        out = F.scaled_dot_product_attention(queries, *buffers, attn_mask=slot.bias)
+        return self.to_out(out.transpose(1, 2).flatten(2))
 
     # parts
 
@@ -244,29 +260,43 @@ class SegmentedAttention(Module):
             return values
         return values.lerp(value_residual.to(values.dtype), self.to_learned_v_mix(seq).to(values.dtype))
 
-    def _rotated(self, t: Tensor, position: int) -> Tensor:
-        """`position` counts from the start of the sequence: persistent keys stand still, so it matters."""
-        return rotate(self.rotary_emb, t, torch.arange(position, position + t.shape[-2], device=t.device))
+    def _rotated(self, keys: Tensor, first: int) -> Tensor:
+        """`first` counts from the start of the sequence: persistent keys stand still, so it matters."""
+        positions = torch.arange(keys.shape[-2], device=keys.device) // self.keys_per_position + first
+        return rotate(self.rotary_emb, keys, positions)
+
+    def _rotated_queries(self, queries: Tensor, first: int) -> Tensor:
+        return rotate(self.rotary_emb, queries, torch.arange(first, first + queries.shape[-2], device=queries.device))
 
     def _with_persistent(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         persistent = repeat(self.persistent_memory.to(keys.dtype), 'kv h p d -> kv b h p d', b=keys.shape[0])
         return torch.cat((persistent[0], keys), dim=-2), torch.cat((persistent[1], values), dim=-2)
 
-    # three ways to attend, of one meaning
+    # three ways to attend, of one meaning: the last queries, to keys from position `first` on
 
-    def _attend_flex(self, queries: Tensor, keys: Tensor, values: Tensor, attend: Callable | None) -> Tensor:
+    def _attend_flex(
+        self, queries: Tensor, keys: Tensor, values: Tensor, first: int, attend: Callable | None
+    ) -> Tensor:
+        length = keys.shape[-2]
         if attend is None:
             attend = segmented_flex_attention(
-                keys.shape[-2], self.total_segment_len, self.num_persist_mem_tokens, self.sliding, keys.device
+                length, self.total_segment_len, self.num_persist_mem_tokens, self.sliding, keys.device
             )
-        queries, keys = self._rotated(queries, 0), self._rotated(keys, 0)
-        return attend(queries, *self._with_persistent(keys, values))
+        num_cached = length - queries.shape[-2]
+        queries = self._rotated_queries(F.pad(queries, (0, 0, num_cached, 0)), first)
+        out = attend(queries, *self._with_persistent(self._rotated(keys, first), values))
+        return out[..., num_cached:, :]
 
-    def _attend_windows(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _attend_windows(self, queries: Tensor, keys: Tensor, values: Tensor, first: int) -> Tensor:
         """Each window by itself; if it slides, beside the window before it."""
         batch, length, window = queries.shape[0], queries.shape[-2], self.total_segment_len
-        queries, keys = self._rotated(queries, 0), self._rotated(keys, 0)
-        queries, keys, values = (F.pad(t, (0, 0, 0, -length % window)) for t in (queries, keys, values))
+        num_cached = keys.shape[-2] - length
+        # windows are counted from the start of the sequence; what stands before `first` no query can see
+        lead = first % window
+        trail = -(lead + num_cached + length) % window
+        queries, keys = self._rotated_queries(queries, first + num_cached), self._rotated(keys, first)
+        queries = F.pad(queries, (0, 0, lead + num_cached, trail))
+        keys, values = (F.pad(t, (0, 0, lead, trail)) for t in (keys, values))
         queries, keys, values = (rearrange(t, 'b h (w n) d -> b w h n d', n=window) for t in (queries, keys, values))
 
         mask = None
@@ -277,7 +307,8 @@ class SegmentedAttention(Module):
 
         queries, keys, values = (t.flatten(0, 1) for t in (queries, keys, values))
         out, _ = self.attend(queries, *self._with_persistent(keys, values), mask=mask)
-        return rearrange(out, '(b w) h n d -> b h (w n) d', b=batch)[..., :length, :]
+        out = rearrange(out, '(b w) h n d -> b h (w n) d', b=batch)
+        return out[..., lead + num_cached : lead + num_cached + length, :]
 
     def _window_mask(self, num_windows: int, device: torch.device) -> Tensor:
         """(windows, queries, keys): keys are the persistent ones, the window before, and the window itself."""
@@ -288,23 +319,22 @@ class SegmentedAttention(Module):
         keys = torch.cat((before, positions), dim=-1) + self.num_persist_mem_tokens
         return over_positions(self._mask_mod, positions, torch.cat((persistent, keys), dim=-1))
 
-    def _attend_with_cache(
-        self, queries: Tensor, keys: Tensor, values: Tensor, cache: KeyValues, position: int | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        keys, values = torch.cat((cache[0], keys), dim=-2), torch.cat((cache[1], values), dim=-2)
-        num_cached = keys.shape[-2] - queries.shape[-2]
-        position = num_cached if position is None else position
-
-        positions = torch.arange(position - num_cached, position + queries.shape[-2], device=keys.device)
+    def _attend_at_once(self, queries: Tensor, keys: Tensor, values: Tensor, first: int) -> Tensor:
+        """All queries to all keys, which are few where a piece of a sequence is short."""
+        positions = torch.arange(keys.shape[-2] // self.keys_per_position, device=keys.device)
+        num_cached = len(positions) - queries.shape[-2]
         persistent = torch.arange(self.num_persist_mem_tokens, device=keys.device)
-        key_positions = torch.cat((persistent, positions + self.num_persist_mem_tokens))
-        mask = over_positions(self._mask_mod, positions[num_cached:], key_positions)
-
-        rotated_queries, rotated_keys = self._rotated(queries, position), self._rotated(keys, position - num_cached)
-        out, _ = self.attend(
-            rotated_queries, *self._with_persistent(rotated_keys, values), mask=rearrange(mask, 'i j -> 1 1 i j')
+        of_keys = positions.repeat_interleave(self.keys_per_position)
+        offset = first % self.total_segment_len
+        mask = over_positions(
+            self._mask_mod,
+            positions[num_cached:] + offset,
+            torch.cat((persistent, of_keys + offset + self.num_persist_mem_tokens)),
         )
-        return out, keys, values
+        rotated_queries = self._rotated_queries(queries, first + num_cached)
+        keys, values = self._with_persistent(self._rotated(keys, first), values)
+        out, _ = self.attend(rotated_queries, keys, values, mask=rearrange(mask, 'i j -> 1 1 i j'))
+        return out
 
     @property
     def _mask_mod(self) -> Callable[..., Tensor]:
@@ -314,3 +344,57 @@ class SegmentedAttention(Module):
 def _shifted(windows: Float[Tensor, 'b w h n d']) -> Tensor:
     """The window before each; zeros before the first."""
     return F.pad(windows, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
+
+
+class ContextAttention(SegmentedAttention):
+    """Attention within segments in which each position has two keys: its own, and that of its context.
+
+    The context is what long-term memory knew of the segment (Titans eq. 22, [persistent ‖ h ‖ segment]). Positions from
+    its own on see a context, as it tells of its token.
+    """
+
+    keys_per_position = 2
+
+    def forward(  # type: ignore[override]
+        self,
+        seq: Float[Tensor, 'b n d'],
+        context: Float[Tensor, 'b n d'],
+        cache: KeyValues | None = None,
+        position: int = 0,
+        **_: Any,
+    ) -> tuple[Float[Tensor, 'b n d'], AttnIntermediates]:
+        """Attend, in one segment: `seq` begins at `position` and does not go beyond the segment's end.
+
+        Args:
+            seq: (batch, length, dim).
+            context: of the same shape, for each position.
+            cache: keys and values of the positions just before `seq`.
+            position: number of the first position of `seq`.
+        """
+        queries, keys, values = self._two_keys(seq, context)
+        own_values, first = values, position
+        if cache is not None and position % self.total_segment_len:
+            first = position - cache[0].shape[-2] // self.keys_per_position
+            keys, values = torch.cat((cache[0], keys), dim=-2), torch.cat((cache[1], values), dim=-2)
+        out = self._attend_at_once(queries, keys, values, first)
+        return self.to_out(self.merge_heads(out)), AttnIntermediates(own_values, (keys, values))
+
+    def step(  # type: ignore[override]
+        self,
+        seq: Float[Tensor, 'b 1 d'],
+        buffers: KeyValues,
+        slot: Slot,
+        turn: Tensor,
+        context: Float[Tensor, 'b 1 d'],
+        **_: Any,
+    ) -> tuple[Float[Tensor, 'b 1 d'], Float[Tensor, 'b h 2 d']]:
+        """`forward` for one position, which it writes into `buffers`; its rotation is `turn`."""
+        queries, keys, values = self._two_keys(seq, context)
+        out = self._attend_one(turned(queries, turn), turned(keys, turn), values, buffers, slot)
+        return out, values
+
+    def _two_keys(self, seq: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        queries, *own = self._queries_keys_values(self.norm(seq))
+        _, *others = self._queries_keys_values(self.norm(context))
+        keys, values = (torch.stack(pair, dim=-2).flatten(-3, -2) for pair in zip(own, others))
+        return queries, keys, values

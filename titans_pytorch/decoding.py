@@ -10,26 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from titans_pytorch.memory_state import NeuralMemState
+from titans_pytorch.model_state import ModelState
 from titans_pytorch.shapes import Float, Int
-
-
-class DecodingCache(NamedTuple):
-    """A model's state after some tokens; hand it to the next forward pass to continue from there.
-
-    It can be saved with `torch.save`, and loaded with `torch.load(..., weights_only=True)` once this package has been
-    imported.
-    """
-
-    seq_index: int
-    """Positions processed, long-term memory tokens included."""
-    key_values: list[tuple[Tensor, Tensor]]
-    """For each layer the keys, not rotated, and values that later tokens can still see, (b, h, n, d)."""
-    memories: list[NeuralMemState]
-    """For each memory layer its state."""
-
-
-torch.serialization.add_safe_globals([DecodingCache])
 
 
 class StepKind(NamedTuple):
@@ -62,10 +44,10 @@ class Decodable(Protocol):
 
     def train(self, mode: bool = True) -> Any: ...
 
-    def decoding_state(self, cache: DecodingCache) -> Any:
+    def decoding_state(self, cache: ModelState) -> Any:
         """`cache` as a `StepState`."""
 
-    def decoding_cache(self, state: Any, position: int) -> DecodingCache:
+    def decoding_cache(self, state: Any, position: int) -> ModelState:
         """The opposite; it shares nothing with the state."""
 
     def step_kind(self, position: int) -> StepKind: ...
@@ -91,7 +73,7 @@ class Stepper:
         self._position = 0
 
     @classmethod
-    def of(cls, model: Decodable, cache: DecodingCache, cuda_graphs: bool | None) -> Stepper:
+    def of(cls, model: Decodable, cache: ModelState, cuda_graphs: bool | None) -> Stepper:
         """From `cache` on. CUDA graphs: `None` uses them where the model is on a CUDA device."""
         state = model.decoding_state(cache)
         on_gpu = state.token.is_cuda
@@ -116,7 +98,7 @@ class Stepper:
         self._run(kind)
         return self._state.logits
 
-    def cache(self) -> DecodingCache:
+    def cache(self) -> ModelState:
         """A copy of the state, to continue from later."""
         return self._model.decoding_cache(self._state, self._position)
 

@@ -73,6 +73,25 @@ def projection(dim: int, dim_out: int, activation: Module | None, conv_kernel: i
     return linear if len(parts) == 1 else nn.Sequential(*parts)
 
 
+def pointwise(projection: Module) -> Module:
+    """A projection without its convolution."""
+    if not isinstance(projection, nn.Sequential):
+        return projection
+    return nn.Sequential(*(part for part in projection if not isinstance(part, CausalConv)))
+
+
+class Gated(Module):
+    """What attention gives, gated by what memory gives, both normalised with learned vectors (Titans, section 4.2)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(dim)
+        self.memory_norm = nn.RMSNorm(dim)
+
+    def forward(self, attended: Float[Tensor, 'b n d'], retrieved: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
+        return self.attention_norm(attended) * self.memory_norm(retrieved).sigmoid()
+
+
 class PerHead(Module):
     """(b, n, h · g) to (b · h, n, g). Plain operations: a name of axes to look up takes longer than a small gate."""
 

@@ -10,10 +10,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from titans_pytorch.checks import check_positive, check_token_ids
-from titans_pytorch.decoding import Decodable, DecodingCache, Stepper
+from titans_pytorch.decoding import Decodable, Stepper
+from titans_pytorch.model_state import ModelState
 from titans_pytorch.shapes import Float, Int
 
-__all__ = ['DecodingCache', 'gumbel_sample', 'min_p_filter', 'sample', 'stream']
+__all__ = ['gumbel_sample', 'min_p_filter', 'sample', 'stream']
 
 
 def min_p_filter(logits: Float[Tensor, '... l'], min_p: float = 0.1) -> Float[Tensor, '... l']:
@@ -47,7 +48,7 @@ def sample(
     prompt_lengths: Sequence[int] | Tensor | None = None,
     stop_tokens: int | Iterable[int] = (),
     pad_token: int = 0,
-    cache: DecodingCache | None = None,
+    cache: ModelState | None = None,
     return_cache: bool = False,
     cuda_graphs: bool | None = None,
 ) -> Any:
@@ -101,9 +102,9 @@ def stream(
     prompt_lengths: Sequence[int] | Tensor | None = None,
     stop_tokens: int | Iterable[int] = (),
     pad_token: int = 0,
-    cache: DecodingCache | None = None,
+    cache: ModelState | None = None,
     cuda_graphs: bool | None = None,
-) -> Generator[Int[Tensor, ' b'], None, DecodingCache]:
+) -> Generator[Int[Tensor, ' b'], None, ModelState]:
     """Yield the tokens of `sample(…, use_cache=True)` one position after the other, as they come: (batch,).
 
     The arguments are those of `sample`. With `prompt_lengths` positions are counted from the start of the prompts: a
@@ -132,7 +133,7 @@ def _tokens(
     stop_tokens: int | Iterable[int],
     pad_token: int,
     stepwise: bool,
-    cache: DecodingCache | None,
+    cache: ModelState | None,
     cuda_graphs: bool | None,
 ) -> Generator[Int[Tensor, ' b'], None, Any]:
     """The tokens of all rows at each position from the end of the shortest prompt on; at last the cache."""
@@ -186,7 +187,7 @@ class _Rereading:
 class _Stepwise:
     """Reads the prompt at once, and then each token by a step."""
 
-    def __init__(self, model: Decodable, cache: DecodingCache | None, cuda_graphs: bool | None):
+    def __init__(self, model: Decodable, cache: ModelState | None, cuda_graphs: bool | None):
         self.model = model
         self.read = cache
         self.cuda_graphs = cuda_graphs
@@ -202,7 +203,7 @@ class _Stepwise:
             self.stepper, self.read = Stepper.of(self.model, self.read, self.cuda_graphs), None
         return self.stepper(tokens)
 
-    def cache(self) -> DecodingCache | None:
+    def cache(self) -> ModelState | None:
         return self.read if self.stepper is None else self.stepper.cache()
 
     def release(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from titans_pytorch.fast_weights import FastWeights, Weights
-from titans_pytorch.shapes import Bool, Float
+from titans_pytorch.shapes import Bool, Float, Int
 
 
 class PendingSegment(NamedTuple):
@@ -62,6 +62,37 @@ class NeuralMemState(NamedTuple):
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         return _map_tensors(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None), self)
+
+    def select(self, entries: Int[Tensor, ' e'] | list[int]) -> NeuralMemState:
+        """The state of these batch entries, in this order; an entry may come several times. Without `updates`."""
+        pending = self.cache_store_segment
+        if pending is None or self.weights is None or self.states is None:
+            return self  # of no entry in particular yet
+        tokens = pending.tokens if isinstance(pending, PendingSegment) else pending
+        batch = tokens.shape[-3]
+
+        def of_batch(t: Tensor, axis: int) -> Tensor:
+            return t.index_select(axis, torch.as_tensor(entries, device=t.device))
+
+        def of_heads(weights: TensorDict, axis: int) -> TensorDict:
+            def pick(w: Tensor) -> Tensor:
+                return of_batch(w.unflatten(axis, (batch, -1)), axis).flatten(axis, axis + 1)
+
+            return TensorDict({name: pick(w) for name, w in weights.to_dict().items()})
+
+        if isinstance(pending, PendingSegment):
+            _, mask, queries, before = pending
+            pending = PendingSegment(
+                of_batch(tokens, -3),
+                None if mask is None else of_batch(mask, 0),
+                None if queries is None else of_batch(queries, 0),
+                None if before is None else of_batch(before, -3),
+            )
+        else:
+            pending = of_batch(pending, -3)
+        last, momentum = self.states
+        states = (of_heads(last, 0), of_heads(momentum, 1))
+        return NeuralMemState(self.seq_index, of_heads(self.weights, 0), pending, states, None)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # plain dictionaries in the file: it then loads with `weights_only=True` and does not depend on TensorDict

@@ -38,6 +38,7 @@ from titans_pytorch.gates import (
     L2Norm,
     MultiheadRMSNorm,
     gate,
+    pointwise,
     projection,
     start_at,
 )
@@ -368,9 +369,14 @@ class NeuralMemory(Module):
         )
 
     @property
+    def mixes_tokens(self) -> bool:
+        """Whether the memory network's result for a row depends on other rows."""
+        return not getattr(self.memory_model, 'rowwise', False)
+
+    @property
     def _carries_queries(self) -> bool:
         """Whether a query's result depends on the queries before it that read the same weights."""
-        return self.store_chunk_size > 1 and not getattr(self.memory_model, 'rowwise', False)
+        return self.store_chunk_size > 1 and self.mixes_tokens
 
     # calls
 
@@ -483,6 +489,23 @@ class NeuralMemory(Module):
         over_time = self._layout.over_time('weights', weights, seq.shape[0])
         rows, _ = self._query_rows(seq, self._layout.no_pending(seq))
         return self._retrieve(seq.shape[1], rows, over_time, 0)
+
+    def recall(
+        self, seq: Float[Tensor, 'b n d'], state: NeuralMemState | StepState | None = None
+    ) -> Float[Tensor, 'b n d']:
+        """What the memory knew of `seq` when its open memory batch began: M(q) with the base weights, without storing.
+
+        Each row is asked for by itself, so there is no convolution.
+        """
+        check_floating('seq', seq)
+        check_shape('seq', seq, batch=None, length=None, dim=self.dim)
+        if isinstance(state, StepState):
+            base = state.base
+        else:
+            base = self._opened(EMPTY if state is None else state, seq).base
+        normed = self.retrieve_norm(seq)
+        queries = self._queries_of(pointwise(self.to_queries)(normed))
+        return self._combined(self._predict(base, queries), normed)
 
     def _opened(self, state: Any, seq: Float[Tensor, 'b n d']) -> OpenState:
         init_momentum = self.init_momentum if self.to_momentum is not None else lambda batch: TensorDict({})
@@ -763,8 +786,10 @@ class NeuralMemory(Module):
     def _queries(self, rows: Float[Tensor, 'b n d']) -> tuple[Float[Tensor, 'b n d'], Float[Tensor, 'bh n d']]:
         """Rows normalised, and what the memory is asked for them, but for those at the front for the convolution."""
         normed = self.retrieve_norm(rows)
-        queries = self.to_queries(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        return normed[:, self.conv_reach :], self.q_norm(queries).flatten(0, 1)
+        return normed[:, self.conv_reach :], self._queries_of(self.to_queries(normed))
+
+    def _queries_of(self, projected: Float[Tensor, 'b n d']) -> Float[Tensor, 'bh n d']:
+        return self.q_norm(projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)).flatten(0, 1)
 
     def _combined(self, values: Float[Tensor, 'bh n d'], normed: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
         """The heads' answers as one."""

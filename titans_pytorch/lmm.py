@@ -1,0 +1,33 @@
+"""The long-term memory module alone (LMM): a sequence model without attention (Titans, section 3)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from titans_pytorch.hybrid_transformer import HybridBlock, HybridTransformer
+from titans_pytorch.shapes import Float
+from titans_pytorch.transformer import Parts, Stream
+
+
+class LMMBlock(HybridBlock):
+    branch_names = ('memory', 'feedforward')
+
+    def arranged(self, x: Float[Tensor, 'b n d'], stream: Stream, parts: Parts) -> Float[Tensor, 'b n d']:
+        to_memory, to_feedforward = parts.connections
+        if self.memory is not None:
+            seq, add_residual = to_memory(x)
+            x = add_residual(parts.remember(seq))
+
+        seq, add_residual = to_feedforward(x)
+        return add_residual(self.feedforward(seq))
+
+
+class LongTermMemoryModel(HybridTransformer):
+    """A language model in which neural memory is all that connects one token with another.
+
+    Arguments: those of `HybridTransformer`. Those of attention have no effect, but that `segment_len` is still the
+    default of `neural_memory_segment_len`; one of the two must be given.
+    """
+
+    block = LMMBlock
+    has_attention = False

@@ -1,0 +1,40 @@
+"""Memory as gate (MAG): sliding-window attention and long-term memory side by side (Titans, section 4.2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from titans_pytorch.gates import Gated
+from titans_pytorch.hybrid_transformer import HybridBlock, HybridTransformer
+from titans_pytorch.shapes import Float
+from titans_pytorch.transformer import Parts, Stream
+
+
+class MAGBlock(HybridBlock):
+    branch_names = ('attention', 'feedforward')
+
+    def __init__(self, dim: int, *parts: Any):
+        super().__init__(dim, *parts)
+        self.combine = None if self.memory is None else Gated(dim)
+
+    def arranged(self, x: Float[Tensor, 'b n d'], stream: Stream, parts: Parts) -> Float[Tensor, 'b n d']:
+        to_attention, to_feedforward = parts.connections
+        seq, add_residual = to_attention(x)
+        # Titans eq. 27, 28: y = SW-Attn*([p ‖ x]), o = y ⊗ M(x)
+        out = parts.attend(seq)
+        x = add_residual(out if self.combine is None else self.combine(out, parts.remember(seq)))
+
+        seq, add_residual = to_feedforward(x)
+        return add_residual(self.feedforward(seq))
+
+
+class MemoryAsGateTransformer(HybridTransformer):
+    """A language model whose attention, over a sliding window, is gated by what memory retrieves.
+
+    Both read the same input: attention what is near, memory all that came before. Their outputs are normalised with
+    learned vectors, and memory's gates attention's through a sigmoid. Arguments: those of `HybridTransformer`.
+    """
+
+    block = MAGBlock

@@ -1,0 +1,60 @@
+"""What a whole model carries from one call to the next."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from titans_pytorch.memory_state import NeuralMemState
+from titans_pytorch.shapes import Float, Int
+
+KeyValues = tuple[Float[Tensor, 'b h n d'], Float[Tensor, 'b h n d']]
+
+
+class ModelState(NamedTuple):
+    """A model's state after some tokens; hand it to the next call to continue as if the two were one.
+
+    It does not grow with the length read. It can be detached, moved, cut to some of its batch entries, saved with
+    `torch.save`, and loaded with `torch.load(..., weights_only=True)` once this package has been imported. To start
+    anew is to hand over `None`.
+    """
+
+    seq_index: int
+    """Positions read, long-term memory tokens included."""
+    key_values: list[KeyValues | None]
+    """For each layer the keys, not rotated, and values that later tokens can still see; `None` without attention."""
+    memories: list[NeuralMemState]
+    """For each memory layer its state."""
+
+    def detach(self) -> ModelState:
+        """The same state, cut from the graph that made it: where truncated backpropagation through time truncates."""
+        key_values, memories = tree_map(_of_tensors(Tensor.detach), self[1:])
+        return ModelState(self.seq_index, key_values, memories)
+
+    def to(
+        self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None
+    ) -> ModelState:
+        """The state on another device, in another dtype (of its floating-point tensors), or both."""
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        move = _of_tensors(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
+        return ModelState(
+            self.seq_index, tree_map(move, self.key_values), [memory.to(device, dtype) for memory in self.memories]
+        )
+
+    def select(self, entries: Int[Tensor, ' e'] | list[int]) -> ModelState:
+        """The state of these batch entries, in this order; an entry may come several times."""
+        pick = _of_tensors(lambda t: t[torch.as_tensor(entries, device=t.device)])
+        return ModelState(
+            self.seq_index, tree_map(pick, self.key_values), [memory.select(entries) for memory in self.memories]
+        )
+
+
+def _of_tensors(fn: Any) -> Any:
+    return lambda leaf: fn(leaf) if isinstance(leaf, Tensor) else leaf
+
+
+torch.serialization.add_safe_globals([ModelState])

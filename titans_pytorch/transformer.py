@@ -1,0 +1,564 @@
+"""What all models here are made of: an embedding, blocks around a residual stream, logits, and a state over calls.
+
+A model differs from another in how a block puts its parts together (`Block.arranged`). That is written once, and serves
+whole sequences, pieces of them, and decoding a position at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from hyper_connections import mc_get_init_and_expand_reduce_stream_functions
+from torch import Tensor, nn
+from torch.nn import Linear, Module, ModuleList
+
+from titans_pytorch import generation
+from titans_pytorch.attention import SegmentedAttention, Slot, segmented_flex_attention
+from titans_pytorch.checks import check_floating, check_positive, check_shape, check_token_ids
+from titans_pytorch.connections import AddResidual, FoldedConnection, connect, folded
+from titans_pytorch.decoding import StepKind
+from titans_pytorch.memory_state import NeuralMemState, StepState
+from titans_pytorch.model_state import KeyValues, ModelState
+from titans_pytorch.neural_memory import NeuralMemory
+from titans_pytorch.packing import Documents, check_documents, continues
+from titans_pytorch.rotary import frequencies, turns
+from titans_pytorch.shapes import Bool, Float, Int
+from titans_pytorch.sinkhorn import sinkhorn
+
+IGNORED = -100
+"""The label that cross-entropy leaves out."""
+
+
+@dataclass
+class Stream:
+    """What earlier blocks leave for later ones, beside the residual stream."""
+
+    inputs: list[Tensor] = field(default_factory=list)
+    """Inputs and outputs of every attention and feedforward so far, which a memory may choose its views from."""
+    values: Tensor | None = None
+    """The first attention's values."""
+    memory_weights: Mapping[str, Tensor] | None = None
+    """The last memory's weights over time."""
+
+
+class LayerState(NamedTuple):
+    """What a block carries from one call to the next."""
+
+    key_values: KeyValues | None
+    memory: NeuralMemState | None
+
+
+class LayerBuffers(NamedTuple):
+    """The same as buffers of constant size for steps, and the weights of the block's connections."""
+
+    key_values: KeyValues | None
+    memory: StepState | None
+    connections: list[FoldedConnection | None]
+
+
+class Place(NamedTuple):
+    """A position, for all layers."""
+
+    position: Int[Tensor, ' 1']
+    slots: dict[int, Slot]
+    """In the buffers of attention, by how many keys a position has there."""
+    kind: StepKind
+
+
+class Parts(NamedTuple):
+    """A block's parts at work, on a sequence or on a single position."""
+
+    connections: Sequence[Callable[[Tensor], tuple[Tensor, AddResidual]]]
+    """For each branch: from the residual stream to the branch's input, and the function that adds its output."""
+    attend: Callable[..., Tensor]
+    """(seq, `output_gating=` or `context=`) to what attention gives."""
+    remember: Callable[[Tensor], Tensor]
+    """What memory retrieves, (seq or its views) being stored."""
+    recall: Callable[[Tensor], Tensor]
+    """What memory knew when its memory batch began; nothing is stored."""
+    position: int | None
+    """Of the first of the sequence; `None` for a single one."""
+
+
+class Block(Module):
+    """One layer. It has a `memory`, an `attention` (either may be `None`), a `feedforward` and `connections`."""
+
+    memory: NeuralMemory | None
+    attention: SegmentedAttention | None
+    feedforward: Module
+
+    @property
+    def connections(self) -> Sequence[Module | None]:
+        """From and to the residual stream, one for each branch."""
+        raise NotImplementedError
+
+    def arranged(self, x: Float[Tensor, 'b n d'], stream: Stream, parts: Parts) -> Float[Tensor, 'b n d']:
+        """How the parts are put together: the residual stream after this block, from that before it."""
+        raise NotImplementedError
+
+    def forward(
+        self, x: Float[Tensor, 'b n d'], stream: Stream, state: LayerState, position: int, **attention_kwargs: Any
+    ) -> tuple[Float[Tensor, 'b n d'], LayerState]:
+        """Positions from `position` on through this block."""
+        key_values, memory_state = state
+        reached = position
+
+        def attend(seq: Tensor, **inputs: Tensor | None) -> Tensor:
+            nonlocal key_values, reached
+            assert self.attention is not None
+            if self.attention.to_learned_v_mix is not None:
+                inputs['value_residual'] = stream.values
+            out, (values, key_values) = self.attention(
+                seq, cache=key_values, position=reached, **inputs, **attention_kwargs
+            )
+            reached += seq.shape[1]
+            stream.values = values if stream.values is None else stream.values
+            return out
+
+        def remember(seq: Tensor) -> Tensor:
+            nonlocal memory_state
+            assert self.memory is not None
+            accepts_weights = self.memory.to_learned_weight_residual_mix is not None
+            retrieved, memory_state = self.memory(
+                seq, state=memory_state, prev_weights=stream.memory_weights if accepts_weights else None
+            )
+            stream.memory_weights = memory_state.updates
+            return retrieved
+
+        def recall(seq: Tensor) -> Tensor:
+            assert self.memory is not None
+            return self.memory.recall(seq, memory_state)
+
+        parts = Parts([*self.connections], attend, remember, recall, position)  # type: ignore[list-item]
+        x = self.arranged(x, stream, parts)
+        return x, LayerState(key_values, memory_state)
+
+    def step(
+        self, x: Float[Tensor, 'b s d'], stream: Stream, buffers: LayerBuffers, place: Place, turn: Tensor | None
+    ) -> tuple[Float[Tensor, 'b s d'], StepState | None]:
+        """`forward` for one position; its streams stand in a dimension of their own.
+
+        Writes the position into the buffers. Returns the streams, and the memory's state.
+        """
+        memory_state = buffers.memory
+        pairs = zip(self.connections, buffers.connections)
+        connections = [partial(connect, own, weights) for own, weights in pairs]  # type: ignore[arg-type]
+
+        def attend(seq: Tensor, **inputs: Any) -> Tensor:
+            assert self.attention is not None and buffers.key_values is not None
+            assert turn is not None
+            if self.attention.to_learned_v_mix is not None:
+                inputs['value_residual'] = stream.values
+            slot = place.slots[self.attention.keys_per_position]
+            out, values = self.attention.step(seq, buffers.key_values, slot, turn, **inputs)
+            stream.values = values if stream.values is None else stream.values
+            return out
+
+        def remember(seq: Tensor) -> Tensor:
+            nonlocal memory_state
+            assert self.memory is not None and memory_state is not None
+            before = memory_state.last
+            accepts_weights = self.memory.to_learned_weight_residual_mix is not None
+            retrieved, memory_state = self.memory.step(
+                seq,
+                memory_state,
+                place.position,
+                place.kind.ends_chunk,
+                place.kind.ends_batch,
+                stream.memory_weights if accepts_weights else None,  # type: ignore[arg-type]
+            )
+            stream.memory_weights = before
+            return retrieved
+
+        def recall(seq: Tensor) -> Tensor:
+            assert self.memory is not None
+            return self.memory.recall(seq, buffers.memory)
+
+        x = self.arranged(x, stream, Parts(connections, attend, remember, recall, None))
+        return x, memory_state
+
+    def to_buffers(self, state: LayerState, position: int) -> LayerBuffers:
+        """`state` after `position` positions, for steps. Weights are read here: it serves until they change."""
+        key_values, memory = state
+        return LayerBuffers(
+            None if self.attention is None else self.attention.to_ring(key_values, position),  # type: ignore[arg-type]
+            None if self.memory is None else self.memory.step_state(memory),  # type: ignore[arg-type]
+            [folded(connection) for connection in self.connections],
+        )
+
+    def from_buffers(self, buffers: LayerBuffers, position: int) -> LayerState:
+        """The opposite; it shares nothing with the buffers."""
+        key_values, memory = buffers[:2]
+        return LayerState(
+            None if self.attention is None else self.attention.from_ring(key_values, position),  # type: ignore[arg-type]
+            None if self.memory is None else memory.closed(position, self.memory.step_sizes),  # type: ignore[union-attr]
+        )
+
+
+class DecodingState(NamedTuple):
+    """A `ModelState` as buffers of constant size, which every step writes in place, with tables that it reads."""
+
+    position: Int[Tensor, ' 1']
+    token: Int[Tensor, 'b 1']
+    """What the next step reads."""
+    logits: Float[Tensor, 'b l']
+    """What the last step of a token gave."""
+    layers: list[LayerBuffers]
+    frequencies: Float[Tensor, 'layers d/2']
+    """Of the rotary embeddings of the layers that have attention."""
+    embedding: Any
+    """What the model's position embedding needs, if it has one."""
+
+
+class Transformer(Module):
+    """The face of every model: logits or a loss, a state over calls, sampling. Subclasses build `layers`.
+
+    A subclass whose positions are not its tokens overrides `num_positions`, `num_tokens_until`, `_embedded`,
+    `_token_rows` and `_embedded_one`.
+
+    Args:
+        num_tokens: size of the vocabulary. `None`: no embedding and no logits; the input is (batch, length, dim), and a
+            call returns hidden states.
+        dim: width of the model.
+        token_emb: a module from the input to (batch, length, dim), in place of `nn.Embedding`: of token ids, or of any
+            features.
+        num_residual_streams: streams of the hyper-connections; 1 is a plain residual.
+    """
+
+    layers: ModuleList
+
+    def __init__(self, *, num_tokens: int | None, dim: int, token_emb: Module | None):
+        super().__init__()
+        check_positive(dim=dim, **({} if num_tokens is None else {'num_tokens': num_tokens}))
+        self.num_tokens = num_tokens
+        self.dim = dim
+        self.token_emb = nn.Embedding(num_tokens, dim) if token_emb is None and num_tokens is not None else token_emb
+
+    def _stack(
+        self,
+        num_residual_streams: int,
+        blocks: Callable[[Callable[..., Module]], Iterable[Block]],
+        use_flex_attn: bool,
+    ) -> None:
+        """Build the layers and the logits; `blocks` makes them, from a function that makes connections."""
+        connection, self.expand_streams, self.reduce_streams = mc_get_init_and_expand_reduce_stream_functions(
+            num_residual_streams,
+            dim=self.dim,
+            add_stream_embed=True,
+            disable=num_residual_streams == 1,
+            residual_mix_constraint_fn=sinkhorn,
+        )
+        self.layers = ModuleList(blocks(connection))
+        self.norm = nn.RMSNorm(self.dim)
+        self.to_logits = None if self.num_tokens is None else Linear(self.dim, self.num_tokens, bias=False)
+        self.use_flex_attn = use_flex_attn
+
+    @property
+    def _blocks(self) -> list[Block]:
+        return [*self.layers]  # type: ignore[arg-type]
+
+    @property
+    def _attentions(self) -> list[SegmentedAttention]:
+        return [block.attention for block in self._blocks if block.attention is not None]
+
+    @property
+    def _memories(self) -> list[NeuralMemory]:
+        return [block.memory for block in self._blocks if block.memory is not None]
+
+    # positions
+
+    def num_positions(self, num_tokens: int) -> int:
+        """Positions up to and with token number `num_tokens`."""
+        return num_tokens
+
+    def num_tokens_until(self, position: int) -> int:
+        """Tokens before `position`."""
+        return position
+
+    def _embedded(self, x: Tensor, start: int, **kwargs: Any) -> Float[Tensor, 'b n d']:
+        """The positions from `start` on that the tokens `x` make, embedded."""
+        return self._token_embedding(x)
+
+    def _token_rows(self, hidden: Float[Tensor, 'b n d'], start: int, num_tokens: int) -> Float[Tensor, 'b n d']:
+        """Of the positions from `start` on, those that hold tokens, of which there then are `num_tokens`."""
+        return hidden
+
+    def _token_embedding(self, x: Tensor) -> Float[Tensor, 'b n d']:
+        return x if self._takes_embeddings(x) else self.token_emb(x)  # type: ignore[misc]
+
+    def _takes_embeddings(self, x: Tensor) -> bool:
+        return self.token_emb is None or (isinstance(self.token_emb, nn.Embedding) and x.is_floating_point())
+
+    # calls
+
+    def forward(
+        self,
+        x: Int[Tensor, 'b n'] | Float[Tensor, 'b n d'],
+        return_loss: bool = False,
+        *,
+        state: ModelState | None = None,
+        return_state: bool = False,
+        return_hidden: bool = False,
+        mask: Bool[Tensor, 'b n'] | None = None,
+        document_ids: Int[Tensor, 'b n'] | None = None,
+        cache: ModelState | None = None,
+        return_cache: bool = False,
+        disable_flex_attn: bool = False,
+        **embedding_kwargs: Any,
+    ) -> Any:
+        """Logits of the next token, the loss, or hidden states.
+
+        Args:
+            x: token ids (batch, length); embeddings (batch, length, dim); or what `token_emb` takes.
+            return_loss: return the mean cross-entropy, in nats, of predicting x[:, 1:] from x[:, :-1].
+            state: that of the call before: `x` is what follows. With `return_loss` the last token of `x` is not read,
+                and is the first of the next call.
+            return_state: also return the state, for the next call.
+            return_hidden: return the hidden states after the last norm, (batch, length, dim), in place of logits.
+            mask: true for tokens, false for padding, on either side. What is returned for padding means nothing.
+            document_ids: integers; where they change within a row a new document begins, which sees nothing of the one
+                before, neither by attention nor by memory, and whose positions count from 0.
+            cache: as `state`, but `x` begins with the first token of all, and only what follows is processed.
+            return_cache: another name for `return_state`.
+            disable_flex_attn: take the plain attention path for this call.
+
+        Returns:
+            logits (batch, length, num_tokens), hidden states, or the loss; with `return_state` a pair with the state.
+        """
+        self._check_input(x)
+        if cache is not None:
+            if state is not None:
+                raise ValueError('state goes on from what x begins after, cache from what x begins with: give one')
+            state, read = cache, self.num_tokens_until(cache[0])
+            if read >= x.shape[1]:
+                raise ValueError(f'x must go beyond the {read} tokens in the cache, got {x.shape[1]}')
+            x = x[:, read:]
+        return_state = return_state or return_cache
+
+        labels = None
+        if return_loss:
+            x, labels, mask, document_ids = self._with_labels(x, mask, document_ids)
+        if mask is None and document_ids is None:
+            hidden, after = self._read(x, state, disable_flex_attn, return_state, embedding_kwargs)
+        elif state is not None or return_state:
+            raise ValueError(
+                'mask and document_ids make rows that begin or end at positions of their own, of which there is no '
+                'one state: leave out state and return_state'
+            )
+        else:
+            check_documents(mask, document_ids, *x.shape[:2])
+            documents, after = Documents.of(mask, document_ids), None
+            hidden, _ = self._read(documents.rows(x), None, disable_flex_attn, False, embedding_kwargs)
+            hidden = documents.batch(hidden)
+
+        out = self.norm(hidden)
+        if not return_hidden and self.to_logits is not None:
+            out = self.to_logits(out)
+        if labels is not None:
+            out = F.cross_entropy(rearrange(out, 'b n l -> b l n'), labels, ignore_index=IGNORED)
+        return (out, after) if return_state else out
+
+    def _check_input(self, x: Any) -> None:
+        if isinstance(self.token_emb, nn.Embedding) and not (isinstance(x, Tensor) and x.is_floating_point()):
+            check_token_ids('x', x, self.token_emb.num_embeddings)
+        elif self._takes_embeddings(x):
+            check_floating('x', x)
+            check_shape('x', x, batch=None, length=None, dim=self.dim)
+
+    def _with_labels(
+        self, x: Tensor, mask: Bool[Tensor, 'b n'] | None, document_ids: Int[Tensor, 'b n'] | None
+    ) -> tuple[Tensor, Int[Tensor, 'b n'], Bool[Tensor, 'b n'] | None, Int[Tensor, 'b n'] | None]:
+        """What is read, and which token each position is to predict."""
+        if x.is_floating_point() or self.to_logits is None:
+            raise ValueError('return_loss predicts tokens from tokens: x must be token ids, and num_tokens given')
+        if x.shape[1] < 2:
+            raise ValueError(f'x must hold at least 2 tokens to predict one from another, got {x.shape[1]}')
+        labels = x[:, 1:]
+        if mask is None and document_ids is None:
+            return x[:, :-1], labels, None, None
+        check_documents(mask, document_ids, *x.shape[:2])
+        labels = labels.masked_fill(~continues(mask, document_ids), IGNORED)
+        mask, document_ids = (None if t is None else t[:, :-1] for t in (mask, document_ids))
+        return x[:, :-1], labels, mask, document_ids
+
+    def _read(
+        self,
+        x: Tensor,
+        state: ModelState | None,
+        disable_flex_attn: bool,
+        return_state: bool,
+        embedding_kwargs: Mapping[str, Any],
+    ) -> tuple[Float[Tensor, 'b n d'], ModelState | None]:
+        """The hidden states of the tokens `x`, before the last norm, and the state after them."""
+        start = 0 if state is None else state[0]
+        num_tokens = self.num_tokens_until(start) + x.shape[1]
+        stop = self.num_positions(num_tokens)
+        layer_states = self._layer_states(state)
+
+        hidden = self._embedded(x, start, **embedding_kwargs)
+        attention_kwargs = self._attention_kwargs(hidden, layer_states, disable_flex_attn)
+        stream, hidden = Stream(), self.expand_streams(hidden)
+        after: list[LayerState] = []
+        for block, layer_state in zip(self._blocks, layer_states):
+            hidden, layer_state = block(hidden, stream, layer_state, start, **attention_kwargs)
+            after.append(layer_state)
+        hidden = self._token_rows(self.reduce_streams(hidden), start, num_tokens)
+        return hidden, self._model_state(stop, after) if return_state else None
+
+    def _attention_kwargs(self, x: Tensor, states: list[LayerState], disable_flex_attn: bool) -> dict[str, Any]:
+        """What all attentions share: one block mask."""
+        shared: dict[str, Any] = {'disable_flex_attn': disable_flex_attn}
+        if self.use_flex_attn and x.is_cuda and not disable_flex_attn and self._attentions:
+            caches = [state.key_values for state in states if state.key_values is not None]
+            num_cached = caches[0][0].shape[-2] if caches else 0
+            attention = self._attentions[0]
+            shared['flex_attn_fn'] = segmented_flex_attention(
+                num_cached + x.shape[1],
+                attention.total_segment_len,
+                attention.num_persist_mem_tokens,
+                attention.sliding,
+                x.device,
+            )
+        return shared
+
+    def _layer_states(self, state: ModelState | None) -> list[LayerState]:
+        if state is None:
+            return [LayerState(None, None)] * len(self._blocks)
+        _, key_values, memories = state
+        num_memories = len(self._memories)
+        if (len(key_values), len(memories)) != (len(self._blocks), num_memories):
+            raise ValueError(
+                f'state must be of a model like this one, with {len(self._blocks)} layers and {num_memories} memories, '
+                f'got {len(key_values)} and {len(memories)}'
+            )
+        own = iter(memories)
+        pairs = zip(self._blocks, key_values)
+        return [LayerState(pair, None if block.memory is None else next(own)) for block, pair in pairs]
+
+    def _model_state(self, position: int, states: list[LayerState]) -> ModelState:
+        key_values = [
+            None if block.attention is None else block.attention.trimmed(state.key_values, position)  # type: ignore[arg-type]
+            for block, state in zip(self._blocks, states)
+        ]
+        # the next call does not need the weights over time
+        memories = [state.memory._replace(updates=None) for state in states if state.memory is not None]
+        return ModelState(position, key_values, memories)
+
+    # one position at a time: see `decoding.Decodable`
+
+    neural_memory_segment_len: int
+    neural_memory_batch_size: int | None
+
+    sample = generation.sample
+    stream = generation.stream
+
+    def decoding_state(self, state: ModelState) -> DecodingState:
+        """`state` as buffers for `step`. Weights are read here: it serves until they change."""
+        if self.to_logits is None:
+            raise ValueError('a model without num_tokens has no logits to decode from')
+        start, layer_states = state[0], self._layer_states(state)
+        layers = [block.to_buffers(own, start) for block, own in zip(self._blocks, layer_states)]
+
+        weight = self.to_logits.weight
+        device = weight.device
+        batch = len(_first_tensor(layer_states))
+        position = torch.full((1,), start, device=device)
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
+        rotations = [frequencies(attention.rotary_emb) for attention in self._attentions]
+        return DecodingState(
+            position=position,
+            token=torch.zeros(batch, 1, dtype=torch.long, device=device),
+            logits=torch.zeros(batch, len(weight), dtype=dtype, device=device),
+            layers=layers,
+            frequencies=torch.stack(rotations) if rotations else torch.zeros(0, 0, device=device),
+            embedding=self._decoding_embedding(position),
+        )
+
+    def decoding_cache(self, state: DecodingState, position: int) -> ModelState:
+        """The state after `position` positions, from the buffers, with which it shares nothing."""
+        layers = [block.from_buffers(own, position) for block, own in zip(self._blocks, state.layers)]
+        return ModelState(
+            position,
+            [layer.key_values for layer in layers],
+            [layer.memory for layer in layers if layer.memory is not None],
+        )
+
+    def step_kind(self, position: int) -> StepKind:
+        """What the step at `position` has to do."""
+        batch_size, following = self.neural_memory_batch_size, position + 1
+        return StepKind(
+            False,
+            following % self.neural_memory_segment_len == 0,
+            batch_size is not None and following % batch_size == 0,
+        )
+
+    def step(self, state: DecodingState, kind: StepKind) -> None:
+        """One position through all layers, from buffers into buffers.
+
+        Shapes do not change from step to step, and a kind of step always does the same: it can be captured as a CUDA
+        graph. So whatever depends on the position is computed from the tensor that holds it.
+        """
+        position = state.position
+        x = self._embedded_one(state, kind)
+        place, layer_turns = Place(position, self._slots(position), kind), iter(turns(state.frequencies, position))
+
+        stream, memories = Stream(), []
+        if hasattr(self.expand_streams, 'stream_embed'):
+            x = x + self.expand_streams.stream_embed
+        for block, layer in zip(self._blocks, state.layers):
+            turn = None if block.attention is None else next(layer_turns)
+            x, memory = block.step(x, stream, layer, place, turn)
+            memories.append(memory)
+        if not kind.is_longterm:
+            state.logits.copy_(self.to_logits(self.norm(x.sum(dim=1))))  # type: ignore[misc]
+
+        position.add_(1)
+        if kind.ends_chunk:
+            self._chunk_ended(state)
+            # only now: memories read the weights that earlier ones had before this step
+            for layer, memory in zip(state.layers, memories):
+                if layer.memory is not None and memory is not None:
+                    layer.memory.take_over(memory)
+
+    def _slots(self, position: Int[Tensor, ' 1']) -> dict[int, Slot]:
+        slots: dict[int, Slot] = {}
+        for attention in self._attentions:
+            if attention.keys_per_position not in slots:
+                slots[attention.keys_per_position] = attention.slot(position, attention.persistent_memory)
+        return slots
+
+    def _decoding_embedding(self, position: Int[Tensor, ' 1']) -> Any:
+        """What `_embedded_one` needs of positions, if anything."""
+
+    def _embedded_one(self, state: DecodingState, kind: StepKind) -> Float[Tensor, 'b 1 d']:
+        return self._token_embedding(state.token)
+
+    def _chunk_ended(self, state: DecodingState) -> None:
+        """`state.position` is the first of a chunk."""
+
+
+def layers_with_memory(layers: Sequence[int] | None, depth: int) -> Sequence[int]:
+    """Layers counted from 1, checked; `None`: all."""
+    chosen = range(1, depth + 1) if layers is None else layers
+    missing = [layer for layer in chosen if layer not in range(1, depth + 1)]
+    if missing:
+        raise ValueError(f'neural_memory_layers must be layers from 1 to depth={depth}, got {missing}')
+    return chosen
+
+
+def _first_tensor(states: Sequence[LayerState]) -> Tensor:
+    """One that has the batch in front."""
+    for key_values, memory in states:
+        if key_values is not None:
+            return key_values[0]
+        if memory is not None and memory.cache_store_segment is not None:
+            pending = memory.cache_store_segment
+            tokens = pending if isinstance(pending, Tensor) else pending.tokens
+            return tokens if tokens.ndim == 3 else tokens[0]
+    raise ValueError('a model with neither attention nor memory has no state to decode from')
