@@ -1,0 +1,90 @@
+"""Bits per byte on text never seen, for all models at equal numbers of parameters and steps.
+
+    python benchmarks/tasks/enwik8.py --data enwik8.gz                (all models, three seeds)
+    python benchmarks/tasks/enwik8.py --report runs.jsonl --write
+
+Trained on random windows of 1,024 bytes from the first 90 % of the first 4 MB of enwik8, tested on the last 5 % of
+them in windows of 4,096; attention sees 128 bytes back. A second figure is over the last
+1,024 bytes of each window, where most of what a model can use lies before attention's reach.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import models
+import runs
+import text as texts
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SIZES = {'dim': 256, 'depth': 4, 'dim_head': 64, 'segment_len': 128, 'neural_memory_segment_len': 16}
+TESTED = 4096
+
+
+def loss(model: nn.Module, batch: Tensor) -> Tensor:
+    return model(batch, return_loss=True)
+
+
+@torch.no_grad()
+def bits_per_byte(model: nn.Module, text: Tensor, length: int, num_windows: int) -> tuple[float, float]:
+    """Over whole windows that follow one another, and over the last quarter of each."""
+    rows = text[: num_windows * length + 1]
+    rows = rows.unfold(0, length + 1, length)
+    losses = []
+    for batch in rows.split(max(1, 2**16 // length)):
+        each = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten(), reduction='none')
+        losses.append(each.view(len(batch), -1))
+    bits = torch.cat(losses) / math.log(2)
+    return bits.mean().item(), bits[:, -length // 4 :].mean().item()
+
+
+def run(
+    name: str,
+    seed: int,
+    device: str,
+    steps: int,
+    learning_rate: float,
+    data: Path | None,
+    batch: int = 16,
+    trained: int = 1024,
+    tested: int = TESTED,
+    num_windows: int = 48,
+    seconds: float | None = None,
+    **sizes: Any,
+) -> dict[str, Any]:
+    """Train one model and test it."""
+    train_text, _, test_text = (part.to(device) for part in texts.load(data))
+    model = models.build(name, seed, memory_batch=256, num_tokens=256, **{**SIZES, **sizes}).to(device)
+    trainer = runs.Trainer(model, loss, steps, learning_rate)
+    generator = torch.Generator(device).manual_seed(seed)
+    given = ((window,) for window in texts.windows(train_text, batch, trained + 1, generator))
+    done = runs.train(trainer, given, steps, seconds)
+    whole, late = bits_per_byte(model, test_text, tested, num_windows)
+    return {'steps': done, 'parameters': models.num_parameters(model), 'whole': whole, 'late': late}
+
+
+def main() -> None:
+    parser = runs.parser(__doc__ or '', [*models.MODELS], steps=1500)
+    parser.add_argument('--data', type=Path, help='a file of text, gzipped or not; default: enwik8 in data/')
+    parser.add_argument('--seconds', type=float, help='end the training of each run after so long')
+    options = parser.parse_args()
+    one = partial(
+        run,
+        device=options.device,
+        steps=options.steps,
+        learning_rate=options.learning_rate,
+        data=options.data,
+        seconds=options.seconds,
+    )
+    where, results = runs.measured(options, one)
+    columns = {'bits per byte': lambda r: r['whole'], 'its last quarter': lambda r: r['late']}
+    runs.report(options, 'task, enwik8', where, results, columns, 3, [*models.MODELS])
+
+
+if __name__ == '__main__':
+    main()

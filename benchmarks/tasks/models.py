@@ -1,0 +1,86 @@
+"""The models that the tasks compare, at equal numbers of parameters."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from titans_pytorch import (
+    LongTermMemoryModel,
+    MemoryAsContextTransformer,
+    MemoryAsGateTransformer,
+    MemoryAsLayerTransformer,
+)
+from titans_pytorch.presets import memory_settings
+from titans_pytorch.transformer import Transformer
+
+ARCHITECTURES: dict[str, tuple[type[Transformer], dict[str, Any], dict[str, Any]]] = {
+    # name: class, arguments of the model, arguments of its memories
+    'attention alone': (MemoryAsGateTransformer, {'neural_memory_layers': ()}, {}),
+    'LMM': (LongTermMemoryModel, {}, {}),
+    'MAC': (MemoryAsContextTransformer, {'num_longterm_mem_tokens': 4, 'num_residual_streams': 1}, {}),
+    'MAC, paper order': (MemoryAsContextTransformer, {'paper_order': True, 'num_residual_streams': 1}, {}),
+    'MAG': (MemoryAsGateTransformer, {}, {}),
+    'MAL': (MemoryAsLayerTransformer, {}, {}),
+}
+ABLATIONS: dict[str, dict[str, Any]] = {
+    'no momentum': {'momentum': False},
+    'no decay': {'init_decay_bias': -30.0},
+    'linear memory': {'default_model_kwargs': {'depth': 1}},
+    'memory depth 3': {'default_model_kwargs': {'depth': 3, 'expansion_factor': 2.0}},
+    'no convolution': {'conv_kernel': None},
+}
+MODELS = {**ARCHITECTURES, **{f'LMM, {name}': (LongTermMemoryModel, {}, own) for name, own in ABLATIONS.items()}}
+
+
+def build(name: str, seed: int, *, memory_batch: int | None, **sizes: Any) -> Transformer:
+    """One of `MODELS`, its feedforwards so wide that all have as many parameters as the largest with common ones.
+
+    `sizes`: arguments that all have in common.
+    """
+
+    wanted = _largest(memory_batch, tuple(sizes.items()))
+    # a feedforward has 2 · dim² weights for each unit of `ff_mult`
+    missing = wanted - _count(name, memory_batch, sizes)
+    return _built(name, seed, memory_batch, sizes, 4.0 + missing / (2 * sizes['dim'] ** 2 * sizes['depth']))
+
+
+@cache
+def _largest(memory_batch: int | None, sizes: tuple[tuple[str, Any], ...]) -> int:
+    return max(_count(name, memory_batch, dict(sizes)) for name in MODELS)
+
+
+def _count(name: str, memory_batch: int | None, sizes: dict[str, Any]) -> int:
+    with torch.device('meta'):
+        return num_parameters(_built(name, 0, memory_batch, sizes, 4.0))
+
+
+def _built(name: str, seed: int, memory_batch: int | None, sizes: dict[str, Any], ff_mult: float) -> Transformer:
+    torch.manual_seed(seed)
+    kind, kwargs, memory = MODELS[name]
+    heads = sizes['dim'] // sizes['dim_head']
+    common: dict[str, Any] = {**sizes, 'heads': heads, 'ff_mult': ff_mult, **kwargs}
+    if 'paper_order' not in kwargs:
+        common['neural_memory_batch_size'] = memory_batch
+    settings = memory_settings(
+        heads=heads,
+        dim_head=sizes['dim_head'],
+        **{'default_model_kwargs': {'depth': 2, 'expansion_factor': 2.0}, **memory},
+    )
+    model = kind(**common, neural_memory_kwargs=settings)
+    if memory.get('init_decay_bias', 0) < -20:
+        for module in model.modules():
+            decay = getattr(module, 'to_decay_factor', None)
+            if isinstance(decay, nn.Sequential):
+                decay.requires_grad_(False)  # at a logit of −30 nothing is forgotten
+    return model
+
+
+def num_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,117 @@
+"""Multi-query associative recall (Zoology, arXiv 2312.04927): which value came with this key?
+
+    python benchmarks/tasks/mqar.py                                   (all models, three seeds)
+    python benchmarks/tasks/mqar.py --models LMM MAG --json runs.jsonl
+    python benchmarks/tasks/mqar.py --report runs.jsonl --write
+
+A sequence begins with pairs of a key and a value; later keys come again, and the answer to each is its value.
+Vocabulary 8,192, half of it keys. Trained on 64 tokens with 4 pairs to 256 with 64, tested to 1,024 with 256;
+attention sees 64 tokens back. Queries are placed by Zoology's power law (exponent 0.01), the rest is random values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import models
+import runs
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+VOCABULARY = 8192
+TRAINED = [(64, 4), (128, 8), (256, 16), (256, 32), (256, 64)]
+TESTED = [*TRAINED, (512, 128), (1024, 256)]
+SIZES = {'dim': 128, 'depth': 2, 'dim_head': 64, 'segment_len': 64, 'neural_memory_segment_len': 16}
+
+
+def examples(
+    batch: int, length: int, pairs: int, vocabulary: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens (batch, length), where the queries are, and their answers, (batch, pairs) both."""
+    device = generator.device
+    half = vocabulary // 2
+    keys = torch.rand(batch, half - 1, generator=generator, device=device).topk(pairs).indices + 1
+    values = torch.randint(half, vocabulary, (batch, pairs), generator=generator, device=device)
+    tokens = torch.randint(half, vocabulary, (batch, length), generator=generator, device=device)
+    tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
+
+    # places after the pairs, every second one, without replacement, early ones likelier
+    num_places = (length - 2 * pairs) // 2
+    log_odds = (0.01 - 1) * torch.arange(1, num_places + 1, device=device).log()
+    noise = -(-torch.rand(batch, num_places, generator=generator, device=device).log()).log()
+    places = 2 * pairs + 2 * (log_odds + noise).topk(pairs).indices
+    return tokens.scatter(1, places, keys), places, values
+
+
+def answers(model: nn.Module, tokens: Tensor, places: Tensor) -> Tensor:
+    """Logits at the queries; no others are needed, and the vocabulary is large."""
+    hidden = model(tokens, return_hidden=True)
+    return model.to_logits(hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])))
+
+
+def loss(model: nn.Module, tokens: Tensor, places: Tensor, values: Tensor) -> Tensor:
+    return F.cross_entropy(answers(model, tokens, places).flatten(0, 1), values.flatten())
+
+
+def batches(
+    lengths: list[tuple[int, int]], tokens: int, vocabulary: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """By turns of each length, of so many tokens each."""
+    while True:
+        for length, pairs in lengths:
+            yield examples(tokens // length, length, pairs, vocabulary, generator)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, length: int, pairs: int, vocabulary: int, generator: torch.Generator) -> float:
+    right = []
+    for _ in range(4):
+        tokens, places, values = examples(max(2, 2**15 // length), length, pairs, vocabulary, generator)
+        right.append((answers(model, tokens, places).argmax(dim=-1) == values).float().mean())
+    return torch.stack(right).mean().item()
+
+
+def run(
+    name: str,
+    seed: int,
+    device: str,
+    steps: int,
+    learning_rate: float,
+    tokens: int = 2**14,
+    vocabulary: int = VOCABULARY,
+    trained: list[tuple[int, int]] = TRAINED,
+    tested: list[tuple[int, int]] = TESTED,
+    seconds: float | None = None,
+    **sizes: Any,
+) -> dict[str, Any]:
+    """Train one model and test it."""
+    model = models.build(name, seed, memory_batch=64, num_tokens=vocabulary, **{**SIZES, **sizes}).to(device)
+    trainer = runs.Trainer(model, loss, steps, learning_rate)
+    generator = torch.Generator(device).manual_seed(seed)
+    done = runs.train(trainer, batches(trained, tokens, vocabulary, generator), steps, seconds)
+    held_out = torch.Generator(device).manual_seed(10_000 + seed)
+    tests = {f'{length}/{pairs}': accuracy(model, length, pairs, vocabulary, held_out) for length, pairs in tested}
+    return {'steps': done, 'parameters': models.num_parameters(model), 'accuracy': tests}
+
+
+def main() -> None:
+    parser = runs.parser(__doc__ or '', [*models.MODELS], steps=4000)
+    parser.add_argument('--seconds', type=float, help='end the training of each run after so long')
+    options = parser.parse_args()
+    one = partial(
+        run,
+        device=options.device,
+        steps=options.steps,
+        learning_rate=options.learning_rate,
+        seconds=options.seconds,
+    )
+    where, results = runs.measured(options, one)
+    columns = {f'{n}/{p}': (lambda r, key=f'{n}/{p}': 100 * r['accuracy'][key]) for n, p in TESTED}
+    runs.report(options, 'task, mqar', where, results, columns, 1, [*models.MODELS])
+
+
+if __name__ == '__main__':
+    main()

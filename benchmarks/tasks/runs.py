@@ -1,0 +1,155 @@
+"""Training and evaluating the models of a task, seed after seed; tables and plots of several runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
+from harness import captured, machine, table, write_section  # noqa: E402
+
+Loss = Callable[..., Tensor]
+"""(model, *tensors of a batch) to what training lowers."""
+
+
+class Trainer:
+    """AdamW with warm-up and a cosine, gradients clipped. On a GPU each shape of batch is one CUDA graph."""
+
+    def __init__(self, model: nn.Module, loss: Loss, steps: int, learning_rate: float):
+        decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+        others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+        groups = [{'params': decayed, 'weight_decay': 0.1}, {'params': others, 'weight_decay': 0.0}]
+        on_gpu = next(model.parameters()).is_cuda
+        self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=on_gpu)
+        warmup = max(1, steps // 20)
+
+        def schedule(step: int) -> float:
+            progress = min(1.0, step / steps)
+            return min(1.0, (step + 1) / warmup) * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
+        self.parameters = decayed + others
+        self.model, self.loss, self.on_gpu = model, loss, on_gpu
+        self.graphs: dict[tuple[torch.Size, ...], tuple[list[Tensor], Callable[[], Any], Tensor]] = {}
+
+    def step(self, *batch: Tensor) -> Tensor:
+        """Returns the loss, which the next step overwrites."""
+        loss = self._replayed(batch) if self.on_gpu else self._gradients(batch)
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=not self.on_gpu)
+        self.schedule.step()
+        return loss
+
+    def _gradients(self, batch: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+        loss = self.loss(self.model, *batch)
+        loss.backward()
+        return loss.detach()
+
+    def _replayed(self, batch: tuple[Tensor, ...]) -> Tensor:
+        shapes = tuple(t.shape for t in batch)
+        if shapes not in self.graphs:
+            buffers, result = [t.clone() for t in batch], batch[0].new_zeros((), dtype=torch.float32)
+            replay = captured(lambda: result.copy_(self._gradients(buffers)))
+            self.optimizer.zero_grad(set_to_none=False)
+            self.graphs[shapes] = buffers, replay, result
+        buffers, replay, result = self.graphs[shapes]
+        for buffer, t in zip(buffers, batch):
+            buffer.copy_(t)
+        replay()
+        return result
+
+
+def train(trainer: Trainer, batches: Iterator[tuple[Tensor, ...]], steps: int, seconds: float | None) -> int:
+    """As many steps as asked for, or as the time allows. Returns how many."""
+    started = time.perf_counter()
+    for step in range(steps):
+        loss = trainer.step(*next(batches))
+        if step % 200 == 0:
+            print(f'  step {step}: loss {loss.item():.4f}, {time.perf_counter() - started:.0f} s', flush=True)
+            if seconds is not None and time.perf_counter() - started > seconds:
+                return step + 1
+    return steps
+
+
+def parser(description: str, models: list[str], steps: int) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument('--models', nargs='*', default=models, help='which of the models')
+    made.add_argument('--seeds', type=int, default=3)
+    made.add_argument('--steps', type=int, default=steps)
+    made.add_argument('--learning-rate', type=float, default=2e-3)
+    made.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    made.add_argument('--json', type=Path, help='add each run to this file as soon as it is done')
+    made.add_argument('--report', type=Path, nargs='*', help='only make the tables of runs noted before')
+    made.add_argument('--write', action='store_true', help='put the tables into RESULTS.md, and the plot beside it')
+    return made
+
+
+def measured(
+    options: argparse.Namespace, run: Callable[[str, int], dict[str, Any]]
+) -> tuple[str, list[dict[str, Any]]]:
+    """Where, and the result of every model and seed: of this call, or of those noted before."""
+    if options.report:
+        notes = [json.loads(line) for path in options.report for line in path.read_text().splitlines()]
+        return notes[0]['machine'], [note['result'] for note in notes]
+    torch.set_float32_matmul_precision('high')
+    results = []
+    for seed in range(options.seeds):
+        for name in options.models:
+            print(f'{name}, seed {seed}', flush=True)
+            started = time.perf_counter()
+            results.append({'model': name, 'seed': seed, **run(name, seed)})
+            results[-1]['seconds'] = round(time.perf_counter() - started, 1)
+            print(f'  {json.dumps(results[-1])}', flush=True)
+            if options.json:
+                with open(options.json, 'a') as notes_file:
+                    notes_file.write(json.dumps({'machine': machine(), 'result': results[-1]}) + '\n')
+    return machine(), results
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean, and standard deviation over the seeds."""
+    if len(values) < 2:
+        return f'{values[0]:.{digits}f}'
+    return f'{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}'
+
+
+def by_model(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        grouped.setdefault(result['model'], []).append(result)
+    return grouped
+
+
+def report(
+    options: argparse.Namespace,
+    section: str,
+    where: str,
+    results: list[dict[str, Any]],
+    columns: dict[str, Callable[[dict[str, Any]], float]],
+    digits: int,
+    order: list[str],
+) -> None:
+    """A row for each model: its parameters, steps, and each column over the seeds."""
+    grouped = by_model(results)
+    rows = []
+    for name in sorted(grouped, key=order.index):
+        own = grouped[name]
+        cells = [spread([column(result) for result in own], digits) for column in columns.values()]
+        rows.append([name, f'{own[0]["parameters"] / 1e6:.2f} M', f'{own[0]["steps"]:,}', f'{len(own)}', *cells])
+    text = f'{where}\n\n{table(["model", "parameters", "steps", "seeds", *columns], rows)}'
+    print(f'\n{text}')
+    if options.write:
+        write_section(section, text)
+    print(json.dumps({'machine': where, 'results': results}))

@@ -1,0 +1,31 @@
+"""The bytes that the tasks on text read: the first of enwik8, 90 % to train on, 5 % each for validation and test."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parents[2] / 'data'
+
+
+def load(path: Path | None, num_bytes: int = 4_000_000) -> tuple[Tensor, Tensor, Tensor]:
+    """Training, validation and test bytes; `path` is a file of text, gzipped or not. Default: enwik8 in `data/`."""
+    path = HERE / 'enwik8.gz' if path is None else path
+    if not path.exists():
+        raise SystemExit(f'no text at {path}: give a file with --data')
+    content = gzip.open(path).read(num_bytes) if path.suffix == '.gz' else path.read_bytes()[:num_bytes]
+    text = torch.frombuffer(bytearray(content), dtype=torch.uint8).long()
+    first, second = int(len(text) * 0.9), int(len(text) * 0.95)
+    return text[:first], text[first:second], text[second:]
+
+
+def windows(text: Tensor, batch: int, length: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Random windows (batch, length) without end, where `text` is."""
+    offsets = torch.arange(length, device=text.device)
+    while True:
+        starts = torch.randint(0, len(text) - length, (batch, 1), generator=generator, device=text.device)
+        yield text[starts + offsets]

@@ -1,0 +1,87 @@
+"""The tasks of `benchmarks/tasks`, tiny and on the CPU: the data is what it should be, and every model trains."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TASKS = Path(__file__).resolve().parent.parent / 'benchmarks' / 'tasks'
+sys.path.append(str(TASKS))
+import enwik8  # noqa: E402
+import models  # noqa: E402
+import mqar  # noqa: E402
+import needle  # noqa: E402
+
+TINY = {'dim': 16, 'depth': 1, 'dim_head': 8, 'segment_len': 8, 'neural_memory_segment_len': 4}
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / 'text'
+    path.write_bytes(b'The needle is in the haystack. ' * 400)
+    return path
+
+
+def test_models_have_equally_many_parameters():
+    sizes = {'num_tokens': 64, **TINY, 'dim': 64, 'dim_head': 16}
+    counts = {name: models.num_parameters(models.build(name, 0, memory_batch=8, **sizes)) for name in models.MODELS}
+    assert max(counts.values()) < 1.02 * min(counts.values()), counts
+
+
+def test_every_query_of_mqar_is_a_key_whose_value_came_before():
+    tokens, places, values = mqar.examples(5, 64, 6, 512, torch.Generator().manual_seed(0))
+    assert tokens.shape == (5, 64) and places.shape == values.shape == (5, 6)
+    for row, where, answers in zip(tokens.tolist(), places.tolist(), values.tolist()):
+        pairs = dict(zip(row[0:12:2], row[1:12:2]))
+        assert len(pairs) == 6 and len({*where}) == 6 and min(where) >= 12
+        assert [pairs[row[place]] for place in where] == answers
+        assert all(token >= 256 for place, token in enumerate(row) if place >= 12 and place not in where)
+
+
+def test_every_needle_is_in_the_text_and_its_question_at_the_end():
+    batch = torch.full((6, 100), ord('.'))
+    for row in needle.hidden_needles(batch, torch.Generator().manual_seed(0)).tolist():
+        content = bytes(row).decode()
+        question, answer = content[-11:-4], content[-4:]
+        assert len(content) == 100 and question.startswith('[[') and question.endswith('=')
+        assert content.count(question) == 2 and f'{question}{answer}]]' in content[:-11]
+
+
+@pytest.mark.parametrize('name', models.MODELS)
+def test_mqar_trains(name):
+    settings = {'device': 'cpu', 'steps': 6, 'learning_rate': 1e-2, 'tokens': 64, 'vocabulary': 32}
+    came = mqar.run(name, 0, **settings, trained=[(32, 2)], tested=[(32, 2), (64, 4)], **TINY)
+    assert came['accuracy'].keys() == {'32/2', '64/4'} and all(0 <= share <= 1 for share in came['accuracy'].values())
+
+
+def test_a_model_learns_mqar():
+    settings = {'device': 'cpu', 'steps': 250, 'learning_rate': 1e-2, 'tokens': 512, 'vocabulary': 16}
+    sizes = {**TINY, 'dim': 32, 'dim_head': 16, 'depth': 2, 'segment_len': 16}
+    came = mqar.run('attention alone', 0, **settings, trained=[(16, 2)], tested=[(16, 2)], **sizes)
+    assert came['accuracy']['16/2'] > 0.4  # a guess among the values is right in one of eight
+
+
+@pytest.mark.parametrize('name', ['attention alone', 'MAC, paper order', 'LMM, no decay'])
+def test_needle_and_enwik8_train(name, text_file):
+    settings = {'device': 'cpu', 'steps': 3, 'learning_rate': 1e-2, 'data': text_file, 'batch': 2, 'trained': 48}
+    came = needle.run(name, 0, **settings, tested=[48], examples=2, **TINY)
+    assert 0 <= came['accuracy']['48'] <= 1
+    came = enwik8.run(name, 0, **settings, tested=64, num_windows=4, **TINY)
+    assert came['steps'] == 3 and 0 < came['late'] < 9 and 0 < came['whole'] < 9
+
+
+def test_no_decay_forgets_nothing_and_stays_so():
+    model = models.build('LMM, no decay', 0, memory_batch=8, num_tokens=32, **TINY)
+    decay = model.layers[0].memory.to_decay_factor
+    assert not any(p.requires_grad for p in decay.parameters())
+    assert decay(torch.randn(2, 3, 16)).sigmoid().max() < 1e-12
+
+
+@pytest.mark.parametrize('script', ['mqar', 'needle', 'enwik8'])
+def test_a_command_says_what_it_does(script):
+    done = subprocess.run([sys.executable, TASKS / f'{script}.py', '--help'], capture_output=True, text=True)
+    assert done.returncode == 0 and '--seeds' in done.stdout, done.stderr
