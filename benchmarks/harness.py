@@ -92,8 +92,8 @@ def timed(step: Callable[[], Any], repeats: int, warmup: int = 3) -> list[float]
 
 def captured(step: Callable[[], Any]) -> Callable[[], Any]:
     """`step` as a CUDA graph. It must leave gradients in place, and nothing else."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
         for _ in range(3):
             step()
     torch.cuda.synchronize()

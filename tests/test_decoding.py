@@ -6,11 +6,10 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from compare import all_in_float64, assert_same, leaves, randomised
+from compare import all_in_float64, assert_same, leaves
 from memories import SWITCHES, inputs, memory
 from test_mac_transformer import CONFIGURATIONS, TOKENS, ids, transformer
 
-from titans_pytorch.connections import connect, folded
 from titans_pytorch.decoding import Stepper
 from titans_pytorch.sinkhorn import sinkhorn, sinkhorn_of_few
 
@@ -92,19 +91,6 @@ def test_a_state_with_a_mask_is_refused():
     _, state = mem(seq, store_mask=torch.ones(2, 6, dtype=torch.bool))
     with pytest.raises(ValueError, match='a state with a store_mask cannot be gone on from token by token'):
         mem.step_state(state)
-
-
-@pytest.mark.parametrize('adds', [True, False])
-@torch.no_grad()
-def test_folded_connections_equal_the_package(adds):
-    model = transformer(0, num_residual_streams=4, neural_mem_gate_attn_output=not adds, neural_memory_layers=None)
-    connection = randomised(model.layers[1].memory_connection)
-    x, branch_out = torch.randn(3, 4, 16).double(), torch.randn(3, 1, 16).double()
-    expected_in, expected_add = connection(x.flatten(0, 1).unsqueeze(1))
-    branch_in, add_residual = connect(connection, folded(connection), x)
-    assert_same(branch_in, expected_in, 1e-12)
-    if adds:
-        assert_same(add_residual(branch_out), expected_add(branch_out).view(3, 4, 16), 1e-12)
 
 
 @pytest.mark.parametrize('size', [1, 2, 4])

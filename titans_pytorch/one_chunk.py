@@ -61,7 +61,7 @@ def store_one_chunk(
         for eta, before in zip(etas, last_momentum.get(name, ())):
             surprises.append(torch.addcmul(surprises[-1], beside(eta, before), before))
         if etas:
-            momentum[name] = torch.stack(surprises[1:])
+            momentum[name] = torch.stack(surprises[1:]) if len(etas) > 1 else surprises[1].unsqueeze(0)
         updates[name] = surprises[-1] if shares is None else _mixed(surprises[-len(shares) :], shares)
     if spectral_norm:
         updates |= _orthogonal({name: update for name, update in updates.items() if update.ndim > 2})

@@ -21,7 +21,7 @@ from torch.nn import Linear, Module, ModuleList
 from titans_pytorch import generation
 from titans_pytorch.attention import SegmentedAttention, Slot, segmented_flex_attention
 from titans_pytorch.checks import check_floating, check_positive, check_shape, check_token_ids
-from titans_pytorch.connections import AddResidual, FoldedConnection, connect, folded
+from titans_pytorch.connections import AddResidual, FoldedConnection, connect, folded, written
 from titans_pytorch.decoding import StepKind
 from titans_pytorch.memory_state import NeuralMemState, StepState
 from titans_pytorch.model_state import KeyValues, ModelState
@@ -516,7 +516,7 @@ class Transformer(Module):
             x, memory = block.step(x, stream, layer, place, turn)
             memories.append(memory)
         if not kind.is_longterm:
-            state.logits.copy_(self.to_logits(self.norm(x.sum(dim=1))))  # type: ignore[misc]
+            state.logits.copy_(self.to_logits(self.norm(written(x).sum(dim=1))))  # type: ignore[misc]
 
         position.add_(1)
         if kind.ends_chunk:
