@@ -614,6 +614,7 @@ class MicroStep:
         self.inputs = inputs.to(self.machine.device)
         # rehearsals compile what is to be compiled, and make the gradients that the graph adds to
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
                 self.model.zero_grad(set_to_none=False)

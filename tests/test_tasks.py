@@ -28,7 +28,7 @@ def text_file(tmp_path):
 
 def test_models_have_equally_many_parameters():
     sizes = {'num_tokens': 64, **TINY, 'dim': 64, 'dim_head': 16}
-    counts = {name: models.num_parameters(models.build(name, 0, memory_batch=8, **sizes)) for name in models.MODELS}
+    counts = {name: models.num_parameters(models.build(name, 0, **sizes)) for name in models.MODELS}
     assert max(counts.values()) < 1.02 * min(counts.values()), counts
 
 
@@ -75,7 +75,7 @@ def test_needle_and_enwik8_train(name, text_file):
 
 
 def test_no_decay_forgets_nothing_and_stays_so():
-    model = models.build('LMM, no decay', 0, memory_batch=8, num_tokens=32, **TINY)
+    model = models.build('LMM, no decay', 0, num_tokens=32, **TINY)
     decay = model.layers[0].memory.to_decay_factor
     assert not any(p.requires_grad for p in decay.parameters())
     assert decay(torch.randn(2, 3, 16)).sigmoid().max() < 1e-12

@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn import Module
 
+from titans_pytorch import fused_mlp
 from titans_pytorch.fast_weights import Factors, FastWeights, Piece, Weights
+from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
 from titans_pytorch.orthogonalize import newton_schulz
 from titans_pytorch.recurrence import AssocScan, gate_products
 from titans_pytorch.shapes import Float
@@ -443,6 +445,8 @@ class DualEngine(Engine):
     ) -> tuple[Weights, Weights, Weights, Tensor]:
         """Per matrix the rows X it saw and their errors Δ = −∂ loss / ∂ (X W), (bh, n, m, ·); per vector minus its
         gradient, (bh, n, d); and the unweighted losses (bh, n, m)."""
+        if _fused_record_serves(self.model, self.loss_fn, chunks, base, residual):
+            return _recorded(self.model, chunks, base)
         names = {id(p): name for name, p in self.model.named_parameters()}
         bh, n, m, _ = chunks.keys.shape
         vectors = {name: base[name].unsqueeze(1).expand(-1, n, -1) for name in _vectors(self.model)}
@@ -546,8 +550,37 @@ def _traced_descent(fn: ProbedLoss, vectors: Weights, zeros: Weights) -> tuple[W
     return errors, descents, losses
 
 
+def _fused_record_serves(
+    model: Module, loss_fn: LossFn, chunks: Chunks, base: Weights, residual: Residual | None
+) -> bool:
+    """Whether `_factors` is one operation: of a memory MLP of one or two matrices, by the default loss."""
+    # subclasses may do otherwise
+    inner = model.model if type(model) is ResidualNorm else model
+    if type(inner) is not MemoryMLP or len(inner.weights) > 2 or loss_fn is not default_loss_fn or residual is not None:
+        return False
+    return fused_mlp.kernels_serve_record(chunks.keys, chunks.values, chunks.step_sizes, [*base.values()])
+
+
+def _recorded(model: Module, chunks: Chunks, base: Weights) -> tuple[Weights, Weights, Weights, Tensor]:
+    """What `_factors` returns, by one operation."""
+    *hidden_name, last_name = [name for name, p in model.named_parameters() if p.ndim > 1]
+    first = base[hidden_name[0]] if hidden_name else None
+    gamma, eps = (base['norm.gamma'], model.norm.ln.eps) if isinstance(model, ResidualNorm) else (None, 0.0)
+    hidden, hidden_errors, errors, descent, losses = fused_mlp.record(
+        chunks.keys, chunks.values, chunks.step_sizes, first, base[last_name], gamma, eps
+    )
+    keys = chunks.keys.to(errors.dtype)
+    of_vectors = {} if gamma is None else {'norm.gamma': descent}
+    if not hidden_name:
+        return {last_name: keys}, {last_name: errors}, of_vectors, losses
+    inputs = {hidden_name[0]: keys, last_name: hidden}
+    return inputs, {hidden_name[0]: hidden_errors, last_name: errors}, of_vectors, losses
+
+
 def _ends(mixing: Mixing, starts: list[Tensor], inputs: Tensor, errors: Tensor) -> list[Tensor]:
     """Each state of a matrix after the last chunk, (bh, d, e): its weights, then each order's momentum."""
+    if fused_mlp.kernels_serve_ends(mixing.end, mixing.end_starts, starts, inputs, errors):
+        return fused_mlp.ends(mixing.end, mixing.end_starts, starts, inputs, errors)
     # one product for all states; what a row has in each goes to the shorter rows
     shares = _of_rows(mixing.end, inputs.shape[2]).mT.unsqueeze(3)
     inputs, errors = inputs.flatten(1, 2), errors.flatten(1, 2)

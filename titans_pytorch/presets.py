@@ -11,27 +11,35 @@ SIZES = {'170M': (12, 768, 16), '340M': (24, 1024, 16), '760M': (24, 1536, 16)}
 models here have 145, 407 and 865 million parameters (LMM), 174, 508 and 1,092 (MAG, MAL), a few more (MAC)."""
 
 
-def memory_settings(**changes: Any) -> dict[str, Any]:
-    """Arguments of `NeuralMemory` for the memory that section 4.4 describes.
+def memory_settings(heads: int, dim_head: int, memory_batch: int | None = None, **changes: Any) -> dict[str, Any]:
+    """Arguments of `NeuralMemory` for the memory that section 4.4 describes; `changes` come last.
 
-    SiLU and a convolution on queries, keys and values, queries and keys of length 1, a normalised and gated output. The
-    paper gives neither step sizes nor initial gates. Here forgetting starts at less than 1 % a chunk, as a memory that
-    forgets faster from the start learns little to keep, and steps at up to 1, as keys have length 1.
+    SiLU and a convolution on queries, keys and values, queries and keys of length 1, a normalised and gated output, and
+    a network that is an MLP and nothing more. The paper gives neither step sizes nor initial gates. Here forgetting
+    starts at less than 1 % a chunk, as a memory that forgets faster from the start learns little to keep.
+
+    Step sizes: the loss is a mean over `dim_head` features, so that a step of dim_head / 2 moves what a key of length 1
+    retrieves all the way to its value; they are up to that. Where base weights move on (`memory_batch` tokens, all of
+    whose steps are taken at the same weights), such steps add up and diverge: then it is dim_head / memory_batch. In
+    `MemoryAsContextTransformer(paper_order=True)` a memory batch is a segment.
     """
     return {
+        'heads': heads,
+        'dim_head': dim_head,
         'activation': nn.SiLU(),
         'qk_l2norm': True,
         'conv_kernel': 4,
         'post_rmsnorm': True,
         'channel_gate': True,
         'init_decay_bias': -5.0,
-        'default_step_transform_max_lr': 1.0,
+        'mem_model_norm_add_residual': False,
+        'default_step_transform_max_lr': dim_head / (2 if memory_batch is None else memory_batch),
         **changes,
     }
 
 
-def preset(size: str, **memory_changes: Any) -> dict[str, Any]:
-    """Arguments of any of the models for one of the paper's `SIZES`; `memory_changes` go to `memory_settings`.
+def preset(size: str, memory_batch: int | None = None, **memory_changes: Any) -> dict[str, Any]:
+    """Arguments of any of the models for one of the paper's `SIZES`; the others are those of `memory_settings`.
 
         MemoryAsGateTransformer(num_tokens=32000, segment_len=512, neural_memory_segment_len=16, **preset('170M'))
 
@@ -46,5 +54,5 @@ def preset(size: str, **memory_changes: Any) -> dict[str, Any]:
         'dim': dim,
         'heads': heads,
         'dim_head': dim // heads,
-        'neural_memory_kwargs': memory_settings(heads=heads, dim_head=dim // heads, **memory_changes),
+        'neural_memory_kwargs': memory_settings(heads, dim // heads, memory_batch, **memory_changes),
     }

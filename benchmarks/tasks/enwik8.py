@@ -59,7 +59,7 @@ def run(
 ) -> dict[str, Any]:
     """Train one model and test it."""
     train_text, _, test_text = (part.to(device) for part in texts.load(data))
-    model = models.build(name, seed, memory_batch=256, num_tokens=256, **{**SIZES, **sizes}).to(device)
+    model = models.build(name, seed, num_tokens=256, **{**SIZES, **sizes}).to(device)
     trainer = runs.Trainer(model, loss, steps, learning_rate)
     generator = torch.Generator(device).manual_seed(seed)
     given = ((window,) for window in texts.windows(train_text, batch, trained + 1, generator))

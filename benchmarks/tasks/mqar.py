@@ -88,7 +88,7 @@ def run(
     **sizes: Any,
 ) -> dict[str, Any]:
     """Train one model and test it."""
-    model = models.build(name, seed, memory_batch=64, num_tokens=vocabulary, **{**SIZES, **sizes}).to(device)
+    model = models.build(name, seed, num_tokens=vocabulary, **{**SIZES, **sizes}).to(device)
     trainer = runs.Trainer(model, loss, steps, learning_rate)
     generator = torch.Generator(device).manual_seed(seed)
     done = runs.train(trainer, batches(trained, tokens, vocabulary, generator), steps, seconds)
