@@ -77,7 +77,8 @@ def test_steps_of_a_memory_equal_one_call(switch, chunk_size):
     for position in range(4, 17):
         following = position + 1
         ends = following % chunk_size == 0, following % (2 * chunk_size) == 0
-        out, after = mem.step(seq[..., position:following, :], buffers, torch.tensor([position]), *ends)
+        in_chunk = torch.tensor([position % chunk_size])
+        out, after = mem.step(seq[..., position:following, :], buffers, in_chunk, *ends)
         buffers.take_over(after)
         outs.append(out)
     assert_same(torch.cat(outs, dim=1), expected[:, 4:], 1e-9)

@@ -17,11 +17,12 @@ from torch.nn.attention.flex_attention import flex_attention
 from x_transformers.attend import Attend
 
 from titans_pytorch.checks import check_floating, check_not_negative, check_positive, check_shape
+from titans_pytorch.decode_attention import Position, Ring, ValueMix, attend_one, heads_of
 from titans_pytorch.gates import HeadsFirst
 from titans_pytorch.masks import after_persistent, over_positions, segmented, segmented_block_mask
 from titans_pytorch.model_state import KeyValues
-from titans_pytorch.rotary import rotate, turned
-from titans_pytorch.shapes import Float, Int
+from titans_pytorch.rotary import rotate
+from titans_pytorch.shapes import Float
 
 
 class AttnIntermediates(NamedTuple):
@@ -31,15 +32,6 @@ class AttnIntermediates(NamedTuple):
     """The values before any residual; those of the first layer are mixed into the later ones."""
     cached_key_values: KeyValues
     """Keys, not rotated, and values: those of the cache and of this call."""
-
-
-class Slot(NamedTuple):
-    """Where one position stands in the buffers of `SegmentedAttention.to_ring`, the same in every layer."""
-
-    numbers: Int[Tensor, ' r']
-    """The slots of its keys and values."""
-    bias: Float[Tensor, '1 1 1 j']
-    """Added to its scores: 0 for the slots that it sees, −∞ for those it does not."""
 
 
 @cache
@@ -180,6 +172,11 @@ class SegmentedAttention(Module):
         """How many positions a token can see, itself included."""
         return self.total_segment_len + self.sliding
 
+    @property
+    def ring(self) -> Ring:
+        """How the buffers are laid out."""
+        return Ring(self.num_persist_mem_tokens, self.num_slots, self.keys_per_position, self.sliding)
+
     def to_ring(self, key_values: KeyValues, position: int) -> KeyValues:
         """Keys and values that tokens from `position` on can see, (b, h, persistent + `num_slots`, d).
 
@@ -188,7 +185,7 @@ class SegmentedAttention(Module):
         """
         keys, values = self.trimmed(key_values, position)
         start = position - keys.shape[-2] // self.keys_per_position
-        slots = self._slots(torch.arange(start, position, device=keys.device))
+        slots = self.ring.slots(torch.arange(start, position, device=keys.device))
         rings = []
         for t in (self._rotated(keys, start), values):
             ring = t.new_zeros(*t.shape[:2], self.num_slots * self.keys_per_position, t.shape[-1])
@@ -200,50 +197,30 @@ class SegmentedAttention(Module):
         window = self.total_segment_len
         start = position - (min(position, window) if self.sliding else position % window)
         positions = torch.arange(start, position, device=buffers[0].device)
-        slots = self._slots(positions) + self.num_persist_mem_tokens
+        slots = self.ring.slots(positions) + self.num_persist_mem_tokens
         keys, values = (t.index_select(2, slots) for t in buffers)
         return rotate(self.rotary_emb, keys, -positions.repeat_interleave(self.keys_per_position)), values
-
-    def _slots(self, positions: Int[Tensor, ' n']) -> Int[Tensor, ' nr']:
-        """Where the keys of these positions stand in a ring."""
-        first = positions % self.num_slots * self.keys_per_position
-        return (first.unsqueeze(1) + torch.arange(self.keys_per_position, device=positions.device)).flatten()
-
-    def slot(self, position: Int[Tensor, ' 1'], like: Tensor) -> Slot:
-        """Where `position` goes, and which slots it sees: those written in its block, or so far, if windows slide."""
-        numbers = self._slots(position) + self.num_persist_mem_tokens
-        num_keys = self.num_persist_mem_tokens + self.num_slots * self.keys_per_position
-        slots = torch.arange(num_keys, device=position.device)
-        last_seen = position + self.num_persist_mem_tokens if self.sliding else numbers[-1:]
-        bias = like.new_zeros(1, 1, 1, num_keys).masked_fill_(slots > last_seen, float('-inf'))
-        return Slot(numbers, bias)
 
     def step(
         self,
         seq: Float[Tensor, 'b 1 d'],
         buffers: KeyValues,
-        slot: Slot,
-        turn: Tensor,
+        position: Position,
+        layer: int,
         value_residual: Float[Tensor, 'b h 1 d'] | None = None,
         output_gating: Float[Tensor, 'b 1 d'] | None = None,
     ) -> tuple[Float[Tensor, 'b 1 d'], Float[Tensor, 'b h 1 d']]:
-        """`forward` for one position, which it writes into `buffers`; its rotation is `turn`.
+        """`forward` for one position, which it writes into `buffers`; `layer` counts the attentions before this one.
 
         Returns the output, and the values before any residual. Like FlexAttention it knows no `attend_kwargs`.
         """
         seq = self.norm(seq)
-        projected = self._queries_keys_values(seq)
-        queries, keys = turned(projected[:2], turn)
-        values = self._mixed(projected[2], value_residual, seq)
-
-        out = self._attend_one(queries, keys, values, buffers, slot)
-        return out if output_gating is None else out * output_gating, projected[2]
-
-    def _attend_one(self, queries: Tensor, keys: Tensor, values: Tensor, buffers: KeyValues, slot: Slot) -> Tensor:
-        for buffer, new in zip(buffers, (keys, values)):
-            buffer.index_copy_(2, slot.numbers, new.to(buffer.dtype))
-        out = F.scaled_dot_product_attention(queries, *buffers, attn_mask=slot.bias)
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        projected = self.to_qkv(seq)
+        mix = None
+        if self.to_learned_v_mix is not None and value_residual is not None:
+            mix = ValueMix(self.to_learned_v_mix, seq, value_residual)
+        out = self.to_out(attend_one(projected, buffers, self.ring, position, layer, mix))
+        return out if output_gating is None else out * output_gating, heads_of(projected, self.heads)[2]
 
     # parts
 
@@ -253,7 +230,7 @@ class SegmentedAttention(Module):
         return queries, keys, self._mixed(values, value_residual, seq), values
 
     def _queries_keys_values(self, seq: Float[Tensor, 'b n d']) -> Float[Tensor, '3 b h n d']:
-        return self.to_qkv(seq).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return heads_of(self.to_qkv(seq), self.heads)
 
     def _mixed(self, values: Tensor, value_residual: Tensor | None, seq: Tensor) -> Float[Tensor, 'b h n d']:
         if self.to_learned_v_mix is None or value_residual is None:
@@ -383,15 +360,15 @@ class ContextAttention(SegmentedAttention):
         self,
         seq: Float[Tensor, 'b 1 d'],
         buffers: KeyValues,
-        slot: Slot,
-        turn: Tensor,
+        position: Position,
+        layer: int,
         context: Float[Tensor, 'b 1 d'],
         **_: Any,
     ) -> tuple[Float[Tensor, 'b 1 d'], Float[Tensor, 'b h 2 d']]:
-        """`forward` for one position, which it writes into `buffers`; its rotation is `turn`."""
-        queries, keys, values = self._two_keys(seq, context)
-        out = self._attend_one(turned(queries, turn), turned(keys, turn), values, buffers, slot)
-        return out, values
+        """`forward` for one position, which it writes into `buffers`; `layer` counts the attentions before this one."""
+        projected = self.to_qkv(self.norm(torch.cat((seq, context), dim=1)))
+        out = self.to_out(attend_one(projected, buffers, self.ring, position, layer))
+        return out, heads_of(projected, self.heads)[2]
 
     def _two_keys(self, seq: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         queries, *own = self._queries_keys_values(self.norm(seq))

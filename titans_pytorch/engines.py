@@ -445,8 +445,8 @@ class DualEngine(Engine):
     ) -> tuple[Weights, Weights, Weights, Tensor]:
         """Per matrix the rows X it saw and their errors Δ = −∂ loss / ∂ (X W), (bh, n, m, ·); per vector minus its
         gradient, (bh, n, d); and the unweighted losses (bh, n, m)."""
-        if _fused_record_serves(self.model, self.loss_fn, chunks, base, residual):
-            return _recorded(self.model, chunks, base)
+        if fused_record_serves(self.model, self.loss_fn, chunks, base, residual):
+            return recorded(self.model, chunks, base)
         names = {id(p): name for name, p in self.model.named_parameters()}
         bh, n, m, _ = chunks.keys.shape
         vectors = {name: base[name].unsqueeze(1).expand(-1, n, -1) for name in _vectors(self.model)}
@@ -550,7 +550,7 @@ def _traced_descent(fn: ProbedLoss, vectors: Weights, zeros: Weights) -> tuple[W
     return errors, descents, losses
 
 
-def _fused_record_serves(
+def fused_record_serves(
     model: Module, loss_fn: LossFn, chunks: Chunks, base: Weights, residual: Residual | None
 ) -> bool:
     """Whether `_factors` is one operation: of a memory MLP of one or two matrices, by the default loss."""
@@ -561,7 +561,7 @@ def _fused_record_serves(
     return fused_mlp.kernels_serve_record(chunks.keys, chunks.values, chunks.step_sizes, [*base.values()])
 
 
-def _recorded(model: Module, chunks: Chunks, base: Weights) -> tuple[Weights, Weights, Weights, Tensor]:
+def recorded(model: Module, chunks: Chunks, base: Weights) -> tuple[Weights, Weights, Weights, Tensor]:
     """What `_factors` returns, by one operation."""
     *hidden_name, last_name = [name for name, p in model.named_parameters() if p.ndim > 1]
     first = base[hidden_name[0]] if hidden_name else None

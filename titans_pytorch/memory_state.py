@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -192,10 +193,7 @@ class StepState(NamedTuple):
 
     def take_over(self, after: StepState) -> None:
         """Write the weights and momentum of `after` into these buffers."""
-        for buffers, new in zip(self[:3], after[:3]):
-            for name, w in new.items():
-                if w is not buffers[name]:
-                    buffers[name].copy_(w)
+        take_over([(self, after)])
 
     def closed(self, position: int, sizes: StepSizes) -> NeuralMemState:
         """The state after `position` tokens, to hand out: it shares nothing with the buffers."""
@@ -209,6 +207,20 @@ class StepState(NamedTuple):
         base, last, momentum = (TensorDict(_cloned(weights)) for weights in self[:3])
         pending = PendingSegment(tokens, None, queries, before)
         return NeuralMemState(position - waiting, base, pending.simplified(), (last, momentum), None)
+
+
+def take_over(states: Iterable[tuple[StepState, StepState]]) -> None:
+    """Write weights and momentum of each second into the buffers of the first: of all at once, which is one launch."""
+    pairs = [
+        (buffers[name], w)
+        for to, after in states
+        for buffers, new in zip(to[:3], after[:3])
+        for name, w in new.items()
+        if w is not buffers[name]
+    ]
+    for dtypes in dict.fromkeys((buffer.dtype, w.dtype) for buffer, w in pairs):
+        of_these = [pair for pair in pairs if (pair[0].dtype, pair[1].dtype) == dtypes]
+        torch._foreach_copy_([buffer for buffer, _ in of_these], [w for _, w in of_these])
 
 
 def _cloned(weights: Weights) -> Weights:

@@ -25,7 +25,6 @@ from titans_pytorch.engines import (
     Engine,
     LossFn,
     Residual,
-    batched_loss,
     beside,
     choose_engine,
     default_loss_fn,
@@ -52,7 +51,7 @@ from titans_pytorch.memory_state import (
     StepState,
     mem_state_detach,
 )
-from titans_pytorch.one_chunk import predict, store_one_chunk
+from titans_pytorch.one_chunk import descents, predict, store_one_chunk
 from titans_pytorch.recurrence import AssocScan
 from titans_pytorch.shapes import Bool, Float, Int
 
@@ -531,12 +530,12 @@ class NeuralMemory(Module):
         self,
         seq: Float[Tensor, 'b 1 d'] | Float[Tensor, 'v b 1 d'],
         state: StepState,
-        position: Int[Tensor, ' 1'],
+        in_chunk: Int[Tensor, ' 1'],
         ends_chunk: bool,
         ends_batch: bool,
         prev_weights: Weights | None = None,
     ) -> tuple[Float[Tensor, 'b 1 d'], StepState]:
-        """`forward` for the token at `position`, which ends a chunk, and with it a memory batch, or does not.
+        """`forward` for token number `in_chunk` of a chunk, which ends it, and with it a memory batch, or does not.
 
         Writes the token into the buffers of `state`. Where a chunk ends its weights are new tensors, in the state
         that is returned: another memory may still have to read the old ones (`prev_weights`, (bh, …) by parameter).
@@ -547,9 +546,9 @@ class NeuralMemory(Module):
             state = self._stored_chunk(tokens, state, ends_batch, prev_weights)
             state.pending[..., : self.conv_reach, :] = tokens[..., self.store_chunk_size :, :]
         else:
-            index = position % self.store_chunk_size + self.conv_reach
+            index = in_chunk + self.conv_reach if self.conv_reach else in_chunk
             state.pending.index_copy_(-2, index, store.to(state.pending.dtype))
-        return self._retrieve_one(query, state, position, ends_chunk), state
+        return self._retrieve_one(query, state, in_chunk, ends_chunk), state
 
     def _stored_chunk(
         self, tokens: Tensor, state: StepState, ends_batch: bool, prev_weights: Weights | None
@@ -559,13 +558,12 @@ class NeuralMemory(Module):
         if self.to_learned_weight_residual_mix is not None:
             assert prev_weights is not None
             shares = self.to_learned_weight_residual_mix(pooled).flatten()
-            at = {name: w + beside(shares, w) * prev_weights[name] for name, w in at.items()}
+            at = {name: torch.addcmul(w, beside(shares, w), prev_weights[name]) for name, w in at.items()}
 
+        broadcasts = self._engine_class is DualEngine
         last, momentum = store_one_chunk(
-            self._predict,
-            batched_loss(self.store_memory_loss_fn, 1),
+            descents(self.memory_model, self.store_memory_loss_fn, chunk, at, broadcasts),
             chunk,
-            at,
             state.last,
             state.momentum,
             self.max_grad_norm,
@@ -577,7 +575,7 @@ class NeuralMemory(Module):
         return state._replace(base=base, last=last, momentum=momentum)
 
     def _retrieve_one(
-        self, query: Float[Tensor, 'b 1 d'], state: StepState, position: Int[Tensor, ' 1'], begins_group: bool
+        self, query: Float[Tensor, 'b 1 d'], state: StepState, in_chunk: Int[Tensor, ' 1'], begins_group: bool
     ) -> Float[Tensor, 'b 1 d']:
         reach = self.conv_reach
         if not self._carries_queries:
@@ -591,7 +589,7 @@ class NeuralMemory(Module):
         if begins_group and reach:
             state.queries[:, :reach] = state.queries[:, self.store_chunk_size :].clone()
         # rows beyond this one are of an earlier group: a causal memory model does not look at them
-        row = (position + 1) % self.store_chunk_size
+        row = (in_chunk + 1) % self.store_chunk_size
         state.queries.index_copy_(1, row + reach, query.to(state.queries.dtype))
         normed, queries = self._queries(state.queries)
         values = self._predict(state.last, queries)

@@ -7,24 +7,32 @@ in between, so that its gradient is taken and applied (Titans eq. 10, 12, 13).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 from torch.nn import Module
 
-from titans_pytorch.engines import Chunks, LossFn, beside, soft_clamp_norm
+from titans_pytorch.engines import (
+    Chunks,
+    LossFn,
+    batched_loss,
+    beside,
+    fused_record_serves,
+    recorded,
+    soft_clamp_norm,
+)
 from titans_pytorch.fast_weights import Weights
 from titans_pytorch.orthogonalize import newton_schulz
 from titans_pytorch.shapes import Float
 
-Predict = Callable[[Weights, Float[Tensor, 'bh m d']], Float[Tensor, 'bh m d']]
-"""Rows through the memory network, with weights (bh, …)."""
 
+def predict(model: Module, weights: Weights, rows: Tensor, broadcasts: bool) -> Float[Tensor, 'bh m d']:
+    """Rows (bh, m, d) through the memory network, with weights (bh, …).
 
-def predict(model: Module, weights: Weights, rows: Tensor, broadcasts: bool) -> Tensor:
-    """A `Predict`; `broadcasts` says that `model` takes weights with axes in front as it is."""
+    `broadcasts` says that `model` takes weights with axes in front as it is.
+    """
 
     def forward(weights: Weights, rows: Tensor) -> Tensor:
         return functional_call(model, weights, (rows,))
@@ -32,19 +40,35 @@ def predict(model: Module, weights: Weights, rows: Tensor, broadcasts: bool) -> 
     return forward(weights, rows) if broadcasts else vmap(forward, randomness='different')(weights, rows)
 
 
+def descents(model: Module, loss_fn: LossFn, chunk: Chunks, at: Weights, broadcasts: bool) -> Weights:
+    """Minus the gradient of the chunk's loss at `at`. `loss_fn` takes (m, d)."""
+    if broadcasts and fused_record_serves(model, loss_fn, chunk, at, None):
+        inputs, errors, of_vectors, _ = recorded(model, chunk, at)
+        # of a product of rows X that has the error Δ: Xᵀ Δ
+        of_matrices = {name: torch.bmm(x[:, 0].mT, errors[name][:, 0]) for name, x in inputs.items()}
+        of_all = of_matrices | {name: descent[:, 0] for name, descent in of_vectors.items()}
+        return {name: of_all[name].to(w.dtype) for name, w in at.items()}
+
+    with torch.enable_grad():
+        at = {name: w.detach().requires_grad_() for name, w in at.items()}
+        # Titans eq. 12: ‖M(k) − v‖²
+        losses = batched_loss(loss_fn, 1)(predict(model, at, chunk.keys[:, 0], broadcasts), chunk.values[:, 0])
+        gradients = torch.autograd.grad(losses, [*at.values()], -chunk.step_sizes[:, 0].to(losses.dtype))
+    return dict(zip(at, gradients))
+
+
+@torch.no_grad()
 def store_one_chunk(
-    predict: Predict,
-    loss_fn: LossFn,
+    descents: Weights,
     chunk: Chunks,
-    at: Weights,
     last: Weights,
     last_momentum: Weights,
     max_grad_norm: float | None,
     spectral_norm: bool,
 ) -> tuple[Weights, Weights]:
-    """Weights and momentum after a chunk, going on from `last` and `last_momentum`, its gradient taken at `at`.
+    """Weights and momentum after a chunk, going on from `last` and `last_momentum`.
 
-    `loss_fn` takes (bh, m, d); a momentum mix that has a share more than orders includes the surprise itself.
+    A momentum mix that has a share more than orders includes the surprise itself.
     """
     dtype = next(iter(last.values())).dtype
     keep = (-chunk.decay[:, 0]).to(dtype).sigmoid()
@@ -53,7 +77,7 @@ def store_one_chunk(
     scales = None if chunk.modulation is None else chunk.modulation[:, 0].to(dtype).unbind(-1)
 
     updates, momentum = {}, {}
-    for index, (name, descent) in enumerate(_descents(predict, loss_fn, chunk, at).items()):
+    for index, (name, descent) in enumerate(descents.items()):
         if max_grad_norm is not None:
             descent = soft_clamp_norm(descent.unsqueeze(1), max_grad_norm).squeeze(1)
         # Titans eq. 10: S_t = η_t S_{t−1} + u_t, each order's momentum the next one's input
@@ -66,17 +90,10 @@ def store_one_chunk(
     if spectral_norm:
         updates |= _orthogonal({name: update for name, update in updates.items() if update.ndim > 2})
 
-    # Titans eq. 13: M_t = (1 − α_t) M_{t−1} + S_t
-    return {name: torch.addcmul(updates[name], beside(keep, w), w) for name, w in last.items()}, momentum
-
-
-@torch.enable_grad()
-def _descents(predict: Predict, loss_fn: LossFn, chunk: Chunks, at: Weights) -> Weights:
-    """Minus the gradient of the chunk's loss at `at`."""
-    at = {name: w.detach().requires_grad_() for name, w in at.items()}
-    # Titans eq. 12: ‖M(k) − v‖²
-    losses = loss_fn(predict(at, chunk.keys[:, 0]), chunk.values[:, 0])
-    return dict(zip(at, torch.autograd.grad(losses, [*at.values()], -chunk.step_sizes[:, 0].to(losses.dtype))))
+    # Titans eq. 13: M_t = (1 − α_t) M_{t−1} + S_t, laid out as M is, whose buffer is to take it over
+    return {
+        name: torch.addcmul(updates[name], beside(keep, w), w, out=torch.empty_like(w)) for name, w in last.items()
+    }, momentum
 
 
 def _mixed(orders: list[Tensor], shares: Sequence[Float[Tensor, ' bh']]) -> Tensor:

@@ -19,15 +19,16 @@ from torch import Tensor, nn
 from torch.nn import Linear, Module, ModuleList
 
 from titans_pytorch import generation
-from titans_pytorch.attention import SegmentedAttention, Slot, segmented_flex_attention
+from titans_pytorch.attention import SegmentedAttention, segmented_flex_attention
 from titans_pytorch.checks import check_floating, check_positive, check_shape, check_token_ids
 from titans_pytorch.connections import AddResidual, FoldedConnection, connect, folded, written
+from titans_pytorch.decode_attention import Position
 from titans_pytorch.decoding import StepKind
-from titans_pytorch.memory_state import NeuralMemState, StepState
+from titans_pytorch.memory_state import NeuralMemState, StepState, take_over
 from titans_pytorch.model_state import KeyValues, ModelState
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.packing import Documents, check_documents, continues
-from titans_pytorch.rotary import frequencies, turns
+from titans_pytorch.rotary import frequencies
 from titans_pytorch.shapes import Bool, Float, Int
 from titans_pytorch.sinkhorn import sinkhorn
 
@@ -65,9 +66,9 @@ class LayerBuffers(NamedTuple):
 class Place(NamedTuple):
     """A position, for all layers."""
 
-    position: Int[Tensor, ' 1']
-    slots: dict[int, Slot]
-    """In the buffers of attention, by how many keys a position has there."""
+    position: Position
+    in_chunk: Int[Tensor, ' 1']
+    """Its number in the memories' chunk."""
     kind: StepKind
 
 
@@ -140,9 +141,10 @@ class Block(Module):
         return x, LayerState(key_values, memory_state)
 
     def step(
-        self, x: Float[Tensor, 'b s d'], stream: Stream, buffers: LayerBuffers, place: Place, turn: Tensor | None
+        self, x: Float[Tensor, 'b s d'], stream: Stream, buffers: LayerBuffers, place: Place, attention_layer: int
     ) -> tuple[Float[Tensor, 'b s d'], StepState | None]:
-        """`forward` for one position; its streams stand in a dimension of their own.
+        """`forward` for one position; its streams stand in a dimension of their own. There were `attention_layer`
+        attentions before.
 
         Writes the position into the buffers. Returns the streams, and the memory's state.
         """
@@ -152,11 +154,9 @@ class Block(Module):
 
         def attend(seq: Tensor, **inputs: Any) -> Tensor:
             assert self.attention is not None and buffers.key_values is not None
-            assert turn is not None
             if self.attention.to_learned_v_mix is not None:
                 inputs['value_residual'] = stream.values
-            slot = place.slots[self.attention.keys_per_position]
-            out, values = self.attention.step(seq, buffers.key_values, slot, turn, **inputs)
+            out, values = self.attention.step(seq, buffers.key_values, place.position, attention_layer, **inputs)
             stream.values = values if stream.values is None else stream.values
             return out
 
@@ -168,7 +168,7 @@ class Block(Module):
             retrieved, memory_state = self.memory.step(
                 seq,
                 memory_state,
-                place.position,
+                place.in_chunk,
                 place.kind.ends_chunk,
                 place.kind.ends_batch,
                 stream.memory_weights if accepts_weights else None,  # type: ignore[arg-type]
@@ -506,15 +506,17 @@ class Transformer(Module):
         """
         position = state.position
         x = self._embedded_one(state, kind)
-        place, layer_turns = Place(position, self._slots(position), kind), iter(turns(state.frequencies, position))
+        in_chunk = position % self.neural_memory_segment_len
+        place, num_attentions = Place(Position(position, state.frequencies), in_chunk, kind), 0
 
         stream, memories = Stream(), []
         if hasattr(self.expand_streams, 'stream_embed'):
             x = x + self.expand_streams.stream_embed
         for block, layer in zip(self._blocks, state.layers):
-            turn = None if block.attention is None else next(layer_turns)
-            x, memory = block.step(x, stream, layer, place, turn)
-            memories.append(memory)
+            x, memory = block.step(x, stream, layer, place, num_attentions)
+            num_attentions += block.attention is not None
+            if layer.memory is not None and memory is not None:
+                memories.append((layer.memory, memory))
         if not kind.is_longterm:
             state.logits.copy_(self.to_logits(self.norm(written(x).sum(dim=1))))  # type: ignore[misc]
 
@@ -522,16 +524,7 @@ class Transformer(Module):
         if kind.ends_chunk:
             self._chunk_ended(state)
             # only now: memories read the weights that earlier ones had before this step
-            for layer, memory in zip(state.layers, memories):
-                if layer.memory is not None and memory is not None:
-                    layer.memory.take_over(memory)
-
-    def _slots(self, position: Int[Tensor, ' 1']) -> dict[int, Slot]:
-        slots: dict[int, Slot] = {}
-        for attention in self._attentions:
-            if attention.keys_per_position not in slots:
-                slots[attention.keys_per_position] = attention.slot(position, attention.persistent_memory)
-        return slots
+            take_over(memories)
 
     def _decoding_embedding(self, position: Int[Tensor, ' 1']) -> Any:
         """What `_embedded_one` needs of positions, if anything."""

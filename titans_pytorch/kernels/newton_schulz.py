@@ -11,16 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from titans_pytorch.kernels.products import plus
+
 # rows and columns that fit on chip beside the products of the backward pass, by what the products are computed in
 HALF = [(64, 256), (128, 128)]
 MOST = {torch.float32: [(64, 128)], torch.bfloat16: HALF, torch.float16: HALF}
 OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-@triton.jit
-def _plus(acc, left, right, PRECISION: tl.constexpr, OPERAND: tl.constexpr):  # type: ignore[no-untyped-def]
-    """acc + left · right"""
-    return tl.dot(left.to(OPERAND), right.to(OPERAND), acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -46,7 +42,7 @@ def _polynomial(gram, b, c, PRECISION: tl.constexpr, OPERAND: tl.constexpr):  # 
 @triton.jit
 def _iterated(x, a, b, c, nothing, PRECISION: tl.constexpr, OPERAND: tl.constexpr):  # type: ignore[no-untyped-def]
     gram = _plus_t(nothing, x, x, PRECISION, OPERAND)
-    return _plus(a * x, _polynomial(gram, b, c, PRECISION, OPERAND), x, PRECISION, OPERAND)
+    return plus(a * x, _polynomial(gram, b, c, PRECISION, OPERAND), x, PRECISION, OPERAND)
 
 
 @triton.jit
@@ -113,8 +109,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
             # the barrier keeps this load where it is: until here the iterate takes no registers
             tl.debug_barrier()
             before = tl.load(iterates + (steps - 1 - back) * (ROWS * COLUMNS))
-            d_x = _plus(a * d_x, polynomial, d_x, PRECISION, OPERAND)
-            d_x = _plus(d_x, d_gram, before, PRECISION, OPERAND)
+            d_x = plus(a * d_x, polynomial, d_x, PRECISION, OPERAND)
+            d_x = plus(d_x, d_gram, before, PRECISION, OPERAND)
 
         # x = m / max(|m|, eps): where the norm divides, what points along x is lost
         x, norm = _unit(source, inside, eps)

@@ -1,0 +1,70 @@
+"""A conversation that goes on: each turn is read after the state that the last one left, which is kept in a file.
+
+    python examples/chat.py --checkpoint model.pt --state chat.pt "What was my name?"
+
+Without a checkpoint the model has learned nothing and answers noise; this shows the mechanism. No turn is ever read
+again: the state has a constant size, and the answer comes byte by byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from titans_pytorch import MemoryAsContextTransformer
+
+
+def build() -> MemoryAsContextTransformer:
+    torch.manual_seed(0)
+    return MemoryAsContextTransformer(
+        num_tokens=256,
+        dim=64,
+        depth=2,
+        segment_len=32,
+        num_longterm_mem_tokens=2,
+        neural_memory_segment_len=4,
+        neural_memory_batch_size=64,
+        dim_head=32,
+        heads=2,
+        sliding_window_attn=True,
+        neural_memory_kwargs={'dim_head': 32, 'heads': 2, 'qk_rmsnorm': True},
+    )
+
+
+def main() -> str:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('message')
+    parser.add_argument('--checkpoint', type=Path, help='weights of the model that `build` makes')
+    parser.add_argument('--state', type=Path, default=Path('chat.pt'), help='where the conversation is kept')
+    parser.add_argument('--length', type=int, default=64, help='bytes of the answer')
+    options = parser.parse_args()
+
+    model = build()
+    if options.checkpoint is not None:
+        model.load_state_dict(torch.load(options.checkpoint, weights_only=True))
+    conversation = {'tokens': torch.zeros(1, 0, dtype=torch.long), 'cache': None}
+    if options.state.exists():
+        conversation = torch.load(options.state, weights_only=True)
+
+    message = torch.tensor([[*f'\nYou: {options.message}\nModel: '.encode()]])
+    tokens = torch.cat((conversation['tokens'], message), dim=1)
+    stream = model.stream(tokens, tokens.shape[1] + options.length, cache=conversation['cache'], stop_tokens=ord('\n'))
+    answer: list[int] = []
+    while True:
+        try:
+            answer.append(next(stream).item())
+        except StopIteration as end:
+            cache = end.value
+            break
+        print(chr(answer[-1]) if 32 <= answer[-1] < 127 else '·', end='', flush=True)
+    print()
+
+    tokens = torch.cat((tokens, torch.tensor([answer], dtype=torch.long)), dim=1)
+    torch.save({'tokens': tokens, 'cache': cache}, options.state)
+    return bytes(answer).decode('latin1')
+
+
+if __name__ == '__main__':
+    main()

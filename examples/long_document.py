@@ -1,0 +1,60 @@
+"""Training on a document longer than memory allows in one pass: pieces, and a state that is cut from their graphs.
+
+    python examples/long_document.py [file]
+
+The model reads the whole document in order, over and over. What a step holds is one piece, however long the document;
+what came before reaches it through the state: the attention's window, and the memories' weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+
+from titans_pytorch import MemoryAsGateTransformer
+from titans_pytorch.presets import memory_settings
+
+
+def main() -> list[float]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('file', type=Path, nargs='?', default=Path(__file__).parent.parent / 'README.md')
+    parser.add_argument('--piece', type=int, default=512, help='bytes in a piece')
+    parser.add_argument('--rounds', type=int, default=4, help='how often to read the document')
+    options = parser.parse_args()
+
+    document = torch.frombuffer(bytearray(options.file.read_bytes()), dtype=torch.uint8).long().unsqueeze(0)
+    torch.manual_seed(0)
+    model = MemoryAsGateTransformer(
+        num_tokens=256,
+        dim=64,
+        depth=2,
+        segment_len=32,
+        neural_memory_segment_len=16,
+        dim_head=32,
+        heads=2,
+        neural_memory_kwargs=memory_settings(heads=2, dim_head=32),
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+
+    bits = []
+    for number in range(options.rounds):
+        state, losses = None, []
+        # a piece ends with the token that the next one begins with: it is predicted here, and read there
+        for start in range(0, document.shape[1] - 1, options.piece):
+            piece = document[:, start : start + options.piece + 1]
+            loss, state = model(piece, return_loss=True, state=state, return_state=True)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            state = state.detach()
+            losses.append(loss.item())
+        bits.append(sum(losses) / len(losses) / math.log(2))
+        print(f'round {number + 1}: {bits[-1]:.3f} bits per byte, {document.shape[1]:,} bytes in {len(losses)} pieces')
+    return bits
+
+
+if __name__ == '__main__':
+    main()

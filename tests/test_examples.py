@@ -1,0 +1,47 @@
+"""The examples run, and do what they say."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parent.parent / 'examples'
+
+
+@pytest.fixture
+def run(monkeypatch):
+    def run(name: str, *arguments: object):
+        monkeypatch.setattr('sys.argv', [name, *map(str, arguments)])
+        return runpy.run_path(str(EXAMPLES / f'{name}.py'))['main']()
+
+    return run
+
+
+def test_every_example_is_run_here():
+    assert {path.stem for path in EXAMPLES.glob('*.py')} == {'time_series', 'long_document', 'chat'}
+
+
+def test_time_series(run):
+    early, late = run('time_series', '--steps', 60, '--piece', 32)
+    assert late < 0.7  # the variance is 1
+
+
+def test_long_document(run, tmp_path):
+    path = tmp_path / 'document'
+    path.write_bytes(b'The same sentence, again and again. ' * 40)
+    bits = run('long_document', path, '--piece', 128, '--rounds', 3)
+    assert len(bits) == 3 and bits[-1] < 0.7 * bits[0]
+
+
+def test_chat_goes_on_from_its_state(run, tmp_path):
+    path = tmp_path / 'chat.pt'
+    run('chat', 'My name is Ada.', '--state', path, '--length', 9)
+    first = torch.load(path, weights_only=True)
+    run('chat', 'What is my name?', '--state', path, '--length', 9)
+    second = torch.load(path, weights_only=True)
+    assert torch.equal(second['tokens'][:, : first['tokens'].shape[1]], first['tokens'])
+    assert second['cache'].seq_index > first['cache'].seq_index
+    assert [t.shape for t, _ in second['cache'].key_values] == [t.shape for t, _ in first['cache'].key_values]
