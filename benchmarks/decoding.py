@@ -40,7 +40,7 @@ class Case:
 CASES = [Case('cpu', 'quick', 1), Case('cuda', 'full', 1), Case('cuda', 'full', 64)]
 
 # how many tokens a call adds: enough to time, and for slow ones no more
-TOKENS = {'ours': 1024, 'ours, no CUDA graphs': 128, 'reference': 48}
+TOKENS = {'ours': 4096, 'ours, no CUDA graphs': 128, 'reference': 48}
 TOKENS_ON_CPU = 128
 
 
@@ -123,7 +123,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     if options.reference_path:
         modes |= {'reference': options.reference_path}
     job = {'case': asdict(case), 'repeats': options.repeats}
-    figures = by_turns(__file__, modes, timeout=options.timeout, **job)
+    figures = by_turns(__file__, modes, options.rounds, options.timeout, **job)
     print(f'{case}: {json.dumps(figures)}', flush=True)
     return {'case': asdict(case), 'figures': figures}
 
@@ -149,7 +149,7 @@ def _cells(f: dict[str, Any], batch: int, reference: float | None) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--repeats', type=int, default=3, help='timed calls in each of two processes')
+    parser.add_argument('--repeats', type=int, default=3, help='timed calls in each process')
     parser.add_argument('--timeout', type=float, default=300.0, help='seconds that a process may take')
     options = parsed(parser, work)
 

@@ -54,6 +54,7 @@ def by_turns(
 def parsed(parser: argparse.ArgumentParser, work: Callable[..., dict[str, Any]]) -> argparse.Namespace:
     """The options, with those that every benchmark has. A worker does its job instead, and ends here."""
     parser.add_argument('--reference-path', help='PYTHONPATH that holds the reference package')
+    parser.add_argument('--rounds', type=int, default=2, help='processes that each package gets, by turns')
     parser.add_argument('--write', action='store_true', help='put the tables into RESULTS.md')
     parser.add_argument('--worker', help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -315,7 +315,6 @@ def main() -> None:
     parser.add_argument('--cases', type=int, nargs='*', help='which of the cases; default: those of this machine')
     parser.add_argument('--kinds', nargs='*', default=['step'], help='step, growth, stream, longest; default: step')
     parser.add_argument('--repeats', type=int, default=5, help='timed steps in each process')
-    parser.add_argument('--rounds', type=int, default=2, help='processes a package gets, by turns')
     parser.add_argument('--no-compile', dest='compile', action='store_false', help='leave out the compiled rows')
     parser.add_argument('--json', type=Path, help='note each case in this file')
     parser.add_argument('--report', type=Path, nargs='*', help='tables of figures measured before')

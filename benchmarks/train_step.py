@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--batches', type=int, nargs='*', default=[4])
     parser.add_argument('--precisions', nargs='*', default=['fp32', 'bf16'] if GPU else ['fp32'])
-    parser.add_argument('--repeats', type=int, default=5, help='timed steps in each of two processes')
+    parser.add_argument('--repeats', type=int, default=5, help='timed steps in each process')
     parser.add_argument('--json', type=Path, help='write the figures to this file')
     options = parsed(parser, work)
 
@@ -66,7 +66,7 @@ def main() -> None:
     rows, results = [], []
     for batch in options.batches:
         for precision in options.precisions:
-            figures = by_turns(__file__, paths, batch=batch, precision=precision, repeats=options.repeats)
+            figures = by_turns(__file__, paths, options.rounds, batch=batch, precision=precision, repeats=options.repeats)
             print(f'{batch}, {precision}: {json.dumps(figures)}', flush=True)
             results.append({'batch': batch, 'precision': precision, 'figures': figures})
             reference = figures.get('reference', {})

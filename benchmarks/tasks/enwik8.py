@@ -11,7 +11,6 @@ them in windows of 4,096; attention sees 128 bytes back. A second figure is over
 from __future__ import annotations
 
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,11 @@ from torch import Tensor, nn
 
 SIZES = {'dim': 256, 'depth': 4, 'dim_head': 64, 'segment_len': 128, 'neural_memory_segment_len': 16}
 TESTED = 4096
+
+SMALL = {
+    **{'trained': 256, 'tested': 1024, 'batch': 8},
+    **{'dim': 64, 'depth': 2, 'dim_head': 32, 'segment_len': 32, 'neural_memory_segment_len': 8},
+}
 
 
 def loss(model: nn.Module, batch: Tensor) -> Tensor:
@@ -69,21 +73,17 @@ def run(
 
 
 def main() -> None:
-    parser = runs.parser(__doc__ or '', [*models.MODELS], steps=1500)
+    parser = runs.parser(__doc__ or '', [*models.MODELS], steps=600, small_steps=300)
     parser.add_argument('--data', type=Path, help='a file of text, gzipped or not; default: enwik8 in data/')
-    parser.add_argument('--seconds', type=float, help='end the training of each run after so long')
     options = parser.parse_args()
-    one = partial(
-        run,
-        device=options.device,
-        steps=options.steps,
-        learning_rate=options.learning_rate,
-        data=options.data,
-        seconds=options.seconds,
-    )
+
+    def one(name: str, seed: int) -> dict[str, Any]:
+        how = {'steps': options.steps, 'learning_rate': options.learning_rate, 'seconds': options.seconds}
+        return run(name, seed, device=options.device, data=options.data, **how, **SMALL if options.small else {})
+
     where, results = runs.measured(options, one)
     columns = {'bits per byte': lambda r: r['whole'], 'its last quarter': lambda r: r['late']}
-    runs.report(options, 'task, enwik8', where, results, columns, 3, [*models.MODELS])
+    runs.report(options, 'enwik8', where, results, columns, 3, [*models.MODELS])
 
 
 if __name__ == '__main__':

@@ -2,6 +2,7 @@
 
     python benchmarks/tasks/mqar.py                                   (all models, three seeds)
     python benchmarks/tasks/mqar.py --models LMM MAG --json runs.jsonl
+    python benchmarks/tasks/mqar.py --small                           (two CPU cores, half an hour)
     python benchmarks/tasks/mqar.py --report runs.jsonl --write
 
 A sequence begins with pairs of a key and a value; later keys come again, and the answer to each is its value.
@@ -12,7 +13,6 @@ attention sees 64 tokens back. Queries are placed by Zoology's power law (expone
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import models
@@ -25,6 +25,11 @@ VOCABULARY = 8192
 TRAINED = [(64, 4), (128, 8), (256, 16), (256, 32), (256, 64)]
 TESTED = [*TRAINED, (512, 128), (1024, 256)]
 SIZES = {'dim': 128, 'depth': 2, 'dim_head': 64, 'segment_len': 64, 'neural_memory_segment_len': 16}
+
+SMALL = {
+    **{'vocabulary': 64, 'trained': [(32, 4)], 'tested': [(32, 4), (64, 8), (128, 16)], 'tokens': 1024},
+    **{'dim': 64, 'dim_head': 32, 'segment_len': 16, 'neural_memory_segment_len': 4},
+}
 
 
 def examples(
@@ -98,19 +103,17 @@ def run(
 
 
 def main() -> None:
-    parser = runs.parser(__doc__ or '', [*models.MODELS], steps=4000)
-    parser.add_argument('--seconds', type=float, help='end the training of each run after so long')
+    parser = runs.parser(__doc__ or '', [*models.MODELS], steps=2500, small_steps=400)
     options = parser.parse_args()
-    one = partial(
-        run,
-        device=options.device,
-        steps=options.steps,
-        learning_rate=options.learning_rate,
-        seconds=options.seconds,
-    )
+
+    def one(name: str, seed: int) -> dict[str, Any]:
+        how = {'steps': options.steps, 'learning_rate': options.learning_rate, 'seconds': options.seconds}
+        return run(name, seed, device=options.device, **how, **SMALL if options.small else {})
+
     where, results = runs.measured(options, one)
-    columns = {f'{n}/{p}': (lambda r, key=f'{n}/{p}': 100 * r['accuracy'][key]) for n, p in TESTED}
-    runs.report(options, 'task, mqar', where, results, columns, 1, [*models.MODELS])
+    tested = SMALL['tested'] if options.small else TESTED
+    columns = {f'{n}/{p}': (lambda r, key=f'{n}/{p}': 100 * r['accuracy'][key]) for n, p in tested}
+    runs.report(options, 'mqar', where, results, columns, 1, [*models.MODELS])
 
 
 if __name__ == '__main__':

@@ -11,7 +11,6 @@ model is trained at 2,048 bytes to continue the text, and the answer counts as m
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,11 @@ NEEDLE = len(BEFORE) + LETTERS + len(BETWEEN) + LETTERS + len(AFTER)
 QUESTION = len(BEFORE) + LETTERS + len(BETWEEN)
 LENGTHS = [2048, 4096, 8192, 16384]
 SIZES = {'dim': 128, 'depth': 2, 'dim_head': 64, 'segment_len': 128, 'neural_memory_segment_len': 16}
+
+SMALL = {
+    **{'trained': 256, 'tested': [256, 512, 1024, 2048], 'batch': 8, 'examples': 64},
+    **{'dim': 64, 'dim_head': 32, 'segment_len': 32, 'neural_memory_segment_len': 4},
+}
 
 
 def hidden_needles(batch: Tensor, generator: torch.Generator) -> Tensor:
@@ -99,21 +103,18 @@ def run(
 
 
 def main() -> None:
-    parser = runs.parser(__doc__ or '', [*models.MODELS], steps=3000)
+    parser = runs.parser(__doc__ or '', [*models.MODELS], steps=1200, small_steps=600)
     parser.add_argument('--data', type=Path, help='a file of text, gzipped or not; default: enwik8 in data/')
-    parser.add_argument('--seconds', type=float, help='end the training of each run after so long')
     options = parser.parse_args()
-    one = partial(
-        run,
-        device=options.device,
-        steps=options.steps,
-        learning_rate=options.learning_rate,
-        data=options.data,
-        seconds=options.seconds,
-    )
+
+    def one(name: str, seed: int) -> dict[str, Any]:
+        how = {'steps': options.steps, 'learning_rate': options.learning_rate, 'seconds': options.seconds}
+        return run(name, seed, device=options.device, data=options.data, **how, **SMALL if options.small else {})
+
     where, results = runs.measured(options, one)
-    columns = {f'{n // 1024}K': (lambda r, key=f'{n}': 100 * r['accuracy'][key]) for n in LENGTHS}
-    runs.report(options, 'task, needle', where, results, columns, 1, [*models.MODELS])
+    tested = SMALL['tested'] if options.small else LENGTHS
+    columns = {f'{n:,}': (lambda r, key=f'{n}': 100 * r['accuracy'][key]) for n in tested}
+    runs.report(options, 'needle', where, results, columns, 1, [*models.MODELS])
 
 
 if __name__ == '__main__':

@@ -83,13 +83,16 @@ def train(trainer: Trainer, batches: Iterator[tuple[Tensor, ...]], steps: int, s
     return steps
 
 
-def parser(description: str, models: list[str], steps: int) -> argparse.ArgumentParser:
+def parser(description: str, models: list[str], steps: int, small_steps: int) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument('--models', nargs='*', default=models, help='which of the models')
     made.add_argument('--seeds', type=int, default=3)
-    made.add_argument('--steps', type=int, default=steps)
+    made.add_argument('--steps', type=int, help=f'default: {steps}, and {small_steps} if small')
+    made.set_defaults(steps_of=(steps, small_steps))
     made.add_argument('--learning-rate', type=float, default=2e-3)
     made.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    made.add_argument('--small', action='store_true', help='sizes for two CPU cores, a section of their own')
+    made.add_argument('--seconds', type=float, help='end the training of each run after so long')
     made.add_argument('--json', type=Path, help='add each run to this file as soon as it is done')
     made.add_argument('--report', type=Path, nargs='*', help='only make the tables of runs noted before')
     made.add_argument('--write', action='store_true', help='put the tables into RESULTS.md, and the plot beside it')
@@ -104,6 +107,7 @@ def measured(
         notes = [json.loads(line) for path in options.report for line in path.read_text().splitlines()]
         return notes[0]['machine'], [note['result'] for note in notes]
     torch.set_float32_matmul_precision('high')
+    options.steps = options.steps_of[options.small] if options.steps is None else options.steps
     results = []
     for seed in range(options.seeds):
         for name in options.models:
@@ -134,7 +138,7 @@ def by_model(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 def report(
     options: argparse.Namespace,
-    section: str,
+    task: str,
     where: str,
     results: list[dict[str, Any]],
     columns: dict[str, Callable[[dict[str, Any]], float]],
@@ -151,5 +155,5 @@ def report(
     text = f'{where}\n\n{table(["model", "parameters", "steps", "seeds", *columns], rows)}'
     print(f'\n{text}')
     if options.write:
-        write_section(section, text)
+        write_section(f'task, {task}{", small" * options.small}', text)
     print(json.dumps({'machine': where, 'results': results}))
