@@ -15,7 +15,7 @@ train: $(VENV)/.ready
 	$(BIN)/python train_mac.py $(ARGS)
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 $(ARGS)
 
 lint: $(VENV)/.ready-lint
 	$(BIN)/ruff check .

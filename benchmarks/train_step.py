@@ -66,7 +66,9 @@ def main() -> None:
     rows, results = [], []
     for batch in options.batches:
         for precision in options.precisions:
-            figures = by_turns(__file__, paths, options.rounds, batch=batch, precision=precision, repeats=options.repeats)
+            figures = by_turns(
+                __file__, paths, options.rounds, batch=batch, precision=precision, repeats=options.repeats
+            )
             print(f'{batch}, {precision}: {json.dumps(figures)}', flush=True)
             results.append({'batch': batch, 'precision': precision, 'figures': figures})
             reference = figures.get('reference', {})

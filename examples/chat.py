@@ -44,25 +44,24 @@ def main() -> str:
     model = build()
     if options.checkpoint is not None:
         model.load_state_dict(torch.load(options.checkpoint, weights_only=True))
-    conversation = {'tokens': torch.zeros(1, 0, dtype=torch.long), 'cache': None}
+    unread, state = torch.zeros(1, 0, dtype=torch.long), None
     if options.state.exists():
-        conversation = torch.load(options.state, weights_only=True)
+        unread, state = torch.load(options.state, weights_only=True)
 
     message = torch.tensor([[*f'\nYou: {options.message}\nModel: '.encode()]])
-    tokens = torch.cat((conversation['tokens'], message), dim=1)
-    stream = model.stream(tokens, tokens.shape[1] + options.length, cache=conversation['cache'], stop_tokens=ord('\n'))
+    prompt = torch.cat((unread, message), dim=1)
+    stream = model.stream(prompt, prompt.shape[1] + options.length, state=state, stop_tokens=ord('\n'))
     answer: list[int] = []
     while True:
         try:
             answer.append(next(stream).item())
         except StopIteration as end:
-            cache = end.value
+            state = end.value
             break
         print(chr(answer[-1]) if 32 <= answer[-1] < 127 else '·', end='', flush=True)
     print()
 
-    tokens = torch.cat((tokens, torch.tensor([answer], dtype=torch.long)), dim=1)
-    torch.save({'tokens': tokens, 'cache': cache}, options.state)
+    torch.save((torch.tensor([answer[-1:]]), state), options.state)  # the last byte of the answer was not read
     return bytes(answer).decode('latin1')
 
 

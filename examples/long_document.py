@@ -50,8 +50,8 @@ def main() -> list[float]:
             optimizer.step()
             optimizer.zero_grad()
             state = state.detach()
-            losses.append(loss.item())
-        bits.append(sum(losses) / len(losses) / math.log(2))
+            losses.append(loss.item() * (piece.shape[1] - 1))
+        bits.append(sum(losses) / (document.shape[1] - 1) / math.log(2))
         print(f'round {number + 1}: {bits[-1]:.3f} bits per byte, {document.shape[1]:,} bytes in {len(losses)} pieces')
     return bits
 

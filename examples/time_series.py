@@ -1,4 +1,4 @@
-"""A memory layer in a model of one's own: the next value of a series whose rule changes, read piece by piece.
+"""A memory layer in a model of one's own: the next value of a series, read piece by piece.
 
     python examples/time_series.py
 

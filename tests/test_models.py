@@ -18,6 +18,7 @@ from titans_pytorch import (
     ModelState,
 )
 from titans_pytorch.decoding import Stepper
+from titans_pytorch.packing import Documents
 from titans_pytorch.presets import SIZES, memory_settings, preset
 
 TOKENS, DIM = 16, 16
@@ -186,6 +187,31 @@ def test_documents_and_padding_change_nothing(name, pads_left):
     assert_same(gradients(model, loss), gradients(model, expected), 1e-7)
 
 
+def test_padding_between_documents_parts_them():
+    model, tokens = build('MAG'), ids(12, batch=1)
+    mask = torch.tensor([[True] * 5 + [False] * 3 + [True] * 4])
+    document_ids = torch.tensor([[0] * 5 + [1] * 3 + [0] * 4])
+    for kwargs in ({'mask': mask}, {'mask': mask, 'document_ids': document_ids}):
+        assert_same(model(tokens, **kwargs)[:, 8:], model(tokens[:, 8:]), 1e-9)
+
+
+def test_a_batch_with_nothing_to_predict_has_a_loss_of_zero():
+    model, tokens = build('MAG'), ids(8)
+    single = torch.arange(16).view(2, 8)
+    last = torch.zeros(2, 8, dtype=torch.bool)
+    last[:, -1] = True
+    for kwargs in ({'document_ids': single}, {'mask': last}):
+        loss = model(tokens, return_loss=True, **kwargs)
+        assert loss.item() == 0 and all((g == 0).all() for g in gradients(model, loss).values())
+
+
+def test_documents_are_padded_to_at_most_twice_their_length():
+    document_ids = torch.tensor([[0] * 40 + [*range(1, 25)]])
+    groups = Documents.groups(None, document_ids, (1, 64), document_ids.device)
+    assert sum(group.places.numel() for group in groups) <= 2 * 64
+    assert torch.cat([group.places[group.real] for group in groups]).sort().values.equal(torch.arange(64))
+
+
 def test_documents_without_padding_and_padding_without_documents():
     model = build('MAG')
     tokens, mask, document_ids, alone = documents_of([[12, 18], [30]], False)
@@ -229,7 +255,7 @@ def test_a_state_is_saved_moved_detached_and_reordered(name, tmp_path):
     assert isinstance(loaded, ModelState)
     assert_same(model(tokens[:, 14:], state=loaded), expected, 0.0)
     assert_same(model(tokens[:, 14:], state=state.to('cpu').to(torch.float64)), expected, 0.0)
-    for entries in ([2, 0, 0], torch.tensor([1])):
+    for entries in ([2, 0, 0], torch.tensor([1]), [-1]):
         assert_same(model(tokens[entries, 14:], state=state.select(entries)), expected[entries], 1e-12)
 
     for part in torch.utils._pytree.tree_leaves(state.detach()):
@@ -237,6 +263,18 @@ def test_a_state_is_saved_moved_detached_and_reordered(name, tmp_path):
     detached = gradients(model, model(tokens[:, 14:], state=state.detach()).sum())
     attached = gradients(model, model(tokens[:, 14:], state=state).sum())
     assert max((attached[key] - detached[key]).norm() for key in detached) > 1e-6
+
+
+@torch.no_grad()
+def test_sampling_goes_on_from_a_state():
+    model, prompt = build('MAC'), ids(9)
+    kwargs = {'temperature': 0.0, 'show_progress': False}
+    whole = model.sample(prompt, 30, use_cache=True, **kwargs)
+    first, state = model.sample(prompt, 20, return_cache=True, **kwargs)
+    second = model.sample(first[:, -1:], 11, state=state, **kwargs)
+    assert torch.equal(torch.cat((first, second), dim=1), whole)
+    with pytest.raises(ValueError, match='give one of them'):
+        model.sample(prompt, 30, state=state, cache=state, **kwargs)
 
 
 @architectures
@@ -276,9 +314,13 @@ def test_calls():
     _, state = model(tokens, return_state=True)
     mask = torch.ones(2, 10, dtype=torch.bool)
     for kwargs, error, message in [
-        ({'state': state, 'cache': state}, ValueError, 'state goes on from what x begins after'),
+        ({'state': state, 'cache': state}, ValueError, 'with state, give what follows on the cache as x'),
+        ({'cache': state, 'return_loss': True}, ValueError, 'with return_loss, give what follows on the cache as x'),
+        ({'document_id': 1}, TypeError, "unexpected keyword argument 'document_id'"),
+        ({'state': state.select([0])}, ValueError, 'state must be of a batch of 2, as x is, got one of 1'),
+        ({'state': state.memories[0]}, TypeError, 'state must be a ModelState, got NeuralMemState'),
         ({'cache': state}, ValueError, 'x must go beyond the 10 tokens in the cache, got 10'),
-        ({'mask': mask, 'return_state': True}, ValueError, 'leave out state and return_state'),
+        ({'mask': mask, 'return_state': True}, ValueError, 'leave out state, cache and return_state'),
         ({'mask': mask[:, :9]}, ValueError, r'mask must be \(batch=2, length=10\), got \(2, 9\)'),
         ({'mask': mask.long()}, TypeError, 'mask must be a boolean tensor'),
         ({'mask': ~mask}, ValueError, 'mask must leave at least one token'),
@@ -292,7 +334,10 @@ def test_calls():
     with pytest.raises(ValueError, match='x must be token ids'):
         model(torch.randn(2, 10, 16, dtype=torch.float64), return_loss=True)
     with pytest.raises(ValueError, match='without num_tokens'):
-        build('MAG', num_tokens=None, token_emb=nn.Embedding(4, DIM)).sample(ids(3) % 4, 6, use_cache=True)
+        build('MAG', num_tokens=None, token_emb=nn.Embedding(4, DIM)).sample(ids(3) % 4, 6)
+    for entries in ([2], 0, torch.tensor([True, False]), [[0]]):
+        with pytest.raises((ValueError, TypeError), match='entries must be|has no len'):
+            state.select(entries)
 
 
 @pytest.mark.parametrize('size', SIZES)
@@ -300,7 +345,7 @@ def test_calls():
 def test_presets_have_the_papers_sizes(name, size):
     kwargs = {'paper_order': True} if 'order' in name else {}
     with torch.device('meta'):
-        model = CLASSES[name](num_tokens=32000, segment_len=64, **preset(size), **kwargs)
+        model = CLASSES[name](num_tokens=32000, segment_len=64, **preset(size, 64), **kwargs)
     depth, dim, _ = SIZES[size]
     assert len(model.layers) == depth
     per_layer = sum(p.numel() for p in model.layers.parameters()) / depth / dim**2

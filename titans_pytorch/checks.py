@@ -70,3 +70,12 @@ def check_token_ids(name: str, ids: Any, num_tokens: int | None) -> None:
     low, high = (int(bound) for bound in ids.aminmax())
     if low < 0 or high >= num_tokens:
         raise ValueError(f'{name} must hold token ids in [0, num_tokens={num_tokens}), got ids in [{low}, {high}]')
+
+
+def checked_entries(entries: Any, batch: int) -> Tensor:
+    """Numbers of batch entries as a tensor, negative ones counted from the end."""
+    chosen = torch.as_tensor(entries, dtype=None if isinstance(entries, Tensor) or len(entries) else torch.long)
+    integers = not (chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool)
+    if chosen.ndim != 1 or not integers or not all(-batch <= entry < batch for entry in chosen.tolist()):
+        raise ValueError(f'entries must be integers from {-batch} to {batch - 1}, in one dimension, got {entries}')
+    return chosen.long() % batch

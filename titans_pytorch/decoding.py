@@ -38,9 +38,14 @@ class Decodable(Protocol):
     """What a model needs for `generation.sample` and `generation.stream`."""
 
     training: bool
+    num_tokens: int | None
+    """Size of the vocabulary; without one there is nothing to sample."""
 
-    def __call__(self, x: Tensor, *, cache: Any = None, return_cache: bool = False, disable_flex_attn: bool) -> Any:
-        """Logits of a whole sequence, or of what follows on `cache`; and the cache, if asked for."""
+    def __call__(
+        self, x: Tensor, *, state: Any = None, cache: Any = None, return_cache: bool = False, disable_flex_attn: bool
+    ) -> Any:
+        """Logits of a whole sequence, of `x` after `state`, or of what in `x` follows on `cache`; and the cache, if
+        asked for."""
 
     def train(self, mode: bool = True) -> Any: ...
 

@@ -49,6 +49,7 @@ def sample(
     stop_tokens: int | Iterable[int] = (),
     pad_token: int = 0,
     cache: ModelState | None = None,
+    state: ModelState | None = None,
     return_cache: bool = False,
     cuda_graphs: bool | None = None,
 ) -> Any:
@@ -67,6 +68,8 @@ def sample(
             sequences have ended there are no more steps.
         pad_token: what stands where a row has nothing.
         cache: of the call before, whose prompt and result `prompt` begins with; only what follows is processed.
+        state: the same, but `prompt` is only what follows: the last token that the call before added, which it did not
+            read, and what is new.
         return_cache: also return the cache for the next call. Both imply `use_cache`.
         cuda_graphs: with a cache, replay the steps as CUDA graphs. Default: on a CUDA device.
 
@@ -76,8 +79,10 @@ def sample(
     """
     lengths = _checked_lengths(prompt, prompt_lengths)
     choose = _chooser(temperature, filter_fn, filter_kwargs)
-    stepwise = use_cache or return_cache or cache is not None
-    tokens = _tokens(self, prompt, lengths, seq_len, choose, stop_tokens, pad_token, stepwise, cache, cuda_graphs)
+    stepwise = use_cache or return_cache or cache is not None or state is not None
+    tokens = _tokens(
+        self, prompt, lengths, seq_len, choose, stop_tokens, pad_token, stepwise, cache, state, cuda_graphs
+    )
 
     out = [prompt[:, :0]]
     with tqdm(total=max(0, seq_len - min(lengths)), disable=not show_progress) as progress:
@@ -103,6 +108,7 @@ def stream(
     stop_tokens: int | Iterable[int] = (),
     pad_token: int = 0,
     cache: ModelState | None = None,
+    state: ModelState | None = None,
     cuda_graphs: bool | None = None,
 ) -> Generator[Int[Tensor, ' b'], None, ModelState]:
     """Yield the tokens of `sample(…, use_cache=True)` one position after the other, as they come: (batch,).
@@ -115,7 +121,7 @@ def stream(
     """
     lengths = _checked_lengths(prompt, prompt_lengths)
     choose = _chooser(temperature, filter_fn, filter_kwargs)
-    return _tokens(self, prompt, lengths, seq_len, choose, stop_tokens, pad_token, True, cache, cuda_graphs)
+    return _tokens(self, prompt, lengths, seq_len, choose, stop_tokens, pad_token, True, cache, state, cuda_graphs)
 
 
 # the loop
@@ -134,10 +140,15 @@ def _tokens(
     pad_token: int,
     stepwise: bool,
     cache: ModelState | None,
+    state: ModelState | None,
     cuda_graphs: bool | None,
 ) -> Generator[Int[Tensor, ' b'], None, Any]:
     """The tokens of all rows at each position from the end of the shortest prompt on; at last the cache."""
     check_positive(seq_len=seq_len)
+    if model.num_tokens is None:
+        raise ValueError('a model without num_tokens has no logits to sample from')
+    if cache is not None and state is not None:
+        raise ValueError('prompt begins with what cache has read, or follows on state: give one of them')
     stops = torch.tensor([stop_tokens] if isinstance(stop_tokens, int) else [*stop_tokens], dtype=prompt.dtype)
     stops = stops.to(prompt.device)
     ends = torch.tensor(lengths, device=prompt.device)
@@ -147,7 +158,7 @@ def _tokens(
 
     was_training = model.training
     model.train(False)
-    reader = _Stepwise(model, cache, cuda_graphs) if stepwise else _Rereading(model)
+    reader = _Stepwise(model, cache, state, cuda_graphs) if stepwise else _Rereading(model)
     try:
         for position in range(shortest, seq_len):
             logits = reader.start(prompt[:, :shortest]) if position == shortest else reader(tokens)
@@ -187,14 +198,16 @@ class _Rereading:
 class _Stepwise:
     """Reads the prompt at once, and then each token by a step."""
 
-    def __init__(self, model: Decodable, cache: ModelState | None, cuda_graphs: bool | None):
+    def __init__(self, model: Decodable, cache: ModelState | None, state: ModelState | None, cuda_graphs: bool | None):
         self.model = model
-        self.read = cache
+        self.before = {'cache': cache} if state is None else {'state': state}
+        self.read = cache if state is None else state
         self.cuda_graphs = cuda_graphs
         self.stepper: Stepper | None = None
 
     def start(self, prompt: Int[Tensor, 'b n']) -> Float[Tensor, 'b l']:
-        logits, self.read = self.model(prompt, cache=self.read, return_cache=True, disable_flex_attn=True)
+        logits, self.read = self.model(prompt, **self.before, return_cache=True, disable_flex_attn=True)
+        self.before = {}
         return logits[:, -1]
 
     def __call__(self, tokens: Int[Tensor, ' b']) -> Float[Tensor, 'b l']:

@@ -216,6 +216,7 @@ class MemoryAsContextTransformer(Transformer):
                 neural_memory_qkv_receives_diff_views=neural_memory_qkv_receives_diff_views or None,
                 neural_mem_weight_residual=neural_mem_weight_residual or None,
                 sliding_window_attn=sliding_window_attn or None,
+                use_flex_attn=use_flex_attn or None,
             )
             check_multiple('segment_len', segment_len, 'neural_memory_segment_len', self.neural_memory_segment_len)
 
@@ -296,7 +297,7 @@ class MemoryAsContextTransformer(Transformer):
         return full * self.segment_len + min(in_open_segment, self.segment_len)
 
     def _embedded(
-        self, x: Tensor, start: int, factorized_pos_emb: list[Tensor] | None = None, **_: Any
+        self, x: Tensor, start: int, factorized_pos_emb: list[Tensor] | None = None
     ) -> Float[Tensor, 'b n d']:
         segment, window = self.segment_len, self.attn_window_size
         first_segment, num_tokens = start // window, self.num_tokens_until(start) + x.shape[1]
@@ -317,8 +318,8 @@ class MemoryAsContextTransformer(Transformer):
         with torch.autocast(self.longterm_mems.device.type, enabled=False):
             if start == 0 or factorized is not None:
                 return self.axial_pos_emb.forward_with_seq_len(stop, (inner,), factorized=factorized)[start:]
-            positions = torch.arange(start, stop, device=self.longterm_mems.device)
-            return self.axial_pos_emb.forward_with_pos(positions, (stop // inner + 1, inner))
+        positions = torch.arange(start, stop, device=self.longterm_mems.device)
+        return self._axial(0, positions // inner) + self._axial(1, positions % inner)
 
     def _token_rows(self, hidden: Float[Tensor, 'b n d'], start: int, num_tokens: int) -> Float[Tensor, 'b n d']:
         tokens = torch.arange(self.num_tokens_until(start), num_tokens, device=hidden.device)

@@ -11,6 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from titans_pytorch.checks import checked_entries
 from titans_pytorch.fast_weights import FastWeights, Weights
 from titans_pytorch.shapes import Bool, Float, Int
 
@@ -71,9 +72,10 @@ class NeuralMemState(NamedTuple):
             return self  # of no entry in particular yet
         tokens = pending.tokens if isinstance(pending, PendingSegment) else pending
         batch = tokens.shape[-3]
+        chosen = checked_entries(entries, batch).to(tokens.device)
 
         def of_batch(t: Tensor, axis: int) -> Tensor:
-            return t.index_select(axis, torch.as_tensor(entries, device=t.device))
+            return t.index_select(axis, chosen)
 
         def of_heads(weights: TensorDict, axis: int) -> TensorDict:
             def pick(w: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from titans_pytorch.checks import checked_entries
 from titans_pytorch.memory_state import NeuralMemState
 from titans_pytorch.shapes import Float, Int
 
@@ -47,7 +48,7 @@ class ModelState(NamedTuple):
 
     def select(self, entries: Int[Tensor, ' e'] | list[int]) -> ModelState:
         """The state of these batch entries, in this order; an entry may come several times."""
-        pick = _of_tensors(lambda t: t[torch.as_tensor(entries, device=t.device)])
+        pick = _of_tensors(lambda t: t.index_select(0, checked_entries(entries, len(t)).to(t.device)))
         return ModelState(
             self.seq_index, tree_map(pick, self.key_values), [memory.select(entries) for memory in self.memories]
         )

@@ -495,7 +495,12 @@ class NeuralMemory(Module):
         """What the memory knew of `seq` when its open memory batch began: M(q) with the base weights, without storing.
 
         Each row is asked for by itself, so there is no convolution.
+
+        Raises:
+            ValueError: if the memory network mixes tokens.
         """
+        if self.mixes_tokens:
+            raise ValueError('recall asks for each row by itself, and this memory network mixes them')
         check_floating('seq', seq)
         check_shape('seq', seq, batch=None, length=None, dim=self.dim)
         if isinstance(state, StepState):

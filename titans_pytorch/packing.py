@@ -16,7 +16,7 @@ from titans_pytorch.shapes import Bool, Float, Int
 
 
 class Documents(NamedTuple):
-    """Where the tokens of each document stand in a batch."""
+    """Where the tokens of some documents stand in a batch."""
 
     shape: tuple[int, int]
     """(batch, length) of the batch."""
@@ -26,30 +26,50 @@ class Documents(NamedTuple):
     """Which are no padding."""
 
     @classmethod
-    def of(cls, mask: Bool[Tensor, 'b n'] | None, document_ids: Int[Tensor, 'b n'] | None) -> Documents:
-        """`mask` is true for tokens and false for padding, wherever it is; a new document starts where the id changes.
+    def groups(
+        cls,
+        mask: Bool[Tensor, 'b n'] | None,
+        document_ids: Int[Tensor, 'b n'] | None,
+        shape: tuple[int, int],
+        device: torch.device,
+    ) -> list[Documents]:
+        """All documents, those of similar length together: none is padded to more than twice its length.
 
-        The lengths are read from the device, which waits for it.
+        A document ends where `document_ids` change, where `mask` is false, and with its row. The lengths are read from
+        the device, which waits for it.
         """
-        given = mask if mask is not None else document_ids
-        assert given is not None
-        mask = torch.ones_like(given, dtype=torch.bool) if mask is None else mask
-        ids = torch.zeros_like(mask, dtype=torch.long) if document_ids is None else document_ids
+        real = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask
+        ids = torch.zeros(shape, dtype=torch.long, device=device) if document_ids is None else document_ids
 
-        places = mask.flatten().nonzero().squeeze(1)
-        row, document = places // mask.shape[1], ids.flatten()[places]
+        places = real.flatten().nonzero().squeeze(1)
+        row, document = places // shape[1], ids.flatten()[places]
         begins = torch.ones_like(places, dtype=torch.bool)
-        begins[1:] = (row[1:] != row[:-1]) | (document[1:] != document[:-1])
-        number = begins.cumsum(0) - 1
-        starts = begins.nonzero().squeeze(1)
-        offset = torch.arange(len(places), device=places.device) - starts[number]
+        follows = (places[1:] == places[:-1] + 1) & (row[1:] == row[:-1]) & (document[1:] == document[:-1])
+        begins[1:] = ~follows
+        first = begins.nonzero().squeeze(1)
+        lengths = torch.diff(first, append=first.new_tensor([len(places)])).tolist()
 
-        longest = int(offset.max()) + 1 if len(places) else 0
-        index = places.new_zeros(len(starts), longest)
-        index[number, offset] = places
-        real = torch.zeros_like(index, dtype=torch.bool)
-        real[number, offset] = True
-        return cls((mask.shape[0], mask.shape[1]), index, real)
+        by_size: dict[int, list[int]] = {}
+        for number, length in enumerate(lengths):
+            by_size.setdefault((length - 1).bit_length(), []).append(number)
+        return [
+            cls._of(shape, places, first[own], max(lengths[k] for k in own), lengths, own) for own in by_size.values()
+        ]
+
+    @classmethod
+    def _of(
+        cls,
+        shape: tuple[int, int],
+        places: Int[Tensor, ' t'],
+        first: Int[Tensor, ' r'],
+        longest: int,
+        lengths: list[int],
+        own: list[int],
+    ) -> Documents:
+        offsets = torch.arange(longest, device=places.device)
+        real = offsets < torch.tensor([lengths[number] for number in own], device=places.device).unsqueeze(1)
+        index = (first.unsqueeze(1) + offsets).clamp(max=len(places) - 1)
+        return cls(shape, torch.where(real, places[index], 0), real)
 
     def rows(self, x: Float[Tensor, 'b n ...'] | Int[Tensor, 'b n']) -> Float[Tensor, 'r m ...'] | Int[Tensor, 'r m']:
         """A row for each document, padded with zeros on the right."""

@@ -8,7 +8,7 @@ from torch import nn
 
 SIZES = {'170M': (12, 768, 16), '340M': (24, 1024, 16), '760M': (24, 1536, 16)}
 """Layers, width and heads, by the paper's names for them. With a vocabulary of 32,000 and default feedforwards the
-models here have 145, 407 and 865 million parameters (LMM), 174, 508 and 1,092 (MAG, MAL), a few more (MAC)."""
+models here have 145, 407 and 865 million parameters (LMM), 174, 508 and 1,092 (MAG, MAL), 181, 521 and 1,122 (MAC)."""
 
 
 def memory_settings(heads: int, dim_head: int, memory_batch: int | None = None, **changes: Any) -> dict[str, Any]:
@@ -43,6 +43,9 @@ def preset(size: str, memory_batch: int | None = None, **memory_changes: Any) ->
 
         MemoryAsGateTransformer(num_tokens=32000, segment_len=512, neural_memory_segment_len=16, **preset('170M'))
 
+    With `paper_order=True` give `memory_batch`, the length of a segment: steps for gradients at the initial weights
+    diverge there.
+
     Raises:
         ValueError: for a size that the paper does not have.
     """
@@ -54,5 +57,6 @@ def preset(size: str, memory_batch: int | None = None, **memory_changes: Any) ->
         'dim': dim,
         'heads': heads,
         'dim_head': dim // heads,
+        'neural_memory_batch_size': memory_batch,
         'neural_memory_kwargs': memory_settings(heads, dim // heads, memory_batch, **memory_changes),
     }

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from hyper_connections import mc_get_init_and_expand_reduce_stream_functions
 from torch import Tensor, nn
 from torch.nn import Linear, Module, ModuleList
@@ -227,7 +226,7 @@ class Transformer(Module):
             call returns hidden states.
         dim: width of the model.
         token_emb: a module from the input to (batch, length, dim), in place of `nn.Embedding`: of token ids, or of any
-            features.
+            features; of each position by itself, as pieces and steps hand over what they have.
         num_residual_streams: streams of the hyper-connections; 1 is a plain residual.
     """
 
@@ -281,7 +280,7 @@ class Transformer(Module):
         """Tokens before `position`."""
         return position
 
-    def _embedded(self, x: Tensor, start: int, **kwargs: Any) -> Float[Tensor, 'b n d']:
+    def _embedded(self, x: Tensor, start: int) -> Float[Tensor, 'b n d']:
         """The positions from `start` on that the tokens `x` make, embedded."""
         return self._token_embedding(x)
 
@@ -322,8 +321,9 @@ class Transformer(Module):
             return_state: also return the state, for the next call.
             return_hidden: return the hidden states after the last norm, (batch, length, dim), in place of logits.
             mask: true for tokens, false for padding, on either side. What is returned for padding means nothing.
-            document_ids: integers; where they change within a row a new document begins, which sees nothing of the one
-                before, neither by attention nor by memory, and whose positions count from 0.
+            document_ids: integers; where they change within a row, or padding stands between, a new document begins,
+                which sees nothing of the one before, neither by attention nor by memory, and whose positions count from
+                0. Both wait for the device, and neither is compiled whole.
             cache: as `state`, but `x` begins with the first token of all, and only what follows is processed.
             return_cache: another name for `return_state`.
             disable_flex_attn: take the plain attention path for this call.
@@ -332,36 +332,37 @@ class Transformer(Module):
             logits (batch, length, num_tokens), hidden states, or the loss; with `return_state` a pair with the state.
         """
         self._check_input(x)
+        return_state = return_state or return_cache
+        if mask is not None or document_ids is not None:
+            check_documents(mask, document_ids, *x.shape[:2])
+            if state is not None or cache is not None or return_state:
+                raise ValueError(
+                    'mask and document_ids make rows that begin or end at positions of their own, of which there is '
+                    'no one state: leave out state, cache and return_state'
+                )
         if cache is not None:
-            if state is not None:
-                raise ValueError('state goes on from what x begins after, cache from what x begins with: give one')
+            if state is not None or return_loss:
+                other = 'state' if state is not None else 'return_loss'
+                raise ValueError(f'with {other}, give what follows on the cache as x, and the cache as state')
             state, read = cache, self.num_tokens_until(cache[0])
             if read >= x.shape[1]:
                 raise ValueError(f'x must go beyond the {read} tokens in the cache, got {x.shape[1]}')
             x = x[:, read:]
-        return_state = return_state or return_cache
 
         labels = None
         if return_loss:
             x, labels, mask, document_ids = self._with_labels(x, mask, document_ids)
         if mask is None and document_ids is None:
             hidden, after = self._read(x, state, disable_flex_attn, return_state, embedding_kwargs)
-        elif state is not None or return_state:
-            raise ValueError(
-                'mask and document_ids make rows that begin or end at positions of their own, of which there is no '
-                'one state: leave out state and return_state'
-            )
         else:
-            check_documents(mask, document_ids, *x.shape[:2])
-            documents, after = Documents.of(mask, document_ids), None
-            hidden, _ = self._read(documents.rows(x), None, disable_flex_attn, False, embedding_kwargs)
-            hidden = documents.batch(hidden)
+            hidden, after = self._read_documents(x, mask, document_ids, disable_flex_attn, embedding_kwargs), None
 
         out = self.norm(hidden)
         if not return_hidden and self.to_logits is not None:
             out = self.to_logits(out)
         if labels is not None:
-            out = F.cross_entropy(rearrange(out, 'b n l -> b l n'), labels, ignore_index=IGNORED)
+            losses = F.cross_entropy(out.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction='sum')
+            out = losses / (labels != IGNORED).sum().clamp(min=1)
         return (out, after) if return_state else out
 
     def _check_input(self, x: Any) -> None:
@@ -382,10 +383,26 @@ class Transformer(Module):
         labels = x[:, 1:]
         if mask is None and document_ids is None:
             return x[:, :-1], labels, None, None
-        check_documents(mask, document_ids, *x.shape[:2])
         labels = labels.masked_fill(~continues(mask, document_ids), IGNORED)
         mask, document_ids = (None if t is None else t[:, :-1] for t in (mask, document_ids))
         return x[:, :-1], labels, mask, document_ids
+
+    def _read_documents(
+        self,
+        x: Tensor,
+        mask: Bool[Tensor, 'b n'] | None,
+        document_ids: Int[Tensor, 'b n'] | None,
+        disable_flex_attn: bool,
+        embedding_kwargs: Mapping[str, Any],
+    ) -> Float[Tensor, 'b n d']:
+        """`_read`, each document by itself."""
+        hidden = None
+        for documents in Documents.groups(mask, document_ids, (x.shape[0], x.shape[1]), x.device):
+            rows, _ = self._read(documents.rows(x), None, disable_flex_attn, False, embedding_kwargs)
+            hidden = documents.batch(rows) if hidden is None else hidden + documents.batch(rows)
+        if hidden is None:  # a single token, of which nothing is read where it is only to be predicted
+            hidden, _ = self._read(x, None, disable_flex_attn, False, embedding_kwargs)
+        return hidden
 
     def _read(
         self,
@@ -400,6 +417,9 @@ class Transformer(Module):
         num_tokens = self.num_tokens_until(start) + x.shape[1]
         stop = self.num_positions(num_tokens)
         layer_states = self._layer_states(state)
+        if state is not None and len(_first_tensor(layer_states)) != len(x):
+            came = len(_first_tensor(layer_states))
+            raise ValueError(f'state must be of a batch of {len(x)}, as x is, got one of {came}: see ModelState.select')
 
         hidden = self._embedded(x, start, **embedding_kwargs)
         attention_kwargs = self._attention_kwargs(hidden, layer_states, disable_flex_attn)
@@ -430,6 +450,8 @@ class Transformer(Module):
     def _layer_states(self, state: ModelState | None) -> list[LayerState]:
         if state is None:
             return [LayerState(None, None)] * len(self._blocks)
+        if not isinstance(state, tuple) or len(state) != len(ModelState._fields):
+            raise TypeError(f'state must be a ModelState, got {type(state).__name__}')
         _, key_values, memories = state
         num_memories = len(self._memories)
         if (len(key_values), len(memories)) != (len(self._blocks), num_memories):
@@ -460,8 +482,7 @@ class Transformer(Module):
 
     def decoding_state(self, state: ModelState) -> DecodingState:
         """`state` as buffers for `step`. Weights are read here: it serves until they change."""
-        if self.to_logits is None:
-            raise ValueError('a model without num_tokens has no logits to decode from')
+        assert self.to_logits is not None
         start, layer_states = state[0], self._layer_states(state)
         layers = [block.to_buffers(own, start) for block, own in zip(self._blocks, layer_states)]
 
@@ -538,7 +559,7 @@ class Transformer(Module):
 
 def layers_with_memory(layers: Sequence[int] | None, depth: int) -> Sequence[int]:
     """Layers counted from 1, checked; `None`: all."""
-    chosen = range(1, depth + 1) if layers is None else layers
+    chosen = range(1, depth + 1) if layers is None else [*layers]
     missing = [layer for layer in chosen if layer not in range(1, depth + 1)]
     if missing:
         raise ValueError(f'neural_memory_layers must be layers from 1 to depth={depth}, got {missing}')

@@ -1,4 +1,4 @@
-"""Training and evaluating the models of a task, seed after seed; tables and plots of several runs."""
+"""Training and evaluating the models of a task, seed after seed; a table of all runs."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ def parser(description: str, models: list[str], steps: int, small_steps: int) ->
     made.add_argument('--small', action='store_true', help='sizes for two CPU cores, a section of their own')
     made.add_argument('--seconds', type=float, help='end the training of each run after so long')
     made.add_argument('--json', type=Path, help='add each run to this file as soon as it is done')
-    made.add_argument('--report', type=Path, nargs='*', help='only make the tables of runs noted before')
-    made.add_argument('--write', action='store_true', help='put the tables into RESULTS.md, and the plot beside it')
+    made.add_argument('--report', type=Path, nargs='+', help='only make the tables of runs noted before')
+    made.add_argument('--write', action='store_true', help='put the table into RESULTS.md')
     return made
 
 
@@ -105,7 +105,11 @@ def measured(
     """Where, and the result of every model and seed: of this call, or of those noted before."""
     if options.report:
         notes = [json.loads(line) for path in options.report for line in path.read_text().splitlines()]
-        return notes[0]['machine'], [note['result'] for note in notes]
+        machines = {note['machine'].rpartition(',')[0] for note in notes}
+        if len(machines) > 1:
+            raise SystemExit(f'runs of one machine make a table, got {sorted(machines)}')
+        last = {(note['result']['model'], note['result']['seed']): note['result'] for note in notes}
+        return notes[0]['machine'], [*last.values()]
     torch.set_float32_matmul_precision('high')
     options.steps = options.steps_of[options.small] if options.steps is None else options.steps
     results = []
@@ -150,8 +154,10 @@ def report(
     rows = []
     for name in sorted(grouped, key=order.index):
         own = grouped[name]
+        fewest, most = (bound(result['steps'] for result in own) for bound in (min, max))
+        steps = f'{most:,}' if fewest == most else f'{fewest:,}–{most:,}'
         cells = [spread([column(result) for result in own], digits) for column in columns.values()]
-        rows.append([name, f'{own[0]["parameters"] / 1e6:.2f} M', f'{own[0]["steps"]:,}', f'{len(own)}', *cells])
+        rows.append([name, f'{own[0]["parameters"] / 1e6:.2f} M', steps, f'{len(own)}', *cells])
     text = f'{where}\n\n{table(["model", "parameters", "steps", "seeds", *columns], rows)}'
     print(f'\n{text}')
     if options.write:
