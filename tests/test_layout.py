@@ -41,6 +41,7 @@ FLOORS = [
     ['memory_layout', 'one_chunk', 'model_state'],
     ['neural_memory', 'attention', 'implicit_mlp_attention', 'nested_attention'],
     ['generation', 'decoding'],
+    ['block'],
     ['transformer'],
     ['mac_transformer', 'hybrid_transformer'],
     ['mag_transformer', 'mal_transformer', 'lmm', 'presets'],

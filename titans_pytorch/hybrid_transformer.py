@@ -10,10 +10,11 @@ from torch import nn
 from torch.nn import Module, ModuleDict
 
 from titans_pytorch.attention import SegmentedAttention
+from titans_pytorch.block import Block
 from titans_pytorch.checks import check_not_negative, check_positive
 from titans_pytorch.feedforward import FeedForward
 from titans_pytorch.neural_memory import NeuralMemory
-from titans_pytorch.transformer import Block, Transformer, layers_with_memory
+from titans_pytorch.transformer import Transformer, layers_with_memory
 
 
 class HybridBlock(Block):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import Linear, Module, ModuleList
 
 from titans_pytorch.attention import ContextAttention, SegmentedAttention, flex_attention
+from titans_pytorch.block import Block, Parts, Stream
 from titans_pytorch.checks import check_multiple, check_not_negative, check_positive
 from titans_pytorch.decoding import StepKind
 from titans_pytorch.feedforward import FeedForward
@@ -21,7 +22,7 @@ from titans_pytorch.gates import Gated
 from titans_pytorch.model_state import ModelState
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.shapes import Float, Int
-from titans_pytorch.transformer import Block, DecodingState, Parts, Stream, Transformer, layers_with_memory
+from titans_pytorch.transformer import DecodingState, Transformer, layers_with_memory
 
 __all__ = ['MemoryAsContextTransformer', 'SegmentedAttention', 'flex_attention']
 

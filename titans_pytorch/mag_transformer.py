@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from titans_pytorch.block import Parts, Stream
 from titans_pytorch.gates import Gated
 from titans_pytorch.hybrid_transformer import HybridBlock, HybridTransformer
 from titans_pytorch.shapes import Float
-from titans_pytorch.transformer import Parts, Stream
 
 
 class MAGBlock(HybridBlock):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from titans_pytorch.block import Parts, Stream
 from titans_pytorch.hybrid_transformer import HybridBlock, HybridTransformer
 from titans_pytorch.shapes import Float
-from titans_pytorch.transformer import Parts, Stream
 
 
 class MALBlock(HybridBlock):

@@ -1,14 +1,11 @@
 """What all models here are made of: an embedding, blocks around a residual stream, logits, and a state over calls.
 
-A model differs from another in how a block puts its parts together (`Block.arranged`). That is written once, and serves
-whole sequences, pieces of them, and decoding a position at a time.
+A model differs from another in how its blocks put their parts together: see `block.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +16,13 @@ from torch.nn import Linear, Module, ModuleList
 
 from titans_pytorch import generation
 from titans_pytorch.attention import SegmentedAttention, segmented_flex_attention
+from titans_pytorch.block import Block, LayerBuffers, LayerState, Place, Stream
 from titans_pytorch.checks import check_floating, check_positive, check_shape, check_token_ids
-from titans_pytorch.connections import AddResidual, FoldedConnection, connect, folded, written
+from titans_pytorch.connections import written
 from titans_pytorch.decode_attention import Position
 from titans_pytorch.decoding import StepKind
-from titans_pytorch.memory_state import NeuralMemState, StepState, take_over
-from titans_pytorch.model_state import KeyValues, ModelState
+from titans_pytorch.memory_state import take_over
+from titans_pytorch.model_state import ModelState
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.packing import Documents, check_documents, continues
 from titans_pytorch.rotary import frequencies
@@ -33,171 +31,6 @@ from titans_pytorch.sinkhorn import sinkhorn
 
 IGNORED = -100
 """The label that cross-entropy leaves out."""
-
-
-@dataclass
-class Stream:
-    """What earlier blocks leave for later ones, beside the residual stream."""
-
-    inputs: list[Tensor] = field(default_factory=list)
-    """Inputs and outputs of every attention and feedforward so far, which a memory may choose its views from."""
-    values: Tensor | None = None
-    """The first attention's values."""
-    memory_weights: Mapping[str, Tensor] | None = None
-    """The last memory's weights over time."""
-
-
-class LayerState(NamedTuple):
-    """What a block carries from one call to the next."""
-
-    key_values: KeyValues | None
-    memory: NeuralMemState | None
-
-
-class LayerBuffers(NamedTuple):
-    """The same as buffers of constant size for steps, and the weights of the block's connections."""
-
-    key_values: KeyValues | None
-    memory: StepState | None
-    connections: list[FoldedConnection | None]
-
-
-class Place(NamedTuple):
-    """A position, for all layers."""
-
-    position: Position
-    in_chunk: Int[Tensor, ' 1']
-    """Its number in the memories' chunk."""
-    kind: StepKind
-
-
-class Parts(NamedTuple):
-    """A block's parts at work, on a sequence or on a single position."""
-
-    connections: Sequence[Callable[[Tensor], tuple[Tensor, AddResidual]]]
-    """For each branch: from the residual stream to the branch's input, and the function that adds its output."""
-    attend: Callable[..., Tensor]
-    """(seq, `output_gating=` or `context=`) to what attention gives."""
-    remember: Callable[[Tensor], Tensor]
-    """What memory retrieves, (seq or its views) being stored."""
-    recall: Callable[[Tensor], Tensor]
-    """What memory knew when its memory batch began; nothing is stored."""
-    position: int | None
-    """Of the first of the sequence; `None` for a single one."""
-
-
-class Block(Module):
-    """One layer. It has a `memory`, an `attention` (either may be `None`), a `feedforward` and `connections`."""
-
-    memory: NeuralMemory | None
-    attention: SegmentedAttention | None
-    feedforward: Module
-
-    @property
-    def connections(self) -> Sequence[Module | None]:
-        """From and to the residual stream, one for each branch."""
-        raise NotImplementedError
-
-    def arranged(self, x: Float[Tensor, 'b n d'], stream: Stream, parts: Parts) -> Float[Tensor, 'b n d']:
-        """How the parts are put together: the residual stream after this block, from that before it."""
-        raise NotImplementedError
-
-    def forward(
-        self, x: Float[Tensor, 'b n d'], stream: Stream, state: LayerState, position: int, **attention_kwargs: Any
-    ) -> tuple[Float[Tensor, 'b n d'], LayerState]:
-        """Positions from `position` on through this block."""
-        key_values, memory_state = state
-        reached = position
-
-        def attend(seq: Tensor, **inputs: Tensor | None) -> Tensor:
-            nonlocal key_values, reached
-            assert self.attention is not None
-            if self.attention.to_learned_v_mix is not None:
-                inputs['value_residual'] = stream.values
-            out, (values, key_values) = self.attention(
-                seq, cache=key_values, position=reached, **inputs, **attention_kwargs
-            )
-            reached += seq.shape[1]
-            stream.values = values if stream.values is None else stream.values
-            return out
-
-        def remember(seq: Tensor) -> Tensor:
-            nonlocal memory_state
-            assert self.memory is not None
-            accepts_weights = self.memory.to_learned_weight_residual_mix is not None
-            retrieved, memory_state = self.memory(
-                seq, state=memory_state, prev_weights=stream.memory_weights if accepts_weights else None
-            )
-            stream.memory_weights = memory_state.updates
-            return retrieved
-
-        def recall(seq: Tensor) -> Tensor:
-            assert self.memory is not None
-            return self.memory.recall(seq, memory_state)
-
-        parts = Parts([*self.connections], attend, remember, recall, position)  # type: ignore[list-item]
-        x = self.arranged(x, stream, parts)
-        return x, LayerState(key_values, memory_state)
-
-    def step(
-        self, x: Float[Tensor, 'b s d'], stream: Stream, buffers: LayerBuffers, place: Place, attention_layer: int
-    ) -> tuple[Float[Tensor, 'b s d'], StepState | None]:
-        """`forward` for one position; its streams stand in a dimension of their own. There were `attention_layer`
-        attentions before.
-
-        Writes the position into the buffers. Returns the streams, and the memory's state.
-        """
-        memory_state = buffers.memory
-        pairs = zip(self.connections, buffers.connections)
-        connections = [partial(connect, own, weights) for own, weights in pairs]  # type: ignore[arg-type]
-
-        def attend(seq: Tensor, **inputs: Any) -> Tensor:
-            assert self.attention is not None and buffers.key_values is not None
-            if self.attention.to_learned_v_mix is not None:
-                inputs['value_residual'] = stream.values
-            out, values = self.attention.step(seq, buffers.key_values, place.position, attention_layer, **inputs)
-            stream.values = values if stream.values is None else stream.values
-            return out
-
-        def remember(seq: Tensor) -> Tensor:
-            nonlocal memory_state
-            assert self.memory is not None and memory_state is not None
-            before = memory_state.last
-            accepts_weights = self.memory.to_learned_weight_residual_mix is not None
-            retrieved, memory_state = self.memory.step(
-                seq,
-                memory_state,
-                place.in_chunk,
-                place.kind.ends_chunk,
-                place.kind.ends_batch,
-                stream.memory_weights if accepts_weights else None,  # type: ignore[arg-type]
-            )
-            stream.memory_weights = before
-            return retrieved
-
-        def recall(seq: Tensor) -> Tensor:
-            assert self.memory is not None
-            return self.memory.recall(seq, buffers.memory)
-
-        x = self.arranged(x, stream, Parts(connections, attend, remember, recall, None))
-        return x, memory_state
-
-    def to_buffers(self, state: LayerState, position: int) -> LayerBuffers:
-        """`state` after `position` positions, for steps. Weights are read here: it serves until they change."""
-        key_values, memory = state
-        return LayerBuffers(
-            None if self.attention is None else self.attention.to_ring(key_values, position),  # type: ignore[arg-type]
-            None if self.memory is None else self.memory.step_state(memory),  # type: ignore[arg-type]
-            [folded(connection) for connection in self.connections],
-        )
-
-    def from_buffers(self, buffers: LayerBuffers, position: int) -> LayerState:
-        """The opposite; it shares nothing with the buffers."""
-        key_values, memory = buffers[:2]
-        return LayerState(
-            None if self.attention is None else self.attention.from_ring(key_values, position),  # type: ignore[arg-type]
-            None if self.memory is None else memory.closed(position, self.memory.step_sizes),  # type: ignore[union-attr]
-        )
 
 
 class DecodingState(NamedTuple):
