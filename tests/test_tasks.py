@@ -15,6 +15,7 @@ import enwik8  # noqa: E402
 import models  # noqa: E402
 import mqar  # noqa: E402
 import needle  # noqa: E402
+import runs  # noqa: E402
 
 TINY = {'dim': 16, 'depth': 1, 'dim_head': 8, 'segment_len': 8, 'neural_memory_segment_len': 4}
 
@@ -79,6 +80,13 @@ def test_no_decay_forgets_nothing_and_stays_so():
     decay = model.layers[0].memory.to_decay_factor
     assert not any(p.requires_grad for p in decay.parameters())
     assert decay(torch.randn(2, 3, 16)).sigmoid().max() < 1e-12
+
+
+def test_tables_show_spread_and_what_diverged():
+    assert runs.spread([1.0, 2.0, 3.0], 1) == '2.0 ± 1.0'
+    assert runs.spread([1.0, float('nan'), 3.0], 1) == '2.0 ± 1.4 (1 diverged)'
+    assert runs.spread([1.0, float('inf')], 1) == '1.0 (1 diverged)'
+    assert runs.spread([float('nan')] * 2, 1) == 'diverged (2)'
 
 
 @pytest.mark.parametrize('script', ['mqar', 'needle', 'enwik8'])

@@ -127,10 +127,14 @@ def measured(
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Mean, and standard deviation over the seeds."""
-    if len(values) < 2:
-        return f'{values[0]:.{digits}f}'
-    return f'{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}'
+    """Mean, and standard deviation over the seeds; those that diverged are counted and left out."""
+    finite = [value for value in values if math.isfinite(value)]
+    diverged = f' ({len(values) - len(finite)} diverged)' if len(finite) < len(values) else ''
+    if not finite:
+        return f'diverged ({len(values)})'
+    if len(finite) == 1:
+        return f'{finite[0]:.{digits}f}{diverged}'
+    return f'{statistics.mean(finite):.{digits}f} ± {statistics.stdev(finite):.{digits}f}{diverged}'
 
 
 def by_model(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
