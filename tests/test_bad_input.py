@@ -185,7 +185,7 @@ def test_transformer_calls():
     with pytest.raises(ValueError, match=r'prompt must be \(batch, length\), none of them empty'):
         model.sample(ids[:, :0], 5, show_progress=False)
     _, cache = model(ids, return_cache=True)
-    with pytest.raises(ValueError, match='x must go beyond the 10 positions in the cache'):
+    with pytest.raises(ValueError, match='x must go beyond the 10 tokens in the cache'):
         model(ids, cache=cache)
 
 

@@ -199,7 +199,8 @@ class Transformer(Module):
         return (out, after) if return_state else out
 
     def _check_input(self, x: Any) -> None:
-        if isinstance(self.token_emb, nn.Embedding) and not (isinstance(x, Tensor) and x.is_floating_point()):
+        embedded = isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 3
+        if isinstance(self.token_emb, nn.Embedding) and not embedded:
             check_token_ids('x', x, self.token_emb.num_embeddings)
         elif self._takes_embeddings(x):
             check_floating('x', x)
