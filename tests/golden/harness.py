@@ -53,7 +53,8 @@ def public_signatures() -> dict[str, dict[str, str]]:
     functions = {'mem_state_detach': titans_pytorch.mem_state_detach}
     for cls in PUBLIC_CLASSES:
         functions[cls.__name__] = cls
-        functions |= {f'{cls.__name__}.{name}': vars(cls)[name] for name in PUBLIC_METHODS if name in vars(cls)}
+        own = [name for name in PUBLIC_METHODS if getattr(cls, name, None) is not getattr(nn.Module, name, None)]
+        functions |= {f'{cls.__name__}.{name}': getattr(cls, name) for name in own}
 
     return {
         name: {
