@@ -34,6 +34,8 @@ HAS_TRITON = importlib.util.find_spec('triton') is not None
 WIDEST = 128
 # the weights, and the momentum of each order
 MOST_STATES = 4
+# in full, also where PyTorch may use TF32: each memory batch builds on the one before, and errors grow
+FLOAT32_PRECISION = 'tf32x3'
 
 Recorded = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -113,15 +115,14 @@ def _operands(like: Tensor) -> torch.dtype:
     return like.dtype
 
 
-def _kernels(device: torch.device) -> tuple[Any, Any, str] | None:
-    """The kernels of both operations, and how they multiply float32; `None` where they do not run."""
-    if not _kernels_run_on(device):
+def _kernels(device: torch.device, operands: torch.dtype) -> tuple[Any, Any] | None:
+    """The kernels of both operations; `None` where they do not run."""
+    if operands == torch.float64 or not _kernels_run_on(device):
         return None
     # imported where they are used: without a GPU there need be no Triton
     from titans_pytorch.kernels import ends, record
 
-    # in full, also where PyTorch may use TF32: each memory batch builds on the one before, and errors grow
-    return record, ends, 'tf32x3'
+    return record, ends
 
 
 # what `torch.compile` sees: operations known by their shapes
@@ -143,11 +144,11 @@ def _record(
     eps: float,
     operands: torch.dtype,
 ) -> Recorded:
-    kernels = _kernels(keys.device)
-    if kernels is None or operands == torch.float64:
+    kernels = _kernels(keys.device, operands)
+    if kernels is None:
         return plain_record(keys, values, step_sizes, first, last, gamma, eps, operands)
-    kernel, _, precision = kernels
-    return kernel.forward(keys, values, step_sizes, first, last, gamma, eps, operands, precision)
+    kernel, _ = kernels
+    return kernel.forward(keys, values, step_sizes, first, last, gamma, eps, operands, FLOAT32_PRECISION)
 
 
 @torch.library.custom_op(
@@ -177,11 +178,11 @@ def _record_backward(
 ) -> tuple[Tensor, ...]:
     d_outputs = (d_hidden, d_hidden_errors, d_errors, d_descent, d_losses)
     saved = (keys, values, step_sizes, first, last, gamma, hidden, errors)
-    kernels = _kernels(keys.device)
-    if kernels is None or operands == torch.float64:
+    kernels = _kernels(keys.device, operands)
+    if kernels is None:
         return plain_record_backward(d_outputs, *saved, eps, operands)
-    kernel, _, precision = kernels
-    return kernel.backward(d_outputs, *saved, eps, operands, precision)
+    kernel, _ = kernels
+    return kernel.backward(d_outputs, *saved, eps, operands, FLOAT32_PRECISION)
 
 
 @torch.library.custom_op(
@@ -193,11 +194,11 @@ def _record_backward(
 def _ends(
     end: Tensor, end_starts: Tensor, starts: list[Tensor], inputs: Tensor, errors: Tensor, operands: torch.dtype
 ) -> list[Tensor]:
-    kernels = _kernels(inputs.device)
-    if kernels is None or operands == torch.float64:
+    kernels = _kernels(inputs.device, operands)
+    if kernels is None:
         return plain_ends(end, end_starts, starts, inputs, errors, operands)
-    _, kernel, precision = kernels
-    return kernel.forward(end, end_starts, starts, inputs, errors, operands, precision)
+    _, kernel = kernels
+    return kernel.forward(end, end_starts, starts, inputs, errors, operands, FLOAT32_PRECISION)
 
 
 @torch.library.custom_op(
@@ -215,11 +216,11 @@ def _ends_backward(
     errors: Tensor,
     operands: torch.dtype,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor]:
-    kernels = _kernels(inputs.device)
-    if kernels is None or operands == torch.float64:
+    kernels = _kernels(inputs.device, operands)
+    if kernels is None:
         return plain_ends_backward(d_states, end, end_starts, starts, inputs, errors, operands)
-    _, kernel, precision = kernels
-    return kernel.backward(d_states, end, end_starts, starts, inputs, errors, operands, precision)
+    _, kernel = kernels
+    return kernel.backward(d_states, end, end_starts, starts, inputs, errors, operands, FLOAT32_PRECISION)
 
 
 def _empty_like(t: Tensor | None, like: Tensor) -> Tensor:

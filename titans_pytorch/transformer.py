@@ -251,8 +251,7 @@ class Transformer(Module):
         num_tokens = self.num_tokens_until(start) + x.shape[1]
         stop = self.num_positions(num_tokens)
         layer_states = self._layer_states(state)
-        if state is not None and len(_first_tensor(layer_states)) != len(x):
-            came = len(_first_tensor(layer_states))
+        if state is not None and (came := len(_first_tensor(layer_states))) != len(x):
             raise ValueError(f'state must be of a batch of {len(x)}, as x is, got one of {came}: see ModelState.select')
 
         hidden = self._embedded(x, start, **embedding_kwargs)

@@ -4,13 +4,14 @@
     python benchmarks/tasks/enwik8.py --report runs.jsonl --write
 
 Trained on random windows of 1,024 bytes from the first 90 % of the first 4 MB of enwik8, tested on the last 5 % of
-them in windows of 4,096; attention sees 128 bytes back. A second figure is over the last
-1,024 bytes of each window, where most of what a model can use lies before attention's reach.
+them in windows of 4,096; attention sees 128 bytes back. A second figure is over the last 1,024 bytes of each window,
+where most of what a model can use lies before attention's reach.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,7 @@ def main() -> None:
     parser = runs.parser(__doc__ or '', [*models.MODELS], steps=600, small_steps=300)
     parser.add_argument('--data', type=Path, help='a file of text, gzipped or not; default: enwik8 in data/')
     options = parser.parse_args()
-
-    def one(name: str, seed: int) -> dict[str, Any]:
-        how = {'steps': options.steps, 'learning_rate': options.learning_rate, 'seconds': options.seconds}
-        return run(name, seed, device=options.device, data=options.data, **how, **SMALL if options.small else {})
-
+    one = partial(run, data=options.data, **runs.settings(options, SMALL))
     where, results = runs.measured(options, one)
     columns = {'bits per byte': lambda r: r['whole'], 'its last quarter': lambda r: r['late']}
     runs.report(options, 'enwik8', where, results, columns, 3, [*models.MODELS])

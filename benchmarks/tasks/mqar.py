@@ -13,6 +13,7 @@ attention sees 64 tokens back. Queries are placed by Zoology's power law (expone
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import models
@@ -105,11 +106,7 @@ def run(
 def main() -> None:
     parser = runs.parser(__doc__ or '', [*models.MODELS], steps=2500, small_steps=400)
     options = parser.parse_args()
-
-    def one(name: str, seed: int) -> dict[str, Any]:
-        how = {'steps': options.steps, 'learning_rate': options.learning_rate, 'seconds': options.seconds}
-        return run(name, seed, device=options.device, **how, **SMALL if options.small else {})
-
+    one = partial(run, **runs.settings(options, SMALL))
     where, results = runs.measured(options, one)
     tested = SMALL['tested'] if options.small else TESTED
     columns = {f'{n}/{p}': (lambda r, key=f'{n}/{p}': 100 * r['accuracy'][key]) for n, p in tested}

@@ -11,6 +11,7 @@ model is trained at 2,048 bytes to continue the text, and the answer counts as m
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,7 @@ def main() -> None:
     parser = runs.parser(__doc__ or '', [*models.MODELS], steps=1200, small_steps=600)
     parser.add_argument('--data', type=Path, help='a file of text, gzipped or not; default: enwik8 in data/')
     options = parser.parse_args()
-
-    def one(name: str, seed: int) -> dict[str, Any]:
-        how = {'steps': options.steps, 'learning_rate': options.learning_rate, 'seconds': options.seconds}
-        return run(name, seed, device=options.device, data=options.data, **how, **SMALL if options.small else {})
-
+    one = partial(run, data=options.data, **runs.settings(options, SMALL))
     where, results = runs.measured(options, one)
     tested = SMALL['tested'] if options.small else LENGTHS
     columns = {f'{n:,}': (lambda r, key=f'{n}': 100 * r['accuracy'][key]) for n in tested}

@@ -99,6 +99,13 @@ def parser(description: str, models: list[str], steps: int, small_steps: int) ->
     return made
 
 
+def settings(options: argparse.Namespace, small: dict[str, Any]) -> dict[str, Any]:
+    """What the options say of a run; with `--small` also its sizes, `small`."""
+    named = {name: getattr(options, name) for name in ('device', 'learning_rate', 'seconds')}
+    steps = options.steps_of[options.small] if options.steps is None else options.steps
+    return {**named, 'steps': steps, **(small if options.small else {})}
+
+
 def measured(
     options: argparse.Namespace, run: Callable[[str, int], dict[str, Any]]
 ) -> tuple[str, list[dict[str, Any]]]:
@@ -111,7 +118,6 @@ def measured(
         last = {(note['result']['model'], note['result']['seed']): note['result'] for note in notes}
         return notes[0]['machine'], [*last.values()]
     torch.set_float32_matmul_precision('high')
-    options.steps = options.steps_of[options.small] if options.steps is None else options.steps
     results = []
     for seed in range(options.seeds):
         for name in options.models:
