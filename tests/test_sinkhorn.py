@@ -98,7 +98,7 @@ def test_rows_of_next_to_nothing(iters):
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
 @pytest.mark.parametrize('shape, iters', [((3, 1, 1), 2), ((7, 3, 3), 20), ((3, 13, 4, 4), 3), ((3, 16, 16), 2)])
-def test_kernel_equals_a_loop(shape, iters, dtype, monkeypatch):
+def test_kernel_equals_a_loop(shape, iters, dtype, poisoned):
     pytest.importorskip('triton')
     from titans_pytorch.kernels import sinkhorn as kernel
 
@@ -107,10 +107,6 @@ def test_kernel_equals_a_loop(shape, iters, dtype, monkeypatch):
     out = by_loop(exact, iters)
     expected = out, *torch.autograd.grad(out, exact, d_out.double())
 
-    # outputs that a kernel leaves unwritten show as NaN
-    new_empty = torch.Tensor.new_empty
-    poisoned = lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(float('nan'))  # noqa: E731
-    monkeypatch.setattr(torch.Tensor, 'new_empty', poisoned)
     came = kernel.forward(log_alpha, iters, EPS), kernel.backward(d_out, log_alpha, iters, EPS)
     assert came[0].dtype == came[1].dtype == dtype
     assert_same(came, expected, {torch.float64: 1e-12, torch.float32: 5e-6}[dtype])
