@@ -1,7 +1,8 @@
-"""Hyper-connections for one token: the package's numbers, by plain operations and by the Triton kernel."""
+"""Hyper-connections, for one token and for a sequence: the package's numbers, by plain operations and by kernels."""
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
@@ -11,8 +12,20 @@ from hyper_connections import mc_get_init_and_expand_reduce_stream_functions
 from hyper_connections.mHCv2 import sinkhorn_knopps
 
 from titans_pytorch import MemoryAsContextTransformer, connections
-from titans_pytorch.connections import EPS, ITERATIONS, Unwritten, connect, folded, plain_read, written
+from titans_pytorch.connections import (
+    EPS,
+    ITERATIONS,
+    Unwritten,
+    connect,
+    connected,
+    folded,
+    plain_connect,
+    plain_connect_backward,
+    plain_read,
+    written,
+)
 from titans_pytorch.decoding import Stepper
+from titans_pytorch.sinkhorn import sinkhorn
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -31,11 +44,11 @@ def kernel():
     return kernel
 
 
-def connection(streams, dim, adds=True, device=DEVICE):
+def connection(streams, dim, adds=True, device=DEVICE, constraint=sinkhorn_knopps, **changes):
     make, *_ = mc_get_init_and_expand_reduce_stream_functions(
-        streams, dim=dim, disable=False, residual_mix_constraint_fn=sinkhorn_knopps
+        streams, dim=dim, disable=False, residual_mix_constraint_fn=constraint
     )
-    return randomised(make(add_branch_out_to_residual=adds)).to(device)
+    return randomised(make(add_branch_out_to_residual=adds, **changes)).to(device)
 
 
 def chain(through, x, branches):
@@ -177,3 +190,195 @@ def test_kernel_in_a_cuda_graph(dtype, kernel):
     graph.replay()
     expected = by_package(some, x.float(), [t.float() for t in branches])
     assert_same(came, expected, 1e-5 if dtype == torch.float32 else 3e-2)
+
+
+# a sequence
+
+
+@pytest.fixture
+def sequence_kernel(monkeypatch):
+    pytest.importorskip('triton')
+    from titans_pytorch.kernels import connect_sequence as kernel
+
+    monkeypatch.setattr(connections, 'USE_KERNEL', True)
+    return kernel
+
+
+def sequence(batch, tokens, streams, dim, dtype=torch.float32, device=DEVICE):
+    """Streams, and three outputs of branches."""
+    x = torch.randn(batch * streams, tokens, dim, device=device).to(dtype)
+    return x, *torch.randn(3, batch, tokens, dim, device=device).to(dtype)
+
+
+@torch.enable_grad()
+def with_gradients(some, x, branches, through, of=slice(None), run=chain):
+    """What a chain of connections reads and ends with; gradients of the streams, branches' outputs and parameters."""
+    x, *branches = (t.detach().requires_grad_() for t in (x, *branches))
+    read, end = run([partial(through, one) for one in some], x, branches)
+    results = [*read, written(end)]
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(t.shape, generator=generator).to(t) for t in results]
+    loss = sum((t * weight).sum() for t, weight in [*zip(results, weights)][of])
+    learned = [x, *branches, *(p for one in some for p in one.parameters())]
+    gradients = torch.autograd.grad(loss, learned, allow_unused=True)
+    return results, [torch.zeros_like(t) if g is None else g for t, g in zip(learned, gradients)]
+
+
+def by_module(some, x, branches, **kwargs):
+    """The package's modules, in float64."""
+    with all_in_float64():
+        some = [copy.deepcopy(one).double() for one in some]
+        return with_gradients(some, x.double(), [t.double() for t in branches], lambda one, x: one(x), **kwargs)
+
+
+@pytest.mark.parametrize('streams', [2, 4])
+def test_plain_sequences_equal_the_package(streams, monkeypatch):
+    monkeypatch.setattr(connections, '_kernels_serve', lambda *_: True)
+    some = [connection(streams, 16, constraint=sinkhorn).double() for _ in range(3)]
+    x, *branches = sequence(2, 5, streams, 16, torch.float64)
+    assert_same(with_gradients(some, x, branches, connected), by_module(some, x, branches), 1e-10)
+
+
+@pytest.mark.parametrize(
+    'batch, tokens, streams, dim, of',
+    [
+        (2, 3, 4, 36, slice(None)),
+        (3, 1, 3, 130, slice(None)),
+        # only what the third reads, and only the streams at the end
+        (1, 3, 4, 20, slice(2, 3)),
+        (1, 3, 4, 20, slice(3, 4)),
+    ],
+)
+def test_a_chain_by_kernels_equals_the_package(batch, tokens, streams, dim, of, sequence_kernel, poisoned):
+    some = [connection(streams, dim, constraint=sinkhorn) for _ in range(3)]
+    x, *branches = sequence(batch, tokens, streams, dim)
+    assert_same(with_gradients(some, x, branches, connected, of), by_module(some, x, branches, of=of), 1e-5)
+
+
+def test_one_token_of_a_sequence_and_one_stream(sequence_kernel):
+    for batch, tokens, streams in [(2, 1, 4), (3, 2, 1)]:
+        some = [connection(streams, 8, constraint=sinkhorn) for _ in range(3)]
+        x, *branches = sequence(batch, tokens, streams, 8)
+        assert_same(with_gradients(some, x, branches, connected), by_module(some, x, branches), 1e-5)
+
+
+def test_a_connection_of_a_sequence_that_only_reads(sequence_kernel, poisoned):
+    """Its streams are read again by the next one."""
+    reads, adds = connection(4, 20, False, constraint=sinkhorn), connection(4, 20, constraint=sinkhorn)
+    x, first, *_ = sequence(2, 3, 4, 20)
+
+    @torch.enable_grad()
+    def run(through, before, reads, x, branch_out):
+        x, branch_out = x.detach().requires_grad_(), branch_out.detach().requires_grad_()
+        _, add_residual = through(before, x)
+        x_next = add_residual(branch_out)
+        only_read, unchanged = through(reads, x_next)
+        assert unchanged(first) is first
+        read, _ = through(before, x_next)
+        learned = [x, branch_out, *before.parameters(), *reads.parameters()]
+        return only_read, read, torch.autograd.grad((only_read.square() + read).sum(), learned)
+
+    with all_in_float64():
+        modules = [copy.deepcopy(one).double() for one in (adds, reads)]
+        expected = run(lambda one, x: one(x), *modules, x.double(), first.double())
+    assert_same(run(connected, adds, reads, x, first), expected, 1e-5)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    'batch, tokens, streams, dim, pending, adds',
+    [(3, 3, 4, 36, True, True), (2, 4, 3, 7, True, True), (2, 3, 4, 130, False, True), (1, 3, 8, 5, True, True),
+     (2, 3, 5, 130, True, False), (1, 7, 2, 33, False, False)],
+)  # fmt: skip
+def test_sequence_kernels_equal_plain_operations(
+    batch, tokens, streams, dim, pending, adds, dtype, sequence_kernel, poisoned, monkeypatch
+):
+    weights = [p.detach() for p in connections._weights(connection(streams, dim, adds))]
+    # of none are the positions dense; of the gates and the branch's output not even the features are
+    x = [torch.randn(tokens, batch * streams, dim + 1, device=DEVICE).to(dtype).transpose(0, 1)[..., :dim]]
+    if pending:
+        x += [torch.rand(batch * streams, 2, tokens, device=DEVICE).mT[..., 1:]]
+        x += [torch.randn(dim, tokens, batch, device=DEVICE).permute(2, 1, 0)]
+    exact, exact_weights = [t.double() for t in x], [t.double() for t in weights]
+    expected = plain_connect(exact, exact_weights)
+    d_results = [torch.randn(t.shape, device=DEVICE) for t in expected[:3]]
+    d_results[:2] = (t.to(dtype) for t in d_results[:2])
+    d_expected = plain_connect_backward(*(t.double() for t in d_results), expected[3], exact, exact_weights)
+
+    # one position for each warp, and several; one group for each program, and several
+    for positions, warps, programs in [(2, 2, 99), (4, 2, 2)]:
+        monkeypatch.setattr(sequence_kernel, 'FORWARD', (positions, warps))
+        monkeypatch.setattr(sequence_kernel, 'BACKWARD', (positions, warps))
+        monkeypatch.setattr(sequence_kernel, 'MOST_PROGRAMS', programs)
+        *came, saved = sequence_kernel.forward(x, weights, ITERATIONS, EPS)
+        d_came = sequence_kernel.backward(*d_results, saved, x, weights, ITERATIONS, EPS)
+        assert [t.dtype for t in came] == [dtype, dtype, torch.float32]
+        assert [t.dtype for t in d_came[0]] == [t.dtype for t in x] and all(t.is_contiguous() for t in came)
+        assert_same([came, d_came], [expected[:3], d_expected], 1e-5 if dtype == torch.float32 else 8e-3)
+
+
+def test_positions_of_zeros_and_what_is_not_a_number(sequence_kernel):
+    weights = [p.detach() for p in connections._weights(connection(4, 20))]
+    x = torch.randn(4, 3, 20, device=DEVICE)
+    x[1, 0] = 0
+    x[:, 1] = 0
+    d_results = [torch.randn(t, device=DEVICE) for t in ((1, 3, 20), (4, 3, 20), (4, 3, 1))]
+
+    def both(x, weights, forward, backward, *args):
+        *came, saved = forward([x], weights, *args)
+        return came, backward(*d_results, saved, [x], weights, *args)
+
+    kernel = sequence_kernel
+    came = both(x, weights, kernel.forward, kernel.backward, ITERATIONS, EPS)
+    expected = both(x, weights, plain_connect, plain_connect_backward)
+    # along streams of zeros a gradient is that of a division by 1e-12
+    (d_x,), (d_expected,) = came[1][0], expected[1][0]
+    assert ((d_x - d_expected).abs() <= 1e-4 * d_expected.abs().amax(dim=-1, keepdim=True).clamp(min=1)).all()
+    assert_same([came[0], came[1][1]], [expected[0], expected[1][1]], 1e-4)
+
+    x[2, 1, 3] = float('nan')
+    (branch_in, mixed, write), ((d_x,), _) = both(x, weights, kernel.forward, kernel.backward, ITERATIONS, EPS)
+    assert branch_in[:, 1].isnan().any() and mixed[:, 1].isnan().any() and write[2, 1].isnan().all()
+    assert all(t[:, ::2].isfinite().all() for t in (branch_in, mixed, write, d_x))
+
+
+def test_sequence_kernels_are_for_plain_connections(sequence_kernel, monkeypatch):
+    monkeypatch.setattr(sequence_kernel, 'forward', None)
+    x = torch.randn(2 * 4, 3, 8, device=DEVICE)
+    one, other = connection(4, 8, constraint=sinkhorn), connection(4, 8)
+    assert_same(connected(other, x)[0], other(x)[0], 0)
+    assert_same(connected(one.double(), x.double())[0], one(x.double())[0], 0)
+    for changes in (dict(dropout=0.1), dict(num_dynamic_alpha_proposals=2), dict(channel_first=True)):
+        one = connection(4, 8, constraint=sinkhorn, **changes)
+        t = x.mT if 'channel_first' in changes else x
+        assert_same(connected(one, t)[0], one(t)[0], 0)
+    make, *_ = mc_get_init_and_expand_reduce_stream_functions(1, dim=8, disable=True)
+    branch_in, add_residual = connected(make(), x)
+    assert branch_in is x and torch.equal(add_residual(x), 2 * x)
+    monkeypatch.setattr(connections, 'MOST_STREAMS', 3)
+    connected(connection(4, 8, constraint=sinkhorn), x)
+
+
+def test_connections_of_a_sequence_are_compiled_whole(sequence_kernel):
+    some = [connection(2, 6, constraint=sinkhorn) for _ in range(3)]
+    x, *branches = sequence(1, 2, 2, 6)
+    compiled = torch.compile(chain, backend='aot_eager', fullgraph=True)
+    assert_same(with_gradients(some, x, branches, connected, run=compiled), by_module(some, x, branches), 1e-5)
+
+
+@pytest.mark.parametrize('adds', [True, False])
+def test_the_operation_is_what_it_says_to_the_compiler(adds):
+    weights = [p.detach().clone().requires_grad_() for p in connections._weights(connection(4, 6, adds))]
+    x, write, branch_out = torch.randn(8, 3, 6), torch.rand(8, 3, 1), torch.randn(2, 3, 6)
+    unwritten = [t.to(DEVICE).requires_grad_() for t in (x, write, branch_out)]
+    with torch.enable_grad():
+        for inputs in (unwritten[:1], unwritten):
+            torch.library.opcheck(
+                connections._connect,
+                (inputs, weights),
+                test_utils=('test_schema', 'test_faketensor', 'test_autograd_registration'),
+            )
+
+
+def test_kernels_and_connections_agree_on_the_streams(sequence_kernel):
+    assert connections.MOST_STREAMS == sequence_kernel.LARGEST

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from titans_pytorch.attention import SegmentedAttention
-from titans_pytorch.connections import AddResidual, FoldedConnection, connect, folded
+from titans_pytorch.connections import AddResidual, FoldedConnection, connect, connected, folded
 from titans_pytorch.decode_attention import Position
 from titans_pytorch.decoding import StepKind
 from titans_pytorch.memory_state import NeuralMemState, StepState
@@ -123,8 +123,8 @@ class Block(Module):
             assert self.memory is not None
             return self.memory.recall(seq, memory_state)
 
-        parts = Parts([*self.connections], attend, remember, recall, position)  # type: ignore[list-item]
-        x = self.arranged(x, stream, parts)
+        connections = [partial(connected, connection) for connection in self.connections]  # type: ignore[arg-type]
+        x = self.arranged(x, stream, Parts(connections, attend, remember, recall, position))
         return x, LayerState(key_values, memory_state)
 
     def step(

@@ -261,7 +261,7 @@ class Transformer(Module):
         for block, layer_state in zip(self._blocks, layer_states):
             hidden, layer_state = block(hidden, stream, layer_state, start, **attention_kwargs)
             after.append(layer_state)
-        hidden = self._token_rows(self.reduce_streams(hidden), start, num_tokens)
+        hidden = self._token_rows(self.reduce_streams(written(hidden)), start, num_tokens)
         return hidden, self._model_state(stop, after) if return_state else None
 
     def _attention_kwargs(self, x: Tensor, states: list[LayerState], disable_flex_attn: bool) -> dict[str, Any]:
