@@ -68,10 +68,11 @@ def leaf(t, dtype=None):
     return t.detach().to(dtype or t.dtype).requires_grad_()
 
 
-def recorded(model, tensors, loss_fn=default_loss_fn, residual=None):
+def recorded(model, tensors, loss_fn=default_loss_fn):
     """What the engine notes of a run, and the gradient of a linear function of it all by every tensor."""
     keys, values, step_sizes, *_ = tensors.values()
-    base = {name: w for name, w in tensors.items() if name not in ('keys', 'values', 'step_sizes')}
+    base, added = ({name: tensors.get(of + name) for name, _ in model.named_parameters()} for of in ('', 'added '))
+    residual = engines.Residual(None, added, tensors['shares']) if 'shares' in tensors else None
     engine = DualEngine(model, loss_fn, None, None, False)
     *named, losses = engine._factors(Chunks(keys, values, step_sizes, None, None, None, None), base, residual)
     out = {f'{kind} {name}': t for kind, own in zip('XΔv', named) for name, t in own.items()} | {'losses': losses}
@@ -149,7 +150,7 @@ def test_record_is_as_exact_under_autocast_as_the_plain_engine(calls, poisoned, 
     assert_no_worse(model, tensors, calls, monkeypatch, LOW)
 
 
-def assert_no_worse(model, tensors, calls, monkeypatch, low=None, floor=0.0):
+def assert_no_worse(model, tensors, calls, monkeypatch, low=None, floor=0.0, same_dtypes=True):
     """Than the plain engine in the same precision; `floor`: what full float32 may differ by for order alone."""
     exact, came = exactly(model, tensors), []
     for fused in (True, False):
@@ -161,9 +162,89 @@ def assert_no_worse(model, tensors, calls, monkeypatch, low=None, floor=0.0):
         assert ours.keys() == theirs.keys() == want.keys()
         for name, t in want.items():
             # on a CPU, autocast leaves the square of the default loss in low precision
-            assert ours[name].dtype == theirs[name].dtype or (name, DEVICE) == ('losses', 'cpu'), name
+            like = ours[name].dtype == theirs[name].dtype or (name, DEVICE) == ('losses', 'cpu')
+            assert like or not same_dtypes, name
             error, budget = ((own[name].double() - t).norm() for own in (ours, theirs))
             assert error <= max(2 * budget, floor * t.norm()), f'{name}: {error:.2e}, plain {budget:.2e}'
+
+
+# and at weights of its own for each chunk
+
+
+# a chunk of one row and of several, odd widths, chunks in parts, matrices that are not kept on chip
+OTHER_SHAPES = [(2, 3, 4, 16, 2.0), (2, 3, 1, 20, 1.85), (1, 1, 17, 20, 1.85), (1, 3, 40, 16, 1.5), (1, 2, 4, 100, 1.4)]
+
+
+def with_another(model, heads, chunks, *sizes):
+    """The same with another memory's weights before each chunk, and shares of them."""
+    tensors = problem(model, heads, chunks, *sizes)
+    own = {name: w for name, w in tensors.items() if '.' in name}
+    shares = {'shares': torch.rand(heads, chunks, device=DEVICE)}
+    others = {f'added {name}': torch.randn_like(w[:, None].expand(-1, chunks, *w.shape[1:])) for name, w in own.items()}
+    return tensors | shares | {name: t * t.shape[-2] ** -0.5 for name, t in others.items()}
+
+
+@pytest.mark.parametrize('depth, norm', NETWORKS)
+def test_a_residual_is_written_out_rightly(depth, norm, monkeypatch):
+    model = network(depth, norm, 6, 2.5)
+    tensors = {name: leaf(t, torch.float64) for name, t in with_another(model, 3, 4, 5, 6).items()}
+    expected = recorded(model, tensors)
+    monkeypatch.setattr(engines, 'fused_record_serves', lambda *_: True)
+    assert_same(recorded(model, tensors), expected, 1e-13)
+
+
+@pytest.mark.parametrize('shape', OTHER_SHAPES)
+@pytest.mark.parametrize('depth, norm', NETWORKS)
+def test_a_residual_equals_the_plain_engine(calls, poisoned, depth, norm, shape):
+    *sizes, factor = shape
+    model = network(depth, norm, sizes[-1], factor)
+    tensors = with_another(model, *sizes)
+    came = recorded(model, {name: leaf(t) for name, t in tensors.items()})
+    assert calls == ['record']
+    assert_same(came, exactly(model, tensors), EXACT)
+    assert all(t.dtype == torch.float32 for own in came for t in own.values())
+
+
+@pytest.mark.parametrize('depth, norm', NETWORKS)
+def test_chunks_shared_out_among_programs(calls, poisoned, depth, norm, monkeypatch):
+    from titans_pytorch.kernels import record
+
+    model = network(depth, norm, 16, 4.0)
+    tensors = with_another(model, 2, 5, 3, 16)
+    exact = exactly(model, tensors)
+    # all of them to one program, or two to each; and matrices read anew instead of kept
+    for programs, kept in ((1, 4096), (24, 512)):
+        monkeypatch.setattr(record, 'ENOUGH_SUMS', programs)
+        monkeypatch.setattr(record, 'KEPT_IN_FULL', kept)
+        assert_same(recorded(model, {name: leaf(t) for name, t in tensors.items()}), exact, EXACT)
+
+
+def test_record_reads_views_of_a_residual(calls, poisoned):
+    # a run out of the other memory's chunks, one matrix held transposed
+    model = network(2, True, 16, 2.0)
+    tensors = with_another(model, 2, 7, 4, 16)
+    cut = {name: t if name in dict(model.named_parameters()) else t[:, 2:5] for name, t in tensors.items()}
+    turned = 'added model.weights.0'
+    cut[turned] = cut[turned].mT.contiguous().mT
+    came = recorded(model, {name: t.requires_grad_() for name, t in cut.items()})
+    assert calls == ['record']
+    assert_same(came, exactly(model, cut), EXACT)
+
+
+@pytest.mark.parametrize('depth, norm', NETWORKS)
+@pytest.mark.parametrize('dtype', [torch.float32, LOW])
+def test_a_residual_is_as_exact_under_autocast(calls, poisoned, depth, norm, dtype, monkeypatch):
+    model = network(depth, norm, 16, 4.0)
+    tensors = lowered(with_another(model, 2, 4, 4, 16), dtype)
+    # shares in float32 raise what the plain engine computes in, but not the operation
+    floor = torch.finfo(LOW).eps if dtype == torch.float32 else 0.0
+    assert_no_worse(model, tensors, calls, monkeypatch, LOW, floor, dtype == LOW)
+
+
+def lowered(tensors, dtype):
+    """As a memory under autocast gives them: rows, shares and what is added in its precision."""
+    low = ('keys', 'values', 'shares')
+    return {name: t.to(dtype) if name in low or 'added' in name else t for name, t in tensors.items()}
 
 
 # what it leaves: `ends`
@@ -304,16 +385,22 @@ def test_a_memory_compiles_to_few_operations(calls, fresh_compiler):
 
 
 @pytest.mark.parametrize('depth, norm', NETWORKS)
-def test_operations_are_what_they_say(calls, depth, norm):
+@pytest.mark.parametrize('residual', [False, True])
+def test_operations_are_what_they_say(calls, depth, norm, residual):
     model = network(depth, norm, 16, 2.0)
-    tensors = {name: leaf(t) for name, t in problem(model, 2, 3, 2, 16).items()}
-    first, last = ([None] + [t for name, t in tensors.items() if 'weights' in name])[-2:]
+    tensors = {name: leaf(t) for name, t in with_another(model, 2, 3, 2, 16).items()}
+    first, last = ([None] + [name for name in tensors if name.startswith(('model.weights', 'weights'))])[-2:]
+    names = (first, last, 'norm.gamma')
+    weights = [tensors.get(name) for name in names]
+    others = (
+        [tensors.get(name) for name in ('shares', *(f'added {name}' for name in names))] if residual else [None] * 4
+    )
     rows = tuple(tensors[name] for name in ('keys', 'values', 'step_sizes'))
-    args = (*rows, first, last, tensors.get('norm.gamma'), 1e-5, torch.float32)
+    args = (*rows, *weights, *others, 1e-5, torch.float32)
     checks = ('test_schema', 'test_autograd_registration', 'test_faketensor', 'test_aot_dispatch_dynamic')
     torch.library.opcheck(fused_mlp._record, args, test_utils=checks)
     outputs = [t.detach() for t in fused_mlp._record(*args)]
-    saved = [None if t is None else t.detach() for t in args[:6]]
+    saved = [None if t is None else t.detach() for t in args[:10]]
     torch.library.opcheck(
         fused_mlp._record_backward,
         (*outputs, *saved, outputs[0], outputs[2], 1e-5, torch.float32),
@@ -354,6 +441,22 @@ def test_record_in_sizes_of_training(calls, poisoned, shape, depth, norm, precis
         assert_no_worse(model, tensors, calls, monkeypatch, low, floor=1e-5)
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('low', [None, torch.bfloat16])
+@pytest.mark.parametrize('depth, norm', NETWORKS)
+@pytest.mark.parametrize(
+    'shape',
+    [(16, 32, 4, 64, 2.0), (64, 8, 4, 64, 4.0), (8, 5, 3, 100, 2.5), (4, 8, 64, 128, 2.0), (3, 32, 1, 16, 2.0)],
+)
+def test_a_residual_in_sizes_of_training(calls, poisoned, shape, depth, norm, low, monkeypatch):
+    *sizes, factor = shape
+    model = network(depth, norm, sizes[-1], factor)
+    tensors = with_another(model, *sizes)
+    if low is not None:
+        tensors = lowered(tensors, low)
+    assert_no_worse(model, tensors, calls, monkeypatch, low, floor=1e-5)
 
 
 @pytest.mark.gpu

@@ -14,6 +14,10 @@ For one row with key k, value v and step size θ, two matrices W₁ and W₂ and
     Δ₂ = r · P(u) with P(u) = u − mean u − x̂ · mean(u ∘ x̂)    Δ₁ = (Δ₂ W₂ᵀ) ∘ gelu′(h)
 
 and −θ ∂loss/∂γ = s ∘ x̂. Without the norm p = y and Δ₂ = s; with one matrix y = k W₂, and there is no Δ₁.
+
+Each of W₁, W₂ and γ may have a share of another memory's added, P_c before chunk c: W + share_c · P_c. With G_c, the
+gradient of that sum, the gradient of W is Σ_c G_c, that of P_c is share_c · G_c, and that of share_c is ⟨G_c, P_c⟩
+over all three.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +44,15 @@ FLOAT32_PRECISION = 'tf32x3'
 Recorded = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
+class Added(NamedTuple):
+    """Another memory's weights before each chunk, a share of which is added to the base weights: of the same ones."""
+
+    shares: Float[Tensor, 'bh n']
+    first: Float[Tensor, 'bh n d e'] | None
+    last: Float[Tensor, 'bh n e d']
+    gamma: Float[Tensor, 'bh n d'] | None
+
+
 def record(
     keys: Float[Tensor, 'bh n m d'],
     values: Float[Tensor, 'bh n m d'],
@@ -48,14 +61,16 @@ def record(
     last: Float[Tensor, 'bh e d'],
     gamma: Float[Tensor, 'bh d'] | None,
     eps: float,
+    added: Added | None = None,
 ) -> Recorded:
-    """One forward and one gradient of a memory MLP for every row, all at the same weights.
+    """One forward and one gradient of a memory MLP for every row, all at the same weights, or at those of its chunk.
 
     Args:
         first: W₁; `None` if the memory is one matrix.
         last: W₂, or the one matrix (bh, d, d).
         gamma: γ of the norm around the network; `None` without.
         eps: of that norm.
+        added: what makes weights differ from chunk to chunk.
 
     Returns:
         what the last matrix saw, gelu(h) (bh, n, m, e); the errors Δ₁ (bh, n, m, e) and Δ₂ (bh, n, m, d) of the
@@ -63,7 +78,8 @@ def record(
         (bh, n, m). What there is not, without `first` or `gamma`, is empty. Inputs and errors come in the precision
         of the products: under autocast its own.
     """
-    return _record(keys, values, step_sizes, first, last, gamma, eps, _operands(keys))
+    others = (None,) * 4 if added is None else added
+    return _record(keys, values, step_sizes, first, last, gamma, *others, eps, _operands(keys))
 
 
 def ends(
@@ -80,10 +96,13 @@ def ends(
     return _ends(end, end_starts, starts, inputs, errors, _operands(errors))
 
 
-def kernels_serve_record(keys: Tensor, values: Tensor, step_sizes: Tensor, weights: list[Tensor]) -> bool:
+def kernels_serve_record(
+    keys: Tensor, values: Tensor, step_sizes: Tensor, weights: list[Tensor], added: Added | None = None
+) -> bool:
     """Whether `record` of these is a kernel's, and as exact as PyTorch's own products."""
     rows_fit = 0 < keys.shape[-1] <= WIDEST and keys.numel() > 0
-    return rows_fit and _kernels_take([keys, values, step_sizes], weights)
+    others = [t for t in added or () if t is not None]
+    return rows_fit and _kernels_take([keys, values, step_sizes, *others], weights)
 
 
 def kernels_serve_ends(end: Tensor, end_starts: Tensor, starts: list[Tensor], inputs: Tensor, errors: Tensor) -> bool:
@@ -93,7 +112,8 @@ def kernels_serve_ends(end: Tensor, end_starts: Tensor, starts: list[Tensor], in
 
 
 def _kernels_take(rows: list[Tensor], states: list[Tensor]) -> bool:
-    """States are in float32, and rows in the precision of the products or, under autocast, in any below float64."""
+    """States are in float32; rows, and what is added, in the precision of the products or, under autocast, in any
+    below float64."""
     device = rows[0].device
     if not _kernels_run_on(device) or any(t.dtype != torch.float32 for t in states):
         return False
@@ -131,8 +151,9 @@ def _kernels(device: torch.device, operands: torch.dtype) -> tuple[Any, Any] | N
 @torch.library.custom_op(
     'titans_pytorch::record',
     mutates_args=(),
-    schema='(Tensor keys, Tensor values, Tensor step_sizes, Tensor? first, Tensor last, Tensor? gamma, float eps, '
-    'ScalarType operands) -> (Tensor, Tensor, Tensor, Tensor, Tensor)',
+    schema='(Tensor keys, Tensor values, Tensor step_sizes, Tensor? first, Tensor last, Tensor? gamma, '
+    'Tensor? shares, Tensor? add_first, Tensor? add_last, Tensor? add_gamma, float eps, ScalarType operands) '
+    '-> (Tensor, Tensor, Tensor, Tensor, Tensor)',
 )
 def _record(
     keys: Tensor,
@@ -141,14 +162,19 @@ def _record(
     first: Tensor | None,
     last: Tensor,
     gamma: Tensor | None,
+    shares: Tensor | None,
+    add_first: Tensor | None,
+    add_last: Tensor | None,
+    add_gamma: Tensor | None,
     eps: float,
     operands: torch.dtype,
 ) -> Recorded:
+    inputs = (keys, values, step_sizes, first, last, gamma, _added(shares, add_first, add_last, add_gamma))
     kernels = _kernels(keys.device, operands)
     if kernels is None:
-        return plain_record(keys, values, step_sizes, first, last, gamma, eps, operands)
+        return plain_record(*inputs, eps, operands)
     kernel, _ = kernels
-    return kernel.forward(keys, values, step_sizes, first, last, gamma, eps, operands, FLOAT32_PRECISION)
+    return kernel.forward(*inputs, eps, operands, FLOAT32_PRECISION)
 
 
 @torch.library.custom_op(
@@ -156,8 +182,8 @@ def _record(
     mutates_args=(),
     schema='(Tensor d_hidden, Tensor d_hidden_errors, Tensor d_errors, Tensor d_descent, Tensor? d_losses, '
     'Tensor keys, Tensor values, Tensor step_sizes, Tensor? first, Tensor last, Tensor? gamma, '
-    'Tensor hidden, Tensor errors, float eps, ScalarType operands) '
-    '-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
+    'Tensor? shares, Tensor? add_first, Tensor? add_last, Tensor? add_gamma, '
+    'Tensor hidden, Tensor errors, float eps, ScalarType operands) -> Tensor[]',
 )
 def _record_backward(
     d_hidden: Tensor,
@@ -171,13 +197,18 @@ def _record_backward(
     first: Tensor | None,
     last: Tensor,
     gamma: Tensor | None,
+    shares: Tensor | None,
+    add_first: Tensor | None,
+    add_last: Tensor | None,
+    add_gamma: Tensor | None,
     hidden: Tensor,
     errors: Tensor,
     eps: float,
     operands: torch.dtype,
-) -> tuple[Tensor, ...]:
+) -> list[Tensor]:
     d_outputs = (d_hidden, d_hidden_errors, d_errors, d_descent, d_losses)
-    saved = (keys, values, step_sizes, first, last, gamma, hidden, errors)
+    added = _added(shares, add_first, add_last, add_gamma)
+    saved = (keys, values, step_sizes, first, last, gamma, added, hidden, errors)
     kernels = _kernels(keys.device, operands)
     if kernels is None:
         return plain_record_backward(d_outputs, *saved, eps, operands)
@@ -223,6 +254,10 @@ def _ends_backward(
     return kernel.backward(d_states, end, end_starts, starts, inputs, errors, operands, FLOAT32_PRECISION)
 
 
+def _added(shares: Tensor | None, first: Tensor | None, last: Tensor | None, gamma: Tensor | None) -> Added | None:
+    return None if shares is None or last is None else Added(shares, first, last, gamma)
+
+
 def _empty_like(t: Tensor | None, like: Tensor) -> Tensor:
     """Contiguous; of no size for nothing."""
     return like.new_empty(0) if t is None else t.new_empty(t.shape)
@@ -236,6 +271,10 @@ def _(
     first: Tensor | None,
     last: Tensor,
     gamma: Tensor | None,
+    shares: Tensor | None,
+    add_first: Tensor | None,
+    add_last: Tensor | None,
+    add_gamma: Tensor | None,
     eps: float,
     operands: torch.dtype,
 ) -> Recorded:
@@ -262,10 +301,10 @@ def _(
     step_sizes: Tensor,
     first: Tensor | None,
     last: Tensor,
-    gamma: Tensor | None,
     *rest: Any,
-) -> tuple[Tensor, ...]:
-    return tuple(_empty_like(t, last) for t in (keys, values, step_sizes, first, last, gamma))
+) -> list[Tensor]:
+    gamma_and_added = rest[:5]
+    return [_empty_like(t, last) for t in (keys, values, step_sizes, first, last, *gamma_and_added)]
 
 
 @_ends.register_fake
@@ -297,7 +336,7 @@ def _keep_record(ctx: Any, inputs: tuple[Any, ...], output: Recorded) -> None:
 
 def _record_gradients(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
     *inputs, hidden, hidden_errors, errors = ctx.saved_tensors
-    first, last, gamma = inputs[3:]
+    last = inputs[4]
     d_hidden, d_hidden_errors, d_errors, d_descent, d_losses = d_outputs
     gradients = _record_backward(
         torch.zeros_like(hidden) if d_hidden is None else d_hidden,
@@ -338,10 +377,12 @@ def plain_record(
     first: Float[Tensor, 'bh d e'] | None,
     last: Float[Tensor, 'bh e d'],
     gamma: Float[Tensor, 'bh d'] | None,
+    added: Added | None,
     eps: float,
     operands: torch.dtype,
 ) -> Recorded:
     dtype, dim = last.dtype, keys.shape[-1]
+    first, last, gamma = _together(first, last, gamma, added)
     times = _products(operands, dtype)
     k, theta = keys.to(dtype), step_sizes.to(dtype).unsqueeze(-1)
 
@@ -372,14 +413,17 @@ def plain_record_backward(
     first: Float[Tensor, 'bh d e'] | None,
     last: Float[Tensor, 'bh e d'],
     gamma: Float[Tensor, 'bh d'] | None,
+    added: Added | None,
     hidden: Tensor,
     errors: Tensor,
     eps: float,
     operands: torch.dtype,
-) -> tuple[Tensor, ...]:
-    """Gradients of `keys`, `values`, `step_sizes`, `first`, `last` and `gamma`; d_x is that of x."""
+) -> list[Tensor]:
+    """Gradients of `keys`, `values`, `step_sizes`, `first`, `last`, `gamma` and all in `added`; d_x is that of x."""
     dtype, dim = last.dtype, keys.shape[-1]
-    times = _products(operands, dtype)
+    first, last, gamma = _together(first, last, gamma, added)
+    times, outer = _products(operands, dtype), _outer if added is None else _outer_of_chunks
+    all_rows = (1, 2) if added is None else 2
     d_hidden, d_hidden_errors, d_errors, d_descent, d_losses = (None if t is None else t.to(dtype) for t in d_outputs)
     assert d_hidden is not None and d_hidden_errors is not None and d_errors is not None and d_descent is not None
     k, theta = keys.to(dtype), step_sizes.to(dtype).unsqueeze(-1)
@@ -413,7 +457,7 @@ def plain_record_backward(
         d_chunk = d_descent.unsqueeze(2)
         d_s = d_u * gain + d_chunk * unit
         d_unit = d_unit + d_chunk * descent
-        d_gamma = (d_u * descent).sum(dim=(1, 2))
+        d_gamma = (d_u * descent).sum(dim=all_rows)
 
     # s = −(2θ/d) (p − v), loss = mean (p − v)²
     d_theta = (d_s * difference).sum(dim=-1) * (-2 / dim)
@@ -427,7 +471,7 @@ def plain_record_backward(
         assert inverse is not None and d_inverse is not None and d_unit is not None and d_gamma is not None
         # p = x̂ ∘ (1 + γ) + k
         d_keys = d_prediction
-        d_gamma = d_gamma + (d_prediction * unit).sum(dim=(1, 2))
+        d_gamma = d_gamma + (d_prediction * unit).sum(dim=all_rows)
         d_unit = d_unit + d_prediction * gain
         # x̂ = (y − mean y) · r, and ∂r/∂y = −r² x̂ / d
         d_y = inverse * (_tangent(d_unit, unit)[0] - d_inverse * inverse * unit / dim)
@@ -435,17 +479,54 @@ def plain_record_backward(
     d_first = None
     if h is None or first is None or d_g is None:
         d_keys = d_keys + times(d_y, last.mT)
-        d_last = _outer(k, d_y, operands, dtype)
+        d_last = outer(k, d_y, operands, dtype)
     else:
         slope, curvature = _gelu_slopes(h)
         d_h = (d_hidden + times(d_y, last.mT)) * slope + d_hidden_errors * times(delta, last.mT) * curvature
         d_keys = d_keys + times(d_h, first.mT)
-        d_last = _outer(hidden, d_y, operands, dtype) + _outer(d_g, errors, operands, dtype)
-        d_first = _outer(k, d_h, operands, dtype)
+        d_last = outer(hidden, d_y, operands, dtype) + outer(d_g, errors, operands, dtype)
+        d_first = outer(k, d_h, operands, dtype)
 
     of_rows = zip((d_keys, -d_prediction, d_theta), (keys, values, step_sizes))
-    of_weights = (last.new_empty(0) if t is None else t for t in (d_first, d_last, d_gamma))
-    return *(gradient.to(t.dtype) for gradient, t in of_rows), *of_weights
+    of_weights = _apart([d_first, d_last, d_gamma], added)
+    return [
+        *(gradient.to(t.dtype) for gradient, t in of_rows),
+        *(last.new_empty(0) if t is None else t for t in of_weights),
+    ]
+
+
+def _together(
+    first: Tensor | None, last: Tensor, gamma: Tensor | None, added: Added | None
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """The weights of all chunks (bh, …), or of each chunk (bh, n, …): W + share_c · P_c."""
+    if added is None:
+        return first, last, gamma
+
+    def together(base: Tensor, other: Tensor | None) -> Tensor:
+        assert other is not None
+        return base.unsqueeze(1) + _per_chunk(added.shares.to(base.dtype), other)
+
+    return (
+        None if first is None else together(first, added.first),
+        together(last, added.last),
+        None if gamma is None else together(gamma, added.gamma),
+    )
+
+
+def _apart(of_weights: list[Tensor | None], added: Added | None) -> list[Tensor | None]:
+    """Gradients of base weights and of all in `added`, given those of their sums G_c (bh, n, …): Σ_c G_c, ⟨G_c, P_c⟩
+    and share_c · G_c."""
+    if added is None:
+        return [*of_weights, None, None, None, None]
+    shares, *others = added
+    both = [(g, other) for g, other in zip(of_weights, others) if g is not None and other is not None]
+    of_shares = torch.stack([(g * other).flatten(2).sum(dim=-1) for g, other in both]).sum(dim=0)
+    of_base = [None if g is None else g.sum(dim=1) for g in of_weights]
+    of_others = [
+        None if g is None or other is None else _per_chunk(shares.to(g.dtype), g).to(other.dtype)
+        for g, other in zip(of_weights, others)
+    ]
+    return [*of_base, of_shares.to(shares.dtype), *of_others]
 
 
 def plain_ends(
@@ -497,9 +578,11 @@ def plain_ends_backward(
 
 
 def _products(operands: torch.dtype, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
-    """x, w → x w for rows x (bh, n, m, d) and one matrix w (bh, d, e) for all of them."""
+    """x, w → x w for rows x (bh, n, m, d) and one matrix w (bh, d, e) for all of them, or one for each chunk."""
 
     def times(x: Tensor, w: Tensor) -> Tensor:
+        if w.ndim == 4:
+            return (x.to(operands) @ w.to(operands)).to(dtype)
         return (x.flatten(1, 2).to(operands) @ w.to(operands)).to(dtype).unflatten(1, x.shape[1:3])
 
     return times
@@ -510,8 +593,18 @@ def _outer(x: Tensor, y: Tensor, operands: torch.dtype, dtype: torch.dtype) -> F
     return (x.flatten(1, 2).to(operands).mT @ y.flatten(1, 2).to(operands)).to(dtype)
 
 
-def _gain(gamma: Float[Tensor, 'bh d'] | None) -> Float[Tensor, 'bh 1 1 d'] | None:
-    return None if gamma is None else gamma[:, None, None] + 1
+def _outer_of_chunks(x: Tensor, y: Tensor, operands: torch.dtype, dtype: torch.dtype) -> Float[Tensor, 'bh n d e']:
+    """Σ xᵀ y over the rows of each chunk."""
+    return (x.to(operands).mT @ y.to(operands)).to(dtype)
+
+
+def _per_chunk(shares: Float[Tensor, 'bh n'], of_chunks: Float[Tensor, 'bh n ...']) -> Float[Tensor, 'bh n ...']:
+    return shares.reshape(*shares.shape, *(1,) * (of_chunks.ndim - 2)) * of_chunks
+
+
+def _gain(gamma: Float[Tensor, 'bh d'] | Float[Tensor, 'bh n d'] | None) -> Float[Tensor, 'bh n 1 d'] | None:
+    """1 + γ, of all chunks or of each"""
+    return None if gamma is None else gamma.reshape(len(gamma), -1, 1, gamma.shape[-1]) + 1
 
 
 def _normalised(y: Float[Tensor, '... d'], eps: float) -> tuple[Float[Tensor, '... d'], Float[Tensor, '... 1']]:

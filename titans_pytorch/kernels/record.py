@@ -4,6 +4,9 @@ A program owns some rows of one head: whole chunks, or a part of one. It walks o
 computes what it needs of them again rather than keep it. What is summed over rows to be a weight's gradient it
 writes row by row, and another kernel sums it. The equations, and the plain twins, are in
 `titans_pytorch.fused_mlp`.
+
+With something ADDED each chunk has weights of its own. Then reading matrices is what takes time, and rows are few: a
+program owns rows of one chunk and, if its matrices fit on chip, keeps them (KEEPS).
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from torch import Tensor
 
 from titans_pytorch.kernels.products import plus
 
+# shares, and what is added to the first matrix, the last one and γ
+Added = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # rows of a program: the more, the less often weights are read. With fewer than 64, Triton takes the tensor cores'
@@ -31,6 +36,12 @@ BLOCK, MOST_COLUMNS = 4096, 64
 # hidden features of a program that sums weights' gradients, and the rows that it reads at a time
 UNITS, ROWS_AT_A_TIME = 32, 32
 STAGES = 2
+# where chunks have matrices of their own: entries of each that a program keeps on chip; its warps; registers of a
+# thread in the backward, so that a multiprocessor holds two. Matrices that are read but once need no stages
+KEPT, KEPT_IN_FULL = 8192, 4096
+ADDED_WARPS, ADDED_REGISTERS, ADDED_STAGES = 8, 128, 1
+# there, what sums weights' gradients: hidden features and warps of a program, and programs to share the chunks out to
+ADDED_UNITS, ADDED_SUM_WARPS, ENOUGH_SUMS = 16, 4, 512
 
 
 @triton.jit
@@ -77,9 +88,22 @@ def _tangent(u, x, inside, dim: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _matrix(start, rows, columns, height: tl.constexpr, width: tl.constexpr):  # type: ignore[no-untyped-def]
+def _parameter(base, added, share, head, chunk, base_head, added_head, added_chunk):  # type: ignore[no-untyped-def]
+    """Where a head's W is, what a chunk adds to it, and the share of that."""
+    return base + head * base_head, added + head * added_head + chunk * added_chunk, share
+
+
+@triton.jit
+def _block(  # type: ignore[no-untyped-def]
+    parameter, rows, columns, height: tl.constexpr, width: tl.constexpr, ADDED: tl.constexpr, OPERAND: tl.constexpr
+):
     """A block of a (height, width) matrix. As `columns` may be down and `rows` across, it may come transposed."""
-    return tl.load(start + rows * width + columns, mask=(rows < height) & (columns < width), other=0.0)
+    base, added, share = parameter
+    inside = (rows < height) & (columns < width)
+    w = tl.load(base + rows * width + columns, mask=inside, other=0.0)
+    if ADDED:
+        w += share * tl.load(added + rows * width + columns, mask=inside, other=0.0).to(tl.float32)
+    return w.to(OPERAND)
 
 
 @triton.jit
@@ -95,12 +119,15 @@ def _own_rows(blocks, parts, chunks, rows, CHUNKS: tl.constexpr, ROWS: tl.conste
 
 @triton.jit
 def _forward_kernel(  # type: ignore[no-untyped-def]
-    keys, values, step_sizes, first, last, gamma,
+    keys, values, step_sizes, first, last, gamma, shares, add_first, add_last, add_gamma,
     hidden, hidden_errors, errors, of_gamma, losses,
     blocks, parts, chunks, rows, eps,
     key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
     first_head, last_head, gamma_head,
+    share_head, share_chunk, add_first_head, add_first_chunk,
+    add_last_head, add_last_chunk, add_gamma_head, add_gamma_chunk,
     dim: tl.constexpr, width: tl.constexpr, HIDDEN: tl.constexpr, NORM: tl.constexpr,
+    ADDED: tl.constexpr, KEEPS: tl.constexpr,
     CHUNKS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
@@ -110,25 +137,39 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     # outputs are whole; places count from the head's first row, so that they need no 64 bits
     start, row_place = head * chunks * rows, chunk * rows + row
     features = row_place[:, None] * dim + feature[None, :]
-    first += head * first_head
-    last += head * last_head
+    share, own = 0.0, block // parts
+    if ADDED:
+        share = tl.load(shares + head * share_head + own * share_chunk).to(tl.float32)
+    w_first = _parameter(first, add_first, share, head, own, first_head, add_first_head, add_first_chunk)
+    w_last = _parameter(last, add_last, share, head, own, last_head, add_last_head, add_last_chunk)
+    w_gamma = _parameter(gamma, add_gamma, share, head, own, gamma_head, add_gamma_head, add_gamma_chunk)
     hidden += start * width
     hidden_errors += start * width
 
-    from_keys = keys + head * key_head + (chunk * key_chunk + row * key_row)[:, None] + feature[None, :]
-    k = tl.load(from_keys, mask=inside, other=0.0).to(tl.float32)
+    key_place = keys + head * key_head + (chunk * key_chunk + row * key_row)[:, None] + feature[None, :]
+    k = tl.load(key_place, mask=inside, other=0.0).to(tl.float32)
     y = tl.zeros((CHUNKS * ROWS, DIM), tl.float32)
     if HIDDEN:
         nothing = tl.zeros((CHUNKS * ROWS, BLOCK), tl.float32)
+        kept_h, kept_last = nothing, tl.zeros((BLOCK, DIM), OPERAND)
         for first_unit in range(0, width, BLOCK):
             unit = first_unit + tl.arange(0, BLOCK)
-            h = plus(nothing, k, _matrix(first, feature[:, None], unit[None, :], dim, width), PRECISION, OPERAND)
+            from_keys = _block(w_first, feature[:, None], unit[None, :], dim, width, ADDED, OPERAND)
+            if KEEPS:
+                # both matrices are on their way at once
+                kept_last = _block(w_last, unit[:, None], feature[None, :], width, dim, ADDED, OPERAND)
+            h = plus(nothing, k, from_keys, PRECISION, OPERAND)
             a = h * _below(h)
             units, present = row_place[:, None] * width + unit[None, :], there[:, None] & (unit < width)[None, :]
             tl.store(hidden + units, a, mask=present)
-            y = plus(y, a, _matrix(last, unit[:, None], feature[None, :], width, dim), PRECISION, OPERAND)
+            if KEEPS:
+                kept_h, from_hidden = h, kept_last
+            else:
+                from_hidden = _block(w_last, unit[:, None], feature[None, :], width, dim, ADDED, OPERAND)
+            y = plus(y, a, from_hidden, PRECISION, OPERAND)
     else:
-        y = plus(y, k, _matrix(last, feature[:, None], feature[None, :], dim, dim), PRECISION, OPERAND)
+        from_keys = _block(w_last, feature[:, None], feature[None, :], dim, dim, ADDED, OPERAND)
+        y = plus(y, k, from_keys, PRECISION, OPERAND)
 
     from_values = values + head * value_head + (chunk * value_chunk + row * value_row)[:, None] + feature[None, :]
     v = tl.load(from_values, mask=inside, other=0.0).to(tl.float32)
@@ -138,7 +179,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     # s = −(2θ/d) (p − v)
     if NORM:
         x, inverse = _normalised(y, inside, eps, dim)
-        gain = 1.0 + tl.load(gamma + head * gamma_head + feature, mask=feature < dim, other=0.0)[None, :]
+        gain = 1.0 + _block(w_gamma, 0, feature[None, :], 1, dim, ADDED, tl.float32)
         difference = x * gain + k - v
         descent = theta * difference * (-2.0 / dim)
         # Δ₂ = r · P(s ∘ (1 + γ))
@@ -161,8 +202,13 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         # Δ₁ = (Δ₂ W₂ᵀ) ∘ gelu′(h)
         for first_unit in range(0, width, BLOCK):
             unit = first_unit + tl.arange(0, BLOCK)
-            h = plus(nothing, k, _matrix(first, feature[:, None], unit[None, :], dim, width), PRECISION, OPERAND)
-            g = plus(nothing, delta, _matrix(last, unit[None, :], feature[:, None], width, dim), PRECISION, OPERAND)
+            if KEEPS:
+                h, from_last = kept_h, tl.trans(kept_last)
+            else:
+                from_keys = _block(w_first, feature[:, None], unit[None, :], dim, width, ADDED, OPERAND)
+                h = plus(nothing, k, from_keys, PRECISION, OPERAND)
+                from_last = _block(w_last, unit[None, :], feature[:, None], width, dim, ADDED, OPERAND)
+            g = plus(nothing, delta, from_last, PRECISION, OPERAND)
             units, present = row_place[:, None] * width + unit[None, :], there[:, None] & (unit < width)[None, :]
             tl.store(hidden_errors + units, g * _gelu_slope(h), mask=present)
 
@@ -170,12 +216,15 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _backward_kernel(  # type: ignore[no-untyped-def]
     d_hidden, d_hidden_errors, d_errors, d_of_gamma, d_losses,
-    keys, values, step_sizes, first, last, gamma,
+    keys, values, step_sizes, first, last, gamma, shares, add_first, add_last, add_gamma,
     d_keys, d_values, d_step_sizes, d_gamma, d_products, d_y, d_h,
-    blocks, parts, chunks, rows, eps,
+    d_hidden_head, d_hidden_chunk, d_hidden_row, d_hidden_unit, blocks, parts, chunks, rows, eps,
     key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
     first_head, last_head, gamma_head,
+    share_head, share_chunk, add_first_head, add_first_chunk,
+    add_last_head, add_last_chunk, add_gamma_head, add_gamma_chunk,
     dim: tl.constexpr, width: tl.constexpr, HIDDEN: tl.constexpr, NORM: tl.constexpr, LOSSES: tl.constexpr,
+    ADDED: tl.constexpr, KEEPS: tl.constexpr,
     CHUNKS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
@@ -184,31 +233,41 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     inside = there[:, None] & (feature < dim)[None, :]
     start, row_place = head * chunks * rows, chunk * rows + row
     features = row_place[:, None] * dim + feature[None, :]
-    first += head * first_head
-    last += head * last_head
-    d_hidden += start * width
+    share, own = 0.0, block // parts
+    if ADDED:
+        share = tl.load(shares + head * share_head + own * share_chunk).to(tl.float32)
+    w_first = _parameter(first, add_first, share, head, own, first_head, add_first_head, add_first_chunk)
+    w_last = _parameter(last, add_last, share, head, own, last_head, add_last_head, add_last_chunk)
+    w_gamma = _parameter(gamma, add_gamma, share, head, own, gamma_head, add_gamma_head, add_gamma_chunk)
+    # often the gradient of what was transposed
+    d_hidden += head * d_hidden_head
     d_hidden_errors += start * width
     d_products += start * width
     d_h += start * width
 
-    from_keys = keys + head * key_head + (chunk * key_chunk + row * key_row)[:, None] + feature[None, :]
-    k = tl.load(from_keys, mask=inside, other=0.0).to(tl.float32)
+    key_place = keys + head * key_head + (chunk * key_chunk + row * key_row)[:, None] + feature[None, :]
+    k = tl.load(key_place, mask=inside, other=0.0).to(tl.float32)
     # D, the gradient of Δ₂, of which there is more through g = Δ₂ W₂ᵀ and Δ₁ = g ∘ gelu′(h)
     d_delta = tl.load(d_errors + start * dim + features, mask=inside, other=0.0).to(tl.float32)
     y = tl.zeros((CHUNKS * ROWS, DIM), tl.float32)
     if HIDDEN:
         nothing = tl.zeros((CHUNKS * ROWS, BLOCK), tl.float32)
+        kept_h, kept_first, kept_last = nothing, tl.zeros((DIM, BLOCK), OPERAND), tl.zeros((BLOCK, DIM), OPERAND)
         for first_unit in range(0, width, BLOCK):
             unit = first_unit + tl.arange(0, BLOCK)
             units, present = row_place[:, None] * width + unit[None, :], there[:, None] & (unit < width)[None, :]
-            h = plus(nothing, k, _matrix(first, feature[:, None], unit[None, :], dim, width), PRECISION, OPERAND)
+            from_keys = _block(w_first, feature[:, None], unit[None, :], dim, width, ADDED, OPERAND)
+            from_hidden = _block(w_last, unit[:, None], feature[None, :], width, dim, ADDED, OPERAND)
+            h = plus(nothing, k, from_keys, PRECISION, OPERAND)
             d_g = tl.load(d_hidden_errors + units, mask=present, other=0.0).to(tl.float32) * _gelu_slope(h)
             tl.store(d_products + units, d_g, mask=present)
-            from_hidden = _matrix(last, unit[:, None], feature[None, :], width, dim)
             y = plus(y, h * _below(h), from_hidden, PRECISION, OPERAND)
             d_delta = plus(d_delta, d_g, from_hidden, PRECISION, OPERAND)
+            if KEEPS:
+                kept_h, kept_first, kept_last = h, from_keys, from_hidden
     else:
-        y = plus(y, k, _matrix(last, feature[:, None], feature[None, :], dim, dim), PRECISION, OPERAND)
+        from_keys = _block(w_last, feature[:, None], feature[None, :], dim, dim, ADDED, OPERAND)
+        y = plus(y, k, from_keys, PRECISION, OPERAND)
 
     from_values = values + head * value_head + (chunk * value_chunk + row * value_row)[:, None] + feature[None, :]
     v = tl.load(from_values, mask=inside, other=0.0).to(tl.float32)
@@ -217,7 +276,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
     if NORM:
         x, inverse = _normalised(y, inside, eps, dim)
-        gain = 1.0 + tl.load(gamma + head * gamma_head + feature, mask=feature < dim, other=0.0)[None, :]
+        gain = 1.0 + _block(w_gamma, 0, feature[None, :], 1, dim, ADDED, tl.float32)
         difference = x * gain + k - v
         descent = theta * difference * (-2.0 / dim)
         # Δ₂ = r · P(u) with u = s ∘ (1 + γ); P is symmetric, and made of x̂
@@ -264,46 +323,40 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         for first_unit in range(0, width, BLOCK):
             unit = first_unit + tl.arange(0, BLOCK)
             units, present = row_place[:, None] * width + unit[None, :], there[:, None] & (unit < width)[None, :]
-            h = plus(nothing, k, _matrix(first, feature[:, None], unit[None, :], dim, width), PRECISION, OPERAND)
-            from_last = _matrix(last, unit[None, :], feature[:, None], width, dim)
-            d_a = tl.load(d_hidden + units, mask=present, other=0.0).to(tl.float32)
+            if KEEPS:
+                h, from_h, from_last = kept_h, tl.trans(kept_first), tl.trans(kept_last)
+            else:
+                from_keys = _block(w_first, feature[:, None], unit[None, :], dim, width, ADDED, OPERAND)
+                from_h = _block(w_first, feature[None, :], unit[:, None], dim, width, ADDED, OPERAND)
+                from_last = _block(w_last, unit[None, :], feature[:, None], width, dim, ADDED, OPERAND)
+                h = plus(nothing, k, from_keys, PRECISION, OPERAND)
+            from_rows = d_hidden + (chunk * d_hidden_chunk + row * d_hidden_row)[:, None]
+            d_a = tl.load(from_rows + (unit * d_hidden_unit)[None, :], mask=present, other=0.0).to(tl.float32)
             d_a = plus(d_a, d_product, from_last, PRECISION, OPERAND)
             g = plus(nothing, delta, from_last, PRECISION, OPERAND)
             d_slope = g * tl.load(d_hidden_errors + units, mask=present, other=0.0).to(tl.float32)
             of_h = d_a * _gelu_slope(h) + d_slope * _gelu_curvature(h)
             tl.store(d_h + units, of_h, mask=present)
-            d_k = plus(d_k, of_h, _matrix(first, feature[None, :], unit[:, None], dim, width), PRECISION, OPERAND)
+            d_k = plus(d_k, of_h, from_h, PRECISION, OPERAND)
     else:
-        from_last = _matrix(last, feature[None, :], feature[:, None], dim, dim)
+        from_last = _block(w_last, feature[None, :], feature[:, None], dim, dim, ADDED, OPERAND)
         d_k = plus(d_k, d_product, from_last, PRECISION, OPERAND)
     tl.store(d_keys + start * dim + features, d_k, mask=inside)
 
 
 @triton.jit
-def _weights_kernel(  # type: ignore[no-untyped-def]
-    keys, hidden, errors, d_products, d_y, d_h, d_first, d_last,
-    blocks, chunks, rows, key_head, key_chunk, key_row,
+def _outer_products(  # type: ignore[no-untyped-def]
+    keys, hidden, errors, d_products, d_y, d_h, first_row, last_row, steps, unit, feature, rows, key_chunk, key_row,
     dim: tl.constexpr, width: tl.constexpr, HIDDEN: tl.constexpr,
     UNITS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """A program owns a block of hidden features: columns of the first matrix, rows of the last."""
-    program = tl.program_id(0)
-    head = (program // blocks).to(tl.int64)
-    unit = (program % blocks) * UNITS + tl.arange(0, UNITS)
-    feature = tl.arange(0, DIM)
-    start = head * chunks * rows
-    keys += head * key_head
-    hidden += start * width
-    d_products += start * width
-    d_h += start * width
-    errors += start * dim
-    d_y += start * dim
-
+    """What some rows of a head bring to the gradients of a block of hidden features: columns of the first matrix,
+    which lie down, and rows of the last."""
     of_first = tl.zeros((UNITS, DIM), tl.float32)
     of_last = tl.zeros((UNITS, DIM), tl.float32)
-    for first_row in range(0, chunks * rows, ROWS):
-        index = first_row + tl.arange(0, ROWS)
-        there = index < chunks * rows
+    for step in range(0, steps):
+        index = first_row + step * ROWS + tl.arange(0, ROWS)
+        there = index < last_row
         key_place = (index // rows) * key_chunk + (index % rows) * key_row
         # what stands on the left is loaded turned, rows across
         across = there[None, :] & (unit < width)[:, None]
@@ -324,13 +377,93 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
         else:
             k = tl.load(keys + key_place[None, :] + unit[:, None], mask=across, other=0.0)
             of_last = plus(of_last, k, d_product, PRECISION, OPERAND)
+    return of_first, of_last
 
+
+@triton.jit
+def _summed(start, count, feature, dim: tl.constexpr, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sum of `count` rows."""
+    total = tl.zeros((DIM,), tl.float32)
+    for first_row in range(0, count, 16):
+        row = first_row + tl.arange(0, 16)
+        inside = (row < count)[:, None] & (feature < dim)[None, :]
+        total += tl.sum(tl.load(start + row[:, None] * dim + feature[None, :], mask=inside, other=0.0), axis=0)
+    return total
+
+
+@triton.jit
+def _weights_kernel(  # type: ignore[no-untyped-def]
+    keys, hidden, errors, d_products, d_y, d_h, of_gamma, shares, add_first, add_last, add_gamma,
+    d_first, d_last, d_gamma, d_shares, d_add_first, d_add_last, d_add_gamma,
+    blocks, groups, group_chunks, steps, parts, row_blocks, chunks, rows, key_head, key_chunk, key_row,
+    share_head, share_chunk, add_first_head, add_first_chunk,
+    add_last_head, add_last_chunk, add_gamma_head, add_gamma_chunk,
+    dim: tl.constexpr, width: tl.constexpr, HIDDEN: tl.constexpr, NORM: tl.constexpr, ADDED: tl.constexpr,
+    UNITS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """A program owns a block of hidden features of a head; where chunks have weights of their own, in some chunks."""
+    program = tl.program_id(0)
+    block, group = program % blocks, program // blocks % groups
+    head = (program // (blocks * groups)).to(tl.int64)
+    unit = block * UNITS + tl.arange(0, UNITS)
+    feature = tl.arange(0, DIM)
+    start = head * chunks * rows
+    keys += head * key_head
+    hidden += start * width
+    d_products += start * width
+    d_h += start * width
+    errors += start * dim
+    d_y += start * dim
     present = (unit < width)[:, None] & (feature < dim)[None, :]
-    to_last = d_last + head * width * dim + unit[:, None] * dim + feature[None, :]
-    tl.store(to_last, of_last, mask=present)
+    in_last, in_first = unit[:, None] * dim + feature[None, :], feature[None, :] * width + unit[:, None]
+
+    if ADDED:
+        of_first = tl.zeros((UNITS, DIM), tl.float32)
+        of_last = tl.zeros((UNITS, DIM), tl.float32)
+        first_chunk = group * group_chunks
+        for chunk in range(first_chunk, tl.minimum(first_chunk + group_chunks, chunks)):
+            share = tl.load(shares + head * share_head + chunk * share_chunk).to(tl.float32)
+            place = head * chunks + chunk
+            # long before they are needed
+            from_last = add_last + head * add_last_head + chunk * add_last_chunk + in_last
+            other_last = tl.load(from_last, mask=present, other=0.0).to(tl.float32)
+            if HIDDEN:
+                from_first = add_first + head * add_first_head + chunk * add_first_chunk + in_first
+                other_first = tl.load(from_first, mask=present, other=0.0).to(tl.float32)
+            own_first, own_last = _outer_products(
+                keys, hidden, errors, d_products, d_y, d_h, chunk * rows, (chunk + 1) * rows, steps, unit, feature,
+                rows, key_chunk, key_row, dim, width, HIDDEN, UNITS, ROWS, DIM, PRECISION, OPERAND,
+            )  # fmt: skip
+            of_last += own_last
+            tl.store(d_add_last + place * width * dim + in_last, share * own_last, mask=present)
+            of_share = tl.sum(own_last * other_last)
+            if HIDDEN:
+                of_first += own_first
+                tl.store(d_add_first + place * width * dim + in_first, share * own_first, mask=present)
+                of_share += tl.sum(own_first * other_first)
+            if NORM:
+                # the first block's
+                with_gamma = feature < tl.where(block == 0, dim, 0)
+                from_gamma = add_gamma + head * add_gamma_head + chunk * add_gamma_chunk + feature
+                other_gamma = tl.load(from_gamma, mask=with_gamma, other=0.0).to(tl.float32)
+                own_gamma = _summed(of_gamma + place * parts * dim, parts, feature, dim, DIM)
+                tl.store(d_add_gamma + place * dim + feature, share * own_gamma, mask=with_gamma)
+                of_share += tl.sum(own_gamma * other_gamma)
+            tl.store(d_shares + place * blocks + block, of_share)
+    else:
+        of_first, of_last = _outer_products(
+            keys, hidden, errors, d_products, d_y, d_h, 0, chunks * rows, steps, unit, feature,
+            rows, key_chunk, key_row, dim, width, HIDDEN, UNITS, ROWS, DIM, PRECISION, OPERAND,
+        )  # fmt: skip
+
+    to_base = (head * groups + group) * width * dim
+    tl.store(d_last + to_base + in_last, of_last, mask=present)
     if HIDDEN:
-        to_first = d_first + head * width * dim + feature[None, :] * width + unit[:, None]
-        tl.store(to_first, of_first, mask=present)
+        tl.store(d_first + to_base + in_first, of_first, mask=present)
+    if NORM:
+        if (block == 0) & (group == 0):
+            of_head = _summed(of_gamma + head * row_blocks * dim, row_blocks, feature, dim, DIM)
+            tl.store(d_gamma + head * dim + feature, of_head, mask=feature < dim)
 
 
 def forward(
@@ -340,12 +473,13 @@ def forward(
     first: Tensor | None,  # bh d e
     last: Tensor,  # bh e d
     gamma: Tensor | None,  # bh d
+    added: Added | None,  # bh n; bh n d e, bh n e d, bh n d
     eps: float,
     operands: torch.dtype,
     precision: str,
 ) -> tuple[Tensor, ...]:
     """What the last matrix saw, errors of both products (bh, n, m, ·), descent of γ (bh, n, d), losses (bh, n, m)."""
-    call = _Call.of(keys, values, step_sizes, first, last, gamma, operands, precision)
+    call = _Call.of(keys, values, step_sizes, first, last, gamma, added, operands, precision)
     heads, chunks, rows, dim = keys.shape
     none = keys.new_empty(0, dtype=operands)
     hidden, hidden_errors = none, keys.new_empty(0, dtype=operands)
@@ -372,46 +506,67 @@ def backward(
     first: Tensor | None,  # bh d e
     last: Tensor,  # bh e d
     gamma: Tensor | None,  # bh d
+    added: Added | None,  # bh n; bh n d e, bh n e d, bh n d
     hidden: Tensor,  # bh n m e
     errors: Tensor,  # bh n m d
     eps: float,
     operands: torch.dtype,
     precision: str,
-) -> tuple[Tensor, ...]:
-    """Gradients of `keys`, `values`, `step_sizes`, `first`, `last` and `gamma`."""
-    call = _Call.of(keys, values, step_sizes, first, last, gamma, operands, precision)
-    heads, dim = len(keys), keys.shape[-1]
+) -> list[Tensor]:
+    """Gradients of `keys`, `values`, `step_sizes`, `first`, `last`, `gamma` and all in `added`."""
+    call = _Call.of(keys, values, step_sizes, first, last, gamma, added, operands, precision)
+    heads, chunks, rows, dim = keys.shape
     d_keys, d_values, d_step_sizes = (t.new_empty(t.shape) for t in (keys, values, step_sizes))
-    d_gamma = last.new_empty((0,) if gamma is None else (heads, call.blocks, dim))
-    # of each row, what weights' gradients are made of
+    # of each row, what weights' gradients are made of; that of γ is summed over a program's rows
     d_y = keys.new_empty(keys.shape, dtype=operands)
     d_products, d_h = (keys.new_empty(hidden.shape, dtype=operands) for _ in range(2))
-    incoming = [d_values if t is None else t.contiguous() for t in d_outputs]
+    of_gamma = last.new_empty((0,) if gamma is None else (heads, call.blocks, dim))
+    d_hidden, *others = d_outputs
+    incoming = [d_hidden, *(d_values if t is None else t.contiguous() for t in others)]
+    d_hidden_strides = (0,) * 4 if first is None else d_hidden.stride()
+    # more rows, or float32 in full, need all there are
+    few = added is not None and operands != torch.float32 and call.constants['ROWS'] == 16
+    at_most = {'maxnreg': ADDED_REGISTERS} if few else {}
     with torch.cuda.device_of(keys):
         _backward_kernel[(heads * call.blocks,)](
-            *incoming, *call.tensors, d_keys, d_values, d_step_sizes, d_gamma, d_products, d_y, d_h,
-            *call.numbers(eps), **call.constants, LOSSES=d_outputs[-1] is not None,
+            *incoming, *call.tensors, d_keys, d_values, d_step_sizes, of_gamma, d_products, d_y, d_h,
+            *d_hidden_strides, *call.numbers(eps), **call.constants, **at_most, LOSSES=d_outputs[-1] is not None,
         )  # fmt: skip
 
-    d_first = last.new_empty((0,) if first is None else first.shape)
-    d_last = last.new_empty(last.shape)
-    units = min(UNITS, max(16, triton.next_power_of_2(call.width)))
-    blocks = triton.cdiv(call.width, units)
+    units = min(UNITS if added is None else ADDED_UNITS, max(16, triton.next_power_of_2(call.width)))
+    blocks, groups, at_a_time, summed = triton.cdiv(call.width, units), 1, ROWS_AT_A_TIME, chunks * rows
+    warps = 4
+    if added is not None:
+        groups = min(chunks, triton.cdiv(ENOUGH_SUMS, heads * blocks))
+        at_a_time, summed, warps = min(at_a_time, max(16, triton.next_power_of_2(rows))), rows, ADDED_SUM_WARPS
+    group_chunks = triton.cdiv(chunks, groups)
+    groups = triton.cdiv(chunks, group_chunks)
+    d_first, d_last = (
+        last.new_empty((0,) if w is None else (heads, groups, *w.shape[1:]) if groups > 1 else w.shape)
+        for w in (first, last)
+    )
+    d_gamma = last.new_empty((0,) if gamma is None else gamma.shape)
+    d_others = [last.new_empty(0) if t is None else t.new_empty(t.shape) for t in (added or (None,) * 4)[1:]]
+    of_shares = last.new_empty((0,) if added is None else (heads, chunks, blocks))
     with torch.cuda.device_of(keys):
-        _weights_kernel[(heads * blocks,)](
-            call.tensors[0], hidden, errors, d_products, d_y, d_h, d_first, d_last,
-            blocks, *keys.shape[1:3], *call.strides[:3],
-            dim=dim, width=call.width, HIDDEN=first is not None, UNITS=units, ROWS=ROWS_AT_A_TIME,
-            DIM=call.constants['DIM'], PRECISION=precision, OPERAND=OPERANDS[operands],
-            num_warps=4 if call.constants['DIM'] <= 64 else 8, num_stages=STAGES,
+        _weights_kernel[(heads * groups * blocks,)](
+            call.tensors[0], hidden, errors, d_products, d_y, d_h, of_gamma, *call.tensors[6:],
+            d_first, d_last, d_gamma, of_shares, *d_others,
+            blocks, groups, group_chunks, triton.cdiv(summed, at_a_time), call.parts, call.blocks, chunks, rows,
+            *call.strides[:3], *call.strides[12:],
+            dim=dim, width=call.width, HIDDEN=first is not None, NORM=gamma is not None, ADDED=added is not None,
+            UNITS=units, ROWS=at_a_time, DIM=call.constants['DIM'],
+            PRECISION=precision, OPERAND=OPERANDS[operands],
+            num_warps=warps if call.constants['DIM'] <= 64 else 2 * warps, num_stages=STAGES,
         )  # fmt: skip
-    if gamma is not None:
-        d_gamma = d_gamma.sum(dim=1)
-    return d_keys, d_values, d_step_sizes, d_first, d_last, d_gamma
+    if groups > 1:
+        d_first, d_last = (d if d.ndim == 1 else d.sum(dim=1) for d in (d_first, d_last))
+    d_shares = of_shares if added is None else of_shares.sum(dim=-1).to(added[0].dtype)
+    return [d_keys, d_values, d_step_sizes, d_first, d_last, d_gamma, d_shares, *d_others]
 
 
 class _Call(NamedTuple):
-    """What the two kernels are launched with."""
+    """What the kernels are launched with."""
 
     tensors: tuple[Tensor, ...]
     blocks: int
@@ -429,52 +584,72 @@ class _Call(NamedTuple):
         first: Tensor | None,
         last: Tensor,
         gamma: Tensor | None,
+        added: Added | None,
         operands: torch.dtype,
         precision: str,
     ) -> _Call:
-        # chunks may be cut out of a longer sequence, and weights shared by heads
-        keys, values = (t if t.stride(-1) == 1 else t.contiguous() for t in (keys, values))
         absent = last.new_empty(0)
-        matrices = [
-            absent if w is None else w if w.stride()[1:] == (w.shape[2], 1) else w.contiguous() for w in (first, last)
-        ]
-        vector = absent if gamma is None else gamma if gamma.stride(-1) == 1 else gamma.contiguous()
+        # chunks may be cut out of a longer sequence, and weights shared by heads, but features are whole
+        keys, values = (_whole(t, 1, absent) for t in (keys, values))
+        shares, *others = added or (None,) * 4
+        matrices = [_whole(t, 2, absent) for t in (first, last, *others[:2])]
+        vectors = [_whole(t, 1, absent) for t in (gamma, others[2])]
+        base = (*matrices[:2], vectors[0])
+        chunked = (absent if shares is None else shares, *matrices[2:], vectors[1])
 
         heads, chunks, rows, dim = keys.shape
         width = last.shape[1]
-        padded = max(16, triton.next_power_of_2(dim))
-        block = min(max(16, triton.next_power_of_2(width)), MOST_COLUMNS, BLOCK // padded, max(32, padded))
+        padded, wide = max(16, triton.next_power_of_2(dim)), max(16, triton.next_power_of_2(width))
         in_full = precision == 'tf32x3' and operands == torch.float32
-        own, warps = _tile(heads, chunks * rows, max(padded, block), in_full)
-        of_chunk = min(triton.next_power_of_2(rows), own)
+        block = min(wide, MOST_COLUMNS, BLOCK // padded, max(32, padded))
+        if added is None:
+            keeps = False
+            own, warps = _tile(heads, chunks * rows, max(padded, block), in_full)
+            of_chunk = min(triton.next_power_of_2(rows), own)
+            options = {'num_warps': warps, 'num_stages': STAGES}
+        else:
+            keeps = first is not None and wide * padded <= (KEPT_IN_FULL if in_full else KEPT)
+            block = wide if keeps else block
+            own = of_chunk = min(MOST_ROWS, max(16, triton.next_power_of_2(rows)))
+            options = {'num_warps': ADDED_WARPS, 'num_stages': ADDED_STAGES}
         parts = triton.cdiv(rows, of_chunk)
         constants = {
             'dim': dim,
             'width': width,
             'HIDDEN': first is not None,
             'NORM': gamma is not None,
+            'ADDED': added is not None,
+            'KEEPS': keeps,
             'CHUNKS': own // of_chunk,
             'ROWS': of_chunk,
             'DIM': padded,
             'BLOCK': block,
             'PRECISION': precision,
             'OPERAND': OPERANDS[operands],
-            'num_warps': warps,
-            'num_stages': STAGES,
+            **options,
         }
-        strides = (*keys.stride()[:3], *values.stride()[:3], *step_sizes.stride(), *(t.stride(0) for t in matrices))
+        strides = (*keys.stride()[:3], *values.stride()[:3], *step_sizes.stride(), *(t.stride(0) for t in base))
+        of_chunks = (0,) * 8 if added is None else [n for t in chunked for n in (*t.stride(), 0)[:2]]
         return cls(
-            (keys, values, step_sizes, *matrices, vector),
+            (keys, values, step_sizes, *base, *chunked),
             triton.cdiv(chunks, own // of_chunk) * parts,
             parts,
             width,
-            (*strides, vector.stride(0)),
+            (*strides, *of_chunks),
             constants,
         )
 
     def numbers(self, eps: float) -> tuple[Any, ...]:
         chunks, rows = self.tensors[0].shape[1:3]
         return self.blocks, self.parts, chunks, rows, eps, *self.strides
+
+
+def _whole(t: Tensor | None, axes: int, absent: Tensor) -> Tensor:
+    """With its last axes in one piece; `absent` for nothing."""
+    if t is None:
+        return absent
+    lengths = (t.shape[-1], 1)
+    return t if t.stride()[-axes:] == lengths[-axes:] else t.contiguous()
 
 
 def _tile(heads: int, rows: int, columns: int, in_full: bool) -> tuple[int, int]:
