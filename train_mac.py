@@ -122,6 +122,9 @@ class Config:
     USE_CUDA_GRAPHS: bool | None = option(
         None, 'record forward and backward once and replay them, so that kernels cost no launches; unset: on a GPU'
     )
+    COMPILE: bool | None = option(
+        None, 'compile forward and backward as one, which the first step waits for; unset: on a GPU with Triton'
+    )
     USE_FAST_INFERENCE: bool = option(True, 'sample with a cache instead of rereading the text for each byte')
 
     WANDB: bool = option(False, 'also report to Weights & Biases')
@@ -213,6 +216,7 @@ class Machine(NamedTuple):
     flex_attn: bool
     accelerated_scan: bool
     cuda_graphs: bool
+    compile: bool
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == 'bf16')
@@ -239,6 +243,7 @@ def choose_machine(config: Config) -> Machine:
         triton if config.USE_FLEX_ATTN is None else config.USE_FLEX_ATTN,
         triton if config.USE_ACCELERATED_SCAN is None else config.USE_ACCELERATED_SCAN,
         on_gpu if config.USE_CUDA_GRAPHS is None else config.USE_CUDA_GRAPHS,
+        triton if config.COMPILE is None else config.COMPILE,
     )
 
 
@@ -585,10 +590,13 @@ def train(config: Config, resume: dict[str, Any] | None = None, weights: dict[st
 
 
 class MicroStep:
-    """Forward and backward over one micro batch, adding to the gradients; as a CUDA graph if the machine has them."""
+    """Forward and backward over one micro batch, adding to the gradients; compiled, and as a CUDA graph, if the machine
+    has them."""
 
     def __init__(self, model: nn.Module, config: Config, machine: Machine):
         self.model = model
+        # of the model as such, so that validation and sampling, with lengths of their own, are not compiled
+        self.loss_of = torch.compile(self._loss, fullgraph=True, dynamic=False) if machine.compile else self._loss
         self.shares = config.GRADIENT_ACCUMULATE_EVERY
         self.machine = machine
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -604,9 +612,12 @@ class MicroStep:
         self.graph.replay()
         return self.loss
 
+    def _loss(self, inputs: Tensor) -> Tensor:
+        return self.model(inputs, return_loss=True) / self.shares
+
     def _compute(self, inputs: Tensor) -> Tensor:
         with self.machine.autocast():
-            loss = self.model(inputs, return_loss=True) / self.shares
+            loss = self.loss_of(inputs)
         loss.backward()
         return loss.detach()
 
@@ -651,6 +662,7 @@ def training_loop(
         f'{config.PRESET} preset on {torch.cuda.get_device_name(machine.device) if gpu else machine.device}, '
         f'{machine.precision}, FlexAttention {"on" if machine.flex_attn else "off"}, accelerated scan '
         f'{"on" if machine.accelerated_scan else "off"}, CUDA graphs {"on" if machine.cuda_graphs else "off"}, '
+        f'compiled {"yes" if machine.compile else "no"}, '
         f'PyTorch {torch.__version__}'
     )
     data = load_data(config)
@@ -795,6 +807,8 @@ def training_loop(
         batch += 1
 
         seconds = time.perf_counter() - started
+        if batch == start + 1 and machine.compile:
+            say(f'the first step, with compiling, took {seconds:.0f} s')
         speed = config.BATCH_SIZE * config.GRADIENT_ACCUMULATE_EVERY * config.SEQ_LEN / seconds
         bpb = train_loss / math.log(2)
         row = {

@@ -4,8 +4,10 @@
     python benchmarks/beside_reference.py train --init-from init.pt --run-dir runs/ours …     (train_mac.py's options)
     PYTHONPATH=/path/to/the/reference python -P benchmarks/beside_reference.py train … --run-dir runs/reference
     python benchmarks/beside_reference.py report runs/reference-1 runs/reference-2 runs/ours
+    python benchmarks/beside_reference.py plot benchmarks/learning.png runs/reference runs/ours
 
-`report` takes two runs of the reference first: their difference is its own run-to-run noise.
+`report` takes two runs of the reference first: their difference is its own run-to-run noise. `plot` draws bits per
+byte against the time that training took, validations and samples left out.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import statistics
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -51,12 +54,31 @@ def initial_weights(path: str) -> None:
     torch.save(model.state_dict(), path)
 
 
-def report(folders: list[str]) -> None:
-    runs = {}
-    for folder in folders:
-        rows = [json.loads(line) for line in (Path(folder) / 'metrics.jsonl').read_text().splitlines()]
-        runs[Path(folder).name] = rows
+def read(folders: list[str]) -> dict[str, list[dict[str, Any]]]:
+    paths = {Path(folder).name: Path(folder) / 'metrics.jsonl' for folder in folders}
+    return {name: [json.loads(line) for line in path.read_text().splitlines()] for name, path in paths.items()}
 
+
+def plot(picture: str, *folders: str) -> None:
+    from matplotlib.figure import Figure
+
+    axes = (figure := Figure(figsize=(8, 5), layout='constrained')).subplots()
+    for name, rows in read([*folders]).items():
+        seconds, points = 0.0, []
+        for row in rows:
+            if 'train_loss' in row:
+                seconds += row['seconds']
+            else:
+                points.append((seconds, row['bpb']))
+        axes.plot(*zip(*points), label=f'{name}, {rows[-1]["step"]:,} steps', marker='.')
+    axes.set(xlabel='seconds of training', ylabel='validation, bits per byte')
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=100)
+
+
+def report(folders: list[str]) -> None:
+    runs = read(folders)
     curves = {name: {r['step']: r['bpb'] for r in rows if 'val_loss' in r} for name, rows in runs.items()}
     first, second = [*curves][:2]
     print('| step | ' + ' | '.join(curves) + f' | {first} and {second} differ by |')
@@ -79,4 +101,10 @@ def report(folders: list[str]) -> None:
 
 if __name__ == '__main__':
     what, *rest = sys.argv[1:]
-    sys.exit({'train': train, 'report': report, 'weights': lambda paths: initial_weights(*paths)}[what](rest))
+    commands = {
+        'train': train,
+        'report': report,
+        'plot': lambda paths: plot(*paths),
+        'weights': lambda paths: initial_weights(*paths),
+    }
+    sys.exit(commands[what](rest))

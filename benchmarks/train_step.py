@@ -3,15 +3,20 @@
     python benchmarks/train_step.py --reference-path /folder/with/the/reference --write
     python benchmarks/train_step.py --batches 4 64 --precisions bf16
 
-On a GPU the full preset, eager and as the CUDA graph that `train_mac.py` records; on a CPU the quick preset, eager.
-Ours and the reference run by turns, each time in a process of its own. `tests/test_golden.py` and `tests/test_gpu.py`
-compare their numbers; here both start from the same seed, and a loss that differs by more than 1 % is no figure.
+On a GPU the full preset: eager, as the CUDA graph that `train_mac.py` records, and compiled before that, as it does by
+default; and the same without memory layers, which tells their share. On a CPU the quick preset, eager. Ours and the
+reference run by turns, each time in a process of its own. `tests/test_golden.py` and `tests/test_gpu.py` compare their
+numbers; here both start from the same seed, and a loss that differs by more than 1 % is no figure.
+
+The last column is the useful part of what the GPU could compute meanwhile (model FLOP utilisation): products of the
+model as its equations have them, forward and twice that backward, over the tensor cores' rate in bf16 without sparsity.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +25,28 @@ from beside_reference import load_train_mac
 from harness import by_turns, gibibytes, machine, milliseconds, own_path, parsed, table, timed, write_section
 
 GPU = torch.cuda.is_available()
+PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}
+"""Of dense bf16 products a second, by part of a device's name."""
+NO_MEMORY = 'ours, compiled, CUDA graph, no memory layers'
+
+
+def model_flops(model: torch.nn.Module, config: Any) -> float:
+    """Floating-point operations of the products in a forward and a backward: whatever an implementation adds to them,
+    computes twice or leaves out is not counted."""
+    positions = config.BATCH_SIZE * model.num_positions(config.SEQ_LEN)
+    linear = sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    keys = config.WINDOW_SIZE + config.NUM_LONGTERM_MEM + config.NUM_PERSIST_MEM
+    attention = config.DEPTH * 4 * keys * config.HEADS * config.DIM_HEAD
+
+    # a matrix of a memory: a row is multiplied by it to learn, its error with it and with the row, and a query by it
+    stored, chunks = 8.0, 1 / config.NEURAL_MEM_SEGMENT_LEN
+    matrices = [w[0] for memory in model._memories for w in memory.memory_model_parameters if w.ndim > 2]
+    memory = sum(stored * w.numel() for w in matrices) * config.NEURAL_MEM_HEADS
+    if config.NEURAL_MEM_SPEC_NORM_SURPRISES:
+        sides = [sorted(w.shape) for w in matrices]
+        of_one = sum(5 * (4 * short * short * long + 2 * short**3) for short, long in sides)
+        memory += of_one * config.NEURAL_MEM_HEADS * chunks
+    return 3.0 * positions * (linear + attention + memory)
 
 
 def work(batch: int, precision: str, repeats: int, mode: str) -> dict[str, Any]:
@@ -32,6 +59,8 @@ def work(batch: int, precision: str, repeats: int, mode: str) -> dict[str, Any]:
             'PRECISION': precision,
             'GRADIENT_ACCUMULATE_EVERY': 1,
             'USE_CUDA_GRAPHS': 'graph' in mode,
+            'COMPILE': 'compiled' in mode,
+            **({'NEURAL_MEM_LAYERS': ()} if mode == NO_MEMORY else {}),
             'USE_ACCELERATED_SCAN': False,  # the reference's stops with an illegal memory access on an H200
         }
     )
@@ -43,24 +72,32 @@ def work(batch: int, precision: str, repeats: int, mode: str) -> dict[str, Any]:
 
     def forward_and_backward() -> float:
         loss = step(inputs)
-        model.zero_grad(set_to_none='graph' not in mode)
+        model.zero_grad(set_to_none='graph' not in mode.lower())
         return loss
 
+    started = time.perf_counter()
     loss = forward_and_backward().item()
+    first = time.perf_counter() - started
     seconds = timed(forward_and_backward, repeats)
     peak = torch.cuda.max_memory_allocated() if GPU else None
-    return {'seconds': seconds, 'peak': peak, 'loss': loss, 'tokens': batch * config.SEQ_LEN}
+    figures = {'seconds': seconds, 'peak': peak, 'loss': loss, 'tokens': batch * config.SEQ_LEN, 'first': first}
+    return figures if mode == 'reference' else {**figures, 'flops': model_flops(model, config)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--batches', type=int, nargs='*', default=[4])
     parser.add_argument('--precisions', nargs='*', default=['fp32', 'bf16'] if GPU else ['fp32'])
+    parser.add_argument('--modes', nargs='*', help='only these of ours')
     parser.add_argument('--repeats', type=int, default=5, help='timed steps in each process')
     parser.add_argument('--json', type=Path, help='write the figures to this file')
     options = parsed(parser, work)
 
-    paths = {'ours': own_path(), **({'ours, CUDA graph': own_path()} if GPU else {})}
+    paths = {'ours': own_path()}
+    if GPU:
+        paths |= {mode: own_path() for mode in ('ours, CUDA graph', 'ours, compiled, CUDA graph', NO_MEMORY)}
+    if options.modes:
+        paths = {mode: path for mode, path in paths.items() if mode in options.modes}
     if options.reference_path:
         paths['reference'] = options.reference_path
     rows, results = [], []
@@ -74,16 +111,20 @@ def main() -> None:
             reference = figures.get('reference', {})
             for mode, f in figures.items():
                 if 'failed' in f:
-                    rows.append([f'{batch}', precision, mode, f'failed: {f["failed"]}', '', '', '', ''])
+                    rows.append([f'{batch}', precision, mode, f'failed: {f["failed"]}', *[''] * 6])
                     continue
-                if abs(f['loss'] / reference.get('loss', f['loss']) - 1) > 0.01:
+                if mode != NO_MEMORY and abs(f['loss'] / reference.get('loss', f['loss']) - 1) > 0.01:
                     raise SystemExit(f'{mode}: a loss of {f["loss"]} where the reference has {reference["loss"]}')
                 speed = f'{f["tokens"] / f["median"]:,.0f}'
                 ratio = f'{reference["median"] / f["median"]:.1f} ×' if 'median' in reference else '–'
-                rows.append([f'{batch}', precision, mode, *milliseconds(f), speed, gibibytes(f['peak']), ratio])
+                peak = next((rate for name, rate in PEAK_FLOPS.items() if GPU and name in machine()), None)
+                used = f'{f["flops"] / f["median"] / peak:.1%}' if peak and 'flops' in f else '–'
+                own = [*milliseconds(f), f'{f["first"]:.0f} s', speed, gibibytes(f['peak']), ratio, used]
+                rows.append([f'{batch}', precision, mode, *own])
 
     where = machine()
-    heads = ['batch', 'precision', 'package', 'median', '10 % to 90 %', 'tokens/s', 'peak memory', 'reference / this']
+    heads = ['batch', 'precision', 'package', 'median', '10 % to 90 %', 'first step', 'tokens/s', 'peak memory']
+    heads += ['reference / this', 'FLOP utilisation']
     print(f'\n{where}\n\n{table(heads, rows)}')
     if options.write:
         write_section(f'train step, {"cuda" if GPU else "cpu"}', f'{where}\n\n{table(heads, rows)}')

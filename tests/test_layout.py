@@ -15,7 +15,9 @@ FLOORS = [
     [
         'shapes',
         'checks',
+        'precision',
         'kernels',
+        'kernels.connect_sequence',
         'kernels.connections',
         'kernels.decode_attention',
         'kernels.ends',
@@ -24,6 +26,7 @@ FLOORS = [
         'kernels.record',
         'kernels.scan',
         'kernels.sinkhorn',
+        'kernels.spectral_run',
     ],
     [
         'memory_models',
@@ -35,6 +38,7 @@ FLOORS = [
         'packing',
         'sinkhorn',
         'fused_mlp',
+        'spectral_run',
     ],
     ['fast_weights', 'masks', 'connections', 'decode_attention'],
     ['engines', 'memory_state'],

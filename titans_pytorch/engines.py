@@ -9,9 +9,9 @@ product of a row with a matrix through `linear`, as those of `memory_models.py` 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,14 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn import Module
 
-from titans_pytorch import fused_mlp
+from titans_pytorch import fused_mlp, spectral_run
 from titans_pytorch.fast_weights import Factors, FastWeights, Piece, Weights
 from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
 from titans_pytorch.orthogonalize import newton_schulz
+from titans_pytorch.precision import at_least_float32, no_autocast, operand_dtype
 from titans_pytorch.recurrence import AssocScan, gate_products
 from titans_pytorch.shapes import Float
+from titans_pytorch.spectral_run import momenta, vectors_over_time, weights_over_time
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 """(prediction, target), both (m, d), to one loss a row, (m,)."""
@@ -42,6 +44,12 @@ def batched_loss(loss_fn: LossFn, axes: int) -> LossFn:
     for _ in range(axes):
         loss_fn = vmap(loss_fn)
     return loss_fn
+
+
+def _split(tensors: Iterable[Tensor | None], lengths: list[int]) -> list[Sequence[Any]]:
+    """Each along its second axis."""
+    # not by slices: the gradient of each would be as long as the whole
+    return [[None] * len(lengths) if t is None else t.split(lengths, dim=1) for t in tensors]
 
 
 class Chunks(NamedTuple):
@@ -62,9 +70,7 @@ class Chunks(NamedTuple):
 
     def split(self, lengths: list[int]) -> list[Chunks]:
         """So many chunks, then so many, to the end."""
-        # not by slices: the gradient of each would be as long as the whole
-        parts = ([None] * len(lengths) if t is None else t.split(lengths, dim=1) for t in self)
-        return [Chunks(*own) for own in zip(*parts)]
+        return [Chunks(*own) for own in zip(*_split(self, lengths))]
 
 
 class Residual(NamedTuple):
@@ -106,13 +112,33 @@ Momentum = dict[str, list[Tensor]]
 """Per parameter of the memory network, by name: that of each order, (bh, …)."""
 
 
+class Gates(NamedTuple):
+    """What a chunk leaves of the states before it."""
+
+    momentum: Float[Tensor, 'bh n'] | None
+    """η"""
+    keep: Float[Tensor, 'bh n']
+    """1 − α"""
+
+    @classmethod
+    def of(cls, chunks: Chunks) -> Gates:
+        """Of momentum of one order."""
+        momentum = None if chunks.momentum is None else at_least_float32(chunks.momentum.squeeze(-1)).sigmoid()
+        return cls(momentum, (-at_least_float32(chunks.decay)).sigmoid())
+
+    def split(self, lengths: list[int]) -> list[Gates]:
+        return [Gates(*own) for own in zip(*_split(self, lengths))]
+
+
 class Run(NamedTuple):
-    """Chunks to be stored at one set of base weights."""
+    """Chunks to be stored at one set of base weights; and for the dual engine their recurrences, one or the other."""
 
     chunks: Chunks
     residual: Residual | None
     mixing: Mixing | None = None
-    """Their recurrences, solved, for an engine that wants them so."""
+    """Solved."""
+    gates: Gates | None = None
+    """To be walked, chunk after chunk."""
 
 
 class Stored(NamedTuple):
@@ -149,8 +175,8 @@ class Engine:
         """How many chunks of so many rows are best stored in one run; `None`: all that there are."""
         return None
 
-    def runs(self, chunks: Chunks, residual: Residual | None, lengths: list[int]) -> list[Run]:
-        """Chunks as runs of so many each, ready to be stored one after the other."""
+    def runs(self, chunks: Chunks, residual: Residual | None, lengths: list[int], weights: Weights) -> list[Run]:
+        """Chunks as runs of so many each, ready to be stored one after the other, from `weights` on."""
         residuals = [None] * len(lengths) if residual is None else residual.split(lengths)
         return [Run(*own) for own in zip(chunks.split(lengths), residuals)]
 
@@ -312,7 +338,7 @@ class Mixing(NamedTuple):
             return gates.unflatten(1, (num_runs, -1)).flatten(0, 1)
 
         momentum, mix = (None if gates is None else by_run(gates) for gates in (chunks.momentum, chunks.momentum_mix))
-        with _no_autocast(chunks.decay):
+        with no_autocast(chunks.decay):
             mixing = cls.of(by_run(chunks.decay), momentum, mix)
         return [cls(*run) for run in zip(*(t.unflatten(0, (-1, num_runs)).unbind(1) for t in mixing))]
 
@@ -327,7 +353,7 @@ class Mixing(NamedTuple):
 
         # in log space and at least float32: saturated gates stay finite
         def log_gate(logits: Tensor) -> Tensor:
-            return F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+            return F.logsigmoid(at_least_float32(logits))
 
         log_keep = log_gate(-decay)
         decay, beta = gate_products(log_keep), log_keep.cumsum(dim=-1).exp().unsqueeze(-1)
@@ -395,15 +421,19 @@ class DualEngine(Engine):
         # Where chunks are so long that their matrices are formed, the square is that of the chunks
         return max((128 if device.type == 'cpu' else 512) // rows, 8)
 
-    def runs(self, chunks: Chunks, residual: Residual | None, lengths: list[int]) -> list[Run]:
+    def runs(self, chunks: Chunks, residual: Residual | None, lengths: list[int], weights: Weights) -> list[Run]:
+        runs = super().runs(chunks, residual, lengths, weights)
+        if self._walks(chunks, weights):
+            return [run._replace(gates=gates) for run, gates in zip(runs, Gates.of(chunks).split(lengths))]
         # the recurrences of neighbours of one length are solved together
         groups = [[*same] for _, same in groupby(lengths)]
         together = chunks.split([sum(group) for group in groups])
         mixings = [mixing for own, group in zip(together, groups) for mixing in Mixing.of_runs(own, len(group))]
-        runs = super().runs(chunks, residual, lengths)
         return [run._replace(mixing=mixing) for run, mixing in zip(runs, mixings)]
 
     def store(self, run: Run, base: Weights, last: Weights, last_momentum: Momentum) -> Stored:
+        if run.gates is not None:
+            return self._walked(run, run.gates, base, last, last_momentum)
         chunks, has_momentum = run.chunks, run.chunks.momentum is not None
         assert run.mixing is not None
         dtype = next(iter(last.values())).dtype
@@ -446,7 +476,7 @@ class DualEngine(Engine):
         """Per matrix the rows X it saw and their errors Δ = −∂ loss / ∂ (X W), (bh, n, m, ·); per vector minus its
         gradient, (bh, n, d); and the unweighted losses (bh, n, m)."""
         if fused_record_serves(self.model, self.loss_fn, chunks, base, residual):
-            return recorded(self.model, chunks, base)
+            return recorded(self.model, chunks, base, residual)
         names = {id(p): name for name, p in self.model.named_parameters()}
         bh, n, m, _ = chunks.keys.shape
         vectors = {name: base[name].unsqueeze(1).expand(-1, n, -1) for name in _vectors(self.model)}
@@ -484,11 +514,17 @@ class DualEngine(Engine):
 
     def _factored_update(self, inputs: Tensor, errors: Tensor, modulation: Tensor | None) -> Tensor:
         """Errors of the update: clamped and modulated, chunk by chunk."""
-        if self.max_grad_norm is not None:
-            # ‖XᵀΔ‖² = Σ (X Xᵀ) ∘ (Δ Δᵀ), without the matrix
-            squared = ((inputs @ inputs.mT) * (errors @ errors.mT)).sum(dim=(-2, -1))
-            errors = _per_chunk(_soft_clamp_factor(squared, self.max_grad_norm), errors)
-        return errors if modulation is None else _per_chunk(modulation, errors)
+        scales = self._scales(inputs, errors, modulation)
+        return errors if scales is None else _per_chunk(scales, errors)
+
+    def _scales(self, inputs: Tensor, errors: Tensor, modulation: Tensor | None) -> Float[Tensor, 'bh n'] | None:
+        """By how much the clamp and modulation scale the update of each chunk."""
+        if self.max_grad_norm is None:
+            return modulation
+        # ‖XᵀΔ‖² = Σ (X Xᵀ) ∘ (Δ Δᵀ), without the matrix
+        squared = ((inputs @ inputs.mT) * (errors @ errors.mT)).sum(dim=(-2, -1))
+        clamp = _soft_clamp_factor(squared, self.max_grad_norm)
+        return clamp if modulation is None else clamp * modulation
 
     def _dense_update(self, descent: Tensor, modulation: Tensor | None) -> Tensor:
         if self.max_grad_norm is not None:
@@ -498,7 +534,7 @@ class DualEngine(Engine):
     def _dense_run(self, mixing: Mixing, starts: list[Tensor], update: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Weights before each chunk (bh, n, …), and each state after the last."""
         combined = self._orthogonal(mixing, starts[1:], update) if self.spectral_norm and update.ndim > 3 else None
-        with _no_autocast(update):
+        with no_autocast(update):
             flat, flat_starts = update.flatten(2), torch.stack(starts, dim=1).flatten(2)
             steps, of_starts = mixing.steps, mixing.step_starts
             ends = mixing.end @ flat + mixing.end_starts @ flat_starts
@@ -513,11 +549,41 @@ class DualEngine(Engine):
 
     def _orthogonal(self, mixing: Mixing, momenta: list[Tensor], update: Tensor) -> Tensor:
         """The momentum after each chunk, orthogonalised."""
-        with _no_autocast(update):
+        with no_autocast(update):
             combined = _mixed(mixing.momentum, update.flatten(2))
             if momenta:
                 combined = combined + mixing.momentum_starts @ torch.stack(momenta, dim=1).flatten(2)
         return newton_schulz(combined.view_as(update)).to(update.dtype)
+
+    # with spectral norm, where kernels walk the recurrences
+
+    def _walks(self, chunks: Chunks, weights: Weights) -> bool:
+        plain = chunks.momentum_mix is None and (chunks.momentum is None or chunks.momentum.shape[-1] == 1)
+        return self.spectral_norm and plain and spectral_run.kernels_serve(chunks.keys, [*weights.values()])
+
+    def _walked(self, run: Run, gates: Gates, base: Weights, last: Weights, last_momentum: Momentum) -> Stored:
+        chunks = run.chunks
+        inputs, errors, vectors, losses = self._factors(chunks, base, run.residual)
+        operands = operand_dtype(next(iter(last.values())))
+        dense, end, momentum = {}, {}, {}
+        ended: Tensor | None
+
+        for index, (name, weight) in enumerate(last.items()):
+            modulation = None if chunks.modulation is None else at_least_float32(chunks.modulation[..., index])
+            start = None if gates.momentum is None else last_momentum[name][0]
+            with no_autocast(weight):
+                if name in inputs:
+                    scales = self._scales(inputs[name], errors[name], modulation)
+                    every, ended = momenta(inputs[name], errors[name], scales, gates.momentum, start, operands)
+                    dense[name], end[name] = weights_over_time(newton_schulz(every), gates.keep, weight, operands)
+                else:
+                    update = self._dense_update(vectors[name].to(weight.dtype), None)
+                    dense[name], end[name], ended = vectors_over_time(
+                        update, modulation, gates.momentum, gates.keep, start, weight
+                    )
+            if gates.momentum is not None and ended is not None:
+                momentum[name] = [ended]
+        return Stored(Piece(dense, None, None, {}, end), momentum, losses)
 
 
 ProbedLoss = Callable[[Callable[[str, Tensor], Tensor], Weights], tuple[Tensor, Tensor]]
@@ -556,25 +622,44 @@ def fused_record_serves(
     """Whether `_factors` is one operation: of a memory MLP of one or two matrices, by the default loss."""
     # subclasses may do otherwise
     inner = model.model if type(model) is ResidualNorm else model
-    if type(inner) is not MemoryMLP or len(inner.weights) > 2 or loss_fn is not default_loss_fn or residual is not None:
+    if type(inner) is not MemoryMLP or len(inner.weights) > 2 or loss_fn is not default_loss_fn:
         return False
-    return fused_mlp.kernels_serve_record(chunks.keys, chunks.values, chunks.step_sizes, [*base.values()])
+    if residual is not None and residual.dense.keys() != base.keys():
+        return False
+    added = None if residual is None else _added(model, residual)
+    return fused_mlp.kernels_serve_record(chunks.keys, chunks.values, chunks.step_sizes, [*base.values()], added)
 
 
-def recorded(model: Module, chunks: Chunks, base: Weights) -> tuple[Weights, Weights, Weights, Tensor]:
+def recorded(
+    model: Module, chunks: Chunks, base: Weights, residual: Residual | None = None
+) -> tuple[Weights, Weights, Weights, Tensor]:
     """What `_factors` returns, by one operation."""
-    *hidden_name, last_name = [name for name, p in model.named_parameters() if p.ndim > 1]
-    first = base[hidden_name[0]] if hidden_name else None
+    first_name, last_name = _matrix_names(model)
+    first = None if first_name is None else base[first_name]
     gamma, eps = (base['norm.gamma'], model.norm.ln.eps) if isinstance(model, ResidualNorm) else (None, 0.0)
+    added = None if residual is None else _added(model, residual)
     hidden, hidden_errors, errors, descent, losses = fused_mlp.record(
-        chunks.keys, chunks.values, chunks.step_sizes, first, base[last_name], gamma, eps
+        chunks.keys, chunks.values, chunks.step_sizes, first, base[last_name], gamma, eps, added
     )
     keys = chunks.keys.to(errors.dtype)
     of_vectors = {} if gamma is None else {'norm.gamma': descent}
-    if not hidden_name:
+    if first_name is None:
         return {last_name: keys}, {last_name: errors}, of_vectors, losses
-    inputs = {hidden_name[0]: keys, last_name: hidden}
-    return inputs, {hidden_name[0]: hidden_errors, last_name: errors}, of_vectors, losses
+    inputs = {first_name: keys, last_name: hidden}
+    return inputs, {first_name: hidden_errors, last_name: errors}, of_vectors, losses
+
+
+def _added(model: Module, residual: Residual) -> fused_mlp.Added:
+    first_name, last_name = _matrix_names(model)
+    dense = residual.dense
+    first = None if first_name is None else dense[first_name]
+    return fused_mlp.Added(residual.shares, first, dense[last_name], dense.get('norm.gamma'))
+
+
+def _matrix_names(model: Module) -> tuple[str | None, str]:
+    """Of a memory MLP of one matrix or two."""
+    *first, last = [name for name, p in model.named_parameters() if p.ndim > 1]
+    return first[0] if first else None, last
 
 
 def _ends(mixing: Mixing, starts: list[Tensor], inputs: Tensor, errors: Tensor) -> list[Tensor]:
@@ -592,7 +677,7 @@ def _ends(mixing: Mixing, starts: list[Tensor], inputs: Tensor, errors: Tensor) 
         changes = (inputs.mT @ weighted).unflatten(2, (len(starts), -1)).unbind(2)
 
     ends, of_starts = [], mixing.end_starts[..., None, None]
-    with _no_autocast(errors):
+    with no_autocast(errors):
         for state, change in enumerate(changes):
             # the weights are in no momentum, and no momentum is in one of an earlier order
             for start in range(len(starts)) if state == 0 else range(1, state + 1):
@@ -614,11 +699,6 @@ def _mixed(mix: Float[Tensor, 'bh s n'], chunks: Float[Tensor, 'bh n f']) -> Flo
 def _of_rows(of_chunks: Float[Tensor, 'bh s n'], rows: int) -> Float[Tensor, 'bh s nm']:
     """What holds for a chunk, for each of its rows."""
     return of_chunks.unsqueeze(-1).expand(-1, -1, -1, rows).flatten(2)
-
-
-def _no_autocast(like: Tensor) -> torch.autocast:
-    """Gates and states keep their precision under autocast."""
-    return torch.autocast(like.device.type, enabled=False)
 
 
 def _vectors(model: Module) -> list[str]:

@@ -134,6 +134,11 @@ def _groups(pieces: list[Piece]) -> Iterator[list[Piece]]:
             yield group[start : start + at_once]
 
 
+def _in_a_row(pieces: list[Float[Tensor, 'bh n ...']], end: Float[Tensor, 'bh ...']) -> Float[Tensor, 'bh n ...']:
+    end = end.unsqueeze(1)
+    return torch.cat([*pieces, end.to(pieces[0].dtype)], dim=1) if pieces else end
+
+
 class FastWeights(Mapping[str, Tensor]):
     """A memory network's weights over time.
 
@@ -157,7 +162,7 @@ class FastWeights(Mapping[str, Tensor]):
         factored = {*pieces[0].factors} if pieces else set()
         runs = [Runs.of(group) for group in _groups(pieces)] if factored else []
         dense = {
-            name: torch.cat([*(piece.dense[name] for piece in pieces), w.unsqueeze(1)], dim=1)
+            name: _in_a_row([piece.dense[name] for piece in pieces], w)
             for name, w in end.items()
             if name not in factored
         }

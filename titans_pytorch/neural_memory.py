@@ -626,7 +626,7 @@ class NeuralMemory(Module):
 
         run_length = engine.run_length(tokens.device, self.store_chunk_size * self.num_kv_per_token)
         lengths, ends = self._run_lengths(state.seq_index, num_chunks, call.batch_size, run_length)
-        for run, ends_batch in zip(engine.runs(chunks, residual, lengths), ends):
+        for run, ends_batch in zip(engine.runs(chunks, residual, lengths, last), ends):
             stored = engine.store(run, base, last, momentum)
             pieces.append(stored.weights)
             losses.append(stored.losses)
