@@ -135,11 +135,14 @@ def captured(module, step):
     return graph.replay, result
 
 
-def test_training_by_graph_equals_training_without():
+@pytest.mark.parametrize('compiles', [False, True])
+def test_training_by_graph_equals_training_without(compiles):
     losses = []
     for graphs in (True, False):
         config = train_mac.Config(
-            PRESET='full', DEPTH=2, NEURAL_MEM_LAYERS=(2,), PRECISION='fp32', USE_CUDA_GRAPHS=graphs, BATCH_SIZE=2
+            **{'PRESET': 'full', 'DEPTH': 2, 'NEURAL_MEM_LAYERS': (1, 2), 'PRECISION': 'fp32', 'BATCH_SIZE': 2},
+            USE_CUDA_GRAPHS=graphs,
+            COMPILE=compiles and graphs,
         )
         model, generator = train_mac.build_model(config), torch.Generator().manual_seed(0)
         step = train_mac.MicroStep(model, config, train_mac.choose_machine(config))

@@ -36,10 +36,12 @@ BLOCK, MOST_COLUMNS = 4096, 64
 # hidden features of a program that sums weights' gradients, and the rows that it reads at a time
 UNITS, ROWS_AT_A_TIME = 32, 32
 STAGES = 2
-# where chunks have matrices of their own: entries of each that a program keeps on chip; its warps; registers of a
-# thread in the backward, so that a multiprocessor holds two. Matrices that are read but once need no stages
-KEPT, KEPT_IN_FULL = 8192, 4096
-ADDED_WARPS, ADDED_REGISTERS, ADDED_STAGES = 8, 128, 1
+# where chunks have matrices of their own: entries of each that a program keeps on chip. Matrices that are read but
+# once need no stages
+KEPT, KEPT_IN_FULL, ADDED_STAGES = 8192, 4096, 1
+# there, the warps of a program, and registers of a thread in the backward, so that a multiprocessor holds two programs
+# or three; the latter where there are so many
+ADDED_WARPS, ADDED_REGISTERS, MANY_PROGRAMS = (8, 4), (128, 168), 4096
 # there, what sums weights' gradients: hidden features and warps of a program, and programs to share the chunks out to
 ADDED_UNITS, ADDED_SUM_WARPS, ENOUGH_SUMS = 16, 4, 512
 
@@ -526,7 +528,7 @@ def backward(
     d_hidden_strides = (0,) * 4 if first is None else d_hidden.stride()
     # more rows, or float32 in full, need all there are
     few = added is not None and operands != torch.float32 and call.constants['ROWS'] == 16
-    at_most = {'maxnreg': ADDED_REGISTERS} if few else {}
+    at_most = {'maxnreg': ADDED_REGISTERS[call.many]} if few else {}
     with torch.cuda.device_of(keys):
         _backward_kernel[(heads * call.blocks,)](
             *incoming, *call.tensors, d_keys, d_values, d_step_sizes, of_gamma, d_products, d_y, d_h,
@@ -572,6 +574,7 @@ class _Call(NamedTuple):
     blocks: int
     parts: int
     width: int
+    many: bool
     strides: tuple[int, ...]
     constants: dict[str, Any]
 
@@ -611,8 +614,11 @@ class _Call(NamedTuple):
             keeps = first is not None and wide * padded <= (KEPT_IN_FULL if in_full else KEPT)
             block = wide if keeps else block
             own = of_chunk = min(MOST_ROWS, max(16, triton.next_power_of_2(rows)))
-            options = {'num_warps': ADDED_WARPS, 'num_stages': ADDED_STAGES}
+            options = {'num_stages': ADDED_STAGES}
         parts = triton.cdiv(rows, of_chunk)
+        many = heads * chunks * parts >= MANY_PROGRAMS
+        if added is not None:
+            options['num_warps'] = ADDED_WARPS[many]
         constants = {
             'dim': dim,
             'width': width,
@@ -635,6 +641,7 @@ class _Call(NamedTuple):
             triton.cdiv(chunks, own // of_chunk) * parts,
             parts,
             width,
+            many,
             (*strides, *of_chunks),
             constants,
         )

@@ -29,7 +29,7 @@ ENOUGH_PROGRAMS, MOST_WARPS = 128, 8
 # features of a strip, and its warps
 STRIP, STRIP_WARPS = 512, 2
 # chunks that are on their way: what the next ones bring does not wait for the state
-STAGES, BACKWARD_STAGES, STRIP_STAGES = 3, 2, 3
+STAGES, BACKWARD_STAGES, STRIP_STAGES = 3, 3, 3
 # entries of a gradient that a program adds up
 SUM_BLOCK = 512
 
@@ -203,6 +203,7 @@ def _over_time_backward_kernel(  # type: ignore[no-untyped-def]
     d_updates, d_scales, d_gates, d_keep, d_momentum_start, d_weight_start,
     chunks, features, strips,
     update_head, update_chunk, scale_head, scale_chunk, gate_head, gate_chunk, keep_head, keep_chunk,
+    d_before_head, d_before_chunk,
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Of a chunk's weight the gradient is G_c = d_before_{c+1} + κ_{c+1} G_{c+1}, and of its momentum
@@ -240,7 +241,8 @@ def _over_time_backward_kernel(  # type: ignore[no-untyped-def]
         tl.store(d_updates + place + chunk * features, d_update, mask=inside)
         g *= tl.load(keep + head * keep_head + chunk * keep_chunk)
         if d_before is not None:
-            g += tl.load(d_before + place + chunk * features, mask=inside, other=0.0).to(tl.float32)
+            from_before = d_before + head * d_before_head + chunk * d_before_chunk + feature
+            g += tl.load(from_before, mask=inside, other=0.0).to(tl.float32)
     tl.store(d_weight_start + head * features + feature, g, mask=inside)
     if d_momentum_start is not None:
         tl.store(d_momentum_start + head * features + feature, h, mask=inside)
@@ -360,7 +362,9 @@ def over_time_backward(
     momenta: Tensor,  # bh n f
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `updates`, of `scales`, `gates` and `keep`, stacked, those that there are, and of both starts."""
-    d_before, d_weight_end, d_momentum_end = map(_contiguous, (d_before, d_weight_end, d_momentum_end))
+    # the gradient of a run's weights is cut out of that of all runs'
+    d_before = None if d_before is None else _rows_whole(d_before)
+    d_weight_end, d_momentum_end = _contiguous(d_weight_end), _contiguous(d_momentum_end)
     updates, before, momenta = _rows_whole(updates), before.contiguous(), momenta.contiguous()
     heads, chunks, features = updates.shape
     block, strips = _strips(features)
@@ -374,7 +378,7 @@ def over_time_backward(
             d_updates, d_scales, d_gates, d_keep, d_momentum_start, d_weight_start,
             chunks, features, strips,
             *updates.stride()[:2], *_strides(scales, 2), *_strides(gates, 2), *keep.stride(),
-            BLOCK=block, STAGES=STRIP_STAGES, num_warps=STRIP_WARPS,
+            *_strides(d_before, 3)[:2], BLOCK=block, STAGES=STRIP_STAGES, num_warps=STRIP_WARPS,
         )  # fmt: skip
     if d_momentum_start is None:
         d_momentum_start = d_weight_start.new_empty(0)
