@@ -18,6 +18,7 @@ from torch.nn import Linear, Module, Parameter, ParameterList
 from torch.utils.checkpoint import checkpoint
 
 from titans_pytorch.checks import check_floating, check_multiple, check_positive, check_shape
+from titans_pytorch.decode_retrieval import Retrieval, retrieve_one
 from titans_pytorch.engines import (
     Chunks,
     DenseEngine,
@@ -587,8 +588,17 @@ class NeuralMemory(Module):
             rows = query if state.queries is None else torch.cat((state.queries, query), dim=1)
             if state.queries is not None:
                 state.queries.copy_(rows[:, 1:])
-            normed, queries = self._queries(rows)
-            return self._combined(self._predict(state.last, queries), normed)
+            normed = self.retrieve_norm(rows)
+            parts = Retrieval(
+                self.heads,
+                self.memory_model,
+                self._engine_class is DualEngine,
+                self.q_norm,
+                self.multihead_rmsnorm,
+                self.retrieve_gate,
+            )
+            retrieved = retrieve_one(parts, state.last, self.to_queries(normed), normed[:, self.conv_reach :])
+            return self.combine_heads(retrieved)
 
         assert state.queries is not None
         if begins_group and reach:
