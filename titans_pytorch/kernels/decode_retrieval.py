@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 # numbers of each matrix at a time, which are in registers
-TILE = 16384
-# of them, those of a warp: 32 of each matrix to a thread
-TILE_PER_WARP = 1024
+TILE = 8192
+# of them, those of a warp: 64 of each matrix to a thread
+TILE_PER_WARP = 2048
 MOST_WARPS = 16
 # numbers of a matrix, at most: one multiprocessor reads all of it, and of larger ones several would be faster
 LARGEST = 65536
