@@ -641,7 +641,7 @@ class MicroStep:
         if not torch.allclose(came, expected, rtol=0.02):
             raise RuntimeError(
                 f'the recorded step gives a loss and a norm of the gradient of {came.tolist()}, the step itself '
-                f'{expected.tolist()}: train with --no-use-cuda-graphs'
+                f'{expected.tolist()}: train with --no-use-cuda-graphs, or with --no-compile'
             )
         self.model.zero_grad(set_to_none=False)
 

@@ -3,6 +3,7 @@
     python benchmarks/beside_reference.py weights init.pt
     python benchmarks/beside_reference.py train --init-from init.pt --run-dir runs/ours …     (train_mac.py's options)
     PYTHONPATH=/path/to/the/reference python -P benchmarks/beside_reference.py train … --run-dir runs/reference
+        --no-compile --no-use-cuda-graphs --no-use-accelerated-scan                 (none of which it stands on a GPU)
     python benchmarks/beside_reference.py report runs/reference-1 runs/reference-2 runs/ours
     python benchmarks/beside_reference.py plot benchmarks/learning.png runs/reference runs/ours
 

@@ -72,7 +72,7 @@ def work(batch: int, precision: str, repeats: int, mode: str) -> dict[str, Any]:
 
     def forward_and_backward() -> float:
         loss = step(inputs)
-        model.zero_grad(set_to_none='graph' not in mode.lower())
+        model.zero_grad(set_to_none='graph' not in mode)
         return loss
 
     started = time.perf_counter()

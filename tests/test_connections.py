@@ -7,11 +7,17 @@ from functools import partial
 
 import pytest
 import torch
-from compare import all_in_float64, assert_same, randomised
+from compare import all_in_float64, assert_same, gradients, randomised
 from hyper_connections import mc_get_init_and_expand_reduce_stream_functions
 from hyper_connections.mHCv2 import sinkhorn_knopps
 
-from titans_pytorch import MemoryAsContextTransformer, connections
+from titans_pytorch import (
+    LongTermMemoryModel,
+    MemoryAsContextTransformer,
+    MemoryAsGateTransformer,
+    MemoryAsLayerTransformer,
+    connections,
+)
 from titans_pytorch.connections import (
     EPS,
     ITERATIONS,
@@ -382,3 +388,61 @@ def test_the_operation_is_what_it_says_to_the_compiler(adds):
 
 def test_kernels_and_connections_agree_on_the_streams(sequence_kernel):
     assert connections.MOST_STREAMS == sequence_kernel.LARGEST
+
+
+WHOLE = {
+    'MAC': (MemoryAsContextTransformer, {'num_longterm_mem_tokens': 1}),
+    'MAC that gates': (MemoryAsContextTransformer, {'neural_mem_gate_attn_output': True}),
+    'MAC in the order of the paper': (MemoryAsContextTransformer, {'paper_order': True}),
+    'MAG': (MemoryAsGateTransformer, {}),
+    'MAL': (MemoryAsLayerTransformer, {}),
+    'LMM': (LongTermMemoryModel, {}),
+}
+
+
+@pytest.mark.parametrize('name', WHOLE)
+def test_models_with_and_without_the_kernels(name, kernel, monkeypatch):
+    """A loss, its gradients, and hidden states of a piece that follows on a state."""
+    kind, kwargs = WHOLE[name]
+    sizes = {'num_tokens': 11, 'dim': 4, 'depth': 1, 'dim_head': 4, 'heads': 1, 'segment_len': 2}
+    memory = {'default_step_transform_max_lr': 0.1}
+    model = kind(
+        **sizes, neural_memory_segment_len=2, num_residual_streams=2, neural_memory_kwargs=memory, **kwargs
+    ).to(DEVICE)
+    randomised(model, 0.1)
+    tokens = torch.randint(0, 11, (1, 6), device=DEVICE)
+    called, connect = [], connections._connect
+    monkeypatch.setattr(connections, '_connect', lambda *args: called.append(args) or connect(*args))
+
+    def results(use):
+        monkeypatch.setattr(connections, 'USE_KERNEL', use)
+        called.clear()
+        with torch.enable_grad():
+            loss = model(tokens, return_loss=True)
+            grads = gradients(model, loss)
+        _, state = model(tokens[:, :3], return_state=True)
+        return loss, grads, model(tokens[:, 3:], state=state, return_hidden=True)
+
+    expected = results(False)
+    assert not called
+    assert_same(results(True), expected, 1e-4)
+    # three times through the model
+    assert len(called) == 3 * sum(connection is not None for block in model._blocks for connection in block.connections)
+
+
+def test_connections_of_ones_own_and_transforms_are_the_modules(kernel, monkeypatch):
+    monkeypatch.setattr(connections, 'USE_KERNEL', True)
+    one, x = connection(2, 8), torch.randn(4, 3, 8, device=DEVICE)
+
+    def read(x):
+        return connected(one, x)[0].square().sum()
+
+    _, along = torch.func.jvp(read, (x,), (torch.ones_like(x),))
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(read(leaf := x.clone().requires_grad_()), leaf)
+    assert_same(along, slope.sum(), 1e-4)
+
+    seen = []
+    one.register_forward_hook(lambda *_: seen.append(True))
+    connected(one, x)
+    assert seen

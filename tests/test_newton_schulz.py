@@ -152,7 +152,7 @@ def test_matrices_that_fit_take_the_kernel(taken):
     for dtype in (torch.float32, LOW):
         with torch.autocast(DEVICE, LOW):
             out = newton_schulz(matrices.to(dtype))
-        assert out.dtype == torch.float32
+        assert out.dtype == dtype
         assert_same(out, expected, 0.1)
     assert newton_schulz(matrices.to(LOW)).dtype == LOW
     assert taken == [(6, 4, torch.float32), *[(6, 4, LOW)] * 3]

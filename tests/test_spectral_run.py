@@ -450,3 +450,53 @@ def test_memories_that_walk_equal_the_dense_engine(options, walked):
 def test_momentum_of_orders_is_not_walked(walked):
     NeuralMemory(8, 2, spectral_norm_surprises=True, momentum_order=2)(torch.randn(1, 6, 8))
     assert not walked
+
+
+def test_kernels_store_what_plain_operations_store(kernels, monkeypatch):
+    """Two memories, clamped, of which the second builds on the first, and goes on from a state."""
+    walked = []
+    for name in ('momenta', 'weights_over_time', 'vectors_over_time'):
+        operation = getattr(engines, name)
+        noted = lambda *args, name=name, operation=operation: walked.append(name) or operation(*args)  # noqa: E731
+        monkeypatch.setattr(engines, name, noted)
+
+    def stored(runs):
+        monkeypatch.setattr(spectral_run, '_kernels_run_on', lambda device: runs)
+        walked.clear()
+        torch.manual_seed(0)
+        # as many rows in a chunk as a matrix has: with fewer, Newton–Schulz makes much of what is nearly nothing
+        make = {'dim': 8, 'chunk_size': 16, 'batch_size': 32, 'spectral_norm_surprises': True, 'max_grad_norm': 0.5}
+        one, two = (
+            NeuralMemory(**make, default_model_kwargs={'depth': 1}, accept_weight_residual=residual).to(DEVICE)
+            for residual in (False, True)
+        )
+        seq = torch.randn(1, 70, 8, device=DEVICE)
+        first, state = one(seq)
+        second, after = two(first, prev_weights=state.updates)
+        third, after = two(seq[:, :15], state=after, prev_weights=one(seq[:, :15], state=state)[1].updates)
+        return first, second, third, dict(after.states[0].items()), dict(after.states[1].items())
+
+    expected = stored(False)
+    assert not walked
+    assert_same(stored(True), expected, 1e-3)
+    # in each run a matrix and a vector
+    assert len(walked) > 9 and len(walked) == 3 * walked.count('momenta')
+
+
+@pytest.mark.parametrize('scale', [1.0, 1e-5])
+def test_a_clamp_is_that_of_the_matrix_whatever_its_rows_are_in(scale):
+    engine = engines.DualEngine(None, None, None, 0.5, True)
+    rows, deltas = torch.randn(2, 3, 4, 8).half(), (torch.randn(2, 3, 4, 6) * scale).half()
+    matrices = rows.float().mT @ deltas.float()
+    with torch.autocast(DEVICE, LOW):
+        scales = engine._scales(rows, deltas, None)
+    assert_same(scales[..., None, None] * matrices, engines.soft_clamp_norm(matrices, 0.5), 1e-5)
+
+
+def test_weights_stored_under_autocast_serve_without_it():
+    one, two = (NeuralMemory(8, 2, accept_weight_residual=residual) for residual in (False, True))
+    seq = torch.randn(1, 9, 8)
+    _, state = one(seq)
+    low = {name: w.to(torch.bfloat16) for name, w in state.updates.items()}
+    rounded = {name: w.float() for name, w in low.items()}
+    assert_same(two(seq, prev_weights=low)[0], two(seq, prev_weights=rounded)[0], 1e-6)

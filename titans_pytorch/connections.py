@@ -175,12 +175,15 @@ def _weights(connection: Any) -> list[Tensor]:
 
 def _kernels_serve(connection: Any, x: Streams) -> bool:
     """Whether the connection is one that the kernels know, in its plain settings, and the streams are for them."""
-    if not isinstance(connection, ManifoldConstrainedHyperConnections):
+    # subclasses may do otherwise
+    if type(connection) is not ManifoldConstrainedHyperConnections:
         return False
     streams = x.residual if isinstance(x, Unwritten) else x
     plain = connection.num_fracs == connection.num_input_views == connection.num_dynamic_alpha_proposals == 1
     return (
         plain
+        and not (connection._forward_hooks or connection._forward_pre_hooks)
+        and (torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active())
         and connection.branch is None
         and not connection.channel_first
         and connection.dropout.p == 0
@@ -253,6 +256,7 @@ def _(
 def _keep(ctx: Any, inputs: tuple[list[Tensor], list[Tensor]], output: Connected) -> None:
     x, weights = inputs
     ctx.number = len(x)
+    ctx.mark_non_differentiable(output[3])
     ctx.save_for_backward(output[3], *x, *weights)
 
 

@@ -20,7 +20,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import Module
 
 from titans_pytorch import fused_mlp, spectral_run
-from titans_pytorch.fast_weights import Factors, FastWeights, Piece, Weights
+from titans_pytorch.fast_weights import Factors, FastWeights, Piece, Weights, times
 from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
 from titans_pytorch.orthogonalize import newton_schulz
 from titans_pytorch.precision import at_least_float32, no_autocast, operand_dtype
@@ -104,7 +104,7 @@ class Residual(NamedTuple):
 
     def linear(self, name: str, x: Float[Tensor, 'bh n m d']) -> Float[Tensor, 'bh n m e']:
         """A share of the rows of each chunk times the matrix before it."""
-        out = x @ self.dense[name] if name in self.dense else self.weights.linear(name, x, self.first)
+        out = times(x, self.dense[name]) if name in self.dense else self.weights.linear(name, x, self.first)
         return _per_chunk(self.shares, out)
 
 
@@ -522,7 +522,9 @@ class DualEngine(Engine):
         if self.max_grad_norm is None:
             return modulation
         # ‖XᵀΔ‖² = Σ (X Xᵀ) ∘ (Δ Δᵀ), without the matrix
-        squared = ((inputs @ inputs.mT) * (errors @ errors.mT)).sum(dim=(-2, -1))
+        with no_autocast(inputs):
+            rows, deltas = at_least_float32(inputs), at_least_float32(errors)
+            squared = ((rows @ rows.mT) * (deltas @ deltas.mT)).sum(dim=(-2, -1))
         clamp = _soft_clamp_factor(squared, self.max_grad_norm)
         return clamp if modulation is None else clamp * modulation
 
@@ -571,16 +573,15 @@ class DualEngine(Engine):
         for index, (name, weight) in enumerate(last.items()):
             modulation = None if chunks.modulation is None else at_least_float32(chunks.modulation[..., index])
             start = None if gates.momentum is None else last_momentum[name][0]
-            with no_autocast(weight):
-                if name in inputs:
-                    scales = self._scales(inputs[name], errors[name], modulation)
-                    every, ended = momenta(inputs[name], errors[name], scales, gates.momentum, start, operands)
-                    dense[name], end[name] = weights_over_time(newton_schulz(every), gates.keep, weight, operands)
-                else:
-                    update = self._dense_update(vectors[name].to(weight.dtype), None)
-                    dense[name], end[name], ended = vectors_over_time(
-                        update, modulation, gates.momentum, gates.keep, start, weight
-                    )
+            if name in inputs:
+                scales = self._scales(inputs[name], errors[name], modulation)
+                every, ended = momenta(inputs[name], errors[name], scales, gates.momentum, start, operands)
+                dense[name], end[name] = weights_over_time(newton_schulz(every), gates.keep, weight, operands)
+            else:
+                update = self._dense_update(vectors[name].to(weight.dtype), None)
+                dense[name], end[name], ended = vectors_over_time(
+                    update, modulation, gates.momentum, gates.keep, start, weight
+                )
             if gates.momentum is not None and ended is not None:
                 momentum[name] = [ended]
         return Stored(Piece(dense, None, None, {}, end), momentum, losses)

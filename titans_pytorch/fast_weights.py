@@ -134,6 +134,11 @@ def _groups(pieces: list[Piece]) -> Iterator[list[Piece]]:
             yield group[start : start + at_once]
 
 
+def times(x: Float[Tensor, 'bh n c d'], weights: Float[Tensor, 'bh n d e']) -> Float[Tensor, 'bh n c e']:
+    # autocast makes them alike; without it they may be weights over time that were stored under autocast
+    return x @ (weights if torch.is_autocast_enabled(x.device.type) else weights.to(x.dtype))
+
+
 def _in_a_row(pieces: list[Float[Tensor, 'bh n ...']], end: Float[Tensor, 'bh ...']) -> Float[Tensor, 'bh n ...']:
     end = end.unsqueeze(1)
     return torch.cat([*pieces, end.to(pieces[0].dtype)], dim=1) if pieces else end
@@ -185,7 +190,7 @@ class FastWeights(Mapping[str, Tensor]):
     def linear(self, name: str, x: Float[Tensor, 'bh n c d'], first: int) -> Float[Tensor, 'bh n c e']:
         """Group k of the rows `x` times the matrix of step `first + k`."""
         if name in self.dense:
-            return x @ self.steps(name, first, x.shape[1])
+            return times(x, self.steps(name, first, x.shape[1]))
 
         out, start, stop = [], 0, first + x.shape[1]
         for piece in self.runs:

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titans_pytorch.precision import operand_dtype
 from titans_pytorch.shapes import Float
 
 HAS_TRITON = importlib.util.find_spec('triton') is not None
@@ -79,7 +80,7 @@ def record(
         of the products: under autocast its own.
     """
     others = (None,) * 4 if added is None else added
-    return _record(keys, values, step_sizes, first, last, gamma, *others, eps, _operands(keys))
+    return _record(keys, values, step_sizes, first, last, gamma, *others, eps, operand_dtype(keys))
 
 
 def ends(
@@ -93,7 +94,7 @@ def ends(
 
     state_k = Σ_c end[k, c] · X_cᵀ Δ_c + Σ_j end_starts[k, j] · start_j
     """
-    return _ends(end, end_starts, starts, inputs, errors, _operands(errors))
+    return _ends(end, end_starts, starts, inputs, errors, operand_dtype(errors))
 
 
 def kernels_serve_record(
@@ -126,13 +127,6 @@ def _kernels_take(rows: list[Tensor], states: list[Tensor]) -> bool:
 def _kernels_run_on(device: torch.device) -> bool:
     # Ampere was the first with TF32 and bfloat16
     return device.type == 'cuda' and HAS_TRITON and torch.cuda.get_device_capability(device)[0] >= 8
-
-
-def _operands(like: Tensor) -> torch.dtype:
-    """What products are computed in: float32, or what autocast lowers it to."""
-    if like.dtype != torch.float64 and torch.is_autocast_enabled(like.device.type):
-        return torch.get_autocast_dtype(like.device.type)
-    return like.dtype
 
 
 def _kernels(device: torch.device, operands: torch.dtype) -> tuple[Any, Any] | None:

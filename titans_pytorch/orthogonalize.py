@@ -7,6 +7,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from titans_pytorch.precision import operand_dtype
 from titans_pytorch.shapes import Float
 
 # Jordan et al.'s quintic: the steepest at 0 that still keeps every singular value within about [0.7, 1.2]
@@ -25,6 +26,8 @@ def newton_schulz(
     `steps` iterations of x ← a·x + (b·xxᵀ + c·(xxᵀ)²)·x on the matrix scaled to unit Frobenius norm; a zero
     matrix stays zero (`eps` bounds the norm from below).
 
+    The result has the precision of `matrices`; under autocast products are lowered, and between them it is float32.
+
     On a Hopper GPU, matrices that fit on chip (up to 64 × 128, under autocast up to 128 × 128 or 64 × 256) are
     computed by one Triton kernel, which can be differentiated once; not in float64.
     """
@@ -32,14 +35,12 @@ def newton_schulz(
         # imported where it is used: without a GPU there need be no Triton
         from titans_pytorch.kernels import newton_schulz as kernel
 
-        operands = matrices.dtype
-        if torch.is_autocast_enabled(matrices.device.type):
-            # the products are lowered; the norm is float32, and with it the result
-            operands, matrices = torch.get_autocast_dtype(matrices.device.type), matrices.float()
+        operands = operand_dtype(matrices)
         if kernel.serves(matrices, operands):
             flat = matrices.reshape(-1, *matrices.shape[-2:])
             return kernel.newton_schulz(flat, steps, eps, *coefficients, operands).view(matrices.shape)
-    return _by_loop(matrices, steps, eps, coefficients)
+    lowers = matrices.dtype != torch.float64 and torch.is_autocast_enabled(matrices.device.type)
+    return _by_loop(matrices.float() if lowers else matrices, steps, eps, coefficients).to(matrices.dtype)
 
 
 def _by_loop(matrices: Tensor, steps: int, eps: float, coefficients: tuple[float, float, float]) -> Tensor:
