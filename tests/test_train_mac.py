@@ -730,6 +730,23 @@ def test_the_memory_attention_model_and_bf16_train_too(text, tmp_path):
     assert len(rows(tmp_path / 'run', 'train_loss')) == 2
 
 
+def test_the_training_step_is_what_is_compiled(text, tmp_path, monkeypatch):
+    """Whole; and neither validation nor sampling."""
+    compiled, called = [], []
+
+    def noted(function, **how):
+        compiled.append(how)
+        return lambda *args: called.append(args) or function(*args)
+
+    for compiles in (False, True):
+        monkeypatch.setattr(torch, 'compile', noted)
+        train_mac.main(options(text, tmp_path / f'{compiles}', COMPILE=compiles, GRADIENT_ACCUMULATE_EVERY=2))
+    assert compiled == [{'fullgraph': True, 'dynamic': False}]
+    assert len(called) == 2 * TINY['NUM_BATCHES']
+    losses = [[row['train_loss'] for row in rows(tmp_path / f'{c}', 'train_loss').values()] for c in (False, True)]
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 def test_on_a_gpu(text, tmp_path):

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn import Module
 
 from titans_pytorch.attention import SegmentedAttention
-from titans_pytorch.connections import AddResidual, FoldedConnection, connect, connected, folded
+from titans_pytorch.connections import AddResidual, FoldedConnection, Streams, connect, connected, folded
 from titans_pytorch.decode_attention import Position
 from titans_pytorch.decoding import StepKind
 from titans_pytorch.memory_state import NeuralMemState, StepState
 from titans_pytorch.model_state import KeyValues
 from titans_pytorch.neural_memory import NeuralMemory
-from titans_pytorch.shapes import Float, Int
+from titans_pytorch.shapes import Int
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Place(NamedTuple):
 class Parts(NamedTuple):
     """A block's parts at work, on a sequence or on a single position."""
 
-    connections: Sequence[Callable[[Tensor], tuple[Tensor, AddResidual]]]
+    connections: Sequence[Callable[[Streams], tuple[Tensor, AddResidual]]]
     """For each branch: from the residual stream to the branch's input, and the function that adds its output."""
     attend: Callable[..., Tensor]
     """(seq, `output_gating=` or `context=`) to what attention gives."""
@@ -86,13 +86,17 @@ class Block(Module):
         """From and to the residual stream, one for each branch."""
         raise NotImplementedError
 
-    def arranged(self, x: Float[Tensor, 'b n d'], stream: Stream, parts: Parts) -> Float[Tensor, 'b n d']:
-        """How the parts are put together: the residual stream after this block, from that before it."""
+    def arranged(self, x: Streams, stream: Stream, parts: Parts) -> Streams:
+        """How the parts are put together: the residual stream after this block, from that before it.
+
+        It is read and written by `parts.connections` only, which may leave the last branch's output to be added by the
+        next one: `connections.written` adds it.
+        """
         raise NotImplementedError
 
     def forward(
-        self, x: Float[Tensor, 'b n d'], stream: Stream, state: LayerState, position: int, **attention_kwargs: Any
-    ) -> tuple[Float[Tensor, 'b n d'], LayerState]:
+        self, x: Streams, stream: Stream, state: LayerState, position: int, **attention_kwargs: Any
+    ) -> tuple[Streams, LayerState]:
         """Positions from `position` on through this block."""
         key_values, memory_state = state
         reached = position
@@ -128,8 +132,8 @@ class Block(Module):
         return x, LayerState(key_values, memory_state)
 
     def step(
-        self, x: Float[Tensor, 'b s d'], stream: Stream, buffers: LayerBuffers, place: Place, attention_layer: int
-    ) -> tuple[Float[Tensor, 'b s d'], StepState | None]:
+        self, x: Streams, stream: Stream, buffers: LayerBuffers, place: Place, attention_layer: int
+    ) -> tuple[Streams, StepState | None]:
         """`forward` for one position; its streams stand in a dimension of their own. There were `attention_layer`
         attentions before.
 

@@ -16,6 +16,7 @@ from torch.nn import Linear, Module, ModuleList
 from titans_pytorch.attention import ContextAttention, SegmentedAttention, flex_attention
 from titans_pytorch.block import Block, Parts, Stream
 from titans_pytorch.checks import check_multiple, check_not_negative, check_positive
+from titans_pytorch.connections import Streams
 from titans_pytorch.decoding import StepKind
 from titans_pytorch.feedforward import FeedForward
 from titans_pytorch.gates import Gated
@@ -54,7 +55,7 @@ class MACBlock(Block, ModuleList):
         """To memory, attention and feedforward."""
         return self.memory_connection, self.attention_connection, self.feedforward_connection
 
-    def arranged(self, x: Float[Tensor, 'b n d'], stream: Stream, parts: Parts) -> Float[Tensor, 'b n d']:
+    def arranged(self, x: Streams, stream: Stream, parts: Parts) -> Streams:
         to_memory, to_attention, to_feedforward = parts.connections
         gates = None
         if self.memory is not None:
@@ -91,7 +92,7 @@ class PaperMACBlock(MACBlock):
 
     combine = _part(7)
 
-    def arranged(self, x: Float[Tensor, 'b n d'], stream: Stream, parts: Parts) -> Float[Tensor, 'b n d']:
+    def arranged(self, x: Streams, stream: Stream, parts: Parts) -> Streams:
         _, to_attention, to_feedforward = parts.connections
         seq, add_residual = to_attention(x)
         segments = [seq] if parts.position is None else self._segments(seq, parts.position)

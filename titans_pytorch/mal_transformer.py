@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from titans_pytorch.block import Parts, Stream
+from titans_pytorch.connections import Streams
 from titans_pytorch.hybrid_transformer import HybridBlock, HybridTransformer
-from titans_pytorch.shapes import Float
 
 
 class MALBlock(HybridBlock):
     branch_names = ('memory', 'attention', 'feedforward')
 
-    def arranged(self, x: Float[Tensor, 'b n d'], stream: Stream, parts: Parts) -> Float[Tensor, 'b n d']:
+    def arranged(self, x: Streams, stream: Stream, parts: Parts) -> Streams:
         to_memory, to_attention, to_feedforward = parts.connections
         # Titans eq. 30, 31: y = M(x), o = SW-Attn(y), each around a residual
         if self.memory is not None:

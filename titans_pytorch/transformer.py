@@ -18,7 +18,7 @@ from titans_pytorch import generation
 from titans_pytorch.attention import SegmentedAttention, segmented_flex_attention
 from titans_pytorch.block import Block, LayerBuffers, LayerState, Place, Stream
 from titans_pytorch.checks import check_floating, check_positive, check_shape, check_token_ids
-from titans_pytorch.connections import written
+from titans_pytorch.connections import Streams, written
 from titans_pytorch.decode_attention import Position
 from titans_pytorch.decoding import StepKind
 from titans_pytorch.memory_state import take_over
@@ -359,13 +359,13 @@ class Transformer(Module):
         graph. So whatever depends on the position is computed from the tensor that holds it.
         """
         position = state.position
-        x = self._embedded_one(state, kind)
+        x: Streams = self._embedded_one(state, kind)
         in_chunk = position % self.neural_memory_segment_len
         place, num_attentions = Place(Position(position, state.frequencies), in_chunk, kind), 0
 
         stream, memories = Stream(), []
         if hasattr(self.expand_streams, 'stream_embed'):
-            x = x + self.expand_streams.stream_embed
+            x = written(x) + self.expand_streams.stream_embed
         for block, layer in zip(self._blocks, state.layers):
             x, memory = block.step(x, stream, layer, place, num_attentions)
             num_attentions += block.attention is not None
