@@ -58,6 +58,7 @@ class Case:
     batch: int
     length: int
     checkpoint_every: int | None = None
+    precision: str = 'fp32'
 
     @property
     def sizes(self) -> str:
@@ -66,7 +67,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f'{self.sizes}, {self.batch} × {self.length}'
+        lowered = '' if self.precision == 'fp32' else f', {self.precision}'
+        return f'{self.sizes}, {self.batch} × {self.length}{lowered}'
 
     def kwargs(self) -> dict[str, Any]:
         extra = {'checkpoint_every': self.checkpoint_every} if self.checkpoint_every else {}
@@ -93,6 +95,8 @@ CASES = [
     Case('step', 'cuda', 64, 512, 4, 4096),
     Case('step', 'cuda', 1, 32, 4, 512),
     Case('step', 'cuda', 16, 128, 1, 1024),
+    Case('step', 'cuda', 4, 128, 4, 512, precision='bf16'),
+    Case('step', 'cuda', 4, 128, 16, 2048, precision='bf16'),
     *(Case('growth', device, 4, memory_batch, 1, 16384) for device in ('cpu', 'cuda') for memory_batch in (128, None)),
     Case('stream', 'cpu', 64, 512, 1, 2**20),
     Case('stream', 'cuda', 4, 128, 1, 2**20),
@@ -139,12 +143,15 @@ def peak_memory(case: Case) -> int | None:
     return torch.cuda.max_memory_allocated() if case.device == 'cuda' else None
 
 
-def training_step(layer: torch.nn.Module, seq: torch.Tensor, mode: str) -> Callable[[], None]:
-    """Forward and backward as `mode` names it."""
+def training_step(layer: torch.nn.Module, seq: torch.Tensor, mode: str, precision: str) -> Callable[[], None]:
+    """Forward and backward as `mode` names it; in bf16 under autocast, states and gates in float32."""
     graph, compiled = 'graph' in mode, 'compiled' in mode
 
     def loss(seq: torch.Tensor) -> torch.Tensor:
-        return layer(seq)[0].pow(2).mean()
+        # casts of weights are not kept from replay to replay
+        with torch.autocast(seq.device.type, torch.bfloat16, enabled=precision == 'bf16', cache_enabled=False):
+            out = layer(seq)[0]
+        return out.float().pow(2).mean()
 
     compute = torch.compile(loss, fullgraph=True) if compiled else loss
 
@@ -158,7 +165,9 @@ def training_step(layer: torch.nn.Module, seq: torch.Tensor, mode: str) -> Calla
 
 def step(case: Case, repeats: int, mode: str) -> dict[str, Any]:
     started = time.perf_counter()
-    run = training_step(build(case), torch.randn(case.batch, case.length, DIM, device=case.device), mode)
+    run = training_step(
+        build(case), torch.randn(case.batch, case.length, DIM, device=case.device), mode, case.precision
+    )
     first = time.perf_counter() - started
     seconds = timed(run, repeats)
     return {'seconds': seconds, 'peak': peak_memory(case), 'build and first step': first}
@@ -168,7 +177,7 @@ def growth(case: Case, repeats: int, mode: str) -> dict[str, Any]:
     """By turns, so that a machine's moods meet both lengths; the short one as often as makes the same tokens."""
     layer, lengths = build(case), (case.length // 8, case.length)
     seqs = [torch.randn(case.batch, length, DIM, device=case.device) for length in lengths]
-    runs = [training_step(layer, seq, mode) for seq in seqs]
+    runs = [training_step(layer, seq, mode, case.precision) for seq in seqs]
     seconds: list[list[float]] = [[], []]
     for turn in range(repeats + 1):
         for own, run, times in zip(seconds, runs, (8, 1)):

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from titans_pytorch import MemoryMLP, NeuralMemory
+from titans_pytorch import MemoryMLP, NeuralMemory, batch_walk, retrieval
 from titans_pytorch.engines import Chunks, DenseEngine, DualEngine, Mixing, soft_clamp_norm
 from titans_pytorch.fast_weights import FastWeights
 from titans_pytorch.recurrence import gate_products
@@ -55,6 +55,27 @@ def test_engines_agree(switch, matrices, monkeypatch):
     monkeypatch.setattr(DualEngine, '_materialises', FORMED[matrices])
     dual, dense = pair(switch)
     assert_engines_agree(dual, dense, inputs(dual, 29), [29])
+
+
+AT_ONCE = [
+    *('plain', 'no momentum', 'momentum of order 3, combined', 'shared heads', 'two keys per token'),
+    *('lookahead values', 'no residual norm', 'linear memory'),
+]
+
+
+@pytest.mark.parametrize('sizes', [[39], [5, 20, 14]])
+@pytest.mark.parametrize('switch', AT_ONCE)
+def test_several_memory_batches_stored_and_all_queries_retrieved_at_once(switch, sizes, monkeypatch):
+    """What kernels do, by their plain twins."""
+    walked, retrieved, walk, retrieve = [], [], batch_walk.walk, retrieval.retrieve
+    monkeypatch.setattr(DualEngine, '_materialises', FORMED['factored'])
+    monkeypatch.setattr(batch_walk, 'kernels_serve', lambda *_: True)
+    monkeypatch.setattr(retrieval, 'kernels_serve', lambda *_: True)
+    monkeypatch.setattr(batch_walk, 'walk', lambda *args: (walked.append(args[-3].shape[1]), walk(*args))[1])
+    monkeypatch.setattr(retrieval, 'retrieve', lambda *args: (retrieved.append(args[0].shape[1]), retrieve(*args))[1])
+    dual, dense = pair(switch)
+    assert_engines_agree(dual, dense, inputs(dual, sum(sizes)), sizes)
+    assert max(walked) > 1 and max(retrieved) > 1
 
 
 @pytest.mark.parametrize('switch', [switch for switch in DUAL if 'spectral_norm_surprises' in SWITCHES[switch]])
@@ -356,7 +377,7 @@ def test_mixing_equals_the_recurrences():
     mixing = Mixing.of(chunks.decay, chunks.momentum, chunks.momentum_mix)
     _, *parts = chunks.split([1, 3, 3])
     (_, both) = chunks.split([1, 6])
-    for run, own in zip(Mixing.of_runs(both, 2), parts):
+    for run, own in zip(Mixing.of_runs(both, 2).unbind(), parts):
         assert_same(run, Mixing.of(own.decay, own.momentum, own.momentum_mix), 1e-12)
 
     u, w0, s0 = torch.randn(2, n).double(), torch.randn(2).double(), torch.randn(2, orders).double()

@@ -7,7 +7,7 @@ import torch
 from compare import assert_same, gradients
 from memories import inputs, memory
 
-from titans_pytorch import engines, fused_mlp
+from titans_pytorch import batch_walk, engines, fused_mlp
 from titans_pytorch.engines import Chunks, DualEngine, Mixing, default_loss_fn
 from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
 
@@ -349,8 +349,26 @@ MATERIALISED = ['spectral norm', 'two keys per token', 'linear memory']
 FACTORED = ['no momentum', 'momentum of order 3, combined', 'soft clamp', 'no residual norm', 'lookahead values']
 
 
+@pytest.fixture
+def one_by_one(monkeypatch):
+    """Memory batches, not several at once."""
+    monkeypatch.setattr(batch_walk, 'kernels_serve', lambda *_: False)
+
+
 @pytest.mark.parametrize('switch', [*MATERIALISED, *FACTORED])
-def test_a_memory_equals_the_dense_engine(calls, switch):
+def test_a_memory_equals_the_dense_engine(calls, switch, one_by_one):
+    agrees_with_the_dense_engine(switch)
+    # matrices that are no larger than a chunk's rows are formed
+    assert 'record' in calls and ('ends' in calls) == (switch not in MATERIALISED)
+
+
+@pytest.mark.parametrize('switch', ['plain', 'no residual norm'])
+def test_a_memory_that_stores_batches_at_once_equals_the_dense_engine(calls, switch):
+    agrees_with_the_dense_engine(switch)
+    assert not calls
+
+
+def agrees_with_the_dense_engine(switch):
     fused = memory(switch, engine='dual').float().to(DEVICE)
     dense = memory(switch, engine='dense').to(DEVICE)
     dense.load_state_dict(fused.state_dict())
@@ -361,13 +379,14 @@ def test_a_memory_equals_the_dense_engine(calls, switch):
         loss = out.double().sin().sum() + sum(w.double().sum() for w in state.states[0].values())
         results.append((out, state.states, gradients(mem, loss)))
     assert_same(*results, 3e-4)
-    # matrices that are no larger than a chunk's rows are formed
-    assert 'record' in calls and ('ends' in calls) == (switch not in MATERIALISED)
 
 
-def test_a_memory_compiles_to_few_operations(calls, fresh_compiler):
+@pytest.mark.parametrize('at_once', [True, False])
+def test_a_memory_compiles_to_few_operations(calls, fresh_compiler, monkeypatch, at_once):
     mem, seen = memory().float().to(DEVICE), []
     seq = inputs(mem, 9).float().to(DEVICE)
+    serve = batch_walk.kernels_serve
+    monkeypatch.setattr(batch_walk, 'kernels_serve', lambda *args: at_once and serve(*args))
 
     def loss(seq):
         out, state = mem(seq)
@@ -379,7 +398,8 @@ def test_a_memory_compiles_to_few_operations(calls, fresh_compiler):
 
     compiled = torch.compile(loss, fullgraph=True, backend=backend)(seq)
     # one memory batch, of two matrices
-    assert sum('record' in name for name in seen) == 1 and sum('ends' in name for name in seen) == 2
+    counts = [sum(what in name for name in seen) for what in ('walk', 'record', 'ends', 'titans_pytorch.retrieve')]
+    assert counts == ([1, 0, 0, 1] if at_once else [0, 1, 2, 1]), seen
     expected = loss(seq)
     assert_same((compiled, gradients(mem, compiled)), (expected, gradients(mem, expected)), 1e-5)
 

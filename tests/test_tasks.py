@@ -43,13 +43,26 @@ def test_every_query_of_mqar_is_a_key_whose_value_came_before():
         assert all(token >= 256 for place, token in enumerate(row) if place >= 12 and place not in where)
 
 
-def test_every_needle_is_in_the_text_and_its_question_at_the_end():
+def test_the_needle_is_in_the_text_and_its_question_at_the_end():
     batch = torch.full((6, 100), ord('.'))
-    for row in needle.hidden_needles(batch, torch.Generator().manual_seed(0)).tolist():
+    for row in needle.hidden_needle(batch, torch.Generator().manual_seed(0)).tolist():
         content = bytes(row).decode()
         question, answer = content[-11:-4], content[-4:]
         assert len(content) == 100 and question.startswith('[[') and question.endswith('=')
         assert content.count(question) == 2 and f'{question}{answer}]]' in content[:-11]
+
+
+def test_every_one_of_many_needles_is_asked_for_behind_it():
+    batch = torch.full((6, 300), ord('.'))
+    rows, answers = needle.hidden_needles(batch, 5, torch.Generator().manual_seed(0))
+    assert answers.shape == (6, 5 * needle.LETTERS)
+    for row, places in zip(rows.tolist(), answers.unflatten(1, (5, -1)).tolist()):
+        content = bytes(row).decode()
+        assert len(content) == 300 and content.count('[[') == content.count(']]') == 10
+        for place in places:
+            whole = content[place[0] - needle.QUESTION : place[-1] + 1]
+            assert whole.startswith('[[') and whole[6] == '='
+            assert content.count(whole) == 2 and content.rindex(whole) == place[0] - needle.QUESTION
 
 
 @pytest.mark.parametrize('name', models.MODELS)
@@ -68,10 +81,10 @@ def test_a_model_learns_mqar():
 
 @pytest.mark.parametrize('name', ['attention alone', 'MAC, paper order', 'LMM, no decay'])
 def test_needle_and_enwik8_train(name, text_file):
-    settings = {'device': 'cpu', 'steps': 3, 'learning_rate': 1e-2, 'data': text_file, 'batch': 2, 'trained': 48}
-    came = needle.run(name, 0, **settings, tested=[48], examples=2, **TINY)
+    settings = {'device': 'cpu', 'steps': 3, 'learning_rate': 1e-2, 'data': text_file}
+    came = needle.run(name, 0, **settings, tokens=128, trained=[64], tested=[48], examples=2, **TINY)
     assert 0 <= came['accuracy']['48'] <= 1
-    came = enwik8.run(name, 0, **settings, tested=64, num_windows=4, **TINY)
+    came = enwik8.run(name, 0, **settings, batch=2, trained=48, tested=64, num_windows=4, **TINY)
     assert came['steps'] == 3 and 0 < came['late'] < 9 and 0 < came['whole'] < 9
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn import Module
 
-from titans_pytorch import fused_mlp, spectral_run
-from titans_pytorch.fast_weights import Factors, FastWeights, Piece, Weights, times
+from titans_pytorch import batch_walk, fused_mlp, retrieval, spectral_run
+from titans_pytorch.fast_weights import Factors, FastWeights, Piece, Runs, Stretch, Weights, times
 from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
 from titans_pytorch.orthogonalize import newton_schulz
 from titans_pytorch.precision import at_least_float32, no_autocast, operand_dtype
@@ -130,13 +130,28 @@ class Gates(NamedTuple):
         return [Gates(*own) for own in zip(*_split(self, lengths))]
 
 
+class Span(NamedTuple):
+    """Consecutive chunks whose gradients are taken at one set of base weights."""
+
+    length: int
+    """In chunks."""
+    whole: bool
+    """Whether it is a memory batch, from its start to its end."""
+    ends_batch: bool
+    """Whether a memory batch ends with it."""
+
+
 class Run(NamedTuple):
-    """Chunks to be stored at one set of base weights; and for the dual engine their recurrences, one or the other."""
+    """What is stored at once: a span of chunks, or several memory batches. For the dual engine with their recurrences,
+    in one of three forms."""
 
     chunks: Chunks
     residual: Residual | None
+    ends_batch: bool
     mixing: Mixing | None = None
     """Solved."""
+    batches: Mixing | None = None
+    """Solved for several memory batches in a row, each with its own place in the second axis."""
     gates: Gates | None = None
     """To be walked, chunk after chunk."""
 
@@ -144,7 +159,7 @@ class Run(NamedTuple):
 class Stored(NamedTuple):
     """What storing a run of chunks gives."""
 
-    weights: Piece
+    weights: Piece | Stretch
     momentum: Momentum
     """After the last chunk; empty without momentum."""
     losses: Float[Tensor, 'bh n m']
@@ -175,10 +190,12 @@ class Engine:
         """How many chunks of so many rows are best stored in one run; `None`: all that there are."""
         return None
 
-    def runs(self, chunks: Chunks, residual: Residual | None, lengths: list[int], weights: Weights) -> list[Run]:
-        """Chunks as runs of so many each, ready to be stored one after the other, from `weights` on."""
-        residuals = [None] * len(lengths) if residual is None else residual.split(lengths)
-        return [Run(*own) for own in zip(chunks.split(lengths), residuals)]
+    def runs(self, chunks: Chunks, residual: Residual | None, spans: list[Span], weights: Weights) -> list[Run]:
+        """Chunks as runs, ready to be stored one after the other, from `weights` on."""
+        lengths = [span.length for span in spans]
+        residuals = [None] * len(spans) if residual is None else residual.split(lengths)
+        parts = zip(chunks.split(lengths), residuals, spans)
+        return [Run(own, added, span.ends_batch) for own, added, span in parts]
 
     def store(self, run: Run, base: Weights, last: Weights, last_momentum: Momentum) -> Stored:
         """Store a run, all gradients at `base` (plus its residual), going on from `last` and `last_momentum`."""
@@ -331,8 +348,8 @@ class Mixing(NamedTuple):
     """Of each state at the start, in each state after the last chunk."""
 
     @classmethod
-    def of_runs(cls, chunks: Chunks, num_runs: int) -> list[Mixing]:
-        """`chunks` in runs of equal length."""
+    def of_runs(cls, chunks: Chunks, num_runs: int) -> Mixing:
+        """`chunks` in so many runs of equal length, which become the second axis."""
 
         def by_run(gates: Tensor) -> Tensor:
             return gates.unflatten(1, (num_runs, -1)).flatten(0, 1)
@@ -340,7 +357,11 @@ class Mixing(NamedTuple):
         momentum, mix = (None if gates is None else by_run(gates) for gates in (chunks.momentum, chunks.momentum_mix))
         with no_autocast(chunks.decay):
             mixing = cls.of(by_run(chunks.decay), momentum, mix)
-        return [cls(*run) for run in zip(*(t.unflatten(0, (-1, num_runs)).unbind(1) for t in mixing))]
+        return cls(*(t.unflatten(0, (-1, num_runs)) for t in mixing))
+
+    def unbind(self) -> list[Mixing]:
+        """Of each run."""
+        return [Mixing(*own) for own in zip(*(t.unbind(1) for t in self))]
 
     @classmethod
     def of(
@@ -409,6 +430,16 @@ class Mixing(NamedTuple):
         )
 
 
+class RunParts(NamedTuple):
+    """Of a group of runs, what `retrieval` needs besides queries."""
+
+    mix: Float[Tensor, 'bh r n n']
+    shares: Float[Tensor, 'bh r n k']
+    first: retrieval.Matrix | None
+    last: retrieval.Matrix
+    gamma: Float[Tensor, 'bh r n d'] | None
+
+
 class DualEngine(Engine):
     """Rows and errors instead of gradients: a matrix X Δ of a chunk is never formed unless it must be.
 
@@ -421,19 +452,31 @@ class DualEngine(Engine):
         # Where chunks are so long that their matrices are formed, the square is that of the chunks
         return max((128 if device.type == 'cpu' else 512) // rows, 8)
 
-    def runs(self, chunks: Chunks, residual: Residual | None, lengths: list[int], weights: Weights) -> list[Run]:
-        runs = super().runs(chunks, residual, lengths, weights)
+    def runs(self, chunks: Chunks, residual: Residual | None, spans: list[Span], weights: Weights) -> list[Run]:
         if self._walks(chunks, weights):
-            return [run._replace(gates=gates) for run, gates in zip(runs, Gates.of(chunks).split(lengths))]
+            gates = Gates.of(chunks).split([span.length for span in spans])
+            runs = super().runs(chunks, residual, spans, weights)
+            return [run._replace(gates=own) for run, own in zip(runs, gates)]
+
         # the recurrences of neighbours of one length are solved together
-        groups = [[*same] for _, same in groupby(lengths)]
-        together = chunks.split([sum(group) for group in groups])
-        mixings = [mixing for own, group in zip(together, groups) for mixing in Mixing.of_runs(own, len(group))]
-        return [run._replace(mixing=mixing) for run, mixing in zip(runs, mixings)]
+        runs = []
+        groups = [[*same] for _, same in groupby(spans, key=lambda span: span.length)]
+        lengths = [sum(span.length for span in group) for group in groups]
+        residuals = [None] * len(groups) if residual is None else residual.split(lengths)
+        for group, own, own_residual in zip(groups, chunks.split(lengths), residuals):
+            mixing = Mixing.of_runs(own, len(group))
+            if all(span.whole for span in group) and own_residual is None and self._takes_batches(own, weights):
+                runs.append(Run(own, None, True, batches=mixing))
+            else:
+                each = super().runs(own, own_residual, group, weights)
+                runs += [run._replace(mixing=solved) for run, solved in zip(each, mixing.unbind())]
+        return runs
 
     def store(self, run: Run, base: Weights, last: Weights, last_momentum: Momentum) -> Stored:
         if run.gates is not None:
             return self._walked(run, run.gates, base, last, last_momentum)
+        if run.batches is not None:
+            return self._stored_batches(run.chunks, run.batches, last, last_momentum)
         chunks, has_momentum = run.chunks, run.chunks.momentum is not None
         assert run.mixing is not None
         dtype = next(iter(last.values())).dtype
@@ -445,7 +488,7 @@ class DualEngine(Engine):
             modulation = None if chunks.modulation is None else chunks.modulation[..., index]
             starts = [last[name], *(last_momentum[name] if has_momentum else ())]
 
-            if name in inputs and not self._materialises(inputs[name], errors[name]):
+            if name in inputs and not self._materialises(chunks.keys.shape[2], *base[name].shape[1:]):
                 update = self._factored_update(inputs[name], errors[name], modulation)
                 factors[name] = Factors(starts, inputs[name].flatten(1, 2), update.flatten(1, 2))
                 ends = _ends(mixing, starts, inputs[name], update)
@@ -457,8 +500,49 @@ class DualEngine(Engine):
             if has_momentum:
                 momentum[name] = ends[1:]
 
-        mix = _of_rows(mixing.steps, chunks.keys.shape[2]) if factors else None
-        return Stored(Piece(dense, mix, mixing.step_starts, factors, end), momentum, losses)
+        return Stored(Piece(dense, mixing.steps, mixing.step_starts, factors, end), momentum, losses)
+
+    def retrieve(self, weights: FastWeights, rows: Float[Tensor, 'bh n c d'], first: int) -> Float[Tensor, 'bh n c d']:
+        parts = self._parts(weights) if is_plain_mlp(self.model, self.loss_fn) else []
+        if not parts or not all(retrieval.kernels_serve(rows.unsqueeze(1), *own) for own in parts):
+            return super().retrieve(weights, rows, first)
+
+        # each run is read at once, and as a whole
+        _, eps = _norm(self.model)
+        out, start = [], 0
+        for own in parts:
+            steps = own.mix.shape[1:3]
+            stop = start + steps.numel()
+            within, rows = rows.tensor_split([max(0, stop - first)], dim=1)
+            if count := within.shape[1]:
+                lead = first - start
+                padded = F.pad(within, (0, 0, 0, 0, lead, stop - first - count)).unflatten(1, steps)
+                out.append(retrieval.retrieve(padded, *own, eps).flatten(1, 2)[:, lead : lead + count])
+            first, start = first + count, stop
+        if rows.shape[1]:
+            out.append(super().retrieve(weights, rows, first))
+        return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+
+    def _parts(self, weights: FastWeights) -> list[RunParts]:
+        """What `retrieval` takes of each run; nothing if not all of their matrices are factored."""
+        first_name, last_name = _matrix_names(self.model)
+        gamma_name, _ = _norm(self.model)
+        if any(name in weights.dense for name in (first_name, last_name)):
+            return []
+        lengths = [run.num_steps for run in weights.runs]
+        gammas: Sequence[Tensor | None] = [None] * len(lengths)
+        if gamma_name is not None:
+            gammas = weights.dense[gamma_name][:, :-1].split(lengths, dim=1)
+        return [
+            RunParts(
+                run.mix,
+                run.shares,
+                None if first_name is None else retrieval.Matrix(*run.matrices[first_name]),
+                retrieval.Matrix(*run.matrices[last_name]),
+                None if gamma is None else gamma.unflatten(1, run.mix.shape[1:3]),
+            )
+            for run, gamma in zip(weights.runs, gammas)
+        ]
 
     @staticmethod
     def retrieve_with(model: Module, weights: FastWeights, rows: Tensor, first: int) -> Tensor:
@@ -507,10 +591,9 @@ class DualEngine(Engine):
             errors, descents, losses = _traced_descent(loss, vectors, zeros)
         return {name: x.to(errors[name].dtype) for name, x in inputs.items()}, errors, descents, losses
 
-    def _materialises(self, inputs: Tensor, errors: Tensor) -> bool:
+    def _materialises(self, rows: int, dim_in: int, dim_out: int) -> bool:
         """Whether to form a chunk's X Δ: where it must be, and where it is no larger than the rows of X and Δ."""
-        dim_in, dim_out = inputs.shape[-1], errors.shape[-1]
-        return self.spectral_norm or inputs.shape[-2] * (dim_in + dim_out) >= dim_in * dim_out
+        return self.spectral_norm or rows * (dim_in + dim_out) >= dim_in * dim_out
 
     def _factored_update(self, inputs: Tensor, errors: Tensor, modulation: Tensor | None) -> Tensor:
         """Errors of the update: clamped and modulated, chunk by chunk."""
@@ -556,6 +639,42 @@ class DualEngine(Engine):
             if momenta:
                 combined = combined + mixing.momentum_starts @ torch.stack(momenta, dim=1).flatten(2)
         return newton_schulz(combined.view_as(update)).to(update.dtype)
+
+    # several memory batches at once, where kernels walk through them
+
+    def _takes_batches(self, chunks: Chunks, weights: Weights) -> bool:
+        if self.max_grad_norm is not None or chunks.modulation is not None:
+            return False
+        rows, states = chunks.keys.shape[2], 1 + (0 if chunks.momentum is None else chunks.momentum.shape[-1])
+        forms = any(self._materialises(rows, *w.shape[1:]) for w in weights.values() if w.ndim > 2)
+        plain = is_plain_mlp(self.model, self.loss_fn) and not forms
+        return plain and batch_walk.kernels_serve(*chunks[:3], [*weights.values()], states)
+
+    def _stored_batches(self, chunks: Chunks, mixing: Mixing, last: Weights, last_momentum: Momentum) -> Stored:
+        first_name, last_name = _matrix_names(self.model)
+        gamma_name, eps = _norm(self.model)
+        starts = {name: [w, *last_momentum.get(name, [])] for name, w in last.items()}
+        first, gamma = (None if name is None else starts[name] for name in (first_name, gamma_name))
+        walked = batch_walk.walk(*chunks[:3], first, starts[last_name], gamma, mixing.end, mixing.end_starts, eps)
+
+        keys = chunks.keys.to(walked.errors.dtype).unflatten(1, mixing.end.shape[1::2]).flatten(2, 3)
+        inputs = keys if first_name is None else walked.hidden
+        matrices = {last_name: (walked.last_starts, inputs, walked.errors)}
+        ends = {last_name: walked.last_end}
+        if first_name is not None:
+            matrices[first_name] = (walked.first_starts, keys, walked.hidden_errors)
+            ends[first_name] = walked.first_end
+        dense = {}
+        if gamma_name is not None:
+            with no_autocast(walked.descent):
+                every = mixing.steps @ walked.descent + mixing.step_starts @ walked.gamma_starts
+            dense[gamma_name], ends[gamma_name] = every.flatten(1, 2), walked.gamma_end
+
+        states = {name: [*ends[name].unbind(1)] for name in last}
+        end = {name: own[0] for name, own in states.items()}
+        momentum = {name: states[name][1:] for name in last_momentum}
+        stretch = Stretch(dense, Runs(mixing.steps, mixing.step_starts, matrices), end)
+        return Stored(stretch, momentum, walked.losses.flatten(1, 2))
 
     # with spectral norm, where kernels walk the recurrences
 
@@ -617,13 +736,18 @@ def _traced_descent(fn: ProbedLoss, vectors: Weights, zeros: Weights) -> tuple[W
     return errors, descents, losses
 
 
+def is_plain_mlp(model: Module, loss_fn: LossFn) -> bool:
+    """Whether it is what kernels are written for: a memory MLP of one or two matrices, by the default loss."""
+    # subclasses may do otherwise
+    inner = model.model if type(model) is ResidualNorm else model
+    return type(inner) is MemoryMLP and len(inner.weights) <= 2 and loss_fn is default_loss_fn
+
+
 def fused_record_serves(
     model: Module, loss_fn: LossFn, chunks: Chunks, base: Weights, residual: Residual | None
 ) -> bool:
-    """Whether `_factors` is one operation: of a memory MLP of one or two matrices, by the default loss."""
-    # subclasses may do otherwise
-    inner = model.model if type(model) is ResidualNorm else model
-    if type(inner) is not MemoryMLP or len(inner.weights) > 2 or loss_fn is not default_loss_fn:
+    """Whether `_factors` is one operation."""
+    if not is_plain_mlp(model, loss_fn):
         return False
     if residual is not None and residual.dense.keys() != base.keys():
         return False
@@ -637,7 +761,8 @@ def recorded(
     """What `_factors` returns, by one operation."""
     first_name, last_name = _matrix_names(model)
     first = None if first_name is None else base[first_name]
-    gamma, eps = (base['norm.gamma'], model.norm.ln.eps) if isinstance(model, ResidualNorm) else (None, 0.0)
+    gamma_name, eps = _norm(model)
+    gamma = None if gamma_name is None else base[gamma_name]
     added = None if residual is None else _added(model, residual)
     hidden, hidden_errors, errors, descent, losses = fused_mlp.record(
         chunks.keys, chunks.values, chunks.step_sizes, first, base[last_name], gamma, eps, added
@@ -661,6 +786,11 @@ def _matrix_names(model: Module) -> tuple[str | None, str]:
     """Of a memory MLP of one matrix or two."""
     *first, last = [name for name, p in model.named_parameters() if p.ndim > 1]
     return first[0] if first else None, last
+
+
+def _norm(model: Module) -> tuple[str | None, float]:
+    """Of a memory MLP: the name of its norm's γ, and its eps."""
+    return ('norm.gamma', model.norm.ln.eps) if isinstance(model, ResidualNorm) else (None, 0.0)
 
 
 def _ends(mixing: Mixing, starts: list[Tensor], inputs: Tensor, errors: Tensor) -> list[Tensor]:

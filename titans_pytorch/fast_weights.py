@@ -14,7 +14,7 @@ with the weights and the momentum at the start of the run as start_k, so that x 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -45,8 +45,8 @@ class Piece(NamedTuple):
 
     dense: Weights
     """Before each chunk, (bh, n, …)."""
-    mix: Float[Tensor, 'bh n t'] | None
-    """Of each row's X Δ, in the matrices before each chunk."""
+    mix: Float[Tensor, 'bh n n'] | None
+    """Of each chunk's X Δ, in the matrices before each chunk."""
     shares: Float[Tensor, 'bh n k'] | None
     """Of each start."""
     factors: dict[str, Factors]
@@ -54,10 +54,20 @@ class Piece(NamedTuple):
     """Every parameter after the last chunk, (bh, …)."""
 
 
+class Stretch(NamedTuple):
+    """The weights over several runs, stored at once."""
+
+    dense: Weights
+    """Before each chunk of all runs."""
+    runs: Runs
+    end: Weights
+    """Every parameter after the last run."""
+
+
 class Runs(NamedTuple):
     """The factored matrices over r runs of n steps each, all steps but the one after the last chunk."""
 
-    mix: Float[Tensor, 'bh r n t']
+    mix: Float[Tensor, 'bh r n n']
     shares: Float[Tensor, 'bh r n k']
     matrices: dict[str, tuple[Float[Tensor, 'bh r k d e'], Float[Tensor, 'bh r t d'], Float[Tensor, 'bh r t e']]]
     """Starts, inputs and errors."""
@@ -89,17 +99,15 @@ class Runs(NamedTuple):
 
         out = _shared_linear(x, shares, starts)
         if n > 1:  # nothing is stored before step 0
-            scores = (x.flatten(1, 2) @ inputs.mT).unflatten(1, x.shape[1:3]) * mix.unsqueeze(2)
-            out = torch.baddbmm(out, scores.flatten(1, 2), errors)
+            scores = (x.flatten(1, 2) @ inputs.mT).view(*x.shape[:3], n, -1) * mix[:, :, None, :, None]
+            out = torch.baddbmm(out, scores.flatten(3).flatten(1, 2), errors)
         return out.view(batch, runs * n, -1, errors.shape[-1])
 
     def materialise(self, name: str) -> Float[Tensor, 'bh n d e']:
         starts, inputs, errors = self.matrices[name]
-        n, t = self.mix.shape[2:]
-        chunks = (n, t // n)
+        chunks = (self.mix.shape[2], -1)
         changes = inputs.unflatten(2, chunks).mT @ errors.unflatten(2, chunks)
-        mix = self.mix.unflatten(3, chunks)[..., 0]  # the same for all rows of a chunk
-        weights = torch.einsum('brij, brjde -> bride', mix.to(changes.dtype), changes)
+        weights = torch.einsum('brij, brjde -> bride', self.mix.to(changes.dtype), changes)
         return (weights + torch.einsum('brik, brkde -> bride', self.shares, starts)).flatten(1, 2)
 
 
@@ -118,20 +126,21 @@ def _shared_linear(
     return sum(parts[1:], parts[0]).flatten(1, 2)
 
 
-def _groups(pieces: list[Piece]) -> Iterator[list[Piece]]:
+def _runs(pieces: Sequence[Piece | Stretch]) -> Iterator[Runs]:
     """Neighbours of one length, which are applied together; on a CPU so many that they stay in its cache."""
 
-    def length(piece: Piece) -> tuple[int, ...]:
-        assert piece.mix is not None
-        return piece.mix.shape[1:]
+    def rows(piece: Piece | Stretch) -> torch.Size | None:
+        return None if isinstance(piece, Stretch) else next(iter(piece.factors.values())).inputs.shape[:2]
 
-    for _, same in groupby(pieces, key=length):
-        group = [*same]
-        mix = group[0].mix
-        assert mix is not None
-        at_once = len(group) if mix.is_cuda else max(1, ROWS_IN_CACHE // (len(mix) * max(1, mix.shape[2])))
+    for shape, same in groupby(pieces, key=rows):
+        if shape is None:
+            yield from (stretch.runs for stretch in same if isinstance(stretch, Stretch))
+            continue
+        group = [piece for piece in same if isinstance(piece, Piece)]
+        on_gpu = next(iter(group[0].end.values())).is_cuda
+        at_once = len(group) if on_gpu else max(1, ROWS_IN_CACHE // max(1, shape.numel()))
         for start in range(0, len(group), at_once):
-            yield group[start : start + at_once]
+            yield Runs.of(group[start : start + at_once])
 
 
 def times(x: Float[Tensor, 'bh n c d'], weights: Float[Tensor, 'bh n d e']) -> Float[Tensor, 'bh n c e']:
@@ -162,15 +171,11 @@ class FastWeights(Mapping[str, Tensor]):
         return cls(tensors, [], {name: w[:, -1] for name, w in tensors.items()})
 
     @classmethod
-    def joined(cls, pieces: list[Piece], end: Weights) -> FastWeights:
+    def joined(cls, pieces: Sequence[Piece | Stretch], end: Weights) -> FastWeights:
         """Pieces one after the other, each beginning where the one before ended, and `end` after the last."""
-        factored = {*pieces[0].factors} if pieces else set()
-        runs = [Runs.of(group) for group in _groups(pieces)] if factored else []
-        dense = {
-            name: _in_a_row([piece.dense[name] for piece in pieces], w)
-            for name, w in end.items()
-            if name not in factored
-        }
+        held_dense = pieces[0].dense.keys() if pieces else end.keys()
+        runs = [*_runs(pieces)] if held_dense != end.keys() else []
+        dense = {name: _in_a_row([piece.dense[name] for piece in pieces], end[name]) for name in held_dense}
         return cls(dense, runs, end)
 
     @property

@@ -26,6 +26,7 @@ from titans_pytorch.engines import (
     Engine,
     LossFn,
     Residual,
+    Span,
     beside,
     choose_engine,
     default_loss_fn,
@@ -635,13 +636,13 @@ class NeuralMemory(Module):
         pieces, losses = [], [torch.zeros_like(chunks.step_sizes[:, :0])]
 
         run_length = engine.run_length(tokens.device, self.store_chunk_size * self.num_kv_per_token)
-        lengths, ends = self._run_lengths(state.seq_index, num_chunks, call.batch_size, run_length)
-        for run, ends_batch in zip(engine.runs(chunks, residual, lengths, last), ends):
+        spans = self._spans(state.seq_index, num_chunks, call.batch_size, run_length)
+        for run in engine.runs(chunks, residual, spans, last):
             stored = engine.store(run, base, last, momentum)
             pieces.append(stored.weights)
             losses.append(stored.losses)
             last, momentum = stored.weights.end, stored.momentum
-            if ends_batch:
+            if run.ends_batch:
                 base = last = self._transition(base, last)
 
         # copied, so that a kept state does not keep the whole input
@@ -659,26 +660,23 @@ class NeuralMemory(Module):
         surprises = by_row(torch.cat(losses, dim=1)), by_row(chunks.step_sizes)
         return FastWeights.joined(pieces, last), after, surprises
 
-    def _run_lengths(
-        self, seq_index: int, num_chunks: int, batch_size: int | None, run_length: int | None
-    ) -> tuple[list[int], list[bool]]:
-        """How many chunks to store in each run, and whether a memory batch ends with it.
-
-        A run ends with its memory batch, and where it has the chunks that the engine likes best.
-        """
+    def _spans(self, seq_index: int, num_chunks: int, batch_size: int | None, run_length: int | None) -> list[Span]:
+        """The chunks of a call, cut where memory batches end, and where a span has the chunks that the engine likes
+        best."""
         chunk = seq_index // self.store_chunk_size
-        lengths: list[int] = []
-        ends: list[bool] = []
-        while left := num_chunks - sum(lengths):
+        per_batch = None if batch_size is None else batch_size // self.store_chunk_size
+        spans: list[Span] = []
+        while left := num_chunks - sum(span.length for span in spans):
             length = left if run_length is None else min(left, run_length)
-            left_of_batch = None
-            if batch_size is not None:
-                per_batch = batch_size // self.store_chunk_size
-                left_of_batch = per_batch - (chunk + sum(lengths)) % per_batch
-                length = min(length, left_of_batch)
-            lengths.append(length)
-            ends.append(length == left_of_batch)
-        return lengths, ends
+            if per_batch is None:
+                spans.append(Span(length, False, False))
+                continue
+            left_of_batch = per_batch - (chunk + sum(span.length for span in spans)) % per_batch
+            length = min(length, left_of_batch)
+            # with a gate the next one does not begin with the weights that this one ends with
+            whole = length == per_batch and self.transition_gate is None
+            spans.append(Span(length, whole, length == left_of_batch))
+        return spans
 
     def _normed_chunks(self, tokens: Tensor, mask: Bool[Tensor, 'b n'] | None) -> tuple[Chunks, Float[Tensor, 'b n d']]:
         """What complete chunks ask to be learned, and a row for each; before them are tokens for the convolution."""

@@ -39,38 +39,42 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 MODELS = {**ARCHITECTURES, **{f'LMM, {name}': (LongTermMemoryModel, {}, own) for name, own in ABLATIONS.items()}}
 
 
-def build(name: str, seed: int, **sizes: Any) -> Transformer:
+def build(name: str, seed: int, memory_batch: int | None = None, **sizes: Any) -> Transformer:
     """One of `MODELS`, its feedforwards so wide that all have as many parameters as the largest with common ones.
 
     Gradients are taken at the initial weights of the memories, but for the paper's order, in which a memory batch is a
     segment; there steps are smaller. `sizes`: arguments that all have in common.
     """
 
-    wanted = _largest(tuple(sizes.items()))
+    wanted = _largest(memory_batch, tuple(sizes.items()))
     # a feedforward has 2 · dim² weights for each unit of `ff_mult`
-    missing = wanted - _count(name, sizes)
-    return _built(name, seed, sizes, 4.0 + missing / (2 * sizes['dim'] ** 2 * sizes['depth']))
+    missing = wanted - _count(name, memory_batch, sizes)
+    return _built(name, seed, memory_batch, sizes, 4.0 + missing / (2 * sizes['dim'] ** 2 * sizes['depth']))
 
 
 @cache
-def _largest(sizes: tuple[tuple[str, Any], ...]) -> int:
-    return max(_count(name, dict(sizes)) for name in MODELS)
+def _largest(memory_batch: int | None, sizes: tuple[tuple[str, Any], ...]) -> int:
+    return max(_count(name, memory_batch, dict(sizes)) for name in MODELS)
 
 
-def _count(name: str, sizes: dict[str, Any]) -> int:
+def _count(name: str, memory_batch: int | None, sizes: dict[str, Any]) -> int:
     with torch.device('meta'):
-        return num_parameters(_built(name, 0, sizes, 4.0))
+        return num_parameters(_built(name, 0, memory_batch, sizes, 4.0))
 
 
-def _built(name: str, seed: int, sizes: dict[str, Any], ff_mult: float) -> Transformer:
+def _built(name: str, seed: int, memory_batch: int | None, sizes: dict[str, Any], ff_mult: float) -> Transformer:
     torch.manual_seed(seed)
     kind, kwargs, memory = MODELS[name]
     heads = sizes['dim'] // sizes['dim_head']
     common: dict[str, Any] = {**sizes, 'heads': heads, 'ff_mult': ff_mult, **kwargs}
+    if 'paper_order' in kwargs:
+        memory_batch = sizes['segment_len']
+    else:
+        common['neural_memory_batch_size'] = memory_batch
     settings = memory_settings(
         heads,
         sizes['dim_head'],
-        sizes['segment_len'] if 'paper_order' in kwargs else None,
+        memory_batch,
         **{'default_model_kwargs': {'depth': 2, 'expansion_factor': 2.0}, **memory},
     )
     model = kind(**common, neural_memory_kwargs=settings)

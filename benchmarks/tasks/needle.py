@@ -3,9 +3,11 @@
     python benchmarks/tasks/needle.py --data enwik8.gz                (all models, three seeds)
     python benchmarks/tasks/needle.py --report runs.jsonl --write
 
-A sequence of bytes ends with `[[abcd=`, and somewhere before stands `[[abcd=wxyz]]`, four random letters each. The
-model is trained at 2,048 bytes to continue the text, and the answer counts as much as all of the text; tested at 2K to
-16K, the needle anywhere. An answer is right if all four letters are; attention sees 128 bytes back.
+A sequence of bytes ends with `[[abcd=`, and somewhere before stands `[[abcd=wxyz]]`, four random letters each. Tested
+at 2K to 16K bytes, the needle anywhere; an answer is right if all four letters are. Attention sees 128 bytes back.
+
+Trained to continue the text, in which many needles hide, each asked for somewhere behind it, and by turns at 256 to
+2,048 bytes: one answer in two thousand bytes teaches nothing in so few steps. The answers count as much as the text.
 """
 
 from __future__ import annotations
@@ -26,53 +28,81 @@ LETTERS = 4
 BEFORE, BETWEEN, AFTER = b'[[', b'=', b']]'
 NEEDLE = len(BEFORE) + LETTERS + len(BETWEEN) + LETTERS + len(AFTER)
 QUESTION = len(BEFORE) + LETTERS + len(BETWEEN)
+TRAINED = [256, 512, 1024, 2048]
 LENGTHS = [2048, 4096, 8192, 16384]
+BYTES_PER_NEEDLE = 64
 SIZES = {'dim': 128, 'depth': 2, 'dim_head': 64, 'segment_len': 128, 'neural_memory_segment_len': 16}
 
 SMALL = {
-    **{'trained': 256, 'tested': [256, 512, 1024, 2048], 'batch': 8, 'examples': 64},
+    **{'trained': [64, 128, 256], 'tested': [256, 512, 1024, 2048], 'tokens': 4096, 'examples': 64},
     **{'dim': 64, 'dim_head': 32, 'segment_len': 32, 'neural_memory_segment_len': 4},
 }
 
 
-def hidden_needles(batch: Tensor, generator: torch.Generator) -> Tensor:
-    """Bytes (batch, length) with a needle put in, a question at the end, and after it the answer."""
-    size, length = batch.shape
-    device = batch.device
+def _letters(size: int, count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(97, 123, (size, count, LETTERS), generator=generator, device=generator.device)
 
-    def letters() -> Tensor:
-        return torch.randint(97, 123, (size, LETTERS), generator=generator, device=device)
+
+def _marked(keys: Tensor, values: Tensor) -> Tensor:
+    """`[[key=value]]`, bytes (batch, count, NEEDLE)."""
 
     def fixed(what: bytes) -> Tensor:
-        return torch.tensor([*what], device=device).expand(size, -1)
+        return torch.tensor([*what], device=keys.device).expand(*keys.shape[:2], -1)
 
-    key, value = letters(), letters()
-    needle = torch.cat((fixed(BEFORE), key, fixed(BETWEEN), value, fixed(AFTER)), dim=1)
-    question = torch.cat((fixed(BEFORE), key, fixed(BETWEEN), value), dim=1)
+    return torch.cat((fixed(BEFORE), keys, fixed(BETWEEN), values, fixed(AFTER)), dim=-1)
+
+
+def hidden_needle(batch: Tensor, generator: torch.Generator) -> Tensor:
+    """Bytes (batch, length) with a needle put in, a question at the end, and after it the answer."""
+    size, length = batch.shape
+    needle = _marked(_letters(size, 1, generator), _letters(size, 1, generator))[:, 0]
+    question = needle[:, : -len(AFTER)]
     last = length - question.shape[1] - NEEDLE
-    starts = torch.randint(0, last, (size, 1), generator=generator, device=device)
-    batch = batch.scatter(1, starts + torch.arange(NEEDLE, device=device), needle)
+    starts = torch.randint(0, last, (size, 1), generator=generator, device=batch.device)
+    batch = batch.scatter(1, starts + torch.arange(NEEDLE, device=batch.device), needle)
     return torch.cat((batch[:, : -question.shape[1]], question), dim=1)
 
 
-def batches(text: Tensor, size: int, length: int, generator: torch.Generator) -> Iterator[tuple[Tensor]]:
-    for batch in texts.windows(text, size, length, generator):
-        yield (hidden_needles(batch, generator),)
+def hidden_needles(batch: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Bytes (batch, length) with so many needles, each of which comes again, its value then being the answer; and where
+    the answers are, (batch, count · LETTERS)."""
+    size, length = batch.shape
+    device = batch.device
+    needles = _marked(_letters(size, count, generator), _letters(size, count, generator))
+    # in slots, so that none is upon another; of two in one draw the earlier is the needle
+    slots = torch.rand(size, length // NEEDLE, generator=generator, device=device).topk(2 * count).indices
+    first, again = slots.unflatten(1, (2, count)).sort(dim=1).values.unbind(1)
+    within = torch.arange(NEEDLE, device=device)
+    for slot in (first, again):
+        places = slot.unsqueeze(-1) * NEEDLE + within
+        batch = batch.scatter(1, places.flatten(1), needles.flatten(1))
+    answers = again.unsqueeze(-1) * NEEDLE + QUESTION + torch.arange(LETTERS, device=device)
+    return batch, answers.flatten(1)
 
 
-def loss(model: nn.Module, batch: Tensor) -> Tensor:
+def batches(
+    text: Tensor, tokens: int, lengths: list[int], generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """By turns of each length, of so many bytes each."""
+    windows = [texts.windows(text, tokens // length, length, generator) for length in lengths]
+    while True:
+        for length, given in zip(lengths, windows):
+            yield hidden_needles(next(given), length // BYTES_PER_NEEDLE, generator)
+
+
+def loss(model: nn.Module, batch: Tensor, answers: Tensor) -> Tensor:
     losses = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten(), reduction='none')
     losses = losses.view(len(batch), -1)
-    return losses[:, :-LETTERS].mean() + losses[:, -LETTERS:].mean()
+    return losses.mean() + losses.gather(1, answers - 1).mean()
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, text: Tensor, length: int, generator: torch.Generator, examples: int) -> float:
     """Share of answers right in all letters, each letter predicted after the right ones before it."""
     right, size = [], max(1, 2**16 // length)
-    given = batches(text, size, length, generator)
+    windows = texts.windows(text, size, length, generator)
     for _ in range(-(-examples // size)):
-        (batch,) = next(given)
+        batch = hidden_needle(next(windows), generator)
         guessed = model(batch[:, :-1])[:, -LETTERS:].argmax(dim=-1)
         right.append((guessed == batch[:, -LETTERS:]).all(dim=1).float().mean())
     return torch.stack(right).mean().item()
@@ -85,8 +115,8 @@ def run(
     steps: int,
     learning_rate: float,
     data: Path | None,
-    batch: int = 8,
-    trained: int = 2048,
+    tokens: int = 2**15,
+    trained: list[int] = TRAINED,
     tested: list[int] = LENGTHS,
     examples: int = 128,
     seconds: float | None = None,
@@ -97,7 +127,7 @@ def run(
     model = models.build(name, seed, num_tokens=256, **{**SIZES, **sizes}).to(device)
     trainer = runs.Trainer(model, loss, steps, learning_rate)
     generator = torch.Generator(device).manual_seed(seed)
-    done = runs.train(trainer, batches(train_text, batch, trained, generator), steps, seconds)
+    done = runs.train(trainer, batches(train_text, tokens, trained, generator), steps, seconds)
     held_out = torch.Generator(device).manual_seed(10_000 + seed)
     tests = {f'{length}': accuracy(model, test_text, length, held_out, examples) for length in tested}
     return {'steps': done, 'parameters': models.num_parameters(model), 'accuracy': tests}

@@ -109,50 +109,39 @@ def _block(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _own_rows(blocks, parts, chunks, rows, CHUNKS: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Head, block, and of each of the block's rows its chunk, its place in that, and whether it is there."""
-    program = tl.program_id(0)
-    block = program % blocks
+def _rows_of(block, parts, chunks, rows, CHUNKS: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of each of a block's rows its chunk, its place in that, and whether it is there."""
     index = tl.arange(0, CHUNKS * ROWS)
     chunk = (block // parts) * CHUNKS + index // ROWS
     row = (block % parts) * ROWS + index % ROWS
-    return (program // blocks).to(tl.int64), block, chunk, row, (chunk < chunks) & (row < rows)
+    return chunk, row, (chunk < chunks) & (row < rows)
 
 
 @triton.jit
-def _forward_kernel(  # type: ignore[no-untyped-def]
-    keys, values, step_sizes, first, last, gamma, shares, add_first, add_last, add_gamma,
-    hidden, hidden_errors, errors, of_gamma, losses,
-    blocks, parts, chunks, rows, eps,
-    key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
-    first_head, last_head, gamma_head,
-    share_head, share_chunk, add_first_head, add_first_chunk,
-    add_last_head, add_last_chunk, add_gamma_head, add_gamma_chunk,
+def _sum_of_chunks(of_rows, CHUNKS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of a block's rows, those of each chunk summed."""
+    if ROWS > 1:
+        of_chunks = tl.sum(tl.reshape(of_rows, (CHUNKS, ROWS, WIDTH)), axis=1)
+    else:
+        of_chunks = of_rows
+    return of_chunks
+
+
+@triton.jit
+def _forward_of_rows(  # type: ignore[no-untyped-def]
+    keys, key_place, values, value_place, step_sizes, step_place, w_first, w_last, w_gamma,
+    hidden, hidden_errors, errors, losses, row_place, there, feature, eps,
     dim: tl.constexpr, width: tl.constexpr, HIDDEN: tl.constexpr, NORM: tl.constexpr,
-    ADDED: tl.constexpr, KEEPS: tl.constexpr,
-    CHUNKS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+    ADDED: tl.constexpr, KEEPS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    head, block, chunk, row, there = _own_rows(blocks, parts, chunks, rows, CHUNKS, ROWS)
-    feature = tl.arange(0, DIM)
+    """Rows forward, and back to the errors. What is read has places of its own, what is written those of whole
+    outputs. Returns what γ is to descend by each row."""
     inside = there[:, None] & (feature < dim)[None, :]
-    # outputs are whole; places count from the head's first row, so that they need no 64 bits
-    start, row_place = head * chunks * rows, chunk * rows + row
-    features = row_place[:, None] * dim + feature[None, :]
-    share, own = 0.0, block // parts
-    if ADDED:
-        share = tl.load(shares + head * share_head + own * share_chunk).to(tl.float32)
-    w_first = _parameter(first, add_first, share, head, own, first_head, add_first_head, add_first_chunk)
-    w_last = _parameter(last, add_last, share, head, own, last_head, add_last_head, add_last_chunk)
-    w_gamma = _parameter(gamma, add_gamma, share, head, own, gamma_head, add_gamma_head, add_gamma_chunk)
-    hidden += start * width
-    hidden_errors += start * width
-
-    key_place = keys + head * key_head + (chunk * key_chunk + row * key_row)[:, None] + feature[None, :]
-    k = tl.load(key_place, mask=inside, other=0.0).to(tl.float32)
-    y = tl.zeros((CHUNKS * ROWS, DIM), tl.float32)
+    k = tl.load(keys + key_place[:, None] + feature[None, :], mask=inside, other=0.0).to(tl.float32)
+    y = tl.zeros((ROWS, DIM), tl.float32)
     if HIDDEN:
-        nothing = tl.zeros((CHUNKS * ROWS, BLOCK), tl.float32)
+        nothing = tl.zeros((ROWS, BLOCK), tl.float32)
         kept_h, kept_last = nothing, tl.zeros((BLOCK, DIM), OPERAND)
         for first_unit in range(0, width, BLOCK):
             unit = first_unit + tl.arange(0, BLOCK)
@@ -173,10 +162,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         from_keys = _block(w_last, feature[:, None], feature[None, :], dim, dim, ADDED, OPERAND)
         y = plus(y, k, from_keys, PRECISION, OPERAND)
 
-    from_values = values + head * value_head + (chunk * value_chunk + row * value_row)[:, None] + feature[None, :]
-    v = tl.load(from_values, mask=inside, other=0.0).to(tl.float32)
-    from_steps = step_sizes + head * step_head + chunk * step_chunk + row * step_row
-    theta = tl.load(from_steps, mask=there, other=0.0).to(tl.float32)[:, None]
+    v = tl.load(values + value_place[:, None] + feature[None, :], mask=inside, other=0.0).to(tl.float32)
+    theta = tl.load(step_sizes + step_place, mask=there, other=0.0).to(tl.float32)[:, None]
 
     # s = −(2θ/d) (p − v)
     if NORM:
@@ -187,18 +174,12 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         # Δ₂ = r · P(s ∘ (1 + γ))
         delta = inverse * _tangent(descent * gain, x, inside, dim)
         of_rows = descent * x
-        if ROWS > 1:
-            of_chunks = tl.sum(tl.reshape(of_rows, (CHUNKS, ROWS, DIM)), axis=1)
-        else:
-            of_chunks = of_rows
-        summed = (block // parts) * CHUNKS + tl.arange(0, CHUNKS)
-        to_chunks = of_gamma + ((head * chunks + summed) * parts + block % parts)[:, None] * dim + feature[None, :]
-        tl.store(to_chunks, of_chunks, mask=(summed < chunks)[:, None] & (feature < dim)[None, :])
     else:
         difference = y - v
         delta = theta * difference * (-2.0 / dim)
-    tl.store(losses + start + row_place, tl.sum(difference * difference, axis=1) / dim, mask=there)
-    tl.store(errors + start * dim + features, delta, mask=inside)
+        of_rows = delta
+    tl.store(losses + row_place, tl.sum(difference * difference, axis=1) / dim, mask=there)
+    tl.store(errors + row_place[:, None] * dim + feature[None, :], delta, mask=inside)
 
     if HIDDEN:
         # Δ₁ = (Δ₂ W₂ᵀ) ∘ gelu′(h)
@@ -213,47 +194,68 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
             g = plus(nothing, delta, from_last, PRECISION, OPERAND)
             units, present = row_place[:, None] * width + unit[None, :], there[:, None] & (unit < width)[None, :]
             tl.store(hidden_errors + units, g * _gelu_slope(h), mask=present)
+    return of_rows
 
 
 @triton.jit
-def _backward_kernel(  # type: ignore[no-untyped-def]
-    d_hidden, d_hidden_errors, d_errors, d_of_gamma, d_losses,
+def _forward_kernel(  # type: ignore[no-untyped-def]
     keys, values, step_sizes, first, last, gamma, shares, add_first, add_last, add_gamma,
-    d_keys, d_values, d_step_sizes, d_gamma, d_products, d_y, d_h,
-    d_hidden_head, d_hidden_chunk, d_hidden_row, d_hidden_unit, blocks, parts, chunks, rows, eps,
+    hidden, hidden_errors, errors, of_gamma, losses,
+    blocks, parts, chunks, rows, eps,
     key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
     first_head, last_head, gamma_head,
     share_head, share_chunk, add_first_head, add_first_chunk,
     add_last_head, add_last_chunk, add_gamma_head, add_gamma_chunk,
-    dim: tl.constexpr, width: tl.constexpr, HIDDEN: tl.constexpr, NORM: tl.constexpr, LOSSES: tl.constexpr,
+    dim: tl.constexpr, width: tl.constexpr, HIDDEN: tl.constexpr, NORM: tl.constexpr,
     ADDED: tl.constexpr, KEEPS: tl.constexpr,
     CHUNKS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    head, block, chunk, row, there = _own_rows(blocks, parts, chunks, rows, CHUNKS, ROWS)
+    program = tl.program_id(0)
+    block, head = program % blocks, (program // blocks).to(tl.int64)
+    chunk, row, there = _rows_of(block, parts, chunks, rows, CHUNKS, ROWS)
     feature = tl.arange(0, DIM)
-    inside = there[:, None] & (feature < dim)[None, :]
+    # outputs are whole; places count from the head's first row, so that they need no 64 bits
     start, row_place = head * chunks * rows, chunk * rows + row
-    features = row_place[:, None] * dim + feature[None, :]
     share, own = 0.0, block // parts
     if ADDED:
         share = tl.load(shares + head * share_head + own * share_chunk).to(tl.float32)
     w_first = _parameter(first, add_first, share, head, own, first_head, add_first_head, add_first_chunk)
     w_last = _parameter(last, add_last, share, head, own, last_head, add_last_head, add_last_chunk)
     w_gamma = _parameter(gamma, add_gamma, share, head, own, gamma_head, add_gamma_head, add_gamma_chunk)
-    # often the gradient of what was transposed
-    d_hidden += head * d_hidden_head
-    d_hidden_errors += start * width
-    d_products += start * width
-    d_h += start * width
+    of_rows = _forward_of_rows(
+        keys + head * key_head, chunk * key_chunk + row * key_row,
+        values + head * value_head, chunk * value_chunk + row * value_row,
+        step_sizes + head * step_head, chunk * step_chunk + row * step_row, w_first, w_last, w_gamma,
+        hidden + start * width, hidden_errors + start * width, errors + start * dim, losses + start,
+        row_place, there, feature, eps,
+        dim, width, HIDDEN, NORM, ADDED, KEEPS, CHUNKS * ROWS, DIM, BLOCK, PRECISION, OPERAND,
+    )  # fmt: skip
+    if NORM:
+        of_chunks = _sum_of_chunks(of_rows, CHUNKS, ROWS, DIM)
+        summed = (block // parts) * CHUNKS + tl.arange(0, CHUNKS)
+        to_chunks = of_gamma + ((head * chunks + summed) * parts + block % parts)[:, None] * dim + feature[None, :]
+        tl.store(to_chunks, of_chunks, mask=(summed < chunks)[:, None] & (feature < dim)[None, :])
 
-    key_place = keys + head * key_head + (chunk * key_chunk + row * key_row)[:, None] + feature[None, :]
-    k = tl.load(key_place, mask=inside, other=0.0).to(tl.float32)
+
+@triton.jit
+def _backward_of_rows(  # type: ignore[no-untyped-def]
+    d_hidden, d_hidden_place, d_hidden_unit, d_hidden_errors, d_errors, d_of_gamma, gamma_place, d_losses,
+    keys, key_place, values, value_place, step_sizes, step_place, w_first, w_last, w_gamma,
+    d_values, d_step_sizes, d_products, d_y, d_h, row_place, there, feature, eps,
+    dim: tl.constexpr, width: tl.constexpr, HIDDEN: tl.constexpr, NORM: tl.constexpr, LOSSES: tl.constexpr,
+    ADDED: tl.constexpr, KEEPS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """The way back through `_forward_of_rows`. Returns the gradients of the keys, and of γ."""
+    inside = there[:, None] & (feature < dim)[None, :]
+    features = row_place[:, None] * dim + feature[None, :]
+    k = tl.load(keys + key_place[:, None] + feature[None, :], mask=inside, other=0.0).to(tl.float32)
     # D, the gradient of Δ₂, of which there is more through g = Δ₂ W₂ᵀ and Δ₁ = g ∘ gelu′(h)
-    d_delta = tl.load(d_errors + start * dim + features, mask=inside, other=0.0).to(tl.float32)
-    y = tl.zeros((CHUNKS * ROWS, DIM), tl.float32)
+    d_delta = tl.load(d_errors + features, mask=inside, other=0.0).to(tl.float32)
+    y = tl.zeros((ROWS, DIM), tl.float32)
     if HIDDEN:
-        nothing = tl.zeros((CHUNKS * ROWS, BLOCK), tl.float32)
+        nothing = tl.zeros((ROWS, BLOCK), tl.float32)
         kept_h, kept_first, kept_last = nothing, tl.zeros((DIM, BLOCK), OPERAND), tl.zeros((BLOCK, DIM), OPERAND)
         for first_unit in range(0, width, BLOCK):
             unit = first_unit + tl.arange(0, BLOCK)
@@ -271,10 +273,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         from_keys = _block(w_last, feature[:, None], feature[None, :], dim, dim, ADDED, OPERAND)
         y = plus(y, k, from_keys, PRECISION, OPERAND)
 
-    from_values = values + head * value_head + (chunk * value_chunk + row * value_row)[:, None] + feature[None, :]
-    v = tl.load(from_values, mask=inside, other=0.0).to(tl.float32)
-    from_steps = step_sizes + head * step_head + chunk * step_chunk + row * step_row
-    theta = tl.load(from_steps, mask=there, other=0.0).to(tl.float32)[:, None]
+    v = tl.load(values + value_place[:, None] + feature[None, :], mask=inside, other=0.0).to(tl.float32)
+    theta = tl.load(step_sizes + step_place, mask=there, other=0.0).to(tl.float32)[:, None]
 
     if NORM:
         x, inverse = _normalised(y, inside, eps, dim)
@@ -289,7 +289,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         d_u = _tangent(d_delta, x, inside, dim)
         d_x = -_mean(descent * gain * x, dim) * d_delta - _mean(d_delta * x, dim) * (descent * gain)
         # and minus the gradient of γ is Σ s ∘ x̂
-        from_chunks = d_of_gamma + (head * chunks + chunk)[:, None] * dim + feature[None, :]
+        from_chunks = d_of_gamma + gamma_place[:, None] * dim + feature[None, :]
         d_chunk = tl.load(from_chunks, mask=inside, other=0.0)
         d_descent = d_u * gain + d_chunk * x
         d_x += d_chunk * descent
@@ -300,26 +300,24 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         d_descent = d_delta
 
     # s = −(2θ/d) (p − v), loss = mean (p − v)²
-    tl.store(d_step_sizes + start + row_place, tl.sum(d_descent * difference, axis=1) * (-2.0 / dim), mask=there)
+    tl.store(d_step_sizes + row_place, tl.sum(d_descent * difference, axis=1) * (-2.0 / dim), mask=there)
     d_prediction = d_descent * theta * (-2.0 / dim)
     if LOSSES:
-        d_loss = tl.load(d_losses + start + row_place, mask=there, other=0.0)[:, None]
+        d_loss = tl.load(d_losses + row_place, mask=there, other=0.0)[:, None]
         d_prediction += d_loss * difference * (2.0 / dim)
-    tl.store(d_values + start * dim + features, -d_prediction, mask=inside)
+    tl.store(d_values + features, -d_prediction, mask=inside)
 
     if NORM:
         # p = x̂ ∘ (1 + γ) + k
         d_k = d_prediction
-        of_gamma += d_prediction * x
-        to_gamma = d_gamma + (head * blocks + block) * dim + feature
-        tl.store(to_gamma, tl.sum(of_gamma, axis=0), mask=feature < dim)
+        of_gamma = tl.sum(of_gamma + d_prediction * x, axis=0)
         d_x += d_prediction * gain
         # x̂ = (y − mean y) · r, and ∂r/∂y = −r² x̂ / d
         d_product = inverse * (_tangent(d_x, x, inside, dim) - d_inverse * inverse * x / dim)
     else:
-        d_k = tl.zeros((CHUNKS * ROWS, DIM), tl.float32)
-        d_product = d_prediction
-    tl.store(d_y + start * dim + features, d_product, mask=inside)
+        d_k = tl.zeros((ROWS, DIM), tl.float32)
+        d_product, of_gamma = d_prediction, 0.0
+    tl.store(d_y + features, d_product, mask=inside)
 
     if HIDDEN:
         for first_unit in range(0, width, BLOCK):
@@ -332,7 +330,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                 from_h = _block(w_first, feature[None, :], unit[:, None], dim, width, ADDED, OPERAND)
                 from_last = _block(w_last, unit[None, :], feature[:, None], width, dim, ADDED, OPERAND)
                 h = plus(nothing, k, from_keys, PRECISION, OPERAND)
-            from_rows = d_hidden + (chunk * d_hidden_chunk + row * d_hidden_row)[:, None]
+            from_rows = d_hidden + d_hidden_place[:, None]
             d_a = tl.load(from_rows + (unit * d_hidden_unit)[None, :], mask=present, other=0.0).to(tl.float32)
             d_a = plus(d_a, d_product, from_last, PRECISION, OPERAND)
             g = plus(nothing, delta, from_last, PRECISION, OPERAND)
@@ -343,7 +341,51 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     else:
         from_last = _block(w_last, feature[None, :], feature[:, None], dim, dim, ADDED, OPERAND)
         d_k = plus(d_k, d_product, from_last, PRECISION, OPERAND)
-    tl.store(d_keys + start * dim + features, d_k, mask=inside)
+    return d_k, of_gamma
+
+
+@triton.jit
+def _backward_kernel(  # type: ignore[no-untyped-def]
+    d_hidden, d_hidden_errors, d_errors, d_of_gamma, d_losses,
+    keys, values, step_sizes, first, last, gamma, shares, add_first, add_last, add_gamma,
+    d_keys, d_values, d_step_sizes, d_gamma, d_products, d_y, d_h,
+    d_hidden_head, d_hidden_chunk, d_hidden_row, d_hidden_unit, blocks, parts, chunks, rows, eps,
+    key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
+    first_head, last_head, gamma_head,
+    share_head, share_chunk, add_first_head, add_first_chunk,
+    add_last_head, add_last_chunk, add_gamma_head, add_gamma_chunk,
+    dim: tl.constexpr, width: tl.constexpr, HIDDEN: tl.constexpr, NORM: tl.constexpr, LOSSES: tl.constexpr,
+    ADDED: tl.constexpr, KEEPS: tl.constexpr,
+    CHUNKS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    block, head = program % blocks, (program // blocks).to(tl.int64)
+    chunk, row, there = _rows_of(block, parts, chunks, rows, CHUNKS, ROWS)
+    feature = tl.arange(0, DIM)
+    start, row_place = head * chunks * rows, chunk * rows + row
+    share, own = 0.0, block // parts
+    if ADDED:
+        share = tl.load(shares + head * share_head + own * share_chunk).to(tl.float32)
+    w_first = _parameter(first, add_first, share, head, own, first_head, add_first_head, add_first_chunk)
+    w_last = _parameter(last, add_last, share, head, own, last_head, add_last_head, add_last_chunk)
+    w_gamma = _parameter(gamma, add_gamma, share, head, own, gamma_head, add_gamma_head, add_gamma_chunk)
+    d_k, of_gamma = _backward_of_rows(
+        # often the gradient of what was transposed
+        d_hidden + head * d_hidden_head, chunk * d_hidden_chunk + row * d_hidden_row, d_hidden_unit,
+        d_hidden_errors + start * width, d_errors + start * dim, d_of_gamma + head * chunks * dim, chunk,
+        d_losses + start, keys + head * key_head, chunk * key_chunk + row * key_row,
+        values + head * value_head, chunk * value_chunk + row * value_row,
+        step_sizes + head * step_head, chunk * step_chunk + row * step_row, w_first, w_last, w_gamma,
+        d_values + start * dim, d_step_sizes + start,
+        d_products + start * width, d_y + start * dim, d_h + start * width, row_place, there, feature, eps,
+        dim, width, HIDDEN, NORM, LOSSES, ADDED, KEEPS, CHUNKS * ROWS, DIM, BLOCK, PRECISION, OPERAND,
+    )  # fmt: skip
+    inside = there[:, None] & (feature < dim)[None, :]
+    tl.store(d_keys + start * dim + row_place[:, None] * dim + feature[None, :], d_k, mask=inside)
+    if NORM:
+        to_gamma = d_gamma + (head * blocks + block) * dim + feature
+        tl.store(to_gamma, of_gamma, mask=feature < dim)
 
 
 @triton.jit
