@@ -24,7 +24,7 @@ Loss = Callable[..., Tensor]
 
 
 class Trainer:
-    """AdamW with warm-up and a cosine, gradients clipped. On a GPU each shape of batch is one CUDA graph."""
+    """AdamW with warm-up and a cosine, gradients clipped. On a GPU in bf16, and each shape of batch is one CUDA graph."""
 
     def __init__(self, model: nn.Module, loss: Loss, steps: int, learning_rate: float):
         decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
@@ -53,7 +53,9 @@ class Trainer:
         return loss
 
     def _gradients(self, batch: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
-        loss = self.loss(self.model, *batch)
+        # what is cast must not outlive a graph
+        with torch.autocast('cuda', torch.bfloat16, enabled=self.on_gpu, cache_enabled=False):
+            loss = self.loss(self.model, *batch)
         loss.backward()
         return loss.detach()
 
@@ -87,6 +89,7 @@ def parser(description: str, models: list[str], steps: int, small_steps: int) ->
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument('--models', nargs='*', default=models, help='which of the models')
     made.add_argument('--seeds', type=int, default=3)
+    made.add_argument('--first-seed', type=int, default=0)
     made.add_argument('--steps', type=int, help=f'default: {steps}, and {small_steps} if small')
     made.set_defaults(steps_of=(steps, small_steps))
     made.add_argument('--learning-rate', type=float, default=2e-3)
@@ -119,7 +122,7 @@ def measured(
         return notes[0]['machine'], [*last.values()]
     torch.set_float32_matmul_precision('high')
     results = []
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         for name in options.models:
             print(f'{name}, seed {seed}', flush=True)
             started = time.perf_counter()
