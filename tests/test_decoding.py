@@ -199,6 +199,16 @@ def test_stop_tokens_end_each_row(use_cache):
     )
 
 
+def test_sampling_in_inference_mode():
+    model, prompt = transformer(0), ids(7)
+    expected = model.sample(prompt, 40, use_cache=True, **GREEDY)
+    with torch.inference_mode():
+        came, cache = model.sample(prompt, 25, use_cache=True, return_cache=True, **GREEDY)
+    # the cache serves outside as well
+    came = torch.cat((came, model.sample(torch.cat((prompt, came), dim=1), 40, cache=cache, **GREEDY)), dim=1)
+    assert torch.equal(came, expected)
+
+
 def test_all_rows_may_end_early():
     model, prompt = transformer(7), ids(5)
     out = model.sample(prompt, 60, stop_tokens=range(TOKENS), use_cache=True, **GREEDY)

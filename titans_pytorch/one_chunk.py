@@ -49,12 +49,18 @@ def descents(model: Module, loss_fn: LossFn, chunk: Chunks, at: Weights, broadca
         of_all = of_matrices | {name: descent[:, 0] for name, descent in of_vectors.items()}
         return {name: of_all[name].to(w.dtype) for name, w in at.items()}
 
-    with torch.enable_grad():
-        at = {name: w.detach().requires_grad_() for name, w in at.items()}
+    with torch.inference_mode(False), torch.enable_grad():
+        at = {name: _outside_inference(w).requires_grad_() for name, w in at.items()}
+        keys, values, step_sizes = (_outside_inference(t[:, 0]) for t in chunk[:3])
         # Titans eq. 12: ‖M(k) − v‖²
-        losses = batched_loss(loss_fn, 1)(predict(model, at, chunk.keys[:, 0], broadcasts), chunk.values[:, 0])
-        gradients = torch.autograd.grad(losses, [*at.values()], -chunk.step_sizes[:, 0].to(losses.dtype))
+        losses = batched_loss(loss_fn, 1)(predict(model, at, keys, broadcasts), values)
+        gradients = torch.autograd.grad(losses, [*at.values()], -step_sizes.to(losses.dtype))
     return dict(zip(at, gradients))
+
+
+def _outside_inference(t: Tensor) -> Tensor:
+    """Detached; where it was made in inference mode, of whose tensors autograd takes none, a copy."""
+    return t.clone() if t.is_inference() else t.detach()
 
 
 @torch.no_grad()

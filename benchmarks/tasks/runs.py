@@ -99,6 +99,7 @@ def parser(description: str, models: list[str], steps: int, small_steps: int) ->
     made.add_argument('--json', type=Path, help='add each run to this file as soon as it is done')
     made.add_argument('--report', type=Path, nargs='+', help='only make the tables of runs noted before')
     made.add_argument('--write', action='store_true', help='put the table into RESULTS.md')
+    made.add_argument('--plot', type=Path, help='draw the table: a picture, by its ending (needs matplotlib)')
     return made
 
 
@@ -171,8 +172,30 @@ def report(
         steps = f'{most:,}' if fewest == most else f'{fewest:,}–{most:,}'
         cells = [spread([column(result) for result in own], digits) for column in columns.values()]
         rows.append([name, f'{own[0]["parameters"] / 1e6:.2f} M', steps, f'{len(own)}', *cells])
+    if options.plot:
+        plot(options.plot, {name: grouped[name] for name in sorted(grouped, key=order.index)}, columns)
     text = f'{where}\n\n{table(["model", "parameters", "steps", "seeds", *columns], rows)}'
     print(f'\n{text}')
     if options.write:
         write_section(f'task, {task}{", small" * options.small}', text)
     print(json.dumps({'machine': where, 'results': results}))
+
+
+def plot(
+    picture: Path, grouped: dict[str, list[dict[str, Any]]], columns: dict[str, Callable[[dict[str, Any]], float]]
+) -> None:
+    """A line for each model over the columns: the mean of its seeds, and a point for each of them."""
+    from matplotlib.figure import Figure
+
+    axes = (figure := Figure(figsize=(8, 4.5), layout='constrained')).subplots()
+    for index, (name, own) in enumerate(grouped.items()):
+        values = [[column(result) for result in own] for column in columns.values()]
+        means = [statistics.mean(of) for of in values]
+        # there are ten colours
+        (line,) = axes.plot([*columns], means, '-' if index < 10 else '--', label=name)
+        for place, of in enumerate(values):
+            axes.plot([place] * len(of), of, '.', color=line.get_color(), alpha=0.4)
+    axes.set(ylabel='% right', ylim=(-3, 103))
+    axes.legend(fontsize='small', loc='center left', bbox_to_anchor=(1, 0.5))
+    axes.grid(alpha=0.3)
+    figure.savefig(picture, dpi=80)
