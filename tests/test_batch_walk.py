@@ -6,7 +6,7 @@ import pytest
 import torch
 from compare import assert_same
 
-from titans_pytorch import batch_walk, fused_mlp
+from titans_pytorch import batch_walk, fused_mlp, gpu
 from titans_pytorch.batch_walk import Walked, walk
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -33,7 +33,7 @@ def kernels(monkeypatch):
     pytest.importorskip('triton')
     from titans_pytorch.kernels import batch_walk
 
-    monkeypatch.setattr(fused_mlp, '_kernels_run_on', lambda device: True)
+    monkeypatch.setattr(gpu, 'kernels_run_on', lambda device: True)
     return batch_walk
 
 
@@ -226,7 +226,7 @@ def assert_no_worse(tensors, low, monkeypatch, floor=0.0):
     """Than the plain twin in the same precision; `floor`: what full float32 may differ by for order alone."""
     exact, came = exactly(tensors), []
     for runs in (True, False):
-        monkeypatch.setattr(fused_mlp, '_kernels_run_on', lambda device, runs=runs: runs)
+        monkeypatch.setattr(gpu, 'kernels_run_on', lambda device, runs=runs: runs)
         with torch.autocast(DEVICE, low, enabled=low is not None):
             came.append(learned(walked, leaves(tensors)))
     for ours, theirs, want in zip(*came, exact):

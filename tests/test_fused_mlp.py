@@ -7,7 +7,7 @@ import torch
 from compare import assert_same, gradients
 from memories import inputs, memory
 
-from titans_pytorch import batch_walk, engines, fused_mlp
+from titans_pytorch import batch_walk, engines, fused_mlp, gpu
 from titans_pytorch.engines import Chunks, DualEngine, Mixing, default_loss_fn
 from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
 
@@ -33,7 +33,7 @@ def calls(monkeypatch):
 
     for name in ('record', 'ends'):
         monkeypatch.setattr(fused_mlp, name, noted(name))
-    monkeypatch.setattr(fused_mlp, '_kernels_run_on', lambda device: True)
+    monkeypatch.setattr(gpu, 'kernels_run_on', lambda device: True)
     return calls
 
 
@@ -154,7 +154,7 @@ def assert_no_worse(model, tensors, calls, monkeypatch, low=None, floor=0.0, sam
     """Than the plain engine in the same precision; `floor`: what full float32 may differ by for order alone."""
     exact, came = exactly(model, tensors), []
     for fused in (True, False):
-        monkeypatch.setattr(fused_mlp, '_kernels_run_on', lambda device, fused=fused: fused)
+        monkeypatch.setattr(gpu, 'kernels_run_on', lambda device, fused=fused: fused)
         with torch.autocast(DEVICE, low, enabled=low is not None):
             came.append(recorded(model, {name: leaf(t) for name, t in tensors.items()}))
     assert calls == ['record']
@@ -304,7 +304,7 @@ def test_ends_is_as_exact_under_autocast_as_the_plain_engine(calls, poisoned, mo
     tensors = {name: t.to(LOW) if t.ndim == 4 else t for name, t in run(4, 8, 4, 16, 64, 1).items()}
     came, exact = [], ended({name: leaf(t, torch.float64) for name, t in tensors.items()})
     for fused in (True, False):
-        monkeypatch.setattr(fused_mlp, '_kernels_run_on', lambda device, fused=fused: fused)
+        monkeypatch.setattr(gpu, 'kernels_run_on', lambda device, fused=fused: fused)
         with torch.autocast(DEVICE, LOW):
             came.append(ended({name: leaf(t) for name, t in tensors.items()}))
     assert calls == ['ends']
@@ -339,7 +339,7 @@ def test_what_no_kernel_serves_is_plain(calls):
 
 
 def test_without_gpu_nothing_is_fused():
-    assert fused_mlp._kernels_run_on(torch.device('cpu')) is False
+    assert gpu.kernels_run_on(torch.device('cpu')) is False
 
 
 # a whole memory
@@ -491,7 +491,7 @@ def test_ends_in_sizes_of_training(calls, poisoned, sizes, precision, monkeypatc
     torch.set_float32_matmul_precision('highest' if precision == 'bfloat16' else precision)
     try:
         for fused in (True, False):
-            monkeypatch.setattr(fused_mlp, '_kernels_run_on', lambda device, fused=fused: fused)
+            monkeypatch.setattr(gpu, 'kernels_run_on', lambda device, fused=fused: fused)
             with torch.autocast('cuda', torch.bfloat16, enabled=precision == 'bfloat16'):
                 came.append(ended({name: leaf(t) for name, t in tensors.items()}))
     finally:

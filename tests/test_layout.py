@@ -14,6 +14,7 @@ PACKAGE = Path(titans_pytorch.__file__).parent
 FLOORS = [
     [
         'shapes',
+        'gpu',
         'checks',
         'precision',
         'kernels',

@@ -6,7 +6,7 @@ import pytest
 import torch
 from compare import assert_same
 
-from titans_pytorch import fused_mlp
+from titans_pytorch import fused_mlp, gpu
 from titans_pytorch.engines import Chunks, default_loss_fn
 from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
 from titans_pytorch.memory_state import StepState, take_over
@@ -33,7 +33,7 @@ def test_fused_descents_are_those_of_autograd(depth, norm, monkeypatch):
     model, chunk, at = problem(depth, norm)
     calls, record = [], fused_mlp.record
     monkeypatch.setattr(fused_mlp, 'record', lambda *args: (calls.append(None), record(*args))[1])
-    monkeypatch.setattr(fused_mlp, '_kernels_run_on', lambda device: True)
+    monkeypatch.setattr(gpu, 'kernels_run_on', lambda device: True)
     came = descents(model, default_loss_fn, chunk, at, broadcasts=True)
     assert len(calls) == 1
     expected = descents(model, default_loss_fn, chunk, at, broadcasts=False)

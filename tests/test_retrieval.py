@@ -6,7 +6,7 @@ import pytest
 import torch
 from compare import assert_same
 
-from titans_pytorch import fused_mlp, retrieval
+from titans_pytorch import gpu, retrieval
 from titans_pytorch.engines import DualEngine
 from titans_pytorch.fast_weights import FastWeights, Runs
 from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
@@ -45,7 +45,7 @@ def calls(monkeypatch):
             seen.append('kernels')
         return came
 
-    monkeypatch.setattr(fused_mlp, '_kernels_run_on', lambda device: True)
+    monkeypatch.setattr(gpu, 'kernels_run_on', lambda device: True)
     monkeypatch.setattr(retrieval, '_kernels', noted)
     return seen
 
@@ -237,7 +237,7 @@ def test_kernels_are_as_exact_under_autocast_as_plain_operations(calls, poisoned
     tensors['queries'] = tensors['queries'].to(rows)
     came = []
     for fused in (True, False):
-        monkeypatch.setattr(fused_mlp, '_kernels_run_on', lambda device, fused=fused: fused)
+        monkeypatch.setattr(gpu, 'kernels_run_on', lambda device, fused=fused: fused)
         with torch.autocast(DEVICE, LOW):
             came.append(learned(ours, leaves(tensors)))
     assert calls == ['kernels'] * 2
@@ -283,7 +283,7 @@ def test_what_no_kernel_serves_is_plain(calls):
 
 
 def test_what_kernels_serve(monkeypatch):
-    monkeypatch.setattr(fused_mlp, '_kernels_run_on', lambda device: True)
+    monkeypatch.setattr(gpu, 'kernels_run_on', lambda device: True)
 
     def served(case, change=lambda name, t: t):
         parts = parts_of({name: change(name, t) for name, t in problem(*case).items()})
@@ -313,7 +313,7 @@ def test_what_kernels_serve(monkeypatch):
 @pytest.mark.parametrize('fused', [True, False])
 @pytest.mark.parametrize('case', [SMALL, (1, 2, 3, 2, 2, 16, None, 2, False)])
 def test_operations_are_what_they_say(calls, case, fused, monkeypatch):
-    monkeypatch.setattr(fused_mlp, '_kernels_run_on', lambda device: fused)
+    monkeypatch.setattr(gpu, 'kernels_run_on', lambda device: fused)
     args = (*parts_of(leaves(problem(*case))), EPS, torch.float32)
     torch.library.opcheck(retrieval._retrieve, args, test_utils=CHECKS)
     out, *saved = (t.detach() for t in retrieval._retrieve(*args))
@@ -358,7 +358,7 @@ def test_kernels_in_sizes_of_training(calls, poisoned, case, low, monkeypatch):
         tensors = {name: t.to(LOW) if name.endswith(('inputs', 'errors')) else t for name, t in tensors.items()}
     came = []
     for fused in (True, False):
-        monkeypatch.setattr(fused_mlp, '_kernels_run_on', lambda device, fused=fused: fused)
+        monkeypatch.setattr(gpu, 'kernels_run_on', lambda device, fused=fused: fused)
         with torch.autocast('cuda', LOW, enabled=low):
             came.append(learned(ours, leaves(tensors)))
     assert calls == ['kernels'] * 2

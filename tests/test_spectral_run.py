@@ -6,7 +6,7 @@ import pytest
 import torch
 from compare import assert_same, gradients, randomised
 
-from titans_pytorch import NeuralMemory, engines, spectral_run
+from titans_pytorch import NeuralMemory, engines, gpu, spectral_run
 from titans_pytorch.spectral_run import momenta, vectors_over_time, weights_over_time
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -38,7 +38,7 @@ CHECKS = ('test_schema', 'test_autograd_registration', 'test_faketensor', 'test_
 def kernels(monkeypatch):
     """Kernels run on this device too."""
     pytest.importorskip('triton')
-    monkeypatch.setattr(spectral_run, '_kernels_run_on', lambda device: True)
+    monkeypatch.setattr(gpu, 'kernels_run_on', lambda device: True)
 
 
 @pytest.fixture
@@ -284,7 +284,7 @@ def test_plain_and_kernels_agree_in_low_precision(monkeypatch):
     tensors = {name: t.to(LOW) if t.ndim == 4 else t for name, t in tensors.items()}
     came = []
     for fused in (True, False):
-        monkeypatch.setattr(spectral_run, '_kernels_run_on', lambda device, fused=fused: fused)
+        monkeypatch.setattr(gpu, 'kernels_run_on', lambda device, fused=fused: fused)
         came.append(learned(lambda **own: our_momenta(**own, out_dtype=LOW), leaves(tensors)))
     assert_same(*came, 4 * torch.finfo(LOW).eps)
 
@@ -323,7 +323,7 @@ def test_what_kernels_serve(kernels):
 
 
 def test_without_gpu_no_kernel_runs():
-    assert spectral_run._kernels_run_on(torch.device('cpu')) is False
+    assert gpu.kernels_run_on(torch.device('cpu')) is False
 
 
 # to the compiler
@@ -461,7 +461,7 @@ def test_kernels_store_what_plain_operations_store(kernels, monkeypatch):
         monkeypatch.setattr(engines, name, noted)
 
     def stored(runs):
-        monkeypatch.setattr(spectral_run, '_kernels_run_on', lambda device: runs)
+        monkeypatch.setattr(gpu, 'kernels_run_on', lambda device: runs)
         walked.clear()
         torch.manual_seed(0)
         # as many rows in a chunk as a matrix has: with fewer, Newton–Schulz makes much of what is nearly nothing

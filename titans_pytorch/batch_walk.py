@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from titans_pytorch import fused_mlp
+from titans_pytorch import fused_mlp, gpu
 from titans_pytorch.fused_mlp import FLOAT32_PRECISION, MOST_STATES, WIDEST
 from titans_pytorch.precision import no_autocast, operand_dtype
 from titans_pytorch.shapes import Float
@@ -79,7 +79,7 @@ def walk(
 def kernels_serve(keys: Tensor, values: Tensor, step_sizes: Tensor, states: list[Tensor], num_states: int) -> bool:
     """Whether `walk` of these is a kernel's, and as exact as PyTorch's own products; `num_states` of a parameter."""
     fits = 0 < keys.shape[-1] <= WIDEST and keys.numel() > 0 and 0 < num_states <= MOST_STATES
-    return fits and fused_mlp._kernels_take([keys, values, step_sizes], states)
+    return fits and gpu.kernels_take([keys, values, step_sizes], states)
 
 
 def _kernel(keys: Tensor, end: Tensor, states: list[Tensor], operands: torch.dtype) -> Any | None:
@@ -87,7 +87,7 @@ def _kernel(keys: Tensor, end: Tensor, states: list[Tensor], operands: torch.dty
     fits = 0 < keys.shape[-1] <= WIDEST and keys.numel() > 0 and end.shape[2] <= MOST_STATES
     if operands == torch.float64 or not fits or any(t.dtype != torch.float32 for t in (end, *states)):
         return None
-    if not fused_mlp._kernels_run_on(keys.device):
+    if not gpu.kernels_run_on(keys.device):
         return None
     # imported where they are used: without a GPU there need be no Triton
     from titans_pytorch.kernels import batch_walk

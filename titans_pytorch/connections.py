@@ -14,7 +14,6 @@ streams x_s of a position, with r_s = √D / ‖x_s‖, gain 1 + γ, weights A a
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,10 +23,9 @@ from hyper_connections.manifold_constrained_hyper_connections import ManifoldCon
 from torch import Tensor
 from torch.nn import Identity, Module
 
+from titans_pytorch.gpu import HAS_TRITON
 from titans_pytorch.shapes import Float
 from titans_pytorch.sinkhorn import EPS, plain_backward, plain_forward, sinkhorn, sinkhorn_of_few
-
-HAS_TRITON = importlib.util.find_spec('triton') is not None
 
 USE_KERNEL: bool | None = None
 """Whether connections are computed by the Triton kernel. Default: on CUDA devices, where there is Triton."""

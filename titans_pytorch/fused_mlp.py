@@ -22,7 +22,6 @@ over all three.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -31,10 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titans_pytorch import gpu
 from titans_pytorch.precision import operand_dtype
 from titans_pytorch.shapes import Float
 
-HAS_TRITON = importlib.util.find_spec('triton') is not None
 # features of a row that a kernel keeps on chip whole
 WIDEST = 128
 # the weights, and the momentum of each order
@@ -103,35 +102,18 @@ def kernels_serve_record(
     """Whether `record` of these is a kernel's, and as exact as PyTorch's own products."""
     rows_fit = 0 < keys.shape[-1] <= WIDEST and keys.numel() > 0
     others = [t for t in added or () if t is not None]
-    return rows_fit and _kernels_take([keys, values, step_sizes, *others], weights)
+    return rows_fit and gpu.kernels_take([keys, values, step_sizes, *others], weights)
 
 
 def kernels_serve_ends(end: Tensor, end_starts: Tensor, starts: list[Tensor], inputs: Tensor, errors: Tensor) -> bool:
     """The same for `ends`."""
     rows_fit = 0 < min(inputs.shape[-1], errors.shape[-1]) <= WIDEST and inputs.numel() > 0
-    return rows_fit and len(starts) <= MOST_STATES and _kernels_take([inputs, errors], [end, end_starts, *starts])
-
-
-def _kernels_take(rows: list[Tensor], states: list[Tensor]) -> bool:
-    """States are in float32; rows, and what is added, in the precision of the products or, under autocast, in any
-    below float64."""
-    device = rows[0].device
-    if not _kernels_run_on(device) or any(t.dtype != torch.float32 for t in states):
-        return False
-    if not torch.is_autocast_enabled(device.type):
-        return all(t.dtype == torch.float32 for t in rows)
-    return all(t.dtype in (torch.float32, torch.bfloat16, torch.float16) for t in rows)
-
-
-@torch.compiler.assume_constant_result
-def _kernels_run_on(device: torch.device) -> bool:
-    # Ampere was the first with TF32 and bfloat16
-    return device.type == 'cuda' and HAS_TRITON and torch.cuda.get_device_capability(device)[0] >= 8
+    return rows_fit and len(starts) <= MOST_STATES and gpu.kernels_take([inputs, errors], [end, end_starts, *starts])
 
 
 def _kernels(device: torch.device, operands: torch.dtype) -> tuple[Any, Any] | None:
     """The kernels of both operations; `None` where they do not run."""
-    if operands == torch.float64 or not _kernels_run_on(device):
+    if operands == torch.float64 or not gpu.kernels_run_on(device):
         return None
     # imported where they are used: without a GPU there need be no Triton
     from titans_pytorch.kernels import ends, record

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
+from titans_pytorch.gpu import HAS_TRITON
 from titans_pytorch.precision import operand_dtype
 from titans_pytorch.shapes import Float
 
 # Jordan et al.'s quintic: the steepest at 0 that still keeps every singular value within about [0.7, 1.2]
 QUINTIC = (3.4445, -4.7750, 2.0315)
-HAS_TRITON = importlib.util.find_spec('triton') is not None
 
 
 def newton_schulz(

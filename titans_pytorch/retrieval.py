@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titans_pytorch import fused_mlp
+from titans_pytorch import fused_mlp, gpu
 from titans_pytorch.precision import no_autocast, operand_dtype
 from titans_pytorch.shapes import Float
 
@@ -99,8 +99,7 @@ def kernels_serve(
     parts = _parts(queries, mix, shares, first, last, gamma)
     rows = [queries, parts.first_inputs, parts.first_errors, parts.last_inputs, parts.last_errors]
     states = [mix, shares, parts.first_starts, parts.last_starts, gamma]
-    # a private helper of a module of the same kind: which precisions kernels take is decided once
-    return _fits(parts) and fused_mlp._kernels_take(_those(rows), _those(states))
+    return _fits(parts) and gpu.kernels_take(_those(rows), _those(states))
 
 
 def _parts(
@@ -123,7 +122,7 @@ def _kernels(parts: Parts, operands: torch.dtype) -> Any:
     """The module of the kernels; `None` where they do not run."""
     in_float32 = all(t.dtype == torch.float32 for t in (parts.mix, parts.shares, parts.last_starts))
     served = operands != torch.float64 and in_float32 and _fits(parts)
-    if not served or not fused_mlp._kernels_run_on(parts.queries.device):
+    if not served or not gpu.kernels_run_on(parts.queries.device):
         return None
     # imported where they are used: without a GPU there need be no Triton
     from titans_pytorch.kernels import retrieval

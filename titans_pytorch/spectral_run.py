@@ -15,16 +15,15 @@ plain twins. All can be differentiated once. States are kept in float32, in what
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from titans_pytorch import gpu
 from titans_pytorch.shapes import Float
 
-HAS_TRITON = importlib.util.find_spec('triton') is not None
 # features of the shorter side of a matrix, which a kernel keeps on chip whole, and rows of a chunk
 WIDEST, MOST_ROWS = 128, 16
 # entries of a head's states, all chunks together: places among them are 32 bits long
@@ -102,19 +101,19 @@ def kernels_serve(rows: Float[Tensor, 'bh n m d'], weights: list[Tensor]) -> boo
     """Whether a run of these chunks is the kernels' for all parameters of a memory, (bh, d, e) or (bh, f)."""
     chunks, count = rows.shape[1:3]
     fit = all(_fits(chunks, count, weight.shape[1:]) for weight in weights)
-    return fit and rows.dtype in SERVED and _all_float32(weights) and _kernels_run_on(rows.device)
+    return fit and rows.dtype in SERVED and _all_float32(weights) and gpu.kernels_run_on(rows.device)
 
 
 def _kernels_take_rows(inputs: Tensor, errors: Tensor, states: list[Tensor]) -> bool:
     _, chunks, rows, dim = inputs.shape
     fit = inputs.numel() > 0 and _fits(chunks, rows, (dim, errors.shape[-1]))
     served = inputs.dtype in SERVED and errors.dtype in SERVED and _all_float32(states)
-    return fit and served and _kernels_run_on(inputs.device)
+    return fit and served and gpu.kernels_run_on(inputs.device)
 
 
 def _kernels_take_updates(updates: Tensor, states: list[Tensor]) -> bool:
     fit = updates.numel() > 0 and updates.shape[1] * updates.shape[2] < MOST_ENTRIES
-    return fit and updates.dtype in SERVED and _all_float32(states) and _kernels_run_on(updates.device)
+    return fit and updates.dtype in SERVED and _all_float32(states) and gpu.kernels_run_on(updates.device)
 
 
 def _fits(chunks: int, rows: int, shape: tuple[int, ...]) -> bool:
@@ -125,12 +124,6 @@ def _fits(chunks: int, rows: int, shape: tuple[int, ...]) -> bool:
 
 def _all_float32(states: list[Tensor]) -> bool:
     return all(t.dtype == torch.float32 for t in states)
-
-
-@torch.compiler.assume_constant_result
-def _kernels_run_on(device: torch.device) -> bool:
-    # Ampere was the first with TF32 and bfloat16
-    return device.type == 'cuda' and HAS_TRITON and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def _kernels() -> Any:

@@ -24,7 +24,7 @@ Loss = Callable[..., Tensor]
 
 
 class Trainer:
-    """AdamW with warm-up and a cosine, gradients clipped. On a GPU in bf16, and each shape of batch is one CUDA graph."""
+    """AdamW with warm-up and a cosine, gradients clipped. On a GPU in bf16, a CUDA graph for each shape of batch."""
 
     def __init__(self, model: nn.Module, loss: Loss, steps: int, learning_rate: float):
         decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
