@@ -78,6 +78,36 @@ def test_several_memory_batches_stored_and_all_queries_retrieved_at_once(switch,
     assert max(walked) > 1 and max(retrieved) > 1
 
 
+@pytest.fixture
+def at_once(monkeypatch):
+    """Memory batches in a row, and all queries, by the plain twins of their operations."""
+    monkeypatch.setattr(DualEngine, '_materialises', FORMED['factored'])
+    monkeypatch.setattr(batch_walk, 'kernels_serve', lambda *_: True)
+    monkeypatch.setattr(retrieval, 'kernels_serve', lambda *_: True)
+
+
+@pytest.mark.parametrize(('before', 'after'), [(32, 8), (None, 8), (8, 16)])
+def test_batches_at_once_begin_at_the_base_weights(before, after, at_once):
+    """Which are not the newest ones where the last call ended within a memory batch."""
+    results = []
+    for mem in pair('plain'):
+        mem.batch_size = before
+        seq = inputs(mem, 48)
+        torch.manual_seed(0)
+        seq = torch.randn_like(seq)
+        _, state = mem(seq[:, :16])
+        out, state = mem(seq[:, 16:], state=state, ttt_batch_size=after)
+        results.append((out, carried(state), gradients(mem, scalar(out, state))))
+    assert_same(*results, 1e-9)
+
+
+def test_batches_at_once_are_computed_again_in_the_backward(at_once):
+    kept, again = memory(), memory(checkpoint_every=16)
+    seq = inputs(kept, 45)
+    results = [(out, gradients(mem, out.sin().sum())) for mem in (kept, again) for out, _ in [mem(seq)]]
+    assert_same(*results, 1e-9)
+
+
 @pytest.mark.parametrize('switch', [switch for switch in DUAL if 'spectral_norm_surprises' in SWITCHES[switch]])
 def test_engines_agree_on_orthogonal_momentum(switch):
     dual, dense = pair(switch)

@@ -439,6 +439,10 @@ class RunParts(NamedTuple):
     last: retrieval.Matrix
     gamma: Float[Tensor, 'bh r n d'] | None
 
+    def some_of(self, rows: Float[Tensor, 'bh s c d']) -> Float[Tensor, 'bh 1 n c d']:
+        """Rows as many as a run has at most."""
+        return rows[:, : self.mix.shape[2]].unsqueeze(1)
+
 
 class DualEngine(Engine):
     """Rows and errors instead of gradients: a matrix X Δ of a chunk is never formed unless it must be.
@@ -504,23 +508,24 @@ class DualEngine(Engine):
 
     def retrieve(self, weights: FastWeights, rows: Float[Tensor, 'bh n c d'], first: int) -> Float[Tensor, 'bh n c d']:
         parts = self._parts(weights) if is_plain_mlp(self.model, self.loss_fn) else []
-        if not parts or not all(retrieval.kernels_serve(rows.unsqueeze(1), *own) for own in parts):
+        if not parts or not all(retrieval.kernels_serve(own.some_of(rows), *own) for own in parts):
             return super().retrieve(weights, rows, first)
 
-        # each run is read at once, and as a whole
         _, eps = _norm(self.model)
-        out, start = [], 0
+        out, start, stop = [], 0, first + rows.shape[1]
         for own in parts:
             steps = own.mix.shape[1:3]
-            stop = start + steps.numel()
-            within, rows = rows.tensor_split([max(0, stop - first)], dim=1)
-            if count := within.shape[1]:
-                lead = first - start
-                padded = F.pad(within, (0, 0, 0, 0, lead, stop - first - count)).unflatten(1, steps)
-                out.append(retrieval.retrieve(padded, *own, eps).flatten(1, 2)[:, lead : lead + count])
-            first, start = first + count, stop
-        if rows.shape[1]:
-            out.append(super().retrieve(weights, rows, first))
+            end = start + steps.numel()
+            low, high = max(first, start), min(stop, end)
+            if low < high:
+                within = rows[:, low - first : high - first]
+                if (low, high) != (start, end):  # runs are read as a whole
+                    within = F.pad(within, (0, 0, 0, 0, low - start, end - high))
+                retrieved = retrieval.retrieve(within.unflatten(1, steps), *own, eps)
+                out.append(retrieved.flatten(1, 2)[:, low - start : high - start])
+            start = end
+        if stop > start:
+            out.append(super().retrieve(weights, rows[:, max(start - first, 0) :], max(first, start)))
         return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
     def _parts(self, weights: FastWeights) -> list[RunParts]:
@@ -651,20 +656,20 @@ class DualEngine(Engine):
         return plain and batch_walk.kernels_serve(*chunks[:3], [*weights.values()], states)
 
     def _stored_batches(self, chunks: Chunks, mixing: Mixing, last: Weights, last_momentum: Momentum) -> Stored:
+        """Memory batches whose gradients are taken at the newest weights: the first at `last`."""
         first_name, last_name = _matrix_names(self.model)
         gamma_name, eps = _norm(self.model)
         starts = {name: [w, *last_momentum.get(name, [])] for name, w in last.items()}
         first, gamma = (None if name is None else starts[name] for name in (first_name, gamma_name))
         walked = batch_walk.walk(*chunks[:3], first, starts[last_name], gamma, mixing.end, mixing.end_starts, eps)
 
-        keys = chunks.keys.to(walked.errors.dtype).unflatten(1, mixing.end.shape[1::2]).flatten(2, 3)
-        inputs = keys if first_name is None else walked.hidden
-        matrices = {last_name: (walked.last_starts, inputs, walked.errors)}
-        ends = {last_name: walked.last_end}
+        batches, length = mixing.steps.shape[1:3]
+        keys = chunks.keys.to(walked.errors.dtype).unflatten(1, (batches, length)).flatten(2, 3)
+        matrices = {last_name: (walked.last_starts, keys if first_name is None else walked.hidden, walked.errors)}
+        ends, dense = {last_name: walked.last_end}, {}
         if first_name is not None:
             matrices[first_name] = (walked.first_starts, keys, walked.hidden_errors)
             ends[first_name] = walked.first_end
-        dense = {}
         if gamma_name is not None:
             with no_autocast(walked.descent):
                 every = mixing.steps @ walked.descent + mixing.step_starts @ walked.gamma_starts

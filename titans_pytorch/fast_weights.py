@@ -99,8 +99,10 @@ class Runs(NamedTuple):
 
         out = _shared_linear(x, shares, starts)
         if n > 1:  # nothing is stored before step 0
-            scores = (x.flatten(1, 2) @ inputs.mT).view(*x.shape[:3], n, -1) * mix[:, :, None, :, None]
-            out = torch.baddbmm(out, scores.flatten(3).flatten(1, 2), errors)
+            # the same for all rows of a chunk; written out, as products over so short an axis are slow on a CPU
+            of_rows = mix.unsqueeze(-1).expand(-1, -1, -1, inputs.shape[1] // n).flatten(2)
+            scores = (x.flatten(1, 2) @ inputs.mT).unflatten(1, x.shape[1:3]) * of_rows.unsqueeze(2)
+            out = torch.baddbmm(out, scores.flatten(1, 2), errors)
         return out.view(batch, runs * n, -1, errors.shape[-1])
 
     def materialise(self, name: str) -> Float[Tensor, 'bh n d e']:
@@ -129,18 +131,26 @@ def _shared_linear(
 def _runs(pieces: Sequence[Piece | Stretch]) -> Iterator[Runs]:
     """Neighbours of one length, which are applied together; on a CPU so many that they stay in its cache."""
 
-    def rows(piece: Piece | Stretch) -> torch.Size | None:
-        return None if isinstance(piece, Stretch) else next(iter(piece.factors.values())).inputs.shape[:2]
+    def length(piece: Piece | Stretch) -> int:
+        return 0 if isinstance(piece, Stretch) else _rows(piece).shape[1]
 
-    for shape, same in groupby(pieces, key=rows):
-        if shape is None:
-            yield from (stretch.runs for stretch in same if isinstance(stretch, Stretch))
+    for _, same in groupby(pieces, key=length):
+        group: list[Piece] = []
+        for piece in same:
+            if isinstance(piece, Stretch):
+                yield piece.runs
+            else:
+                group.append(piece)
+        if not group:
             continue
-        group = [piece for piece in same if isinstance(piece, Piece)]
-        on_gpu = next(iter(group[0].end.values())).is_cuda
-        at_once = len(group) if on_gpu else max(1, ROWS_IN_CACHE // max(1, shape.numel()))
+        rows = _rows(group[0])
+        at_once = len(group) if rows.is_cuda else max(1, ROWS_IN_CACHE // max(1, len(rows) * rows.shape[1]))
         for start in range(0, len(group), at_once):
             yield Runs.of(group[start : start + at_once])
+
+
+def _rows(piece: Piece) -> Float[Tensor, 'bh t d']:
+    return next(iter(piece.factors.values())).inputs
 
 
 def times(x: Float[Tensor, 'bh n c d'], weights: Float[Tensor, 'bh n d e']) -> Float[Tensor, 'bh n c e']:
@@ -198,14 +208,14 @@ class FastWeights(Mapping[str, Tensor]):
             return times(x, self.steps(name, first, x.shape[1]))
 
         out, start, stop = [], 0, first + x.shape[1]
-        for piece in self.runs:
-            end = start + piece.num_steps
+        for run in self.runs:
+            end = start + run.num_steps
             low, high = max(first, start), min(stop, end)
             if low < high:
                 rows = x[:, low - first : high - first]
-                if (low, high) != (start, end):  # a piece is applied as a whole
+                if (low, high) != (start, end):  # runs are applied as a whole
                     rows = F.pad(rows, (0, 0, 0, 0, low - start, end - high))
-                out.append(piece.linear(name, rows)[:, low - start : high - start])
+                out.append(run.linear(name, rows)[:, low - start : high - start])
             start = end
         if stop > start:
             out.append(x[:, max(start - first, 0) :] @ self.end[name].unsqueeze(1))
@@ -226,8 +236,8 @@ class FastWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Float[Tensor, 'bh n ...']:
         if name in self.dense:
             return self.dense[name]
-        pieces = [piece.materialise(name) for piece in self.runs]
-        return torch.cat([*pieces, self.end[name].unsqueeze(1)], dim=1)
+        parts = [run.materialise(name) for run in self.runs]
+        return torch.cat([*parts, self.end[name].unsqueeze(1)], dim=1)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.end)

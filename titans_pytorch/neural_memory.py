@@ -636,7 +636,8 @@ class NeuralMemory(Module):
         pieces, losses = [], [torch.zeros_like(chunks.step_sizes[:, :0])]
 
         run_length = engine.run_length(tokens.device, self.store_chunk_size * self.num_kv_per_token)
-        spans = self._spans(state.seq_index, num_chunks, call.batch_size, run_length)
+        at_newest = all(base[name] is w for name, w in last.items())
+        spans = self._spans(state.seq_index, num_chunks, call.batch_size, run_length, at_newest)
         for run in engine.runs(chunks, residual, spans, last):
             stored = engine.store(run, base, last, momentum)
             pieces.append(stored.weights)
@@ -660,22 +661,25 @@ class NeuralMemory(Module):
         surprises = by_row(torch.cat(losses, dim=1)), by_row(chunks.step_sizes)
         return FastWeights.joined(pieces, last), after, surprises
 
-    def _spans(self, seq_index: int, num_chunks: int, batch_size: int | None, run_length: int | None) -> list[Span]:
+    def _spans(
+        self, seq_index: int, num_chunks: int, batch_size: int | None, run_length: int | None, at_newest: bool
+    ) -> list[Span]:
         """The chunks of a call, cut where memory batches end, and where a span has the chunks that the engine likes
-        best."""
+        best. `at_newest`: whether the base weights of the first are the newest ones."""
         chunk = seq_index // self.store_chunk_size
+        end = chunk + num_chunks
         per_batch = None if batch_size is None else batch_size // self.store_chunk_size
         spans: list[Span] = []
-        while left := num_chunks - sum(span.length for span in spans):
-            length = left if run_length is None else min(left, run_length)
-            if per_batch is None:
-                spans.append(Span(length, False, False))
-                continue
-            left_of_batch = per_batch - (chunk + sum(span.length for span in spans)) % per_batch
-            length = min(length, left_of_batch)
+        while chunk < end:
+            length = end - chunk if run_length is None else min(end - chunk, run_length)
+            left_of_batch = None
+            if per_batch is not None:
+                left_of_batch = per_batch - chunk % per_batch
+                length = min(length, left_of_batch)
             # with a gate the next one does not begin with the weights that this one ends with
-            whole = length == per_batch and self.transition_gate is None
+            whole = length == per_batch and self.transition_gate is None and (at_newest or bool(spans))
             spans.append(Span(length, whole, length == left_of_batch))
+            chunk += length
         return spans
 
     def _normed_chunks(self, tokens: Tensor, mask: Bool[Tensor, 'b n'] | None) -> tuple[Chunks, Float[Tensor, 'b n d']]:

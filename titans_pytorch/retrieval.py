@@ -251,8 +251,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Retrieved) -> None:
 def _gradients(ctx: Any, d_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if d_out is None:
         return (None,) * 12
-    gradients = _retrieve_backward(d_out, *ctx.saved_tensors, ctx.eps, ctx.operands)
-    return *(None if t is None else own for t, own in zip(ctx.saved_tensors, gradients)), None, None
+    saved = ctx.saved_tensors  # once: under activation checkpointing they are there but once
+    gradients = _retrieve_backward(d_out, *saved, ctx.eps, ctx.operands)
+    return *(None if t is None else own for t, own in zip(saved, gradients)), None, None
 
 
 _retrieve.register_autograd(_gradients, setup_context=_keep)

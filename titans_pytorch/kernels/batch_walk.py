@@ -557,7 +557,7 @@ def backward(
     ]
     d_keys, d_values, d_step_sizes = (t.new_empty(t.shape) for t in (keys, values, step_sizes))
     d_end = end.new_empty(*end.shape, call.parts)
-    units = min(UNITS, _padded(width))
+    units = min(UNITS, _padded(width), BLOCK // _padded(dim))
     slots = triton.cdiv(width, units) * (1 + with_first) + with_gamma
     d_mix = end.new_empty(*end_starts.shape, slots)
 
@@ -658,7 +658,8 @@ class _Call(NamedTuple):
             'PRECISION': precision,
             'OPERAND': OPERANDS[operands],
             'num_warps': WARPS[back],
-            'num_stages': STAGES[back],
+            # one, where two take more memory than a multiprocessor of compute capability 8.6 has
+            'num_stages': 1 if in_full and padded > 64 else STAGES[back],
         }
         return cls(
             (keys, values, step_sizes, end.contiguous(), end_starts.contiguous()),
@@ -713,6 +714,8 @@ class _Call(NamedTuple):
                 phases(batch, batch + 1, False, False, True)
 
 
+# by what kernels are compiled for, but for numbers: they hardly change registers or memory, and with four warps two
+# programs fit whatever the registers
 _RESIDENT: dict[Any, int] = {}
 
 

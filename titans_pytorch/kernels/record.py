@@ -651,7 +651,8 @@ class _Call(NamedTuple):
             keeps = False
             own, warps = _tile(heads, chunks * rows, max(padded, block), in_full)
             of_chunk = min(triton.next_power_of_2(rows), own)
-            options = {'num_warps': warps, 'num_stages': STAGES}
+            # two take more memory than a multiprocessor of compute capability 8.6 has, in full and so wide
+            options = {'num_warps': warps, 'num_stages': 1 if in_full and padded > 64 else STAGES}
         else:
             keeps = first is not None and wide * padded <= (KEPT_IN_FULL if in_full else KEPT)
             block = wide if keeps else block
