@@ -127,7 +127,9 @@ class Stepper:
         caches = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(caches and not self._captures)
         try:
-            self._model.step(self._state, kind)
+            # the buffers are tensors from outside, and remain so; on a CPU small operations are faster inside
+            with torch.inference_mode(not self._state.token.is_cuda):
+                self._model.step(self._state, kind)
         finally:
             torch.set_autocast_cache_enabled(caches)
 

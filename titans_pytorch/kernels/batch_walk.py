@@ -7,7 +7,8 @@ and rows travel through global memory, and seldom leave its cache. The backward 
 the first, with the gradient G of the states after each in place. Equations and plain twins are in
 `titans_pytorch.batch_walk`.
 
-Every phase of every memory batch can be launched on its own as well, where programs cannot wait.
+Every phase of every memory batch can be launched on its own as well: so several programs of a lane are tested where
+there is no GPU and programs cannot wait.
 """
 
 from __future__ import annotations
@@ -552,7 +553,9 @@ def backward(
     d_starts, d_ends, (d_hidden, *d_rows) = d_outputs[:3], d_outputs[3:6], d_outputs[6:]
     # G, which comes to be the gradient of the states at the start
     states = [
-        end.new_zeros((heads, *own.shape[2:]) if own.numel() else (0,)) if d is None else d.clone(memory_format=WHOLE)
+        end.new_zeros((heads, *own.shape[2:]) if own.numel() else (0,))
+        if d is None
+        else d.clone(memory_format=torch.contiguous_format)
         for own, d in zip(starts, d_ends)
     ]
     d_keys, d_values, d_step_sizes = (t.new_empty(t.shape) for t in (keys, values, step_sizes))
@@ -589,9 +592,6 @@ def backward(
     )  # fmt: skip
     d_shares = d_end.sum(dim=-1) if call.parts > 1 else d_end.view(end.shape)
     return d_keys, d_values, d_step_sizes, *states, d_shares, d_mix.sum(dim=-1)
-
-
-WHOLE = torch.contiguous_format
 
 
 def _programs(lanes: int, rows: Tensor) -> tuple[int, bool]:
