@@ -33,6 +33,19 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch.Tensor, 'new_empty', filled)
 
 
+@pytest.fixture
+def steps_compiled_eagerly(monkeypatch):
+    """Compiled decoding steps are traced whole, but run operation by operation; the list has one entry for each."""
+    compiled, real = [], torch.compile
+
+    def traced(step, options, **kwargs):
+        compiled.append(step)
+        return real(step, backend='aot_eager', options={'guard_filter_fn': options['guard_filter_fn']}, **kwargs)
+
+    monkeypatch.setattr(torch, 'compile', traced)
+    return compiled
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker('gpu'):

@@ -219,7 +219,9 @@ def test_kernel_in_a_cuda_graph(dtype, keys_per_position, kernel):
     position, expected_buffers = at(0, dim_head=64), tuple(buffer.clone().float() for buffer in buffers)
 
     def step():
-        out = attend_one(projected, buffers, ring, position, 1, mix)
+        # a position of its own: it keeps what it has computed from its number
+        here = Position(position.number, position.frequencies)
+        out = attend_one(projected, buffers, ring, here, 1, mix)
         position.number.add_(1)
         return out
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from unittest.mock import patch
 
 import pytest
 import torch
-from compare import all_in_float64, assert_same, leaves
+from compare import all_in_float64, assert_same, leaves, randomised
 from memories import SWITCHES, inputs, memory
 from test_mac_transformer import CONFIGURATIONS, TOKENS, ids, transformer
 
+from titans_pytorch import LongTermMemoryModel
 from titans_pytorch.decoding import Stepper
 from titans_pytorch.sinkhorn import sinkhorn, sinkhorn_of_few
 
@@ -279,6 +281,30 @@ def test_a_cache_is_as_a_pass_leaves_it():
     assert_same(cache, expected, 1e-9)
 
 
+def test_compiled_steps_serve_later_calls(steps_compiled_eagerly):
+    model, prompt = transformer(3), ids(6)
+    expected = model.sample(prompt, 36, use_cache=True, **GREEDY)
+    first, cache = model.sample(prompt, 23, return_cache=True, compiled=True, **GREEDY)
+    kinds = len(steps_compiled_eagerly)
+    second = model.sample(torch.cat((prompt, first), dim=1), 36, cache=cache, compiled=True, **GREEDY)
+    assert torch.equal(torch.cat((first, second), dim=1), expected)
+    with torch.no_grad():  # in place: they read them where they lie
+        model.to_logits.weight.mul_(-1.0)
+    again = [model.sample(prompt, 36, use_cache=True, compiled=compiled, **GREEDY) for compiled in (False, True)]
+    assert torch.equal(*again) and not torch.equal(again[0], expected)
+    assert len(steps_compiled_eagerly) == kinds
+    with torch.inference_mode():  # whose tensors are not for what is compiled outside
+        assert torch.equal(model.sample(prompt, 10, use_cache=True, compiled=True, **GREEDY), again[0][:, :4])
+
+
+@pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
+def test_compiled_steps():
+    model = LongTermMemoryModel(num_tokens=TOKENS, dim=8, depth=1, neural_memory_segment_len=3)
+    model, prompt = randomised(model, 0.1).double(), ids(5)
+    kwargs = {'use_cache': True, **GREEDY}
+    assert torch.equal(model.sample(prompt, 12, compiled=True, **kwargs), model.sample(prompt, 12, **kwargs))
+
+
 def test_bad_arguments_of_sampling():
     model, prompt = transformer(0), ids(6)
     for lengths in ([3], [0, 4], [3, 7], [2.5, 3]):
@@ -299,3 +325,5 @@ def test_graphs_give_the_tokens_of_eager_steps(index):
         model.to_logits.weight.mul_(-1.0)
     again = [model.sample(prompt, 60, use_cache=True, cuda_graphs=graphs, **GREEDY) for graphs in (False, True)]
     assert torch.equal(*again) and not torch.equal(again[0], results[0])
+    with pytest.raises(ValueError, match='compiled=True is for a CPU'):
+        model.sample(prompt, 60, use_cache=True, compiled=True, **GREEDY)

@@ -109,6 +109,15 @@ def test_steps_equal_one_pass(name, variant):
 
 
 @architectures
+def test_compiled_steps_give_the_same_tokens(name, steps_compiled_eagerly):
+    model, prompt = build(name, num_residual_streams=4 if name == 'LMM' else 1), ids(5)
+    kwargs = {'temperature': 0.0, 'show_progress': False, 'use_cache': True}
+    assert torch.equal(model.sample(prompt, 20, compiled=True, **kwargs), model.sample(prompt, 20, **kwargs))
+    kinds = {model.step_kind(position) for position in range(model.num_positions(5), model.num_positions(19))}
+    assert len(steps_compiled_eagerly) == len(kinds)
+
+
+@architectures
 def test_cached_samples_equal_uncached(name):
     model, prompt = build(name, 'as in the paper'), ids(5)
     kwargs = {'temperature': 0.0, 'show_progress': False}

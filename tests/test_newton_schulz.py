@@ -52,6 +52,12 @@ def test_singular_values_come_near_one():
         assert_same(out @ right @ torch.linalg.inv(left.mT @ out @ right) @ left.mT @ out, out)
 
 
+def test_any_number_of_axes_may_be_in_front():
+    matrices = torch.randn(2, 3, 6, 4, dtype=torch.float64)
+    together = newton_schulz(matrices)
+    assert_same(together, torch.stack([torch.stack([newton_schulz(m) for m in row]) for row in matrices]))
+
+
 @pytest.mark.parametrize('shape', SHAPES)
 def test_kernel_equals_the_loop(kernel, poisoned, shape):
     matrices = leaf(torch.randn(shape, device=DEVICE))

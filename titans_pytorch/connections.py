@@ -127,21 +127,15 @@ def plain_read(
     x: Float[Tensor, 'b s d'], weights: FoldedConnection
 ) -> tuple[Float[Tensor, 'b 1 d'], Float[Tensor, 'b s d'], Float[Tensor, 'b s 1']]:
     """What the branch reads of the streams, what stays of them, and the gates by which its output is written."""
-    batch, streams, dtype = x.shape[0], x.shape[1], x.dtype
-    x = x.float()
-    logits = torch.baddbmm(weights.bias, _normed(x), weights.to_logits.mT.expand(batch, -1, -1))
+    streams, dtype = x.shape[1], x.dtype
+    x = x.to(weights.bias.dtype)
+    # normalising comes last: it is a factor on the logits
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=EPS)
+    logits = torch.addcdiv(weights.bias, F.linear(x, weights.to_logits), norm, value=x.shape[-1] ** 0.5)
     read, _, write = logits.sigmoid().tensor_split((1, streams + 1), dim=-1)
     mix = sinkhorn_of_few(logits[..., 1 : streams + 1], ITERATIONS)
     mixed = torch.bmm(torch.cat((read, mix), dim=-1).mT, x).to(dtype)
     return mixed[:, :1], mixed[:, 1:], write.to(dtype)
-
-
-def _normed(x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
-    """√d · x / ‖x‖: on a GPU by what is a single kernel, on a CPU by the fewest operations."""
-    dim = x.shape[-1]
-    if x.is_cuda:
-        return F.rms_norm(x, (dim,), eps=1e-24)
-    return x * (dim**0.5 / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12))
 
 
 # a sequence

@@ -59,11 +59,14 @@ class Position:
         self.number = number
         self.frequencies = frequencies
         self._slots: dict[tuple[Ring, torch.dtype], Slot] = {}
+        self._turns: Tensor | None = None
 
-    @functools.cached_property
+    @property
     def turns(self) -> Tensor:
-        """By how much each layer rotates: (layers, d/2), complex."""
-        return turns(self.frequencies, self.number)
+        """By how much each layer rotates: (layers, d/2, 2), cosines and sines."""
+        if self._turns is None:
+            self._turns = turns(self.frequencies, self.number)
+        return self._turns
 
     def slot(self, ring: Ring, dtype: torch.dtype) -> Slot:
         if (ring, dtype) not in self._slots:
@@ -119,7 +122,7 @@ def _kernel_for(projected: Tensor, buffers: tuple[Tensor, Tensor], turn: Tensor)
     kernel, dim_head = _kernel(), buffers[0].shape[-1]
     if kernel is None or dim_head > kernel.LARGEST or 2 * len(turn) != dim_head:
         return None
-    is_double = torch.float64 in {t.dtype for t in (projected, *buffers, turn.real)}
+    is_double = torch.float64 in {t.dtype for t in (projected, *buffers, turn)}
     return None if is_double or not all(buffer.is_contiguous() for buffer in buffers) else kernel
 
 

@@ -15,7 +15,7 @@ from torch.nn import Module
 
 from titans_pytorch.fast_weights import Weights
 from titans_pytorch.gates import MultiheadRMSNorm
-from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
+from titans_pytorch.memory_models import ResidualNorm, inner_mlp
 from titans_pytorch.one_chunk import predict
 from titans_pytorch.shapes import Float
 
@@ -65,9 +65,8 @@ def _kernel_for(parts: Retrieval, weights: Weights, projected: Tensor) -> Any:
     if not (projected.is_cuda if USE_KERNEL is None else USE_KERNEL) or torch.is_grad_enabled():
         return None
     kernel = _kernel()
-    # subclasses may do otherwise
-    inner = parts.model.model if type(parts.model) is ResidualNorm else parts.model
-    if kernel is None or type(inner) is not MemoryMLP or len(inner.weights) > 2:
+    mlp = inner_mlp(parts.model)
+    if kernel is None or mlp is None or len(mlp.weights) > 2:
         return None
     if type(parts.query_norm) not in (nn.Identity, MultiheadRMSNorm) or type(parts.value_norm) is not nn.Identity:
         return None
@@ -75,7 +74,7 @@ def _kernel_for(parts: Retrieval, weights: Weights, projected: Tensor) -> Any:
         return None
     if any(w.dtype != torch.float32 or not w.is_contiguous() for w in weights.values()):
         return None
-    fits = all(matrix.numel() <= kernel.LARGEST for matrix in inner.weights)
+    fits = all(matrix.numel() <= kernel.LARGEST for matrix in mlp.weights)
     return kernel if fits else None
 
 

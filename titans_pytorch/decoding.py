@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from types import FunctionType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -63,35 +64,37 @@ class Decodable(Protocol):
 
 
 class Stepper:
-    """Decodes token by token: each kind of step is captured once as a CUDA graph and replayed, or simply called.
+    """Decodes token by token. A kind of step is called, or captured once as a CUDA graph, or compiled once on a CPU.
 
-    Build one by `Stepper.of`, which takes up one that has done its work where it fits: its graphs are then ready.
+    Build one by `Stepper.of`, which takes up one that has done its work where it fits: it is then ready.
     """
 
-    def __init__(self, model: Decodable, state: Any, captures: bool):
-        # not to keep the model, which the idle ones are found by
-        self._model = weakref.proxy(model)
+    def __init__(self, model: Decodable, state: Any, captures: bool, compiles: bool):
+        self._model: Any = model
         self._state = state
         self._captures = captures
+        self._compiles = compiles
+        self._functions: dict[StepKind, Callable[[Decodable, Any], None]] = {}
         self._graphs: dict[StepKind, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if captures else None
         self._position = 0
 
     @classmethod
-    def of(cls, model: Decodable, cache: ModelState, cuda_graphs: bool | None) -> Stepper:
+    def of(cls, model: Decodable, cache: ModelState, cuda_graphs: bool | None, compiled: bool = False) -> Stepper:
         """From `cache` on. CUDA graphs: `None` uses them where the model is on a CUDA device."""
         state = model.decoding_state(cache)
         on_gpu = state.token.is_cuda
         if cuda_graphs and not on_gpu:
             raise ValueError(f'cuda_graphs=True needs the model on a CUDA device, got {state.token.device}')
+        if compiled and on_gpu:
+            raise ValueError('compiled=True is for a CPU: on a CUDA device steps are captured as graphs')
 
-        captures = on_gpu and cuda_graphs is not False
-        stepper = _IDLE.get(model, {}).pop(_signature(model, state), None) if captures else None
-        if stepper is None:
-            stepper = cls(model, state, captures)
-        else:
-            for buffer, new in zip(_tensors(stepper._state), _tensors(state)):
+        stepper = cls(model, state, on_gpu and cuda_graphs is not False, compiled)
+        idle = _IDLE.get(model, {}).pop(stepper._signature(), None)
+        if idle is not None:
+            for buffer, new in zip(_tensors(idle._state), _tensors(state)):
                 buffer.copy_(new)
+            idle._model, stepper = model, idle
         stepper._position = cache.seq_index
         return stepper
 
@@ -107,11 +110,22 @@ class Stepper:
         """A copy of the state, to continue from later."""
         return self._model.decoding_cache(self._state, self._position)
 
-    def release(self, model: Decodable) -> None:
-        """Done: the graphs may serve the next call for the same shapes."""
-        if self._captures:
+    def release(self) -> None:
+        """Done: what was compiled and captured may serve the next call for the same shapes."""
+        if self._captures or self._compiles:
             # only the newest, as each holds the memory of its graphs
-            _IDLE[model] = {_signature(model, self._state): self}
+            _IDLE[self._model] = {self._signature(): self}
+            # which it is found by, as long as there is one
+            self._model = None
+
+    def _signature(self) -> Hashable:
+        """What graphs and compiled functions depend on: graphs read parameters where they lie, and both were made for
+        these shapes."""
+        device = self._state.token.device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        parameters = tuple((p.data_ptr(), p.dtype) for p in (*self._model.parameters(), *self._model.buffers()))
+        buffers = tuple((t.shape, t.dtype, t.device, t.is_inference()) for t in _tensors(self._state))
+        return self._captures, self._compiles, autocast, parameters, buffers
 
     def _run(self, kind: StepKind) -> None:
         if self._captures:
@@ -123,13 +137,16 @@ class Stepper:
         self._position += 1
 
     def _step(self, kind: StepKind) -> None:
+        if kind not in self._functions:
+            self._functions[kind] = _compiled(kind) if self._compiles else _called(kind)
         # weights that autocast has cast and kept must not outlive a graph, nor a graph use those of a time before it
         caches = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(caches and not self._captures)
+        # on a CPU small operations are faster in inference mode; the buffers are tensors from outside, and remain so
+        plainly = not (self._compiles or self._state.token.is_cuda)
         try:
-            # the buffers are tensors from outside, and remain so; on a CPU small operations are faster inside
-            with torch.inference_mode(not self._state.token.is_cuda):
-                self._model.step(self._state, kind)
+            with torch.inference_mode() if plainly else torch.no_grad():
+                self._functions[kind](self._model, self._state)
         finally:
             torch.set_autocast_cache_enabled(caches)
 
@@ -159,9 +176,17 @@ def _tensors(state: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
 
 
-def _signature(model: Any, state: Any) -> Hashable:
-    """What a captured graph depends on: it reads parameters where they lie, and was made for these shapes."""
-    device = state.token.device.type
-    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    parameters = tuple((p.data_ptr(), p.dtype) for p in (*model.parameters(), *model.buffers()))
-    return autocast, parameters, tuple((t.shape, t.dtype, t.device) for t in _tensors(state))
+def _called(kind: StepKind) -> Callable[[Decodable, Any], None]:
+    def step(model: Decodable, state: Any) -> None:
+        model.step(state, kind)
+
+    return step
+
+
+def _compiled(kind: StepKind) -> Callable[[Decodable, Any], None]:
+    step = _called(kind)
+    # the compiler keeps what it made, and counts how often it did, by code object: each step has its own
+    own = FunctionType(step.__code__.replace(), step.__globals__, step.__name__, None, step.__closure__)
+    # no Python between kernels, and no guards, which take longer than they: `Stepper` compares signatures
+    options: dict[str, Any] = {'cpp_wrapper': True, 'guard_filter_fn': lambda guards: [False] * len(guards)}
+    return torch.compile(own, fullgraph=True, dynamic=False, options=options)

@@ -21,7 +21,7 @@ from torch.nn import Module
 
 from titans_pytorch import batch_walk, fused_mlp, retrieval, spectral_run
 from titans_pytorch.fast_weights import Factors, FastWeights, Piece, Runs, Stretch, Weights, times
-from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
+from titans_pytorch.memory_models import ResidualNorm, inner_mlp
 from titans_pytorch.orthogonalize import newton_schulz
 from titans_pytorch.precision import at_least_float32, no_autocast, operand_dtype
 from titans_pytorch.recurrence import AssocScan, gate_products
@@ -743,9 +743,8 @@ def _traced_descent(fn: ProbedLoss, vectors: Weights, zeros: Weights) -> tuple[W
 
 def is_plain_mlp(model: Module, loss_fn: LossFn) -> bool:
     """Whether it is what kernels are written for: a memory MLP of one or two matrices, by the default loss."""
-    # subclasses may do otherwise
-    inner = model.model if type(model) is ResidualNorm else model
-    return type(inner) is MemoryMLP and len(inner.weights) <= 2 and loss_fn is default_loss_fn
+    mlp = inner_mlp(model)
+    return mlp is not None and len(mlp.weights) <= 2 and loss_fn is default_loss_fn
 
 
 def fused_record_serves(
@@ -756,6 +755,8 @@ def fused_record_serves(
         return False
     if residual is not None and residual.dense.keys() != base.keys():
         return False
+    if not torch.is_grad_enabled():
+        return True
     added = None if residual is None else _added(model, residual)
     return fused_mlp.kernels_serve_record(chunks.keys, chunks.values, chunks.step_sizes, [*base.values()], added)
 

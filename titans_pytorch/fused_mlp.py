@@ -78,6 +78,10 @@ def record(
         (bh, n, m). What there is not, without `first` or `gamma`, is empty. Inputs and errors come in the precision
         of the products: under autocast its own.
     """
+    weights = [w for w in (first, last, gamma) if w is not None]
+    if not torch.is_grad_enabled() and not kernels_serve_record(keys, values, step_sizes, weights, added):
+        # nothing to differentiate, and the compiler may look inside
+        return plain_record(keys, values, step_sizes, first, last, gamma, added, eps, operand_dtype(keys))
     others = (None,) * 4 if added is None else added
     return _record(keys, values, step_sizes, first, last, gamma, *others, eps, operand_dtype(keys))
 
@@ -376,7 +380,7 @@ def plain_record(
     hidden, hidden_errors = none, none.clone()
     if h is not None:
         # Δ₁ = (Δ₂ W₂ᵀ) ∘ gelu′(h)
-        hidden, hidden_errors = a.to(operands), (times(errors, last.mT) * _gelu_slopes(h)[0]).to(operands)
+        hidden, hidden_errors = a.to(operands), gelu_backward(times(errors, last.mT), h).to(operands)
     of_gamma = last.new_empty(0) if gain is None else (descent * unit).sum(dim=2)
     return hidden, hidden_errors, errors.to(operands), of_gamma, difference.square().mean(dim=-1)
 
@@ -415,7 +419,7 @@ def plain_record_backward(
     # Δ₁ = g ∘ gelu′(h) with g = Δ₂ W₂ᵀ
     d_g = None
     if h is not None:
-        d_g = d_hidden_errors * _gelu_slopes(h)[0]
+        d_g = gelu_backward(d_hidden_errors, h)
         d_errors = d_errors + times(d_g, last)
 
     d_gamma, d_unit, d_inverse = None, None, None
@@ -457,8 +461,8 @@ def plain_record_backward(
         d_keys = d_keys + times(d_y, last.mT)
         d_last = outer(k, d_y, operands, dtype)
     else:
-        slope, curvature = _gelu_slopes(h)
-        d_h = (d_hidden + times(d_y, last.mT)) * slope + d_hidden_errors * times(delta, last.mT) * curvature
+        bent = d_hidden_errors * times(delta, last.mT) * _gelu_curvature(h)
+        d_h = gelu_backward(d_hidden + times(d_y, last.mT), h) + bent
         d_keys = d_keys + times(d_h, first.mT)
         d_last = outer(hidden, d_y, operands, dtype) + outer(d_g, errors, operands, dtype)
         d_first = outer(k, d_h, operands, dtype)
@@ -596,7 +600,12 @@ def _tangent(u: Tensor, unit: Tensor) -> tuple[Float[Tensor, '... d'], Float[Ten
     return u - u.mean(dim=-1, keepdim=True) - unit * along, along
 
 
-def _gelu_slopes(h: Tensor) -> tuple[Tensor, Tensor]:
-    """gelu′ = Φ + h φ and gelu″ = (2 − h²) φ, with the normal distribution Φ and its density φ"""
-    density = (-h.square() / 2).exp() / math.sqrt(2 * math.pi)
-    return torch.special.ndtr(h) + h * density, (2 - h.square()) * density
+def gelu_backward(d_a: Tensor, h: Tensor) -> Tensor:
+    """d_a ∘ gelu′(h)"""
+    return torch.ops.aten.gelu_backward(d_a, h)
+
+
+def _gelu_curvature(h: Tensor) -> Tensor:
+    """gelu″ = (2 − h²) φ, with the density φ of the normal distribution"""
+    squared = h.square()
+    return (2 - squared) * (-squared / 2).exp() / math.sqrt(2 * math.pi)

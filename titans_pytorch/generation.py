@@ -52,6 +52,7 @@ def sample(
     state: ModelState | None = None,
     return_cache: bool = False,
     cuda_graphs: bool | None = None,
+    compiled: bool = False,
 ) -> Any:
     """Continue `prompt` to a total length of `seq_len` tokens; returns what was added.
 
@@ -72,6 +73,9 @@ def sample(
             read, and what is new.
         return_cache: also return the cache for the next call. Both imply `use_cache`.
         cuda_graphs: with a cache, replay the steps as CUDA graphs. Default: on a CUDA device.
+        compiled: with a cache, on a CPU, compile the steps by `torch.compile`: some times as fast. It needs a C++
+            compiler and, in the first call for a batch size, a minute or two, so it is not the default; later calls
+            of the same model do not.
 
     Returns:
         tokens (batch, seq_len − length of the shortest prompt), or fewer if all sequences end; with `return_cache` a
@@ -80,9 +84,8 @@ def sample(
     lengths = _checked_lengths(prompt, prompt_lengths)
     choose = _chooser(temperature, filter_fn, filter_kwargs)
     stepwise = use_cache or return_cache or cache is not None or state is not None
-    tokens = _tokens(
-        self, prompt, lengths, seq_len, choose, stop_tokens, pad_token, stepwise, cache, state, cuda_graphs
-    )
+    reader = _Stepwise(self, cache, state, cuda_graphs, compiled) if stepwise else _Rereading(self)
+    tokens = _tokens(self, reader, prompt, lengths, seq_len, choose, stop_tokens, pad_token)
 
     out = [prompt[:, :0]]
     with tqdm(total=max(0, seq_len - min(lengths)), disable=not show_progress) as progress:
@@ -110,6 +113,7 @@ def stream(
     cache: ModelState | None = None,
     state: ModelState | None = None,
     cuda_graphs: bool | None = None,
+    compiled: bool = False,
 ) -> Generator[Int[Tensor, ' b'], None, ModelState]:
     """Yield the tokens of `sample(…, use_cache=True)` one position after the other, as they come: (batch,).
 
@@ -121,7 +125,8 @@ def stream(
     """
     lengths = _checked_lengths(prompt, prompt_lengths)
     choose = _chooser(temperature, filter_fn, filter_kwargs)
-    return _tokens(self, prompt, lengths, seq_len, choose, stop_tokens, pad_token, True, cache, state, cuda_graphs)
+    reader = _Stepwise(self, cache, state, cuda_graphs, compiled)
+    return _tokens(self, reader, prompt, lengths, seq_len, choose, stop_tokens, pad_token)
 
 
 # the loop
@@ -132,23 +137,18 @@ Choose = Callable[[Float[Tensor, 'b l']], Int[Tensor, ' b']]
 @torch.no_grad()
 def _tokens(
     model: Decodable,
+    reader: _Rereading | _Stepwise,
     prompt: Int[Tensor, 'b n'],
     lengths: list[int],
     seq_len: int,
     choose: Choose,
     stop_tokens: int | Iterable[int],
     pad_token: int,
-    stepwise: bool,
-    cache: ModelState | None,
-    state: ModelState | None,
-    cuda_graphs: bool | None,
 ) -> Generator[Int[Tensor, ' b'], None, Any]:
     """The tokens of all rows at each position from the end of the shortest prompt on; at last the cache."""
     check_positive(seq_len=seq_len)
     if model.num_tokens is None:
         raise ValueError('a model without num_tokens has no logits to sample from')
-    if cache is not None and state is not None:
-        raise ValueError('prompt begins with what cache has read, or follows on state: give one of them')
     stops = torch.tensor([stop_tokens] if isinstance(stop_tokens, int) else [*stop_tokens], dtype=prompt.dtype)
     stops = stops.to(prompt.device)
     ends = torch.tensor(lengths, device=prompt.device)
@@ -158,7 +158,6 @@ def _tokens(
 
     was_training = model.training
     model.train(False)
-    reader = _Stepwise(model, cache, state, cuda_graphs) if stepwise else _Rereading(model)
     try:
         for position in range(shortest, seq_len):
             logits = reader.start(prompt[:, :shortest]) if position == shortest else reader(tokens)
@@ -198,11 +197,20 @@ class _Rereading:
 class _Stepwise:
     """Reads the prompt at once, and then each token by a step."""
 
-    def __init__(self, model: Decodable, cache: ModelState | None, state: ModelState | None, cuda_graphs: bool | None):
+    def __init__(
+        self,
+        model: Decodable,
+        cache: ModelState | None,
+        state: ModelState | None,
+        cuda_graphs: bool | None,
+        compiled: bool,
+    ):
+        if cache is not None and state is not None:
+            raise ValueError('prompt begins with what cache has read, or follows on state: give one of them')
         self.model = model
         self.before = {'cache': cache} if state is None else {'state': state}
         self.read = cache if state is None else state
-        self.cuda_graphs = cuda_graphs
+        self.cuda_graphs, self.compiled = cuda_graphs, compiled
         self.stepper: Stepper | None = None
 
     def start(self, prompt: Int[Tensor, 'b n']) -> Float[Tensor, 'b l']:
@@ -213,7 +221,8 @@ class _Stepwise:
     def __call__(self, tokens: Int[Tensor, ' b']) -> Float[Tensor, 'b l']:
         if self.stepper is None:
             assert self.read is not None
-            self.stepper, self.read = Stepper.of(self.model, self.read, self.cuda_graphs), None
+            self.stepper = Stepper.of(self.model, self.read, self.cuda_graphs, self.compiled)
+            self.read = None
         return self.stepper(tokens)
 
     def cache(self) -> ModelState | None:
@@ -221,7 +230,7 @@ class _Stepwise:
 
     def release(self) -> None:
         if self.stepper is not None:
-            self.stepper.release(self.model)
+            self.stepper.release()
 
 
 def _chooser(temperature: float, filter_fn: Callable[..., Tensor], filter_kwargs: Mapping[str, Any]) -> Choose:

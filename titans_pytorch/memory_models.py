@@ -11,7 +11,7 @@ Each keeps the shape of its input, (..., tokens, dim), and runs on its own like 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -72,9 +72,20 @@ class MemoryMLP(Module):
         self.weights = ParameterList([xavier_matrix(*pair) for pair in zip(dims[:-1], dims[1:])])
 
     def forward(self, x: Float[Tensor, '... d'], linear: Linear = torch.matmul) -> Float[Tensor, '... d']:
-        for layer, weight in enumerate(self.weights):
-            x = linear(F.gelu(x) if layer > 0 else x, weight)
+        return self.through(self.weights, x, linear)
+
+    @staticmethod
+    def through(matrices: Iterable[Tensor], x: Float[Tensor, '... d'], linear: Linear) -> Float[Tensor, '... d']:
+        for layer, matrix in enumerate(matrices):
+            x = linear(F.gelu(x) if layer > 0 else x, matrix)
         return x
+
+
+def inner_mlp(model: Module) -> MemoryMLP | None:
+    """The MLP that a memory is, alone or inside a `ResidualNorm`; `None` for any other network."""
+    # subclasses may do otherwise
+    inner = model.model if type(model) is ResidualNorm else model
+    return inner if type(inner) is MemoryMLP else None
 
 
 class GatedResidualMemoryMLP(Module):

@@ -10,8 +10,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call, vmap
+from torch.func import functional_call, grad, vmap
 from torch.nn import Module
 
 from titans_pytorch.engines import (
@@ -24,6 +25,7 @@ from titans_pytorch.engines import (
     soft_clamp_norm,
 )
 from titans_pytorch.fast_weights import Weights
+from titans_pytorch.memory_models import ResidualNorm, inner_mlp
 from titans_pytorch.orthogonalize import newton_schulz
 from titans_pytorch.shapes import Float
 
@@ -33,6 +35,15 @@ def predict(model: Module, weights: Weights, rows: Tensor, broadcasts: bool) -> 
 
     `broadcasts` says that `model` takes weights with axes in front as it is.
     """
+    mlp = inner_mlp(model)
+    if broadcasts and mlp is not None:
+        # `functional_call` takes longer than these few rows
+        answers = mlp.through([w for w in weights.values() if w.ndim == 3], rows, torch.bmm)
+        if model is mlp:
+            return answers
+        assert isinstance(model, ResidualNorm)
+        normed = F.layer_norm(answers, answers.shape[-1:], eps=model.norm.ln.eps)
+        return torch.addcmul(rows, normed, weights['norm.gamma'].unsqueeze(-2) + 1.0)
 
     def forward(weights: Weights, rows: Tensor) -> Tensor:
         return functional_call(model, weights, (rows,))
@@ -49,18 +60,20 @@ def descents(model: Module, loss_fn: LossFn, chunk: Chunks, at: Weights, broadca
         of_all = of_matrices | {name: descent[:, 0] for name, descent in of_vectors.items()}
         return {name: of_all[name].to(w.dtype) for name, w in at.items()}
 
-    with torch.inference_mode(False), torch.enable_grad():
-        at = {name: _outside_inference(w).requires_grad_() for name, w in at.items()}
+    with torch.inference_mode(False):
         keys, values, step_sizes = (_outside_inference(t[:, 0]) for t in chunk[:3])
-        # Titans eq. 12: ‖M(k) − v‖²
-        losses = batched_loss(loss_fn, 1)(predict(model, at, keys, broadcasts), values)
-        gradients = torch.autograd.grad(losses, [*at.values()], -step_sizes.to(losses.dtype))
-    return dict(zip(at, gradients))
+
+        def rise(at: Weights) -> Tensor:
+            # Titans eq. 12: ‖M(k) − v‖²
+            losses = batched_loss(loss_fn, 1)(predict(model, at, keys, broadcasts), values)
+            return -(losses * step_sizes.to(losses.dtype)).sum()
+
+        return grad(rise)({name: _outside_inference(w) for name, w in at.items()})
 
 
 def _outside_inference(t: Tensor) -> Tensor:
-    """Detached; where it was made in inference mode, of whose tensors autograd takes none, a copy."""
-    return t.clone() if t.is_inference() else t.detach()
+    """A copy, where it was made in inference mode: autograd takes no such tensors."""
+    return t.clone() if not torch.compiler.is_compiling() and t.is_inference() else t
 
 
 @torch.no_grad()

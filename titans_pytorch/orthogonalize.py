@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -47,13 +49,15 @@ def _by_loop(matrices: Tensor, steps: int, eps: float, coefficients: tuple[float
     # xxᵀ is formed over the shorter side
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    x = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
 
     for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        gram = torch.bmm(x, x.mT)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.add(torch.bmm(polynomial, x), x, alpha=a)
 
-    return x.mT if tall else x
+    return (x.mT if tall else x).view(matrices.shape)
 
 
 @torch.compiler.assume_constant_result

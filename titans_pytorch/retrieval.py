@@ -303,7 +303,7 @@ def plain_retrieve_backward(d_out: Tensor, parts: Parts, eps: float, operands: t
     d_x, d_mix, d_shares, *of_last = last.linear_backward(x, d_y)
     of_first: tuple[Tensor | None, ...] = (None,) * 3
     if first is not None and h is not None:
-        d_x, of_mix, of_shares, *others = first.linear_backward(q, d_x * fused_mlp._gelu_slopes(h)[0])
+        d_x, of_mix, of_shares, *others = first.linear_backward(q, fused_mlp.gelu_backward(d_x, h))
         d_mix, d_shares, of_first = d_mix + of_mix, d_shares + of_shares, (*others,)
     gradients = ((d_q + d_x).view(queries.shape), d_mix, d_shares, *of_first, *of_last, d_gamma)
     return [

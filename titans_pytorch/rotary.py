@@ -39,11 +39,11 @@ def rotate(
 def turns(
     frequencies: Tensor,  # ... d/2
     position: Tensor,  # 1
-) -> Tensor:  # ... d/2, complex
-    """By how much `turned` rotates each pair of features at one position."""
+) -> Tensor:  # ... d/2 2
+    """By how much `turned` rotates each pair of features at one position: cosines and sines."""
     angles = position * frequencies
 
-    return torch.polar(torch.ones_like(angles), angles)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
 def frequencies(rotary: RotaryEmbedding) -> Tensor:  # d/2
@@ -55,12 +55,18 @@ def frequencies(rotary: RotaryEmbedding) -> Tensor:  # d/2
 
 def turned(
     t: Tensor,  # ... d
-    by: Tensor,  # d/2, complex
+    by: Tensor,  # d/2 2
 ) -> Tensor:  # ... d
     """What `rotate` computes, for a single position: neighbouring features as the two parts of a complex number."""
-    pairs = torch.view_as_complex(t.unflatten(-1, (-1, 2)).to(by.real.dtype))
+    pairs = t.unflatten(-1, (-1, 2)).to(by.dtype)
 
-    return torch.view_as_real(pairs * by).flatten(-2).to(t.dtype)
+    if torch.compiler.is_compiling():  # which generates no code for complex numbers
+        (real, imaginary), (cos, sin) = pairs.unbind(-1), by.unbind(-1)
+        pairs = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
+    else:
+        pairs = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(by))
+
+    return pairs.flatten(-2).to(t.dtype)
 
 
 def rotary_causal_attention(

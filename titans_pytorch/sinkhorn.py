@@ -39,9 +39,11 @@ def sinkhorn(log_alpha: Float[Tensor, '... s s'], iters: int = 20) -> Float[Tens
 
 def sinkhorn_of_few(log_alpha: Float[Tensor, '... s s'], iters: int = 20) -> Float[Tensor, '... s s']:
     """The same for the few matrices of one token, without a gradient. On a CPU the number of operations then counts:
-    in log space an iteration is two, and there are no more of them once nothing changes."""
+    in log space an iteration is two, and there are no more of them once nothing changes. Compiled, none counts."""
     if log_alpha.is_cuda:
         return sinkhorn(log_alpha, iters)
+    if torch.compiler.is_compiling():
+        return plain_forward(log_alpha, iters, EPS)
     for iteration in range(iters):
         before, log_alpha = log_alpha, log_alpha.log_softmax(dim=-2).log_softmax(dim=-1)
         if iteration % 4 == 3 and torch.equal(before, log_alpha):

@@ -110,19 +110,19 @@ def attend(
     num_persistent: int,
     slides: bool,
     position: Tensor,  # 1
-    turn: Tensor,  # d/2, complex
+    turn: Tensor,  # d/2 2
     mix: tuple[Tensor, Tensor, Tensor, Tensor] | None,  # b 1 e, h e, h, b h 1 d
 ) -> Tensor:  # b 1 hd
     """What a position sees, itself included: its r keys and values are written into `keys` and `values`.
 
-    `turn` is how far its pairs of features are rotated. `mix` is for r = 1: the input, weights and biases of each
-    head's share, and the values of which it is the share.
+    `turn` has cosines and sines of how far its pairs of features are rotated. `mix` is for r = 1: the input, weights
+    and biases of each head's share, and the values of which it is the share.
     """
     batch, rows, _ = projected.shape
     _, heads, slots, dim_head = keys.shape
     assert keys.is_contiguous() and values.is_contiguous() and (mix is None or rows == 1)
     seq, to_share, bias, residual = (projected,) * 4 if mix is None else mix
-    turn, to_share, bias = torch.view_as_real(turn).contiguous(), to_share.contiguous(), bias.contiguous()
+    turn, to_share, bias = turn.contiguous(), to_share.contiguous(), bias.contiguous()
     projected, seq, residual = (t if t.stride(-1) == 1 else t.contiguous() for t in (projected, seq, residual))
     out = projected.new_empty(batch, 1, heads * dim_head)
 
