@@ -5,10 +5,10 @@
     python benchmarks/decoding.py --repeats 5 --write
 
 On a GPU it is the model of `train_mac.py --preset full` at batch 1 and 64, with and without CUDA graphs; on a CPU that
-of `--preset quick` at batch 1. Before it is timed, decoding is checked in float64 on a small model: while a step
-differs from a pass over the whole sequence there is no figure. Ours and the reference run by turns, each in a process
-of its own. Timed is one call of `sample` after another like it, the reading of the prompt (64 tokens) included; with
-CUDA graphs, capturing them is part of the first call, whose time is given apart.
+of `--preset quick` at batch 1, with compiled steps and without. Before it is timed, decoding is checked in float64 on a
+small model: while a step differs from a pass over the whole sequence there is no figure. Ours and the reference run by
+turns, each in a process of its own. Timed is one call of `sample` after another like it, the reading of the prompt (64
+tokens) included; capturing CUDA graphs and compiling are part of the first call, whose time is given apart.
 
 The last line of output is JSON; `--write` puts the table into RESULTS.md.
 """
@@ -93,7 +93,8 @@ def work(case: dict[str, Any], mode: str, repeats: int) -> dict[str, Any]:
 
     tokens = TOKENS[mode] if device == 'cuda' else TOKENS_ON_CPU
     prompt = torch.randint(0, 256, (batch, PROMPT), device=device)
-    kwargs = {'use_cache': True, 'show_progress': False, 'cuda_graphs': False if 'no CUDA' in mode else None}
+    kwargs = {'use_cache': True, 'show_progress': False, 'compiled': 'compiled' in mode}
+    kwargs['cuda_graphs'] = False if 'no CUDA' in mode else None
     known = inspect.signature(model.sample).parameters
     kwargs = {name: value for name, value in kwargs.items() if name in known}
 
@@ -118,8 +119,7 @@ def work(case: dict[str, Any], mode: str, repeats: int) -> dict[str, Any]:
 
 def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     modes = {'ours': own_path()}
-    if case.device == 'cuda':
-        modes |= {'ours, no CUDA graphs': own_path()}
+    modes |= {'ours, no CUDA graphs' if case.device == 'cuda' else 'ours, compiled': own_path()}
     if options.reference_path:
         modes |= {'reference': options.reference_path}
     job = {'case': asdict(case), 'repeats': options.repeats}
@@ -150,7 +150,7 @@ def _cells(f: dict[str, Any], batch: int, reference: float | None) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--repeats', type=int, default=3, help='timed calls in each process')
-    parser.add_argument('--timeout', type=float, default=300.0, help='seconds that a process may take')
+    parser.add_argument('--timeout', type=float, default=600.0, help='seconds that a process may take')
     options = parsed(parser, work)
 
     sys.path.insert(0, str(ROOT))

@@ -1,7 +1,4 @@
-"""Attention whose keys and values are the layers of an MLP. An experiment, not part of the paper.
-
-b batch, h heads, n sequence, m cached sequence, d features
-"""
+"""Attention whose keys and values are the layers of an MLP. An experiment, not part of the paper."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ from torch import Tensor, nn
 
 from titans_pytorch.checks import check_floating, check_positive, check_shape
 from titans_pytorch.rotary import extend_cache, flatten_cache, rotary_causal_attention
+from titans_pytorch.shapes import Float
 
 KeyValueCache = tuple[list[Tensor], list[Tensor]]
 """Keys and values of each layer, (b, h, m, d), keys before rotation."""
@@ -83,10 +81,10 @@ class ImplicitMLPAttention(nn.Module):
 
     def forward(
         self,
-        tokens: Tensor,  # b n d
+        tokens: Float[Tensor, 'b n d'],
         cache: KeyValueCache | None = None,
         return_kv_cache: bool = False,
-    ) -> Tensor | tuple[Tensor, KeyValueCache]:
+    ) -> Float[Tensor, 'b n d'] | tuple[Float[Tensor, 'b n d'], KeyValueCache]:
         """Attend; with the cache of all earlier tokens, as if they stood in front of these.
 
         Returns the output (b, n, d) and, if `return_kv_cache`, the keys and values of every token so far. A sequence

@@ -1,7 +1,4 @@
-"""Attention whose queries, keys and values are attentions themselves. An experiment, not part of the paper.
-
-b batch, h heads, n sequence, m cached sequence, d features
-"""
+"""Attention whose queries, keys and values are attentions themselves. An experiment, not part of the paper."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from torch import Tensor, nn
 
 from titans_pytorch.checks import check_floating, check_positive, check_shape
 from titans_pytorch.rotary import extend_cache, flatten_cache, rotary_causal_attention
+from titans_pytorch.shapes import Float
 
 NestedCache = tuple[tuple[list[Tensor], list[Tensor]], tuple[Tensor, Tensor]]
 """Three keys and three values of the inner attentions, then the outer key and value: (b, h, m, d), before rotation."""
@@ -70,10 +68,10 @@ class NestedAttention(nn.Module):
 
     def forward(
         self,
-        tokens: Tensor,  # b n d
+        tokens: Float[Tensor, 'b n d'],
         cache: NestedCache | None = None,
         return_kv_cache: bool = False,
-    ) -> Tensor | tuple[Tensor, NestedCache]:
+    ) -> Float[Tensor, 'b n d'] | tuple[Float[Tensor, 'b n d'], NestedCache]:
         """Attend; with the cache of all earlier tokens, as if they stood in front of these.
 
         Returns the output (b, n, d) and, if `return_kv_cache`, inner and outer keys and values of every token so far.

@@ -1,7 +1,5 @@
 """Rotary positions from explicit indices, and causal attention whose keys may come from a cache.
 
-    b batch, h heads, n sequence, i queries, j keys, d features
-
 Rotary embedding: RoFormer, https://arxiv.org/abs/2104.09864
 """
 
@@ -16,12 +14,12 @@ from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from titans_pytorch.shapes import Float, Int
+
 
 def rotate(
-    rotary: RotaryEmbedding,
-    t: Tensor,  # b h n d
-    positions: Tensor,  # n
-) -> Tensor:  # b h n d
+    rotary: RotaryEmbedding, t: Float[Tensor, 'b h n d'], positions: Int[Tensor, ' n']
+) -> Float[Tensor, 'b h n d']:
     """Rotate `t` by the angles of `positions`.
 
     Only the first features rotate where the rotary dimension is smaller than `d`. The angles have the precision of
@@ -29,74 +27,57 @@ def rotate(
     computed here rather than taken from the library's cache, whose precision depends on who filled it first.
     """
     dtype = torch.promote_types(rotary.freqs.dtype, torch.float32)
-
     angles = positions.to(dtype)[:, None] / rotary.interpolate_factor * rotary.freqs.to(dtype)
     angles = angles.repeat_interleave(2, dim=-1)  # neighbouring features share an angle
-
     return apply_rotary_emb(angles, t)
 
 
-def turns(
-    frequencies: Tensor,  # ... d/2
-    position: Tensor,  # 1
-) -> Tensor:  # ... d/2 2
+def turns(frequencies: Float[Tensor, '... d/2'], position: Int[Tensor, ' 1']) -> Float[Tensor, '... d/2 2']:
     """By how much `turned` rotates each pair of features at one position: cosines and sines."""
     angles = position * frequencies
-
     return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
-def frequencies(rotary: RotaryEmbedding) -> Tensor:  # d/2
+def frequencies(rotary: RotaryEmbedding) -> Float[Tensor, ' d/2']:
     """Angle per position of each pair of features, as precise as in `rotate`."""
     dtype = torch.promote_types(rotary.freqs.dtype, torch.float32)
-
     return rotary.freqs.detach().to(dtype) / rotary.interpolate_factor
 
 
-def turned(
-    t: Tensor,  # ... d
-    by: Tensor,  # d/2 2
-) -> Tensor:  # ... d
+def turned(t: Float[Tensor, '... d'], by: Float[Tensor, 'd/2 2']) -> Float[Tensor, '... d']:
     """What `rotate` computes, for a single position: neighbouring features as the two parts of a complex number."""
     pairs = t.unflatten(-1, (-1, 2)).to(by.dtype)
-
     if torch.compiler.is_compiling():  # which generates no code for complex numbers
         (real, imaginary), (cos, sin) = pairs.unbind(-1), by.unbind(-1)
         pairs = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
     else:
         pairs = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(by))
-
     return pairs.flatten(-2).to(t.dtype)
 
 
 def rotary_causal_attention(
     rotary: RotaryEmbedding,
-    q: Tensor,  # b h i d
-    k: Tensor,  # b h j d
-    v: Tensor,  # b h j e
-) -> Tensor:  # b h i e
+    q: Float[Tensor, 'b h i d'],
+    k: Float[Tensor, 'b h j d'],
+    v: Float[Tensor, 'b h j e'],
+) -> Float[Tensor, 'b h i e']:
     """Softmax attention of the last `i` of `j` positions, each to itself and to all before it.
 
     Queries and keys come unrotated, so that cached keys can be kept as they are and every call numbers its positions
     from the start of the sequence.
     """
     q_len, k_len = q.shape[-2], k.shape[-2]
-
     if q_len > k_len:
         raise ValueError(f'q must not be longer than k, whose last positions it holds, got {q_len} and {k_len}')
 
     positions = torch.arange(k_len, device=k.device)
-
     q = rotate(rotary, q, positions[k_len - q_len :])
     k = rotate(rotary, k, positions)
 
     # is_causal aligns its mask to the first key, which is right only where there is a query for each key
-
     mask = None
-
     if 1 < q_len < k_len:
         mask = torch.ones(q_len, k_len, dtype=torch.bool, device=k.device).tril(k_len - q_len)
-
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=q_len == k_len)
 
 
@@ -109,34 +90,25 @@ def flatten_cache(
     """The tensors of a cache of keys and values, which must be as many as `dims`, of these widths, equally long."""
     if cache is None:
         return None
-
     tensors = tree_leaves(cache)
-
     if len(tensors) != len(dims):
         raise ValueError(f'cache must hold {len(dims)} tensors of keys and values, got {len(tensors)}')
-
     length = None
-
     for tensor, dim in zip(tensors, dims):
         if not isinstance(tensor, Tensor):
             raise TypeError(f'cache must hold tensors of keys and values, got {type(tensor).__name__}')
-
         if length is None and tensor.ndim == 4:
             length = tensor.shape[-2]
-
         if tensor.shape != (batch, heads, length, dim):
             expected = f'(batch={batch}, heads={heads}, length={length}, dim={dim})'
             raise ValueError(f'cache must hold keys and values {expected}, got {tuple(tensor.shape)}')
-
     return tensors
 
 
 def extend_cache(
-    cached: Sequence[Tensor] | None,  # each b h m d
-    new: Sequence[Tensor],  # each b h n d
-) -> list[Tensor]:  # each b h (m n) d
+    cached: Sequence[Float[Tensor, 'b h m d']] | None, new: Sequence[Float[Tensor, 'b h n d']]
+) -> list[Float[Tensor, 'b h (m n) d']]:
     """Cached keys and values followed by the new ones, tensor by tensor; without a cache, the new ones."""
     if cached is None:
         return list(new)
-
     return [torch.cat(pair, dim=-2) for pair in zip(cached, new, strict=True)]
