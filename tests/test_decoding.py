@@ -88,6 +88,19 @@ def test_steps_of_a_memory_equal_one_call(switch, chunk_size):
 
 
 @torch.no_grad()
+def test_weights_may_come_in_any_order():
+    mem = memory('deep memory', 4)
+    seq = inputs(mem, 9)
+    _, state = mem(seq)
+    sorted_last = {name: state.states[0][name] for name in sorted(state.states[0].keys(), reverse=True)}
+    again = state._replace(states=(sorted_last, *state.states[1:]))
+    assert_same(mem.recall(seq, again), mem.recall(seq, state), 0.0)
+    buffers = [mem.step_state(own) for own in (state, again)]
+    outs = [mem.step(seq[:, :1], own, torch.tensor([1]), False, False)[0] for own in buffers]
+    assert_same(*outs, 0.0)
+
+
+@torch.no_grad()
 def test_a_state_with_a_mask_is_refused():
     mem = memory('plain', 4)
     seq = inputs(mem, 6)
@@ -281,28 +294,71 @@ def test_a_cache_is_as_a_pass_leaves_it():
     assert_same(cache, expected, 1e-9)
 
 
+def sampled(model, prompt, length: int, **kwargs):
+    """Tokens, and the logits that they were chosen from."""
+    logits = []
+
+    def kept(own):
+        logits.append(own.clone())
+        return own
+
+    tokens = model.sample(prompt, length, use_cache=True, filter_fn=kept, filter_kwargs={}, **GREEDY, **kwargs)
+    return tokens, torch.stack(logits)
+
+
 def test_compiled_steps_serve_later_calls(steps_compiled_eagerly):
     model, prompt = transformer(3), ids(6)
-    expected = model.sample(prompt, 36, use_cache=True, **GREEDY)
-    first, cache = model.sample(prompt, 23, return_cache=True, compiled=True, **GREEDY)
+    assert_same(sampled(model, prompt, 22, compiled=True), sampled(model, prompt, 22), 1e-9)
     kinds = len(steps_compiled_eagerly)
-    second = model.sample(torch.cat((prompt, first), dim=1), 36, cache=cache, compiled=True, **GREEDY)
-    assert torch.equal(torch.cat((first, second), dim=1), expected)
-    with torch.no_grad():  # in place: they read them where they lie
+
+    # a stream beside another call, which leaves the model in training mode for a moment
+    other = model.train().stream(prompt, 30, temperature=0.0, compiled=True)
+    begun = [next(other) for _ in range(3)]
+    assert_same(sampled(model, prompt, 22, compiled=True), sampled(model, prompt, 22), 1e-9)
+    model.train()
+    assert torch.equal(torch.stack([*begun, *other], dim=1), model.sample(prompt, 30, use_cache=True, **GREEDY))
+    assert model.training
+
+    # new values of parameters, in place and in their place
+    with torch.no_grad():
         model.to_logits.weight.mul_(-1.0)
-    again = [model.sample(prompt, 36, use_cache=True, compiled=compiled, **GREEDY) for compiled in (False, True)]
-    assert torch.equal(*again) and not torch.equal(again[0], expected)
+    assert_same(sampled(model, prompt, 12, compiled=True), sampled(model, prompt, 12), 1e-9)
+    model.load_state_dict({name: t * 0.9 for name, t in model.state_dict().items()}, assign=True)
+    assert_same(sampled(model, prompt, 12, compiled=True), sampled(model, prompt, 12), 1e-9)
     assert len(steps_compiled_eagerly) == kinds
+
+
+def test_compiled_steps_are_compiled_anew_where_they_have_to_be(steps_compiled_eagerly):
+    model = LongTermMemoryModel(num_tokens=TOKENS, dim=8, depth=1, neural_memory_segment_len=3)
+    model, prompt = randomised(model, 0.1).double(), ids(5)
+
+    def compiles(tolerance=1e-9):
+        before = len(steps_compiled_eagerly)
+        assert_same(sampled(model, prompt, 9, compiled=True), sampled(model, prompt, 9), tolerance)
+        return len(steps_compiled_eagerly) - before
+
+    kinds = compiles()
+    assert kinds == 2 and compiles() == 0
     with torch.inference_mode():  # whose tensors are not for what is compiled outside
-        assert torch.equal(model.sample(prompt, 10, use_cache=True, compiled=True, **GREEDY), again[0][:, :4])
+        assert compiles() == kinds
+    hook = model.to_logits.register_forward_hook(lambda module, args, out: -out)
+    assert compiles() == kinds
+    hook.remove()
+    whole, prompt = prompt, prompt[:1]
+    assert compiles() == kinds
+    prompt = whole
+    assert compiles() == 0
+    model.to(torch.float32)
+    assert compiles(1e-4) == kinds
+    with torch.autocast('cpu', torch.bfloat16):
+        assert compiles(3e-2) == kinds
 
 
 @pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
 def test_compiled_steps():
     model = LongTermMemoryModel(num_tokens=TOKENS, dim=8, depth=1, neural_memory_segment_len=3)
     model, prompt = randomised(model, 0.1).double(), ids(5)
-    kwargs = {'use_cache': True, **GREEDY}
-    assert torch.equal(model.sample(prompt, 12, compiled=True, **kwargs), model.sample(prompt, 12, **kwargs))
+    assert_same(sampled(model, prompt, 12, compiled=True), sampled(model, prompt, 12), 1e-9)
 
 
 def test_bad_arguments_of_sampling():

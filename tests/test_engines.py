@@ -220,15 +220,16 @@ def test_saturated_gates(logit):
     assert_engines_agree(dual, dense, inputs(dual, 29), [29])
 
 
-def test_a_hundred_thousand_chunks_stay_finite():
-    # a linear memory: with the gates as they begin, a deep one fades to zero or diverges on noise, by the seed
-    kwargs = {'default_model_kwargs': {'depth': 1}, 'default_step_transform_max_lr': 0.05}
+# with these step sizes neither diverges, whatever the seed; the second fades to zero
+@pytest.mark.parametrize(('depth', 'max_lr'), [(1, 0.05), (2, 0.01)])
+def test_a_hundred_thousand_chunks_stay_finite(depth, max_lr):
+    kwargs = {'default_model_kwargs': {'depth': depth}, 'default_step_transform_max_lr': max_lr}
     mem = NeuralMemory(8, chunk_size=1, batch_size=128, engine='dual', **kwargs)
     with torch.no_grad():
         seq = torch.randn(1, 100_000, 8)
         out, state = mem(seq)
     assert all(torch.isfinite(t).all() for t in (out, *leaves(carried(state)).values()))
-    assert all(w.abs().max() > 1e-3 for w in state.states[0].values())
+    assert depth == 2 or all(w.abs().max() > 1e-3 for w in state.states[0].values())
 
 
 @pytest.mark.parametrize('switch', ['plain', 'deep memory', 'attention memory', 'everything'])

@@ -61,7 +61,7 @@ class Position:
         self._slots: dict[tuple[Ring, torch.dtype], Slot] = {}
         self._turns: Tensor | None = None
 
-    @property
+    @property  # the compiler knows no `cached_property`
     def turns(self) -> Tensor:
         """By how much each layer rotates: (layers, d/2, 2), cosines and sines."""
         if self._turns is None:

@@ -15,7 +15,7 @@ from torch.nn import Module
 
 from titans_pytorch.fast_weights import Weights
 from titans_pytorch.gates import MultiheadRMSNorm
-from titans_pytorch.memory_models import ResidualNorm, inner_mlp
+from titans_pytorch.memory_models import ResidualNorm, inner_mlp, mlp_matrices
 from titans_pytorch.one_chunk import predict
 from titans_pytorch.shapes import Float
 
@@ -52,7 +52,7 @@ def retrieve_one(
     norm = parts.model.norm if isinstance(parts.model, ResidualNorm) else None
     return kernel.retrieve(
         projected,
-        _matrices(parts.model, weights),
+        mlp_matrices(parts.model, weights),
         _gain_and_eps(parts.query_norm),
         None if norm is None else (weights['norm.gamma'], norm.ln.eps),
         None if parts.gate is None else (normed, parts.gate[0].weight),
@@ -86,10 +86,6 @@ def _kernel() -> Any:
     except ImportError:
         return None
     return kernel
-
-
-def _matrices(model: Module, weights: Weights) -> list[Float[Tensor, 'bh d e']]:
-    return [weights[name] for name, parameter in model.named_parameters() if parameter.ndim == 2]
 
 
 def _gain_and_eps(norm: Module) -> tuple[Float[Tensor, 'h 1 d'], float] | None:

@@ -63,21 +63,25 @@ class Decodable(Protocol):
         all else that does on a tensor: so each kind of step can be captured as a CUDA graph, and replayed."""
 
 
+Mode = tuple[StepKind, torch.dtype | None]
+"""A kind of step, and what autocast lowers to."""
+StepFunction = Callable[[Decodable, Any], None]
+
+
 class Stepper:
     """Decodes token by token. A kind of step is called, or captured once as a CUDA graph, or compiled once on a CPU.
 
-    Build one by `Stepper.of`, which takes up one that has done its work where it fits: it is then ready.
+    Build one by `Stepper.of`, which takes up what earlier ones have captured or compiled, where it fits.
     """
 
-    def __init__(self, model: Decodable, state: Any, captures: bool, compiles: bool):
+    def __init__(self, model: Decodable, state: Any, position: int, compiled: dict[Mode, StepFunction] | None):
         self._model: Any = model
         self._state = state
-        self._captures = captures
-        self._compiles = compiles
-        self._functions: dict[StepKind, Callable[[Decodable, Any], None]] = {}
-        self._graphs: dict[StepKind, torch.cuda.CUDAGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle() if captures else None
-        self._position = 0
+        self._position = position
+        self._compiled = compiled
+        self._graphs: dict[Mode, torch.cuda.CUDAGraph] | None = None
+        self._pool: Any = None
+        self._signature: Hashable = None
 
     @classmethod
     def of(cls, model: Decodable, cache: ModelState, cuda_graphs: bool | None, compiled: bool = False) -> Stepper:
@@ -89,13 +93,25 @@ class Stepper:
         if compiled and on_gpu:
             raise ValueError('compiled=True is for a CPU: on a CUDA device steps are captured as graphs')
 
-        stepper = cls(model, state, on_gpu and cuda_graphs is not False, compiled)
-        idle = _IDLE.get(model, {}).pop(stepper._signature(), None)
-        if idle is not None:
-            for buffer, new in zip(_tensors(idle._state), _tensors(state)):
-                buffer.copy_(new)
-            idle._model, stepper = model, idle
-        stepper._position = cache.seq_index
+        if compiled:
+            return cls(model, state, cache.seq_index, _functions_for(model, state))
+        if not on_gpu or cuda_graphs is False:
+            return cls(model, state, cache.seq_index, None)
+        return cls._capturing(model, state, cache.seq_index)
+
+    @classmethod
+    def _capturing(cls, model: Decodable, state: Any, position: int) -> Stepper:
+        # graphs read parameters and buffers where they lie
+        signature = _signature(model, state), tuple(p.data_ptr() for p in _parameters(model))
+        stepper = _IDLE.get(model, {}).pop(signature, None)
+        if stepper is None:
+            stepper = cls(model, state, position, None)
+            stepper._graphs, stepper._pool = {}, torch.cuda.graph_pool_handle()
+            stepper._signature = signature
+            return stepper
+        for buffer, new in zip(_tensors(stepper._state), _tensors(state)):
+            buffer.copy_(new)
+        stepper._model, stepper._position = model, position
         return stepper
 
     def __call__(self, tokens: Int[Tensor, ' b']) -> Float[Tensor, 'b l']:
@@ -111,44 +127,47 @@ class Stepper:
         return self._model.decoding_cache(self._state, self._position)
 
     def release(self) -> None:
-        """Done: what was compiled and captured may serve the next call for the same shapes."""
-        if self._captures or self._compiles:
-            # only the newest, as each holds the memory of its graphs
-            _IDLE[self._model] = {self._signature(): self}
-            # which it is found by, as long as there is one
-            self._model = None
-
-    def _signature(self) -> Hashable:
-        """What graphs and compiled functions depend on: graphs read parameters where they lie, and both were made for
-        these shapes."""
-        device = self._state.token.device.type
-        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        parameters = tuple((p.data_ptr(), p.dtype) for p in (*self._model.parameters(), *self._model.buffers()))
-        buffers = tuple((t.shape, t.dtype, t.device, t.is_inference()) for t in _tensors(self._state))
-        return self._captures, self._compiles, autocast, parameters, buffers
+        """Done: what was captured may serve the next call for the same shapes."""
+        if self._graphs is not None:
+            # only the newest, as each holds the memory of its graphs; an idle one does not keep its model
+            _IDLE[self._model], self._model = {self._signature: self}, None
 
     def _run(self, kind: StepKind) -> None:
-        if self._captures:
-            if kind not in self._graphs:
-                self._graphs[kind] = self._captured(kind)
-            self._graphs[kind].replay()
-        else:
+        if self._graphs is None:
             self._step(kind)
+        else:
+            mode = self._mode(kind)
+            if mode not in self._graphs:
+                self._graphs[mode] = self._captured(kind)
+            self._graphs[mode].replay()
         self._position += 1
 
+    def _mode(self, kind: StepKind) -> Mode:
+        device = self._state.token.device.type
+        return kind, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
     def _step(self, kind: StepKind) -> None:
-        if kind not in self._functions:
-            self._functions[kind] = _compiled(kind) if self._compiles else _called(kind)
         # weights that autocast has cast and kept must not outlive a graph, nor a graph use those of a time before it
         caches = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(caches and not self._captures)
-        # on a CPU small operations are faster in inference mode; the buffers are tensors from outside, and remain so
-        plainly = not (self._compiles or self._state.token.is_cuda)
+        torch.set_autocast_cache_enabled(caches and self._graphs is None)
         try:
-            with torch.inference_mode() if plainly else torch.no_grad():
-                self._functions[kind](self._model, self._state)
+            if self._compiled is not None:
+                # not in inference mode, which the compiler does not know
+                with torch.no_grad():
+                    self._compiled_step(kind)(self._model, self._state)
+            else:
+                # the buffers are tensors from outside, and remain so; on a CPU small operations are faster inside
+                with torch.inference_mode(not self._state.token.is_cuda):
+                    self._model.step(self._state, kind)
         finally:
             torch.set_autocast_cache_enabled(caches)
+
+    def _compiled_step(self, kind: StepKind) -> StepFunction:
+        assert self._compiled is not None
+        mode = self._mode(kind)
+        if mode not in self._compiled:
+            self._compiled[mode] = _compiled(kind)
+        return self._compiled[mode]
 
     def _captured(self, kind: StepKind) -> torch.cuda.CUDAGraph:
         buffers = _tensors(self._state)
@@ -171,22 +190,45 @@ class Stepper:
 
 _IDLE: weakref.WeakKeyDictionary[Any, dict[Hashable, Stepper]] = weakref.WeakKeyDictionary()
 
+_COMPILED: weakref.WeakKeyDictionary[Any, dict[Hashable, dict[Mode, StepFunction]]] = weakref.WeakKeyDictionary()
+"""For each model, by signature; the newest last."""
+
+MOST_COMPILED = 8
+"""Signatures of a model whose functions are kept: a batch size is one."""
+
+
+def _functions_for(model: Any, state: Any) -> dict[Mode, StepFunction]:
+    """Those compiled before, for steps of `model` over buffers as in `state`; new ones are added to it."""
+    of_model = _COMPILED.setdefault(model, {})
+    signature = _signature(model, state)
+    of_model[signature] = of_model.pop(signature, {})
+    while len(of_model) > MOST_COMPILED:
+        del of_model[next(iter(of_model))]
+    return of_model[signature]
+
+
+def _compiled(kind: StepKind) -> StepFunction:
+    def step(model: Decodable, state: Any) -> None:
+        model.step(state, kind)
+
+    # the compiler keeps what it made, and counts how often it did, by code object: each step has its own
+    own = FunctionType(step.__code__.replace(), step.__globals__, step.__name__, None, step.__closure__)
+    # no Python between kernels, and no guards, which take longer than they: signatures are compared instead
+    options: dict[str, Any] = {'cpp_wrapper': True, 'guard_filter_fn': lambda guards: [False] * len(guards)}
+    return torch.compile(own, fullgraph=True, dynamic=False, options=options)
+
 
 def _tensors(state: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
 
 
-def _called(kind: StepKind) -> Callable[[Decodable, Any], None]:
-    def step(model: Decodable, state: Any) -> None:
-        model.step(state, kind)
-
-    return step
+def _parameters(model: Any) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
-def _compiled(kind: StepKind) -> Callable[[Decodable, Any], None]:
-    step = _called(kind)
-    # the compiler keeps what it made, and counts how often it did, by code object: each step has its own
-    own = FunctionType(step.__code__.replace(), step.__globals__, step.__name__, None, step.__closure__)
-    # no Python between kernels, and no guards, which take longer than they: `Stepper` compares signatures
-    options: dict[str, Any] = {'cpp_wrapper': True, 'guard_filter_fn': lambda guards: [False] * len(guards)}
-    return torch.compile(own, fullgraph=True, dynamic=False, options=options)
+def _signature(model: Any, state: Any) -> Hashable:
+    """What graphs and compiled functions were made for: modules and their hooks, parameters, buffers. A tensor made in
+    inference mode cannot be written to outside."""
+    modules = tuple((type(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules())
+    tensors = (*_parameters(model), *_tensors(state))
+    return modules, tuple((t.shape, t.stride(), t.dtype, t.device, t.is_inference()) for t in tensors)

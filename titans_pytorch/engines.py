@@ -750,13 +750,15 @@ def is_plain_mlp(model: Module, loss_fn: LossFn) -> bool:
 def fused_record_serves(
     model: Module, loss_fn: LossFn, chunks: Chunks, base: Weights, residual: Residual | None
 ) -> bool:
-    """Whether `_factors` is one operation."""
+    """Whether `fused_mlp.record` computes `_factors`: where it is one operation, and without a gradient, for which
+    operations written out are fewer than those of autograd."""
     if not is_plain_mlp(model, loss_fn):
         return False
     if residual is not None and residual.dense.keys() != base.keys():
         return False
     if not torch.is_grad_enabled():
-        return True
+        # lower ones as autograd has them, whose norm is more precise than its input
+        return all(w.dtype in (torch.float32, torch.float64) for w in base.values())
     added = None if residual is None else _added(model, residual)
     return fused_mlp.kernels_serve_record(chunks.keys, chunks.values, chunks.step_sizes, [*base.values()], added)
 

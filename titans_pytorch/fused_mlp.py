@@ -80,7 +80,7 @@ def record(
     """
     weights = [w for w in (first, last, gamma) if w is not None]
     if not torch.is_grad_enabled() and not kernels_serve_record(keys, values, step_sizes, weights, added):
-        # nothing to differentiate, and the compiler may look inside
+        # an operation is for autograd's sake and the kernels'; without it the compiler may look inside
         return plain_record(keys, values, step_sizes, first, last, gamma, added, eps, operand_dtype(keys))
     others = (None,) * 4 if added is None else added
     return _record(keys, values, step_sizes, first, last, gamma, *others, eps, operand_dtype(keys))

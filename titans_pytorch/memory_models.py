@@ -11,7 +11,7 @@ Each keeps the shape of its input, (..., tokens, dim), and runs on its own like 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +86,11 @@ def inner_mlp(model: Module) -> MemoryMLP | None:
     # subclasses may do otherwise
     inner = model.model if type(model) is ResidualNorm else model
     return inner if type(inner) is MemoryMLP else None
+
+
+def mlp_matrices(model: Module, weights: Mapping[str, Tensor]) -> list[Tensor]:
+    """Of the weights of such a memory, by parameter and in any order, its matrices from first to last."""
+    return [weights[name] for name, parameter in model.named_parameters() if parameter.ndim == 2]
 
 
 class GatedResidualMemoryMLP(Module):

@@ -25,7 +25,7 @@ from titans_pytorch.engines import (
     soft_clamp_norm,
 )
 from titans_pytorch.fast_weights import Weights
-from titans_pytorch.memory_models import ResidualNorm, inner_mlp
+from titans_pytorch.memory_models import ResidualNorm, inner_mlp, mlp_matrices
 from titans_pytorch.orthogonalize import newton_schulz
 from titans_pytorch.shapes import Float
 
@@ -38,7 +38,7 @@ def predict(model: Module, weights: Weights, rows: Tensor, broadcasts: bool) -> 
     mlp = inner_mlp(model)
     if broadcasts and mlp is not None:
         # `functional_call` takes longer than these few rows
-        answers = mlp.through([w for w in weights.values() if w.ndim == 3], rows, torch.bmm)
+        answers = mlp.through(mlp_matrices(model, weights), rows, torch.bmm)
         if model is mlp:
             return answers
         assert isinstance(model, ResidualNorm)
