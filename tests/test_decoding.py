@@ -373,8 +373,15 @@ def test_bad_arguments_of_sampling():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize('index', [0, 7, 18])
-def test_graphs_give_the_tokens_of_eager_steps(index):
+def test_graphs_give_the_tokens_of_eager_steps(index, monkeypatch):
     model, prompt = transformer(index).cuda(), ids(6, batch=3).cuda()
+    step = model.step
+
+    def without_gradient(*args):
+        assert not torch.is_grad_enabled()  # with it kernels are passed over
+        step(*args)
+
+    monkeypatch.setattr(model, 'step', without_gradient)
     results = [model.sample(prompt, 60, use_cache=True, cuda_graphs=graphs, **GREEDY) for graphs in (False, True, True)]
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
     with torch.no_grad():  # in place: the graphs read them where they lie

@@ -63,28 +63,16 @@ class Decodable(Protocol):
         all else that does on a tensor: so each kind of step can be captured as a CUDA graph, and replayed."""
 
 
-Mode = tuple[StepKind, torch.dtype | None]
-"""A kind of step, and what autocast lowers to."""
-StepFunction = Callable[[Decodable, Any], None]
-
-
 class Stepper:
-    """Decodes token by token. A kind of step is called, or captured once as a CUDA graph, or compiled once on a CPU.
+    """Decodes token by token. Build one by `Stepper.of`."""
 
-    Build one by `Stepper.of`, which takes up what earlier ones have captured or compiled, where it fits.
-    """
-
-    def __init__(self, model: Decodable, state: Any, position: int, compiled: dict[Mode, StepFunction] | None):
+    def __init__(self, model: Decodable, state: Any, position: int):
         self._model: Any = model
         self._state = state
         self._position = position
-        self._compiled = compiled
-        self._graphs: dict[Mode, torch.cuda.CUDAGraph] | None = None
-        self._pool: Any = None
-        self._signature: Hashable = None
 
-    @classmethod
-    def of(cls, model: Decodable, cache: ModelState, cuda_graphs: bool | None, compiled: bool = False) -> Stepper:
+    @staticmethod
+    def of(model: Decodable, cache: ModelState, cuda_graphs: bool | None, compiled: bool = False) -> Stepper:
         """From `cache` on. CUDA graphs: `None` uses them where the model is on a CUDA device."""
         state = model.decoding_state(cache)
         on_gpu = state.token.is_cuda
@@ -94,25 +82,10 @@ class Stepper:
             raise ValueError('compiled=True is for a CPU: on a CUDA device steps are captured as graphs')
 
         if compiled:
-            return cls(model, state, cache.seq_index, _functions_for(model, state))
-        if not on_gpu or cuda_graphs is False:
-            return cls(model, state, cache.seq_index, None)
-        return cls._capturing(model, state, cache.seq_index)
-
-    @classmethod
-    def _capturing(cls, model: Decodable, state: Any, position: int) -> Stepper:
-        # graphs read parameters and buffers where they lie
-        signature = _signature(model, state), tuple(p.data_ptr() for p in _parameters(model))
-        stepper = _IDLE.get(model, {}).pop(signature, None)
-        if stepper is None:
-            stepper = cls(model, state, position, None)
-            stepper._graphs, stepper._pool = {}, torch.cuda.graph_pool_handle()
-            stepper._signature = signature
-            return stepper
-        for buffer, new in zip(_tensors(stepper._state), _tensors(state)):
-            buffer.copy_(new)
-        stepper._model, stepper._position = model, position
-        return stepper
+            return CompiledStepper(model, state, cache.seq_index)
+        if on_gpu and cuda_graphs is not False:
+            return CapturedStepper.of_idle(model, state, cache.seq_index)
+        return Stepper(model, state, cache.seq_index)
 
     def __call__(self, tokens: Int[Tensor, ' b']) -> Float[Tensor, 'b l']:
         """The logits after one more token; the next call overwrites them."""
@@ -127,84 +100,115 @@ class Stepper:
         return self._model.decoding_cache(self._state, self._position)
 
     def release(self) -> None:
-        """Done: what was captured may serve the next call for the same shapes."""
-        if self._graphs is not None:
-            # only the newest, as each holds the memory of its graphs; an idle one does not keep its model
-            _IDLE[self._model], self._model = {self._signature: self}, None
+        """Done."""
 
     def _run(self, kind: StepKind) -> None:
-        if self._graphs is None:
-            self._step(kind)
-        else:
-            mode = self._mode(kind)
-            if mode not in self._graphs:
-                self._graphs[mode] = self._captured(kind)
-            self._graphs[mode].replay()
+        self._step(kind)
         self._position += 1
+
+    def _step(self, kind: StepKind) -> None:
+        # the buffers are tensors from outside, and remain so; on a CPU small operations are faster in inference mode
+        with torch.no_grad() if self._state.token.is_cuda else torch.inference_mode():
+            self._model.step(self._state, kind)
 
     def _mode(self, kind: StepKind) -> Mode:
         device = self._state.token.device.type
         return kind, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
-    def _step(self, kind: StepKind) -> None:
-        # weights that autocast has cast and kept must not outlive a graph, nor a graph use those of a time before it
-        caches = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(caches and self._graphs is None)
-        try:
-            if self._compiled is not None:
-                # not in inference mode, which the compiler does not know
-                with torch.no_grad():
-                    self._compiled_step(kind)(self._model, self._state)
-            else:
-                # the buffers are tensors from outside, and remain so; on a CPU small operations are faster inside
-                with torch.inference_mode(not self._state.token.is_cuda):
-                    self._model.step(self._state, kind)
-        finally:
-            torch.set_autocast_cache_enabled(caches)
 
-    def _compiled_step(self, kind: StepKind) -> StepFunction:
-        assert self._compiled is not None
+Mode = tuple[StepKind, torch.dtype | None]
+"""A kind of step, and what autocast lowers to."""
+
+
+class CompiledStepper(Stepper):
+    """On a CPU: each kind of step is compiled once, for all steppers of the same signature."""
+
+    def __init__(self, model: Decodable, state: Any, position: int):
+        super().__init__(model, state, position)
+        of_model = _COMPILED.setdefault(model, {})
+        signature = _signature(model, state)
+        self._functions = of_model[signature] = of_model.pop(signature, {})
+        while len(of_model) > MOST_COMPILED:
+            del of_model[next(iter(of_model))]
+
+    def _step(self, kind: StepKind) -> None:
         mode = self._mode(kind)
-        if mode not in self._compiled:
-            self._compiled[mode] = _compiled(kind)
-        return self._compiled[mode]
+        if mode not in self._functions:
+            self._functions[mode] = _compiled(kind)
+        # not in inference mode, which the compiler does not know
+        with torch.no_grad():
+            self._functions[mode](self._model, self._state)
+
+
+class CapturedStepper(Stepper):
+    """On a GPU: each kind of step is captured once as a CUDA graph, and replayed."""
+
+    def __init__(self, model: Decodable, state: Any, position: int, signature: Hashable):
+        super().__init__(model, state, position)
+        self._signature = signature
+        self._graphs: dict[Mode, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    @classmethod
+    def of_idle(cls, model: Decodable, state: Any, position: int) -> CapturedStepper:
+        """One that has done its work, with its graphs, or a new one."""
+        # graphs read parameters where they lie
+        signature = _signature(model, state), tuple(p.data_ptr() for p in _parameters(model))
+        idle = _IDLE.get(model, {}).pop(signature, None)
+        if idle is None:
+            return cls(model, state, position, signature)
+        for buffer, new in zip(_tensors(idle._state), _tensors(state)):
+            buffer.copy_(new)
+        idle._model, idle._position = model, position
+        return idle
+
+    def release(self) -> None:
+        # only the newest, as each holds the memory of its graphs; an idle one does not keep its model
+        _IDLE[self._model], self._model = {self._signature: self}, None
+
+    def _step(self, kind: StepKind) -> None:
+        mode = self._mode(kind)
+        if mode not in self._graphs:
+            self._graphs[mode] = self._captured(kind)
+        self._graphs[mode].replay()
 
     def _captured(self, kind: StepKind) -> torch.cuda.CUDAGraph:
+        # weights that autocast has cast and kept must not outlive a graph, nor a graph use those of a time before it
+        caches = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            self._warm_up(kind)
+            graph = torch.cuda.CUDAGraph()
+            # one pool for all: they run one after the other, and leave nothing in it
+            with torch.cuda.graph(graph, pool=self._pool):
+                super()._step(kind)
+        finally:
+            torch.set_autocast_cache_enabled(caches)
+        return graph
+
+    def _warm_up(self, kind: StepKind) -> None:
+        """Libraries set themselves up, and kernels are compiled."""
         buffers = _tensors(self._state)
         kept = [buffer.clone() for buffer in buffers]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(3):  # libraries set themselves up, kernels are compiled
-                self._step(kind)
+            for _ in range(3):
+                super()._step(kind)
                 for buffer, before in zip(buffers, kept):
                     buffer.copy_(before)
         torch.cuda.current_stream().wait_stream(side)
 
-        graph = torch.cuda.CUDAGraph()
-        # one pool for all: they run one after the other, and leave nothing in it
-        with torch.cuda.graph(graph, pool=self._pool):
-            self._step(kind)
-        return graph
 
+_IDLE: weakref.WeakKeyDictionary[Any, dict[Hashable, CapturedStepper]] = weakref.WeakKeyDictionary()
 
-_IDLE: weakref.WeakKeyDictionary[Any, dict[Hashable, Stepper]] = weakref.WeakKeyDictionary()
+StepFunction = Callable[[Decodable, Any], None]
 
 _COMPILED: weakref.WeakKeyDictionary[Any, dict[Hashable, dict[Mode, StepFunction]]] = weakref.WeakKeyDictionary()
 """For each model, by signature; the newest last."""
 
 MOST_COMPILED = 8
 """Signatures of a model whose functions are kept: a batch size is one."""
-
-
-def _functions_for(model: Any, state: Any) -> dict[Mode, StepFunction]:
-    """Those compiled before, for steps of `model` over buffers as in `state`; new ones are added to it."""
-    of_model = _COMPILED.setdefault(model, {})
-    signature = _signature(model, state)
-    of_model[signature] = of_model.pop(signature, {})
-    while len(of_model) > MOST_COMPILED:
-        del of_model[next(iter(of_model))]
-    return of_model[signature]
 
 
 def _compiled(kind: StepKind) -> StepFunction:
@@ -218,17 +222,17 @@ def _compiled(kind: StepKind) -> StepFunction:
     return torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
 
-def _tensors(state: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
-
-
-def _parameters(model: Any) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
-
-
 def _signature(model: Any, state: Any) -> Hashable:
     """What graphs and compiled functions were made for: modules and their hooks, parameters, buffers. A tensor made in
     inference mode cannot be written to outside."""
     modules = tuple((type(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules())
     tensors = (*_parameters(model), *_tensors(state))
     return modules, tuple((t.shape, t.stride(), t.dtype, t.device, t.is_inference()) for t in tensors)
+
+
+def _parameters(model: Any) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _tensors(state: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
