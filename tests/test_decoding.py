@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import sysconfig
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -354,7 +356,10 @@ def test_compiled_steps_are_compiled_anew_where_they_have_to_be(steps_compiled_e
         assert compiles(3e-2) == kinds
 
 
-@pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
+HAS_HEADERS = Path(sysconfig.get_paths()['include'], 'Python.h').exists()
+
+
+@pytest.mark.skipif(not HAS_HEADERS or shutil.which('c++') is None, reason='needs a C++ compiler')
 def test_compiled_steps():
     model = LongTermMemoryModel(num_tokens=TOKENS, dim=8, depth=1, neural_memory_segment_len=3)
     model, prompt = randomised(model, 0.1).double(), ids(5)

@@ -251,6 +251,15 @@ def test_low_precision_errs_no_more_than_twice_as_much_as_dense(switch):
         assert error(dual, autocast) <= 2 * error(dense, autocast)
 
 
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float32, 3e-5), (torch.bfloat16, 0.0)])
+def test_without_a_gradient_it_is_as_exact(dtype, tolerance):
+    mem = pair('plain')[0].to(dtype)
+    seq = inputs(mem, 29).to(dtype)
+    expected = mem(seq)
+    with torch.no_grad():
+        assert_same(mem(seq), expected, tolerance)
+
+
 def test_a_module_in_bfloat16_runs():
     dual, dense = (mem.bfloat16() for mem in pair('everything', default_step_transform_max_lr=0.05))
     seq = inputs(dual, 29).bfloat16()
