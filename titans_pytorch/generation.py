@@ -74,9 +74,9 @@ def sample(
         return_cache: also return the cache for the next call. Both imply `use_cache`.
         cuda_graphs: with a cache, replay the steps as CUDA graphs. Default: on a CUDA device.
         compiled: with a cache, on a CPU, compile the steps by `torch.compile`: some times as fast. It needs a C++
-            compiler and, in the first call for a batch size, minutes, so that it is not the default. Later calls take
-            what is compiled, with the parameters' values of then; a change of the model's modules, their hooks,
-            shapes or precision compiles anew, but other attributes of modules are taken as they were.
+            compiler, Python's headers and, in the first call for a batch size, minutes, so that it is not the default.
+            Later calls take what is compiled, with the parameters' values of then; a change of the model's modules,
+            their hooks, shapes or precision compiles anew, but other attributes of modules are taken as they were.
 
     Returns:
         tokens (batch, seq_len − length of the shortest prompt), or fewer if all sequences end; with `return_cache` a
