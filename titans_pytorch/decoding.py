@@ -63,6 +63,10 @@ class Decodable(Protocol):
         all else that does on a tensor: so each kind of step can be captured as a CUDA graph, and replayed."""
 
 
+Mode = tuple[StepKind, torch.dtype | None]
+"""A kind of step, and what autocast lowers to."""
+
+
 class Stepper:
     """Decodes token by token. Build one by `Stepper.of`."""
 
@@ -73,7 +77,7 @@ class Stepper:
 
     @staticmethod
     def of(model: Decodable, cache: ModelState, cuda_graphs: bool | None, compiled: bool = False) -> Stepper:
-        """From `cache` on. CUDA graphs: `None` uses them where the model is on a CUDA device."""
+        """From `cache` on. CUDA graphs: `None` uses them where the model is on a CUDA device. `compiled` is for a CPU."""
         state = model.decoding_state(cache)
         on_gpu = state.token.is_cuda
         if cuda_graphs and not on_gpu:
@@ -114,10 +118,6 @@ class Stepper:
     def _mode(self, kind: StepKind) -> Mode:
         device = self._state.token.device.type
         return kind, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
-Mode = tuple[StepKind, torch.dtype | None]
-"""A kind of step, and what autocast lowers to."""
 
 
 class CompiledStepper(Stepper):
