@@ -77,7 +77,7 @@ class Stepper:
 
     @staticmethod
     def of(model: Decodable, cache: ModelState, cuda_graphs: bool | None, compiled: bool = False) -> Stepper:
-        """From `cache` on. CUDA graphs: `None` uses them where the model is on a CUDA device. `compiled` is for a CPU."""
+        """From `cache` on. CUDA graphs: `None` uses them where the model is on a CUDA device. Compiled: on a CPU."""
         state = model.decoding_state(cache)
         on_gpu = state.token.is_cuda
         if cuda_graphs and not on_gpu:
