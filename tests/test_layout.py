@@ -17,6 +17,8 @@ FLOORS = [
         'gpu',
         'checks',
         'precision',
+        'norms',
+        'stateless',
         'kernels',
         'kernels.batch_walk',
         'kernels.connect_sequence',

@@ -54,7 +54,7 @@ def retrieve_one(
         projected,
         mlp_matrices(parts.model, weights),
         _gain_and_eps(parts.query_norm),
-        None if norm is None else (weights['norm.gamma'], norm.ln.eps),
+        None if norm is None else (weights['norm.gamma'], norm.eps),
         None if parts.gate is None else (normed, parts.gate[0].weight),
         parts.heads,
     )

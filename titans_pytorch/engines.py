@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 from torch.nn import Module
 
 from titans_pytorch import batch_walk, fused_mlp, retrieval, spectral_run
@@ -27,6 +27,7 @@ from titans_pytorch.precision import at_least_float32, no_autocast, operand_dtyp
 from titans_pytorch.recurrence import AssocScan, gate_products
 from titans_pytorch.shapes import Float
 from titans_pytorch.spectral_run import momenta, vectors_over_time, weights_over_time
+from titans_pytorch.stateless import call_with_weights
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 """(prediction, target), both (m, d), to one loss a row, (m,)."""
@@ -297,7 +298,7 @@ class DenseEngine(Engine):
     @staticmethod
     def retrieve_with(model: Module, weights: FastWeights, rows: Tensor, first: int) -> Tensor:
         def forward(weights: Weights, group: Tensor) -> Tensor:
-            return functional_call(model, weights, (group,))
+            return call_with_weights(model, weights, group)
 
         steps = {name: weights.steps(name, first, rows.shape[1]) for name in weights}
         return vmap(vmap(forward, randomness='different'), randomness='different')(steps, rows)
@@ -307,7 +308,7 @@ class DenseEngine(Engine):
 
         def loss(weights: Weights, keys: Tensor, values: Tensor, step_sizes: Tensor) -> tuple[Tensor, Tensor]:
             # Titans eq. 12, the associative memory loss: ‖M(k) − v‖²
-            losses = self.loss_fn(functional_call(self.model, weights, (keys,)), values)
+            losses = self.loss_fn(call_with_weights(self.model, weights, keys), values)
             return (losses * step_sizes).sum(), losses
 
         at, per_chunk = base, None
@@ -557,7 +558,7 @@ class DualEngine(Engine):
             return weights.linear(names[id(weight)], x, first)
 
         vectors = {name: weights.steps(name, first, rows.shape[1]) for name in _vectors(model)}
-        return functional_call(model, vectors, (rows,), {'linear': linear})
+        return call_with_weights(model, vectors, rows, linear=linear)
 
     def _factors(
         self, chunks: Chunks, base: Weights, residual: Residual | None
@@ -583,7 +584,7 @@ class DualEngine(Engine):
                     out = out + residual.linear(name, x)
                 return probe(name, out)
 
-            prediction = functional_call(self.model, vectors, (chunks.keys,), {'linear': linear})
+            prediction = call_with_weights(self.model, vectors, chunks.keys, linear=linear)
             losses = batched_loss(self.loss_fn, 2)(prediction, chunks.values)
             # the gradient of minus the loss is the way down
             return -(losses * chunks.step_sizes).sum(), losses
@@ -798,7 +799,7 @@ def _matrix_names(model: Module) -> tuple[str | None, str]:
 
 def _norm(model: Module) -> tuple[str | None, float]:
     """Of a memory MLP: the name of its norm's γ, and its eps."""
-    return ('norm.gamma', model.norm.ln.eps) if isinstance(model, ResidualNorm) else (None, 0.0)
+    return ('norm.gamma', model.norm.eps) if isinstance(model, ResidualNorm) else (None, 0.0)
 
 
 def _ends(mixing: Mixing, starts: list[Tensor], inputs: Tensor, errors: Tensor) -> list[Tensor]:

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titans_pytorch import gpu
+from titans_pytorch.norms import standardise
 from titans_pytorch.precision import operand_dtype
 from titans_pytorch.shapes import Float
 
@@ -370,7 +371,7 @@ def plain_record(
     a = k if h is None else F.gelu(h)
     y = times(a, last)
     gain = _gain(gamma)
-    unit, inverse = (y, None) if gain is None else _normalised(y, eps)
+    unit, inverse = (y, None) if gain is None else standardise(y, eps)
     difference = (y if gain is None else unit * gain + k) - values.to(dtype)
 
     # s = −(2θ/d) (p − v)
@@ -412,7 +413,7 @@ def plain_record_backward(
     h = None if first is None else times(k, first)
     y = times(k if h is None else F.gelu(h), last)
     gain = _gain(gamma)
-    unit, inverse = (y, None) if gain is None else _normalised(y, eps)
+    unit, inverse = (y, None) if gain is None else standardise(y, eps)
     difference = (y if gain is None else unit * gain + k) - values.to(dtype)
     descent = theta * difference * (-2 / dim)
 
@@ -585,13 +586,6 @@ def _per_chunk(shares: Float[Tensor, 'bh n'], of_chunks: Float[Tensor, 'bh n ...
 def _gain(gamma: Float[Tensor, 'bh d'] | Float[Tensor, 'bh n d'] | None) -> Float[Tensor, 'bh n 1 d'] | None:
     """1 + γ, of all chunks or of each"""
     return None if gamma is None else gamma.reshape(len(gamma), -1, 1, gamma.shape[-1]) + 1
-
-
-def _normalised(y: Float[Tensor, '... d'], eps: float) -> tuple[Float[Tensor, '... d'], Float[Tensor, '... 1']]:
-    """x̂ and r"""
-    centred = y - y.mean(dim=-1, keepdim=True)
-    inverse = (centred.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
-    return centred * inverse, inverse
 
 
 def _tangent(u: Tensor, unit: Tensor) -> tuple[Float[Tensor, '... d'], Float[Tensor, '... 1']]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import Linear, Module, Parameter
 
+from titans_pytorch.norms import l2_norm
 from titans_pytorch.shapes import Float
 
 
@@ -48,7 +48,7 @@ class L2Norm(Module):
     """Rows of length 1, so that a product of two is their cosine."""
 
     def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
-        return F.normalize(x, dim=-1)
+        return l2_norm(x)
 
 
 class CausalConv(Module):

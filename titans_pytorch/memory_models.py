@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn import Module, Parameter, ParameterList
 
 from titans_pytorch.checks import check_positive
+from titans_pytorch.norms import l2_norm, layer_norm
+from titans_pytorch.precision import at_least_float32
 from titans_pytorch.shapes import Float
 
 Linear = Callable[[Tensor, Tensor], Tensor]
@@ -34,11 +36,12 @@ class LayerNorm(Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.ln = nn.LayerNorm(dim, elementwise_affine=False)
+        self.eps = 1e-5
         self.gamma = Parameter(torch.zeros(dim))
 
     def forward(self, x: Float[Tensor, '... n d']) -> Float[Tensor, '... n d']:
-        return self.ln(x) * (self.gamma.unsqueeze(-2) + 1.0)
+        gain = at_least_float32(self.gamma).unsqueeze(-2) + 1.0
+        return (layer_norm(x, self.eps) * gain).to(torch.promote_types(x.dtype, self.gamma.dtype))
 
 
 class ResidualNorm(Module):
@@ -191,8 +194,8 @@ class MemoryAttention(Module):
     def forward(self, x: Float[Tensor, '... n d'], linear: Linear = torch.matmul) -> Float[Tensor, '... n d']:
         to_queries, to_keys, to_values, to_hidden, from_hidden = self.weights
 
-        queries = F.normalize(linear(x, to_queries), dim=-1)
-        keys = F.normalize(linear(x, to_keys), dim=-1)
+        queries = l2_norm(linear(x, to_queries))
+        keys = l2_norm(linear(x, to_keys))
 
         # written out: the memory's own gradient is differentiated again, which fused attention kernels cannot
         similarity = queries @ keys.mT * self.scale

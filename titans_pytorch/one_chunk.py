@@ -10,9 +10,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 from torch.nn import Module
 
 from titans_pytorch.engines import (
@@ -26,8 +25,10 @@ from titans_pytorch.engines import (
 )
 from titans_pytorch.fast_weights import Weights
 from titans_pytorch.memory_models import ResidualNorm, inner_mlp, mlp_matrices
+from titans_pytorch.norms import layer_norm
 from titans_pytorch.orthogonalize import newton_schulz
 from titans_pytorch.shapes import Float
+from titans_pytorch.stateless import call_with_weights
 
 
 def predict(model: Module, weights: Weights, rows: Tensor, broadcasts: bool) -> Float[Tensor, 'bh m d']:
@@ -37,16 +38,16 @@ def predict(model: Module, weights: Weights, rows: Tensor, broadcasts: bool) -> 
     """
     mlp = inner_mlp(model)
     if broadcasts and mlp is not None:
-        # `functional_call` takes longer than these few rows
+        # a call of the module takes longer than these few rows
         answers = mlp.through(mlp_matrices(model, weights), rows, torch.bmm)
         if model is mlp:
             return answers
         assert isinstance(model, ResidualNorm)
-        normed = F.layer_norm(answers, answers.shape[-1:], eps=model.norm.ln.eps)
+        normed = layer_norm(answers, model.norm.eps)
         return torch.addcmul(rows, normed, weights['norm.gamma'].unsqueeze(-2) + 1.0)
 
     def forward(weights: Weights, rows: Tensor) -> Tensor:
-        return functional_call(model, weights, (rows,))
+        return call_with_weights(model, weights, rows)
 
     return forward(weights, rows) if broadcasts else vmap(forward, randomness='different')(weights, rows)
 

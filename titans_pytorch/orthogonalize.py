@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from titans_pytorch.gpu import HAS_TRITON
+from titans_pytorch.norms import l2_norm
 from titans_pytorch.precision import operand_dtype
 from titans_pytorch.shapes import Float
 
@@ -50,7 +51,7 @@ def _by_loop(matrices: Tensor, steps: int, eps: float, coefficients: tuple[float
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
-    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
+    x = l2_norm(x, eps, dim=(-2, -1))
 
     for _ in range(steps):
         gram = torch.bmm(x, x.mT)

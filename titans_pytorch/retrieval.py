@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titans_pytorch import fused_mlp, gpu
+from titans_pytorch.norms import standardise
 from titans_pytorch.precision import no_autocast, operand_dtype
 from titans_pytorch.shapes import Float
 
@@ -276,7 +277,7 @@ def plain_retrieve(parts: Parts, eps: float, operands: torch.dtype) -> Retrieved
     out, product = y, queries.new_empty(0, dtype=dtype)
     if parts.gamma is not None:
         gain = 1 + parts.gamma.repeat_interleave(rows, dim=2)
-        out, product = fused_mlp._normalised(y, eps)[0] * gain + q, y
+        out, product = standardise(y, eps)[0] * gain + q, y
     out = out.unflatten(2, (steps, rows)).to(_out_dtype(parts, operands))
     return out, product, hidden, first_scores, scores.to(operands)
 
@@ -295,7 +296,7 @@ def plain_retrieve_backward(d_out: Tensor, parts: Parts, eps: float, operands: t
     d_q, d_gamma = torch.zeros_like(q), None
     if parts.gamma is not None:
         # out = x̂ ∘ (1 + γ) + q, x̂ = (y − mean y) · r
-        unit, inverse = fused_mlp._normalised(last.linear(x)[0], eps)
+        unit, inverse = standardise(last.linear(x)[0], eps)
         gain = 1 + parts.gamma.repeat_interleave(rows, dim=2)
         d_q, d_gamma = d_y, (d_y * unit).unflatten(2, (steps, rows)).sum(dim=3)
         d_y = inverse * fused_mlp._tangent(d_y * gain, unit)[0]

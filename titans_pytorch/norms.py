@@ -1,0 +1,35 @@
+"""Normalisation that can be differentiated to any order, at zero too: the memory differentiates its network inside a
+forward, so a training step takes second derivatives of every norm, and meta-learning third ones."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titans_pytorch.precision import at_least_float32
+from titans_pytorch.shapes import Float
+
+
+def layer_norm(x: Float[Tensor, '... d'], eps: float) -> Float[Tensor, '... d']:
+    """Rows with mean 0 and variance 1, computed in float32 at least."""
+    if not torch.is_grad_enabled():
+        return F.layer_norm(at_least_float32(x), x.shape[-1:], eps=eps)
+    # PyTorch's own operation has a wrong third derivative
+    return standardise(at_least_float32(x), eps)[0]
+
+
+def standardise(x: Float[Tensor, '... d'], eps: float) -> tuple[Float[Tensor, '... d'], Float[Tensor, '... 1']]:
+    """Layer norm of each row, and the inverse standard deviation that it was scaled by."""
+    centred = x - x.mean(dim=-1, keepdim=True)
+    inverse = (centred.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    return centred * inverse, inverse
+
+
+def l2_norm(x: Tensor, eps: float = 1e-12, dim: int | tuple[int, ...] = -1) -> Tensor:
+    """`x` with length 1 over `dim`; `x / eps` where that is shorter than `eps`, as in `F.normalize`.
+
+    The length is never differentiated by itself: its second derivative at zero is not finite.
+    """
+    full = at_least_float32(x)
+    return (full * full.square().sum(dim=dim, keepdim=True).clamp(min=eps**2).rsqrt()).to(x.dtype)
