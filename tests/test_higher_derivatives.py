@@ -47,7 +47,7 @@ def test_second_derivatives_of_a_memory(engine: str, switch: str):
     scalar = along_a_direction(memory(switch, engine=engine))
     first, moved = slope(scalar, 0.0)
     second = torch.autograd.grad(first, moved)[0]
-    small = 1e-5
+    small = 1e-7
     difference = (slope(scalar, small)[0] - slope(scalar, -small)[0]) / (2 * small)
     assert_same(second, difference.detach(), 1e-5)
 

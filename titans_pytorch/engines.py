@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, vmap
 from torch.nn import Module
+from torch.utils._pytree import tree_leaves
 
 from titans_pytorch import batch_walk, fused_mlp, retrieval, spectral_run
 from titans_pytorch.fast_weights import Factors, FastWeights, Piece, Runs, Stretch, Weights, times
@@ -565,8 +566,28 @@ class DualEngine(Engine):
     ) -> tuple[Weights, Weights, Weights, Tensor]:
         """Per matrix the rows X it saw and their errors Δ = −∂ loss / ∂ (X W), (bh, n, m, ·); per vector minus its
         gradient, (bh, n, d); and the unweighted losses (bh, n, m)."""
-        if fused_record_serves(self.model, self.loss_fn, chunks, base, residual):
-            return recorded(self.model, chunks, base, residual)
+        # a frozen memory builds no graph, although the gradient that it stores comes from one
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._needs_graph(chunks, base, residual)):
+            if fused_record_serves(self.model, self.loss_fn, chunks, base, residual):
+                return recorded(self.model, chunks, base, residual)
+            return self._traced_factors(chunks, base, residual)
+
+    def _needs_graph(self, chunks: Chunks, base: Weights, residual: Residual | None) -> bool:
+        """Whether anything that factors depend on can have a gradient."""
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return True  # tensors of a trace or of a transform do not tell
+        tensors = [*chunks, *base.values(), *tree_leaves(residual)]
+        if any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+            return True
+        if self.loss_fn is default_loss_fn:
+            return False
+        row = chunks.keys[0, 0, :1].detach()
+        return self.loss_fn(row, row).requires_grad
+
+    def _traced_factors(
+        self, chunks: Chunks, base: Weights, residual: Residual | None
+    ) -> tuple[Weights, Weights, Weights, Tensor]:
+        """`_factors` of any network, by autograd."""
         names = {id(p): name for name, p in self.model.named_parameters()}
         bh, n, m, _ = chunks.keys.shape
         vectors = {name: base[name].unsqueeze(1).expand(-1, n, -1) for name in _vectors(self.model)}
@@ -589,7 +610,8 @@ class DualEngine(Engine):
             # the gradient of minus the loss is the way down
             return -(losses * chunks.step_sizes).sum(), losses
 
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if torch.is_grad_enabled() and not transformed:
             errors, descents, losses = _descent(loss, vectors)
         else:
             widths = {name: w.shape[-1] for name, w in base.items() if name not in vectors}
