@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from types import FunctionType
 from typing import Any, NamedTuple, Protocol
 
@@ -61,6 +63,31 @@ class Decodable(Protocol):
     def step(self, state: Any, kind: StepKind) -> None:
         """One position, from the tensors of `state` into the tensors of `state`. No shape depends on the position, and
         all else that does on a tensor: so each kind of step can be captured as a CUDA graph, and replayed."""
+
+
+_LOCK = threading.Lock()
+"""Of what is kept for a model between calls; never held while a model runs."""
+
+_SAMPLED: weakref.WeakKeyDictionary[Any, tuple[int, bool]] = weakref.WeakKeyDictionary()
+"""For each model that samples now how many do, and whether it was in training mode before."""
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: Decodable) -> Iterator[None]:
+    """The model in evaluation mode; of several at a time, the last to leave restores the mode before the first."""
+    with _LOCK:
+        count, was_training = _SAMPLED.get(model, (0, model.training))
+        _SAMPLED[model] = count + 1, was_training
+        model.train(False)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            count, was_training = _SAMPLED.pop(model)
+            if count > 1:
+                _SAMPLED[model] = count - 1, was_training
+            else:
+                model.train(was_training)
 
 
 Mode = tuple[StepKind, torch.dtype | None]
@@ -125,11 +152,12 @@ class CompiledStepper(Stepper):
 
     def __init__(self, model: Decodable, state: Any, position: int):
         super().__init__(model, state, position)
-        of_model = _COMPILED.setdefault(model, {})
         signature = _signature(model, state)
-        self._functions = of_model[signature] = of_model.pop(signature, {})
-        while len(of_model) > MOST_COMPILED:
-            del of_model[next(iter(of_model))]
+        with _LOCK:
+            of_model = _COMPILED.setdefault(model, {})
+            self._functions = of_model[signature] = of_model.pop(signature, {})
+            while len(of_model) > MOST_COMPILED:
+                del of_model[next(iter(of_model))]
 
     def _step(self, kind: StepKind) -> None:
         mode = self._mode(kind)
@@ -154,7 +182,8 @@ class CapturedStepper(Stepper):
         """One that has done its work, with its graphs, or a new one."""
         # graphs read parameters where they lie
         signature = _signature(model, state), tuple(p.data_ptr() for p in _parameters(model))
-        idle = _IDLE.get(model, {}).pop(signature, None)
+        with _LOCK:
+            idle = _IDLE.get(model, {}).pop(signature, None)
         if idle is None:
             return cls(model, state, position, signature)
         for buffer, new in zip(_tensors(idle._state), _tensors(state)):
@@ -164,7 +193,8 @@ class CapturedStepper(Stepper):
 
     def release(self) -> None:
         # only the newest, as each holds the memory of its graphs; an idle one does not keep its model
-        _IDLE[self._model], self._model = {self._signature: self}, None
+        with _LOCK:
+            _IDLE[self._model], self._model = {self._signature: self}, None
 
     def _step(self, kind: StepKind) -> None:
         mode = self._mode(kind)
@@ -180,7 +210,9 @@ class CapturedStepper(Stepper):
             self._warm_up(kind)
             graph = torch.cuda.CUDAGraph()
             # one pool for all: they run one after the other, and leave nothing in it
-            with torch.cuda.graph(graph, pool=self._pool):
+            # a stream of its own, and no objection to what other threads do: they may capture or run, too
+            own = torch.cuda.Stream()
+            with torch.cuda.graph(graph, pool=self._pool, stream=own, capture_error_mode='thread_local'):
                 super()._step(kind)
         finally:
             torch.set_autocast_cache_enabled(caches)

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from titans_pytorch.checks import check_positive, check_token_ids
-from titans_pytorch.decoding import Decodable, Stepper
+from titans_pytorch.decoding import Decodable, Stepper, evaluation_mode
 from titans_pytorch.model_state import ModelState
 from titans_pytorch.shapes import Float, Int
 
@@ -157,27 +157,22 @@ def _tokens(
     finished = torch.zeros_like(ends, dtype=torch.bool)
     tokens = prompt[:, shortest - 1]
 
-    was_training = model.training
-    model.train(False)
     try:
-        for position in range(shortest, seq_len):
-            if model.training:  # again, by the end of another stream
-                was_training = True
-                model.train(False)
-            logits = reader.start(prompt[:, :shortest]) if position == shortest else reader(tokens)
-            tokens = choose(logits)
-            if position < longest:  # some rows are still given
-                tokens = torch.where(position < ends, prompt[:, position], tokens)
-            if len(stops):
-                tokens = tokens.masked_fill(finished, pad_token)
-                finished = finished | (torch.isin(tokens, stops) & (position >= ends))
-            yield tokens
-            if len(stops) and finished.all():
-                break
-        return reader.cache()
+        with evaluation_mode(model):
+            for position in range(shortest, seq_len):
+                logits = reader.start(prompt[:, :shortest]) if position == shortest else reader(tokens)
+                tokens = choose(logits)
+                if position < longest:  # some rows are still given
+                    tokens = torch.where(position < ends, prompt[:, position], tokens)
+                if len(stops):
+                    tokens = tokens.masked_fill(finished, pad_token)
+                    finished = finished | (torch.isin(tokens, stops) & (position >= ends))
+                yield tokens
+                if len(stops) and finished.all():
+                    break
+            return reader.cache()
     finally:
         reader.release()
-        model.train(was_training)
 
 
 class _Rereading:
