@@ -1,4 +1,4 @@
-"""Derivatives beyond the first, for meta-learning and gradient penalties: compared with differences of the one below."""
+"""Second and third derivatives, for meta-learning and gradient penalties, compared with finite differences."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ That is written once (`Block.arranged`), and serves whole sequences, pieces of t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,11 +22,13 @@ from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.shapes import Int
 
 
-@dataclass
-class Stream:
-    """What earlier blocks leave for later ones, beside the residual stream."""
+class Carried(NamedTuple):
+    """Results of earlier blocks that later ones read, beside the residual stream.
 
-    inputs: list[Tensor] = field(default_factory=list)
+    A block returns a new one and changes nothing, so that it can be computed again (activation checkpointing).
+    """
+
+    inputs: tuple[Tensor, ...] = ()
     """Inputs and outputs of every attention and feedforward so far, which a memory may choose its views from."""
     values: Tensor | None = None
     """The first attention's values."""
@@ -70,6 +71,10 @@ class Parts(NamedTuple):
     """What memory retrieves, (seq or its views) being stored."""
     recall: Callable[[Tensor], Tensor]
     """What memory knew when its memory batch began; nothing is stored."""
+    earlier: tuple[Tensor, ...]
+    """`Carried.inputs` of the blocks before."""
+    keep: Callable[..., None]
+    """Adds tensors to them, for the blocks after."""
     position: int | None
     """Of the first of the sequence; `None` for a single one."""
 
@@ -86,7 +91,7 @@ class Block(Module):
         """From and to the residual stream, one for each branch."""
         raise NotImplementedError
 
-    def arranged(self, x: Streams, stream: Stream, parts: Parts) -> Streams:
+    def arranged(self, x: Streams, parts: Parts) -> Streams:
         """How the parts are put together: the residual stream after this block, from that before it.
 
         It is read and written by `parts.connections` only, which may leave the last branch's output to be added by the
@@ -95,32 +100,40 @@ class Block(Module):
         raise NotImplementedError
 
     def forward(
-        self, x: Streams, stream: Stream, state: LayerState, position: int, **attention_kwargs: Any
-    ) -> tuple[Streams, LayerState]:
-        """Positions from `position` on through this block."""
+        self,
+        x: Streams,
+        carried: Carried,
+        state: LayerState,
+        position: int,
+        store: bool = True,
+        **attention_kwargs: Any,
+    ) -> tuple[Streams, Carried, LayerState]:
+        """Positions from `position` on through this block; without `store` its memory is read, and not written."""
+        earlier, values, memory_weights = carried
         key_values, memory_state = state
         reached = position
+        kept: list[Tensor] = []
 
         def attend(seq: Tensor, **inputs: Tensor | None) -> Tensor:
-            nonlocal key_values, reached
+            nonlocal key_values, reached, values
             assert self.attention is not None
             if self.attention.to_learned_v_mix is not None:
-                inputs['value_residual'] = stream.values
-            out, (values, key_values) = self.attention(
+                inputs['value_residual'] = values
+            out, (own_values, key_values) = self.attention(
                 seq, cache=key_values, position=reached, **inputs, **attention_kwargs
             )
             reached += seq.shape[1]
-            stream.values = values if stream.values is None else stream.values
+            values = own_values if values is None else values
             return out
 
         def remember(seq: Tensor) -> Tensor:
-            nonlocal memory_state
+            nonlocal memory_state, memory_weights
             assert self.memory is not None
             accepts_weights = self.memory.to_learned_weight_residual_mix is not None
             retrieved, memory_state = self.memory(
-                seq, state=memory_state, prev_weights=stream.memory_weights if accepts_weights else None
+                seq, state=memory_state, prev_weights=memory_weights if accepts_weights else None, store=store
             )
-            stream.memory_weights = memory_state.updates
+            memory_weights = memory_state.updates
             return retrieved
 
         def recall(seq: Tensor) -> Tensor:
@@ -128,31 +141,34 @@ class Block(Module):
             return self.memory.recall(seq, memory_state)
 
         connections = [partial(connected, connection) for connection in self.connections]  # type: ignore[arg-type]
-        x = self.arranged(x, stream, Parts(connections, attend, remember, recall, position))
-        return x, LayerState(key_values, memory_state)
+        x = self.arranged(x, Parts(connections, attend, remember, recall, earlier, lambda *t: kept.extend(t), position))
+        return x, Carried((*earlier, *kept), values, memory_weights), LayerState(key_values, memory_state)
 
     def step(
-        self, x: Streams, stream: Stream, buffers: LayerBuffers, place: Place, attention_layer: int
-    ) -> tuple[Streams, StepState | None]:
+        self, x: Streams, carried: Carried, buffers: LayerBuffers, place: Place, attention_layer: int
+    ) -> tuple[Streams, Carried, StepState | None]:
         """`forward` for one position; its streams stand in a dimension of their own. There were `attention_layer`
         attentions before.
 
-        Writes the position into the buffers. Returns the streams, and the memory's state.
+        Writes the position into the buffers. Returns the streams, what later blocks read, and the memory's state.
         """
+        earlier, values, memory_weights = carried
         memory_state = buffers.memory
+        kept: list[Tensor] = []
         pairs = zip(self.connections, buffers.connections)
         connections = [partial(connect, own, weights) for own, weights in pairs]  # type: ignore[arg-type]
 
         def attend(seq: Tensor, **inputs: Any) -> Tensor:
+            nonlocal values
             assert self.attention is not None and buffers.key_values is not None
             if self.attention.to_learned_v_mix is not None:
-                inputs['value_residual'] = stream.values
-            out, values = self.attention.step(seq, buffers.key_values, place.position, attention_layer, **inputs)
-            stream.values = values if stream.values is None else stream.values
+                inputs['value_residual'] = values
+            out, own_values = self.attention.step(seq, buffers.key_values, place.position, attention_layer, **inputs)
+            values = own_values if values is None else values
             return out
 
         def remember(seq: Tensor) -> Tensor:
-            nonlocal memory_state
+            nonlocal memory_state, memory_weights
             assert self.memory is not None and memory_state is not None
             before = memory_state.last
             accepts_weights = self.memory.to_learned_weight_residual_mix is not None
@@ -162,17 +178,17 @@ class Block(Module):
                 place.in_chunk,
                 place.kind.ends_chunk,
                 place.kind.ends_batch,
-                stream.memory_weights if accepts_weights else None,  # type: ignore[arg-type]
+                memory_weights if accepts_weights else None,  # type: ignore[arg-type]
             )
-            stream.memory_weights = before
+            memory_weights = before
             return retrieved
 
         def recall(seq: Tensor) -> Tensor:
             assert self.memory is not None
             return self.memory.recall(seq, buffers.memory)
 
-        x = self.arranged(x, stream, Parts(connections, attend, remember, recall, None))
-        return x, memory_state
+        x = self.arranged(x, Parts(connections, attend, remember, recall, earlier, lambda *t: kept.extend(t), None))
+        return x, Carried((*earlier, *kept), values, memory_weights), memory_state
 
     def to_buffers(self, state: LayerState, position: int) -> LayerBuffers:
         """`state` after `position` positions, for steps. Weights are read here: it serves until they change."""

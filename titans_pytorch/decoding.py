@@ -45,12 +45,22 @@ class Decodable(Protocol):
     """Size of the vocabulary; without one there is nothing to sample."""
 
     def __call__(
-        self, x: Tensor, *, state: Any = None, cache: Any = None, return_cache: bool = False, disable_flex_attn: bool
+        self,
+        x: Tensor,
+        *,
+        state: Any = None,
+        cache: Any = None,
+        return_cache: bool = False,
+        disable_flex_attn: bool,
+        store: bool = True,
     ) -> Any:
         """Logits of a whole sequence, of `x` after `state`, or of what in `x` follows on `cache`; and the cache, if
         asked for."""
 
     def train(self, mode: bool = True) -> Any: ...
+
+    def obstacle_to_steps(self, cache: ModelState) -> str | None:
+        """Why `step` does not compute from `cache` on what a call does; `None` if it does."""
 
     def decoding_state(self, cache: ModelState) -> Any:
         """`cache` as a `StepState`."""
@@ -103,8 +113,17 @@ class Stepper:
         self._position = position
 
     @staticmethod
-    def of(model: Decodable, cache: ModelState, cuda_graphs: bool | None, compiled: bool = False) -> Stepper:
-        """From `cache` on. CUDA graphs: `None` uses them where the model is on a CUDA device. Compiled: on a CPU."""
+    def of(
+        model: Decodable, cache: ModelState, cuda_graphs: bool | None, compiled: bool = False, store: bool = True
+    ) -> Stepper | CallStepper:
+        """From `cache` on. CUDA graphs: `None` uses them where the model is on a CUDA device. Compiled: on a CPU.
+        Without `store` memories are read and not written."""
+        obstacle = model.obstacle_to_steps(cache) if store else 'store=False'
+        if obstacle is not None:
+            if compiled or cuda_graphs:
+                asked = 'compiled' if compiled else 'cuda_graphs'
+                raise ValueError(f'{asked}=True cannot serve this model: {obstacle}')
+            return CallStepper(model, cache, store)
         state = model.decoding_state(cache)
         on_gpu = state.token.is_cuda
         if cuda_graphs and not on_gpu:
@@ -145,6 +164,27 @@ class Stepper:
     def _mode(self, kind: StepKind) -> Mode:
         device = self._state.token.device.type
         return kind, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+class CallStepper:
+    """Decodes by a call of the whole model for each token, so that every module is called as anywhere else."""
+
+    def __init__(self, model: Decodable, cache: ModelState, store: bool):
+        self._model, self._cache, self._store = model, cache, store
+
+    def __call__(self, tokens: Int[Tensor, ' b']) -> Float[Tensor, 'b l']:
+        """The logits after one more token."""
+        logits, self._cache = self._model(
+            tokens.unsqueeze(1), state=self._cache, return_cache=True, disable_flex_attn=True, store=self._store
+        )
+        return logits[:, -1]
+
+    def cache(self) -> ModelState:
+        """The state, to continue from later."""
+        return self._cache
+
+    def release(self) -> None:
+        """Done."""
 
 
 class CompiledStepper(Stepper):

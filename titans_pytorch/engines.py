@@ -28,7 +28,7 @@ from titans_pytorch.precision import at_least_float32, no_autocast, operand_dtyp
 from titans_pytorch.recurrence import AssocScan, gate_products
 from titans_pytorch.shapes import Float
 from titans_pytorch.spectral_run import momenta, vectors_over_time, weights_over_time
-from titans_pytorch.stateless import call_with_weights
+from titans_pytorch.stateless import call_with_weights, transformed
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 """(prediction, target), both (m, d), to one loss a row, (m,)."""
@@ -44,7 +44,7 @@ def batched_loss(loss_fn: LossFn, axes: int) -> LossFn:
     if loss_fn is default_loss_fn:
         return loss_fn
     for _ in range(axes):
-        loss_fn = vmap(loss_fn)
+        loss_fn = transformed(vmap, loss_fn)
     return loss_fn
 
 
@@ -302,7 +302,8 @@ class DenseEngine(Engine):
             return call_with_weights(model, weights, group)
 
         steps = {name: weights.steps(name, first, rows.shape[1]) for name in weights}
-        return vmap(vmap(forward, randomness='different'), randomness='different')(steps, rows)
+        over_steps = vmap(forward, randomness='different')
+        return transformed(vmap, over_steps, randomness='different')(steps, rows)
 
     def _gradients(self, chunks: Chunks, base: Weights, residual: Residual | None) -> tuple[Weights, Tensor]:
         """∇ of each chunk's weighted loss: per parameter (bh, n, …); and the unweighted losses (bh, n, m)."""
@@ -319,7 +320,8 @@ class DenseEngine(Engine):
 
         gradient = grad(loss, has_aux=True)
         over_chunks = vmap(gradient, in_dims=(per_chunk, 0, 0, 0), randomness='different')
-        return vmap(over_chunks, randomness='different')(at, chunks.keys, chunks.values, chunks.step_sizes)
+        every = transformed(vmap, over_chunks, randomness='different')
+        return every(at, chunks.keys, chunks.values, chunks.step_sizes)
 
     def _momentum(self, surprise: Tensor, gates: Tensor, last: list[Tensor]) -> Float[Tensor, 'o bh n ...']:
         """Titans eq. 10, S_t = η_t S_{t−1} + u_t, order upon order: each order's momentum is the next one's input."""
@@ -760,7 +762,7 @@ def _traced_descent(fn: ProbedLoss, vectors: Weights, zeros: Weights) -> tuple[W
     def of_zeros(zeros: Weights, vectors: Weights) -> tuple[Tensor, Tensor]:
         return fn(lambda name, product: product + zeros[name], vectors)
 
-    (errors, descents), losses = grad(of_zeros, argnums=(0, 1), has_aux=True)(zeros, vectors)
+    (errors, descents), losses = transformed(grad, of_zeros, argnums=(0, 1), has_aux=True)(zeros, vectors)
     return errors, descents, losses
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from titans_pytorch.checks import check_positive, check_token_ids
-from titans_pytorch.decoding import Decodable, Stepper, evaluation_mode
+from titans_pytorch.decoding import CallStepper, Decodable, Stepper, evaluation_mode
 from titans_pytorch.model_state import ModelState
 from titans_pytorch.shapes import Float, Int
 
@@ -53,6 +53,7 @@ def sample(
     return_cache: bool = False,
     cuda_graphs: bool | None = None,
     compiled: bool = False,
+    store: bool = True,
 ) -> Any:
     """Continue `prompt` to a total length of `seq_len` tokens; returns what was added.
 
@@ -77,6 +78,8 @@ def sample(
             compiler, Python's headers and, in the first call for a batch size, minutes, so that it is not the default.
             Later calls take what is compiled, with the parameters' values of then; a change of the model's modules,
             their hooks, shapes or precision compiles anew, but other attributes of modules are taken as they were.
+        store: false to read the memories without writing them; see `forward`. Steps are then calls of the whole model,
+            as they are where one of its modules has hooks: exact, of constant cost, and slower.
 
     Returns:
         tokens (batch, seq_len − length of the shortest prompt), or fewer if all sequences end; with `return_cache` a
@@ -85,7 +88,7 @@ def sample(
     lengths = _checked_lengths(prompt, prompt_lengths)
     choose = _chooser(temperature, filter_fn, filter_kwargs)
     stepwise = use_cache or return_cache or cache is not None or state is not None
-    reader = _Stepwise(self, cache, state, cuda_graphs, compiled) if stepwise else _Rereading(self)
+    reader = _Stepwise(self, cache, state, cuda_graphs, compiled, store) if stepwise else _Rereading(self, store)
     tokens = _tokens(self, reader, prompt, lengths, seq_len, choose, stop_tokens, pad_token)
 
     out = [prompt[:, :0]]
@@ -115,6 +118,7 @@ def stream(
     state: ModelState | None = None,
     cuda_graphs: bool | None = None,
     compiled: bool = False,
+    store: bool = True,
 ) -> Generator[Int[Tensor, ' b'], None, ModelState]:
     """Yield the tokens of `sample(…, use_cache=True)` one position after the other, as they come: (batch,).
 
@@ -126,7 +130,7 @@ def stream(
     """
     lengths = _checked_lengths(prompt, prompt_lengths)
     choose = _chooser(temperature, filter_fn, filter_kwargs)
-    reader = _Stepwise(self, cache, state, cuda_graphs, compiled)
+    reader = _Stepwise(self, cache, state, cuda_graphs, compiled, store)
     return _tokens(self, reader, prompt, lengths, seq_len, choose, stop_tokens, pad_token)
 
 
@@ -178,12 +182,12 @@ def _tokens(
 class _Rereading:
     """Reads the whole sequence for each token."""
 
-    def __init__(self, model: Decodable):
-        self.model = model
+    def __init__(self, model: Decodable, store: bool):
+        self.model, self.store = model, store
 
     def start(self, prompt: Int[Tensor, 'b n']) -> Float[Tensor, 'b l']:
         self.read = prompt
-        return self.model(prompt, disable_flex_attn=True)[:, -1]
+        return self.model(prompt, disable_flex_attn=True, store=self.store)[:, -1]
 
     def __call__(self, tokens: Int[Tensor, ' b']) -> Float[Tensor, 'b l']:
         return self.start(torch.cat((self.read, tokens.unsqueeze(1)), dim=1))
@@ -203,24 +207,27 @@ class _Stepwise:
         state: ModelState | None,
         cuda_graphs: bool | None,
         compiled: bool,
+        store: bool,
     ):
         if cache is not None and state is not None:
             raise ValueError('prompt begins with what cache has read, or follows on state: give one of them')
         self.model = model
         self.before = {'cache': cache} if state is None else {'state': state}
         self.read = cache if state is None else state
-        self.cuda_graphs, self.compiled = cuda_graphs, compiled
-        self.stepper: Stepper | None = None
+        self.cuda_graphs, self.compiled, self.store = cuda_graphs, compiled, store
+        self.stepper: Stepper | CallStepper | None = None
 
     def start(self, prompt: Int[Tensor, 'b n']) -> Float[Tensor, 'b l']:
-        logits, self.read = self.model(prompt, **self.before, return_cache=True, disable_flex_attn=True)
+        logits, self.read = self.model(
+            prompt, **self.before, return_cache=True, disable_flex_attn=True, store=self.store
+        )
         self.before = {}
         return logits[:, -1]
 
     def __call__(self, tokens: Int[Tensor, ' b']) -> Float[Tensor, 'b l']:
         if self.stepper is None:
             assert self.read is not None
-            self.stepper = Stepper.of(self.model, self.read, self.cuda_graphs, self.compiled)
+            self.stepper = Stepper.of(self.model, self.read, self.cuda_graphs, self.compiled, self.store)
             self.read = None
         return self.stepper(tokens)
 

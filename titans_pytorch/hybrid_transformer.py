@@ -68,6 +68,8 @@ class HybridTransformer(Transformer):
         num_residual_streams: streams of the hyper-connections; 1 is a plain residual.
         use_flex_attn: use FlexAttention on a CUDA device.
         token_emb: a module from token ids, or from any features, to embeddings, in place of `nn.Embedding`.
+        checkpoint_layers: keep only the input of each layer for the backward, which computes the layer again. See
+            `NeuralMemory`'s `checkpoint_every` for long sequences, where even one layer is too much.
     """
 
     block: type[HybridBlock]
@@ -92,6 +94,7 @@ class HybridTransformer(Transformer):
         num_residual_streams: int = 1,
         use_flex_attn: bool = False,
         token_emb: Module | None = None,
+        checkpoint_layers: bool = False,
     ):
         chunk_size = segment_len if neural_memory_segment_len is None else neural_memory_segment_len
         check_positive(depth=depth, neural_memory_segment_len=chunk_size, num_residual_streams=num_residual_streams)
@@ -134,4 +137,5 @@ class HybridTransformer(Transformer):
             num_residual_streams,
             lambda connection: [block(layer, connection) for layer in range(1, depth + 1)],
             use_flex_attn,
+            checkpoint_layers,
         )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import Linear, Module, ModuleList
 
 from titans_pytorch.attention import ContextAttention, SegmentedAttention, flex_attention
-from titans_pytorch.block import Block, Parts, Stream
+from titans_pytorch.block import Block, Parts
 from titans_pytorch.checks import check_multiple, check_not_negative, check_positive
 from titans_pytorch.connections import Streams
 from titans_pytorch.decoding import StepKind
@@ -55,12 +55,12 @@ class MACBlock(Block, ModuleList):
         """To memory, attention and feedforward."""
         return self.memory_connection, self.attention_connection, self.feedforward_connection
 
-    def arranged(self, x: Streams, stream: Stream, parts: Parts) -> Streams:
+    def arranged(self, x: Streams, parts: Parts) -> Streams:
         to_memory, to_attention, to_feedforward = parts.connections
         gates = None
         if self.memory is not None:
             memory_in, add_residual = to_memory(x)
-            retrieved = parts.remember(self._views(memory_in, stream.inputs))
+            retrieved = parts.remember(self._views(memory_in, parts.earlier))
             if self.gate_attn_output:
                 gates = retrieved.sigmoid()
             else:
@@ -74,10 +74,10 @@ class MACBlock(Block, ModuleList):
         ff_out = self.feedforward(ff_in)
         x = add_residual(ff_out)
 
-        stream.inputs += [attn_in, attn_out, ff_in, ff_out]
+        parts.keep(attn_in, attn_out, ff_in, ff_out)
         return x
 
-    def _views(self, memory_in: Float[Tensor, 'b n d'], earlier: list[Tensor]) -> Float[Tensor, 'v b n d']:
+    def _views(self, memory_in: Float[Tensor, 'b n d'], earlier: Sequence[Tensor]) -> Float[Tensor, 'v b n d']:
         """What the memory's queries, keys and values are made of."""
         if self.view_selector is None:
             return torch.stack((memory_in,) * 3)
@@ -92,7 +92,7 @@ class PaperMACBlock(MACBlock):
 
     combine = _part(7)
 
-    def arranged(self, x: Streams, stream: Stream, parts: Parts) -> Streams:
+    def arranged(self, x: Streams, parts: Parts) -> Streams:
         _, to_attention, to_feedforward = parts.connections
         seq, add_residual = to_attention(x)
         segments = [seq] if parts.position is None else self._segments(seq, parts.position)
@@ -163,6 +163,8 @@ class MemoryAsContextTransformer(Transformer):
         neural_mem_weight_residual: let each memory take its gradients at weights mixed with the memory's before it.
         token_emb: a module from token ids, or from any features, to embeddings, in place of `nn.Embedding`.
         paper_order: retrieve, attend, then write.
+        checkpoint_layers: keep only the input of each layer for the backward, which computes the layer again. See
+            `NeuralMemory`'s `checkpoint_every` for long sequences, where even one layer is too much.
     """
 
     def __init__(
@@ -191,6 +193,7 @@ class MemoryAsContextTransformer(Transformer):
         neural_mem_weight_residual: bool = False,
         token_emb: Module | None = None,
         paper_order: bool = False,
+        checkpoint_layers: bool = False,
     ):
         check_positive(depth=depth, segment_len=segment_len)
         check_positive(dim_head=dim_head, heads=heads, num_residual_streams=num_residual_streams)
@@ -275,6 +278,7 @@ class MemoryAsContextTransformer(Transformer):
             num_residual_streams,
             lambda connection: [block(connection, layer) for layer in range(1, depth + 1)],
             use_flex_attn,
+            checkpoint_layers,
         )
         self.sliding_window_attn = sliding_window_attn
         if paper_order and any(memory.mixes_tokens for memory in self._memories):

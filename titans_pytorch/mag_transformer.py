@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from titans_pytorch.block import Parts, Stream
+from titans_pytorch.block import Parts
 from titans_pytorch.connections import Streams
 from titans_pytorch.gates import Gated
 from titans_pytorch.hybrid_transformer import HybridBlock, HybridTransformer
@@ -17,7 +17,7 @@ class MAGBlock(HybridBlock):
         super().__init__(dim, *parts)
         self.combine = None if self.memory is None else Gated(dim)
 
-    def arranged(self, x: Streams, stream: Stream, parts: Parts) -> Streams:
+    def arranged(self, x: Streams, parts: Parts) -> Streams:
         to_attention, to_feedforward = parts.connections
         seq, add_residual = to_attention(x)
         # Titans eq. 27, 28: y = SW-Attn*([p ‖ x]), o = y ⊗ M(x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from titans_pytorch.block import Parts, Stream
+from titans_pytorch.block import Parts
 from titans_pytorch.connections import Streams
 from titans_pytorch.hybrid_transformer import HybridBlock, HybridTransformer
 
@@ -10,7 +10,7 @@ from titans_pytorch.hybrid_transformer import HybridBlock, HybridTransformer
 class MALBlock(HybridBlock):
     branch_names = ('memory', 'attention', 'feedforward')
 
-    def arranged(self, x: Streams, stream: Stream, parts: Parts) -> Streams:
+    def arranged(self, x: Streams, parts: Parts) -> Streams:
         to_memory, to_attention, to_feedforward = parts.connections
         # Titans eq. 30, 31: y = M(x), o = SW-Attn(y), each around a residual
         if self.memory is not None:

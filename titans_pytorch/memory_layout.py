@@ -24,10 +24,14 @@ class Call(NamedTuple):
     mask: Bool[Tensor, 'b n'] | None
     batch_size: int | None
 
+    def read_only(self) -> Call:
+        """This call with nothing to store."""
+        return self._replace(store=self.store[..., :0, :], mask=None)
+
     def pieces(self, length: int) -> Iterator[Call]:
         """This call as several, of so many tokens each."""
         total = self.queries.shape[1]
-        if self.store.shape[-2] != total:
+        if self.store.shape[-2] not in (0, total):
             raise ValueError(
                 f'checkpoint_every needs a store_seq as long as seq, {total} tokens, got {self.store.shape[-2]}'
             )

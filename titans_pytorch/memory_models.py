@@ -22,6 +22,7 @@ from titans_pytorch.checks import check_positive
 from titans_pytorch.norms import l2_norm, layer_norm
 from titans_pytorch.precision import at_least_float32
 from titans_pytorch.shapes import Float
+from titans_pytorch.stateless import is_intercepted
 
 Linear = Callable[[Tensor, Tensor], Tensor]
 
@@ -85,10 +86,10 @@ class MemoryMLP(Module):
 
 
 def inner_mlp(model: Module) -> MemoryMLP | None:
-    """The MLP that a memory is, alone or inside a `ResidualNorm`; `None` for any other network."""
+    """The MLP that a memory is, alone or inside a `ResidualNorm`; `None` for any other network, and with hooks."""
     # subclasses may do otherwise
     inner = model.model if type(model) is ResidualNorm else model
-    return inner if type(inner) is MemoryMLP else None
+    return inner if type(inner) is MemoryMLP and not is_intercepted(model) else None
 
 
 def mlp_matrices(model: Module, weights: Mapping[str, Tensor]) -> list[Tensor]:

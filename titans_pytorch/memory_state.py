@@ -53,6 +53,14 @@ class NeuralMemState(NamedTuple):
     """Weights over the call, per parameter (bh, chunks + 1, …): before its first chunk, and after each one.
     The next memory layer's weight residual; not needed to continue. Materialised when its tensors are asked for."""
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens stored so far, those of the open chunk included."""
+        pending = self.cache_store_segment
+        if pending is None:
+            return self.seq_index
+        return self.seq_index + (pending.tokens if isinstance(pending, PendingSegment) else pending).shape[-2]
+
     def detach(self) -> NeuralMemState:
         """The same state, cut from the graph that made it: where truncated backpropagation through time truncates."""
         return _map_tensors(lambda t: t.detach(), self)

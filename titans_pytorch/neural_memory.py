@@ -393,6 +393,7 @@ class NeuralMemory(Module):
         ttt_batch_size: int | None = None,
         *,
         cache: NeuralMemState | None = None,
+        store: bool = True,
     ) -> Any:
         """Store a piece of a sequence, and retrieve for each of its tokens what the memory then knows.
 
@@ -403,10 +404,14 @@ class NeuralMemory(Module):
             state: that of the call before. Pieces of any length may follow one another.
             detach_mem_state: cut the returned state from the graph.
             prev_weights: another memory's `state.updates` over the same tokens, if `accept_weight_residual`.
-            store_mask: which tokens to store.
+            store_mask: which tokens to store. A masked token still takes part in its chunk: it has step size 0, but the
+                chunk counts it, and forgets when it is complete. To leave the memory as it is, see `store`.
             return_surprises: also return losses and step sizes, (batch, heads, rows) each, of the chunks completed.
             ttt_batch_size: memory-batch length for this call, in place of `batch_size`.
             cache: another name for `state`.
+            store: false to read without writing: all tokens read the weights after the last complete chunk, and the
+                state keeps its weights, momentum, position and open chunk. Convolutions of queries go on; a memory
+                network that mixes tokens sees those of the open chunk before `seq`, and its state keeps these.
 
         Returns:
             what was retrieved, (batch, length, dim); the state; and with `return_surprises` the pair of surprises.
@@ -416,7 +421,10 @@ class NeuralMemory(Module):
                 raise ValueError('state and cache are two names for one argument: give one of them')
             state = cache
 
+        if not store and (store_seq is not None or store_mask is not None):
+            raise ValueError('store=False stores nothing: leave out store_seq and store_mask')
         call = self._layout.call(seq, store_seq, store_mask, ttt_batch_size, self.batch_size)
+        call = call if store else call.read_only()
         state = EMPTY if state is None else state
         if self.checkpoint_every is not None and torch.is_grad_enabled():
             pieces = call.pieces(self.checkpoint_every)
@@ -431,7 +439,7 @@ class NeuralMemory(Module):
     ) -> tuple[Float[Tensor, 'b n d'], NeuralMemState, Surprises]:
         before = self._opened(state, call.queries)
         weights, after, surprises = self._store(call, before, prev_weights)
-        rows, carried = self._query_rows(call.queries, before.pending)
+        rows, carried = self._query_rows(call.queries, before.pending, call.store.shape[-2] > 0)
         retrieved = self._retrieve(call.queries.shape[1], rows, weights, before.pending.tokens.shape[-2])
 
         after = after._replace(pending=after.pending._replace(queries=carried))
@@ -752,7 +760,7 @@ class NeuralMemory(Module):
     # retrieving
 
     def _query_rows(
-        self, seq: Float[Tensor, 'b n d'], pending: PendingSegment
+        self, seq: Float[Tensor, 'b n d'], pending: PendingSegment, stores: bool = True
     ) -> tuple[Float[Tensor, 'b n d'], Tensor | None]:
         """Retrieval inputs from the first that reads the same weights as `seq` begins with; and those to carry on.
 
@@ -768,6 +776,8 @@ class NeuralMemory(Module):
 
         num_pending = pending.tokens.shape[-2]
         rows = torch.cat((_last_rows(pending.queries, seq, needed(num_pending)), seq), dim=1)
+        if self._carries_queries and not stores:
+            return rows, pending.queries
         return rows, _last_rows(rows, seq, needed(num_pending + seq.shape[1])).clone()
 
     def _retrieve(

@@ -28,7 +28,7 @@ from titans_pytorch.memory_models import ResidualNorm, inner_mlp, mlp_matrices
 from titans_pytorch.norms import layer_norm
 from titans_pytorch.orthogonalize import newton_schulz
 from titans_pytorch.shapes import Float
-from titans_pytorch.stateless import call_with_weights
+from titans_pytorch.stateless import call_with_weights, transformed
 
 
 def predict(model: Module, weights: Weights, rows: Tensor, broadcasts: bool) -> Float[Tensor, 'bh m d']:
@@ -49,7 +49,7 @@ def predict(model: Module, weights: Weights, rows: Tensor, broadcasts: bool) -> 
     def forward(weights: Weights, rows: Tensor) -> Tensor:
         return call_with_weights(model, weights, rows)
 
-    return forward(weights, rows) if broadcasts else vmap(forward, randomness='different')(weights, rows)
+    return forward(weights, rows) if broadcasts else transformed(vmap, forward, randomness='different')(weights, rows)
 
 
 def descents(model: Module, loss_fn: LossFn, chunk: Chunks, at: Weights, broadcasts: bool) -> Weights:
@@ -69,7 +69,7 @@ def descents(model: Module, loss_fn: LossFn, chunk: Chunks, at: Weights, broadca
             losses = batched_loss(loss_fn, 1)(predict(model, at, keys, broadcasts), values)
             return -(losses * step_sizes.to(losses.dtype)).sum()
 
-        return grad(rise)({name: _outside_inference(w) for name, w in at.items()})
+        return transformed(grad, rise)({name: _outside_inference(w) for name, w in at.items()})
 
 
 def _outside_inference(t: Tensor) -> Tensor:

@@ -1,14 +1,16 @@
-"""Calls of a network with weights that are given as arguments, from any number of threads."""
+"""How a module is called: with weights that are given as arguments, and whether something intercepts its calls."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _autograd as autograd_c
 from torch.func import functional_call
 from torch.nn import Module
+from torch.nn.modules import module as module_hooks
 
 
 def call_with_weights(model: Module, weights: Mapping[str, Tensor], x: Tensor, **kwargs: Any) -> Tensor:
@@ -25,12 +27,47 @@ def call_with_weights(model: Module, weights: Mapping[str, Tensor], x: Tensor, *
     return _copied(model, replaced)(x, **kwargs)
 
 
+def transformed(transform: Callable[..., Any], fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`transform(fn, **options)` for `torch.func.grad` or `vmap`, also where saved tensors pass through hooks.
+
+    PyTorch refuses the transforms there, that is, inside `torch.utils.checkpoint` and `save_on_cpu`. Here the hooks are
+    set aside meanwhile: the result is right, and what the transform saves stays where it is.
+    """
+    inner = transform(fn, **options)
+    if torch.compiler.is_compiling():
+        return inner
+
+    def call(*args: Any) -> Any:
+        hooks = []
+        while (pair := autograd_c._top_saved_tensors_default_hooks(False)) is not None:
+            hooks.append(pair)
+            autograd_c._pop_saved_tensors_default_hooks()
+        try:
+            return inner(*args)
+        finally:
+            for pair in reversed(hooks):
+                autograd_c._push_saved_tensors_default_hooks(*pair)
+
+    return call
+
+
+def is_intercepted(module: Module) -> bool:
+    """Whether hooks, or a `forward` set on an instance, see calls of `module` or of a module in it: then only a call of
+    the module itself has its effect, and no shortcut for its class."""
+    own = any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or 'forward' in vars(m)
+        for m in module.modules()
+    )
+    return own or bool(module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks)
+
+
 def _copied(module: Module, replaced: dict[int, Any]) -> Module:
     """A shallow copy of a module tree in which everything in `replaced`, by `id`, is replaced."""
     if id(module) not in replaced:
         copy = replaced[id(module)] = object.__new__(type(module))
         attributes = dict(module.__dict__)
-        children = {name: child if child is None else _copied(child, replaced) for name, child in module._modules.items()}
+        modules = module._modules.items()
+        children = {name: None if child is None else _copied(child, replaced) for name, child in modules}
         parameters = {name: replaced.get(id(p), p) for name, p in module._parameters.items()}
         for name, value in attributes.items():
             # modules and parameters that a module also keeps in a list of its own, as `nn.LSTM` does

@@ -6,6 +6,7 @@ A model differs from another in how its blocks put their parts together: see `bl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +14,11 @@ import torch.nn.functional as F
 from hyper_connections import mc_get_init_and_expand_reduce_stream_functions
 from torch import Tensor, nn
 from torch.nn import Linear, Module, ModuleList
+from torch.utils.checkpoint import checkpoint
 
 from titans_pytorch import generation
 from titans_pytorch.attention import SegmentedAttention, segmented_flex_attention
-from titans_pytorch.block import Block, LayerBuffers, LayerState, Place, Stream
+from titans_pytorch.block import Block, Carried, LayerBuffers, LayerState, Place
 from titans_pytorch.checks import check_floating, check_positive, check_shape, check_token_ids
 from titans_pytorch.connections import Streams, written
 from titans_pytorch.decode_attention import Position
@@ -28,6 +30,7 @@ from titans_pytorch.packing import Documents, check_documents, continues
 from titans_pytorch.rotary import frequencies
 from titans_pytorch.shapes import Bool, Float, Int
 from titans_pytorch.sinkhorn import sinkhorn
+from titans_pytorch.stateless import is_intercepted
 
 IGNORED = -100
 """The label that cross-entropy leaves out."""
@@ -77,6 +80,7 @@ class Transformer(Module):
         num_residual_streams: int,
         blocks: Callable[[Callable[..., Module]], Iterable[Block]],
         use_flex_attn: bool,
+        checkpoint_layers: bool,
     ) -> None:
         """Build the layers and the logits; `blocks` makes them, from a function that makes connections."""
         connection, self.expand_streams, self.reduce_streams = mc_get_init_and_expand_reduce_stream_functions(
@@ -90,6 +94,7 @@ class Transformer(Module):
         self.norm = nn.RMSNorm(self.dim)
         self.to_logits = None if self.num_tokens is None else Linear(self.dim, self.num_tokens, bias=False)
         self.use_flex_attn = use_flex_attn
+        self.checkpoint_layers = checkpoint_layers
 
     @property
     def _blocks(self) -> list[Block]:
@@ -142,6 +147,7 @@ class Transformer(Module):
         cache: ModelState | None = None,
         return_cache: bool = False,
         disable_flex_attn: bool = False,
+        store: bool = True,
         **embedding_kwargs: Any,
     ) -> Any:
         """Logits of the next token, the loss, or hidden states.
@@ -160,6 +166,8 @@ class Transformer(Module):
             cache: as `state`, but `x` begins with the first token of all, and only what follows is processed.
             return_cache: another name for `return_state`.
             disable_flex_attn: take the plain attention path for this call.
+            store: false to read the memories without writing them: every token reads the weights that `state` brought,
+                and these, momentum and the open chunk are the same in the state after. Attention goes on as ever.
 
         Returns:
             logits (batch, length, num_tokens), hidden states, or the loss; with `return_state` a pair with the state.
@@ -186,9 +194,10 @@ class Transformer(Module):
         if return_loss:
             x, labels, mask, document_ids = self._with_labels(x, mask, document_ids)
         if mask is None and document_ids is None:
-            hidden, after = self._read(x, state, disable_flex_attn, return_state, embedding_kwargs)
+            hidden, after = self._read(x, state, disable_flex_attn, return_state, store, embedding_kwargs)
         else:
-            hidden, after = self._read_documents(x, mask, document_ids, disable_flex_attn, embedding_kwargs), None
+            hidden = self._read_documents(x, mask, document_ids, disable_flex_attn, store, embedding_kwargs)
+            after = None
 
         out = self.norm(hidden)
         if not return_hidden and self.to_logits is not None:
@@ -227,15 +236,16 @@ class Transformer(Module):
         mask: Bool[Tensor, 'b n'] | None,
         document_ids: Int[Tensor, 'b n'] | None,
         disable_flex_attn: bool,
+        store: bool,
         embedding_kwargs: Mapping[str, Any],
     ) -> Float[Tensor, 'b n d']:
         """`_read`, each document by itself."""
         hidden = None
         for documents in Documents.groups(mask, document_ids, (x.shape[0], x.shape[1]), x.device):
-            rows, _ = self._read(documents.rows(x), None, disable_flex_attn, False, embedding_kwargs)
+            rows, _ = self._read(documents.rows(x), None, disable_flex_attn, False, store, embedding_kwargs)
             hidden = documents.batch(rows) if hidden is None else hidden + documents.batch(rows)
         if hidden is None:  # a single token, of which nothing is read where it is only to be predicted
-            hidden, _ = self._read(x, None, disable_flex_attn, False, embedding_kwargs)
+            hidden, _ = self._read(x, None, disable_flex_attn, False, store, embedding_kwargs)
         return hidden
 
     def _read(
@@ -244,6 +254,7 @@ class Transformer(Module):
         state: ModelState | None,
         disable_flex_attn: bool,
         return_state: bool,
+        store: bool,
         embedding_kwargs: Mapping[str, Any],
     ) -> tuple[Float[Tensor, 'b n d'], ModelState | None]:
         """The hidden states of the tokens `x`, before the last norm, and the state after them."""
@@ -256,10 +267,12 @@ class Transformer(Module):
 
         hidden = self._embedded(x, start, **embedding_kwargs)
         attention_kwargs = self._attention_kwargs(hidden, layer_states, disable_flex_attn)
-        stream, hidden = Stream(), self.expand_streams(hidden)
+        carried, hidden = Carried(), self.expand_streams(hidden)
         after: list[LayerState] = []
         for block, layer_state in zip(self._blocks, layer_states):
-            hidden, layer_state = block(hidden, stream, layer_state, start, **attention_kwargs)
+            kept = self.checkpoint_layers and torch.is_grad_enabled()
+            call = partial(checkpoint, block, use_reentrant=False) if kept else block
+            hidden, carried, layer_state = call(hidden, carried, layer_state, start, store, **attention_kwargs)
             after.append(layer_state)
         hidden = self._token_rows(self.reduce_streams(written(hidden)), start, num_tokens)
         return hidden, self._model_state(stop, after) if return_state else None
@@ -313,6 +326,17 @@ class Transformer(Module):
     sample = generation.sample
     stream = generation.stream
 
+    def obstacle_to_steps(self, state: ModelState) -> str | None:
+        """Why steps, which call no module as a whole and count chunks as they count positions, do not serve."""
+        networks = [memory.memory_model for memory in self._memories]
+        if any(is_intercepted(module) for module in (self, *networks)):
+            return 'a module of it has hooks, or a forward of its own'
+        if not isinstance(self.to_logits, Linear):
+            return f'its to_logits is a {type(self.to_logits).__name__}'
+        if any(memory.num_tokens != state.seq_index for memory in state.memories):
+            return 'its memories were read without being written (store=False)'
+        return None
+
     def decoding_state(self, state: ModelState) -> DecodingState:
         """`state` as buffers for `step`. Weights are read here: it serves until they change."""
         assert self.to_logits is not None
@@ -363,11 +387,11 @@ class Transformer(Module):
         in_chunk = position % self.neural_memory_segment_len
         place, num_attentions = Place(Position(position, state.frequencies), in_chunk, kind), 0
 
-        stream, memories = Stream(), []
+        carried, memories = Carried(), []
         if hasattr(self.expand_streams, 'stream_embed'):
             x = written(x) + self.expand_streams.stream_embed
         for block, layer in zip(self._blocks, state.layers):
-            x, memory = block.step(x, stream, layer, place, num_attentions)
+            x, carried, memory = block.step(x, carried, layer, place, num_attentions)
             num_attentions += block.attention is not None
             if layer.memory is not None and memory is not None:
                 memories.append((layer.memory, memory))
