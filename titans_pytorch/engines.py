@@ -879,15 +879,23 @@ def _combined(orders: Tensor, surprise: Tensor, mix: Tensor | None) -> Tensor:
 
 
 def soft_clamp_norm(gradients: Float[Tensor, 'bh n ...'], max_norm: float) -> Float[Tensor, 'bh n ...']:
-    """Each gradient with its norm x moved to (tanh(2x / max) + 1) · max / 2; a gradient of zero stays zero."""
-    squared = gradients.flatten(2).square().sum(dim=-1)
-    return _per_chunk(_soft_clamp_factor(squared, max_norm), gradients)
+    """Each gradient with its norm x moved to (tanh(2x / max) + 1) · max / 2, unless it is a rounding error."""
+    squared = at_least_float32(gradients).flatten(2).square().sum(dim=-1)
+    return _per_chunk(_soft_clamp_factor(squared, max_norm), gradients).to(gradients.dtype)
+
+
+ROUNDING_ERRORS = 64
+"""A gradient counts as zero below so many machine epsilons of the maximal norm."""
 
 
 def _soft_clamp_factor(squared_norm: Float[Tensor, 'bh n'], max_norm: float) -> Float[Tensor, 'bh n']:
-    # where all is zero there is no direction: a norm of 1 keeps value and gradient finite
-    norm = torch.where(squared_norm > 0, squared_norm, torch.ones_like(squared_norm)).sqrt()
-    return ((norm / (max_norm / 2)).tanh() + 1) * (max_norm / 2) / norm
+    # what is left of terms that cancel has no direction, and must not be raised to max / 2; a norm of 1 in its place
+    # keeps value and gradient finite
+    floor = ROUNDING_ERRORS * torch.finfo(squared_norm.dtype).eps * max_norm
+    negligible = squared_norm <= floor**2
+    norm = torch.where(negligible, torch.ones_like(squared_norm), squared_norm).sqrt()
+    factor = ((norm / (max_norm / 2)).tanh() + 1) * (max_norm / 2) / norm
+    return torch.where(negligible, torch.ones_like(factor), factor)
 
 
 def _per_chunk(factors: Float[Tensor, 'bh n'], tensors: Float[Tensor, 'bh n ...']) -> Float[Tensor, 'bh n ...']:

@@ -116,7 +116,8 @@ class NeuralMemory(Module):
         post_rmsnorm: RMS norm of what is retrieved, per head.
         qk_rmsnorm: RMS norm of queries and keys, per head; advised for stability.
         max_grad_norm: move the norm x of each parameter's gradient in each chunk to (tanh(2x / max) + 1) · max / 2,
-            so that it lies between half of this and all of it; small gradients grow.
+            so that it lies between half of this and all of it; small gradients grow. One below 64 machine epsilons of
+            `max_grad_norm` is left as it is: where terms cancel, all that remains is rounding.
         use_accelerated_scan: run the dense engine's recurrences in a Triton kernel where there is a GPU. The dual
             engine has none to run.
         activation: applied to queries, keys and values.
