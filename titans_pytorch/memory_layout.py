@@ -13,6 +13,7 @@ from torch.nn import Module
 from titans_pytorch.checks import check_floating, check_multiple, check_shape, check_tensor
 from titans_pytorch.fast_weights import FastWeights
 from titans_pytorch.memory_state import NeuralMemState, OpenState, PendingSegment
+from titans_pytorch.precision import at_least_float32
 from titans_pytorch.shapes import Bool, Float
 
 
@@ -170,7 +171,7 @@ class MemoryLayout(NamedTuple):
 
 
 def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {str(name): w for name, w in weights.items()}
+    return {str(name): at_least_float32(w) for name, w in weights.items()}
 
 
 def check_memory_model(model: Any, dim_head: int) -> None:

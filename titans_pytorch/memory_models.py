@@ -118,7 +118,7 @@ class GatedResidualMemoryMLP(Module):
         for to_hidden, to_branch, to_gates in self.weights:
             branch = linear(F.gelu(linear(x, to_hidden)), to_branch)
             gates = linear(torch.cat((branch, x), dim=-1), to_gates).sigmoid()
-            x = x.lerp(branch, gates)
+            x = x + (branch - x) * gates  # not `lerp`, which takes no two dtypes, as autocast makes them
         return linear(x, self.final_proj)
 
 

@@ -54,6 +54,7 @@ from titans_pytorch.memory_state import (
     mem_state_detach,
 )
 from titans_pytorch.one_chunk import descents, predict, store_one_chunk
+from titans_pytorch.precision import at_least_float32, in_module_precision, network_autocast, network_rows
 from titans_pytorch.recurrence import AssocScan
 from titans_pytorch.shapes import Bool, Float, Int
 
@@ -337,17 +338,23 @@ class NeuralMemory(Module):
         self.memory_model.train(mode)
         return super().train(mode)
 
+    @property
+    def _like(self) -> Tensor:
+        """A tensor with the precision and the device of the module."""
+        return self.memory_model_parameters[0]
+
     def init_weights(self, batch: int) -> TensorDict:
-        """Weights of an empty memory, per parameter (batch · heads, …)."""
+        """Weights of an empty memory, per parameter (batch · heads, …), in float32 at least."""
         pattern = 'h ... -> (b h) ...' if self.per_head_learned_parameters else '... -> (b h) ...'
         sizes = {'b': batch} if self.per_head_learned_parameters else {'b': batch, 'h': self.heads}
-        return TensorDict({name: repeat(p, pattern, **sizes) for name, p in self.memory_model_parameter_dict.items()})
+        initial = {name: at_least_float32(p) for name, p in self.memory_model_parameter_dict.items()}
+        return TensorDict({name: repeat(p, pattern, **sizes) for name, p in initial.items()})
 
     def init_momentum(self, batch: int) -> TensorDict:
         """Momentum of an empty memory: zeros, per parameter (orders, batch · heads, …)."""
         leading = (self.momentum_order, batch * self.heads)
         named = zip(self._parameter_shapes.items(), self.memory_model_parameters)
-        return TensorDict({name: p.new_zeros(*leading, *shape) for (name, shape), p in named})
+        return TensorDict({name: at_least_float32(p.new_zeros(*leading, *shape)) for (name, shape), p in named})
 
     @property
     def _layout(self) -> MemoryLayout:
@@ -577,14 +584,15 @@ class NeuralMemory(Module):
             at = {name: torch.addcmul(w, beside(shares, w), prev_weights[name]) for name, w in at.items()}
 
         broadcasts = self._engine_class is DualEngine
-        last, momentum = store_one_chunk(
-            descents(self.memory_model, self.store_memory_loss_fn, chunk, at, broadcasts),
-            chunk,
-            state.last,
-            state.momentum,
-            self.max_grad_norm,
-            self.spectral_norm_surprises,
-        )
+        with network_autocast(self._like):
+            last, momentum = store_one_chunk(
+                descents(self.memory_model, self.store_memory_loss_fn, chunk, at, broadcasts),
+                chunk,
+                state.last,
+                state.momentum,
+                self.max_grad_norm,
+                self.spectral_norm_surprises,
+            )
         base = state.base
         if ends_batch:
             base = last = self._transition(base, last)
@@ -606,6 +614,7 @@ class NeuralMemory(Module):
                 self.q_norm,
                 self.multihead_rmsnorm,
                 self.retrieve_gate,
+                self._like,
             )
             retrieved = retrieve_one(parts, state.last, self.to_queries(normed), normed[:, self.conv_reach :])
             return self.combine_heads(retrieved)
@@ -621,7 +630,9 @@ class NeuralMemory(Module):
         return self._combined(values.index_select(1, row), normed.index_select(1, row))
 
     def _predict(self, weights: Weights, rows: Float[Tensor, 'bh m d']) -> Float[Tensor, 'bh m d']:
-        return predict(self.memory_model, weights, rows, broadcasts=self._engine_class is DualEngine)
+        with network_autocast(self._like):
+            rows = network_rows(rows, self._like)
+            return predict(self.memory_model, weights, rows, broadcasts=self._engine_class is DualEngine)
 
     # storing
 
@@ -647,13 +658,14 @@ class NeuralMemory(Module):
         run_length = engine.run_length(tokens.device, self.store_chunk_size * self.num_kv_per_token)
         at_newest = all(base[name] is w for name, w in last.items())
         spans = self._spans(state.seq_index, num_chunks, call.batch_size, run_length, at_newest)
-        for run in engine.runs(chunks, residual, spans, last):
-            stored = engine.store(run, base, last, momentum)
-            pieces.append(stored.weights)
-            losses.append(stored.losses)
-            last, momentum = stored.weights.end, stored.momentum
-            if run.ends_batch:
-                base = last = self._transition(base, last)
+        with network_autocast(self._like):
+            for run in engine.runs(chunks, residual, spans, last):
+                stored = engine.store(run, base, last, momentum)
+                pieces.append(stored.weights)
+                losses.append(stored.losses)
+                last, momentum = stored.weights.end, stored.momentum
+                if run.ends_batch:
+                    base = last = self._transition(base, last)
 
         # copied, so that a kept state does not keep the whole input
         rest = PendingSegment(
@@ -710,8 +722,11 @@ class NeuralMemory(Module):
         keys = self.k_norm(self.split_kv_heads(self.to_keys(seq)))
         values = self.split_kv_heads(self.to_values(values_seq))
         keys, values = (rearrange(t, 'b h (n m) d -> (b h) n m d', m=rows) for t in (keys, values))
+        keys, values = (network_rows(t, self._like) for t in (keys, values))
 
-        step_sizes = self.adaptive_step_transform(self.to_adaptive_step(seq[:, self.conv_reach :]))
+        # gates in float32 under any autocast, and of a module in half precision
+        logits = at_least_float32(self.to_adaptive_step(seq[:, self.conv_reach :]))
+        step_sizes = self.adaptive_step_transform(logits)
         step_sizes = rearrange(step_sizes, 'bh (n m) -> bh n m', m=rows)
         if mask is not None:
             stored = repeat(mask, 'b (n c) -> (b h) n (c u)', h=self.heads, c=chunk_size, u=self.num_kv_per_token)
@@ -725,7 +740,7 @@ class NeuralMemory(Module):
             keys=keys,
             values=values,
             step_sizes=step_sizes,
-            decay=self.to_decay_factor(pooled).squeeze(-1),
+            decay=at_least_float32(self.to_decay_factor(pooled)).squeeze(-1),
             momentum=_optional(self.to_momentum, pooled),
             momentum_mix=_optional(self.to_learned_momentum_combine, pooled),
             modulation=None if modulation is None else modulation * self.max_mem_layer_modulation,
@@ -805,20 +820,23 @@ class NeuralMemory(Module):
         trail = -(lead + queries.shape[1]) % group_size
         groups = rearrange(F.pad(queries, (0, 0, lead, trail)), 'bh (g c) d -> bh g c d', c=group_size)
 
-        values = self._engine.retrieve(weights, groups, first_step).flatten(1, 2)
+        with network_autocast(self._like):
+            values = self._engine.retrieve(weights, groups, first_step).flatten(1, 2)
         values = values[:, values.shape[1] - trail - length : values.shape[1] - trail]
         return self._combined(values, normed[:, -length:])
 
     def _queries(self, rows: Float[Tensor, 'b n d']) -> tuple[Float[Tensor, 'b n d'], Float[Tensor, 'bh n d']]:
         """Rows normalised, and what the memory is asked for them, but for those at the front for the convolution."""
         normed = self.retrieve_norm(rows)
-        return normed[:, self.conv_reach :], self._queries_of(self.to_queries(normed))
+        queries = self._queries_of(self.to_queries(normed))
+        return normed[:, self.conv_reach :], network_rows(queries, self._like)
 
     def _queries_of(self, projected: Float[Tensor, 'b n d']) -> Float[Tensor, 'bh n d']:
         return self.q_norm(projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)).flatten(0, 1)
 
     def _combined(self, values: Float[Tensor, 'bh n d'], normed: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
         """The heads' answers as one."""
+        values = in_module_precision(values, self._like)
         values = self.multihead_rmsnorm(values.unflatten(0, (-1, self.heads)))
         if self.retrieve_gate is not None:
             values = values * self.retrieve_gate(normed)
@@ -826,7 +844,7 @@ class NeuralMemory(Module):
 
 
 def _optional(module: Module | None, x: Tensor) -> Tensor | None:
-    return None if module is None else module(x)
+    return None if module is None else at_least_float32(module(x))
 
 
 def _joined_masks(pending: PendingSegment, call: Call) -> Bool[Tensor, 'b n'] | None:
