@@ -45,6 +45,7 @@ from titans_pytorch import MemoryAsContextTransformer, MemoryAttention, MemoryML
 DATA_FOLDER = Path(__file__).resolve().parent / 'data'
 ENWIK8_URL = 'https://mattmahoney.net/dc/enwik8.zip'
 ENWIK8_ZIP_SHA256 = '547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc'
+ENWIK8_BYTES = 100_000_000
 ENWIK8_SHA256 = '2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8'
 
 say = tqdm.write  # prints above a progress bar instead of through it
@@ -327,9 +328,15 @@ def read_bytes(path: Path) -> bytes:
 
 
 def copy_verified(source: IO[bytes], target: IO[bytes] | gzip.GzipFile, size: int, sha256: str, name: str) -> None:
-    digest = hashlib.sha256()
+    digest, length = hashlib.sha256(), 0
     with tqdm(total=size or None, unit='B', unit_scale=True, desc=name) as bar:
         while block := source.read(1 << 18):
+            length += len(block)
+            if length > ENWIK8_BYTES:  # a limit for the archive too, which is smaller than the text
+                sys.exit(
+                    f'{name} from {ENWIK8_URL} is corrupt: it exceeds {ENWIK8_BYTES:,} bytes. '
+                    'Nothing of it was kept; try again, or give a file with --data'
+                )
             target.write(block)
             digest.update(block)
             bar.update(len(block))
@@ -355,8 +362,7 @@ def download_enwik8(path: Path) -> bool:
         return False
     try:
         with response, open(archive, 'wb') as zipped:
-            size = int(response.headers.get('Content-Length') or 0)
-            copy_verified(response, zipped, size, ENWIK8_ZIP_SHA256, 'enwik8.zip')
+            copy_verified(response, zipped, response.length or 0, ENWIK8_ZIP_SHA256, 'enwik8.zip')
         with (
             zipfile.ZipFile(archive) as unpacked,
             unpacked.open('enwik8') as text,

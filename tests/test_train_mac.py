@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -520,15 +521,18 @@ def test_a_zip_of_two_files_is_refused(tmp_path):
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """A place on this machine to download from, in the stead of the real one; the text is not the real one either."""
-    state = types.SimpleNamespace(status=200, body=b'', missing=0, requests=0)
+    state = types.SimpleNamespace(status=200, body=b'', missing=0, length=None, endless=False, requests=0)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             state.requests += 1
             self.send_response(state.status)
-            self.send_header('Content-Length', str(len(state.body) + state.missing))
+            self.send_header('Content-Length', state.length or str(len(state.body) + state.missing))
             self.end_headers()
             self.wfile.write(state.body)
+            with contextlib.suppress(OSError):  # until nobody listens
+                while state.endless:
+                    self.wfile.write(bytes(1 << 16))
 
         def log_message(self, *args):
             pass
@@ -579,6 +583,22 @@ def test_a_bad_download_is_an_error_and_leaves_nothing(server, monkeypatch, faul
         train_mac.load_data(SMALL)
     assert '--data' in str(ended.value.code)
     assert list(server.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize('large', ['archive', 'text'])
+def test_a_download_is_bounded_before_it_is_verified(server, monkeypatch, large):
+    if large == 'archive':
+        server.endless, server.length = True, str(1 << 50)
+    monkeypatch.setattr(train_mac, 'ENWIK8_BYTES', 1_000_000 if large == 'archive' else len(TEXT) - 1)
+    with pytest.raises(SystemExit, match='it exceeds') as ended:
+        train_mac.load_data(SMALL)
+    assert '--data' in str(ended.value.code)
+    assert list(server.folder.iterdir()) == []
+
+
+def test_a_server_that_does_not_know_the_length(server):
+    server.length = 'unknown'
+    assert bytes(torch.cat(train_mac.load_data(SMALL)[:3]).tolist()) == TEXT
 
 
 def test_without_a_network_the_standard_library_is_the_text(server, monkeypatch, capsys):
