@@ -50,11 +50,39 @@ ENWIK8_SHA256 = '2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a
 
 say = tqdm.write  # prints above a progress bar instead of through it
 
+
+def one_line(error: BaseException) -> str:
+    return ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
+
+
 # settings -------------------------------------------------------------------------------------------------------------
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={'help': help, 'choices': choices})
+class BadSetting(ValueError):
+    pass
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None, zero: bool = False) -> Any:
+    return field(default=default, metadata={'help': help, 'choices': choices, 'zero': zero})
+
+
+def check_setting(setting: dataclasses.Field[Any], value: Any) -> None:
+    """Refuse values of another type than the default's, and numbers that are not finite and positive (`zero`: or 0)."""
+    name, default, zero, choices = setting.name, setting.default, setting.metadata['zero'], setting.metadata['choices']
+    kind: type = bool if default is None else type(default)
+    if value is None and default is None:
+        return
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise BadSetting(f'{name} must be of type {kind.__name__}, not {value!r}')
+    if choices and value not in choices:
+        raise BadSetting(f'{name} must be one of {", ".join(choices)}, not {value!r}')
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(value, tuple) and type(number) is not int:
+            raise BadSetting(f'{name} must hold integers, not {number!r}')
+        if type(number) in (int, float):
+            wanted, limit = ('an integer below 2**63', 2**63) if type(number) is int else ('a finite number', math.inf)
+            if not (0 < number < limit or (zero and number == 0)):  # NaN is refused as well
+                raise BadSetting(f'{name} must be {wanted}, {"at least" if zero else "above"} 0, not {number}')
 
 
 @dataclass(frozen=True)
@@ -73,7 +101,7 @@ class Config:
     BATCH_SIZE: int = option(4, 'windows per micro batch')
     GRADIENT_ACCUMULATE_EVERY: int = option(4, 'micro batches per optimizer step')
     SEQ_LEN: int = option(512, 'bytes per window')
-    LEARNING_RATE: float = option(2e-4, 'learning rate of AdamW')
+    LEARNING_RATE: float = option(2e-4, 'learning rate of AdamW', zero=True)
     MAX_GRAD_NORM: float = option(0.5, 'the gradient is scaled down to this norm')
     VALIDATE_EVERY: int = option(100, 'steps between validations')
     VALIDATE_BATCHES: int = option(32, 'batches of fixed validation windows')
@@ -81,8 +109,8 @@ class Config:
     PRIME_LENGTH: int = option(100, 'bytes of validation text that a sample starts from')
     GENERATE_LENGTH: int = option(512, 'length of a sample in bytes, its start included')
     CHECKPOINT_EVERY: int = option(5000, 'steps between checkpoints')
-    SEED: int = option(0, 'seed of the initial weights and of the samples')
-    DATA_SEED: int = option(0, 'seed of the order of training windows, whatever the model and its weights')
+    SEED: int = option(0, 'seed of the initial weights and of the samples', zero=True)
+    DATA_SEED: int = option(0, 'seed of the order of training windows, whatever the model and its weights', zero=True)
 
     DIM: int = option(384, 'width of the model')
     DEPTH: int = option(8, 'number of layers')
@@ -90,8 +118,8 @@ class Config:
     DIM_HEAD: int = option(64, 'width of an attention head')
     WINDOW_SIZE: int = option(32, 'attention segment (window) in bytes')
     SLIDING_WINDOWS: bool = option(True, 'let attention slide over segments instead of staying inside one')
-    NUM_PERSIST_MEM: int = option(4, 'persistent memory tokens')
-    NUM_LONGTERM_MEM: int = option(4, 'long-term memory tokens per segment')
+    NUM_PERSIST_MEM: int = option(4, 'persistent memory tokens', zero=True)
+    NUM_LONGTERM_MEM: int = option(4, 'long-term memory tokens per segment', zero=True)
 
     NEURAL_MEM_LAYERS: tuple[int, ...] = option((2, 4, 6), 'layers with a neural memory, counted from 1')
     NEURAL_MEM_HEADS: int = option(4, 'neural memory heads')
@@ -133,11 +161,22 @@ class Config:
     RUN_NAME: str = option('', 'Weights & Biases run name')
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, 'NEURAL_MEM_LAYERS', tuple(self.NEURAL_MEM_LAYERS))  # a list on the command line
-        for name, value in vars(self).items():
-            least = 0 if name in ('SEED', 'DATA_SEED', 'NUM_PERSIST_MEM', 'NUM_LONGTERM_MEM') else 1
-            if type(value) is int and value < least:
-                raise ValueError(f'{name} must be at least {least}, not {value}')
+        if isinstance(self.NEURAL_MEM_LAYERS, list):  # as it comes from the command line
+            object.__setattr__(self, 'NEURAL_MEM_LAYERS', tuple(self.NEURAL_MEM_LAYERS))
+        for setting in dataclasses.fields(self):
+            check_setting(setting, getattr(self, setting.name))
+        if any(layer > self.DEPTH for layer in self.NEURAL_MEM_LAYERS):
+            raise BadSetting(f'NEURAL_MEM_LAYERS must be from 1 to DEPTH={self.DEPTH}, not {self.NEURAL_MEM_LAYERS}')
+        if self.NEURAL_MEM_BATCH_SIZE % self.NEURAL_MEM_SEGMENT_LEN:
+            raise BadSetting(
+                f'NEURAL_MEM_BATCH_SIZE must be a multiple of NEURAL_MEM_SEGMENT_LEN={self.NEURAL_MEM_SEGMENT_LEN}, '
+                f'not {self.NEURAL_MEM_BATCH_SIZE}'
+            )
+        if self.GENERATE_LENGTH <= self.PRIME_LENGTH:
+            raise BadSetting(
+                f'GENERATE_LENGTH must be above PRIME_LENGTH={self.PRIME_LENGTH}, which it includes, '
+                f'not {self.GENERATE_LENGTH}'
+            )
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -225,10 +264,12 @@ class Machine(NamedTuple):
 
 def choose_machine(config: Config) -> Machine:
     cuda = torch.cuda.is_available()
-    device = torch.device(config.DEVICE if config.DEVICE != 'auto' else 'cuda' if cuda else 'cpu')
+    try:
+        device = torch.device(config.DEVICE if config.DEVICE != 'auto' else 'cuda' if cuda else 'cpu')
+        torch.zeros((), device=device).item()  # a device with a name need not be there
+    except Exception as error:  # of a type that depends on the kind of device
+        sys.exit(f'--device {config.DEVICE} cannot be used here: {one_line(error)}')
     on_gpu = device.type == 'cuda'
-    if on_gpu and not cuda:
-        sys.exit(f'--device {config.DEVICE}: PyTorch finds no CUDA device here')
     if device.index is not None and on_gpu:
         torch.cuda.set_device(device)  # kernels are launched on the current device
     precision = config.PRECISION

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -96,6 +97,22 @@ def start(words, *program):
 
 def load(path):
     return torch.load(path, weights_only=True)
+
+
+def sampled(folder):
+    """The steps of the samples in the order of the file."""
+    return [
+        int(step) for step in re.findall(r'^--- sample after (\d+) steps$', (folder / 'samples.txt').read_text(), re.M)
+    ]
+
+
+def refusal(words):
+    """The one line with which the script ends instead of running."""
+    with pytest.raises(SystemExit) as ended:
+        train_mac.main([*map(str, words)])
+    assert isinstance(ended.value.code, str)  # a message, and with it the exit status 1
+    assert len(ended.value.code.splitlines()) == 1
+    return ended.value.code
 
 
 def rows(folder, key):
@@ -718,10 +735,48 @@ def test_options_override_the_preset():
         parse('--precision', 'fp7')
 
 
-@pytest.mark.parametrize('words', [('--batch-size', '0'), ('--validate-every', '-1'), ('--num-persist-mem', '-1')])
-def test_impossible_settings_are_refused(words):
-    with pytest.raises(SystemExit, match=words[0][2:].upper().replace('-', '_')):
-        train_mac.main([*words])
+@pytest.mark.parametrize(
+    'words',
+    [
+        '--batch-size 0',
+        '--validate-every -1',
+        '--num-persist-mem -1',
+        '--learning-rate nan',
+        '--learning-rate inf',
+        '--learning-rate=-1e-3',
+        '--max-grad-norm -1',
+        '--max-grad-norm 0',
+        '--max-grad-norm nan',
+        '--max-grad-norm inf',
+        '--neural-mem-max-lr 0',
+        '--neural-mem-max-lr=-inf',
+        '--seed -1',
+        f'--data-seed {2**63}',
+        '--neural-mem-batch-size 6',
+        '--neural-mem-layers 3',
+        '--neural-mem-layers 0',
+        '--generate-length 8',
+    ],
+)
+def test_impossible_settings_are_refused_in_one_line(text, tmp_path, words):
+    folder = tmp_path / 'run'
+    message = refusal([*options(text, folder), *words.split()])
+    assert message.startswith(re.split('[ =]', words)[0][2:].upper().replace('-', '_') + ' must ')
+    assert not folder.exists()
+
+
+def test_every_number_is_checked():
+    for setting in dataclasses.fields(train_mac.Config):
+        if type(setting.default) in (int, float):
+            for value in (-1, math.nan, math.inf, 2**70 if type(setting.default) is int else -math.inf, '1', None):
+                with pytest.raises(ValueError, match=f'^{setting.name} must '):
+                    train_mac.Config(**{setting.name: value})
+
+
+@pytest.mark.parametrize('device', ['', 'tpu', 'meta', 'cuda:99'])
+def test_a_device_that_is_not_there_is_refused_in_one_line(text, tmp_path, device):
+    assert refusal(options(text, tmp_path / 'run', DEVICE=device)).startswith(f'--device {device} cannot be used here')
+    assert not (tmp_path / 'run').exists()
 
 
 def test_precision():
