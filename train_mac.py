@@ -575,12 +575,9 @@ def generate(model: MemoryAsContextTransformer, data: Tensor, config: Config, ma
     return f'--- sample after {batch} steps\n{printable(prompt[0])}\n--- goes on as\n{printable(made[0])}\n---\n'
 
 
-def plot_losses(folder: Path) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        say('no loss curve was drawn: matplotlib is not installed')
-        return
+def draw_losses(folder: Path) -> None:
+    from matplotlib.figure import Figure
+
     rows = read_metrics(folder / 'metrics.jsonl')
     if not rows:
         return
@@ -588,11 +585,22 @@ def plot_losses(folder: Path) -> None:
     for key, label, marker in (('train_loss', 'training', ''), ('val_loss', 'validation', 'o')):
         points = [(row['step'], row['bpb']) for row in rows if key in row]
         axes.plot(*zip(*points), label=label, marker=marker, markersize=4) if points else None
-    axes.set(xlabel='steps', ylabel='bits per byte', title=str(folder))
+    axes.set(xlabel='steps', ylabel='bits per byte')
+    axes.set_title(str(folder), parse_math=False)  # a path may hold a $
     axes.grid(alpha=0.3)
     axes.legend()
     with atomic_file(folder / 'loss.png') as file:
         figure.savefig(file, format='png', dpi=120)
+
+
+def plot_losses(folder: Path) -> None:
+    """Draw the loss curve. A failure is reported and never raised: it must not end a run."""
+    try:
+        draw_losses(folder)
+    except ModuleNotFoundError:
+        say('no loss curve was drawn: matplotlib is not installed')
+    except Exception as error:
+        say(f'no loss curve was drawn: {one_line(error)}')
 
 
 # training -------------------------------------------------------------------------------------------------------------

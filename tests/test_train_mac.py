@@ -252,6 +252,26 @@ def test_without_matplotlib_there_is_a_notice_and_no_plot(text, tmp_path, monkey
     assert not (tmp_path / 'run' / 'loss.png').exists()
 
 
+def test_a_folder_named_like_mathematics_is_plotted(text, tmp_path, capsys):
+    folder = tmp_path / 'cost$5_{a$'
+    assert train_mac.main(options(text, folder, NUM_BATCHES=1)) == 0
+    assert (folder / 'loss.png').read_bytes().startswith(b'\x89PNG')
+    assert 'no loss curve' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('error', [RuntimeError('broken'), OSError('no such font'), ImportError('libfreetype')])
+def test_a_plotting_error_never_ends_a_run(text, tmp_path, monkeypatch, capsys, error):
+    from matplotlib.font_manager import FontManager
+
+    def broken_font_cache(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(FontManager, 'findfont', broken_font_cache)
+    assert train_mac.main(options(text, tmp_path / 'run', NUM_BATCHES=2, GENERATE_EVERY=1)) == 0
+    assert f'no loss curve was drawn: {type(error).__name__}: {error}' in capsys.readouterr().out
+    assert load(tmp_path / 'run' / 'titans_enwik8.pt')['batch'] == 2
+
+
 # resume ---------------------------------------------------------------------------------------------------------------
 
 
