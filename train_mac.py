@@ -324,6 +324,29 @@ def append(path: Path, text: str) -> None:
         file.write(text)
 
 
+@contextlib.contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Make `folder` if need be, and refuse a second run in it. The lock dies with its process."""
+    new, lock = not folder.exists(), folder / 'lock'
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(lock, 'a') as file:
+            try:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                sys.exit(f'another run is using {folder}: wait until it has ended, or choose another --run-dir')
+            except (ImportError, OSError) as error:  # some platforms and file systems have no such lock
+                say(f'NOTICE: {folder} cannot be locked ({one_line(error)}); a second run in it would not be refused')
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            if new and [*folder.iterdir()] == [lock]:  # the run was refused before it left anything
+                lock.unlink()
+                folder.rmdir()
+
+
 def remove_leftovers(folder: Path, older_than: float = 0.0) -> None:
     for leftover in folder.glob('*.tmp'):
         with contextlib.suppress(FileNotFoundError):
@@ -359,7 +382,6 @@ def rewind(folder: Path, batch: int, evaluated: int) -> None:
 
 
 def prepare_run_folder(folder: Path, resume: dict[str, Any] | None) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     if resume is not None:
         rewind(folder, resume['batch'], resume['evaluated'])
@@ -1031,18 +1053,19 @@ def main(arguments: list[str] | None = None) -> int:
                 raise BadCheckpoint(f'there is no checkpoint to resume: {source} is not a folder')
             if not config.RUN_DIR:
                 folder = source
-        weights = read_checkpoint(Path(init_from)) if init_from else None
-        checkpoint = None
-        if resume == 'latest':
-            checkpoint = latest_checkpoint(folder)
-        elif resume:
-            checkpoint = read_resumable(Path(resume))
-        if checkpoint is not None:
-            known = {setting.name for setting in dataclasses.fields(Config)}
-            saved = {name: value for name, value in checkpoint['config'].items() if name in known}
-            options.pop('PRESET', None)  # it has named the folder; the settings come from the checkpoint
-            config = dataclasses.replace(Config(), **{**saved, **options, 'RUN_DIR': str(folder)})
-        return train(config, checkpoint, weights)
+        with run_lock(folder):
+            weights = read_checkpoint(Path(init_from)) if init_from else None
+            checkpoint = None
+            if resume == 'latest':
+                checkpoint = latest_checkpoint(folder)
+            elif resume:
+                checkpoint = read_resumable(Path(resume))
+            if checkpoint is not None:
+                known = {setting.name for setting in dataclasses.fields(Config)}
+                saved = {name: value for name, value in checkpoint['config'].items() if name in known}
+                options.pop('PRESET', None)  # it has named the folder; the settings come from the checkpoint
+                config = dataclasses.replace(Config(), **{**saved, **options, 'RUN_DIR': str(folder)})
+            return train(config, checkpoint, weights)
     except (BadSetting, BadCheckpoint) as error:
         sys.exit(str(error))
     except OSError as error:  # a folder that cannot be written to, a full disk

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import gzip
 import hashlib
 import http.server
@@ -272,6 +273,47 @@ def test_a_plotting_error_never_ends_a_run(text, tmp_path, monkeypatch, capsys, 
     assert load(tmp_path / 'run' / 'titans_enwik8.pt')['batch'] == 2
 
 
+# one run in one folder ------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_in_a_folder_is_refused(text, tmp_path):
+    folder = tmp_path / 'run'
+    train_mac.main(options(text, folder, NUM_BATCHES=1))
+    (folder / 'half.pt.1.tmp').write_bytes(b'an unfinished save of the first run')
+    content = {path.name: path.read_bytes() for path in folder.iterdir()}
+    checkpoint = folder / 'titans_enwik8.pt'
+    with train_mac.run_lock(folder):
+        for words in (options(text, folder), ['--resume', 'latest', '--run-dir', folder], ['--resume', checkpoint]):
+            assert f'another run is using {folder}' in refusal(words)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == content
+    assert train_mac.main(['--resume', str(checkpoint), '--num-batches', '2']) == 0
+
+
+def test_without_locks_there_is_a_notice(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'fcntl', None)
+    assert train_mac.main(options(text, tmp_path / 'run', NUM_BATCHES=1)) == 0
+    assert 'cannot be locked' in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_hold_a_run(text, tmp_path, monkeypatch):
+    (tmp_path / 'file').write_text('mine')
+    for folder in (tmp_path / 'file', tmp_path / 'file' / 'run'):
+        assert str(folder) in refusal(options(text, folder))
+    assert str(tmp_path / 'file') in refusal(['--resume', 'latest', '--run-dir', tmp_path / 'file'])
+    assert (tmp_path / 'file').read_text() == 'mine'
+
+    real_open, lock = open, tmp_path / 'read-only' / 'lock'
+
+    def open_read_only(path, *args, **kwargs):
+        if path == lock:  # permissions do not stop root
+            raise PermissionError(errno.EACCES, 'Permission denied', str(path))
+        return real_open(path, *args, **kwargs)
+
+    lock.parent.mkdir()
+    monkeypatch.setattr('builtins.open', open_read_only)
+    assert f"Permission denied: '{lock}'" in refusal(options(text, lock.parent))
+
+
 # resume ---------------------------------------------------------------------------------------------------------------
 
 
@@ -533,6 +575,7 @@ def test_kill_in_a_save_leaves_the_last_good_checkpoint(text, tmp_path, capsys):
         assert process.returncode == -signal.SIGKILL, output
         (unfinished,) = folder.glob('*.tmp')
         assert unfinished.stat().st_size > 0
+        assert (folder / 'lock').exists()  # left behind, but no longer locked
         assert sampled(folder) == [2, 4]
         assert load(folder / 'titans_enwik8_best.pt')['batch'] == 2  # the one that was being written over
         assert {path.name for path in folder.glob('*.pt')} == {'titans_enwik8_best.pt', 'checkpoint_batch_2.pt'}
