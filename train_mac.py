@@ -17,11 +17,13 @@ import gzip
 import hashlib
 import http.client
 import importlib.util
+import io
 import itertools
 import json
 import math
 import os
 import random
+import re
 import signal
 import sys
 import sysconfig
@@ -45,15 +47,44 @@ from titans_pytorch import MemoryAsContextTransformer, MemoryAttention, MemoryML
 DATA_FOLDER = Path(__file__).resolve().parent / 'data'
 ENWIK8_URL = 'https://mattmahoney.net/dc/enwik8.zip'
 ENWIK8_ZIP_SHA256 = '547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc'
+ENWIK8_BYTES = 100_000_000
 ENWIK8_SHA256 = '2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8'
 
 say = tqdm.write  # prints above a progress bar instead of through it
 
+
+def one_line(error: BaseException) -> str:
+    return ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
+
+
 # settings -------------------------------------------------------------------------------------------------------------
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={'help': help, 'choices': choices})
+class BadSetting(ValueError):
+    pass
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None, zero: bool = False) -> Any:
+    return field(default=default, metadata={'help': help, 'choices': choices, 'zero': zero})
+
+
+def check_setting(setting: dataclasses.Field[Any], value: Any) -> None:
+    """Refuse values of another type than the default's, and numbers that are not finite and positive (`zero`: or 0)."""
+    name, default, zero, choices = setting.name, setting.default, setting.metadata['zero'], setting.metadata['choices']
+    kind: type = bool if default is None else type(default)
+    if value is None and default is None:
+        return
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise BadSetting(f'{name} must be of type {kind.__name__}, not {value!r}')
+    if choices and value not in choices:
+        raise BadSetting(f'{name} must be one of {", ".join(choices)}, not {value!r}')
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(value, tuple) and type(number) is not int:
+            raise BadSetting(f'{name} must hold integers, not {number!r}')
+        if type(number) in (int, float):
+            wanted, limit = ('an integer below 2**63', 2**63) if type(number) is int else ('a finite number', math.inf)
+            if not (0 < number < limit or (zero and number == 0)):  # NaN is refused as well
+                raise BadSetting(f'{name} must be {wanted}, {"at least" if zero else "above"} 0, not {number}')
 
 
 @dataclass(frozen=True)
@@ -72,7 +103,7 @@ class Config:
     BATCH_SIZE: int = option(4, 'windows per micro batch')
     GRADIENT_ACCUMULATE_EVERY: int = option(4, 'micro batches per optimizer step')
     SEQ_LEN: int = option(512, 'bytes per window')
-    LEARNING_RATE: float = option(2e-4, 'learning rate of AdamW')
+    LEARNING_RATE: float = option(2e-4, 'learning rate of AdamW', zero=True)
     MAX_GRAD_NORM: float = option(0.5, 'the gradient is scaled down to this norm')
     VALIDATE_EVERY: int = option(100, 'steps between validations')
     VALIDATE_BATCHES: int = option(32, 'batches of fixed validation windows')
@@ -80,8 +111,8 @@ class Config:
     PRIME_LENGTH: int = option(100, 'bytes of validation text that a sample starts from')
     GENERATE_LENGTH: int = option(512, 'length of a sample in bytes, its start included')
     CHECKPOINT_EVERY: int = option(5000, 'steps between checkpoints')
-    SEED: int = option(0, 'seed of the initial weights and of the samples')
-    DATA_SEED: int = option(0, 'seed of the order of training windows, whatever the model and its weights')
+    SEED: int = option(0, 'seed of the initial weights and of the samples', zero=True)
+    DATA_SEED: int = option(0, 'seed of the order of training windows, whatever the model and its weights', zero=True)
 
     DIM: int = option(384, 'width of the model')
     DEPTH: int = option(8, 'number of layers')
@@ -89,8 +120,8 @@ class Config:
     DIM_HEAD: int = option(64, 'width of an attention head')
     WINDOW_SIZE: int = option(32, 'attention segment (window) in bytes')
     SLIDING_WINDOWS: bool = option(True, 'let attention slide over segments instead of staying inside one')
-    NUM_PERSIST_MEM: int = option(4, 'persistent memory tokens')
-    NUM_LONGTERM_MEM: int = option(4, 'long-term memory tokens per segment')
+    NUM_PERSIST_MEM: int = option(4, 'persistent memory tokens', zero=True)
+    NUM_LONGTERM_MEM: int = option(4, 'long-term memory tokens per segment', zero=True)
 
     NEURAL_MEM_LAYERS: tuple[int, ...] = option((2, 4, 6), 'layers with a neural memory, counted from 1')
     NEURAL_MEM_HEADS: int = option(4, 'neural memory heads')
@@ -132,11 +163,22 @@ class Config:
     RUN_NAME: str = option('', 'Weights & Biases run name')
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, 'NEURAL_MEM_LAYERS', tuple(self.NEURAL_MEM_LAYERS))  # a list on the command line
-        for name, value in vars(self).items():
-            least = 0 if name in ('SEED', 'DATA_SEED', 'NUM_PERSIST_MEM', 'NUM_LONGTERM_MEM') else 1
-            if type(value) is int and value < least:
-                raise ValueError(f'{name} must be at least {least}, not {value}')
+        if isinstance(self.NEURAL_MEM_LAYERS, list):  # as it comes from the command line
+            object.__setattr__(self, 'NEURAL_MEM_LAYERS', tuple(self.NEURAL_MEM_LAYERS))
+        for setting in dataclasses.fields(self):
+            check_setting(setting, getattr(self, setting.name))
+        if any(layer > self.DEPTH for layer in self.NEURAL_MEM_LAYERS):
+            raise BadSetting(f'NEURAL_MEM_LAYERS must be from 1 to DEPTH={self.DEPTH}, not {self.NEURAL_MEM_LAYERS}')
+        if self.NEURAL_MEM_BATCH_SIZE % self.NEURAL_MEM_SEGMENT_LEN:
+            raise BadSetting(
+                f'NEURAL_MEM_BATCH_SIZE must be a multiple of NEURAL_MEM_SEGMENT_LEN={self.NEURAL_MEM_SEGMENT_LEN}, '
+                f'not {self.NEURAL_MEM_BATCH_SIZE}'
+            )
+        if self.GENERATE_LENGTH <= self.PRIME_LENGTH:
+            raise BadSetting(
+                f'GENERATE_LENGTH must be above PRIME_LENGTH={self.PRIME_LENGTH}, which it includes, '
+                f'not {self.GENERATE_LENGTH}'
+            )
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -224,10 +266,12 @@ class Machine(NamedTuple):
 
 def choose_machine(config: Config) -> Machine:
     cuda = torch.cuda.is_available()
-    device = torch.device(config.DEVICE if config.DEVICE != 'auto' else 'cuda' if cuda else 'cpu')
+    try:
+        device = torch.device(config.DEVICE if config.DEVICE != 'auto' else 'cuda' if cuda else 'cpu')
+        torch.zeros((), device=device).item()  # a device with a name need not be there
+    except Exception as error:  # of a type that depends on the kind of device
+        sys.exit(f'--device {config.DEVICE} cannot be used here: {one_line(error)}')
     on_gpu = device.type == 'cuda'
-    if on_gpu and not cuda:
-        sys.exit(f'--device {config.DEVICE}: PyTorch finds no CUDA device here')
     if device.index is not None and on_gpu:
         torch.cuda.set_device(device)  # kernels are launched on the current device
     precision = config.PRECISION
@@ -251,17 +295,56 @@ def choose_machine(config: Config) -> Machine:
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add the file's name to an OSError that lacks it, as those of writes do."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Write beside `path`, and give the file its name only when all of it is on the disk: a kill leaves the old one."""
     temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     try:
-        with open(temporary, 'wb') as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with naming(path):
+            with open(temporary, 'wb') as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def append(path: Path, text: str) -> None:
+    with naming(path), open(path, 'a', encoding='utf-8') as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Make `folder` if need be, and refuse a second run in it. The lock dies with its process."""
+    new, lock = not folder.exists(), folder / 'lock'
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(lock, 'a') as file:
+            try:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                sys.exit(f'another run is using {folder}: wait until it has ended, or choose another --run-dir')
+            except (ImportError, OSError) as error:  # some platforms and file systems have no such lock
+                say(f'NOTICE: {folder} cannot be locked ({one_line(error)}); a second run in it would not be refused')
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            if new and [*folder.iterdir()] == [lock]:  # the run was refused before it left anything
+                lock.unlink()
+                folder.rmdir()
 
 
 def remove_leftovers(folder: Path, older_than: float = 0.0) -> None:
@@ -272,21 +355,36 @@ def remove_leftovers(folder: Path, older_than: float = 0.0) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding='utf-8', errors='replace').splitlines() if path.exists() else []
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):  # a kill can cut the last line short
-            rows.append(json.loads(line))
+    for line in lines:
+        with contextlib.suppress(ValueError):  # a kill can cut the last line short
+            row = json.loads(line)
+            if isinstance(row, dict) and type(row.get('step')) is int:
+                rows.append(row)
+    if len(rows) < len(lines):
+        say(f'NOTICE: {path}: {len(lines) - len(rows)} damaged lines of {len(lines)} are left out')
     return rows
 
 
-def prepare_run_folder(folder: Path, resumed_at: int | None) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+def rewind(folder: Path, batch: int, evaluated: int) -> None:
+    """Remove metrics and samples later than the checkpoint to resume, since they will be written again."""
+    metrics, samples = folder / 'metrics.jsonl', folder / 'samples.txt'
+    rows = [row for row in read_metrics(metrics) if row['step'] <= (evaluated if 'val_loss' in row else batch)]
+    with atomic_file(metrics) as file:
+        file.writelines(json.dumps(row).encode() + b'\n' for row in rows)
+    text = samples.read_bytes() if samples.exists() else b''
+    for sample in re.finditer(rb'^--- sample after (\d+) steps$', text, re.MULTILINE):
+        if int(sample[1]) > evaluated:
+            with atomic_file(samples) as file:
+                file.write(text[: sample.start()])
+            break
+
+
+def prepare_run_folder(folder: Path, resume: dict[str, Any] | None) -> None:
     remove_leftovers(folder)
-    metrics = folder / 'metrics.jsonl'
-    if resumed_at is not None:  # steps after the checkpoint happen again
-        rows = [row for row in read_metrics(metrics) if row['step'] <= resumed_at]
-        with atomic_file(metrics) as file:
-            file.writelines(json.dumps(row).encode() + b'\n' for row in rows)
+    if resume is not None:
+        rewind(folder, resume['batch'], resume['evaluated'])
         return
     names = ('metrics.jsonl', 'samples.txt', 'loss.png')
     earlier = [path for path in folder.iterdir() if path.suffix == '.pt' or path.name in names]
@@ -327,9 +425,15 @@ def read_bytes(path: Path) -> bytes:
 
 
 def copy_verified(source: IO[bytes], target: IO[bytes] | gzip.GzipFile, size: int, sha256: str, name: str) -> None:
-    digest = hashlib.sha256()
+    digest, length = hashlib.sha256(), 0
     with tqdm(total=size or None, unit='B', unit_scale=True, desc=name) as bar:
         while block := source.read(1 << 18):
+            length += len(block)
+            if length > ENWIK8_BYTES:  # a limit for the archive too, which is smaller than the text
+                sys.exit(
+                    f'{name} from {ENWIK8_URL} is corrupt: it exceeds {ENWIK8_BYTES:,} bytes. '
+                    'Nothing of it was kept; try again, or give a file with --data'
+                )
             target.write(block)
             digest.update(block)
             bar.update(len(block))
@@ -355,8 +459,7 @@ def download_enwik8(path: Path) -> bool:
         return False
     try:
         with response, open(archive, 'wb') as zipped:
-            size = int(response.headers.get('Content-Length') or 0)
-            copy_verified(response, zipped, size, ENWIK8_ZIP_SHA256, 'enwik8.zip')
+            copy_verified(response, zipped, response.length or 0, ENWIK8_ZIP_SHA256, 'enwik8.zip')
         with (
             zipfile.ZipFile(archive) as unpacked,
             unpacked.open('enwik8') as text,
@@ -459,39 +562,95 @@ class BadCheckpoint(Exception):
     pass
 
 
+# of each entry that a resumed run needs, its type
+RESUMABLE: dict[str, Any] = {
+    'batch': int,
+    'evaluated': int,
+    'val_loss': (float, type(None)),
+    'best_val_loss': float,
+    'config': dict,
+    'model_state_dict': dict,
+    'optimizer_state_dict': dict,
+    'data_sha256': str,
+    'random': Tensor,
+    'python_random': tuple,
+    'windows_random': Tensor,
+    'cuda_random': (Tensor, type(None)),
+}
+DIGEST_MARK, DIGEST_LENGTH = b'sha256 ', 64
+
+
+def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Save in the format of `torch.save`, with a sha256 of all preceding bytes as the comment of the zip archive."""
+    with atomic_file(path) as file:
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        buffer.seek(-2, os.SEEK_END)  # an archive without a comment ends with its length, 0
+        assert buffer.read() == b'\0\0'
+        buffer.seek(-2, os.SEEK_END)
+        buffer.write((len(DIGEST_MARK) + DIGEST_LENGTH).to_bytes(2, 'little') + DIGEST_MARK)
+        digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
+        buffer.write(digest.encode())
+        file.write(buffer.getbuffer())
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The dict saved at `path` by this script, an older version of it, or `torch.save` alone.
+
+    Raises:
+        BadCheckpoint: if the file is missing, damaged or of another kind.
+    """
     try:
-        if zipfile.is_zipfile(path):  # what torch.save writes; torch.load does not look at the checksums in it
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is not None:
+        stored = path.read_bytes()
+        digested, digest = memoryview(stored)[:-DIGEST_LENGTH], stored[-DIGEST_LENGTH:]
+        if digested[-len(DIGEST_MARK) :] == DIGEST_MARK:
+            if hashlib.sha256(digested).hexdigest().encode() != digest:
+                raise ValueError('its sha256 is not the stored one')
+        elif zipfile.is_zipfile(io.BytesIO(stored)):  # by torch.save alone: checksums, but not of the archive's headers
+            with zipfile.ZipFile(io.BytesIO(stored)) as archive:
+                if archive.testzip() is not None or archive.comment:
                     raise ValueError('checksum mismatch')
-        content = torch.load(path, map_location='cpu', weights_only=True)
+        content = torch.load(io.BytesIO(stored), map_location='cpu', weights_only=True)
         if not isinstance(content, dict):
             raise TypeError(f'it holds a {type(content).__name__}')
         return content
     except FileNotFoundError:
         raise BadCheckpoint(f'there is no checkpoint {path}') from None
     except Exception as error:
-        what = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise BadCheckpoint(f'{path} is corrupt, or no checkpoint: {what}') from error
+        raise BadCheckpoint(f'{path} is corrupt, or no checkpoint: {one_line(error)}') from error
 
 
-def latest_checkpoint(folder: Path) -> Path:
-    """The newest file in `folder` that a run can be resumed from."""
-    for path in sorted(folder.glob('*.pt'), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+def read_resumable(path: Path) -> dict[str, Any]:
+    """A checkpoint with everything in `RESUMABLE`.
+
+    Raises:
+        BadCheckpoint: if it cannot be read or is incomplete.
+    """
+    content = read_checkpoint(path)
+    missing = [key for key, kind in RESUMABLE.items() if key not in content or not isinstance(content[key], kind)]
+    if missing:
+        raise BadCheckpoint(
+            f'{path} cannot be resumed, since it lacks {", ".join(missing)}; --init-from can use the weights in it'
+        )
+    return content
+
+
+def latest_checkpoint(folder: Path) -> dict[str, Any]:
+    """The resumable checkpoint in `folder` with the most steps, whatever the times of the files."""
+
+    def progress(path: Path) -> tuple[float, int]:
         try:
-            read_checkpoint(path)
-            return path
+            peek = torch.load(path, map_location='cpu', weights_only=True, mmap=True)  # reads no tensor
+            return int(peek['batch']), int(peek['evaluated'])
+        except Exception:
+            return math.inf, 0  # tried first, so that the operator learns why it is skipped
+
+    for path in sorted(folder.glob('*.pt'), key=progress, reverse=True):
+        try:
+            return read_resumable(path)
         except BadCheckpoint as error:
             say(f'skipped: {error}')
-    sys.exit(f'there is no checkpoint to resume in {folder}')
-
-
-def load_weights(model: nn.Module, weights: dict[str, Any]) -> None:
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        sys.exit(f'the saved weights do not fit the model of this configuration:\n{error}')
+    raise BadCheckpoint(f'there is no checkpoint to resume in {folder}')
 
 
 # evaluation -----------------------------------------------------------------------------------------------------------
@@ -528,12 +687,20 @@ def generate(model: MemoryAsContextTransformer, data: Tensor, config: Config, ma
     return f'--- sample after {batch} steps\n{printable(prompt[0])}\n--- goes on as\n{printable(made[0])}\n---\n'
 
 
-def plot_losses(folder: Path) -> None:
+def rehearse(model: MemoryAsContextTransformer, data: Tensor, config: Config, machine: Machine) -> None:
+    """Sample two bytes before training: some sizes can be trained, but not sampled."""
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        say('no loss curve was drawn: matplotlib is not installed')
-        return
+        generate(model, data, dataclasses.replace(config, GENERATE_LENGTH=config.PRIME_LENGTH + 2), machine, 0)
+    except (ValueError, TypeError, RuntimeError) as error:
+        sys.exit(
+            f'no sample can be made with these settings: {one_line(error)}. Try an even DIM_HEAD (now '
+            f'{config.DIM_HEAD}), or --no-use-fast-inference'
+        )
+
+
+def draw_losses(folder: Path) -> None:
+    from matplotlib.figure import Figure
+
     rows = read_metrics(folder / 'metrics.jsonl')
     if not rows:
         return
@@ -541,11 +708,22 @@ def plot_losses(folder: Path) -> None:
     for key, label, marker in (('train_loss', 'training', ''), ('val_loss', 'validation', 'o')):
         points = [(row['step'], row['bpb']) for row in rows if key in row]
         axes.plot(*zip(*points), label=label, marker=marker, markersize=4) if points else None
-    axes.set(xlabel='steps', ylabel='bits per byte', title=str(folder))
+    axes.set(xlabel='steps', ylabel='bits per byte')
+    axes.set_title(str(folder), parse_math=False)  # a path may hold a $
     axes.grid(alpha=0.3)
     axes.legend()
     with atomic_file(folder / 'loss.png') as file:
         figure.savefig(file, format='png', dpi=120)
+
+
+def plot_losses(folder: Path) -> None:
+    """Draw the loss curve. A failure is reported and never raised: it must not end a run."""
+    try:
+        draw_losses(folder)
+    except ModuleNotFoundError:
+        say('no loss curve was drawn: matplotlib is not installed')
+    except Exception as error:
+        say(f'no loss curve was drawn: {one_line(error)}')
 
 
 # training -------------------------------------------------------------------------------------------------------------
@@ -668,30 +846,40 @@ def training_loop(
     data = load_data(config)
     say(f'data: {data.source}: {len(data.train):,} bytes to train on, {len(data.valid):,} to validate')
 
-    # `batch` counts the steps done, and `evaluated` is its value at the last evaluation
+    # `batch` counts the steps done, `evaluated` is its value at the last evaluation, and `windows_random` the state of
+    # `generator` after the last complete step
 
-    model = build_model(config)
+    try:
+        model = build_model(config)
+    except (ValueError, TypeError, RuntimeError) as error:
+        sys.exit(f'no model can be built with these settings: {one_line(error)}')
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.LEARNING_RATE, weight_decay=0.0, fused=gpu)
     micro_step = MicroStep(model, config, machine)
     generator = torch.Generator().manual_seed(config.DATA_SEED)
     batch, evaluated, val_loss, best = 0, -1, None, math.inf
+    try:
+        if resume is not None:
+            model.load_state_dict(resume['model_state_dict'])
+            optimizer.load_state_dict(resume['optimizer_state_dict'])
+            torch.set_rng_state(resume['random'])
+            random.setstate(resume['python_random'])
+            generator.set_state(resume['windows_random'])
+            if gpu and resume['cuda_random'] is not None:
+                torch.cuda.set_rng_state(resume['cuda_random'], machine.device)
+        elif weights is not None:
+            model.load_state_dict(weights.get('model_state_dict', weights))
+    except (LookupError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        sys.exit(f'the saved weights or optimizer state do not fit this configuration: {one_line(error)}')
     if resume is not None:
-        load_weights(model, resume['model_state_dict'])
-        optimizer.load_state_dict(resume['optimizer_state_dict'])
         for group in optimizer.param_groups:
             group['lr'] = config.LEARNING_RATE  # which may have been changed on the command line
-        torch.set_rng_state(resume['random'])
-        random.setstate(resume['python_random'])
-        generator.set_state(resume['windows_random'])
-        if gpu and resume['cuda_random'] is not None:
-            torch.cuda.set_rng_state(resume['cuda_random'], machine.device)
         batch, evaluated, val_loss, best = (resume[key] for key in ('batch', 'evaluated', 'val_loss', 'best_val_loss'))
         say(f'resumed after {batch} steps')
         if resume['data_sha256'] != data.sha256:
             say('NOTICE: the data is not what this run began with')
-    elif weights is not None:
-        load_weights(model, weights.get('model_state_dict', weights))
-    prepare_run_folder(folder, batch if resume is not None else None)
+    windows_random = generator.get_state()
+    rehearse(model, data.valid, config, machine)
+    prepare_run_folder(folder, resume)
     say(f'{sum(p.numel() for p in model.parameters()):,} parameters; the run is kept in {folder}')
 
     wandb_run = None
@@ -702,8 +890,7 @@ def training_loop(
         wandb_run = wandb.init(project=config.PROJECT_NAME, name=config.RUN_NAME or None, config=settings)
 
     def log(row: dict[str, Any]) -> None:
-        with open(folder / 'metrics.jsonl', 'a') as file:
-            file.write(json.dumps(row) + '\n')
+        append(folder / 'metrics.jsonl', json.dumps(row) + '\n')
         if wandb_run is not None:
             wandb_run.log(row, step=row['step'])
 
@@ -718,25 +905,22 @@ def training_loop(
         weights = model.state_dict()
         if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
             fail('the weights are not finite')
-        with atomic_file(folder / name) as file:
-            torch.save(
-                {
-                    'batch': batch,
-                    'model_state_dict': weights,
-                    'optimizer_state_dict': optimizer.state_dict(),
-                    'val_loss': val_loss,
-                    'config': dataclasses.asdict(config),
-                    # and what the resumed run needs to be the same run
-                    'best_val_loss': best,
-                    'evaluated': evaluated,
-                    'data_sha256': data.sha256,
-                    'random': torch.get_rng_state(),
-                    'python_random': random.getstate(),
-                    'windows_random': generator.get_state(),
-                    'cuda_random': torch.cuda.get_rng_state(machine.device) if gpu else None,
-                },
-                file,
-            )
+        content = {
+            'batch': batch,
+            'model_state_dict': weights,
+            'optimizer_state_dict': optimizer.state_dict(),
+            'val_loss': val_loss,
+            'config': dataclasses.asdict(config),
+            # and what the resumed run needs to be the same run
+            'best_val_loss': best,
+            'evaluated': evaluated,
+            'data_sha256': data.sha256,
+            'random': torch.get_rng_state(),
+            'python_random': random.getstate(),
+            'windows_random': windows_random,
+            'cuda_random': torch.cuda.get_rng_state(machine.device) if gpu else None,
+        }
+        write_checkpoint(folder / name, content)
         say(f'saved {folder / name}')
 
     start = batch
@@ -748,86 +932,100 @@ def training_loop(
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 10.0,
     )
-    while True:
-        # evaluate. This changes nothing that training depends on, so a signal can break it off: it is done again after
-        # the resume. What was evaluated before it was saved is not evaluated twice
+    try:
+        while True:
+            # evaluate. This changes nothing that training depends on, so a signal can break it off: it is done again
+            # after the resume. A checkpoint counts as evaluated only when the results are in metrics and samples
 
-        last = batch >= config.NUM_BATCHES
-        new_loss = sample = None
-        started = time.perf_counter()
-        if batch != evaluated:
-            try:
-                signals.wait = False
-                if last or batch % config.VALIDATE_EVERY == 0:
-                    new_loss = validate(model, data.valid, config, machine)
-                validation_seconds = time.perf_counter() - started
-                if last or (batch > 0 and batch % config.GENERATE_EVERY == 0):
-                    sample = generate(model, data.valid, config, machine, batch)
-                evaluated = batch
-            except Interrupted:
-                new_loss = sample = None
+            last = batch >= config.NUM_BATCHES
+            new_loss = sample = None
+            now_evaluated, started = evaluated, time.perf_counter()
+            if batch != evaluated:
+                try:
+                    signals.wait = False
+                    if last or batch % config.VALIDATE_EVERY == 0:
+                        new_loss = validate(model, data.valid, config, machine)
+                    validation_seconds = time.perf_counter() - started
+                    if last or (batch > 0 and batch % config.GENERATE_EVERY == 0):
+                        sample = generate(model, data.valid, config, machine, batch)
+                    signals.wait, now_evaluated = True, batch
+                except Interrupted:
+                    new_loss = sample = None
+            signals.wait = True
+            if new_loss is not None:
+                if not math.isfinite(new_loss):
+                    fail(f'the validation loss is {new_loss}')
+                bpb = new_loss / math.log(2)
+                log({'step': batch, 'val_loss': new_loss, 'bpb': bpb, 'seconds': validation_seconds})
+                say(f'step {batch}: validation {bpb:.4f} bits per byte')
+            if sample is not None:
+                say(sample)
+                append(folder / 'samples.txt', sample + '\n')
+                plot_losses(folder)
+
+            evaluated = now_evaluated
+            if new_loss is not None:
+                val_loss = new_loss
+                if val_loss < best:
+                    best = val_loss
+                    if batch > 0:
+                        save('titans_enwik8_best.pt')
+
+            # save, end
+
+            stop = signals.received is not None
+            if stop or (batch > start and batch % config.CHECKPOINT_EVERY == 0):
+                save(f'checkpoint_batch_{batch}.pt')
+            if stop or last:
+                break
+
+            # one step; the loss and the gradient's norm are read back once, after the optimizer has its work
+
+            started, total = time.perf_counter(), torch.zeros((), device=machine.device)
+            if gpu:
+                torch.cuda.reset_peak_memory_stats(machine.device)
+            for _ in range(config.GRADIENT_ACCUMULATE_EVERY):
+                total += micro_step(random_windows(data.train, config, generator))
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.MAX_GRAD_NORM)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=not machine.cuda_graphs)
+            train_loss, grad_norm = torch.stack((total, norm)).tolist()
+            if not (math.isfinite(train_loss) and math.isfinite(grad_norm)):
+                fail(f'the training loss is {train_loss}, the norm of its gradient {grad_norm}')
+            batch, windows_random = batch + 1, generator.get_state()
+
+            seconds = time.perf_counter() - started
+            if batch == start + 1 and machine.compile:
+                say(f'the first step, with compiling, took {seconds:.0f} s')
+            speed = config.BATCH_SIZE * config.GRADIENT_ACCUMULATE_EVERY * config.SEQ_LEN / seconds
+            bpb = train_loss / math.log(2)
+            row = {
+                'step': batch,
+                'train_loss': train_loss,
+                'bpb': bpb,
+                'grad_norm': grad_norm,
+                'tokens_per_second': speed,
+                'seconds': seconds,
+            }
+            if gpu:
+                row['peak_memory_bytes'] = torch.cuda.max_memory_allocated(machine.device)
+            log(row)
+            bar.set_postfix_str(f'loss {train_loss:.3f}, {bpb:.3f} bits per byte, {speed:,.0f} tokens/s', refresh=False)
+            bar.update()
+
+        bar.close()
+        if last and not stop:
+            save('titans_enwik8.pt')
+    except Exception as error:  # a full disk, say
         signals.wait = True
-        if new_loss is not None:
-            if not math.isfinite(new_loss):
-                fail(f'the validation loss is {new_loss}')
-            val_loss, bpb = new_loss, new_loss / math.log(2)
-            log({'step': batch, 'val_loss': val_loss, 'bpb': bpb, 'seconds': validation_seconds})
-            say(f'step {batch}: validation {bpb:.4f} bits per byte')
-            if val_loss < best:
-                best = val_loss
-                if batch > 0:
-                    save('titans_enwik8_best.pt')
-        if sample is not None:
-            say(sample)
-            with open(folder / 'samples.txt', 'a', encoding='utf-8') as samples:
-                samples.write(sample + '\n')
-            plot_losses(folder)
-
-        # save, end
-
-        stop = signals.received is not None
-        if stop or (batch > start and batch % config.CHECKPOINT_EVERY == 0):
-            save(f'checkpoint_batch_{batch}.pt')
-        if stop or last:
-            break
-
-        # one step; the loss and the gradient's norm are read back once, after the optimizer has its work
-
-        started, total = time.perf_counter(), torch.zeros((), device=machine.device)
-        if gpu:
-            torch.cuda.reset_peak_memory_stats(machine.device)
-        for _ in range(config.GRADIENT_ACCUMULATE_EVERY):
-            total += micro_step(random_windows(data.train, config, generator))
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=not machine.cuda_graphs)
-        train_loss, grad_norm = torch.stack((total, norm)).tolist()
-        if not (math.isfinite(train_loss) and math.isfinite(grad_norm)):
-            fail(f'the training loss is {train_loss}, the norm of its gradient {grad_norm}')
-        batch += 1
-
-        seconds = time.perf_counter() - started
-        if batch == start + 1 and machine.compile:
-            say(f'the first step, with compiling, took {seconds:.0f} s')
-        speed = config.BATCH_SIZE * config.GRADIENT_ACCUMULATE_EVERY * config.SEQ_LEN / seconds
-        bpb = train_loss / math.log(2)
-        row = {
-            'step': batch,
-            'train_loss': train_loss,
-            'bpb': bpb,
-            'grad_norm': grad_norm,
-            'tokens_per_second': speed,
-            'seconds': seconds,
-        }
-        if gpu:
-            row['peak_memory_bytes'] = torch.cuda.max_memory_allocated(machine.device)
-        log(row)
-        bar.set_postfix_str(f'loss {train_loss:.3f}, {bpb:.3f} bits per byte, {speed:,.0f} tokens/s', refresh=False)
-        bar.update()
-
-    bar.close()
-    if last and not stop:
-        save('titans_enwik8.pt')
+        bar.close()
+        say(f'stopped after {batch} steps: {one_line(error)}')
+        if batch > start:
+            try:
+                save(f'checkpoint_batch_{batch}.pt')
+            except OSError as full:
+                sys.exit(f'the {batch} steps done could not be saved: {full}; earlier checkpoints are good')
+        raise
     plot_losses(folder)
     if wandb_run is not None:
         wandb_run.finish()
@@ -846,23 +1044,32 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors='replace', line_buffering=True)  # type: ignore[union-attr]
     options = vars(build_parser().parse_args(arguments))
     resume, init_from = options.pop('resume'), options.pop('init_from')
-    checkpoint = weights = None
     try:
         config = config_from_options(options)
-        if init_from:
-            weights = read_checkpoint(Path(init_from))
+        folder = run_folder(config)
         if resume:
-            path = latest_checkpoint(run_folder(config)) if resume == 'latest' else Path(resume)
-            checkpoint = read_checkpoint(path)
-            if 'random' not in checkpoint:
-                raise BadCheckpoint(f'{path} cannot be resumed, since it holds weights only; --init-from can use them')
-            known = {setting.name for setting in dataclasses.fields(Config)}
-            saved = {name: value for name, value in checkpoint['config'].items() if name in known}
-            options.pop('PRESET', None)  # it has named the folder; the settings come from the checkpoint
-            config = dataclasses.replace(Config(), **{**saved, 'RUN_DIR': str(path.parent), **options})
-    except (BadCheckpoint, ValueError) as error:
+            source = folder if resume == 'latest' else Path(resume).parent
+            if not source.is_dir():
+                raise BadCheckpoint(f'there is no checkpoint to resume: {source} is not a folder')
+            if not config.RUN_DIR:
+                folder = source
+        with run_lock(folder):
+            weights = read_checkpoint(Path(init_from)) if init_from else None
+            checkpoint = None
+            if resume == 'latest':
+                checkpoint = latest_checkpoint(folder)
+            elif resume:
+                checkpoint = read_resumable(Path(resume))
+            if checkpoint is not None:
+                known = {setting.name for setting in dataclasses.fields(Config)}
+                saved = {name: value for name, value in checkpoint['config'].items() if name in known}
+                options.pop('PRESET', None)  # it has named the folder; the settings come from the checkpoint
+                config = dataclasses.replace(Config(), **{**saved, **options, 'RUN_DIR': str(folder)})
+            return train(config, checkpoint, weights)
+    except (BadSetting, BadCheckpoint) as error:
         sys.exit(str(error))
-    return train(config, checkpoint, weights)
+    except OSError as error:  # a folder that cannot be written to, a full disk
+        sys.exit(f'the run cannot go on: {error}')
 
 
 if __name__ == '__main__':

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import gzip
 import hashlib
 import http.server
@@ -11,6 +13,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -95,6 +98,22 @@ def start(words, *program):
 
 def load(path):
     return torch.load(path, weights_only=True)
+
+
+def sampled(folder):
+    """The steps of the samples in the order of the file."""
+    return [
+        int(step) for step in re.findall(r'^--- sample after (\d+) steps$', (folder / 'samples.txt').read_text(), re.M)
+    ]
+
+
+def refusal(words):
+    """The one line with which the script ends instead of running."""
+    with pytest.raises(SystemExit) as ended:
+        train_mac.main([*map(str, words)])
+    assert isinstance(ended.value.code, str)  # a message, and with it the exit status 1
+    assert len(ended.value.code.splitlines()) == 1
+    return ended.value.code
 
 
 def rows(folder, key):
@@ -234,6 +253,67 @@ def test_without_matplotlib_there_is_a_notice_and_no_plot(text, tmp_path, monkey
     assert not (tmp_path / 'run' / 'loss.png').exists()
 
 
+def test_a_folder_named_like_mathematics_is_plotted(text, tmp_path, capsys):
+    folder = tmp_path / 'cost$5_{a$'
+    assert train_mac.main(options(text, folder, NUM_BATCHES=1)) == 0
+    assert (folder / 'loss.png').read_bytes().startswith(b'\x89PNG')
+    assert 'no loss curve' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('error', [RuntimeError('broken'), OSError('no such font'), ImportError('libfreetype')])
+def test_a_plotting_error_never_ends_a_run(text, tmp_path, monkeypatch, capsys, error):
+    from matplotlib.font_manager import FontManager
+
+    def broken_font_cache(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(FontManager, 'findfont', broken_font_cache)
+    assert train_mac.main(options(text, tmp_path / 'run', NUM_BATCHES=2, GENERATE_EVERY=1)) == 0
+    assert f'no loss curve was drawn: {type(error).__name__}: {error}' in capsys.readouterr().out
+    assert load(tmp_path / 'run' / 'titans_enwik8.pt')['batch'] == 2
+
+
+# one run in one folder ------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_in_a_folder_is_refused(text, tmp_path):
+    folder = tmp_path / 'run'
+    train_mac.main(options(text, folder, NUM_BATCHES=1))
+    (folder / 'half.pt.1.tmp').write_bytes(b'an unfinished save of the first run')
+    content = {path.name: path.read_bytes() for path in folder.iterdir()}
+    checkpoint = folder / 'titans_enwik8.pt'
+    with train_mac.run_lock(folder):
+        for words in (options(text, folder), ['--resume', 'latest', '--run-dir', folder], ['--resume', checkpoint]):
+            assert f'another run is using {folder}' in refusal(words)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == content
+    assert train_mac.main(['--resume', str(checkpoint), '--num-batches', '2']) == 0
+
+
+def test_without_locks_there_is_a_notice(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'fcntl', None)
+    assert train_mac.main(options(text, tmp_path / 'run', NUM_BATCHES=1)) == 0
+    assert 'cannot be locked' in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_hold_a_run(text, tmp_path, monkeypatch):
+    (tmp_path / 'file').write_text('mine')
+    for folder in (tmp_path / 'file', tmp_path / 'file' / 'run'):
+        assert str(folder) in refusal(options(text, folder))
+    assert str(tmp_path / 'file') in refusal(['--resume', 'latest', '--run-dir', tmp_path / 'file'])
+    assert (tmp_path / 'file').read_text() == 'mine'
+
+    real_open, lock = open, tmp_path / 'read-only' / 'lock'
+
+    def open_read_only(path, *args, **kwargs):
+        if path == lock:  # permissions do not stop root
+            raise PermissionError(errno.EACCES, 'Permission denied', str(path))
+        return real_open(path, *args, **kwargs)
+
+    lock.parent.mkdir()
+    monkeypatch.setattr('builtins.open', open_read_only)
+    assert f"Permission denied: '{lock}'" in refusal(options(text, lock.parent))
+
+
 # resume ---------------------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +359,135 @@ def test_resume_at_an_older_checkpoint_takes_back_the_later_metrics(text, tmp_pa
     final = load(folder / 'titans_enwik8.pt')
     assert final['optimizer_state_dict']['param_groups'][0]['lr'] == final['config']['LEARNING_RATE'] == 0.02
     assert final['config']['CHECKPOINT_EVERY'] == 3
+
+
+def test_latest_is_the_checkpoint_of_most_steps_whatever_the_file_times(text, tmp_path, capsys):
+    folder = tmp_path / 'run'
+    train_mac.main(options(text, folder, NUM_BATCHES=4, CHECKPOINT_EVERY=1))
+    for age, step in enumerate((2, 1, 3)):
+        os.utime(folder / f'checkpoint_batch_{step}.pt', (time.time() + 100 - age,) * 2)
+    for name in ('titans_enwik8', 'titans_enwik8_best', 'checkpoint_batch_4'):
+        (folder / f'{name}.pt').unlink()
+    (folder / 'checkpoint_batch_1.pt').rename(folder / 'checkpoint_batch_9.pt')  # names do not count either
+    capsys.readouterr()
+    train_mac.main(['--resume', 'latest', '--run-dir', str(folder)])
+    assert 'resumed after 3 steps' in capsys.readouterr().out
+
+
+def test_samples_are_not_repeated_after_a_resume(text, tmp_path):
+    folder = tmp_path / 'run'
+    train_mac.main(options(text, folder, NUM_BATCHES=6, GENERATE_EVERY=2, CHECKPOINT_EVERY=3))
+    once = (folder / 'samples.txt').read_bytes()
+    assert sampled(folder) == [2, 4, 6]
+    train_mac.main(['--resume', str(folder / 'checkpoint_batch_3.pt')])
+    assert (folder / 'samples.txt').read_bytes() == once
+
+
+def test_a_checkpoint_from_before_its_evaluation_takes_that_back(tmp_path):
+    """As a signal during validation leaves one: the next run writes the results, and may be killed in its turn."""
+    kept = [{'step': 2, 'val_loss': 1.0}, {'step': 3, 'train_loss': 1.0}, {'step': 4, 'train_loss': 1.0}]
+    later = [{'step': 4, 'val_loss': 1.0}, {'step': 5, 'train_loss': 1.0}]
+    (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in kept + later))
+    samples = [f'--- sample after {step} steps\na\n--- goes on as\n\u00fc\n---\n\n' for step in (2, 4)]
+    (tmp_path / 'samples.txt').write_text(''.join(samples), encoding='utf-8')
+    train_mac.rewind(tmp_path, batch=4, evaluated=3)
+    assert train_mac.read_metrics(tmp_path / 'metrics.jsonl') == kept
+    assert (tmp_path / 'samples.txt').read_text(encoding='utf-8') == samples[0]
+
+
+def test_damaged_metrics_are_left_out_with_a_notice(text, tmp_path, capsys):
+    folder = tmp_path / 'run'
+    train_mac.main(options(text, folder, NUM_BATCHES=2))
+    lines = (folder / 'metrics.jsonl').read_bytes().splitlines()
+    damaged = [b'\xff\xfe\x00', b'5', b'[1]', b'{"train_loss": 1.0}', b'{"step": "1"}', b'{"step": null}']
+    (folder / 'metrics.jsonl').write_bytes(b'\n'.join([*damaged, *lines, b'{"step": 2, "tra']))
+    capsys.readouterr()
+    assert train_mac.main(['--resume', 'latest', '--run-dir', str(folder), '--num-batches', '3']) == 0
+    assert f'{folder / "metrics.jsonl"}: 7 damaged lines of {len(lines) + 7} are left out' in capsys.readouterr().out
+    assert (folder / 'metrics.jsonl').read_bytes().splitlines()[: len(lines)] == lines
+    assert list(rows(folder, 'train_loss')) == [1, 2, 3]
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('checkpoint')
+    (folder / 'text.bin').write_bytes(TEXT)
+    train_mac.main(options(folder / 'text.bin', folder / 'run', NUM_BATCHES=1))
+    return folder / 'run' / 'titans_enwik8.pt'
+
+
+def test_flipped_bits_in_a_checkpoint_are_detected(tmp_path, checkpoint):
+    stored = checkpoint.read_bytes()
+    # the archive has a checksum for each file in it, but not for its own headers: all bits of one of these, the digest
+    # with what is around it, and some hundred bits anywhere
+    header = stored.index(b'PK\1\2', stored.index(b'PK\1\2') + 1000)
+    bits = [*range(8 * header, 8 * (header + 46)), *range(8 * (len(stored) - 80), 8 * len(stored), 3)]
+    bits += random.Random(0).sample(range(8 * len(stored)), 400)
+    expected, damaged, refused = load(checkpoint), tmp_path / 'damaged.pt', 0
+    for bit in bits:
+        content = bytearray(stored)
+        content[bit // 8] ^= 1 << bit % 8
+        damaged.write_bytes(content)
+        try:
+            assert_same(train_mac.read_checkpoint(damaged), expected)
+        except train_mac.BadCheckpoint as error:
+            assert len(str(error).splitlines()) == 1
+            refused += 1
+    assert refused == len(bits)
+
+
+def test_the_digest_leaves_a_checkpoint_a_valid_archive(checkpoint):
+    with zipfile.ZipFile(checkpoint) as archive:
+        assert archive.testzip() is None
+        comment = archive.comment
+    stored = checkpoint.read_bytes()
+    assert comment == b'sha256 ' + hashlib.sha256(stored[:-64]).hexdigest().encode()
+    assert stored.endswith(comment)
+    assert load(checkpoint)['batch'] == 1
+
+
+def test_a_checkpoint_without_a_digest_can_be_resumed(tmp_path, checkpoint):
+    content = load(checkpoint)
+    torch.save(content, tmp_path / 'older.pt')  # as earlier versions of the script wrote it
+    assert_same(train_mac.read_resumable(tmp_path / 'older.pt'), content)
+    assert train_mac.main(['--resume', str(tmp_path / 'older.pt'), '--num-batches', '2']) == 0
+    assert load(tmp_path / 'titans_enwik8.pt')['batch'] == 2
+
+
+def test_a_run_can_go_on_in_another_folder(tmp_path, checkpoint):
+    before, folder = checkpoint.read_bytes(), tmp_path / 'new' / 'run'
+    assert train_mac.main(['--resume', str(checkpoint), '--run-dir', str(folder), '--num-batches', '3']) == 0
+    assert list(rows(folder, 'train_loss')) == [2, 3]
+    assert load(folder / 'titans_enwik8.pt')['config']['RUN_DIR'] == str(folder)
+    assert checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize('key', train_mac.RESUMABLE)
+def test_a_checkpoint_that_lacks_a_key_is_refused_in_one_line(tmp_path, checkpoint, key):
+    content, path = load(checkpoint), tmp_path / 'incomplete.pt'
+    for changed in ({k: v for k, v in content.items() if k != key}, {**content, key: b'nonsense'}):
+        torch.save(changed, path)
+        message = refusal(['--resume', path])
+        assert str(path) in message
+        assert f'lacks {key};' in message
+        assert 'no checkpoint to resume' in refusal(['--resume', 'latest', '--run-dir', tmp_path])
+
+
+def test_content_that_does_not_fit_is_refused_in_one_line(tmp_path, checkpoint):
+    content, path = load(checkpoint), tmp_path / 'unfit.pt'
+    changes = {
+        'model_state_dict': ({}, {1: 2}, {**content['model_state_dict'], 'more': torch.zeros(1)}),
+        'optimizer_state_dict': ({}, {'state': {}, 'param_groups': []}),
+        'config': ({**content['config'], 'DIM': 'wide'}, {**content['config'], 'NEURAL_MEM_LAYERS': ('a',)}),
+        'random': (torch.zeros(3),),
+        'python_random': ((1,),),
+        'windows_random': (torch.zeros(3, dtype=torch.uint8),),
+    }
+    for key, values in changes.items():
+        for value in values:
+            torch.save({**content, key: value}, path)
+            message = refusal(['--resume', path])
+            assert any(word in message for word in ('do not fit', 'DIM must', 'NEURAL_MEM_LAYERS must')), message
 
 
 @pytest.mark.parametrize('damage', ['truncated', 'flipped', 'text', 'empty'])
@@ -330,21 +539,27 @@ def test_init_from_takes_weights_and_nothing_else(text, tmp_path):
 # kills, signals, bad numbers ------------------------------------------------------------------------------------------
 
 KILLED = """
-import io, os, signal, sys, torch, train_mac
-real_save, real_replace = torch.save, os.replace
-def save(content, file):
-    if {where!r} == 'write' and content['batch'] == 4:
-        whole = io.BytesIO()
-        real_save(content, whole)
-        file.write(whole.getvalue()[:len(whole.getvalue()) // 2])
-        file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-    real_save(content, file)
+import contextlib, os, signal, sys, train_mac
+real_atomic_file, real_replace = train_mac.atomic_file, os.replace
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+class Killer:
+    def __init__(self, file):
+        self.file = file
+    def write(self, content):
+        self.file.write(content[:len(content) // 2])
+        self.file.flush()
+        kill()
+@contextlib.contextmanager
+def atomic_file(path):
+    with real_atomic_file(path) as file:
+        again = path.exists() and path.name == 'titans_enwik8_best.pt'
+        yield Killer(file) if {where!r} == 'write' and again else file
 def replace(source, target):
     if {where!r} == 'replace' and os.path.exists(target) and target.name == 'titans_enwik8_best.pt':
-        os.kill(os.getpid(), signal.SIGKILL)
+        kill()
     real_replace(source, target)
-torch.save, os.replace = save, replace
+train_mac.atomic_file, os.replace = atomic_file, replace
 train_mac.main(sys.argv[1:])
 """
 
@@ -352,19 +567,23 @@ train_mac.main(sys.argv[1:])
 def test_kill_in_a_save_leaves_the_last_good_checkpoint(text, tmp_path, capsys):
     killed = {}
     for where in ('write', 'replace'):
-        words = options(text, tmp_path / where, NUM_BATCHES=6, VALIDATE_EVERY=2, CHECKPOINT_EVERY=2)
+        words = options(text, tmp_path / where, NUM_BATCHES=6, VALIDATE_EVERY=2, GENERATE_EVERY=2, CHECKPOINT_EVERY=2)
         killed[where] = start(words, '-c', KILLED.format(where=where))
     for where, process in killed.items():
         folder = tmp_path / where
         output, _ = process.communicate(timeout=60)
         assert process.returncode == -signal.SIGKILL, output
-        assert len(list(folder.glob('*.tmp'))) == 1
+        (unfinished,) = folder.glob('*.tmp')
+        assert unfinished.stat().st_size > 0
+        assert (folder / 'lock').exists()  # left behind, but no longer locked
+        assert sampled(folder) == [2, 4]
         assert load(folder / 'titans_enwik8_best.pt')['batch'] == 2  # the one that was being written over
         assert {path.name for path in folder.glob('*.pt')} == {'titans_enwik8_best.pt', 'checkpoint_batch_2.pt'}
         assert train_mac.main(['--resume', 'latest', '--run-dir', str(folder)]) == 0
         assert 'resumed after 2 steps' in capsys.readouterr().out
         assert not list(folder.glob('*.tmp'))
         assert list(rows(folder, 'train_loss')) == [1, 2, 3, 4, 5, 6]
+        assert sampled(folder) == [2, 4, 6]
         assert load(folder / 'titans_enwik8.pt')['batch'] == 6
 
 
@@ -474,6 +693,78 @@ def test_numbers_that_are_not_finite_end_the_run_and_are_never_saved(text, tmp_p
     assert all(value.isfinite().all() for checkpoint in saved for value in checkpoint['model_state_dict'].values())
 
 
+def in_the_step_after(monkeypatch, steps, folder, act):
+    """Let `act` be called when so many steps are done, before the second micro batch of the next."""
+    draw, drawn = train_mac.random_windows, []
+
+    def acting(*args):
+        drawn.append(len(rows(folder, 'train_loss')))
+        if drawn.count(steps) == 2:
+            act()
+        return draw(*args)
+
+    monkeypatch.setattr(train_mac, 'random_windows', acting)
+
+
+def assert_goes_on_as_if_nothing_had_happened(text, tmp_path, folder, settings):
+    assert train_mac.main(['--resume', 'latest', '--run-dir', str(folder)]) == 0
+    train_mac.main(options(text, tmp_path / 'whole', **settings))
+    whole, parts = load(tmp_path / 'whole' / 'titans_enwik8.pt'), load(folder / 'titans_enwik8.pt')
+    for key in set(whole) - {'config'}:
+        assert_same(whole[key], parts[key])
+
+
+def test_an_error_in_a_step_saves_the_steps_before_it(text, tmp_path, monkeypatch):
+    folder, settings = tmp_path / 'run', {'GRADIENT_ACCUMULATE_EVERY': 3}
+
+    def fail():
+        raise RuntimeError('something new')
+
+    in_the_step_after(monkeypatch, 2, folder, fail)
+    with pytest.raises(RuntimeError, match='something new'):  # with its traceback
+        train_mac.main(options(text, folder, **settings))
+    assert [path.name for path in folder.glob('*.pt')] == ['checkpoint_batch_2.pt']
+    monkeypatch.undo()
+    assert_goes_on_as_if_nothing_had_happened(text, tmp_path, folder, settings)
+    assert sampled(folder) == [4]
+
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='needs /dev/full')
+@pytest.mark.parametrize('name', ['metrics.jsonl', 'samples.txt'])
+def test_a_full_disk_ends_the_run_in_one_line_with_its_steps_saved(text, tmp_path, monkeypatch, name):
+    folder, settings = tmp_path / 'run', {'GRADIENT_ACCUMULATE_EVERY': 2, 'GENERATE_EVERY': 3, 'VALIDATE_EVERY': 1}
+
+    def fill_the_disk():
+        (folder / name).rename(folder / 'aside') if (folder / name).exists() else None
+        (folder / name).symlink_to('/dev/full')
+
+    in_the_step_after(monkeypatch, 2, folder, fill_the_disk)
+    message = refusal(options(text, folder, **settings))
+    assert f"No space left on device: '{folder / name}'" in message
+    assert load(folder / 'checkpoint_batch_3.pt')['batch'] == 3
+    assert not list(folder.glob('*.tmp'))
+    monkeypatch.undo()
+    (folder / name).unlink()
+    (folder / 'aside').rename(folder / name) if (folder / 'aside').exists() else None
+    assert_goes_on_as_if_nothing_had_happened(text, tmp_path, folder, settings)
+    assert sampled(folder) == [3, 4]
+    assert list(rows(folder, 'val_loss')) == [0, 1, 2, 3, 4]
+
+
+def test_a_checkpoint_that_the_disk_has_no_room_for(text, tmp_path, monkeypatch):
+    resource, folder = pytest.importorskip('resource'), tmp_path / 'run'
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    in_the_step_after(monkeypatch, 2, folder, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1])))
+    try:
+        message = refusal(options(text, folder, GRADIENT_ACCUMULATE_EVERY=2, CHECKPOINT_EVERY=2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert 'the 4 steps done could not be saved' in message
+    assert f"'{folder / 'checkpoint_batch_4.pt'}'" in message
+    assert train_mac.read_resumable(folder / 'checkpoint_batch_2.pt')['batch'] == 2
+    assert not list(folder.glob('*.tmp'))
+
+
 # data -----------------------------------------------------------------------------------------------------------------
 
 
@@ -520,15 +811,18 @@ def test_a_zip_of_two_files_is_refused(tmp_path):
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """A place on this machine to download from, in the stead of the real one; the text is not the real one either."""
-    state = types.SimpleNamespace(status=200, body=b'', missing=0, requests=0)
+    state = types.SimpleNamespace(status=200, body=b'', missing=0, length=None, endless=False, requests=0)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             state.requests += 1
             self.send_response(state.status)
-            self.send_header('Content-Length', str(len(state.body) + state.missing))
+            self.send_header('Content-Length', state.length or str(len(state.body) + state.missing))
             self.end_headers()
             self.wfile.write(state.body)
+            with contextlib.suppress(OSError):  # until nobody listens
+                while state.endless:
+                    self.wfile.write(bytes(1 << 16))
 
         def log_message(self, *args):
             pass
@@ -579,6 +873,22 @@ def test_a_bad_download_is_an_error_and_leaves_nothing(server, monkeypatch, faul
         train_mac.load_data(SMALL)
     assert '--data' in str(ended.value.code)
     assert list(server.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize('large', ['archive', 'text'])
+def test_a_download_is_bounded_before_it_is_verified(server, monkeypatch, large):
+    if large == 'archive':
+        server.endless, server.length = True, str(1 << 50)
+    monkeypatch.setattr(train_mac, 'ENWIK8_BYTES', 1_000_000 if large == 'archive' else len(TEXT) - 1)
+    with pytest.raises(SystemExit, match='it exceeds') as ended:
+        train_mac.load_data(SMALL)
+    assert '--data' in str(ended.value.code)
+    assert list(server.folder.iterdir()) == []
+
+
+def test_a_server_that_does_not_know_the_length(server):
+    server.length = 'unknown'
+    assert bytes(torch.cat(train_mac.load_data(SMALL)[:3]).tolist()) == TEXT
 
 
 def test_without_a_network_the_standard_library_is_the_text(server, monkeypatch, capsys):
@@ -698,10 +1008,76 @@ def test_options_override_the_preset():
         parse('--precision', 'fp7')
 
 
-@pytest.mark.parametrize('words', [('--batch-size', '0'), ('--validate-every', '-1'), ('--num-persist-mem', '-1')])
-def test_impossible_settings_are_refused(words):
-    with pytest.raises(SystemExit, match=words[0][2:].upper().replace('-', '_')):
-        train_mac.main([*words])
+@pytest.mark.parametrize(
+    'words',
+    [
+        '--batch-size 0',
+        '--validate-every -1',
+        '--num-persist-mem -1',
+        '--learning-rate nan',
+        '--learning-rate inf',
+        '--learning-rate=-1e-3',
+        '--max-grad-norm -1',
+        '--max-grad-norm 0',
+        '--max-grad-norm nan',
+        '--max-grad-norm inf',
+        '--neural-mem-max-lr 0',
+        '--neural-mem-max-lr=-inf',
+        '--seed -1',
+        f'--data-seed {2**63}',
+        '--neural-mem-batch-size 6',
+        '--neural-mem-layers 3',
+        '--neural-mem-layers 0',
+        '--generate-length 8',
+    ],
+)
+def test_impossible_settings_are_refused_in_one_line(text, tmp_path, words):
+    folder = tmp_path / 'run'
+    message = refusal([*options(text, folder), *words.split()])
+    assert message.startswith(re.split('[ =]', words)[0][2:].upper().replace('-', '_') + ' must ')
+    assert not folder.exists()
+
+
+def test_every_number_is_checked():
+    for setting in dataclasses.fields(train_mac.Config):
+        if type(setting.default) in (int, float):
+            for value in (-1, math.nan, math.inf, 2**70 if type(setting.default) is int else -math.inf, '1', None):
+                with pytest.raises(ValueError, match=f'^{setting.name} must '):
+                    train_mac.Config(**{setting.name: value})
+
+
+@pytest.mark.parametrize('device', ['', 'tpu', 'meta', 'cuda:99'])
+def test_a_device_that_is_not_there_is_refused_in_one_line(text, tmp_path, device):
+    assert refusal(options(text, tmp_path / 'run', DEVICE=device)).startswith(f'--device {device} cannot be used here')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_model_that_cannot_be_built_is_refused_in_one_line(text, tmp_path):
+    message = refusal(options(text, tmp_path / 'run', NEURAL_MEM_HEADS=1))
+    assert 'dim_head' in message
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_model_that_cannot_be_sampled_is_refused_before_training(text, tmp_path, monkeypatch):
+    def sample(*args, **kwargs):
+        raise RuntimeError('not with this size\nat all')
+
+    monkeypatch.setattr(train_mac.MemoryAsContextTransformer, 'sample', sample)
+    message = refusal(options(text, tmp_path / 'run', DIM_HEAD=7))
+    assert 'not with this size at all' in message
+    assert 'DIM_HEAD (now 7)' in message
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('size', ['DIM', 'DIM_HEAD', 'NEURAL_MEM_DIM_HEAD', 'WINDOW_SIZE', 'HEADS', 'SEQ_LEN'])
+def test_an_odd_size_is_served_or_refused_before_training(text, tmp_path, size):
+    folder = tmp_path / 'run'
+    words = options(text, folder, NUM_BATCHES=1, **{size: 7})
+    try:
+        assert train_mac.main(words) == 0
+    except SystemExit as ended:
+        assert size in str(ended.code)
+        assert not folder.exists()
 
 
 def test_precision():
