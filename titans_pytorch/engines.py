@@ -82,12 +82,13 @@ class Residual(NamedTuple):
     dense: Weights
     """Those that are held dense, before each chunk, (bh, n, …)."""
     shares: Float[Tensor, 'bh n']
-    first: int = 0
+    first: int
     """The step that belongs to the first chunk."""
 
     @classmethod
-    def of(cls, weights: FastWeights, shares: Float[Tensor, 'bh n']) -> Residual:
-        return cls(weights, {name: weights.steps(name, 0, shares.shape[1]) for name in weights.dense}, shares)
+    def of(cls, weights: FastWeights, shares: Float[Tensor, 'bh n'], first: int) -> Residual:
+        dense = {name: weights.steps(name, first, shares.shape[1]) for name in weights.dense}
+        return cls(weights, dense, shares, first)
 
     def split(self, lengths: list[int]) -> list[Residual]:
         dense = {name: w.split(lengths, dim=1) for name, w in self.dense.items()}

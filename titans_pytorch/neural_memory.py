@@ -404,7 +404,8 @@ class NeuralMemory(Module):
             store_seq: what to store, if it is not `seq`; (2, batch, length, dim) with different views.
             state: that of the call before. Pieces of any length may follow one another.
             detach_mem_state: cut the returned state from the graph.
-            prev_weights: another memory's `state.updates` over the same tokens, if `accept_weight_residual`.
+            prev_weights: another memory's `state.updates`, if `accept_weight_residual`: over the tokens of this call,
+                or over the sequence from its first token on, this call's included.
             store_mask: which tokens to store. A masked token still takes part in its chunk: it has step size 0, but the
                 chunk counts it, and forgets when it is complete. To leave the memory as it is, see `store`.
             return_surprises: also return losses and step sizes, (batch, heads, rows) each, of the chunks completed.
@@ -475,7 +476,8 @@ class NeuralMemory(Module):
     ) -> Any:
         """Store complete chunks of `seq` with all gradients at `weights`, retrieving nothing.
 
-        `past_state` is (weights, momentum) to go on from. Returns the weights over time, per parameter
+        `past_state` is (weights, momentum) to go on from, `seq_index` the position of the first token, by which
+        `prev_weights` over a whole sequence are aligned. Returns the weights over time, per parameter
         (bh, chunks + 1, …), the state, whose `cache_store_segment` holds the tokens of an incomplete chunk, and with
         `return_surprises` the surprises.
         """
@@ -638,7 +640,7 @@ class NeuralMemory(Module):
         before = tokens.new_zeros(*tokens.shape[:-2], self.conv_reach, self.dim) if before is None else before
         complete_rows = torch.cat((before, tokens[..., :complete, :]), dim=-2)
         chunks, pooled = self._normed_chunks(complete_rows, None if mask is None else mask[:, :complete])
-        residual = self._weight_residual(prev_weights, pooled)
+        residual = self._weight_residual(prev_weights, pooled, state.seq_index // self.store_chunk_size)
         base, last = state.base, state.last
         momentum = {name: [*orders] for name, orders in state.momentum.items()}
         engine = self._engine
@@ -732,7 +734,7 @@ class NeuralMemory(Module):
         )
 
     def _weight_residual(
-        self, prev_weights: Mapping[str, Tensor] | None, pooled: Float[Tensor, 'b n d']
+        self, prev_weights: Mapping[str, Tensor] | None, pooled: Float[Tensor, 'b n d'], first_chunk: int
     ) -> Residual | None:
         """A learned share, per chunk, of the other memory's weights before that chunk."""
         to_mix = self.to_learned_weight_residual_mix
@@ -744,12 +746,8 @@ class NeuralMemory(Module):
             return None
 
         previous = self._layout.over_time('prev_weights', prev_weights, batch)
-        if previous.num_steps < num_chunks:
-            raise ValueError(
-                f'prev_weights must hold weights for each of the {num_chunks} chunks that this call completes, '
-                f'got {previous.num_steps}'
-            )
-        return Residual.of(previous, to_mix(pooled).squeeze(-1))
+        first_step = self._layout.first_step('prev_weights', previous, first_chunk, num_chunks)
+        return Residual.of(previous, to_mix(pooled).squeeze(-1), first_step)
 
     def _transition(self, base: Weights, last: Weights) -> Weights:
         """Base weights of the next memory batch."""
