@@ -30,6 +30,8 @@ from titans_pytorch.engines import (
     beside,
     choose_engine,
     default_loss_fn,
+    softclamp_grad_norm,
+    softclamp_max,
 )
 from titans_pytorch.fast_weights import FastWeights, Weights
 from titans_pytorch.gates import (
@@ -54,10 +56,24 @@ from titans_pytorch.memory_state import (
     mem_state_detach,
 )
 from titans_pytorch.one_chunk import descents, predict, store_one_chunk
+from titans_pytorch.orthogonalize import newtonschulz5
 from titans_pytorch.recurrence import AssocScan
 from titans_pytorch.shapes import Bool, Float, Int
 
-__all__ = ['AssocScan', 'NeuralMemState', 'NeuralMemory', 'mem_state_detach']
+__all__ = [
+    'AssocScan',
+    'AttentionPool',
+    'AveragePool',
+    'MultiheadRMSNorm',
+    'NeuralMemState',
+    'NeuralMemory',
+    'default_adaptive_step_transform',
+    'default_loss_fn',
+    'mem_state_detach',
+    'newtonschulz5',
+    'softclamp_grad_norm',
+    'softclamp_max',
+]
 
 EMPTY = NeuralMemState(0, None, None, None, None)
 
@@ -285,7 +301,9 @@ class NeuralMemory(Module):
 
         gates = partial(gate, dim, heads)
         mixed_orders = momentum_order + learned_combine_include_zeroth
-        self.reduce_to_chunk_rep = AttentionPool(dim) if attn_pool_chunks else AveragePool()
+        self.reduce_to_chunk_rep = (
+            AttentionPool(dim, store_chunk_size) if attn_pool_chunks else AveragePool(store_chunk_size)
+        )
         self.to_adaptive_step = nn.Sequential(
             Linear(dim, heads * num_kv_per_token),
             Rearrange('b n (h u) -> (b h) (n u)', u=num_kv_per_token),
@@ -697,7 +715,7 @@ class NeuralMemory(Module):
         """What complete chunks ask to be learned, and a row for each; before them are tokens for the convolution."""
         normed = self.store_norm(tokens)
         keys_seq, values_seq = normed if self.qkv_receives_diff_views else (normed, normed)
-        pooled = self.reduce_to_chunk_rep(keys_seq[:, self.conv_reach :], self.store_chunk_size)
+        pooled = self.reduce_to_chunk_rep(keys_seq[:, self.conv_reach :])
         return self._chunks(keys_seq, values_seq, pooled, mask), pooled
 
     def _chunks(
