@@ -82,12 +82,13 @@ class Residual(NamedTuple):
     dense: Weights
     """Those that are held dense, before each chunk, (bh, n, …)."""
     shares: Float[Tensor, 'bh n']
-    first: int = 0
+    first: int
     """The step that belongs to the first chunk."""
 
     @classmethod
-    def of(cls, weights: FastWeights, shares: Float[Tensor, 'bh n']) -> Residual:
-        return cls(weights, {name: weights.steps(name, 0, shares.shape[1]) for name in weights.dense}, shares)
+    def of(cls, weights: FastWeights, shares: Float[Tensor, 'bh n'], first: int) -> Residual:
+        dense = {name: weights.steps(name, first, shares.shape[1]) for name in weights.dense}
+        return cls(weights, dense, shares, first)
 
     def split(self, lengths: list[int]) -> list[Residual]:
         dense = {name: w.split(lengths, dim=1) for name, w in self.dense.items()}
@@ -884,6 +885,17 @@ def soft_clamp_norm(gradients: Float[Tensor, 'bh n ...'], max_norm: float) -> Fl
     return _per_chunk(_soft_clamp_factor(squared, max_norm), gradients).to(gradients.dtype)
 
 
+def softclamp_grad_norm(t: Float[Tensor, 'bn ...'], max_value: float) -> Float[Tensor, 'bn ...']:
+    """`soft_clamp_norm` of gradients along a single axis in front, under the reference's name."""
+    return soft_clamp_norm(t[:, None, ..., None], max_value)[:, 0, ..., 0]
+
+
+def softclamp_max(t: Tensor, max_value: float) -> Tensor:
+    """Norms x moved to (tanh(2x / max) + 1) · max / 2, from max / 2 at 0 up to max."""
+    half = max_value / 2
+    return ((t / half).tanh() + 1) * half
+
+
 ROUNDING_ERRORS = 64
 """A gradient counts as zero below so many machine epsilons of the maximal norm."""
 
@@ -894,7 +906,7 @@ def _soft_clamp_factor(squared_norm: Float[Tensor, 'bh n'], max_norm: float) -> 
     floor = ROUNDING_ERRORS * torch.finfo(squared_norm.dtype).eps * max_norm
     negligible = squared_norm <= floor**2
     norm = torch.where(negligible, torch.ones_like(squared_norm), squared_norm).sqrt()
-    factor = ((norm / (max_norm / 2)).tanh() + 1) * (max_norm / 2) / norm
+    factor = softclamp_max(norm, max_norm) / norm
     return torch.where(negligible, torch.ones_like(factor), factor)
 
 

@@ -26,21 +26,26 @@ class MultiheadRMSNorm(Module):
 class AveragePool(Module):
     """The mean of each chunk."""
 
-    def forward(self, x: Float[Tensor, 'b n d'], chunk_size: int) -> Float[Tensor, 'b n d']:
-        return reduce(x, 'b (n c) d -> b n d', 'mean', c=chunk_size)
+    def __init__(self, chunk_size: int):
+        super().__init__()
+        self.chunk_size = chunk_size
+
+    def forward(self, x: Float[Tensor, 'b n d'], chunk_size: int | None = None) -> Float[Tensor, 'b n d']:
+        return reduce(x, 'b (n c) d -> b n d', 'mean', c=chunk_size or self.chunk_size)
 
 
 class AttentionPool(Module):
     """A weighted mean of each chunk, weights learned per feature (Enformer); starts as the plain mean."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, chunk_size: int):
         super().__init__()
+        self.chunk_size = chunk_size
         self.to_attn_logits = Linear(dim, dim)
         nn.init.zeros_(self.to_attn_logits.weight)
         nn.init.zeros_(self.to_attn_logits.bias)
 
-    def forward(self, x: Float[Tensor, 'b n d'], chunk_size: int) -> Float[Tensor, 'b n d']:
-        x = rearrange(x, 'b (n c) d -> b n c d', c=chunk_size)
+    def forward(self, x: Float[Tensor, 'b n d'], chunk_size: int | None = None) -> Float[Tensor, 'b n d']:
+        x = rearrange(x, 'b (n c) d -> b n c d', c=chunk_size or self.chunk_size)
         return (x * self.to_attn_logits(x).softmax(dim=-2)).sum(dim=-2)
 
 

@@ -14,7 +14,7 @@ from titans_pytorch.decoding import CallStepper, Decodable, Stepper, evaluation_
 from titans_pytorch.model_state import ModelState
 from titans_pytorch.shapes import Float, Int
 
-__all__ = ['gumbel_sample', 'min_p_filter', 'sample', 'stream']
+__all__ = ['gumbel_noise', 'gumbel_sample', 'min_p_filter', 'sample', 'stream']
 
 
 def min_p_filter(logits: Float[Tensor, '... l'], min_p: float = 0.1) -> Float[Tensor, '... l']:
@@ -23,12 +23,16 @@ def min_p_filter(logits: Float[Tensor, '... l'], min_p: float = 0.1) -> Float[Te
     return logits.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), float('-inf'))
 
 
+def gumbel_noise(t: Float[Tensor, ...]) -> Float[Tensor, ...]:
+    """Standard Gumbel noise of the shape of `t`: −log(−log u) of uniform u."""
+    tiny = 1e-20
+    return -torch.log((-torch.log(torch.rand_like(t).clamp(min=tiny))).clamp(min=tiny))
+
+
 def gumbel_sample(logits: Float[Tensor, '... l'], temperature: float = 1.0) -> Int[Tensor, '... 1']:
     """A token from softmax(logits / temperature), by the Gumbel-max trick; the likeliest at temperature 0."""
     if temperature > 0.0:
-        tiny = 1e-20
-        uniform = torch.rand_like(logits)
-        logits = logits / temperature - torch.log((-torch.log(uniform.clamp(min=tiny))).clamp(min=tiny))
+        logits = logits / temperature + gumbel_noise(logits)
     return logits.argmax(dim=-1, keepdim=True)
 
 

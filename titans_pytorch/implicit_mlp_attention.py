@@ -63,9 +63,11 @@ class ImplicitMLPAttention(nn.Module):
         self.rotary_embed = RotaryEmbedding(min(mlp_hiddens))
 
         self.to_queries = nn.Linear(dim, dim_in * heads, bias=False)
-        self.keys = nn.ModuleList([nn.Linear(dim, d * heads, bias=False) for d, _ in layers])
+        # keys and values in turn: the same seed then draws the reference's weights
+        keys, values = zip(*([nn.Linear(dim, d * heads, bias=False) for d in layer] for layer in layers))
+        self.keys = nn.ModuleList(keys)
         self.key_norms = nn.ModuleList([nn.RMSNorm(d) if keys_rmsnorm else nn.Identity() for d, _ in layers])
-        self.values = nn.ModuleList([nn.Linear(dim, d * heads, bias=False) for _, d in layers])
+        self.values = nn.ModuleList(values)
 
         self.activation = activation
         self.talking_heads: nn.Module = nn.Identity()

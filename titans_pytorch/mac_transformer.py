@@ -13,19 +13,32 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import Linear, Module, ModuleList
 
-from titans_pytorch.attention import ContextAttention, SegmentedAttention, flex_attention
+from titans_pytorch.attention import AttnIntermediates, ContextAttention, SegmentedAttention, flex_attention
 from titans_pytorch.block import Block, Parts
 from titans_pytorch.checks import check_multiple, check_not_negative, check_positive
 from titans_pytorch.connections import Streams
 from titans_pytorch.decoding import StepKind
-from titans_pytorch.feedforward import FeedForward
+from titans_pytorch.feedforward import GEGLU, FeedForward
 from titans_pytorch.gates import Gated
+from titans_pytorch.generation import gumbel_noise, gumbel_sample, min_p_filter
+from titans_pytorch.masks import create_mac_block_mask
 from titans_pytorch.model_state import ModelState
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.shapes import Float, Int
 from titans_pytorch.transformer import DecodingState, Transformer, layers_with_memory
 
-__all__ = ['MemoryAsContextTransformer', 'SegmentedAttention', 'flex_attention']
+__all__ = [
+    'GEGLU',
+    'AttnIntermediates',
+    'FeedForward',
+    'MemoryAsContextTransformer',
+    'SegmentedAttention',
+    'create_mac_block_mask',
+    'flex_attention',
+    'gumbel_noise',
+    'gumbel_sample',
+    'min_p_filter',
+]
 
 
 def _part(index: int) -> Any:

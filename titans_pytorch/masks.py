@@ -77,3 +77,9 @@ def segmented_block_mask(
     kv_len = seq_len + num_persistent
     compiled = device.type == 'cuda' and seq_len * kv_len > DENSE_PAIRS
     return create_block_mask(mask_mod, None, None, seq_len, kv_len, device=device, _compile=compiled)
+
+
+def create_mac_block_mask(seq_len: int, window_size: int, persist_mem_len: int, sliding: bool = False) -> BlockMask:
+    """`segmented_block_mask` on the accelerator, or on the CPU without one, under the reference's name."""
+    device = torch.accelerator.current_accelerator() or torch.device('cpu')
+    return segmented_block_mask(seq_len, window_size, persist_mem_len, sliding, device)

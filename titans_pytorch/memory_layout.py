@@ -167,7 +167,29 @@ class MemoryLayout(NamedTuple):
                 sizes = ', '.join([f'batch·heads={bh}', 'chunks', *map(str, shape)])
                 raise ValueError(f'{name}[{key!r}] must be ({sizes}), got {tuple(w.shape)}')
             tensors[key] = w
+        lengths = {w.shape[1] for w in tensors.values()}
+        if len(lengths) > 1:
+            raise ValueError(f'{name} must hold equally many steps of each parameter, got {sorted(lengths)}')
         return FastWeights.of(tensors)
+
+    @staticmethod
+    def first_step(name: str, weights: FastWeights, first_chunk: int, num_chunks: int) -> int:
+        """The step of `weights` in force before the first chunk of a call, which completes `num_chunks` from
+        `first_chunk` on, counted over all calls.
+
+        Weights of the call itself have a step before each of its chunks and, as `state.updates` does, one after the
+        last. Those of the whole sequence begin before chunk 0 and have a step after each chunk, later ones included.
+        """
+        if weights.num_steps in (num_chunks, num_chunks + 1):
+            return 0
+        end = first_chunk + num_chunks
+        if weights.num_steps > end:
+            return first_chunk
+        raise ValueError(
+            f'{name} must hold weights for each of the {num_chunks} chunks that this call completes '
+            f'({num_chunks + 1} steps), or for all {end} chunks up to its end (at least {end + 1} steps), '
+            f'got {weights.num_steps}'
+        )
 
 
 def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

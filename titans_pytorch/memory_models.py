@@ -89,7 +89,7 @@ def inner_mlp(model: Module) -> MemoryMLP | None:
     """The MLP that a memory is, alone or inside a `ResidualNorm`; `None` for any other network, and with hooks."""
     # subclasses may do otherwise
     inner = model.model if type(model) is ResidualNorm else model
-    return inner if type(inner) is MemoryMLP and not is_intercepted(model) else None
+    return inner if type(inner) is MemoryMLP and not is_intercepted(model.modules()) else None
 
 
 def mlp_matrices(model: Module, weights: Mapping[str, Tensor]) -> list[Tensor]:

@@ -30,6 +30,8 @@ from titans_pytorch.engines import (
     beside,
     choose_engine,
     default_loss_fn,
+    softclamp_grad_norm,
+    softclamp_max,
 )
 from titans_pytorch.fast_weights import FastWeights, Weights
 from titans_pytorch.gates import (
@@ -54,11 +56,25 @@ from titans_pytorch.memory_state import (
     mem_state_detach,
 )
 from titans_pytorch.one_chunk import descents, predict, store_one_chunk
+from titans_pytorch.orthogonalize import newtonschulz5
 from titans_pytorch.precision import at_least_float32, in_module_precision, network_autocast, network_rows
 from titans_pytorch.recurrence import AssocScan
 from titans_pytorch.shapes import Bool, Float, Int
 
-__all__ = ['AssocScan', 'NeuralMemState', 'NeuralMemory', 'mem_state_detach']
+__all__ = [
+    'AssocScan',
+    'AttentionPool',
+    'AveragePool',
+    'MultiheadRMSNorm',
+    'NeuralMemState',
+    'NeuralMemory',
+    'default_adaptive_step_transform',
+    'default_loss_fn',
+    'mem_state_detach',
+    'newtonschulz5',
+    'softclamp_grad_norm',
+    'softclamp_max',
+]
 
 EMPTY = NeuralMemState(0, None, None, None, None)
 
@@ -286,7 +302,9 @@ class NeuralMemory(Module):
 
         gates = partial(gate, dim, heads)
         mixed_orders = momentum_order + learned_combine_include_zeroth
-        self.reduce_to_chunk_rep = AttentionPool(dim) if attn_pool_chunks else AveragePool()
+        self.reduce_to_chunk_rep = (
+            AttentionPool(dim, store_chunk_size) if attn_pool_chunks else AveragePool(store_chunk_size)
+        )
         self.to_adaptive_step = nn.Sequential(
             Linear(dim, heads * num_kv_per_token),
             Rearrange('b n (h u) -> (b h) (n u)', u=num_kv_per_token),
@@ -411,7 +429,8 @@ class NeuralMemory(Module):
             store_seq: what to store, if it is not `seq`; (2, batch, length, dim) with different views.
             state: that of the call before. Pieces of any length may follow one another.
             detach_mem_state: cut the returned state from the graph.
-            prev_weights: another memory's `state.updates` over the same tokens, if `accept_weight_residual`.
+            prev_weights: another memory's `state.updates`, if `accept_weight_residual`: over the tokens of this call,
+                or over the sequence from its first token on, this call's included.
             store_mask: which tokens to store. A masked token still takes part in its chunk: it has step size 0, but the
                 chunk counts it, and forgets when it is complete. To leave the memory as it is, see `store`.
             return_surprises: also return losses and step sizes, (batch, heads, rows) each, of the chunks completed.
@@ -482,7 +501,8 @@ class NeuralMemory(Module):
     ) -> Any:
         """Store complete chunks of `seq` with all gradients at `weights`, retrieving nothing.
 
-        `past_state` is (weights, momentum) to go on from. Returns the weights over time, per parameter
+        `past_state` is (weights, momentum) to go on from, `seq_index` the position of the first token, by which
+        `prev_weights` over a whole sequence are aligned. Returns the weights over time, per parameter
         (bh, chunks + 1, …), the state, whose `cache_store_segment` holds the tokens of an incomplete chunk, and with
         `return_surprises` the surprises.
         """
@@ -649,7 +669,7 @@ class NeuralMemory(Module):
         before = tokens.new_zeros(*tokens.shape[:-2], self.conv_reach, self.dim) if before is None else before
         complete_rows = torch.cat((before, tokens[..., :complete, :]), dim=-2)
         chunks, pooled = self._normed_chunks(complete_rows, None if mask is None else mask[:, :complete])
-        residual = self._weight_residual(prev_weights, pooled)
+        residual = self._weight_residual(prev_weights, pooled, state.seq_index // self.store_chunk_size)
         base, last = state.base, state.last
         momentum = {name: [*orders] for name, orders in state.momentum.items()}
         engine = self._engine
@@ -707,7 +727,7 @@ class NeuralMemory(Module):
         """What complete chunks ask to be learned, and a row for each; before them are tokens for the convolution."""
         normed = self.store_norm(tokens)
         keys_seq, values_seq = normed if self.qkv_receives_diff_views else (normed, normed)
-        pooled = self.reduce_to_chunk_rep(keys_seq[:, self.conv_reach :], self.store_chunk_size)
+        pooled = self.reduce_to_chunk_rep(keys_seq[:, self.conv_reach :])
         return self._chunks(keys_seq, values_seq, pooled, mask), pooled
 
     def _chunks(
@@ -747,7 +767,7 @@ class NeuralMemory(Module):
         )
 
     def _weight_residual(
-        self, prev_weights: Mapping[str, Tensor] | None, pooled: Float[Tensor, 'b n d']
+        self, prev_weights: Mapping[str, Tensor] | None, pooled: Float[Tensor, 'b n d'], first_chunk: int
     ) -> Residual | None:
         """A learned share, per chunk, of the other memory's weights before that chunk."""
         to_mix = self.to_learned_weight_residual_mix
@@ -759,12 +779,8 @@ class NeuralMemory(Module):
             return None
 
         previous = self._layout.over_time('prev_weights', prev_weights, batch)
-        if previous.num_steps < num_chunks:
-            raise ValueError(
-                f'prev_weights must hold weights for each of the {num_chunks} chunks that this call completes, '
-                f'got {previous.num_steps}'
-            )
-        return Residual.of(previous, to_mix(pooled).squeeze(-1))
+        first_step = self._layout.first_step('prev_weights', previous, first_chunk, num_chunks)
+        return Residual.of(previous, to_mix(pooled).squeeze(-1), first_step)
 
     def _transition(self, base: Weights, last: Weights) -> Weights:
         """Base weights of the next memory batch."""

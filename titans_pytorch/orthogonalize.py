@@ -44,6 +44,16 @@ def newton_schulz(
     return _by_loop(matrices.float() if lowers else matrices, steps, eps, coefficients).to(matrices.dtype)
 
 
+def newtonschulz5(
+    t: Float[Tensor, 'bh n ...'],
+    steps: int = 5,
+    eps: float = 1e-7,
+    coefs: tuple[float, float, float] = QUINTIC,
+) -> Float[Tensor, 'bh n ...']:
+    """`newton_schulz` of what a parameter has for each chunk, under the reference's name; vectors stay as they are."""
+    return newton_schulz(t, steps, eps, coefs) if t.ndim > 3 else t
+
+
 def _by_loop(matrices: Tensor, steps: int, eps: float, coefficients: tuple[float, float, float]) -> Tensor:
     a, b, c = coefficients
 

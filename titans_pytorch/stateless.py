@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -51,12 +51,12 @@ def transformed(transform: Callable[..., Any], fn: Callable[..., Any], **options
     return call
 
 
-def is_intercepted(module: Module) -> bool:
-    """Whether hooks, or a `forward` set on an instance, see calls of `module` or of a module in it: then only a call of
-    the module itself has its effect, and no shortcut for its class."""
+def is_intercepted(modules: Iterable[Module]) -> bool:
+    """Whether hooks, or a `forward` set on an instance, see calls of one of `modules`: then only a call of that module
+    has its effect, and no shortcut for its class."""
     own = any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or 'forward' in vars(m)
-        for m in module.modules()
+        for m in modules
     )
     return own or bool(module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks)
 

@@ -45,7 +45,7 @@ def main() -> None:
     # only now: these import titans_pytorch
 
     import torch
-    from golden import harness, store
+    from golden import harness, helpers, store
     from golden.configurations import CHECKPOINTS, CONFIGURATIONS, GROUPS
 
     torch.set_num_threads(1)
@@ -74,6 +74,7 @@ def main() -> None:
         },
     }
     (store.FOLDER / 'reference.json').write_text(json.dumps(record, indent=1) + '\n')
+    (store.FOLDER / 'helpers.json').write_text(json.dumps(helpers.record(), indent=1) + '\n')
 
 
 if __name__ == '__main__':
