@@ -365,7 +365,8 @@ class NeuralMemory(Module):
         """Weights of an empty memory, per parameter (batch · heads, …), in float32 at least."""
         pattern = 'h ... -> (b h) ...' if self.per_head_learned_parameters else '... -> (b h) ...'
         sizes = {'b': batch} if self.per_head_learned_parameters else {'b': batch, 'h': self.heads}
-        initial = {name: at_least_float32(p) for name, p in self.memory_model_parameter_dict.items()}
+        named = zip(self.memory_model_parameter_names, self.memory_model_parameters)
+        initial = {name: at_least_float32(p) for name, p in named}
         return TensorDict({name: repeat(p, pattern, **sizes) for name, p in initial.items()})
 
     def init_momentum(self, batch: int) -> TensorDict:
