@@ -94,7 +94,8 @@ class Gated(Module):
         self.memory_norm = nn.RMSNorm(dim)
 
     def forward(self, attended: Float[Tensor, 'b n d'], retrieved: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
-        return self.attention_norm(attended) * self.memory_norm(retrieved).sigmoid()
+        dtype = self.attention_norm.weight.dtype  # which autocast may have lowered
+        return self.attention_norm(attended.to(dtype)) * self.memory_norm(retrieved.to(dtype)).sigmoid()
 
 
 class PerHead(Module):
