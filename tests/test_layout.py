@@ -16,6 +16,7 @@ FLOORS = [
         'shapes',
         'gpu',
         'checks',
+        'parameters',
         'precision',
         'kernels',
         'kernels.batch_walk',
