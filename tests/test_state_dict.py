@@ -194,6 +194,18 @@ def test_optimizers_and_clipping_take_every_parameter(name: str) -> None:
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize('batch', [1, 2])
+@pytest.mark.parametrize('shared', [False, True])
+def test_a_state_does_not_change_with_the_parameters(batch: int, shared: bool) -> None:
+    memory = NeuralMemory(8, heads=2, dim_head=4, chunk_size=4, batch_size=8, per_head_learned_parameters=not shared)
+    with torch.no_grad():
+        _, state = memory(torch.randn(batch, 6, 8))
+        before = copy.deepcopy(state)
+        for parameter in memory.parameters():
+            parameter.add_(1.0)
+    assert_same((state.weights, state.states), (before.weights, before.states), 0.0)
+
+
 # from the meta device
 
 

@@ -385,9 +385,10 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
     def init_weights(self, batch: int) -> TensorDict:
         """Weights of an empty memory, per parameter (batch · heads, …)."""
-        pattern = 'h ... -> (b h) ...' if self.per_head_learned_parameters else '... -> (b h) ...'
-        sizes = {'b': batch} if self.per_head_learned_parameters else {'b': batch, 'h': self.heads}
-        return TensorDict({name: repeat(p, pattern, **sizes) for name, p in self.memory_model_parameter_dict.items()})
+        count = batch if self.per_head_learned_parameters else batch * self.heads
+        named = zip(self._parameter_shapes.items(), self.memory_model_parameters)
+        # always copies: a state keeps them, and an optimizer changes the parameters in place
+        return TensorDict({name: p.repeat(count, *(1,) * len(shape)) for (name, shape), p in named})
 
     def init_momentum(self, batch: int) -> TensorDict:
         """Momentum of an empty memory: zeros, per parameter (orders, batch · heads, …)."""
