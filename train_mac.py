@@ -494,6 +494,18 @@ def load_weights(model: nn.Module, weights: dict[str, Any]) -> None:
         sys.exit(f'the saved weights do not fit the model of this configuration:\n{error}')
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """A checkpoint of an earlier version also lists parameters without elements, and scalars without a dimension."""
+    (group,), state = saved['param_groups'], saved['state']
+    kept = [index for index in group['params'] if index not in state or state[index]['exp_avg'].numel()]
+    moments = {
+        index: {key: value if key == 'step' else value.reshape(parameter.shape) for key, value in state[old].items()}
+        for index, (old, parameter) in enumerate(zip(kept, optimizer.param_groups[0]['params']))
+        if old in state
+    }
+    optimizer.load_state_dict({'state': moments, 'param_groups': [{**group, 'params': [*range(len(kept))]}]})
+
+
 # evaluation -----------------------------------------------------------------------------------------------------------
 
 
@@ -677,7 +689,7 @@ def training_loop(
     batch, evaluated, val_loss, best = 0, -1, None, math.inf
     if resume is not None:
         load_weights(model, resume['model_state_dict'])
-        optimizer.load_state_dict(resume['optimizer_state_dict'])
+        load_optimizer(optimizer, resume['optimizer_state_dict'])
         for group in optimizer.param_groups:
             group['lr'] = config.LEARNING_RATE  # which may have been changed on the command line
         torch.set_rng_state(resume['random'])

@@ -34,6 +34,7 @@ from titans_pytorch.implicit_mlp_attention import ImplicitMLPAttention
 from titans_pytorch.nested_attention import NestedAttention
 from titans_pytorch.parameters import ParameterSequence
 from titans_pytorch.rotary import Rotary
+from train_mac import load_optimizer
 
 SIZES = {'num_tokens': 11, 'dim': 8, 'depth': 2, 'segment_len': 4}
 MAC_EXTRAS = {
@@ -204,6 +205,29 @@ def test_a_state_does_not_change_with_the_parameters(batch: int, shared: bool) -
         for parameter in memory.parameters():
             parameter.add_(1.0)
     assert_same((state.weights, state.states), (before.weights, before.states), 0.0)
+
+
+def test_optimizer_states_of_earlier_versions_load(tmp_path: Path) -> None:
+    """They list parameters without elements, and scalars without a dimension."""
+    model = seeded(MODELS['MAC'])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(IDS, return_loss=True).backward()
+    optimizer.step()
+    now = optimizer.state_dict()
+
+    earlier = copy.deepcopy(now)
+    names = [name for name, _ in model.named_parameters()]
+    for index, state in earlier['state'].items():
+        if names[index].endswith('h_post_scale'):
+            state.update({key: value.reshape(()) for key, value in state.items()})
+    empty = {'step': torch.tensor(1.0), 'exp_avg': torch.zeros(0, 8), 'exp_avg_sq': torch.zeros(0, 8)}
+    earlier['state'] = {0: empty, **{index + 1: state for index, state in earlier['state'].items()}}
+    earlier['param_groups'][0]['params'].append(len(names))
+
+    resumed = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    load_optimizer(resumed, earlier)
+    assert_same(resumed.state_dict(), now, 0.0)
+    resumed.step()
 
 
 # from the meta device
