@@ -1,4 +1,4 @@
-"""Models on two processes, sharded from the meta device on."""
+"""Models on two processes: sharded from the meta device on, and replicated with a state from call to call."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from titans_pytorch import (
     MemoryAsContextTransformer,
     MemoryAsGateTransformer,
     MemoryAsLayerTransformer,
+    NeuralMemory,
 )
 from titans_pytorch.transformer import Transformer
 
@@ -117,3 +118,69 @@ def _trained_and_reloaded(rank: int, folder: Path) -> None:
 
 def test_a_sharded_model_is_reset_trained_saved_and_reloaded(tmp_path: Path) -> None:
     in_processes(_trained_and_reloaded, tmp_path)
+
+
+# replicated
+
+
+def seeded(make: Callable[..., nn.Module], *args: Any) -> nn.Module:
+    torch.manual_seed(0)
+    random.seed(0)
+    return make(*args).double()
+
+
+PIECES = (6, 1, 9, 2)
+
+
+def model_gradients(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """Truncated backpropagation: the loss of each piece, with what earlier ones left in memory."""
+    state, start = None, 0
+    for length in PIECES:
+        loss, state = model(ids[:, start : start + length + 1], return_loss=True, state=state, return_state=True)
+        loss.backward()
+        state, start = state.detach(), start + length
+    return gradients_of(model)
+
+
+def memory_gradients(memory: nn.Module, seq: Tensor) -> dict[str, Tensor]:
+    state = None
+    for piece in seq.split(PIECES, dim=1):
+        retrieved, state = memory(piece, state=state, detach_mem_state=True)
+        retrieved.square().mean().backward()
+    return gradients_of(memory)
+
+
+def gradients_of(module: nn.Module) -> dict[str, Tensor]:
+    named = {name.removeprefix('module.'): p for name, p in module.named_parameters() if p.requires_grad}
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named.items()}
+
+
+def _pieces_in_turn(rank: int, folder: Path) -> None:
+    ddp = nn.parallel.DistributedDataParallel
+    torch.manual_seed(1)
+    ids = torch.randint(0, 11, (PROCESSES, sum(PIECES) + 1))
+    seq = torch.randn(PROCESSES, sum(PIECES), 8, dtype=torch.float64)
+    own = slice(rank, rank + 1)
+
+    for name in MODELS:
+        came = model_gradients(ddp(seeded(build, name)), ids[own])
+        assert_same(came, model_gradients(seeded(build, name), ids), 1e-6, name)
+
+    def memory() -> NeuralMemory:
+        return NeuralMemory(8, chunk_size=4, batch_size=8, heads=2, dim_head=4, gated_transition=True)
+
+    came = memory_gradients(ddp(seeded(memory)), seq[own])
+    assert_same(came, memory_gradients(seeded(memory), seq), 1e-9)
+
+
+def test_truncated_backpropagation_with_default_settings_equals_one_process(tmp_path: Path) -> None:
+    in_processes(_pieces_in_turn, tmp_path)
+
+
+def test_a_parameter_without_a_gradient_keeps_none() -> None:
+    """Where one process is all there is, an optimizer leaves it alone."""
+    memory = NeuralMemory(8, chunk_size=4, batch_size=8)
+    _, state = memory(torch.randn(1, 8, 8))
+    memory(torch.randn(1, 8, 8), state=state.detach())[0].sum().backward()
+    assert all(p.grad is None for p in memory.memory_model_parameters)
+    assert memory.to_queries.weight.grad is not None

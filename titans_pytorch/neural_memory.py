@@ -58,6 +58,7 @@ from titans_pytorch.parameters import (
     InReferenceFormat,
     ParameterSequence,
     Resettable,
+    depending_on,
     fill,
     reset_parameters,
 )
@@ -471,6 +472,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
             retrieved, next_state, surprises = self._checkpointed(pieces, state, prev_weights)
         else:
             retrieved, next_state, surprises = self._forward(call, state, prev_weights)
+        # a later call has no use for the initial weights, and a short one completes no chunk
+        retrieved = depending_on(self.parameters(), retrieved)
         next_state = next_state.detach() if detach_mem_state else next_state
         return (retrieved, next_state, surprises) if return_surprises else (retrieved, next_state)
 

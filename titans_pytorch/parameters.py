@@ -95,6 +95,32 @@ class ParameterSequence(Module):
         return (getattr(self, str(index)) for index in range(self.length))
 
 
+class _DependingOn(torch.autograd.Function):
+    @staticmethod
+    def forward(output: Tensor, *parameters: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.num_parameters = len(inputs) - 1
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return gradient, *(None,) * ctx.num_parameters
+
+
+def depending_on(parameters: Iterable[Tensor], output: Tensor) -> Tensor:
+    """`output`, with every parameter in its graph, so that `DistributedDataParallel` does not wait for those without a
+    gradient in this call.
+
+    They get none from here: without such a wrapper their `grad` stays `None`. In a single process nothing is added.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return output
+    return _DependingOn.apply(output, *(p for p in parameters if p.requires_grad))
+
+
 class InReferenceFormat(Module):
     """A module whose part of a state dict the reference writes differently. It loads both."""
 
