@@ -164,7 +164,7 @@ def test_a_module_of_linears_equals_the_same_matrices():
     ours = memory(model=MemoryMLP(HEAD, depth=2))
     linears = nn.Sequential(nn.Linear(HEAD, HEAD * 2, bias=False), nn.GELU(), nn.Linear(HEAD * 2, HEAD, bias=False))
     theirs = memory(model=linears)
-    state = {name: p for name, p in ours.state_dict().items() if not name.startswith('memory_model.')}
+    state = ours.state_dict()
     for index in (1, 2):
         state[f'memory_model_parameters.{index}'] = state[f'memory_model_parameters.{index}'].mT
     theirs.load_state_dict(state)

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from einops.layers.torch import Rearrange
-from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
-from torch.nn import Linear, Module
+from torch.nn import Linear
 from torch.nn.attention.flex_attention import flex_attention
 from x_transformers.attend import Attend
 
@@ -21,7 +20,8 @@ from titans_pytorch.decode_attention import Position, Ring, ValueMix, attend_one
 from titans_pytorch.gates import HeadsFirst
 from titans_pytorch.masks import after_persistent, over_positions, segmented, segmented_block_mask
 from titans_pytorch.model_state import KeyValues
-from titans_pytorch.rotary import rotate
+from titans_pytorch.parameters import InReferenceFormat, Resettable
+from titans_pytorch.rotary import Rotary, rotate
 from titans_pytorch.shapes import Float
 
 
@@ -49,7 +49,7 @@ def segmented_flex_attention(
     return partial(attend, block_mask=block_mask)
 
 
-class SegmentedAttention(Module):
+class SegmentedAttention(Resettable, InReferenceFormat):
     """Causal attention within a window of `segment_len + num_longterm_mem_tokens` positions.
 
     Windows are blocks that do not see each other or, with `sliding`, each token sees that many positions back. Every
@@ -98,7 +98,7 @@ class SegmentedAttention(Module):
 
         dim_inner = dim_head * heads
         self.norm = nn.RMSNorm(dim)
-        self.rotary_emb = RotaryEmbedding(dim_head)
+        self.rotary_emb = Rotary(dim_head)
         self.attend = Attend(causal=True, **attend_kwargs)
         self.to_qkv = Linear(dim, dim_inner * 3, bias=False)
         self.to_out = Linear(dim_inner, dim, bias=False)
@@ -107,7 +107,19 @@ class SegmentedAttention(Module):
         )
         self.heads = heads
         self.merge_heads = Rearrange('b h n d -> b n (h d)')
-        self.persistent_memory = nn.Parameter(torch.zeros(2, heads, num_persist_mem_tokens, dim_head))
+        self.persistent_memory = (
+            nn.Parameter(torch.empty(2, heads, num_persist_mem_tokens, dim_head)) if num_persist_mem_tokens else None
+        )
+        self._reset_own()
+
+    def _reset_own(self) -> None:
+        if self.persistent_memory is not None:
+            nn.init.zeros_(self.persistent_memory)
+
+    def empty_parameters(self) -> dict[str, tuple[int, ...]]:
+        if self.persistent_memory is not None:
+            return {}
+        return {'persistent_memory': (2, self.heads, 0, self.to_out.in_features // self.heads)}
 
     def forward(
         self,
@@ -246,6 +258,8 @@ class SegmentedAttention(Module):
         return rotate(self.rotary_emb, queries, torch.arange(first, first + queries.shape[-2], device=queries.device))
 
     def _with_persistent(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if self.persistent_memory is None:
+            return keys, values
         persistent = repeat(self.persistent_memory.to(keys.dtype), 'kv h p d -> kv b h p d', b=keys.shape[0])
         return torch.cat((persistent[0], keys), dim=-2), torch.cat((persistent[1], values), dim=-2)
 

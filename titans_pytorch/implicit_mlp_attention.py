@@ -5,18 +5,29 @@ from __future__ import annotations
 from itertools import pairwise
 
 from einops.layers.torch import Rearrange
-from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
 
 from titans_pytorch.checks import check_floating, check_positive, check_shape
-from titans_pytorch.rotary import extend_cache, flatten_cache, rotary_causal_attention
+from titans_pytorch.parameters import Resettable
+from titans_pytorch.rotary import Rotary, extend_cache, flatten_cache, rotary_causal_attention
 from titans_pytorch.shapes import Float
 
 KeyValueCache = tuple[list[Tensor], list[Tensor]]
 """Keys and values of each layer, (b, h, m, d), keys before rotation."""
 
 
-class ImplicitMLPAttention(nn.Module):
+class HeadsMix(nn.Conv2d):
+    """A learned linear map over the heads, (b, h, n, d); starts as the identity."""
+
+    def __init__(self, heads: int):
+        super().__init__(heads, heads, 1, bias=False)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.dirac_(self.weight)
+
+
+class ImplicitMLPAttention(Resettable):
     """A memory MLP that is never written out: each of its layers is a causal attention.
 
     The keys and values that a sequence gives to one attention are an implicit weight matrix of shape (key dim, value
@@ -60,7 +71,7 @@ class ImplicitMLPAttention(nn.Module):
         layers = list(pairwise(mlp_hiddens))
 
         self.norm = nn.RMSNorm(dim) if prenorm else nn.Identity()
-        self.rotary_embed = RotaryEmbedding(min(mlp_hiddens))
+        self.rotary_embed = Rotary(min(mlp_hiddens))
 
         self.to_queries = nn.Linear(dim, dim_in * heads, bias=False)
         # keys and values in turn: the same seed then draws the reference's weights
@@ -73,9 +84,7 @@ class ImplicitMLPAttention(nn.Module):
         self.talking_heads: nn.Module = nn.Identity()
 
         if talking_heads and dims_between:
-            mix = nn.Conv2d(heads, heads, 1, bias=False)
-            nn.init.dirac_(mix.weight)
-            self.talking_heads = mix
+            self.talking_heads = HeadsMix(heads)
 
         self.split_heads = Rearrange('b n (h d) -> b h n d', h=heads)
         self.merge_heads = Rearrange('b h n d -> b n (h d)')

@@ -24,6 +24,7 @@ from titans_pytorch.generation import gumbel_noise, gumbel_sample, min_p_filter
 from titans_pytorch.masks import create_mac_block_mask
 from titans_pytorch.model_state import ModelState
 from titans_pytorch.neural_memory import NeuralMemory
+from titans_pytorch.parameters import InReferenceFormat, fill
 from titans_pytorch.shapes import Float, Int
 from titans_pytorch.transformer import DecodingState, Transformer, layers_with_memory
 
@@ -62,6 +63,10 @@ class MACBlock(Block, ModuleList):
     def __init__(self, *parts: Module | None, gate_attn_output: bool):
         super().__init__(parts)  # type: ignore[arg-type]  # a slot may be empty
         self.gate_attn_output = gate_attn_output
+
+    def _parts(self) -> list[Module]:
+        later = [part for part in self.children() if part is not self.memory]
+        return later if self.memory is None else [self.memory, *later]
 
     @property
     def connections(self) -> tuple[Module | None, ...]:
@@ -131,6 +136,24 @@ class PaperMACBlock(MACBlock):
         return iter(seq.split(lengths, dim=1))
 
 
+class AxialPositions(ContinuousAxialPositionalEmbedding):
+    """The position embedding, two MLPs, without the buffer by which its base class knows its device."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim=dim, num_axial_dims=2)
+        del self.dummy
+
+    # the base class asks `parameters()`, which are none in a replica of `torch.nn.parallel.replicate`
+
+    @property
+    def device(self) -> torch.device:
+        return self.mlps[0][0].weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.mlps[0][0].weight.dtype
+
+
 class AxialTables(NamedTuple):
     """Position embeddings, for steps."""
 
@@ -140,7 +163,7 @@ class AxialTables(NamedTuple):
     """Of the open chunk."""
 
 
-class MemoryAsContextTransformer(Transformer):
+class MemoryAsContextTransformer(Transformer, InReferenceFormat):
     """A language model of segments, with neural memory in some of its layers.
 
     After each segment of `segment_len` tokens stand `num_longterm_mem_tokens` learned memory tokens, through which
@@ -238,8 +261,11 @@ class MemoryAsContextTransformer(Transformer):
             )
             check_multiple('segment_len', segment_len, 'neural_memory_segment_len', self.neural_memory_segment_len)
 
-        self.axial_pos_emb = ContinuousAxialPositionalEmbedding(dim=dim, num_axial_dims=2)
-        self.longterm_mems = nn.Parameter(torch.randn(num_longterm_mem_tokens, dim) * 0.02)
+        self.axial_pos_emb = AxialPositions(dim)
+        self.longterm_mems = (
+            nn.Parameter(torch.empty(num_longterm_mem_tokens, dim)) if num_longterm_mem_tokens else None
+        )
+        self._reset_own()
 
         def memory_parts(connection: Callable[..., Module], layer: int) -> tuple[Module | None, ...]:
             """Connection, view selector and memory of a layer."""
@@ -297,6 +323,14 @@ class MemoryAsContextTransformer(Transformer):
         if paper_order and any(memory.mixes_tokens for memory in self._memories):
             raise ValueError('paper_order asks memory about single tokens, and neural_memory_model mixes them')
 
+    def _reset_own(self) -> None:
+        if self.longterm_mems is not None:
+            shape, device = self.longterm_mems.shape, self.longterm_mems.device
+            fill(self.longterm_mems, torch.randn(shape, device=device) * 0.02)
+
+    def empty_parameters(self) -> dict[str, tuple[int, ...]]:
+        return {} if self.longterm_mems is not None else {'longterm_mems': (0, self.dim)}
+
     # positions: tokens, and long-term memory tokens between them
 
     def seq_index_is_longterm(self, seq_index: int) -> bool:
@@ -326,18 +360,21 @@ class MemoryAsContextTransformer(Transformer):
         x = F.pad(self._token_embedding(x), (0, 0, num_tokens - x.shape[1] - first_segment * segment, 0))
         x = F.pad(x, (0, 0, 0, -x.shape[1] % segment))
         x = rearrange(x, 'b (s n) d -> b s n d', n=segment)
-        memory_tokens = repeat(self.longterm_mems.to(x.dtype), 'n d -> b s n d', b=x.shape[0], s=x.shape[1])
-        x = torch.cat((x, memory_tokens), dim=2).flatten(1, 2)
+        if self.longterm_mems is not None:
+            memory_tokens = repeat(self.longterm_mems.to(x.dtype), 'n d -> b s n d', b=x.shape[0], s=x.shape[1])
+            x = torch.cat((x, memory_tokens), dim=2)
+        x = x.flatten(1, 2)
         x = x[:, start - first_segment * window : stop - first_segment * window]
         return x + self._position_embedding(start, stop, factorized_pos_emb)
 
     def _position_embedding(self, start: int, stop: int, factorized: list[Tensor] | None) -> Float[Tensor, 'n d']:
         """Axial: which memory chunk, and where in it. Positions are exact integers, so never in half precision."""
         inner = self.neural_memory_segment_len
-        with torch.autocast(self.longterm_mems.device.type, enabled=False):
+        device = self.axial_pos_emb.device
+        with torch.autocast(device.type, enabled=False):
             if start == 0 or factorized is not None:
                 return self.axial_pos_emb.forward_with_seq_len(stop, (inner,), factorized=factorized)[start:]
-        positions = torch.arange(start, stop, device=self.longterm_mems.device)
+        positions = torch.arange(start, stop, device=device)
         return self._axial(0, positions // inner) + self._axial(1, positions % inner)
 
     def _token_rows(self, hidden: Float[Tensor, 'b n d'], start: int, num_tokens: int) -> Float[Tensor, 'b n d']:
@@ -385,6 +422,7 @@ class MemoryAsContextTransformer(Transformer):
 
     def _embedded_one(self, state: DecodingState, kind: StepKind) -> Float[Tensor, 'b 1 d']:
         if kind.is_longterm:
+            assert self.longterm_mems is not None
             index = state.position % self.attn_window_size - self.segment_len
             x = self.longterm_mems.index_select(0, index).expand(len(state.token), 1, -1)
         else:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from einops.layers.torch import Rearrange
-from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
 
 from titans_pytorch.checks import check_floating, check_positive, check_shape
-from titans_pytorch.rotary import extend_cache, flatten_cache, rotary_causal_attention
+from titans_pytorch.parameters import Resettable
+from titans_pytorch.rotary import Rotary, extend_cache, flatten_cache, rotary_causal_attention
 from titans_pytorch.shapes import Float
 
 NestedCache = tuple[tuple[list[Tensor], list[Tensor]], tuple[Tensor, Tensor]]
 """Three keys and three values of the inner attentions, then the outer key and value: (b, h, m, d), before rotation."""
 
 
-class NestedAttention(nn.Module):
+class NestedAttention(Resettable):
     """Causal attention over the outputs of three causal attentions that share their queries:
 
         q, k, v = attend(queries, keys_i, values_i)  for i = 1, 2, 3
@@ -51,7 +51,7 @@ class NestedAttention(nn.Module):
         dim_inner = dim_head * heads
 
         self.norm = nn.RMSNorm(dim) if prenorm else nn.Identity()
-        self.rotary_embed = RotaryEmbedding(dim_head)
+        self.rotary_embed = Rotary(dim_head)
 
         self.to_queries = nn.Linear(dim, dim_inner, bias=False)
         self.to_keys = nn.Linear(dim, dim_inner * 3, bias=False)

@@ -14,7 +14,7 @@ from einops import rearrange, repeat
 from einops.layers.torch import Rearrange
 from tensordict import TensorDict
 from torch import Tensor, nn
-from torch.nn import Linear, Module, Parameter, ParameterList
+from torch.nn import Linear, Module, Parameter
 from torch.utils.checkpoint import checkpoint
 
 from titans_pytorch.checks import check_floating, check_multiple, check_positive, check_shape
@@ -41,9 +41,9 @@ from titans_pytorch.gates import (
     L2Norm,
     MultiheadRMSNorm,
     gate,
+    linear_from,
     pointwise,
     projection,
-    start_at,
 )
 from titans_pytorch.memory_layout import Call, MemoryLayout, check_memory_model
 from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
@@ -57,6 +57,14 @@ from titans_pytorch.memory_state import (
 )
 from titans_pytorch.one_chunk import descents, predict, store_one_chunk
 from titans_pytorch.orthogonalize import newtonschulz5
+from titans_pytorch.parameters import (
+    InReferenceFormat,
+    ParameterSequence,
+    Resettable,
+    depending_on,
+    fill,
+    reset_parameters,
+)
 from titans_pytorch.precision import at_least_float32, in_module_precision, network_autocast, network_rows
 from titans_pytorch.recurrence import AssocScan
 from titans_pytorch.shapes import Bool, Float, Int
@@ -87,7 +95,34 @@ def default_adaptive_step_transform(adaptive_step: Tensor, max_lr: float = 1e-2)
     return adaptive_step.sigmoid() * max_lr
 
 
-class NeuralMemory(Module):
+class InitialWeights(ParameterSequence):
+    """The learned initial weights of a memory, in the order of its network's parameters.
+
+    Of shape (heads, …), or (…) if the heads share them.
+
+    Args:
+        network: the memory network, initialised.
+        heads: how many weights there are, the same at first; `None` if heads share them.
+    """
+
+    def __init__(self, network: Module, heads: int | None):
+        leading = () if heads is None else (heads,)
+        weights = [p.detach().expand(*leading, *p.shape) for p in network.parameters()]
+        super().__init__(w.clone(memory_format=torch.contiguous_format) for w in weights)
+        self.names = [name for name, _ in network.named_parameters()]
+        # in a tuple, it is not registered; on the meta device, it holds no weights
+        self.network = (deepcopy(network).to('meta'),)
+
+    def reset_parameters(self) -> None:
+        """Draw them anew, by the `reset_parameters()` of the network's modules."""
+        network = deepcopy(self.network[0]).to_empty(device=self[0].device)
+        reset_parameters(network)
+        drawn = dict(network.named_parameters())
+        for name, weight in zip(self.names, self):
+            fill(weight, drawn[name])
+
+
+class NeuralMemory(Resettable, InReferenceFormat):
     """A memory that learns at test time.
 
     Each token yields a key, a value and a query. Storing is gradient descent of the memory network M on
@@ -273,7 +308,7 @@ class NeuralMemory(Module):
             # its gradients are those of torch.func, which lets no saved tensor be computed again
             raise ValueError("checkpoint_every needs engine='dual', and this memory is dense")
         self._hold(model)
-        self.transition_gate = Parameter(torch.tensor(-5.0)) if gated_transition else None
+        self.transition_gate = Parameter(torch.empty(1)) if gated_transition else None
         self.assoc_scan = AssocScan(use_accelerated=use_accelerated_scan)
 
         # queries, keys and values
@@ -306,46 +341,59 @@ class NeuralMemory(Module):
             AttentionPool(dim, store_chunk_size) if attn_pool_chunks else AveragePool(store_chunk_size)
         )
         self.to_adaptive_step = nn.Sequential(
-            Linear(dim, heads * num_kv_per_token),
+            linear_from(dim, heads * num_kv_per_token, init_adaptive_step_bias),
             Rearrange('b n (h u) -> (b h) (n u)', u=num_kv_per_token),
         )
-        self.to_decay_factor = gates(1)
-        self.to_momentum = gates(momentum_order) if momentum else None
+        self.to_decay_factor = gates(1, start=init_decay_bias)
+        self.to_momentum = gates(momentum_order, start=init_momentum_bias) if momentum else None
         self.to_learned_momentum_combine = gates(mixed_orders, nn.Softmax(dim=-1)) if learned_momentum_combine else None
         self.to_layer_modulation = (
             gates(self.num_memory_parameter_tensors, nn.Sigmoid()) if per_parameter_lr_modulation else None
         )
         self.to_learned_weight_residual_mix = gates(1, nn.Sigmoid()) if accept_weight_residual else None
 
-        start_at(self.to_adaptive_step, init_adaptive_step_bias)
-        start_at(self.to_momentum, init_momentum_bias)
-        start_at(self.to_decay_factor, init_decay_bias)
+        self._reset_own()
 
-        # the reference's checkpoints hold the network a second time
-        self.register_state_dict_post_hook(_write_reference_copy)
-        self.register_load_state_dict_pre_hook(_skip_reference_copy)
+    def _reset_own(self) -> None:
+        if self.transition_gate is not None:
+            nn.init.constant_(self.transition_gate, -5.0)
+
+    # the reference's checkpoints, which hold the memory network twice
+
+    scalars = ('transition_gate',)
+
+    def write_reference(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        super().write_reference(state_dict, prefix)
+        for index, name in enumerate(self.memory_model_parameter_names):
+            weight = state_dict[f'{prefix}memory_model_parameters.{index}']
+            # head 0's, for a module that is never trained, unless heads share their weights
+            first = weight[0] if self.per_head_learned_parameters else weight
+            state_dict[f'{prefix}memory_model.{name}'] = first.clone()
+
+    def read_reference(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        super().read_reference(state_dict, prefix)
+        one_tensor = not self.per_head_learned_parameters or self.heads == 1
+        for index, name in enumerate(self.memory_model_parameter_names):
+            copy = state_dict.pop(f'{prefix}memory_model.{name}', None)
+            key = f'{prefix}memory_model_parameters.{index}'
+            # both names are of one tensor there, and a file that keeps tensors once may have either
+            if copy is not None and one_tensor and key not in state_dict and copy.shape == self._parameter_shapes[name]:
+                state_dict[key] = copy.reshape(self.init_weight_shape[index])
 
     # the memory network and its weights
 
     def _hold(self, model: Module) -> None:
         """Take over a memory network: its weights as learned initial ones, the rest as a template."""
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        initial = [p.detach().clone() for p in model.parameters()]
-        if self.per_head_learned_parameters:
-            initial = [torch.stack([p] * self.heads) for p in initial]
-
-        self.memory_model_parameters = ParameterList(map(Parameter, initial))
-        self.memory_model_parameter_names = [*shapes]
-        self.num_memory_parameter_tensors = len(shapes)
-        self.init_weight_shape = [tuple(p.shape) for p in initial]
-        # weights are given at every use, so the network itself holds none; in a tuple, it is not registered
-        self._template = (deepcopy(model).to('meta'),)
-        self._parameter_shapes = shapes
+        self._parameter_shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self.memory_model_parameters = InitialWeights(model, self.heads if self.per_head_learned_parameters else None)
+        self.memory_model_parameter_names = self.memory_model_parameters.names
+        self.num_memory_parameter_tensors = len(self.memory_model_parameters)
+        self.init_weight_shape = [tuple(p.shape) for p in self.memory_model_parameters]
 
     @property
     def memory_model(self) -> Module:
         """The memory network, a template on the meta device; its weights are `memory_model_parameters`."""
-        return self._template[0]
+        return self.memory_model_parameters.network[0]
 
     @property
     def memory_model_parameter_dict(self) -> TensorDict:
@@ -363,11 +411,11 @@ class NeuralMemory(Module):
 
     def init_weights(self, batch: int) -> TensorDict:
         """Weights of an empty memory, per parameter (batch · heads, …), in float32 at least."""
-        pattern = 'h ... -> (b h) ...' if self.per_head_learned_parameters else '... -> (b h) ...'
-        sizes = {'b': batch} if self.per_head_learned_parameters else {'b': batch, 'h': self.heads}
-        named = zip(self.memory_model_parameter_names, self.memory_model_parameters)
-        initial = {name: at_least_float32(p) for name, p in named}
-        return TensorDict({name: repeat(p, pattern, **sizes) for name, p in initial.items()})
+        count = batch if self.per_head_learned_parameters else batch * self.heads
+        named = zip(self._parameter_shapes.items(), self.memory_model_parameters)
+        # always copies: a state keeps them, and an optimizer changes the parameters in place
+        copies = {name: p.repeat(count, *(1,) * len(shape)) for (name, shape), p in named}
+        return TensorDict({name: at_least_float32(p) for name, p in copies.items()})
 
     def init_momentum(self, batch: int) -> TensorDict:
         """Momentum of an empty memory: zeros, per parameter (orders, batch · heads, …)."""
@@ -459,6 +507,8 @@ class NeuralMemory(Module):
             retrieved, next_state, surprises = self._checkpointed(pieces, state, prev_weights)
         else:
             retrieved, next_state, surprises = self._forward(call, state, prev_weights)
+        # a later call has no use for the initial weights, and a short one completes no chunk
+        retrieved = depending_on(self.parameters(), retrieved)
         next_state = next_state.detach() if detach_mem_state else next_state
         return (retrieved, next_state, surprises) if return_surprises else (retrieved, next_state)
 
@@ -879,15 +929,3 @@ def _last_rows(rows: Tensor | None, like: Float[Tensor, 'b n d'], count: int) ->
     rows = like[:, :0] if rows is None else rows
     missing = max(0, count - rows.shape[1])
     return F.pad(rows, (0, 0, missing, 0))[:, rows.shape[1] + missing - count :]
-
-
-def _write_reference_copy(module: NeuralMemory, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    """The reference saves the memory network twice, per head and as a module it never trains; and wants both."""
-    for index, name in enumerate(module.memory_model_parameter_names):
-        weight = state_dict[f'{prefix}memory_model_parameters.{index}']
-        state_dict[f'{prefix}memory_model.{name}'] = weight[0] if module.per_head_learned_parameters else weight
-
-
-def _skip_reference_copy(_: NeuralMemory, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:
-    for name in [key for key in state_dict if key.startswith(f'{prefix}memory_model.')]:
-        del state_dict[name]

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from hyper_connections import mc_get_init_and_expand_reduce_stream_functions
 from torch import Tensor, nn
 from torch.nn import Linear, Module, ModuleList
 from torch.utils.checkpoint import checkpoint
@@ -20,16 +19,16 @@ from titans_pytorch import generation
 from titans_pytorch.attention import SegmentedAttention, segmented_flex_attention
 from titans_pytorch.block import Block, Carried, LayerBuffers, LayerState, Place
 from titans_pytorch.checks import check_floating, check_positive, check_shape, check_token_ids
-from titans_pytorch.connections import Streams, written
+from titans_pytorch.connections import ExpandStreams, Streams, residual_streams, written
 from titans_pytorch.decode_attention import Position
 from titans_pytorch.decoding import StepKind
 from titans_pytorch.memory_state import take_over
 from titans_pytorch.model_state import ModelState
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.packing import Documents, check_documents, continues
+from titans_pytorch.parameters import Resettable, reset_parameters
 from titans_pytorch.rotary import frequencies
 from titans_pytorch.shapes import Bool, Float, Int
-from titans_pytorch.sinkhorn import sinkhorn
 from titans_pytorch.stateless import is_intercepted
 
 IGNORED = -100
@@ -51,7 +50,7 @@ class DecodingState(NamedTuple):
     """What the model's position embedding needs, if it has one."""
 
 
-class Transformer(Module):
+class Transformer(Resettable):
     """The face of every model: logits or a loss, a state over calls, sampling. Subclasses build `layers`.
 
     A subclass whose positions are not its tokens overrides `num_positions`, `num_tokens_until`, `_embedded`,
@@ -83,18 +82,25 @@ class Transformer(Module):
         checkpoint_layers: bool,
     ) -> None:
         """Build the layers and the logits; `blocks` makes them, from a function that makes connections."""
-        connection, self.expand_streams, self.reduce_streams = mc_get_init_and_expand_reduce_stream_functions(
-            num_residual_streams,
-            dim=self.dim,
-            add_stream_embed=True,
-            disable=num_residual_streams == 1,
-            residual_mix_constraint_fn=sinkhorn,
-        )
+        connection, self.expand_streams, self.reduce_streams = residual_streams(num_residual_streams, self.dim)
         self.layers = ModuleList(blocks(connection))
         self.norm = nn.RMSNorm(self.dim)
         self.to_logits = None if self.num_tokens is None else Linear(self.dim, self.num_tokens, bias=False)
         self.use_flex_attn = use_flex_attn
         self.checkpoint_layers = checkpoint_layers
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter anew, as the constructor does.
+
+        Each memory draws a network of its own then, where the constructor copies `neural_memory_model`.
+
+        Raises:
+            TypeError: if `token_emb` or `neural_memory_model` has parameters but no method `reset_parameters()`.
+        """
+        for part in self.children():
+            if part is self.layers:
+                self._reset_own()
+            reset_parameters(part)
 
     @property
     def _blocks(self) -> list[Block]:
@@ -390,7 +396,7 @@ class Transformer(Module):
         place, num_attentions = Place(Position(position, state.frequencies), in_chunk, kind), 0
 
         carried, memories = Carried(), []
-        if hasattr(self.expand_streams, 'stream_embed'):
+        if isinstance(self.expand_streams, ExpandStreams):
             x = written(x) + self.expand_streams.stream_embed
         for block, layer in zip(self._blocks, state.layers):
             x, carried, memory = block.step(x, carried, layer, place, num_attentions)
