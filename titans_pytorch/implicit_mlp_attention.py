@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 from einops.layers.torch import Rearrange
 from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
 
-from titans_pytorch.checks import check_floating, check_positive, check_shape
+from titans_pytorch.checks import (
+    check_callable,
+    check_flags,
+    check_floating,
+    check_positive,
+    check_shape,
+    described,
+    flags_among,
+)
 from titans_pytorch.rotary import extend_cache, flatten_cache, rotary_causal_attention
 from titans_pytorch.shapes import Float
 
@@ -43,7 +53,7 @@ class ImplicitMLPAttention(nn.Module):
     def __init__(
         self,
         dim: int,
-        mlp_hiddens: tuple[int, ...],
+        mlp_hiddens: Sequence[int],
         *,
         activation: nn.Module = nn.SiLU(),  # noqa: B008  it has no state
         heads: int = 8,
@@ -52,8 +62,10 @@ class ImplicitMLPAttention(nn.Module):
         keys_rmsnorm: bool = True,
     ):
         super().__init__()
-        check_positive(dim=dim, heads=heads)
-        check_hiddens(mlp_hiddens)
+        dim, heads = check_positive(dim=dim, heads=heads)
+        mlp_hiddens = checked_hiddens(mlp_hiddens)
+        check_flags(**flags_among(locals(), ImplicitMLPAttention))
+        check_callable(activation=activation)
 
         self.dim, self.heads = dim, heads
         dim_in, *dims_between, dim_out = mlp_hiddens
@@ -90,7 +102,8 @@ class ImplicitMLPAttention(nn.Module):
         Returns the output (b, n, d) and, if `return_kv_cache`, the keys and values of every token so far. A sequence
         may come in calls of any length: the outputs are those of one call.
         """
-        check_floating('tokens', tokens)
+        check_flags(return_kv_cache=return_kv_cache)
+        check_floating('tokens', tokens, next(self.parameters()).dtype)
         check_shape('tokens', tokens, batch=None, length=None, dim=self.dim)
 
         tokens = self.norm(tokens)
@@ -116,13 +129,13 @@ class ImplicitMLPAttention(nn.Module):
         return (out, (keys, values)) if return_kv_cache else out
 
 
-def check_hiddens(mlp_hiddens: tuple[int, ...]) -> None:
-    if not isinstance(mlp_hiddens, tuple):
-        raise TypeError(f'mlp_hiddens must be a tuple of two or more widths, got {mlp_hiddens!r}')
+def checked_hiddens(mlp_hiddens: Any) -> list[int]:
+    if not isinstance(mlp_hiddens, (tuple, list)):
+        raise TypeError(f'mlp_hiddens must be a tuple of two or more widths, got {described(mlp_hiddens)}')
     if len(mlp_hiddens) < 2:
         raise ValueError(f'mlp_hiddens must have two or more widths, got {mlp_hiddens}')
 
-    check_positive(**{f'mlp_hiddens[{index}]': width for index, width in enumerate(mlp_hiddens)})
-
-    if min(mlp_hiddens) < 3:
+    widths = check_positive(**{f'mlp_hiddens[{index}]': width for index, width in enumerate(mlp_hiddens)})
+    if min(widths) < 3:
         raise ValueError(f'mlp_hiddens must be at least 3, the smallest rotary dimension, got {mlp_hiddens}')
+    return widths

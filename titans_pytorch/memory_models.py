@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Module, Parameter, ParameterList
 
-from titans_pytorch.checks import check_positive
+from titans_pytorch.checks import check_hidden_width, check_number, check_positive
 from titans_pytorch.shapes import Float
 
 Linear = Callable[[Tensor, Tensor], Tensor]
@@ -64,9 +64,8 @@ class MemoryMLP(Module):
 
     def __init__(self, dim: int, depth: int, expansion_factor: float = 2.0):
         super().__init__()
-        check_positive(dim=dim, depth=depth)
-        dim_hidden = int(dim * expansion_factor)
-        check_positive(**{'dim * expansion_factor': dim_hidden})
+        dim, depth = check_positive(dim=dim, depth=depth)
+        dim_hidden = check_hidden_width('expansion_factor', dim, expansion_factor)
 
         dims = (dim, *(dim_hidden,) * (depth - 1), dim)
         self.weights = ParameterList([xavier_matrix(*pair) for pair in zip(dims[:-1], dims[1:])])
@@ -100,9 +99,8 @@ class GatedResidualMemoryMLP(Module):
 
     def __init__(self, dim: int, depth: int, expansion_factor: float = 4.0):
         super().__init__()
-        check_positive(dim=dim, depth=depth)
-        dim_hidden = int(dim * expansion_factor)
-        check_positive(**{'dim * expansion_factor': dim_hidden})
+        dim, depth = check_positive(dim=dim, depth=depth)
+        dim_hidden = check_hidden_width('expansion_factor', dim, expansion_factor)
 
         self.weights = ParameterList(
             ParameterList([xavier_matrix(dim, dim_hidden), xavier_matrix(dim_hidden, dim), xavier_matrix(dim * 2, dim)])
@@ -125,7 +123,7 @@ class FactorizedMemoryMLP(Module):
 
     def __init__(self, dim: int, depth: int, k: int = 32):
         super().__init__()
-        check_positive(dim=dim, depth=depth, k=k)
+        dim, depth, k = check_positive(dim=dim, depth=depth, k=k)
         self.weights = ParameterList(
             ParameterList([xavier_matrix(dim, k), xavier_matrix(k, dim)]) for _ in range(depth)
         )
@@ -147,9 +145,8 @@ class MemorySwiGluMLP(Module):
 
     def __init__(self, dim: int, depth: int = 1, expansion_factor: float = 4.0):
         super().__init__()
-        check_positive(dim=dim, depth=depth)
-        dim_hidden = int(dim * expansion_factor * 2 / 3)
-        check_positive(**{'dim * expansion_factor * 2 / 3': dim_hidden})
+        dim, depth = check_positive(dim=dim, depth=depth)
+        dim_hidden = check_hidden_width('expansion_factor', dim, expansion_factor, gated=True)
 
         self.weights = ParameterList(
             ParameterList([xavier_matrix(dim, dim_hidden * 2), xavier_matrix(dim_hidden, dim)]) for _ in range(depth)
@@ -173,11 +170,10 @@ class MemoryAttention(Module):
 
     def __init__(self, dim: int, scale: float = 8.0, expansion_factor: float = 2.0):
         super().__init__()
-        check_positive(dim=dim)
-        dim_hidden = int(dim * expansion_factor)
-        check_positive(**{'dim * expansion_factor': dim_hidden})
+        (dim,) = check_positive(dim=dim)
+        dim_hidden = check_hidden_width('expansion_factor', dim, expansion_factor)
 
-        self.scale = scale
+        self.scale = check_number('scale', scale, above=0)
         self.weights = ParameterList(
             [
                 xavier_matrix(dim, dim),  # queries

@@ -53,6 +53,13 @@ class NeuralMemState(NamedTuple):
     """Weights over the call, per parameter (bh, chunks + 1, …): before its first chunk, and after each one.
     The next memory layer's weight residual; not needed to continue. Materialised when its tensors are asked for."""
 
+    @property
+    def batch_size(self) -> int | None:
+        """Sequences that it is of; `None` for one that holds no open chunk yet."""
+        pending = self.cache_store_segment
+        tokens = pending.tokens if isinstance(pending, PendingSegment) else pending
+        return tokens.shape[-3] if isinstance(tokens, Tensor) and tokens.ndim > 2 else None
+
     def detach(self) -> NeuralMemState:
         """The same state, cut from the graph that made it: where truncated backpropagation through time truncates."""
         return _map_tensors(lambda t: t.detach(), self)
