@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
-from titans_pytorch.checks import check_floating, check_positive, check_shape
+from titans_pytorch.checks import (
+    check_callable,
+    check_flags,
+    check_floating,
+    check_positive,
+    check_shape,
+    described,
+    flags_among,
+)
 from titans_pytorch.parameters import Resettable
 from titans_pytorch.rotary import Rotary, extend_cache, flatten_cache, rotary_causal_attention
 from titans_pytorch.shapes import Float
@@ -54,7 +64,7 @@ class ImplicitMLPAttention(Resettable):
     def __init__(
         self,
         dim: int,
-        mlp_hiddens: tuple[int, ...],
+        mlp_hiddens: Sequence[int],
         *,
         activation: nn.Module = nn.SiLU(),  # noqa: B008  it has no state
         heads: int = 8,
@@ -63,8 +73,10 @@ class ImplicitMLPAttention(Resettable):
         keys_rmsnorm: bool = True,
     ):
         super().__init__()
-        check_positive(dim=dim, heads=heads)
-        check_hiddens(mlp_hiddens)
+        dim, heads = check_positive(dim=dim, heads=heads)
+        mlp_hiddens = checked_hiddens(mlp_hiddens)
+        check_flags(**flags_among(locals(), ImplicitMLPAttention))
+        check_callable(activation=activation)
 
         self.dim, self.heads = dim, heads
         dim_in, *dims_between, dim_out = mlp_hiddens
@@ -90,6 +102,11 @@ class ImplicitMLPAttention(Resettable):
         self.merge_heads = Rearrange('b h n d -> b n (h d)')
         self.to_out = nn.Linear(dim_out * heads, dim, bias=False)
 
+    def _parts(self) -> Iterable[nn.Module]:
+        in_turn = [linear for pair in zip(self.keys, self.values) for linear in pair]
+        others = [part for part in self.children() if part not in (self.to_queries, self.keys, self.values)]
+        return self.to_queries, *in_turn, *others
+
     def forward(
         self,
         tokens: Float[Tensor, 'b n d'],
@@ -101,7 +118,8 @@ class ImplicitMLPAttention(Resettable):
         Returns the output (b, n, d) and, if `return_kv_cache`, the keys and values of every token so far. A sequence
         may come in calls of any length: the outputs are those of one call.
         """
-        check_floating('tokens', tokens)
+        check_flags(return_kv_cache=return_kv_cache)
+        check_floating('tokens', tokens, self.to_queries.weight.dtype)
         check_shape('tokens', tokens, batch=None, length=None, dim=self.dim)
 
         tokens = self.norm(tokens)
@@ -127,13 +145,13 @@ class ImplicitMLPAttention(Resettable):
         return (out, (keys, values)) if return_kv_cache else out
 
 
-def check_hiddens(mlp_hiddens: tuple[int, ...]) -> None:
-    if not isinstance(mlp_hiddens, tuple):
-        raise TypeError(f'mlp_hiddens must be a tuple of two or more widths, got {mlp_hiddens!r}')
+def checked_hiddens(mlp_hiddens: Any) -> list[int]:
+    if not isinstance(mlp_hiddens, (tuple, list)):
+        raise TypeError(f'mlp_hiddens must be a tuple of two or more widths, got {described(mlp_hiddens)}')
     if len(mlp_hiddens) < 2:
         raise ValueError(f'mlp_hiddens must have two or more widths, got {mlp_hiddens}')
 
-    check_positive(**{f'mlp_hiddens[{index}]': width for index, width in enumerate(mlp_hiddens)})
-
-    if min(mlp_hiddens) < 3:
+    widths = check_positive(**{f'mlp_hiddens[{index}]': width for index, width in enumerate(mlp_hiddens)})
+    if min(widths) < 3:
         raise ValueError(f'mlp_hiddens must be at least 3, the smallest rotary dimension, got {mlp_hiddens}')
+    return widths

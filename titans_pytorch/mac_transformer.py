@@ -15,7 +15,19 @@ from torch.nn import Linear, Module, ModuleList
 
 from titans_pytorch.attention import AttnIntermediates, ContextAttention, SegmentedAttention, flex_attention
 from titans_pytorch.block import Block, Parts
-from titans_pytorch.checks import check_multiple, check_not_negative, check_positive
+from titans_pytorch.checks import (
+    check_flags,
+    check_floating,
+    check_integer,
+    check_keywords,
+    check_module,
+    check_multiple,
+    check_not_negative,
+    check_positive,
+    check_shape,
+    described,
+    flags_among,
+)
 from titans_pytorch.connections import Streams
 from titans_pytorch.decoding import StepKind
 from titans_pytorch.feedforward import GEGLU, FeedForward
@@ -231,13 +243,29 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         paper_order: bool = False,
         checkpoint_layers: bool = False,
     ):
-        check_positive(depth=depth, segment_len=segment_len)
-        check_positive(dim_head=dim_head, heads=heads, num_residual_streams=num_residual_streams)
-        check_not_negative(
+        depth, segment_len, dim_head, heads, num_residual_streams = check_positive(
+            depth=depth,
+            segment_len=segment_len,
+            dim_head=dim_head,
+            heads=heads,
+            num_residual_streams=num_residual_streams,
+        )
+        num_longterm_mem_tokens, num_persist_mem_tokens = check_not_negative(
             num_longterm_mem_tokens=num_longterm_mem_tokens, num_persist_mem_tokens=num_persist_mem_tokens
         )
+        if neural_memory_segment_len is None:
+            neural_memory_segment_len = segment_len + num_longterm_mem_tokens
+        neural_memory_segment_len = check_integer('neural_memory_segment_len', neural_memory_segment_len, 1)
+        if neural_memory_batch_size is not None:
+            neural_memory_batch_size = check_multiple(
+                'neural_memory_batch_size', neural_memory_batch_size, 'chunk_size', neural_memory_segment_len
+            )
+        check_flags(**flags_among(locals(), MemoryAsContextTransformer))
+        check_module(neural_memory_model=neural_memory_model)
+        check_keywords(neural_memory_kwargs=neural_memory_kwargs)
         memory_layers = layers_with_memory(neural_memory_layers, depth)
         super().__init__(num_tokens=num_tokens, dim=dim, token_emb=token_emb)
+        dim = self.dim
 
         self.segment_len = segment_len
         self.num_longterm_mem_tokens = num_longterm_mem_tokens
@@ -245,9 +273,7 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         self.attn_window_size = segment_len + num_longterm_mem_tokens
         self.gate_attn_output = neural_mem_gate_attn_output
         self.neural_mem_weight_residual = neural_mem_weight_residual
-        self.neural_memory_segment_len = (
-            self.attn_window_size if neural_memory_segment_len is None else neural_memory_segment_len
-        )
+        self.neural_memory_segment_len = neural_memory_segment_len
         self.neural_memory_batch_size = segment_len if paper_order else neural_memory_batch_size
         if paper_order:
             _check_paper_order(
@@ -339,7 +365,7 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
 
     def seq_len_with_longterm_mem(self, seq_len: int) -> int:
         """Positions up to and with token number `seq_len`: memory tokens stand between segments."""
-        check_positive(seq_len=seq_len)
+        (seq_len,) = check_positive(seq_len=seq_len)
         return (seq_len - 1) // self.segment_len * self.num_longterm_mem_tokens + seq_len
 
     def num_positions(self, num_tokens: int) -> int:
@@ -370,6 +396,8 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
     def _position_embedding(self, start: int, stop: int, factorized: list[Tensor] | None) -> Float[Tensor, 'n d']:
         """Axial: which memory chunk, and where in it. Positions are exact integers, so never in half precision."""
         inner = self.neural_memory_segment_len
+        if factorized is not None:
+            self._check_factorized(factorized, stop)
         device = self.axial_pos_emb.device
         with torch.autocast(device.type, enabled=False):
             if start == 0 or factorized is not None:
@@ -377,12 +405,27 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         positions = torch.arange(start, stop, device=device)
         return self._axial(0, positions // inner) + self._axial(1, positions % inner)
 
+    def _check_factorized(self, factorized: Any, stop: int) -> None:
+        if not isinstance(factorized, (tuple, list)) or len(factorized) != 2:
+            raise TypeError(f'factorized_pos_emb must be a pair of tensors, got {described(factorized)}')
+        for axis, embeddings in enumerate(factorized):
+            check_floating(f'factorized_pos_emb[{axis}]', embeddings)
+            check_shape(f'factorized_pos_emb[{axis}]', embeddings, positions=None, dim=self.dim)
+        outer, inner = (len(embeddings) for embeddings in factorized)
+        if inner != self.neural_memory_segment_len or outer * inner < stop:
+            raise ValueError(
+                f'factorized_pos_emb must hold {-(-stop // self.neural_memory_segment_len)} or more memory chunks of '
+                f'{self.neural_memory_segment_len} positions, got {outer} of {inner}'
+            )
+
     def _token_rows(self, hidden: Float[Tensor, 'b n d'], start: int, num_tokens: int) -> Float[Tensor, 'b n d']:
         tokens = torch.arange(self.num_tokens_until(start), num_tokens, device=hidden.device)
         positions = tokens // self.segment_len * self.attn_window_size + tokens % self.segment_len
         return hidden.index_select(1, positions - start)
 
     # calls
+
+    embedding_keywords = ('factorized_pos_emb',)
 
     def forward(
         self,
@@ -401,6 +444,7 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
             return_loss_breakdown: without effect, as in the reference: the loss has one part.
             factorized_pos_emb: position embeddings computed before, by `axial_pos_emb(…, return_factorized=True)`.
         """
+        check_flags(return_loss_breakdown=return_loss_breakdown)
         return super().forward(
             x,
             return_loss,

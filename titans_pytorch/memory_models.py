@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Module, ModuleList, Parameter
 
-from titans_pytorch.checks import check_positive
+from titans_pytorch.checks import check_hidden_width, check_number, check_positive
 from titans_pytorch.norms import l2_norm, layer_norm
 from titans_pytorch.parameters import ParameterSequence, Resettable
 from titans_pytorch.precision import at_least_float32
@@ -90,9 +90,8 @@ class MemoryMLP(Resettable):
 
     def __init__(self, dim: int, depth: int, expansion_factor: float = 2.0):
         super().__init__()
-        check_positive(dim=dim, depth=depth)
-        dim_hidden = int(dim * expansion_factor)
-        check_positive(**{'dim * expansion_factor': dim_hidden})
+        dim, depth = check_positive(dim=dim, depth=depth)
+        dim_hidden = check_hidden_width('expansion_factor', dim, expansion_factor)
 
         dims = (dim, *(dim_hidden,) * (depth - 1), dim)
         self.weights = Matrices(*zip(dims[:-1], dims[1:]))
@@ -126,9 +125,8 @@ class GatedResidualMemoryMLP(Resettable):
 
     def __init__(self, dim: int, depth: int, expansion_factor: float = 4.0):
         super().__init__()
-        check_positive(dim=dim, depth=depth)
-        dim_hidden = int(dim * expansion_factor)
-        check_positive(**{'dim * expansion_factor': dim_hidden})
+        dim, depth = check_positive(dim=dim, depth=depth)
+        dim_hidden = check_hidden_width('expansion_factor', dim, expansion_factor)
 
         self.weights = Layers(depth, (dim, dim_hidden), (dim_hidden, dim), (dim * 2, dim))
         self.final_proj = Parameter(torch.empty(dim, dim))
@@ -152,7 +150,7 @@ class FactorizedMemoryMLP(Resettable):
 
     def __init__(self, dim: int, depth: int, k: int = 32):
         super().__init__()
-        check_positive(dim=dim, depth=depth, k=k)
+        dim, depth, k = check_positive(dim=dim, depth=depth, k=k)
         self.weights = Layers(depth, (dim, k), (k, dim))
 
     def forward(self, x: Float[Tensor, '... d'], linear: Linear = torch.matmul) -> Float[Tensor, '... d']:
@@ -172,9 +170,8 @@ class MemorySwiGluMLP(Resettable):
 
     def __init__(self, dim: int, depth: int = 1, expansion_factor: float = 4.0):
         super().__init__()
-        check_positive(dim=dim, depth=depth)
-        dim_hidden = int(dim * expansion_factor * 2 / 3)
-        check_positive(**{'dim * expansion_factor * 2 / 3': dim_hidden})
+        dim, depth = check_positive(dim=dim, depth=depth)
+        dim_hidden = check_hidden_width('expansion_factor', dim, expansion_factor, gated=True)
 
         self.weights = Layers(depth, (dim, dim_hidden * 2), (dim_hidden, dim))
         self.norm = LayerNorm(dim)
@@ -196,11 +193,10 @@ class MemoryAttention(Resettable):
 
     def __init__(self, dim: int, scale: float = 8.0, expansion_factor: float = 2.0):
         super().__init__()
-        check_positive(dim=dim)
-        dim_hidden = int(dim * expansion_factor)
-        check_positive(**{'dim * expansion_factor': dim_hidden})
+        (dim,) = check_positive(dim=dim)
+        dim_hidden = check_hidden_width('expansion_factor', dim, expansion_factor)
 
-        self.scale = scale
+        self.scale = check_number('scale', scale, above=0)
         # queries, keys and values; then the feedforward
         self.weights = Matrices((dim, dim), (dim, dim), (dim, dim), (dim, dim_hidden), (dim_hidden, dim))
 

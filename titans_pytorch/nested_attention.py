@@ -5,9 +5,9 @@ from __future__ import annotations
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
-from titans_pytorch.checks import check_floating, check_positive, check_shape
+from titans_pytorch.checks import check_flags, check_floating, check_positive, check_shape, flags_among
 from titans_pytorch.parameters import Resettable
-from titans_pytorch.rotary import Rotary, extend_cache, flatten_cache, rotary_causal_attention
+from titans_pytorch.rotary import Rotary, check_rotary_width, extend_cache, flatten_cache, rotary_causal_attention
 from titans_pytorch.shapes import Float
 
 NestedCache = tuple[tuple[list[Tensor], list[Tensor]], tuple[Tensor, Tensor]]
@@ -42,10 +42,9 @@ class NestedAttention(Resettable):
         keys_rmsnorm: bool = True,
     ):
         super().__init__()
-        check_positive(dim=dim, dim_head=dim_head, heads=heads)
-
-        if dim_head < 3:
-            raise ValueError(f'dim_head must be at least 3, the smallest rotary dimension, got {dim_head}')
+        dim, dim_head, heads = check_positive(dim=dim, dim_head=dim_head, heads=heads)
+        check_rotary_width(dim_head)
+        check_flags(**flags_among(locals(), NestedAttention))
 
         self.dim, self.dim_head, self.heads = dim, dim_head, heads
         dim_inner = dim_head * heads
@@ -77,7 +76,8 @@ class NestedAttention(Resettable):
         Returns the output (b, n, d) and, if `return_kv_cache`, inner and outer keys and values of every token so far.
         A sequence may come in calls of any length: the outputs are those of one call.
         """
-        check_floating('tokens', tokens)
+        check_flags(return_kv_cache=return_kv_cache)
+        check_floating('tokens', tokens, self.to_queries.weight.dtype)
         check_shape('tokens', tokens, batch=None, length=None, dim=self.dim)
 
         cached = flatten_cache(cache, tokens.shape[0], self.heads, [self.dim_head] * 8)

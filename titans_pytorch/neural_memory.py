@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -17,7 +17,19 @@ from torch import Tensor, nn
 from torch.nn import Linear, Module, Parameter
 from torch.utils.checkpoint import checkpoint
 
-from titans_pytorch.checks import check_floating, check_multiple, check_positive, check_shape
+from titans_pytorch.checks import (
+    check_biases,
+    check_callable,
+    check_flags,
+    check_integer,
+    check_keywords,
+    check_module,
+    check_multiple,
+    check_number,
+    check_positive,
+    described,
+    flags_among,
+)
 from titans_pytorch.decode_retrieval import Retrieval, retrieve_one
 from titans_pytorch.engines import (
     Chunks,
@@ -45,7 +57,7 @@ from titans_pytorch.gates import (
     pointwise,
     projection,
 )
-from titans_pytorch.memory_layout import Call, MemoryLayout, check_memory_model
+from titans_pytorch.memory_layout import Call, MemoryLayout, check_memory_loss, check_memory_model
 from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
 from titans_pytorch.memory_state import (
     NeuralMemState,
@@ -185,7 +197,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
             share that starts at sigmoid(−5).
         mem_model_norm_add_residual: wrap the network as LN(f(x)) + x (TTT).
         store_with_lookahead_value: pair each key with the value of the next row in its chunk, for one key per token the
-            next token's (arXiv 2601.00671). The last row of a chunk stores nothing.
+            next token's (arXiv 2601.00671). The last row of a chunk stores nothing, so that chunks of a single row
+            never do.
         default_model_kwargs: arguments of the default network.
         engine: how the memory is computed. 'dual' never forms a weight matrix per chunk, and serves networks that
             send their products through `linear`; 'dense' forms them all, and serves any network; 'auto' is dual
@@ -206,7 +219,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
     def __init__(
         self,
         dim: int,
-        chunk_size: int | tuple[int, int] = 1,
+        chunk_size: int | Sequence[int] = 1,
         batch_size: int | None = None,
         dim_head: int | None = None,
         heads: int = 1,
@@ -247,15 +260,30 @@ class NeuralMemory(Resettable, InReferenceFormat):
         channel_gate: bool = False,
     ):
         super().__init__()
-        dim_head = dim if dim_head is None else dim_head
-        retrieve_chunk_size, store_chunk_size = chunk_size if isinstance(chunk_size, tuple) else (chunk_size,) * 2
-
-        check_positive(
-            dim=dim, dim_head=dim_head, heads=heads, chunk_size=retrieve_chunk_size, num_kv_per_token=num_kv_per_token
+        dim, dim_head, heads, num_kv_per_token, momentum_order = check_positive(
+            dim=dim,
+            dim_head=dim if dim_head is None else dim_head,
+            heads=heads,
+            num_kv_per_token=num_kv_per_token,
+            momentum_order=momentum_order,
         )
-        check_positive(chunk_size=store_chunk_size, momentum_order=momentum_order)
+        retrieve_chunk_size, store_chunk_size = _checked_chunk_sizes(chunk_size)
         if batch_size is not None:
-            check_multiple('batch_size', batch_size, 'chunk_size', store_chunk_size)
+            batch_size = check_multiple('batch_size', batch_size, 'chunk_size', store_chunk_size)
+        check_flags(**flags_among(locals(), NeuralMemory))
+        check_module(model=model, activation=activation)
+        check_callable(store_memory_loss_fn=store_memory_loss_fn)
+        if adaptive_step_transform is not None:
+            check_callable(adaptive_step_transform=adaptive_step_transform)
+        check_keywords(default_model_kwargs=default_model_kwargs)
+        max_lr = check_number('default_step_transform_max_lr', default_step_transform_max_lr, above=0)
+        max_modulation = check_number('max_mem_layer_modulation', max_mem_layer_modulation, above=0)
+        max_grad_norm = None if max_grad_norm is None else check_number('max_grad_norm', max_grad_norm, above=0)
+        check_biases(
+            init_adaptive_step_bias=init_adaptive_step_bias,
+            init_momentum_bias=init_momentum_bias,
+            init_decay_bias=init_decay_bias,
+        )
         if heads == 1 and dim_head != dim:
             raise ValueError(f'dim_head must equal dim={dim} when heads is 1, got {dim_head}')
         if attn_pool_chunks and store_chunk_size == 1:
@@ -268,9 +296,9 @@ class NeuralMemory(Resettable, InReferenceFormat):
         if qk_l2norm and qk_rmsnorm:
             raise ValueError('qk_l2norm and qk_rmsnorm are two norms for one place: choose one of them')
         if conv_kernel is not None:
-            check_positive(conv_kernel=conv_kernel)
+            conv_kernel = check_integer('conv_kernel', conv_kernel, 1)
         if checkpoint_every is not None:
-            check_positive(checkpoint_every=checkpoint_every)
+            checkpoint_every = check_integer('checkpoint_every', checkpoint_every, 1)
             if accept_weight_residual:
                 raise ValueError('checkpoint_every keeps no weights over time, which accept_weight_residual needs')
         if init_momentum_bias is not None and not momentum:
@@ -280,7 +308,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
         self.dim = dim
         self.heads = heads
-        self.chunk_size = chunk_size
+        is_pair = isinstance(chunk_size, (tuple, list))
+        self.chunk_size = (retrieve_chunk_size, store_chunk_size) if is_pair else store_chunk_size
         self.retrieve_chunk_size, self.store_chunk_size = retrieve_chunk_size, store_chunk_size
         self.batch_size = batch_size
         self.checkpoint_every = checkpoint_every
@@ -288,18 +317,20 @@ class NeuralMemory(Resettable, InReferenceFormat):
         self.qkv_receives_diff_views = qkv_receives_diff_views
         self.store_with_lookahead_value = store_with_lookahead_value
         self.momentum_order = momentum_order
-        self.max_mem_layer_modulation = max_mem_layer_modulation
+        self.max_mem_layer_modulation = max_modulation
         self.max_grad_norm = max_grad_norm
         self.spectral_norm_surprises = spectral_norm_surprises
         self.use_accelerated_scan = use_accelerated_scan
         self.per_head_learned_parameters = per_head_learned_parameters
         self.store_memory_loss_fn = store_memory_loss_fn
         self.adaptive_step_transform = adaptive_step_transform or partial(
-            default_adaptive_step_transform, max_lr=default_step_transform_max_lr
+            default_adaptive_step_transform, max_lr=max_lr
         )
 
         # the memory
 
+        rows = max(1, store_chunk_size * num_kv_per_token - store_with_lookahead_value)
+        check_memory_loss(store_memory_loss_fn, (rows, dim_head))
         model = MemoryMLP(dim_head, **default_model_kwargs) if model is None else model
         check_memory_model(model, dim_head)
         model = ResidualNorm(dim_head, model) if mem_model_norm_add_residual else model
@@ -431,6 +462,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
             chunk_size=self.store_chunk_size,
             momentum_orders=0 if self.to_momentum is None else self.momentum_order,
             different_views=self.qkv_receives_diff_views,
+            conv_reach=self.conv_reach,
+            dtype=self.memory_model_parameters[0].dtype,
             parameters=self._parameter_shapes,
         )
 
@@ -497,6 +530,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
                 raise ValueError('state and cache are two names for one argument: give one of them')
             state = cache
 
+        check_flags(detach_mem_state=detach_mem_state, return_surprises=return_surprises, store=store)
         if not store and (store_seq is not None or store_mask is not None):
             raise ValueError('store=False stores nothing: leave out store_seq and store_mask')
         call = self._layout.call(seq, store_seq, store_mask, ttt_batch_size, self.batch_size)
@@ -557,11 +591,14 @@ class NeuralMemory(Resettable, InReferenceFormat):
         (bh, chunks + 1, …), the state, whose `cache_store_segment` holds the tokens of an incomplete chunk, and with
         `return_surprises` the surprises.
         """
+        check_flags(return_surprises=return_surprises)
         self._layout.check_store('seq', seq)
-        self._layout.check_mask('mask', mask, seq)
+        mask = self._layout.checked_mask('mask', mask, seq)
         queries = seq[0] if self.qkv_receives_diff_views else seq
 
-        before = self._opened((seq_index, weights, None, past_state, None), queries)
+        before = self._opened(
+            (seq_index, weights, None, past_state, None), queries, names=('seq_index', 'weights', 'past_state')
+        )
         over_time, after, surprises = self._store(Call(queries, seq, mask, None), before, prev_weights)
         next_state = after.closed(over_time)
         return (next_state.updates, next_state, *((surprises,) if return_surprises else ()))
@@ -572,8 +609,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         `weights` per parameter: (bh, chunks + 1, …), as `state.updates`, of which token t reads entry
         ⌊(t + 1) / chunk⌋; or (bh, …), as `state.weights`; or the initial weights.
         """
-        check_floating('seq', seq)
-        check_shape('seq', seq, batch=None, length=None, dim=self.dim)
+        self._layout.check_rows('seq', seq)
         over_time = self._layout.over_time('weights', weights, seq.shape[0])
         rows, _ = self._query_rows(seq, self._layout.no_pending(seq))
         return self._retrieve(seq.shape[1], rows, over_time, 0)
@@ -590,8 +626,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         """
         if self.mixes_tokens:
             raise ValueError('recall asks for each row by itself, and this memory network mixes them')
-        check_floating('seq', seq)
-        check_shape('seq', seq, batch=None, length=None, dim=self.dim)
+        self._layout.check_rows('seq', seq)
         if isinstance(state, StepState):
             base = state.base
         else:
@@ -600,9 +635,9 @@ class NeuralMemory(Resettable, InReferenceFormat):
         queries = self._queries_of(pointwise(self.to_queries)(normed))
         return self._combined(self._predict(base, queries), normed)
 
-    def _opened(self, state: Any, seq: Float[Tensor, 'b n d']) -> OpenState:
+    def _opened(self, state: Any, seq: Float[Tensor, 'b n d'], **names: Any) -> OpenState:
         init_momentum = self.init_momentum if self.to_momentum is not None else lambda batch: TensorDict({})
-        return self._layout.opened(state, seq, self.init_weights, init_momentum)
+        return self._layout.opened(state, seq, self.init_weights, init_momentum, **names)
 
     # one token at a time, without gradients, over buffers of constant size
 
@@ -748,8 +783,9 @@ class NeuralMemory(Resettable, InReferenceFormat):
         after = OpenState(state.seq_index + complete, base, last, stacked, rest)
 
         def by_row(t: Float[Tensor, 'bh n m']) -> Float[Tensor, 'b h n']:
-            return rearrange(t, '(b h) n m -> b h (n m)', h=self.heads)
+            return rearrange(t[..., :rows_stored], '(b h) n m -> b h (n m)', h=self.heads)
 
+        rows_stored = self.store_chunk_size * self.num_kv_per_token - self.store_with_lookahead_value
         surprises = by_row(torch.cat(losses, dim=1)), by_row(chunks.step_sizes)
         return FastWeights.joined(pieces, last), after, surprises
 
@@ -796,15 +832,20 @@ class NeuralMemory(Resettable, InReferenceFormat):
         keys, values = (network_rows(t, self._like) for t in (keys, values))
 
         # gates in float32 under any autocast, and of a module in half precision
-        logits = at_least_float32(self.to_adaptive_step(seq[:, self.conv_reach :]))
-        step_sizes = self.adaptive_step_transform(logits)
+        step_logits = at_least_float32(self.to_adaptive_step(seq[:, self.conv_reach :]))
+        step_sizes = self.adaptive_step_transform(step_logits)
+        if not isinstance(step_sizes, Tensor) or step_sizes.shape != step_logits.shape:
+            expected = f'a step size for each logit, {tuple(step_logits.shape)}'
+            raise ValueError(f'adaptive_step_transform must return {expected}, got {described(step_sizes)}')
         step_sizes = rearrange(step_sizes, 'bh (n m) -> bh n m', m=rows)
         if mask is not None:
             stored = repeat(mask, 'b (n c) -> (b h) n (c u)', h=self.heads, c=chunk_size, u=self.num_kv_per_token)
             step_sizes = torch.where(stored, step_sizes, 0.0)
 
-        if self.store_with_lookahead_value:
+        if self.store_with_lookahead_value and rows > 1:
             keys, values, step_sizes = keys[..., :-1, :], values[..., 1:, :], step_sizes[..., :-1]
+        elif self.store_with_lookahead_value:  # no row has a next one; a step size of 0 stores nothing
+            step_sizes = F.pad(step_sizes[..., :-1], (0, 1))
 
         modulation = _optional(self.to_layer_modulation, pooled)
         return Chunks(
@@ -908,6 +949,15 @@ class NeuralMemory(Resettable, InReferenceFormat):
         if self.retrieve_gate is not None:
             values = values * self.retrieve_gate(normed)
         return self.combine_heads(values.transpose(1, 2).flatten(2))
+
+
+def _checked_chunk_sizes(chunk_size: Any) -> tuple[int, int]:
+    """The sizes for retrieving and storing, from one for both or from a pair."""
+    pair = [*chunk_size] if isinstance(chunk_size, (tuple, list)) else [chunk_size] * 2
+    if len(pair) != 2:
+        raise ValueError(f'chunk_size must be an integer or a pair (retrieve, store), got {described(chunk_size)}')
+    retrieve, store = (check_integer('chunk_size', size, 1) for size in pair)
+    return retrieve, store
 
 
 def _optional(module: Module | None, x: Tensor) -> Tensor | None:

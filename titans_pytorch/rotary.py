@@ -47,6 +47,11 @@ class Rotary(RotaryEmbedding):
         return positions / self.interpolate_factor
 
 
+def check_rotary_width(dim_head: int) -> None:
+    if dim_head < 3:
+        raise ValueError(f'dim_head must be at least 3, the smallest rotary dimension, got {dim_head}')
+
+
 def rotate(
     rotary: RotaryEmbedding, t: Float[Tensor, 'b h n d'], positions: Int[Tensor, ' n']
 ) -> Float[Tensor, 'b h n d']:
@@ -76,6 +81,9 @@ def frequencies(rotary: RotaryEmbedding) -> Float[Tensor, ' d/2']:
 
 def turned(t: Float[Tensor, '... d'], by: Float[Tensor, 'd/2 2']) -> Float[Tensor, '... d']:
     """What `rotate` computes, for a single position: neighbouring features as the two parts of a complex number."""
+    width = 2 * by.shape[-2]
+    if width < t.shape[-1]:  # an odd width has a feature left over
+        return torch.cat((turned(t[..., :width].contiguous(), by), t[..., width:]), dim=-1)
     pairs = t.unflatten(-1, (-1, 2)).to(by.dtype)
     if torch.compiler.is_compiling():  # which generates no code for complex numbers
         (real, imaginary), (cos, sin) = pairs.unbind(-1), by.unbind(-1)
