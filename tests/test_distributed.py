@@ -75,6 +75,12 @@ def full(tensor: Any) -> Tensor:
     return tensor.full_tensor()
 
 
+def over_processes(loss: Tensor) -> float:
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    return total.item()
+
+
 def _trained_and_reloaded(rank: int, folder: Path) -> None:
     for name in MODELS:
         torch.manual_seed(0)
@@ -97,13 +103,13 @@ def _trained_and_reloaded(rank: int, folder: Path) -> None:
         came = {key: full(p.grad) for key, p in model.named_parameters() if p.requires_grad}
         assert_same(came, expected, 1e-5, name)
 
-        before = model(own, return_loss=True).item()
+        before = over_processes(model(own, return_loss=True))
         for _ in range(3):
             optimizer.zero_grad()
             model(own, return_loss=True).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-        assert model(own, return_loss=True).item() < before
+        assert over_processes(model(own, return_loss=True)) < before
 
         checkpoint = folder / name.replace(', ', ' ')
         dcp.save({'model': model.state_dict()}, checkpoint_id=checkpoint)
