@@ -514,7 +514,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
             prev_weights: another memory's `state.updates`, if `accept_weight_residual`: over the tokens of this call,
                 or over the sequence from its first token on, this call's included.
             store_mask: which tokens to store: booleans, or the integers 0 and 1, (batch, length). A masked token still
-                takes part in its chunk: it has step size 0, but the chunk counts it, and forgets when it is complete. To leave the memory as it is, see `store`.
+                takes part in its chunk: it has step size 0, but the chunk counts it, and forgets when it is complete. To
+                leave the memory as it is, see `store`.
             return_surprises: also return losses and step sizes, (batch, heads, rows) each, of the chunks completed.
             ttt_batch_size: memory-batch length for this call, in place of `batch_size`.
             cache: another name for `state`.
