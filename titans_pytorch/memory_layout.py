@@ -262,12 +262,14 @@ def check_memory_loss(loss_fn: Callable[[Tensor, Tensor], Any], shape: tuple[int
 
 def check_memory_model(model: Module, dim_head: int) -> None:
     """A memory network keeps the shape of its input, has parameters and has no buffers."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError('model must be a module of Python code, got a scripted one: pass the module it was made from')
     buffers = [name for name, _ in model.named_buffers()]
     if buffers:
         raise ValueError(f'model must have no buffers, got {buffers}')
-    first = next(model.parameters(), None)
+    first = next((p for p in model.parameters() if p.requires_grad), None)
     if first is None:
-        raise ValueError('model must have parameters: they are the memory')
+        raise ValueError('model must have parameters that are not frozen: they are the memory')
 
     rows = torch.zeros(3, 2, dim_head, dtype=first.dtype, device=first.device)
     try:
