@@ -170,6 +170,6 @@ def test_values_and_gradients_on_a_gpu(switch: str, dtype: torch.dtype, autocast
         came, state = mem(seq if autocast else seq.to(dtype))
     came.float().square().mean().backward()
     error = (came.float() - expected).norm() / expected.norm()
-    assert error < 20 * torch.finfo(dtype).eps
+    assert error < 30 * torch.finfo(dtype).eps
     assert all(p.grad is None or p.grad.isfinite().all() for p in mem.parameters())
     assert all(w.dtype == torch.float32 for weights in (state.weights, *state.states) for w in weights.values())

@@ -249,10 +249,14 @@ class CapturedStepper(Stepper):
         try:
             self._warm_up(kind)
             graph = torch.cuda.CUDAGraph()
-            # one pool for all: they run one after the other, and leave nothing in it
-            # a stream of its own, and no objection to what other threads do: they may capture or run, too
-            own = torch.cuda.Stream()
-            with torch.cuda.graph(graph, pool=self._pool, stream=own, capture_error_mode='thread_local'):
+            # one pool for all: they run one after the other, and leave nothing in it. A device captures one graph at a
+            # time; other threads may run and replay meanwhile
+            settings: dict[str, Any] = {
+                'pool': self._pool,
+                'stream': torch.cuda.Stream(),
+                'capture_error_mode': 'thread_local',
+            }
+            with _CAPTURING, torch.cuda.graph(graph, **settings):
                 super()._step(kind)
         finally:
             torch.set_autocast_cache_enabled(caches)
@@ -271,6 +275,8 @@ class CapturedStepper(Stepper):
                     buffer.copy_(before)
         torch.cuda.current_stream().wait_stream(side)
 
+
+_CAPTURING = threading.Lock()
 
 _IDLE: weakref.WeakKeyDictionary[Any, dict[Hashable, CapturedStepper]] = weakref.WeakKeyDictionary()
 
