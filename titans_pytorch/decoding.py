@@ -251,12 +251,8 @@ class CapturedStepper(Stepper):
             graph = torch.cuda.CUDAGraph()
             # one pool for all: they run one after the other, and leave nothing in it. A device captures one graph at a
             # time; other threads may run and replay meanwhile
-            settings: dict[str, Any] = {
-                'pool': self._pool,
-                'stream': torch.cuda.Stream(),
-                'capture_error_mode': 'thread_local',
-            }
-            with _CAPTURING, torch.cuda.graph(graph, **settings):
+            own = torch.cuda.Stream()
+            with _CAPTURING, torch.cuda.graph(graph, self._pool, own, capture_error_mode='thread_local'):
                 super()._step(kind)
         finally:
             torch.set_autocast_cache_enabled(caches)
