@@ -107,3 +107,14 @@ def test_a_memory_serves_four_threads_on_a_gpu(switch: str):
     mem = memory(switch).float().cuda()
     arguments = [inputs(mem, 21, batch).float().cuda() for batch in BATCHES['different batches']]
     assert outcomes(mem, arguments, repeats=12) == {'right': 48}
+
+
+def test_clients_share_compiled_steps(steps_compiled_eagerly: list[Any]):
+    torch.compiler.reset()
+    model = build('LMM').eval()
+
+    def sample(prompt: Tensor) -> Tensor:
+        return model.sample(prompt, 12, temperature=0.0, use_cache=True, compiled=True, show_progress=False)
+
+    assert outcomes(sample, [ids(5) for _ in range(3)], repeats=3) == {'right': 9}
+    assert len(steps_compiled_eagerly) == 2  # inside a chunk, and at its end
