@@ -125,21 +125,15 @@ class InitialWeights(ParameterSequence):
         self.names = [name for name, _ in network.named_parameters()]
         # in a tuple, it is not registered; on the meta device, it holds no weights
         self.template = (on_meta(network),)
-        for name, constant in network.named_buffers():
-            self.register_buffer(self._of_constant(name), constant)
-
-    @staticmethod
-    def _of_constant(name: str) -> str:
-        return f'constant_{name.replace(".", "_")}'
+        for index, constant in enumerate(network.buffers()):
+            self.register_buffer(f'constant_{index}', constant)
 
     @property
     def network(self) -> Module:
         """The memory network as a template: without weights, with its constants."""
         template = self.template[0]
-        constants = [*template.named_buffers()]
-        if not constants:
-            return template
-        return with_tensors(template, {id(b): getattr(self, self._of_constant(name)) for name, b in constants})
+        constants = {id(empty): constant for empty, constant in zip(template.buffers(), self.buffers())}
+        return with_tensors(template, constants) if constants else template
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> Module:
         """The memory network with weights, by name."""
