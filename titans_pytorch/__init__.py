@@ -1,5 +1,6 @@
 """Neural long-term memory for sequence models: Titans (arXiv 2501.00663) and what learns at test time."""
 
+from titans_pytorch.gpu import without_kernels
 from titans_pytorch.lmm import LongTermMemoryModel
 from titans_pytorch.mac_transformer import MemoryAsContextTransformer
 from titans_pytorch.mag_transformer import MemoryAsGateTransformer
@@ -28,4 +29,5 @@ __all__ = [
     'NeuralMemState',
     'NeuralMemory',
     'mem_state_detach',
+    'without_kernels',
 ]

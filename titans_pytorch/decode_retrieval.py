@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
+from titans_pytorch import gpu
 from titans_pytorch.fast_weights import Weights
 from titans_pytorch.gates import MultiheadRMSNorm
 from titans_pytorch.memory_models import ResidualNorm, inner_mlp, mlp_matrices
@@ -65,7 +66,8 @@ def retrieve_one(
 
 def _kernel_for(parts: Retrieval, weights: Weights, projected: Tensor) -> Any:
     """The kernel, if it is to be used and computes this: in float32, and without a gradient."""
-    if not (projected.is_cuda if USE_KERNEL is None else USE_KERNEL) or torch.is_grad_enabled():
+    asked = projected.is_cuda if USE_KERNEL is None else USE_KERNEL
+    if not (asked and gpu.kernels_are_on()) or torch.is_grad_enabled():
         return None
     kernel = _kernel()
     mlp = inner_mlp(parts.model)

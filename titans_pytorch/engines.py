@@ -20,7 +20,7 @@ from torch.func import grad, vmap
 from torch.nn import Module
 from torch.utils._pytree import tree_leaves
 
-from titans_pytorch import batch_walk, fused_mlp, retrieval, spectral_run
+from titans_pytorch import batch_walk, fused_mlp, gpu, retrieval, spectral_run
 from titans_pytorch.fast_weights import Factors, FastWeights, Piece, Runs, Stretch, Weights, times
 from titans_pytorch.memory_models import ResidualNorm, inner_mlp
 from titans_pytorch.orthogonalize import newton_schulz
@@ -778,7 +778,7 @@ def fused_record_serves(
 ) -> bool:
     """Whether `fused_mlp.record` computes `_factors`: where it is one operation, and without a gradient, for which
     operations written out are fewer than those of autograd."""
-    if not is_plain_mlp(model, loss_fn):
+    if not is_plain_mlp(model, loss_fn) or gpu.is_transformed():
         return False
     if residual is not None and residual.dense.keys() != base.keys():
         return False
