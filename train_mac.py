@@ -653,6 +653,18 @@ def latest_checkpoint(folder: Path) -> dict[str, Any]:
     raise BadCheckpoint(f'there is no checkpoint to resume in {folder}')
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """A checkpoint of an earlier version also lists parameters without elements, and scalars without a dimension."""
+    (group,), state = saved['param_groups'], saved['state']
+    kept = [index for index in group['params'] if index not in state or state[index]['exp_avg'].numel()]
+    moments = {
+        index: {key: value if key == 'step' else value.reshape(parameter.shape) for key, value in state[old].items()}
+        for index, (old, parameter) in enumerate(zip(kept, optimizer.param_groups[0]['params']))
+        if old in state
+    }
+    optimizer.load_state_dict({'state': moments, 'param_groups': [{**group, 'params': [*range(len(kept))]}]})
+
+
 # evaluation -----------------------------------------------------------------------------------------------------------
 
 
@@ -860,7 +872,7 @@ def training_loop(
     try:
         if resume is not None:
             model.load_state_dict(resume['model_state_dict'])
-            optimizer.load_state_dict(resume['optimizer_state_dict'])
+            load_optimizer(optimizer, resume['optimizer_state_dict'])
             torch.set_rng_state(resume['random'])
             random.setstate(resume['python_random'])
             generator.set_state(resume['windows_random'])

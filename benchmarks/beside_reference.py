@@ -50,9 +50,12 @@ def train(arguments: list[str]) -> int:
 
 
 def initial_weights(path: str) -> None:
+    """By our package, for both."""
+    from titans_pytorch import reference_state_dict
+
     train_mac = load_train_mac()
     model = train_mac.build_model(train_mac.Config(PRESET='full', DEVICE='cpu'))
-    torch.save(model.state_dict(), path)
+    torch.save(reference_state_dict(model), path)
 
 
 def read(folders: list[str]) -> dict[str, list[dict[str, Any]]]:

@@ -40,7 +40,10 @@ def expected_output(layer: SegmentedAttention, seq: torch.Tensor) -> torch.Tenso
     )
     positions = torch.arange(seq.shape[1])
     queries, keys = (rotate(layer.rotary_emb, t, positions) for t in (queries, keys))
-    persistent_keys, persistent_values = layer.persistent_memory.unsqueeze(1).expand(-1, len(seq), -1, -1, -1)
+    if layer.persistent_memory is None:
+        persistent_keys = persistent_values = keys[:, :, :0]
+    else:
+        persistent_keys, persistent_values = layer.persistent_memory.unsqueeze(1).expand(-1, len(seq), -1, -1, -1)
 
     window, length = layer.total_segment_len, seq.shape[1]
     visible = torch.tensor([[sees(i, j, window, layer.sliding) for j in range(length)] for i in range(length)])

@@ -21,6 +21,7 @@ from titans_pytorch import (
 from titans_pytorch.connections import (
     EPS,
     ITERATIONS,
+    HyperConnection,
     Unwritten,
     connect,
     connected,
@@ -51,6 +52,9 @@ def kernel():
 
 
 def connection(streams, dim, adds=True, device=DEVICE, constraint=sinkhorn_knopps, **changes):
+    """The package's; or, with our `sinkhorn` and no other change, the one that models have."""
+    if constraint is sinkhorn and not changes:
+        return randomised(HyperConnection(streams, dim, adds)).to(device)
     make, *_ = mc_get_init_and_expand_reduce_stream_functions(
         streams, dim=dim, disable=False, residual_mix_constraint_fn=constraint
     )

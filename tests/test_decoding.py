@@ -366,6 +366,41 @@ def test_compiled_steps():
     assert_same(sampled(model, prompt, 12, compiled=True), sampled(model, prompt, 12), 1e-9)
 
 
+@pytest.mark.parametrize('use_cache', [False, True])
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
+@pytest.mark.parametrize('pad_token', [-1, -100, TOKENS])
+def test_padding_outside_the_vocabulary(pad_token, device, use_cache):
+    """The model never reads it: rows that go on get what they get beside a pad token of the vocabulary."""
+    model, prompt = transformer(0).to(device), ids(6).to(device)
+    kwargs = {'prompt_lengths': [6, 3], 'use_cache': use_cache, **GREEDY}
+    unstopped = model.sample(prompt, 30, **kwargs)
+    kwargs['stop_tokens'] = unstopped[1, 4].item()
+    expected = model.sample(prompt, 30, pad_token=0, **kwargs)
+    came = model.sample(prompt, 30, pad_token=pad_token, **kwargs)
+    ended = [(row == kwargs['stop_tokens']).nonzero()[0].item() for row in expected]
+    assert ended[1] <= 4 and ended[0] != ended[1]  # one ends before the other
+    for row, (own, end) in enumerate(zip(came, ended)):
+        assert torch.equal(own[: end + 1], expected[row, : end + 1])
+        assert (own[end + 1 :] == pad_token).all()
+    prompt[1, 3:] = pad_token  # and where it pads the prompt
+    assert torch.equal(model.sample(prompt, 30, pad_token=pad_token, **kwargs), came)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('use_cache', [False, True])
+def test_logits_of_nan_on_a_gpu_are_found_at_the_end(use_cache):
+    model, prompt = transformer(0).cuda(), ids(6).cuda()
+    calls = []
+
+    def filter_fn(logits):
+        calls.append(len(logits))
+        return torch.full_like(logits, float('nan')) if len(calls) == 3 else logits
+
+    with pytest.raises(ValueError, match='logits must leave a token to choose'):
+        model.sample(prompt, 16, use_cache=use_cache, filter_fn=filter_fn, filter_kwargs={}, show_progress=False)
+    assert len(calls) == 10
+
+
 def test_bad_arguments_of_sampling():
     model, prompt = transformer(0), ids(6)
     for lengths in ([3], [0, 4], [3, 7], [2.5, 3]):

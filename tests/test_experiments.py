@@ -199,7 +199,7 @@ def test_attention_refuses_more_queries_than_keys() -> None:
         ({'heads': 0}, ValueError, 'heads must be a positive integer, got 0'),
         ({'heads': 1.5}, TypeError, 'heads must be a positive integer, got 1.5'),
         ({'mlp_hiddens': (4,)}, ValueError, 'mlp_hiddens must have two or more widths'),
-        ({'mlp_hiddens': [4, 4]}, TypeError, 'mlp_hiddens must be a tuple'),
+        ({'mlp_hiddens': '44'}, TypeError, 'mlp_hiddens must be a tuple'),
         ({'mlp_hiddens': (4, 0)}, ValueError, r'mlp_hiddens\[1\] must be a positive integer, got 0'),
         ({'mlp_hiddens': (4, 2)}, ValueError, 'mlp_hiddens must be at least 3'),
     ],

@@ -16,6 +16,7 @@ FLOORS = [
         'shapes',
         'gpu',
         'checks',
+        'parameters',
         'precision',
         'norms',
         'stateless',

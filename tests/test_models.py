@@ -336,7 +336,7 @@ def test_calls():
         ({'cache': state}, ValueError, 'x must go beyond the 10 tokens in the cache, got 10'),
         ({'mask': mask, 'return_state': True}, ValueError, 'leave out state, cache and return_state'),
         ({'mask': mask[:, :9]}, ValueError, r'mask must be \(batch=2, length=10\), got \(2, 9\)'),
-        ({'mask': mask.long()}, TypeError, 'mask must be a boolean tensor'),
+        ({'mask': mask.double()}, TypeError, 'mask must be a boolean tensor'),
         ({'mask': ~mask}, ValueError, 'mask must leave at least one token'),
         ({'document_ids': torch.rand(2, 10)}, TypeError, 'document_ids must hold integers'),
         ({'state': build('MAL', depth=3)(tokens, return_state=True)[1]}, ValueError, 'state must be of a model'),

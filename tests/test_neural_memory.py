@@ -164,7 +164,7 @@ def test_a_module_of_linears_equals_the_same_matrices():
     ours = memory(model=MemoryMLP(HEAD, depth=2))
     linears = nn.Sequential(nn.Linear(HEAD, HEAD * 2, bias=False), nn.GELU(), nn.Linear(HEAD * 2, HEAD, bias=False))
     theirs = memory(model=linears)
-    state = {name: p for name, p in ours.state_dict().items() if not name.startswith('memory_model.')}
+    state = ours.state_dict()
     for index in (1, 2):
         state[f'memory_model_parameters.{index}'] = state[f'memory_model_parameters.{index}'].mT
     theirs.load_state_dict(state)
@@ -370,3 +370,30 @@ def test_checkpointing_bounds_what_a_step_holds():
     # what each further token costs
     kept, recomputed = ((held(512, **kw) - held(256, **kw)) / 256 for kw in ({}, {'checkpoint_every': 128}))
     assert recomputed < kept / 8
+
+
+NO_ROW = pytest.mark.filterwarnings('ignore:store_with_lookahead_value with chunks of a single row')
+
+
+@NO_ROW
+@pytest.mark.parametrize('batch_size', [None, 4])
+@pytest.mark.parametrize('engine', ['dual', 'dense'])
+@pytest.mark.parametrize(
+    'switch', ['plain', 'soft clamp', 'spectral norm', 'momentum of order 2', 'step size per parameter']
+)
+def test_lookahead_in_chunks_of_one_row_stores_nothing(switch, engine, batch_size):
+    """Forgetting goes on, as where a mask stores nothing."""
+    kwargs = {'chunk_size': 1, 'batch_size': batch_size, 'engine': engine}
+    mem, plain = memory(switch, store_with_lookahead_value=True, **kwargs), memory(switch, **kwargs)
+    seq = inputs(mem, 6)
+    out, state, (losses, step_sizes) = mem(seq, return_surprises=True)
+    expected, masked = plain(seq, store_mask=torch.zeros(2, 6, dtype=torch.bool))
+    assert losses.shape == step_sizes.shape == (2, 2, 0)
+    assert_same((out, state.weights, state.states), (expected, masked.weights, masked.states), 1e-12)
+    came, wanted = (gradients(m, o.square().sum()) for m, o in ((mem, out), (plain, expected)))
+    assert_same(came, wanted, 1e-10)  # a zero where a parameter has no effect, not none
+    pieces, before = [], None
+    for piece in seq.split([1, 3, 2], dim=1):
+        retrieved, before = mem(piece, state=before)
+        pieces.append(retrieved)
+    assert_same(torch.cat(pieces, dim=1), out, 1e-12)

@@ -10,18 +10,29 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from einops.layers.torch import Rearrange
-from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
-from torch.nn import Linear, Module
+from torch.nn import Linear
 from torch.nn.attention.flex_attention import flex_attention
 from x_transformers.attend import Attend
 
-from titans_pytorch.checks import check_floating, check_not_negative, check_positive, check_shape
+from titans_pytorch.checks import (
+    check_broadcasts,
+    check_callable,
+    check_flags,
+    check_floating,
+    check_keywords,
+    check_not_negative,
+    check_positive,
+    check_shape,
+    checked_key_values,
+    flags_among,
+)
 from titans_pytorch.decode_attention import Position, Ring, ValueMix, attend_one, heads_of
 from titans_pytorch.gates import HeadsFirst
 from titans_pytorch.masks import after_persistent, over_positions, segmented, segmented_block_mask
 from titans_pytorch.model_state import KeyValues
-from titans_pytorch.rotary import rotate
+from titans_pytorch.parameters import InReferenceFormat, Resettable
+from titans_pytorch.rotary import Rotary, check_rotary_width, rotate
 from titans_pytorch.shapes import Float
 
 
@@ -49,7 +60,7 @@ def segmented_flex_attention(
     return partial(attend, block_mask=block_mask)
 
 
-class SegmentedAttention(Module):
+class SegmentedAttention(Resettable, InReferenceFormat):
     """Causal attention within a window of `segment_len + num_longterm_mem_tokens` positions.
 
     Windows are blocks that do not see each other or, with `sliding`, each token sees that many positions back. Every
@@ -84,10 +95,15 @@ class SegmentedAttention(Module):
         use_flex_attn: bool = False,
     ):
         super().__init__()
-        check_positive(dim=dim, segment_len=segment_len, dim_head=dim_head, heads=heads)
-        check_not_negative(
+        dim, segment_len, dim_head, heads = check_positive(
+            dim=dim, segment_len=segment_len, dim_head=dim_head, heads=heads
+        )
+        num_persist_mem_tokens, num_longterm_mem_tokens = check_not_negative(
             num_persist_mem_tokens=num_persist_mem_tokens, num_longterm_mem_tokens=num_longterm_mem_tokens
         )
+        check_flags(**flags_among(locals(), SegmentedAttention))
+        check_keywords(attend_kwargs=attend_kwargs)
+        check_rotary_width(dim_head)
         self.dim = dim
         self.segment_len = segment_len
         self.num_longterm_mem_tokens = num_longterm_mem_tokens
@@ -98,16 +114,28 @@ class SegmentedAttention(Module):
 
         dim_inner = dim_head * heads
         self.norm = nn.RMSNorm(dim)
-        self.rotary_emb = RotaryEmbedding(dim_head)
+        self.rotary_emb = Rotary(dim_head)
         self.attend = Attend(causal=True, **attend_kwargs)
         self.to_qkv = Linear(dim, dim_inner * 3, bias=False)
         self.to_out = Linear(dim_inner, dim, bias=False)
         self.to_learned_v_mix = (
             nn.Sequential(Linear(dim, heads), HeadsFirst(heads), nn.Sigmoid()) if accept_value_residual else None
         )
-        self.heads = heads
+        self.heads, self.dim_head = heads, dim_head
         self.merge_heads = Rearrange('b h n d -> b n (h d)')
-        self.persistent_memory = nn.Parameter(torch.zeros(2, heads, num_persist_mem_tokens, dim_head))
+        self.persistent_memory = (
+            nn.Parameter(torch.empty(2, heads, num_persist_mem_tokens, dim_head)) if num_persist_mem_tokens else None
+        )
+        self._reset_own()
+
+    def _reset_own(self) -> None:
+        if self.persistent_memory is not None:
+            nn.init.zeros_(self.persistent_memory)
+
+    def empty_parameters(self) -> dict[str, tuple[int, ...]]:
+        if self.persistent_memory is not None:
+            return {}
+        return {'persistent_memory': (2, self.heads, 0, self.dim_head)}
 
     def forward(
         self,
@@ -132,18 +160,30 @@ class SegmentedAttention(Module):
             position: number of the first position of `seq`, with a cache. Default: the cache's length, which is
                 right for one that was never trimmed.
         """
-        check_floating('seq', seq)
+        check_floating('seq', seq, self.to_qkv.weight.dtype)
         check_shape('seq', seq, batch=None, length=None, dim=self.dim)
+        check_flags(disable_flex_attn=disable_flex_attn)
+        if flex_attn_fn is not None:
+            check_callable(flex_attn_fn=flex_attn_fn)
         if (value_residual is None) != (self.to_learned_v_mix is None):
             given = 'got none' if value_residual is None else 'but this layer has accept_value_residual=False'
             raise ValueError(f'value_residual must be given exactly where accept_value_residual=True, {given}')
+        if value_residual is not None:
+            batch, length, dim_head = *seq.shape[:2], self.dim_head
+            check_floating('value_residual', value_residual)
+            check_shape(
+                'value_residual', value_residual, batch=batch, heads=self.heads, length=length, dim_head=dim_head
+            )
+        if output_gating is not None:
+            check_broadcasts('output_gating', output_gating, seq)
+        if cache is not None:
+            cache, position = self.checked_cache('cache', cache, position, seq.shape[0])
 
         queries, keys, values, own_values = self._project(seq, value_residual)
 
         first = 0
         if cache is not None:
-            num_cached = cache[0].shape[-2]
-            first = 0 if position is None else position - num_cached
+            first = 0 if position is None else position - cache[0].shape[-2]
             keys, values = torch.cat((cache[0], keys), dim=-2), torch.cat((cache[1], values), dim=-2)
 
         if cache is not None and seq.shape[1] <= self.total_segment_len:
@@ -157,6 +197,18 @@ class SegmentedAttention(Module):
         if output_gating is not None:
             out = out * output_gating
         return out, AttnIntermediates(own_values, (keys, values))
+
+    def checked_cache(self, name: str, cache: Any, position: Any, batch: int | None) -> tuple[KeyValues, int | None]:
+        """Keys and values of positions before `position`, if they are of this attention; and the position."""
+        key_values = checked_key_values(name, cache, batch, self.heads, self.dim_head)
+        if position is not None:
+            (position,) = check_not_negative(position=position)
+            if key_values[0].shape[-2] > position * self.keys_per_position:
+                raise ValueError(
+                    f'{name} must hold no more than the {position} positions before position={position}, '
+                    f'got {key_values[0].shape[-2] // self.keys_per_position}'
+                )
+        return key_values, position
 
     def trimmed(self, key_values: KeyValues, position: int) -> KeyValues:
         """What tokens from `position` on can still see: the last window if it slides, else the one not full yet."""
@@ -246,6 +298,8 @@ class SegmentedAttention(Module):
         return rotate(self.rotary_emb, queries, torch.arange(first, first + queries.shape[-2], device=queries.device))
 
     def _with_persistent(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if self.persistent_memory is None:
+            return keys, values
         persistent = repeat(self.persistent_memory.to(keys.dtype), 'kv h p d -> kv b h p d', b=keys.shape[0])
         return torch.cat((persistent[0], keys), dim=-2), torch.cat((persistent[1], values), dim=-2)
 

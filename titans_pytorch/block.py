@@ -19,6 +19,7 @@ from titans_pytorch.decoding import StepKind
 from titans_pytorch.memory_state import NeuralMemState, StepState
 from titans_pytorch.model_state import KeyValues
 from titans_pytorch.neural_memory import NeuralMemory
+from titans_pytorch.parameters import Resettable
 from titans_pytorch.shapes import Int
 
 
@@ -79,7 +80,7 @@ class Parts(NamedTuple):
     """Of the first of the sequence; `None` for a single one."""
 
 
-class Block(Module):
+class Block(Resettable):
     """One layer. It has a `memory`, an `attention` (either may be `None`), a `feedforward` and `connections`."""
 
     memory: NeuralMemory | None

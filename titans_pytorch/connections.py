@@ -14,16 +14,25 @@ streams x_s of a position, with r_s = √D / ‖x_s‖, gain 1 + γ, weights A a
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from hyper_connections.manifold_constrained_hyper_connections import ManifoldConstrainedHyperConnections, add
-from torch import Tensor
-from torch.nn import Identity, Module
+from hyper_connections.manifold_constrained_hyper_connections import (
+    ManifoldConstrainedHyperConnections,
+    Residual,
+    RMSNorm,
+    StreamEmbed,
+    add,
+    get_expand_reduce_stream_functions,
+)
+from torch import Tensor, nn
+from torch.nn import Identity, Module, Parameter
 
 from titans_pytorch import gpu
+from titans_pytorch.parameters import InReferenceFormat, Resettable, fill
 from titans_pytorch.shapes import Float
 from titans_pytorch.sinkhorn import EPS, plain_backward, plain_forward, sinkhorn, sinkhorn_of_few
 
@@ -36,6 +45,83 @@ ITERATIONS = 20
 
 MOST_STREAMS = 8
 """Of a sequence, that its kernels serve."""
+
+
+class StreamNorm(RMSNorm):
+    """The norm of a hyper-connection."""
+
+    gamma: Tensor
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.gamma)
+
+
+class HyperConnection(Resettable, InReferenceFormat, ManifoldConstrainedHyperConnections):
+    """The connection of a branch to `streams` residual streams of width `dim`, without a scalar parameter.
+
+    Which stream the branch reads at first is drawn from Python's `random`.
+    """
+
+    static_alpha: Tensor
+    dynamic_alpha_fn: Tensor
+    pre_branch_scale: Tensor
+    residual_scale: Tensor
+    static_beta: Tensor
+    dynamic_beta_fn: Tensor
+    num_residual_streams: int
+
+    scalars = ('h_post_scale',)
+
+    def __init__(self, streams: int, dim: int, add_branch_out_to_residual: bool = True):
+        before = random.getstate()
+        super().__init__(
+            streams,
+            dim=dim,
+            add_branch_out_to_residual=add_branch_out_to_residual,
+            residual_mix_constraint_fn=sinkhorn,
+        )
+        random.setstate(before)  # the stream is drawn once, below
+        self.norm = StreamNorm(dim)
+        if add_branch_out_to_residual:
+            self.h_post_scale = Parameter(torch.empty(1))
+        self._reset_own()
+
+    def _reset_own(self) -> None:
+        streams = self.num_residual_streams
+        mix = torch.eye(streams, device=self.static_alpha.device)
+        read = mix[:, [random.randrange(streams)]]
+        fill(self.static_alpha, torch.cat((read, mix), dim=1))
+        nn.init.zeros_(self.dynamic_alpha_fn)
+        scales = [self.pre_branch_scale, self.residual_scale]
+        if self.add_branch_out_to_residual:
+            nn.init.ones_(self.static_beta)
+            nn.init.zeros_(self.dynamic_beta_fn)
+            scales.append(self.h_post_scale)
+        for scale in scales:
+            nn.init.constant_(scale, 1e-2)
+
+
+class ExpandStreams(Resettable, StreamEmbed):
+    """A sequence as `streams` streams, each with a learned vector added: (b, n, d) to (b · s, n, d)."""
+
+    stream_embed: Tensor
+
+    def __init__(self, streams: int, dim: int):
+        super().__init__(streams, dim, expand_to_streams=True)
+
+    def _reset_own(self) -> None:
+        nn.init.zeros_(self.stream_embed)
+
+
+def residual_streams(streams: int, dim: int) -> tuple[Callable[..., Module], Module, Module]:
+    """A function that makes connections of branches; and modules from one stream to several, and back to one.
+
+    With a single stream connections are plain residuals, and the modules do nothing.
+    """
+    expand, reduce = get_expand_reduce_stream_functions(streams, disable=streams == 1)
+    if streams == 1:
+        return Residual, expand, reduce
+    return functools.partial(HyperConnection, streams, dim), ExpandStreams(streams, dim), reduce
 
 
 class FoldedConnection(NamedTuple):
@@ -173,8 +259,8 @@ def _weights(connection: Any) -> list[Tensor]:
 
 def _kernels_serve(connection: Any, x: Streams) -> bool:
     """Whether the connection is one that the kernels know, in its plain settings, and the streams are for them."""
-    # subclasses may do otherwise
-    if type(connection) is not ManifoldConstrainedHyperConnections:
+    # other subclasses may do otherwise
+    if type(connection) not in (ManifoldConstrainedHyperConnections, HyperConnection):
         return False
     streams = x.residual if isinstance(x, Unwritten) else x
     plain = connection.num_fracs == connection.num_input_views == connection.num_dynamic_alpha_proposals == 1

@@ -21,6 +21,7 @@ from torch.nn import Module
 from torch.utils._pytree import tree_leaves
 
 from titans_pytorch import batch_walk, fused_mlp, gpu, retrieval, spectral_run
+from titans_pytorch.checks import described
 from titans_pytorch.fast_weights import Factors, FastWeights, Piece, Runs, Stretch, Weights, times
 from titans_pytorch.memory_models import ResidualNorm, inner_mlp
 from titans_pytorch.orthogonalize import newton_schulz
@@ -220,8 +221,8 @@ class Engine:
 
 def choose_engine(requested: str, model: Module, dim: int) -> type[Engine]:
     """The engine for a network of width `dim`: the one requested, or with `auto` the dual one if it can serve."""
-    if requested not in ('auto', 'dual', 'dense'):
-        raise ValueError(f"engine must be 'auto', 'dual' or 'dense', got {requested!r}")
+    if not isinstance(requested, str) or requested not in ('auto', 'dual', 'dense'):
+        raise ValueError(f"engine must be 'auto', 'dual' or 'dense', got {described(requested)}")
     if requested == 'dense':
         return DenseEngine
     obstacle = obstacle_to_dual(model, dim)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Linear, Module
 
+from titans_pytorch.checks import check_hidden_width
 from titans_pytorch.shapes import Float
 
 
@@ -19,5 +20,5 @@ class GEGLU(Module):
 
 def FeedForward(dim: int, mult: float = 4) -> nn.Sequential:
     """A gated feedforward with as many weights as an ungated one of `mult` times the width."""
-    dim_inner = int(dim * mult * 2 / 3)
+    dim_inner = check_hidden_width('ff_mult', dim, mult, gated=True)
     return nn.Sequential(nn.RMSNorm(dim), Linear(dim, dim_inner * 2), GEGLU(), Linear(dim_inner, dim))

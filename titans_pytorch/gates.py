@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import Linear, Module, Parameter
 
 from titans_pytorch.norms import l2_norm
+from titans_pytorch.parameters import Resettable
 from titans_pytorch.shapes import Float
 
 
@@ -17,7 +18,11 @@ class MultiheadRMSNorm(Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.rmsnorm = nn.RMSNorm(dim, elementwise_affine=False)
-        self.gamma = Parameter(torch.zeros(heads, 1, dim))
+        self.gamma = Parameter(torch.empty(heads, 1, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.gamma)
 
     def forward(self, x: Float[Tensor, 'b h n d']) -> Float[Tensor, 'b h n d']:
         return self.rmsnorm(x) * (self.gamma + 1.0)
@@ -34,15 +39,31 @@ class AveragePool(Module):
         return reduce(x, 'b (n c) d -> b n d', 'mean', c=chunk_size or self.chunk_size)
 
 
-class AttentionPool(Module):
+class StartingAt(Linear):
+    """A linear map that at first is `start` for every input."""
+
+    def __init__(self, dim: int, dim_out: int, start: float):
+        self.start = start
+        super().__init__(dim, dim_out)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # what is drawn after this does not depend on `start`
+        nn.init.zeros_(self.weight)
+        nn.init.constant_(self.bias, self.start)
+
+
+def linear_from(dim: int, dim_out: int, start: float | None) -> Linear:
+    """A linear map, initialised at random or, for every input, at `start`."""
+    return Linear(dim, dim_out) if start is None else StartingAt(dim, dim_out, start)
+
+
+class AttentionPool(Resettable):
     """A weighted mean of each chunk, weights learned per feature (Enformer); starts as the plain mean."""
 
     def __init__(self, dim: int, chunk_size: int):
         super().__init__()
         self.chunk_size = chunk_size
-        self.to_attn_logits = Linear(dim, dim)
-        nn.init.zeros_(self.to_attn_logits.weight)
-        nn.init.zeros_(self.to_attn_logits.bias)
+        self.to_attn_logits = StartingAt(dim, dim, 0.0)
 
     def forward(self, x: Float[Tensor, 'b n d'], chunk_size: int | None = None) -> Float[Tensor, 'b n d']:
         x = rearrange(x, 'b (n c) d -> b n c d', c=chunk_size or self.chunk_size)
@@ -56,7 +77,7 @@ class L2Norm(Module):
         return l2_norm(x)
 
 
-class CausalConv(Module):
+class CausalConv(Resettable):
     """Each feature's own convolution over the tokens up to each one: of k − 1 + n tokens, what the last n give."""
 
     def __init__(self, dim: int, kernel_size: int):
@@ -85,7 +106,7 @@ def pointwise(projection: Module) -> Module:
     return nn.Sequential(*(part for part in projection if not isinstance(part, CausalConv)))
 
 
-class Gated(Module):
+class Gated(Resettable):
     """What attention gives, gated by what memory gives, both normalised with learned vectors (Titans, section 4.2)."""
 
     def __init__(self, dim: int):
@@ -94,7 +115,8 @@ class Gated(Module):
         self.memory_norm = nn.RMSNorm(dim)
 
     def forward(self, attended: Float[Tensor, 'b n d'], retrieved: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
-        return self.attention_norm(attended) * self.memory_norm(retrieved).sigmoid()
+        dtype = self.attention_norm.weight.dtype  # which autocast may have lowered
+        return self.attention_norm(attended.to(dtype)) * self.memory_norm(retrieved.to(dtype)).sigmoid()
 
 
 class PerHead(Module):
@@ -119,17 +141,13 @@ class HeadsFirst(Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
-def gate(dim: int, heads: int, per_head: int, activation: Module | None = None) -> nn.Sequential:
-    """Chunk representations (b, n, dim) to `per_head` numbers for each head and chunk, (bh, n, per_head)."""
-    to_gate = Linear(dim, heads * per_head)
+def gate(
+    dim: int, heads: int, per_head: int, activation: Module | None = None, start: float | None = None
+) -> nn.Sequential:
+    """Chunk representations (b, n, dim) to `per_head` numbers for each head and chunk, (bh, n, per_head).
+
+    With `start` the gate is the same for every input at first, at this logit.
+    """
+    to_gate = linear_from(dim, heads * per_head, start)
     split = PerHead(heads)
     return nn.Sequential(to_gate, split) if activation is None else nn.Sequential(to_gate, split, activation)
-
-
-def start_at(module: nn.Sequential | None, bias: float | None) -> None:
-    """Make a gate the same for every input at first, at logit `bias`."""
-    if module is not None and bias is not None:
-        linear = module[0]
-        assert isinstance(linear, Linear)
-        nn.init.zeros_(linear.weight)
-        nn.init.constant_(linear.bias, bias)

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from titans_pytorch.checks import check_positive, check_token_ids
+from titans_pytorch.checks import (
+    check_broadcasts,
+    check_callable,
+    check_flags,
+    check_floating,
+    check_integer,
+    check_integers,
+    check_keywords,
+    check_number,
+    checked_token_ids,
+    described,
+    values_are_at_hand,
+)
 from titans_pytorch.decoding import CallStepper, Decodable, Stepper, evaluation_mode
 from titans_pytorch.model_state import ModelState
 from titans_pytorch.shapes import Float, Int
@@ -18,7 +31,15 @@ __all__ = ['gumbel_noise', 'gumbel_sample', 'min_p_filter', 'sample', 'stream']
 
 
 def min_p_filter(logits: Float[Tensor, '... l'], min_p: float = 0.1) -> Float[Tensor, '... l']:
-    """Rule out tokens less likely than `min_p` times the likeliest (arXiv 2407.01082)."""
+    """Rule out tokens less likely than `min_p` times the likeliest (arXiv 2407.01082).
+
+    `min_p` is a share from 0 to 1, or a tensor of them that broadcasts to the logits.
+    """
+    _check_logits(logits)
+    if isinstance(min_p, Tensor):
+        check_broadcasts('min_p', min_p, logits)
+    elif check_number('min_p', min_p, at_least=0) > 1:
+        raise ValueError(f'min_p must be a share of the likeliest token, from 0 to 1, got {min_p}')
     probs = logits.softmax(dim=-1)
     return logits.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), float('-inf'))
 
@@ -30,10 +51,40 @@ def gumbel_noise(t: Float[Tensor, ...]) -> Float[Tensor, ...]:
 
 
 def gumbel_sample(logits: Float[Tensor, '... l'], temperature: float = 1.0) -> Int[Tensor, '... 1']:
-    """A token from softmax(logits / temperature), by the Gumbel-max trick; the likeliest at temperature 0."""
+    """A token from softmax(logits / temperature), by the Gumbel-max trick; the likeliest at temperature 0.
+
+    Raises:
+        ValueError: for a temperature below 0, and for rows of logits that leave nothing to choose from (NaN, or all
+            −inf). These are looked for on a CPU only: on a GPU that would stop the stream.
+    """
+    temperature = check_number('temperature', temperature, at_least=0)
+    _check_logits(logits)
+    tokens, best = _drawn(logits, temperature)
+    if values_are_at_hand(best):
+        _check_choice(best)
+    return tokens.unsqueeze(-1)
+
+
+def _check_logits(logits: Any) -> None:
+    check_floating('logits', logits)
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f'logits must be (…, num_tokens), got {tuple(logits.shape)}')
+
+
+def _drawn(logits: Float[Tensor, '... l'], temperature: float) -> tuple[Int[Tensor, ...], Float[Tensor, ...]]:
+    """A token for each row, and its logit with the noise added: NaN or −inf where there was none to choose."""
     if temperature > 0.0:
         logits = logits / temperature + gumbel_noise(logits)
-    return logits.argmax(dim=-1, keepdim=True)
+    best, tokens = logits.max(dim=-1)
+    return tokens, best
+
+
+def _check_choice(best: Float[Tensor, ...]) -> None:
+    if not (best > float('-inf')).all():  # nor is NaN
+        raise ValueError(
+            'logits must leave a token to choose, and those of a row are NaN or all -inf: '
+            'the model gave them, or filter_fn left none'
+        )
 
 
 # methods of every model
@@ -62,17 +113,18 @@ def sample(
     """Continue `prompt` to a total length of `seq_len` tokens; returns what was added.
 
     Args:
-        prompt: token ids (batch, length), at least one.
+        prompt: token ids (batch, length) of any integer dtype, at least one.
         seq_len: total length, prompt included.
-        temperature: 0 always takes the likeliest token.
+        temperature: 0 always takes the likeliest token; it cannot be negative.
         filter_fn: called as `filter_fn(logits, **filter_kwargs)` on the logits of each step, (batch, num_tokens).
         show_progress: show a progress bar.
         use_cache: keep the state between steps; same tokens, and a step's cost does not grow with the length.
         prompt_lengths: how many tokens of each row of `prompt` count, the rest being padding on the right. What a row
             adds then follows its own prompt, and is padded on the right in its turn.
-        stop_tokens: tokens that end a sequence. The token itself is returned, `pad_token` after it, and when all
-            sequences have ended there are no more steps.
-        pad_token: what stands where a row has nothing.
+        stop_tokens: token or tokens that end a sequence. The token itself is returned, `pad_token` after it, and when
+            all sequences have ended there are no more steps.
+        pad_token: what stands where a row has nothing. It need not be in the vocabulary, as −1 and −100 are not: the
+            model then reads token 0 in its place, in rows that have ended.
         cache: of the call before, whose prompt and result `prompt` begins with; only what follows is processed.
         state: the same, but `prompt` is only what follows: the last token that the call before added, which it did not
             read, and what is new.
@@ -86,24 +138,29 @@ def sample(
             as they are where one of its modules has hooks: exact, of constant cost, and slower.
 
     Returns:
-        tokens (batch, seq_len − length of the shortest prompt), or fewer if all sequences end; with `return_cache` a
-        pair with the cache.
+        tokens (batch, seq_len − length of the shortest prompt), int64, or fewer if all sequences end; with
+        `return_cache` a pair with the cache.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit; and for logits that leave no token to choose, NaN or all
+            −inf. On a GPU, where looking at each step would wait for it, these are found at the end.
     """
-    lengths = _checked_lengths(prompt, prompt_lengths)
+    check_flags(show_progress=show_progress, use_cache=use_cache, return_cache=return_cache, store=store)
+    task = _Task.of(self, prompt, prompt_lengths, seq_len, stop_tokens, pad_token)
     choose = _chooser(temperature, filter_fn, filter_kwargs)
     stepwise = use_cache or return_cache or cache is not None or state is not None
     reader = _Stepwise(self, cache, state, cuda_graphs, compiled, store) if stepwise else _Rereading(self, store)
-    tokens = _tokens(self, reader, prompt, lengths, seq_len, choose, stop_tokens, pad_token)
+    tokens = _tokens(self, reader, task, choose)
 
-    out = [prompt[:, :0]]
-    with tqdm(total=max(0, seq_len - min(lengths)), disable=not show_progress) as progress:
+    out = [task.prompt[:, :0]]
+    with tqdm(total=max(0, task.seq_len - min(task.lengths)), disable=not show_progress) as progress:
         try:
             while True:
                 out.append(next(tokens).unsqueeze(1))
                 progress.update()
         except StopIteration as end:
             next_cache = end.value
-    added = _without_prompts(torch.cat(out, dim=1), lengths, pad_token)
+    added = _without_prompts(torch.cat(out, dim=1), task.lengths, task.pad_token)
     return (added, next_cache) if return_cache else added
 
 
@@ -132,52 +189,78 @@ def stream(
     The model is in evaluation mode until the generator ends or is closed. Its value, `cache = yield from
     model.stream(…)`, is the cache for a later call.
     """
-    lengths = _checked_lengths(prompt, prompt_lengths)
+    task = _Task.of(self, prompt, prompt_lengths, seq_len, stop_tokens, pad_token)
     choose = _chooser(temperature, filter_fn, filter_kwargs)
-    reader = _Stepwise(self, cache, state, cuda_graphs, compiled, store)
-    return _tokens(self, reader, prompt, lengths, seq_len, choose, stop_tokens, pad_token)
+    return _tokens(self, _Stepwise(self, cache, state, cuda_graphs, compiled, store), task, choose)
 
 
 # the loop
 
-Choose = Callable[[Float[Tensor, 'b l']], Int[Tensor, ' b']]
+Choose = Callable[[Float[Tensor, 'b l']], tuple[Int[Tensor, ' b'], Float[Tensor, ' b']]]
+
+
+class _Task(NamedTuple):
+    """What to generate, checked."""
+
+    prompt: Int[Tensor, 'b n']
+    lengths: list[int]
+    """Of each row of the prompt; the rest is padding."""
+    seq_len: int
+    stops: Int[Tensor, ' s']
+    pad_token: int
+    reads_pad: int
+    """What the model reads for `pad_token`: that, or a token of its vocabulary."""
+
+    @classmethod
+    def of(
+        cls, model: Decodable, prompt: Any, prompt_lengths: Any, seq_len: Any, stop_tokens: Any, pad_token: Any
+    ) -> _Task:
+        num_tokens = model.num_tokens
+        if num_tokens is None:
+            raise ValueError('a model without num_tokens has no logits to sample from')
+        prompt = checked_token_ids('prompt', prompt, None)
+        lengths = _checked_lengths(prompt_lengths, *prompt.shape)
+        if values_are_at_hand(prompt):  # where it is no padding
+            of_prompt = torch.cat([row[:length] for row, length in zip(prompt, lengths)])
+            checked_token_ids('prompt', of_prompt.unsqueeze(0), num_tokens)
+        seq_len, pad_token = check_integer('seq_len', seq_len, 1), check_integer('pad_token', pad_token)
+        stops = torch.tensor(_checked_stops(stop_tokens), dtype=torch.long, device=prompt.device)
+        return cls(prompt, lengths, seq_len, stops, pad_token, pad_token if 0 <= pad_token < num_tokens else 0)
 
 
 @torch.no_grad()
 def _tokens(
-    model: Decodable,
-    reader: _Rereading | _Stepwise,
-    prompt: Int[Tensor, 'b n'],
-    lengths: list[int],
-    seq_len: int,
-    choose: Choose,
-    stop_tokens: int | Iterable[int],
-    pad_token: int,
+    model: Decodable, reader: _Rereading | _Stepwise, task: _Task, choose: Choose
 ) -> Generator[Int[Tensor, ' b'], None, Any]:
     """The tokens of all rows at each position from the end of the shortest prompt on; at last the cache."""
-    check_positive(seq_len=seq_len)
-    if model.num_tokens is None:
-        raise ValueError('a model without num_tokens has no logits to sample from')
-    stops = torch.tensor([stop_tokens] if isinstance(stop_tokens, int) else [*stop_tokens], dtype=prompt.dtype)
-    stops = stops.to(prompt.device)
+    prompt, lengths, seq_len, stops, pad_token, reads_pad = task
     ends = torch.tensor(lengths, device=prompt.device)
     shortest, longest = min(lengths), max(lengths)
     finished = torch.zeros_like(ends, dtype=torch.bool)
+    worst = torch.zeros(len(prompt), device=prompt.device)
     tokens = prompt[:, shortest - 1]
 
     try:
         with evaluation_mode(model):
             for position in range(shortest, seq_len):
                 logits = reader.start(prompt[:, :shortest]) if position == shortest else reader(tokens)
-                tokens = choose(logits)
+                tokens, best = choose(logits)
                 if position < longest:  # some rows are still given
                     tokens = torch.where(position < ends, prompt[:, position], tokens)
+                    best = best.masked_fill(position < ends, 0.0)
                 if len(stops):
-                    tokens = tokens.masked_fill(finished, pad_token)
+                    best = best.masked_fill(finished, 0.0)
+                worst = torch.minimum(worst, best)
+                if values_are_at_hand(worst):
+                    _check_choice(worst)
+                shown = tokens
+                if len(stops):
+                    shown, tokens = (tokens.masked_fill(finished, pad) for pad in (pad_token, reads_pad))
                     finished = finished | (torch.isin(tokens, stops) & (position >= ends))
-                yield tokens
+                yield shown
                 if len(stops) and finished.all():
                     break
+            _check_choice(worst)
             return reader.cache()
     finally:
         reader.release()
@@ -215,6 +298,7 @@ class _Stepwise:
     ):
         if cache is not None and state is not None:
             raise ValueError('prompt begins with what cache has read, or follows on state: give one of them')
+        check_flags(compiled=compiled, **({} if cuda_graphs is None else {'cuda_graphs': cuda_graphs}))
         self.model = model
         self.before = {'cache': cache} if state is None else {'state': state}
         self.read = cache if state is None else state
@@ -243,19 +327,40 @@ class _Stepwise:
             self.stepper.release()
 
 
-def _chooser(temperature: float, filter_fn: Callable[..., Tensor], filter_kwargs: Mapping[str, Any]) -> Choose:
-    return lambda logits: gumbel_sample(filter_fn(logits, **filter_kwargs), temperature).squeeze(-1)
+def _chooser(temperature: Any, filter_fn: Any, filter_kwargs: Any) -> Choose:
+    """From logits to a token for each row, as `_drawn` does."""
+    temperature = check_number('temperature', temperature, at_least=0)
+    check_callable(filter_fn=filter_fn)
+    check_keywords(filter_kwargs=filter_kwargs)
+
+    def choose(logits: Float[Tensor, 'b l']) -> tuple[Int[Tensor, ' b'], Float[Tensor, ' b']]:
+        filtered = filter_fn(logits, **filter_kwargs)
+        if not isinstance(filtered, Tensor) or filtered.shape != logits.shape:
+            raise ValueError(f'filter_fn must return logits {tuple(logits.shape)}, got {described(filtered)}')
+        return _drawn(filtered, temperature)
+
+    return choose
 
 
-def _checked_lengths(prompt: Any, lengths: Sequence[int] | Tensor | None) -> list[int]:
-    check_token_ids('prompt', prompt, None)
-    batch, longest = prompt.shape
+def _checked_lengths(lengths: Any, batch: int, longest: int) -> list[int]:
+    """How many tokens of each prompt count; `None`: all."""
     if lengths is None:
         return [longest] * batch
-    lengths = lengths.tolist() if isinstance(lengths, Tensor) else [*lengths]
-    if len(lengths) != batch or not all(isinstance(n, int) and 1 <= n <= longest for n in lengths):
-        raise ValueError(f'prompt_lengths must be {batch} integers from 1 to {longest}, got {lengths}')
-    return lengths
+    wanted = f'prompt_lengths must be {batch} integers from 1 to {longest}'
+    try:
+        checked = check_integers('prompt_lengths', lengths)
+    except TypeError as cause:
+        raise ValueError(f'{wanted}: {cause}') from cause
+    if len(checked) != batch or not all(1 <= length <= longest for length in checked):
+        raise ValueError(f'{wanted}, got {checked}')
+    return checked
+
+
+def _checked_stops(stop_tokens: Any) -> list[int]:
+    is_single = isinstance(stop_tokens, (Tensor, np.ndarray)) and stop_tokens.ndim == 0
+    if is_single or isinstance(stop_tokens, (int, np.integer)):
+        return [check_integer('stop_tokens', stop_tokens)]
+    return check_integers('stop_tokens', stop_tokens)
 
 
 def _without_prompts(tokens: Int[Tensor, 'b n'], lengths: list[int], pad_token: int) -> Int[Tensor, 'b n']:

@@ -11,7 +11,16 @@ from torch.nn import Module, ModuleDict
 
 from titans_pytorch.attention import SegmentedAttention
 from titans_pytorch.block import Block
-from titans_pytorch.checks import check_not_negative, check_positive
+from titans_pytorch.checks import (
+    check_flags,
+    check_integer,
+    check_keywords,
+    check_module,
+    check_multiple,
+    check_not_negative,
+    check_positive,
+    flags_among,
+)
 from titans_pytorch.feedforward import FeedForward
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.transformer import Transformer, layers_with_memory
@@ -96,15 +105,26 @@ class HybridTransformer(Transformer):
         token_emb: Module | None = None,
         checkpoint_layers: bool = False,
     ):
-        chunk_size = segment_len if neural_memory_segment_len is None else neural_memory_segment_len
-        check_positive(depth=depth, neural_memory_segment_len=chunk_size, num_residual_streams=num_residual_streams)
-        check_not_negative(num_persist_mem_tokens=num_persist_mem_tokens)
+        depth, num_residual_streams = check_positive(depth=depth, num_residual_streams=num_residual_streams)
+        (num_persist_mem_tokens,) = check_not_negative(num_persist_mem_tokens=num_persist_mem_tokens)
+        if self.has_attention or segment_len is not None:
+            segment_len = check_integer('segment_len', segment_len, 1)
         if self.has_attention:
-            check_positive(segment_len=segment_len, dim_head=dim_head, heads=heads)
+            dim_head, heads = check_positive(dim_head=dim_head, heads=heads)
+        chunk_size = segment_len if neural_memory_segment_len is None else neural_memory_segment_len
+        chunk_size = check_integer('neural_memory_segment_len', chunk_size, 1)
+        if neural_memory_batch_size is not None:
+            neural_memory_batch_size = check_multiple(
+                'neural_memory_batch_size', neural_memory_batch_size, 'chunk_size', chunk_size
+            )
+        check_flags(**flags_among(locals(), HybridTransformer))
+        check_module(neural_memory_model=neural_memory_model)
+        check_keywords(neural_memory_kwargs=neural_memory_kwargs)
         memory_layers = layers_with_memory(neural_memory_layers, depth)
         super().__init__(num_tokens=num_tokens, dim=dim, token_emb=token_emb)
+        dim = self.dim
         self.segment_len = segment_len
-        self.neural_memory_segment_len: int = chunk_size  # type: ignore[assignment]
+        self.neural_memory_segment_len = chunk_size
         self.neural_memory_batch_size = neural_memory_batch_size
 
         def memory() -> NeuralMemory:

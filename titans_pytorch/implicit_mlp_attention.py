@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
 from einops.layers.torch import Rearrange
-from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
 
-from titans_pytorch.checks import check_floating, check_positive, check_shape
-from titans_pytorch.rotary import extend_cache, flatten_cache, rotary_causal_attention
+from titans_pytorch.checks import (
+    check_callable,
+    check_flags,
+    check_floating,
+    check_positive,
+    check_shape,
+    described,
+    flags_among,
+)
+from titans_pytorch.parameters import Resettable
+from titans_pytorch.rotary import Rotary, extend_cache, flatten_cache, rotary_causal_attention
 from titans_pytorch.shapes import Float
 
 KeyValueCache = tuple[list[Tensor], list[Tensor]]
 """Keys and values of each layer, (b, h, m, d), keys before rotation."""
 
 
-class ImplicitMLPAttention(nn.Module):
+class HeadsMix(nn.Conv2d):
+    """A learned linear map over the heads, (b, h, n, d); starts as the identity."""
+
+    def __init__(self, heads: int):
+        super().__init__(heads, heads, 1, bias=False)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.dirac_(self.weight)
+
+
+class ImplicitMLPAttention(Resettable):
     """A memory MLP that is never written out: each of its layers is a causal attention.
 
     The keys and values that a sequence gives to one attention are an implicit weight matrix of shape (key dim, value
@@ -43,7 +64,7 @@ class ImplicitMLPAttention(nn.Module):
     def __init__(
         self,
         dim: int,
-        mlp_hiddens: tuple[int, ...],
+        mlp_hiddens: Sequence[int],
         *,
         activation: nn.Module = nn.SiLU(),  # noqa: B008  it has no state
         heads: int = 8,
@@ -52,15 +73,17 @@ class ImplicitMLPAttention(nn.Module):
         keys_rmsnorm: bool = True,
     ):
         super().__init__()
-        check_positive(dim=dim, heads=heads)
-        check_hiddens(mlp_hiddens)
+        dim, heads = check_positive(dim=dim, heads=heads)
+        mlp_hiddens = checked_hiddens(mlp_hiddens)
+        check_flags(**flags_among(locals(), ImplicitMLPAttention))
+        check_callable(activation=activation)
 
         self.dim, self.heads = dim, heads
         dim_in, *dims_between, dim_out = mlp_hiddens
         layers = list(pairwise(mlp_hiddens))
 
         self.norm = nn.RMSNorm(dim) if prenorm else nn.Identity()
-        self.rotary_embed = RotaryEmbedding(min(mlp_hiddens))
+        self.rotary_embed = Rotary(min(mlp_hiddens))
 
         self.to_queries = nn.Linear(dim, dim_in * heads, bias=False)
         # keys and values in turn: the same seed then draws the reference's weights
@@ -73,13 +96,16 @@ class ImplicitMLPAttention(nn.Module):
         self.talking_heads: nn.Module = nn.Identity()
 
         if talking_heads and dims_between:
-            mix = nn.Conv2d(heads, heads, 1, bias=False)
-            nn.init.dirac_(mix.weight)
-            self.talking_heads = mix
+            self.talking_heads = HeadsMix(heads)
 
         self.split_heads = Rearrange('b n (h d) -> b h n d', h=heads)
         self.merge_heads = Rearrange('b h n d -> b n (h d)')
         self.to_out = nn.Linear(dim_out * heads, dim, bias=False)
+
+    def _parts(self) -> Iterable[nn.Module]:
+        in_turn = [linear for pair in zip(self.keys, self.values) for linear in pair]
+        others = [part for part in self.children() if part not in (self.to_queries, self.keys, self.values)]
+        return self.to_queries, *in_turn, *others
 
     def forward(
         self,
@@ -92,7 +118,8 @@ class ImplicitMLPAttention(nn.Module):
         Returns the output (b, n, d) and, if `return_kv_cache`, the keys and values of every token so far. A sequence
         may come in calls of any length: the outputs are those of one call.
         """
-        check_floating('tokens', tokens)
+        check_flags(return_kv_cache=return_kv_cache)
+        check_floating('tokens', tokens, self.to_queries.weight.dtype)
         check_shape('tokens', tokens, batch=None, length=None, dim=self.dim)
 
         tokens = self.norm(tokens)
@@ -118,13 +145,13 @@ class ImplicitMLPAttention(nn.Module):
         return (out, (keys, values)) if return_kv_cache else out
 
 
-def check_hiddens(mlp_hiddens: tuple[int, ...]) -> None:
-    if not isinstance(mlp_hiddens, tuple):
-        raise TypeError(f'mlp_hiddens must be a tuple of two or more widths, got {mlp_hiddens!r}')
+def checked_hiddens(mlp_hiddens: Any) -> list[int]:
+    if not isinstance(mlp_hiddens, (tuple, list)):
+        raise TypeError(f'mlp_hiddens must be a tuple of two or more widths, got {described(mlp_hiddens)}')
     if len(mlp_hiddens) < 2:
         raise ValueError(f'mlp_hiddens must have two or more widths, got {mlp_hiddens}')
 
-    check_positive(**{f'mlp_hiddens[{index}]': width for index, width in enumerate(mlp_hiddens)})
-
-    if min(mlp_hiddens) < 3:
+    widths = check_positive(**{f'mlp_hiddens[{index}]': width for index, width in enumerate(mlp_hiddens)})
+    if min(widths) < 3:
         raise ValueError(f'mlp_hiddens must be at least 3, the smallest rotary dimension, got {mlp_hiddens}')
+    return widths

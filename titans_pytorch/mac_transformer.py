@@ -15,7 +15,19 @@ from torch.nn import Linear, Module, ModuleList
 
 from titans_pytorch.attention import AttnIntermediates, ContextAttention, SegmentedAttention, flex_attention
 from titans_pytorch.block import Block, Parts
-from titans_pytorch.checks import check_multiple, check_not_negative, check_positive
+from titans_pytorch.checks import (
+    check_flags,
+    check_floating,
+    check_integer,
+    check_keywords,
+    check_module,
+    check_multiple,
+    check_not_negative,
+    check_positive,
+    check_shape,
+    described,
+    flags_among,
+)
 from titans_pytorch.connections import Streams
 from titans_pytorch.decoding import StepKind
 from titans_pytorch.feedforward import GEGLU, FeedForward
@@ -24,6 +36,7 @@ from titans_pytorch.generation import gumbel_noise, gumbel_sample, min_p_filter
 from titans_pytorch.masks import create_mac_block_mask
 from titans_pytorch.model_state import ModelState
 from titans_pytorch.neural_memory import NeuralMemory
+from titans_pytorch.parameters import InReferenceFormat, fill
 from titans_pytorch.shapes import Float, Int
 from titans_pytorch.transformer import DecodingState, Transformer, layers_with_memory
 
@@ -62,6 +75,10 @@ class MACBlock(Block, ModuleList):
     def __init__(self, *parts: Module | None, gate_attn_output: bool):
         super().__init__(parts)  # type: ignore[arg-type]  # a slot may be empty
         self.gate_attn_output = gate_attn_output
+
+    def _parts(self) -> list[Module]:
+        later = [part for part in self.children() if part is not self.memory]
+        return later if self.memory is None else [self.memory, *later]
 
     @property
     def connections(self) -> tuple[Module | None, ...]:
@@ -131,6 +148,24 @@ class PaperMACBlock(MACBlock):
         return iter(seq.split(lengths, dim=1))
 
 
+class AxialPositions(ContinuousAxialPositionalEmbedding):
+    """The position embedding, two MLPs, without the buffer by which its base class knows its device."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim=dim, num_axial_dims=2)
+        del self.dummy
+
+    # the base class asks `parameters()`, which are none in a replica of `torch.nn.parallel.replicate`
+
+    @property
+    def device(self) -> torch.device:
+        return self.mlps[0][0].weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.mlps[0][0].weight.dtype
+
+
 class AxialTables(NamedTuple):
     """Position embeddings, for steps."""
 
@@ -140,7 +175,7 @@ class AxialTables(NamedTuple):
     """Of the open chunk."""
 
 
-class MemoryAsContextTransformer(Transformer):
+class MemoryAsContextTransformer(Transformer, InReferenceFormat):
     """A language model of segments, with neural memory in some of its layers.
 
     After each segment of `segment_len` tokens stand `num_longterm_mem_tokens` learned memory tokens, through which
@@ -208,13 +243,29 @@ class MemoryAsContextTransformer(Transformer):
         paper_order: bool = False,
         checkpoint_layers: bool = False,
     ):
-        check_positive(depth=depth, segment_len=segment_len)
-        check_positive(dim_head=dim_head, heads=heads, num_residual_streams=num_residual_streams)
-        check_not_negative(
+        depth, segment_len, dim_head, heads, num_residual_streams = check_positive(
+            depth=depth,
+            segment_len=segment_len,
+            dim_head=dim_head,
+            heads=heads,
+            num_residual_streams=num_residual_streams,
+        )
+        num_longterm_mem_tokens, num_persist_mem_tokens = check_not_negative(
             num_longterm_mem_tokens=num_longterm_mem_tokens, num_persist_mem_tokens=num_persist_mem_tokens
         )
+        if neural_memory_segment_len is None:
+            neural_memory_segment_len = segment_len + num_longterm_mem_tokens
+        neural_memory_segment_len = check_integer('neural_memory_segment_len', neural_memory_segment_len, 1)
+        if neural_memory_batch_size is not None:
+            neural_memory_batch_size = check_multiple(
+                'neural_memory_batch_size', neural_memory_batch_size, 'chunk_size', neural_memory_segment_len
+            )
+        check_flags(**flags_among(locals(), MemoryAsContextTransformer))
+        check_module(neural_memory_model=neural_memory_model)
+        check_keywords(neural_memory_kwargs=neural_memory_kwargs)
         memory_layers = layers_with_memory(neural_memory_layers, depth)
         super().__init__(num_tokens=num_tokens, dim=dim, token_emb=token_emb)
+        dim = self.dim
 
         self.segment_len = segment_len
         self.num_longterm_mem_tokens = num_longterm_mem_tokens
@@ -222,9 +273,7 @@ class MemoryAsContextTransformer(Transformer):
         self.attn_window_size = segment_len + num_longterm_mem_tokens
         self.gate_attn_output = neural_mem_gate_attn_output
         self.neural_mem_weight_residual = neural_mem_weight_residual
-        self.neural_memory_segment_len = (
-            self.attn_window_size if neural_memory_segment_len is None else neural_memory_segment_len
-        )
+        self.neural_memory_segment_len = neural_memory_segment_len
         self.neural_memory_batch_size = segment_len if paper_order else neural_memory_batch_size
         if paper_order:
             _check_paper_order(
@@ -238,8 +287,11 @@ class MemoryAsContextTransformer(Transformer):
             )
             check_multiple('segment_len', segment_len, 'neural_memory_segment_len', self.neural_memory_segment_len)
 
-        self.axial_pos_emb = ContinuousAxialPositionalEmbedding(dim=dim, num_axial_dims=2)
-        self.longterm_mems = nn.Parameter(torch.randn(num_longterm_mem_tokens, dim) * 0.02)
+        self.axial_pos_emb = AxialPositions(dim)
+        self.longterm_mems = (
+            nn.Parameter(torch.empty(num_longterm_mem_tokens, dim)) if num_longterm_mem_tokens else None
+        )
+        self._reset_own()
 
         def memory_parts(connection: Callable[..., Module], layer: int) -> tuple[Module | None, ...]:
             """Connection, view selector and memory of a layer."""
@@ -297,6 +349,14 @@ class MemoryAsContextTransformer(Transformer):
         if paper_order and any(memory.mixes_tokens for memory in self._memories):
             raise ValueError('paper_order asks memory about single tokens, and neural_memory_model mixes them')
 
+    def _reset_own(self) -> None:
+        if self.longterm_mems is not None:
+            shape, device = self.longterm_mems.shape, self.longterm_mems.device
+            fill(self.longterm_mems, torch.randn(shape, device=device) * 0.02)
+
+    def empty_parameters(self) -> dict[str, tuple[int, ...]]:
+        return {} if self.longterm_mems is not None else {'longterm_mems': (0, self.dim)}
+
     # positions: tokens, and long-term memory tokens between them
 
     def seq_index_is_longterm(self, seq_index: int) -> bool:
@@ -305,7 +365,7 @@ class MemoryAsContextTransformer(Transformer):
 
     def seq_len_with_longterm_mem(self, seq_len: int) -> int:
         """Positions up to and with token number `seq_len`: memory tokens stand between segments."""
-        check_positive(seq_len=seq_len)
+        (seq_len,) = check_positive(seq_len=seq_len)
         return (seq_len - 1) // self.segment_len * self.num_longterm_mem_tokens + seq_len
 
     def num_positions(self, num_tokens: int) -> int:
@@ -326,19 +386,37 @@ class MemoryAsContextTransformer(Transformer):
         x = F.pad(self._token_embedding(x), (0, 0, num_tokens - x.shape[1] - first_segment * segment, 0))
         x = F.pad(x, (0, 0, 0, -x.shape[1] % segment))
         x = rearrange(x, 'b (s n) d -> b s n d', n=segment)
-        memory_tokens = repeat(self.longterm_mems.to(x.dtype), 'n d -> b s n d', b=x.shape[0], s=x.shape[1])
-        x = torch.cat((x, memory_tokens), dim=2).flatten(1, 2)
+        if self.longterm_mems is not None:
+            memory_tokens = repeat(self.longterm_mems.to(x.dtype), 'n d -> b s n d', b=x.shape[0], s=x.shape[1])
+            x = torch.cat((x, memory_tokens), dim=2)
+        x = x.flatten(1, 2)
         x = x[:, start - first_segment * window : stop - first_segment * window]
         return x + self._position_embedding(start, stop, factorized_pos_emb)
 
     def _position_embedding(self, start: int, stop: int, factorized: list[Tensor] | None) -> Float[Tensor, 'n d']:
         """Axial: which memory chunk, and where in it. Positions are exact integers, so never in half precision."""
         inner = self.neural_memory_segment_len
-        with torch.autocast(self.longterm_mems.device.type, enabled=False):
+        if factorized is not None:
+            self._check_factorized(factorized, stop)
+        device = self.axial_pos_emb.device
+        with torch.autocast(device.type, enabled=False):
             if start == 0 or factorized is not None:
                 return self.axial_pos_emb.forward_with_seq_len(stop, (inner,), factorized=factorized)[start:]
-        positions = torch.arange(start, stop, device=self.longterm_mems.device)
+        positions = torch.arange(start, stop, device=device)
         return self._axial(0, positions // inner) + self._axial(1, positions % inner)
+
+    def _check_factorized(self, factorized: Any, stop: int) -> None:
+        if not isinstance(factorized, (tuple, list)) or len(factorized) != 2:
+            raise TypeError(f'factorized_pos_emb must be a pair of tensors, got {described(factorized)}')
+        for axis, embeddings in enumerate(factorized):
+            check_floating(f'factorized_pos_emb[{axis}]', embeddings)
+            check_shape(f'factorized_pos_emb[{axis}]', embeddings, positions=None, dim=self.dim)
+        outer, inner = (len(embeddings) for embeddings in factorized)
+        if inner != self.neural_memory_segment_len or outer * inner < stop:
+            raise ValueError(
+                f'factorized_pos_emb must hold {-(-stop // self.neural_memory_segment_len)} or more memory chunks of '
+                f'{self.neural_memory_segment_len} positions, got {outer} of {inner}'
+            )
 
     def _token_rows(self, hidden: Float[Tensor, 'b n d'], start: int, num_tokens: int) -> Float[Tensor, 'b n d']:
         tokens = torch.arange(self.num_tokens_until(start), num_tokens, device=hidden.device)
@@ -346,6 +424,8 @@ class MemoryAsContextTransformer(Transformer):
         return hidden.index_select(1, positions - start)
 
     # calls
+
+    embedding_keywords = ('factorized_pos_emb',)
 
     def forward(
         self,
@@ -364,6 +444,7 @@ class MemoryAsContextTransformer(Transformer):
             return_loss_breakdown: without effect, as in the reference: the loss has one part.
             factorized_pos_emb: position embeddings computed before, by `axial_pos_emb(…, return_factorized=True)`.
         """
+        check_flags(return_loss_breakdown=return_loss_breakdown)
         return super().forward(
             x,
             return_loss,
@@ -385,6 +466,7 @@ class MemoryAsContextTransformer(Transformer):
 
     def _embedded_one(self, state: DecodingState, kind: StepKind) -> Float[Tensor, 'b 1 d']:
         if kind.is_longterm:
+            assert self.longterm_mems is not None
             index = state.position % self.attn_window_size - self.segment_len
             x = self.longterm_mems.index_select(0, index).expand(len(state.token), 1, -1)
         else:

@@ -10,7 +10,16 @@ from einops import repeat
 from torch import Tensor
 from torch.nn import Module
 
-from titans_pytorch.checks import check_floating, check_multiple, check_shape, check_tensor
+from titans_pytorch.checks import (
+    check_floating,
+    check_multiple,
+    check_not_negative,
+    check_shape,
+    check_tensor,
+    checked_mask,
+    checked_state,
+    described,
+)
 from titans_pytorch.fast_weights import FastWeights
 from titans_pytorch.memory_state import NeuralMemState, OpenState, PendingSegment
 from titans_pytorch.precision import at_least_float32
@@ -52,6 +61,10 @@ class MemoryLayout(NamedTuple):
     """0 without momentum."""
     different_views: bool
     """Whether queries, keys and values come from inputs of their own."""
+    conv_reach: int
+    """Tokens before a token that a convolution sees; 0 without one."""
+    dtype: torch.dtype
+    """Of the parameters, and so of the inputs."""
     parameters: Mapping[str, tuple[int, ...]]
     """Shape of each parameter of the memory network, without heads."""
 
@@ -71,28 +84,27 @@ class MemoryLayout(NamedTuple):
         if store_seq is not None:
             store = self._with_length('store_seq', store_seq)
             self.check_store('store_seq', store, queries.shape[0])
-        self.check_mask('store_mask', store_mask, store)
+        mask = self.checked_mask('store_mask', store_mask, store)
         if ttt_batch_size is not None:
-            check_multiple('ttt_batch_size', ttt_batch_size, 'chunk_size', self.chunk_size)
-            batch_size = ttt_batch_size
-        return Call(queries, store, store_mask, batch_size)
+            batch_size = check_multiple('ttt_batch_size', ttt_batch_size, 'chunk_size', self.chunk_size)
+        return Call(queries, store, mask, batch_size)
+
+    def check_rows(self, name: str, seq: Any) -> None:
+        """Of (batch, length, dim)."""
+        check_floating(name, seq, self.dtype)
+        check_shape(name, seq, batch=None, length=None, dim=self.dim)
 
     def _with_length(self, name: str, seq: Any) -> Tensor:
-        check_floating(name, seq)
+        check_floating(name, seq, self.dtype)
         return seq.unsqueeze(-2) if seq.ndim == (3 if self.different_views else 2) else seq
 
     def check_store(self, name: str, store: Any, batch: int | None = None) -> None:
-        check_floating(name, store)
+        check_floating(name, store, self.dtype)
         views = {'views': 2} if self.different_views else {}
         check_shape(name, store, **views, batch=batch, length=None, dim=self.dim)
 
-    def check_mask(self, name: str, mask: Any, store: Tensor) -> None:
-        if mask is None:
-            return
-        check_tensor(name, mask)
-        if mask.dtype != torch.bool:
-            raise TypeError(f'{name} must be a boolean tensor, got {mask.dtype}')
-        check_shape(name, mask, batch=store.shape[-3], length=store.shape[-2])
+    def checked_mask(self, name: str, mask: Any, store: Tensor) -> Bool[Tensor, 'b n'] | None:
+        return None if mask is None else checked_mask(name, mask, store.shape[-3], store.shape[-2])
 
     def opened(
         self,
@@ -100,38 +112,64 @@ class MemoryLayout(NamedTuple):
         seq: Float[Tensor, 'b n d'],
         init_weights: Callable[[int], Mapping[str, Tensor]],
         init_momentum: Callable[[int], Mapping[str, Tensor]],
+        names: tuple[str, str, str] = ('state.seq_index', 'state.weights', 'state.states'),
     ) -> OpenState:
-        """`state` to go on from at `seq`; what it leaves out is made by the two functions, from the batch size."""
-        batch = seq.shape[0]
-        if not isinstance(state, tuple) or len(state) != len(NeuralMemState._fields):
-            raise TypeError(f'state must be a NeuralMemState, got {type(state).__name__}')
-        state = NeuralMemState(*state)
+        """`state` to go on from at `seq`; what it leaves out is made by the two functions, from the batch size.
 
-        if state.seq_index % self.chunk_size:
+        `names` are those under which a user gave its parts.
+        """
+        batch = seq.shape[0]
+        of_index, of_weights, of_states = names
+        state = checked_state('state', state, NeuralMemState)
+        (seq_index,) = check_not_negative(**{of_index: state.seq_index})
+        if seq_index % self.chunk_size:
             raise ValueError(
                 f'state must come from a memory of chunk_size={self.chunk_size}: '
-                f'its seq_index must be a multiple of it, got {state.seq_index}'
+                f'its seq_index must be a multiple of it, got {seq_index}'
             )
         base = init_weights(batch) if state.weights is None else state.weights
-        last, momentum = (base, init_momentum(batch)) if state.states is None else state.states
-        self._check_weights('state.weights', base, (batch * self.heads,))
-        self._check_weights('state.states[0]', last, (batch * self.heads,))
-        if self.momentum_orders:
-            self._check_weights('state.states[1]', momentum, (self.momentum_orders, batch * self.heads))
+        self._check_weights(of_weights, base, (batch * self.heads,))
+        last, momentum = base, None
+        if state.states is not None:
+            if not isinstance(state.states, (tuple, list)) or len(state.states) != 2:
+                raise TypeError(f'{of_states} must be a pair of weights and momentum, got {described(state.states)}')
+            last, momentum = state.states
+            self._check_weights(f'{of_states}[0]', last, (batch * self.heads,))
+        if momentum is None or not self.momentum_orders:
+            momentum = init_momentum(batch)
+        else:
+            self._check_weights(f'{of_states}[1]', momentum, (self.momentum_orders, batch * self.heads))
+        pending = self._checked_pending(state.cache_store_segment, seq)
+        return OpenState(seq_index, _plain(base), _plain(last), _plain(momentum), pending)
 
-        pending = state.cache_store_segment
+    def _checked_pending(self, pending: Any, seq: Float[Tensor, 'b n d']) -> PendingSegment:
+        """The open chunk of a state."""
+        name, batch = 'state.cache_store_segment', seq.shape[0]
         if pending is None:
-            pending = self.no_pending(seq)
-        elif isinstance(pending, Tensor):
+            return self.no_pending(seq)
+        if isinstance(pending, Tensor):
             pending = PendingSegment(pending)
-        views = (2,) if self.different_views else ()
-        length = pending.tokens.shape[-2]
-        if pending.tokens.shape != (*views, batch, length, self.dim) or length >= self.chunk_size:
+        tokens, mask, queries, before = checked_state(name, pending, PendingSegment)
+
+        check_floating(name, tokens)
+        stored = (2, batch) if self.different_views else (batch,)
+        if tokens.shape[:-2] != stored or tokens.shape[-1] != self.dim or tokens.shape[-2] >= self.chunk_size:
             raise ValueError(
-                f'state.cache_store_segment must be ({"views=2, " if views else ""}batch={batch}, '
-                f'fewer than chunk_size={self.chunk_size}, dim={self.dim}), got {tuple(pending.tokens.shape)}'
+                f'{name} must be ({"views=2, " if self.different_views else ""}batch={batch}, '
+                f'fewer than chunk_size={self.chunk_size}, dim={self.dim}), got {tuple(tokens.shape)}'
             )
-        return OpenState(state.seq_index, _plain(base), _plain(last), _plain(momentum), pending)
+        if mask is not None:
+            check_tensor(f'{name}.mask', mask)
+            if mask.dtype != torch.bool or mask.shape != (batch, tokens.shape[-2]):
+                raise ValueError(f'{name}.mask must be booleans, one for each token, got {described(mask)}')
+        for part, rows, leading in (('queries', queries, (batch,)), ('before', before, stored)):
+            if rows is None:
+                continue
+            check_floating(f'{name}.{part}', rows)
+            fits = rows.shape[:-2] == leading and rows.shape[-1] == self.dim
+            if not fits or (part == 'before' and rows.shape[-2] != self.conv_reach):
+                raise ValueError(f'{name}.{part} must be that of a memory like this one, got {tuple(rows.shape)}')
+        return PendingSegment(tokens, mask, queries, before)
 
     def no_pending(self, like: Float[Tensor, 'b n d']) -> PendingSegment:
         tokens = like[:, :0]
@@ -140,12 +178,14 @@ class MemoryLayout(NamedTuple):
     def _check_weights(self, name: str, weights: Mapping[str, Tensor], leading: tuple[int, ...]) -> None:
         """`weights` must be those of this memory's network, each parameter with `leading` sizes in front."""
         expected = {key: (*leading, *shape) for key, shape in self.parameters.items()}
+        _check_tensors(name, weights)
         came = {str(key): tuple(t.shape) for key, t in weights.items()}
         if came != expected:
             raise ValueError(f'{name} must hold the weights of this memory, {expected}, got {came}')
 
     def over_time(self, name: str, weights: Mapping[str, Tensor], batch: int) -> FastWeights:
         """Weights as a user gives them, (bh, n, …), (bh, …) or the initial ones, as weights over time."""
+        _check_tensors(name, weights)
         if {*weights.keys()} != {*self.parameters}:
             raise ValueError(f'{name} must hold the parameters {[*self.parameters]}, got {[*weights.keys()]}')
 
@@ -192,14 +232,35 @@ class MemoryLayout(NamedTuple):
         )
 
 
+def _check_tensors(name: str, weights: Any) -> None:
+    """Any mapping will do, a `TensorDict` among them."""
+    if not hasattr(weights, 'items'):
+        raise TypeError(f'{name} must map the names of parameters to tensors, got {described(weights)}')
+    if not isinstance(weights, FastWeights):  # which would materialise them
+        for key, w in weights.items():
+            check_floating(f'{name}[{key!r}]', w)
+
+
 def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {str(name): at_least_float32(w) for name, w in weights.items()}
 
 
-def check_memory_model(model: Any, dim_head: int) -> None:
+def check_memory_loss(loss_fn: Callable[[Tensor, Tensor], Any], shape: tuple[int, int]) -> None:
+    """A memory's loss function maps predictions and targets, (rows, dim_head), to one loss a row."""
+    rows = torch.zeros(shape)
+    try:
+        losses = loss_fn(rows, rows)
+    except Exception as cause:
+        raise ValueError(f'store_memory_loss_fn must accept two tensors {shape}, it raised: {cause}') from cause
+    if not isinstance(losses, Tensor) or losses.shape != shape[:1]:
+        raise ValueError(
+            f'store_memory_loss_fn must return one loss a row, {shape[:1]} for two tensors {shape}, '
+            f'got {described(losses)}'
+        )
+
+
+def check_memory_model(model: Module, dim_head: int) -> None:
     """A memory network keeps the shape of its input, has parameters and has no buffers."""
-    if not isinstance(model, Module):
-        raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}')
     buffers = [name for name, _ in model.named_buffers()]
     if buffers:
         raise ValueError(f'model must have no buffers, got {buffers}')

@@ -11,15 +11,16 @@ Each keeps the shape of its input, (..., tokens, dim), and runs on its own like 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import Module, Parameter, ParameterList
+from torch.nn import Module, ModuleList, Parameter
 
-from titans_pytorch.checks import check_positive
+from titans_pytorch.checks import check_hidden_width, check_number, check_positive
 from titans_pytorch.norms import l2_norm, layer_norm
+from titans_pytorch.parameters import ParameterSequence, Resettable
 from titans_pytorch.precision import at_least_float32
 from titans_pytorch.shapes import Float
 from titans_pytorch.stateless import is_intercepted
@@ -27,9 +28,26 @@ from titans_pytorch.stateless import is_intercepted
 Linear = Callable[[Tensor, Tensor], Tensor]
 
 
-def xavier_matrix(dim_in: int, dim_out: int) -> Parameter:
-    """A matrix for `x @ matrix`, initialised with Xavier-uniform values."""
-    return Parameter(nn.init.xavier_uniform_(torch.empty(dim_in, dim_out)))
+class Matrices(ParameterSequence):
+    """Matrices for `x @ matrix`, of shapes (dim_in, dim_out), initialised with Xavier-uniform values."""
+
+    def __init__(self, *shapes: tuple[int, int]):
+        super().__init__(torch.empty(shape) for shape in shapes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for matrix in self:
+            nn.init.xavier_uniform_(matrix)
+
+
+class Layers(ModuleList):
+    """`Matrices` of the same shapes for each of `depth` layers."""
+
+    def __init__(self, depth: int, *shapes: tuple[int, int]):
+        super().__init__(Matrices(*shapes) for _ in range(depth))
+
+    def __iter__(self) -> Iterator[Matrices]:  # type: ignore[override]
+        return iter(self._modules.values())  # type: ignore[arg-type]
 
 
 class LayerNorm(Module):
@@ -38,14 +56,18 @@ class LayerNorm(Module):
     def __init__(self, dim: int):
         super().__init__()
         self.eps = 1e-5
-        self.gamma = Parameter(torch.zeros(dim))
+        self.gamma = Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.gamma)
 
     def forward(self, x: Float[Tensor, '... n d']) -> Float[Tensor, '... n d']:
         gain = at_least_float32(self.gamma).unsqueeze(-2) + 1.0
         return (layer_norm(x, self.eps) * gain).to(torch.promote_types(x.dtype, self.gamma.dtype))
 
 
-class ResidualNorm(Module):
+class ResidualNorm(Resettable):
     """LN(f(x)) + x: the output of `model`, normalised, around a residual (TTT, arXiv 2407.04620)."""
 
     def __init__(self, dim: int, model: Module):
@@ -61,19 +83,18 @@ class ResidualNorm(Module):
         return self.norm(self.model(x, **kwargs)) + x
 
 
-class MemoryMLP(Module):
+class MemoryMLP(Resettable):
     """`depth` matrices with GELU between them; hidden width `dim * expansion_factor`. `depth=1` is a linear memory."""
 
     rowwise = True
 
     def __init__(self, dim: int, depth: int, expansion_factor: float = 2.0):
         super().__init__()
-        check_positive(dim=dim, depth=depth)
-        dim_hidden = int(dim * expansion_factor)
-        check_positive(**{'dim * expansion_factor': dim_hidden})
+        dim, depth = check_positive(dim=dim, depth=depth)
+        dim_hidden = check_hidden_width('expansion_factor', dim, expansion_factor)
 
         dims = (dim, *(dim_hidden,) * (depth - 1), dim)
-        self.weights = ParameterList([xavier_matrix(*pair) for pair in zip(dims[:-1], dims[1:])])
+        self.weights = Matrices(*zip(dims[:-1], dims[1:]))
 
     def forward(self, x: Float[Tensor, '... d'], linear: Linear = torch.matmul) -> Float[Tensor, '... d']:
         return self.through(self.weights, x, linear)
@@ -97,22 +118,22 @@ def mlp_matrices(model: Module, weights: Mapping[str, Tensor]) -> list[Tensor]:
     return [weights[name] for name, parameter in model.named_parameters() if parameter.ndim == 2]
 
 
-class GatedResidualMemoryMLP(Module):
+class GatedResidualMemoryMLP(Resettable):
     """`depth` feedforwards, each mixed into the stream by a learned gate per feature, and a final projection."""
 
     rowwise = True
 
     def __init__(self, dim: int, depth: int, expansion_factor: float = 4.0):
         super().__init__()
-        check_positive(dim=dim, depth=depth)
-        dim_hidden = int(dim * expansion_factor)
-        check_positive(**{'dim * expansion_factor': dim_hidden})
+        dim, depth = check_positive(dim=dim, depth=depth)
+        dim_hidden = check_hidden_width('expansion_factor', dim, expansion_factor)
 
-        self.weights = ParameterList(
-            ParameterList([xavier_matrix(dim, dim_hidden), xavier_matrix(dim_hidden, dim), xavier_matrix(dim * 2, dim)])
-            for _ in range(depth)
-        )
-        self.final_proj = xavier_matrix(dim, dim)
+        self.weights = Layers(depth, (dim, dim_hidden), (dim_hidden, dim), (dim * 2, dim))
+        self.final_proj = Parameter(torch.empty(dim, dim))
+        self._reset_own()
+
+    def _reset_own(self) -> None:
+        nn.init.xavier_uniform_(self.final_proj)
 
     def forward(self, x: Float[Tensor, '... d'], linear: Linear = torch.matmul) -> Float[Tensor, '... d']:
         for to_hidden, to_branch, to_gates in self.weights:
@@ -122,17 +143,15 @@ class GatedResidualMemoryMLP(Module):
         return linear(x, self.final_proj)
 
 
-class FactorizedMemoryMLP(Module):
+class FactorizedMemoryMLP(Resettable):
     """`depth` square matrices held as products of rank `k`: less to store per chunk, so chunks can be smaller."""
 
     rowwise = True
 
     def __init__(self, dim: int, depth: int, k: int = 32):
         super().__init__()
-        check_positive(dim=dim, depth=depth, k=k)
-        self.weights = ParameterList(
-            ParameterList([xavier_matrix(dim, k), xavier_matrix(k, dim)]) for _ in range(depth)
-        )
+        dim, depth, k = check_positive(dim=dim, depth=depth, k=k)
+        self.weights = Layers(depth, (dim, k), (k, dim))
 
     def forward(self, x: Float[Tensor, '... d'], linear: Linear = torch.matmul) -> Float[Tensor, '... d']:
         for layer, (to_rank, from_rank) in enumerate(self.weights):
@@ -140,7 +159,7 @@ class FactorizedMemoryMLP(Module):
         return x
 
 
-class MemorySwiGluMLP(Module):
+class MemorySwiGluMLP(Resettable):
     """`depth` gated feedforwards (GELU gate), each around a residual, then a layer norm.
 
     A gated feedforward is two matrices deep, so `depth=1` already matches the two-layer memory of TTT; the 2/3
@@ -151,13 +170,10 @@ class MemorySwiGluMLP(Module):
 
     def __init__(self, dim: int, depth: int = 1, expansion_factor: float = 4.0):
         super().__init__()
-        check_positive(dim=dim, depth=depth)
-        dim_hidden = int(dim * expansion_factor * 2 / 3)
-        check_positive(**{'dim * expansion_factor * 2 / 3': dim_hidden})
+        dim, depth = check_positive(dim=dim, depth=depth)
+        dim_hidden = check_hidden_width('expansion_factor', dim, expansion_factor, gated=True)
 
-        self.weights = ParameterList(
-            ParameterList([xavier_matrix(dim, dim_hidden * 2), xavier_matrix(dim_hidden, dim)]) for _ in range(depth)
-        )
+        self.weights = Layers(depth, (dim, dim_hidden * 2), (dim_hidden, dim))
         self.norm = LayerNorm(dim)
 
     def forward(self, x: Float[Tensor, '... n d'], linear: Linear = torch.matmul) -> Float[Tensor, '... n d']:
@@ -167,7 +183,7 @@ class MemorySwiGluMLP(Module):
         return self.norm(x)
 
 
-class MemoryAttention(Module):
+class MemoryAttention(Resettable):
     """Causal attention over the tokens of a chunk and a feedforward, side by side (as in PaLM).
 
     Queries and keys are l2-normalised, so their similarity is a cosine; `scale` is its inverse temperature.
@@ -177,20 +193,12 @@ class MemoryAttention(Module):
 
     def __init__(self, dim: int, scale: float = 8.0, expansion_factor: float = 2.0):
         super().__init__()
-        check_positive(dim=dim)
-        dim_hidden = int(dim * expansion_factor)
-        check_positive(**{'dim * expansion_factor': dim_hidden})
+        (dim,) = check_positive(dim=dim)
+        dim_hidden = check_hidden_width('expansion_factor', dim, expansion_factor)
 
-        self.scale = scale
-        self.weights = ParameterList(
-            [
-                xavier_matrix(dim, dim),  # queries
-                xavier_matrix(dim, dim),  # keys
-                xavier_matrix(dim, dim),  # values
-                xavier_matrix(dim, dim_hidden),
-                xavier_matrix(dim_hidden, dim),
-            ]
-        )
+        self.scale = check_number('scale', scale, above=0)
+        # queries, keys and values; then the feedforward
+        self.weights = Matrices((dim, dim), (dim, dim), (dim, dim), (dim, dim_hidden), (dim_hidden, dim))
 
     def forward(self, x: Float[Tensor, '... n d'], linear: Linear = torch.matmul) -> Float[Tensor, '... n d']:
         to_queries, to_keys, to_values, to_hidden, from_hidden = self.weights

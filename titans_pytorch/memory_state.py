@@ -61,6 +61,13 @@ class NeuralMemState(NamedTuple):
             return self.seq_index
         return self.seq_index + (pending.tokens if isinstance(pending, PendingSegment) else pending).shape[-2]
 
+    @property
+    def batch_size(self) -> int | None:
+        """Sequences that it is of; `None` for one that holds no open chunk yet."""
+        pending = self.cache_store_segment
+        tokens = pending.tokens if isinstance(pending, PendingSegment) else pending
+        return tokens.shape[-3] if isinstance(tokens, Tensor) and tokens.ndim > 2 else None
+
     def detach(self) -> NeuralMemState:
         """The same state, cut from the graph that made it: where truncated backpropagation through time truncates."""
         return _map_tensors(lambda t: t.detach(), self)

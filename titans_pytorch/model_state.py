@@ -30,6 +30,13 @@ class ModelState(NamedTuple):
     memories: list[NeuralMemState]
     """For each memory layer its state."""
 
+    @property
+    def batch_size(self) -> int | None:
+        """Sequences that it is of; `None` if nothing in it says so."""
+        sizes = [key_values[0].shape[0] for key_values in self.key_values if key_values is not None]
+        sizes += [memory.batch_size for memory in self.memories if memory.batch_size is not None]
+        return sizes[0] if sizes else None
+
     def detach(self) -> ModelState:
         """The same state, cut from the graph that made it: where truncated backpropagation through time truncates."""
         key_values, memories = tree_map(_of_tensors(Tensor.detach), self[1:])

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from einops.layers.torch import Rearrange
-from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
 
-from titans_pytorch.checks import check_floating, check_positive, check_shape
-from titans_pytorch.rotary import extend_cache, flatten_cache, rotary_causal_attention
+from titans_pytorch.checks import check_flags, check_floating, check_positive, check_shape, flags_among
+from titans_pytorch.parameters import Resettable
+from titans_pytorch.rotary import Rotary, check_rotary_width, extend_cache, flatten_cache, rotary_causal_attention
 from titans_pytorch.shapes import Float
 
 NestedCache = tuple[tuple[list[Tensor], list[Tensor]], tuple[Tensor, Tensor]]
 """Three keys and three values of the inner attentions, then the outer key and value: (b, h, m, d), before rotation."""
 
 
-class NestedAttention(nn.Module):
+class NestedAttention(Resettable):
     """Causal attention over the outputs of three causal attentions that share their queries:
 
         q, k, v = attend(queries, keys_i, values_i)  for i = 1, 2, 3
@@ -42,16 +42,15 @@ class NestedAttention(nn.Module):
         keys_rmsnorm: bool = True,
     ):
         super().__init__()
-        check_positive(dim=dim, dim_head=dim_head, heads=heads)
-
-        if dim_head < 3:
-            raise ValueError(f'dim_head must be at least 3, the smallest rotary dimension, got {dim_head}')
+        dim, dim_head, heads = check_positive(dim=dim, dim_head=dim_head, heads=heads)
+        check_rotary_width(dim_head)
+        check_flags(**flags_among(locals(), NestedAttention))
 
         self.dim, self.dim_head, self.heads = dim, dim_head, heads
         dim_inner = dim_head * heads
 
         self.norm = nn.RMSNorm(dim) if prenorm else nn.Identity()
-        self.rotary_embed = RotaryEmbedding(dim_head)
+        self.rotary_embed = Rotary(dim_head)
 
         self.to_queries = nn.Linear(dim, dim_inner, bias=False)
         self.to_keys = nn.Linear(dim, dim_inner * 3, bias=False)
@@ -77,7 +76,8 @@ class NestedAttention(nn.Module):
         Returns the output (b, n, d) and, if `return_kv_cache`, inner and outer keys and values of every token so far.
         A sequence may come in calls of any length: the outputs are those of one call.
         """
-        check_floating('tokens', tokens)
+        check_flags(return_kv_cache=return_kv_cache)
+        check_floating('tokens', tokens, self.to_queries.weight.dtype)
         check_shape('tokens', tokens, batch=None, length=None, dim=self.dim)
 
         cached = flatten_cache(cache, tokens.shape[0], self.heads, [self.dim_head] * 8)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -14,10 +14,22 @@ from einops import rearrange, repeat
 from einops.layers.torch import Rearrange
 from tensordict import TensorDict
 from torch import Tensor, nn
-from torch.nn import Linear, Module, Parameter, ParameterList
+from torch.nn import Linear, Module, Parameter
 from torch.utils.checkpoint import checkpoint
 
-from titans_pytorch.checks import check_floating, check_multiple, check_positive, check_shape
+from titans_pytorch.checks import (
+    check_biases,
+    check_callable,
+    check_flags,
+    check_integer,
+    check_keywords,
+    check_module,
+    check_multiple,
+    check_number,
+    check_positive,
+    described,
+    flags_among,
+)
 from titans_pytorch.decode_retrieval import Retrieval, retrieve_one
 from titans_pytorch.engines import (
     Chunks,
@@ -41,11 +53,11 @@ from titans_pytorch.gates import (
     L2Norm,
     MultiheadRMSNorm,
     gate,
+    linear_from,
     pointwise,
     projection,
-    start_at,
 )
-from titans_pytorch.memory_layout import Call, MemoryLayout, check_memory_model
+from titans_pytorch.memory_layout import Call, MemoryLayout, check_memory_loss, check_memory_model
 from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
 from titans_pytorch.memory_state import (
     NeuralMemState,
@@ -57,6 +69,14 @@ from titans_pytorch.memory_state import (
 )
 from titans_pytorch.one_chunk import descents, predict, store_one_chunk
 from titans_pytorch.orthogonalize import newtonschulz5
+from titans_pytorch.parameters import (
+    InReferenceFormat,
+    ParameterSequence,
+    Resettable,
+    depending_on,
+    fill,
+    reset_parameters,
+)
 from titans_pytorch.precision import at_least_float32, in_module_precision, network_autocast, network_rows
 from titans_pytorch.recurrence import AssocScan
 from titans_pytorch.shapes import Bool, Float, Int
@@ -87,7 +107,34 @@ def default_adaptive_step_transform(adaptive_step: Tensor, max_lr: float = 1e-2)
     return adaptive_step.sigmoid() * max_lr
 
 
-class NeuralMemory(Module):
+class InitialWeights(ParameterSequence):
+    """The learned initial weights of a memory, in the order of its network's parameters.
+
+    Of shape (heads, …), or (…) if the heads share them.
+
+    Args:
+        network: the memory network, initialised.
+        heads: how many weights there are, the same at first; `None` if heads share them.
+    """
+
+    def __init__(self, network: Module, heads: int | None):
+        leading = () if heads is None else (heads,)
+        weights = [p.detach().expand(*leading, *p.shape) for p in network.parameters()]
+        super().__init__(w.clone(memory_format=torch.contiguous_format) for w in weights)
+        self.names = [name for name, _ in network.named_parameters()]
+        # in a tuple, it is not registered; on the meta device, it holds no weights
+        self.network = (deepcopy(network).to('meta'),)
+
+    def reset_parameters(self) -> None:
+        """Draw them anew, by the `reset_parameters()` of the network's modules."""
+        network = deepcopy(self.network[0]).to_empty(device=self[0].device)
+        reset_parameters(network)
+        drawn = dict(network.named_parameters())
+        for name, weight in zip(self.names, self):
+            fill(weight, drawn[name])
+
+
+class NeuralMemory(Resettable, InReferenceFormat):
     """A memory that learns at test time.
 
     Each token yields a key, a value and a query. Storing is gradient descent of the memory network M on
@@ -150,7 +197,8 @@ class NeuralMemory(Module):
             share that starts at sigmoid(−5).
         mem_model_norm_add_residual: wrap the network as LN(f(x)) + x (TTT).
         store_with_lookahead_value: pair each key with the value of the next row in its chunk, for one key per token the
-            next token's (arXiv 2601.00671). The last row of a chunk stores nothing.
+            next token's (arXiv 2601.00671). The last row of a chunk stores nothing, so that chunks of a single row
+            never do.
         default_model_kwargs: arguments of the default network.
         engine: how the memory is computed. 'dual' never forms a weight matrix per chunk, and serves networks that
             send their products through `linear`; 'dense' forms them all, and serves any network; 'auto' is dual
@@ -171,7 +219,7 @@ class NeuralMemory(Module):
     def __init__(
         self,
         dim: int,
-        chunk_size: int | tuple[int, int] = 1,
+        chunk_size: int | Sequence[int] = 1,
         batch_size: int | None = None,
         dim_head: int | None = None,
         heads: int = 1,
@@ -212,15 +260,30 @@ class NeuralMemory(Module):
         channel_gate: bool = False,
     ):
         super().__init__()
-        dim_head = dim if dim_head is None else dim_head
-        retrieve_chunk_size, store_chunk_size = chunk_size if isinstance(chunk_size, tuple) else (chunk_size,) * 2
-
-        check_positive(
-            dim=dim, dim_head=dim_head, heads=heads, chunk_size=retrieve_chunk_size, num_kv_per_token=num_kv_per_token
+        dim, dim_head, heads, num_kv_per_token, momentum_order = check_positive(
+            dim=dim,
+            dim_head=dim if dim_head is None else dim_head,
+            heads=heads,
+            num_kv_per_token=num_kv_per_token,
+            momentum_order=momentum_order,
         )
-        check_positive(chunk_size=store_chunk_size, momentum_order=momentum_order)
+        retrieve_chunk_size, store_chunk_size = _checked_chunk_sizes(chunk_size)
         if batch_size is not None:
-            check_multiple('batch_size', batch_size, 'chunk_size', store_chunk_size)
+            batch_size = check_multiple('batch_size', batch_size, 'chunk_size', store_chunk_size)
+        check_flags(**flags_among(locals(), NeuralMemory))
+        check_module(model=model, activation=activation)
+        check_callable(store_memory_loss_fn=store_memory_loss_fn)
+        if adaptive_step_transform is not None:
+            check_callable(adaptive_step_transform=adaptive_step_transform)
+        check_keywords(default_model_kwargs=default_model_kwargs)
+        max_lr = check_number('default_step_transform_max_lr', default_step_transform_max_lr, above=0)
+        max_modulation = check_number('max_mem_layer_modulation', max_mem_layer_modulation, above=0)
+        max_grad_norm = None if max_grad_norm is None else check_number('max_grad_norm', max_grad_norm, above=0)
+        check_biases(
+            init_adaptive_step_bias=init_adaptive_step_bias,
+            init_momentum_bias=init_momentum_bias,
+            init_decay_bias=init_decay_bias,
+        )
         if heads == 1 and dim_head != dim:
             raise ValueError(f'dim_head must equal dim={dim} when heads is 1, got {dim_head}')
         if attn_pool_chunks and store_chunk_size == 1:
@@ -233,9 +296,9 @@ class NeuralMemory(Module):
         if qk_l2norm and qk_rmsnorm:
             raise ValueError('qk_l2norm and qk_rmsnorm are two norms for one place: choose one of them')
         if conv_kernel is not None:
-            check_positive(conv_kernel=conv_kernel)
+            conv_kernel = check_integer('conv_kernel', conv_kernel, 1)
         if checkpoint_every is not None:
-            check_positive(checkpoint_every=checkpoint_every)
+            checkpoint_every = check_integer('checkpoint_every', checkpoint_every, 1)
             if accept_weight_residual:
                 raise ValueError('checkpoint_every keeps no weights over time, which accept_weight_residual needs')
         if init_momentum_bias is not None and not momentum:
@@ -245,7 +308,8 @@ class NeuralMemory(Module):
 
         self.dim = dim
         self.heads = heads
-        self.chunk_size = chunk_size
+        is_pair = isinstance(chunk_size, (tuple, list))
+        self.chunk_size = (retrieve_chunk_size, store_chunk_size) if is_pair else store_chunk_size
         self.retrieve_chunk_size, self.store_chunk_size = retrieve_chunk_size, store_chunk_size
         self.batch_size = batch_size
         self.checkpoint_every = checkpoint_every
@@ -253,18 +317,20 @@ class NeuralMemory(Module):
         self.qkv_receives_diff_views = qkv_receives_diff_views
         self.store_with_lookahead_value = store_with_lookahead_value
         self.momentum_order = momentum_order
-        self.max_mem_layer_modulation = max_mem_layer_modulation
+        self.max_mem_layer_modulation = max_modulation
         self.max_grad_norm = max_grad_norm
         self.spectral_norm_surprises = spectral_norm_surprises
         self.use_accelerated_scan = use_accelerated_scan
         self.per_head_learned_parameters = per_head_learned_parameters
         self.store_memory_loss_fn = store_memory_loss_fn
         self.adaptive_step_transform = adaptive_step_transform or partial(
-            default_adaptive_step_transform, max_lr=default_step_transform_max_lr
+            default_adaptive_step_transform, max_lr=max_lr
         )
 
         # the memory
 
+        rows = max(1, store_chunk_size * num_kv_per_token - store_with_lookahead_value)
+        check_memory_loss(store_memory_loss_fn, (rows, dim_head))
         model = MemoryMLP(dim_head, **default_model_kwargs) if model is None else model
         check_memory_model(model, dim_head)
         model = ResidualNorm(dim_head, model) if mem_model_norm_add_residual else model
@@ -273,7 +339,7 @@ class NeuralMemory(Module):
             # its gradients are those of torch.func, which lets no saved tensor be computed again
             raise ValueError("checkpoint_every needs engine='dual', and this memory is dense")
         self._hold(model)
-        self.transition_gate = Parameter(torch.tensor(-5.0)) if gated_transition else None
+        self.transition_gate = Parameter(torch.empty(1)) if gated_transition else None
         self.assoc_scan = AssocScan(use_accelerated=use_accelerated_scan)
 
         # queries, keys and values
@@ -306,46 +372,59 @@ class NeuralMemory(Module):
             AttentionPool(dim, store_chunk_size) if attn_pool_chunks else AveragePool(store_chunk_size)
         )
         self.to_adaptive_step = nn.Sequential(
-            Linear(dim, heads * num_kv_per_token),
+            linear_from(dim, heads * num_kv_per_token, init_adaptive_step_bias),
             Rearrange('b n (h u) -> (b h) (n u)', u=num_kv_per_token),
         )
-        self.to_decay_factor = gates(1)
-        self.to_momentum = gates(momentum_order) if momentum else None
+        self.to_decay_factor = gates(1, start=init_decay_bias)
+        self.to_momentum = gates(momentum_order, start=init_momentum_bias) if momentum else None
         self.to_learned_momentum_combine = gates(mixed_orders, nn.Softmax(dim=-1)) if learned_momentum_combine else None
         self.to_layer_modulation = (
             gates(self.num_memory_parameter_tensors, nn.Sigmoid()) if per_parameter_lr_modulation else None
         )
         self.to_learned_weight_residual_mix = gates(1, nn.Sigmoid()) if accept_weight_residual else None
 
-        start_at(self.to_adaptive_step, init_adaptive_step_bias)
-        start_at(self.to_momentum, init_momentum_bias)
-        start_at(self.to_decay_factor, init_decay_bias)
+        self._reset_own()
 
-        # the reference's checkpoints hold the network a second time
-        self.register_state_dict_post_hook(_write_reference_copy)
-        self.register_load_state_dict_pre_hook(_skip_reference_copy)
+    def _reset_own(self) -> None:
+        if self.transition_gate is not None:
+            nn.init.constant_(self.transition_gate, -5.0)
+
+    # the reference's checkpoints, which hold the memory network twice
+
+    scalars = ('transition_gate',)
+
+    def write_reference(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        super().write_reference(state_dict, prefix)
+        for index, name in enumerate(self.memory_model_parameter_names):
+            weight = state_dict[f'{prefix}memory_model_parameters.{index}']
+            # head 0's, for a module that is never trained, unless heads share their weights
+            first = weight[0] if self.per_head_learned_parameters else weight
+            state_dict[f'{prefix}memory_model.{name}'] = first.clone()
+
+    def read_reference(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        super().read_reference(state_dict, prefix)
+        one_tensor = not self.per_head_learned_parameters or self.heads == 1
+        for index, name in enumerate(self.memory_model_parameter_names):
+            copy = state_dict.pop(f'{prefix}memory_model.{name}', None)
+            key = f'{prefix}memory_model_parameters.{index}'
+            # both names are of one tensor there, and a file that keeps tensors once may have either
+            if copy is not None and one_tensor and key not in state_dict and copy.shape == self._parameter_shapes[name]:
+                state_dict[key] = copy.reshape(self.init_weight_shape[index])
 
     # the memory network and its weights
 
     def _hold(self, model: Module) -> None:
         """Take over a memory network: its weights as learned initial ones, the rest as a template."""
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        initial = [p.detach().clone() for p in model.parameters()]
-        if self.per_head_learned_parameters:
-            initial = [torch.stack([p] * self.heads) for p in initial]
-
-        self.memory_model_parameters = ParameterList(map(Parameter, initial))
-        self.memory_model_parameter_names = [*shapes]
-        self.num_memory_parameter_tensors = len(shapes)
-        self.init_weight_shape = [tuple(p.shape) for p in initial]
-        # weights are given at every use, so the network itself holds none; in a tuple, it is not registered
-        self._template = (deepcopy(model).to('meta'),)
-        self._parameter_shapes = shapes
+        self._parameter_shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self.memory_model_parameters = InitialWeights(model, self.heads if self.per_head_learned_parameters else None)
+        self.memory_model_parameter_names = self.memory_model_parameters.names
+        self.num_memory_parameter_tensors = len(self.memory_model_parameters)
+        self.init_weight_shape = [tuple(p.shape) for p in self.memory_model_parameters]
 
     @property
     def memory_model(self) -> Module:
         """The memory network, a template on the meta device; its weights are `memory_model_parameters`."""
-        return self._template[0]
+        return self.memory_model_parameters.network[0]
 
     @property
     def memory_model_parameter_dict(self) -> TensorDict:
@@ -363,11 +442,11 @@ class NeuralMemory(Module):
 
     def init_weights(self, batch: int) -> TensorDict:
         """Weights of an empty memory, per parameter (batch · heads, …), in float32 at least."""
-        pattern = 'h ... -> (b h) ...' if self.per_head_learned_parameters else '... -> (b h) ...'
-        sizes = {'b': batch} if self.per_head_learned_parameters else {'b': batch, 'h': self.heads}
-        named = zip(self.memory_model_parameter_names, self.memory_model_parameters)
-        initial = {name: at_least_float32(p) for name, p in named}
-        return TensorDict({name: repeat(p, pattern, **sizes) for name, p in initial.items()})
+        count = batch if self.per_head_learned_parameters else batch * self.heads
+        named = zip(self._parameter_shapes.items(), self.memory_model_parameters)
+        # always copies: a state keeps them, and an optimizer changes the parameters in place
+        copies = {name: p.repeat(count, *(1,) * len(shape)) for (name, shape), p in named}
+        return TensorDict({name: at_least_float32(p) for name, p in copies.items()})
 
     def init_momentum(self, batch: int) -> TensorDict:
         """Momentum of an empty memory: zeros, per parameter (orders, batch · heads, …)."""
@@ -383,6 +462,8 @@ class NeuralMemory(Module):
             chunk_size=self.store_chunk_size,
             momentum_orders=0 if self.to_momentum is None else self.momentum_order,
             different_views=self.qkv_receives_diff_views,
+            conv_reach=self.conv_reach,
+            dtype=self.memory_model_parameters[0].dtype,
             parameters=self._parameter_shapes,
         )
 
@@ -449,6 +530,7 @@ class NeuralMemory(Module):
                 raise ValueError('state and cache are two names for one argument: give one of them')
             state = cache
 
+        check_flags(detach_mem_state=detach_mem_state, return_surprises=return_surprises, store=store)
         if not store and (store_seq is not None or store_mask is not None):
             raise ValueError('store=False stores nothing: leave out store_seq and store_mask')
         call = self._layout.call(seq, store_seq, store_mask, ttt_batch_size, self.batch_size)
@@ -459,6 +541,8 @@ class NeuralMemory(Module):
             retrieved, next_state, surprises = self._checkpointed(pieces, state, prev_weights)
         else:
             retrieved, next_state, surprises = self._forward(call, state, prev_weights)
+        # a later call has no use for the initial weights, and a short one completes no chunk
+        retrieved = depending_on(self.parameters(), retrieved)
         next_state = next_state.detach() if detach_mem_state else next_state
         return (retrieved, next_state, surprises) if return_surprises else (retrieved, next_state)
 
@@ -507,11 +591,14 @@ class NeuralMemory(Module):
         (bh, chunks + 1, …), the state, whose `cache_store_segment` holds the tokens of an incomplete chunk, and with
         `return_surprises` the surprises.
         """
+        check_flags(return_surprises=return_surprises)
         self._layout.check_store('seq', seq)
-        self._layout.check_mask('mask', mask, seq)
+        mask = self._layout.checked_mask('mask', mask, seq)
         queries = seq[0] if self.qkv_receives_diff_views else seq
 
-        before = self._opened((seq_index, weights, None, past_state, None), queries)
+        before = self._opened(
+            (seq_index, weights, None, past_state, None), queries, names=('seq_index', 'weights', 'past_state')
+        )
         over_time, after, surprises = self._store(Call(queries, seq, mask, None), before, prev_weights)
         next_state = after.closed(over_time)
         return (next_state.updates, next_state, *((surprises,) if return_surprises else ()))
@@ -522,8 +609,7 @@ class NeuralMemory(Module):
         `weights` per parameter: (bh, chunks + 1, …), as `state.updates`, of which token t reads entry
         ⌊(t + 1) / chunk⌋; or (bh, …), as `state.weights`; or the initial weights.
         """
-        check_floating('seq', seq)
-        check_shape('seq', seq, batch=None, length=None, dim=self.dim)
+        self._layout.check_rows('seq', seq)
         over_time = self._layout.over_time('weights', weights, seq.shape[0])
         rows, _ = self._query_rows(seq, self._layout.no_pending(seq))
         return self._retrieve(seq.shape[1], rows, over_time, 0)
@@ -540,8 +626,7 @@ class NeuralMemory(Module):
         """
         if self.mixes_tokens:
             raise ValueError('recall asks for each row by itself, and this memory network mixes them')
-        check_floating('seq', seq)
-        check_shape('seq', seq, batch=None, length=None, dim=self.dim)
+        self._layout.check_rows('seq', seq)
         if isinstance(state, StepState):
             base = state.base
         else:
@@ -550,9 +635,9 @@ class NeuralMemory(Module):
         queries = self._queries_of(pointwise(self.to_queries)(normed))
         return self._combined(self._predict(base, queries), normed)
 
-    def _opened(self, state: Any, seq: Float[Tensor, 'b n d']) -> OpenState:
+    def _opened(self, state: Any, seq: Float[Tensor, 'b n d'], **names: Any) -> OpenState:
         init_momentum = self.init_momentum if self.to_momentum is not None else lambda batch: TensorDict({})
-        return self._layout.opened(state, seq, self.init_weights, init_momentum)
+        return self._layout.opened(state, seq, self.init_weights, init_momentum, **names)
 
     # one token at a time, without gradients, over buffers of constant size
 
@@ -698,8 +783,9 @@ class NeuralMemory(Module):
         after = OpenState(state.seq_index + complete, base, last, stacked, rest)
 
         def by_row(t: Float[Tensor, 'bh n m']) -> Float[Tensor, 'b h n']:
-            return rearrange(t, '(b h) n m -> b h (n m)', h=self.heads)
+            return rearrange(t[..., :rows_stored], '(b h) n m -> b h (n m)', h=self.heads)
 
+        rows_stored = self.store_chunk_size * self.num_kv_per_token - self.store_with_lookahead_value
         surprises = by_row(torch.cat(losses, dim=1)), by_row(chunks.step_sizes)
         return FastWeights.joined(pieces, last), after, surprises
 
@@ -746,15 +832,20 @@ class NeuralMemory(Module):
         keys, values = (network_rows(t, self._like) for t in (keys, values))
 
         # gates in float32 under any autocast, and of a module in half precision
-        logits = at_least_float32(self.to_adaptive_step(seq[:, self.conv_reach :]))
-        step_sizes = self.adaptive_step_transform(logits)
+        step_logits = at_least_float32(self.to_adaptive_step(seq[:, self.conv_reach :]))
+        step_sizes = self.adaptive_step_transform(step_logits)
+        if not isinstance(step_sizes, Tensor) or step_sizes.shape != step_logits.shape:
+            expected = f'a step size for each logit, {tuple(step_logits.shape)}'
+            raise ValueError(f'adaptive_step_transform must return {expected}, got {described(step_sizes)}')
         step_sizes = rearrange(step_sizes, 'bh (n m) -> bh n m', m=rows)
         if mask is not None:
             stored = repeat(mask, 'b (n c) -> (b h) n (c u)', h=self.heads, c=chunk_size, u=self.num_kv_per_token)
             step_sizes = torch.where(stored, step_sizes, 0.0)
 
-        if self.store_with_lookahead_value:
+        if self.store_with_lookahead_value and rows > 1:
             keys, values, step_sizes = keys[..., :-1, :], values[..., 1:, :], step_sizes[..., :-1]
+        elif self.store_with_lookahead_value:  # no row has a next one; a step size of 0 stores nothing
+            step_sizes = F.pad(step_sizes[..., :-1], (0, 1))
 
         modulation = _optional(self.to_layer_modulation, pooled)
         return Chunks(
@@ -860,6 +951,15 @@ class NeuralMemory(Module):
         return self.combine_heads(values.transpose(1, 2).flatten(2))
 
 
+def _checked_chunk_sizes(chunk_size: Any) -> tuple[int, int]:
+    """The sizes for retrieving and storing, from one for both or from a pair."""
+    pair = [*chunk_size] if isinstance(chunk_size, (tuple, list)) else [chunk_size] * 2
+    if len(pair) != 2:
+        raise ValueError(f'chunk_size must be an integer or a pair (retrieve, store), got {described(chunk_size)}')
+    retrieve, store = (check_integer('chunk_size', size, 1) for size in pair)
+    return retrieve, store
+
+
 def _optional(module: Module | None, x: Tensor) -> Tensor | None:
     return None if module is None else at_least_float32(module(x))
 
@@ -879,15 +979,3 @@ def _last_rows(rows: Tensor | None, like: Float[Tensor, 'b n d'], count: int) ->
     rows = like[:, :0] if rows is None else rows
     missing = max(0, count - rows.shape[1])
     return F.pad(rows, (0, 0, missing, 0))[:, rows.shape[1] + missing - count :]
-
-
-def _write_reference_copy(module: NeuralMemory, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    """The reference saves the memory network twice, per head and as a module it never trains; and wants both."""
-    for index, name in enumerate(module.memory_model_parameter_names):
-        weight = state_dict[f'{prefix}memory_model_parameters.{index}']
-        state_dict[f'{prefix}memory_model.{name}'] = weight[0] if module.per_head_learned_parameters else weight
-
-
-def _skip_reference_copy(_: NeuralMemory, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:
-    for name in [key for key in state_dict if key.startswith(f'{prefix}memory_model.')]:
-        del state_dict[name]

@@ -27,9 +27,12 @@ def standardise(x: Float[Tensor, '... d'], eps: float) -> tuple[Float[Tensor, '.
 
 
 def l2_norm(x: Tensor, eps: float = 1e-12, dim: int | tuple[int, ...] = -1) -> Tensor:
-    """`x` with length 1 over `dim`; `x / eps` where that is shorter than `eps`, as in `F.normalize`.
+    """`x` with length 1 over `dim`; `x / eps` where it is shorter than `eps`, as in `F.normalize`.
 
-    The length is never differentiated by itself: its second derivative at zero is not finite.
+    Zero stays zero and has no gradient, where that of `F.normalize` is 1 / eps, beyond the range of float16, and its
+    second one not finite.
     """
     full = at_least_float32(x)
-    return (full * full.square().sum(dim=dim, keepdim=True).clamp(min=eps**2).rsqrt()).to(x.dtype)
+    squared = full.square().sum(dim=dim, keepdim=True)
+    scale = squared.clamp(min=eps**2).rsqrt()
+    return (full * torch.where(squared > 0, scale, torch.zeros_like(scale))).to(x.dtype)

@@ -6,12 +6,12 @@ before it can see it; so a document is read exactly as if it were alone, whateve
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from titans_pytorch.checks import check_shape, check_tensor
+from titans_pytorch.checks import check_shape, check_tensor, checked_mask, is_integral
 from titans_pytorch.shapes import Bool, Float, Int
 
 
@@ -82,21 +82,20 @@ class Documents(NamedTuple):
         return flat.index_put((self.places[self.real],), rows[self.real]).unflatten(0, self.shape)
 
 
-def check_documents(
-    mask: Bool[Tensor, 'b n'] | None, document_ids: Int[Tensor, 'b n'] | None, batch: int, length: int
-) -> None:
+def checked_documents(
+    mask: Any, document_ids: Any, batch: int, length: int
+) -> tuple[Bool[Tensor, 'b n'] | None, Int[Tensor, 'b n'] | None]:
+    """Both, `mask` as booleans, if they fit a batch of these sizes."""
     if mask is not None:
-        check_tensor('mask', mask)
-        if mask.dtype != torch.bool:
-            raise TypeError(f'mask must be a boolean tensor, got {mask.dtype}')
-        check_shape('mask', mask, batch=batch, length=length)
+        mask = checked_mask('mask', mask, batch, length)
         if not mask.any():
             raise ValueError('mask must leave at least one token, and it is all padding')
     if document_ids is not None:
         check_tensor('document_ids', document_ids)
-        if document_ids.is_floating_point() or document_ids.dtype == torch.bool:
+        if not is_integral(document_ids):
             raise TypeError(f'document_ids must hold integers, got {document_ids.dtype}')
         check_shape('document_ids', document_ids, batch=batch, length=length)
+    return mask, document_ids
 
 
 def continues(mask: Bool[Tensor, 'b n'] | None, document_ids: Int[Tensor, 'b n'] | None) -> Bool[Tensor, 'b n-1']:

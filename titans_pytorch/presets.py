@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from titans_pytorch.checks import check_integer, check_positive, described
+
 SIZES = {'170M': (12, 768, 16), '340M': (24, 1024, 16), '760M': (24, 1536, 16)}
 """Layers, width and heads, by the paper's names for them. With a vocabulary of 32,000 and default feedforwards the
 models here have 145, 407 and 865 million parameters (LMM), 174, 508 and 1,092 (MAG, MAL), 181, 521 and 1,122 (MAC)."""
@@ -24,6 +26,8 @@ def memory_settings(heads: int, dim_head: int, memory_batch: int | None = None, 
     dim_head / (32 · memory_batch), as training on text at eight times that diverged too, after some hundred steps. In
     `MemoryAsContextTransformer(paper_order=True)` a memory batch is a segment.
     """
+    heads, dim_head = check_positive(heads=heads, dim_head=dim_head)
+    memory_batch = None if memory_batch is None else check_integer('memory_batch', memory_batch, 1)
     return {
         'heads': heads,
         'dim_head': dim_head,
@@ -50,8 +54,8 @@ def preset(size: str, memory_batch: int | None = None, **memory_changes: Any) ->
     Raises:
         ValueError: for a size that the paper does not have.
     """
-    if size not in SIZES:
-        raise ValueError(f'size must be one of {[*SIZES]}, got {size!r}')
+    if not isinstance(size, str) or size not in SIZES:
+        raise ValueError(f'size must be one of {[*SIZES]}, got {described(size)}')
     depth, dim, heads = SIZES[size]
     return {
         'depth': depth,

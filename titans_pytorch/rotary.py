@@ -14,7 +14,42 @@ from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from titans_pytorch.parameters import fill
 from titans_pytorch.shapes import Float, Int
+
+
+class Rotary(RotaryEmbedding):
+    """The frequencies of a rotary embedding of `dim` features.
+
+    Without the buffers in which the base class keeps angles, which `rotate` computes: a state dict then holds all that
+    the module does.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__(dim, cache_if_possible=False, cache_max_seq_len=0)
+        self.dim = dim
+        del self.cached_freqs, self.dummy
+
+    def reset_parameters(self) -> None:
+        exponents = torch.arange(0, self.dim // 2 * 2, 2, device=self.device).float() / self.dim
+        fill(self.freqs, 1.0 / 10000.0**exponents)
+
+    @property
+    def device(self) -> torch.device:
+        return self.freqs.device
+
+    def get_seq_pos(
+        self, seq_len: int, device: Any = None, dtype: torch.dtype | None = None, offset: int = 0
+    ) -> Float[Tensor, ' n']:
+        positions = torch.arange(
+            offset, offset + seq_len, device=device or self.device, dtype=dtype or self.freqs.dtype
+        )
+        return positions / self.interpolate_factor
+
+
+def check_rotary_width(dim_head: int) -> None:
+    if dim_head < 3:
+        raise ValueError(f'dim_head must be at least 3, the smallest rotary dimension, got {dim_head}')
 
 
 def rotate(
@@ -46,6 +81,9 @@ def frequencies(rotary: RotaryEmbedding) -> Float[Tensor, ' d/2']:
 
 def turned(t: Float[Tensor, '... d'], by: Float[Tensor, 'd/2 2']) -> Float[Tensor, '... d']:
     """What `rotate` computes, for a single position: neighbouring features as the two parts of a complex number."""
+    width = 2 * by.shape[-2]
+    if width < t.shape[-1]:  # an odd width has a feature left over
+        return torch.cat((turned(t[..., :width].contiguous(), by), t[..., width:]), dim=-1)
     pairs = t.unflatten(-1, (-1, 2)).to(by.dtype)
     if torch.compiler.is_compiling():  # which generates no code for complex numbers
         (real, imaginary), (cos, sin) = pairs.unbind(-1), by.unbind(-1)

@@ -5,13 +5,13 @@ A model differs from another in how its blocks put their parts together: see `bl
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from hyper_connections import mc_get_init_and_expand_reduce_stream_functions
 from torch import Tensor, nn
 from torch.nn import Linear, Module, ModuleList
 from torch.utils.checkpoint import checkpoint
@@ -19,17 +19,31 @@ from torch.utils.checkpoint import checkpoint
 from titans_pytorch import generation
 from titans_pytorch.attention import SegmentedAttention, segmented_flex_attention
 from titans_pytorch.block import Block, Carried, LayerBuffers, LayerState, Place
-from titans_pytorch.checks import check_floating, check_positive, check_shape, check_token_ids
-from titans_pytorch.connections import Streams, written
+from titans_pytorch.checks import (
+    check_flags,
+    check_floating,
+    check_integer,
+    check_integers,
+    check_module,
+    check_positive,
+    check_shape,
+    check_tensor,
+    checked_state,
+    checked_token_ids,
+    described,
+    is_integral,
+    values_are_at_hand,
+)
+from titans_pytorch.connections import ExpandStreams, Streams, residual_streams, written
 from titans_pytorch.decode_attention import Position
 from titans_pytorch.decoding import StepKind
-from titans_pytorch.memory_state import take_over
-from titans_pytorch.model_state import ModelState
+from titans_pytorch.memory_state import NeuralMemState, take_over
+from titans_pytorch.model_state import KeyValues, ModelState
 from titans_pytorch.neural_memory import NeuralMemory
-from titans_pytorch.packing import Documents, check_documents, continues
+from titans_pytorch.packing import Documents, checked_documents, continues
+from titans_pytorch.parameters import Resettable, reset_parameters
 from titans_pytorch.rotary import frequencies
 from titans_pytorch.shapes import Bool, Float, Int
-from titans_pytorch.sinkhorn import sinkhorn
 from titans_pytorch.stateless import is_intercepted
 
 IGNORED = -100
@@ -51,11 +65,11 @@ class DecodingState(NamedTuple):
     """What the model's position embedding needs, if it has one."""
 
 
-class Transformer(Module):
+class Transformer(Resettable):
     """The face of every model: logits or a loss, a state over calls, sampling. Subclasses build `layers`.
 
     A subclass whose positions are not its tokens overrides `num_positions`, `num_tokens_until`, `_embedded`,
-    `_token_rows` and `_embedded_one`.
+    `_token_rows` and `_embedded_one`; further arguments of its `_embedded` are named in `embedding_keywords`.
 
     Args:
         num_tokens: size of the vocabulary. `None`: no embedding and no logits; the input is (batch, length, dim), and a
@@ -67,10 +81,13 @@ class Transformer(Module):
     """
 
     layers: ModuleList
+    embedding_keywords: tuple[str, ...] = ()
 
     def __init__(self, *, num_tokens: int | None, dim: int, token_emb: Module | None):
         super().__init__()
-        check_positive(dim=dim, **({} if num_tokens is None else {'num_tokens': num_tokens}))
+        (dim,) = check_positive(dim=dim)
+        num_tokens = None if num_tokens is None else check_integer('num_tokens', num_tokens, 1)
+        check_module(token_emb=token_emb)
         self.num_tokens = num_tokens
         self.dim = dim
         self.token_emb = nn.Embedding(num_tokens, dim) if token_emb is None and num_tokens is not None else token_emb
@@ -83,18 +100,25 @@ class Transformer(Module):
         checkpoint_layers: bool,
     ) -> None:
         """Build the layers and the logits; `blocks` makes them, from a function that makes connections."""
-        connection, self.expand_streams, self.reduce_streams = mc_get_init_and_expand_reduce_stream_functions(
-            num_residual_streams,
-            dim=self.dim,
-            add_stream_embed=True,
-            disable=num_residual_streams == 1,
-            residual_mix_constraint_fn=sinkhorn,
-        )
+        connection, self.expand_streams, self.reduce_streams = residual_streams(num_residual_streams, self.dim)
         self.layers = ModuleList(blocks(connection))
         self.norm = nn.RMSNorm(self.dim)
         self.to_logits = None if self.num_tokens is None else Linear(self.dim, self.num_tokens, bias=False)
         self.use_flex_attn = use_flex_attn
         self.checkpoint_layers = checkpoint_layers
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter anew, as the constructor does.
+
+        Each memory draws a network of its own then, where the constructor copies `neural_memory_model`.
+
+        Raises:
+            TypeError: if `token_emb` or `neural_memory_model` has parameters but no method `reset_parameters()`.
+        """
+        for part in self.children():
+            if part is self.layers:
+                self._reset_own()
+            reset_parameters(part)
 
     @property
     def _blocks(self) -> list[Block]:
@@ -127,7 +151,13 @@ class Transformer(Module):
         return hidden
 
     def _token_embedding(self, x: Tensor) -> Float[Tensor, 'b n d']:
-        return x if self._takes_embeddings(x) else self.token_emb(x)  # type: ignore[misc]
+        if self._takes_embeddings(x):
+            return x
+        embedded = self.token_emb(x)  # type: ignore[misc]
+        if embedded.shape != (*x.shape[:2], self.dim):
+            expected = f'(batch, length, dim={self.dim}) for x of {tuple(x.shape)}'
+            raise ValueError(f'token_emb must return {expected}, got {tuple(embedded.shape)}')
+        return embedded
 
     def _takes_embeddings(self, x: Tensor) -> bool:
         return self.token_emb is None or (isinstance(self.token_emb, nn.Embedding) and x.is_floating_point())
@@ -142,6 +172,7 @@ class Transformer(Module):
         state: ModelState | None = None,
         return_state: bool = False,
         return_hidden: bool = False,
+        labels: Int[Tensor, 'b n'] | None = None,
         mask: Bool[Tensor, 'b n'] | None = None,
         document_ids: Int[Tensor, 'b n'] | None = None,
         cache: ModelState | None = None,
@@ -153,13 +184,20 @@ class Transformer(Module):
         """Logits of the next token, the loss, or hidden states.
 
         Args:
-            x: token ids (batch, length); embeddings (batch, length, dim); or what `token_emb` takes.
+            x: token ids (batch, length) of any integer dtype; embeddings (batch, length, dim); or what `token_emb`
+                takes.
             return_loss: return the mean cross-entropy, in nats, of predicting x[:, 1:] from x[:, :-1].
-            state: that of the call before: `x` is what follows. With `return_loss` the last token of `x` is not read,
-                and is the first of the next call.
+            state: that of the call before: `x` is what follows. With `return_loss` or `labels` the last token of `x` is
+                not read, and is the first of the next call.
             return_state: also return the state, for the next call.
             return_hidden: return the hidden states after the last norm, (batch, length, dim), in place of logits.
-            mask: true for tokens, false for padding, on either side. What is returned for padding means nothing.
+            labels: return the loss of predicting these, (batch, length), instead of `x` itself. They are aligned with
+                `x`, as in Hugging Face's models: labels[:, t] is the token at position t, predicted from x[:, :t], so
+                that labels[:, 0] is not used; −100 leaves a position out. The mean is over the labels that are left,
+                and 0 if there are none. `x` may then be embeddings. With `state`, `mask` and `document_ids` it is as
+                with `return_loss`: padding and the first token of a document are not predicted, whatever their label.
+            mask: true for tokens, false for padding, on either side, or 1 and 0. What is returned for padding means
+                nothing.
             document_ids: integers; where they change within a row, or padding stands between, a new document begins,
                 which sees nothing of the one before, neither by attention nor by memory, and whose positions count from
                 0. Both wait for the device, and neither is compiled whole.
@@ -172,10 +210,23 @@ class Transformer(Module):
         Returns:
             logits (batch, length, num_tokens), hidden states, or the loss; with `return_state` a pair with the state.
         """
-        self._check_input(x)
+        check_flags(
+            return_loss=return_loss,
+            return_state=return_state,
+            return_hidden=return_hidden,
+            return_cache=return_cache,
+            disable_flex_attn=disable_flex_attn,
+            store=store,
+        )
+        if not embedding_kwargs.keys() <= {*self.embedding_keywords}:
+            raise TypeError(self._unknown_keywords(embedding_kwargs))
+        x = self._checked_input(x)
         return_state = return_state or return_cache
+        return_loss = return_loss or labels is not None
+        if return_loss and return_hidden:
+            raise ValueError('return_hidden returns hidden states, return_loss and labels the loss: choose one of them')
         if mask is not None or document_ids is not None:
-            check_documents(mask, document_ids, *x.shape[:2])
+            mask, document_ids = checked_documents(mask, document_ids, x.shape[0], x.shape[1])
             if state is not None or cache is not None or return_state:
                 raise ValueError(
                     'mask and document_ids make rows that begin or end at positions of their own, of which there is '
@@ -183,16 +234,18 @@ class Transformer(Module):
                 )
         if cache is not None:
             if state is not None or return_loss:
-                other = 'state' if state is not None else 'return_loss'
+                other = 'state' if state is not None else 'return_loss' if labels is None else 'labels'
                 raise ValueError(f'with {other}, give what follows on the cache as x, and the cache as state')
-            state, read = cache, self.num_tokens_until(cache[0])
+            state = cache
+        state = None if state is None else self._checked_state(state, len(x))
+        if cache is not None and state is not None:
+            read = self.num_tokens_until(state.seq_index)
             if read >= x.shape[1]:
                 raise ValueError(f'x must go beyond the {read} tokens in the cache, got {x.shape[1]}')
             x = x[:, read:]
 
-        labels = None
         if return_loss:
-            x, labels, mask, document_ids = self._with_labels(x, mask, document_ids)
+            x, labels, mask, document_ids = self._with_labels(x, labels, mask, document_ids)
         if mask is None and document_ids is None:
             hidden, after = self._read(x, state, disable_flex_attn, return_state, store, embedding_kwargs)
         else:
@@ -207,23 +260,42 @@ class Transformer(Module):
             out = losses / (labels != IGNORED).sum().clamp(min=1)
         return (out, after) if return_state else out
 
-    def _check_input(self, x: Any) -> None:
-        embedded = isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 3
-        if isinstance(self.token_emb, nn.Embedding) and not embedded:
-            check_token_ids('x', x, self.token_emb.num_embeddings)
-        elif self._takes_embeddings(x):
-            check_floating('x', x)
+    def _unknown_keywords(self, given: Mapping[str, Any]) -> str:
+        own = {**inspect.signature(type(self).forward).parameters, **inspect.signature(Transformer.forward).parameters}
+        known = [name for name, p in own.items() if name != 'self' and p.kind is not inspect.Parameter.VAR_KEYWORD]
+        unknown = ', '.join(repr(name) for name in given if name not in self.embedding_keywords)
+        return f'{type(self).__name__} got an unexpected keyword argument {unknown}; a call takes {", ".join(known)}'
+
+    def _checked_input(self, x: Any) -> Tensor:
+        check_tensor('x', x)
+        if isinstance(self.token_emb, nn.Embedding) and not (x.is_floating_point() and x.ndim == 3):
+            return checked_token_ids('x', x, self.token_emb.num_embeddings)
+        if self._takes_embeddings(x):
+            check_floating('x', x, self.norm.weight.dtype)
             check_shape('x', x, batch=None, length=None, dim=self.dim)
+        elif x.ndim < 2 or 0 in x.shape:
+            raise ValueError(f'x must be (batch, length, …), none of them empty, got {tuple(x.shape)}')
+        return x.long() if is_integral(x) and x.ndim == 2 else x
 
     def _with_labels(
-        self, x: Tensor, mask: Bool[Tensor, 'b n'] | None, document_ids: Int[Tensor, 'b n'] | None
+        self,
+        x: Tensor,
+        labels: Int[Tensor, 'b n'] | None,
+        mask: Bool[Tensor, 'b n'] | None,
+        document_ids: Int[Tensor, 'b n'] | None,
     ) -> tuple[Tensor, Int[Tensor, 'b n'], Bool[Tensor, 'b n'] | None, Int[Tensor, 'b n'] | None]:
-        """What is read, and which token each position is to predict."""
-        if x.is_floating_point() or self.to_logits is None:
-            raise ValueError('return_loss predicts tokens from tokens: x must be token ids, and num_tokens given')
+        """What is read, and which token each position is to predict: those of `x`, or `labels`."""
+        if self.to_logits is None:
+            raise ValueError('return_loss and labels need logits, and this model has no num_tokens')
+        if labels is None:
+            if not is_integral(x) or x.ndim != 2:
+                raise ValueError(f'return_loss predicts tokens from tokens: x must be token ids, got {described(x)}')
+            labels = x
+        else:
+            labels = checked_labels(labels, self.to_logits.out_features, x.shape[0], x.shape[1])
         if x.shape[1] < 2:
             raise ValueError(f'x must hold at least 2 tokens to predict one from another, got {x.shape[1]}')
-        labels = x[:, 1:]
+        labels = labels[:, 1:]
         if mask is None and document_ids is None:
             return x[:, :-1], labels, None, None
         labels = labels.masked_fill(~continues(mask, document_ids), IGNORED)
@@ -262,8 +334,6 @@ class Transformer(Module):
         num_tokens = self.num_tokens_until(start) + x.shape[1]
         stop = self.num_positions(num_tokens)
         layer_states = self._layer_states(state)
-        if state is not None and (came := len(_first_tensor(layer_states))) != len(x):
-            raise ValueError(f'state must be of a batch of {len(x)}, as x is, got one of {came}: see ModelState.select')
 
         hidden = self._embedded(x, start, **embedding_kwargs)
         attention_kwargs = self._attention_kwargs(hidden, layer_states, disable_flex_attn)
@@ -293,20 +363,38 @@ class Transformer(Module):
             )
         return shared
 
-    def _layer_states(self, state: ModelState | None) -> list[LayerState]:
-        if state is None:
-            return [LayerState(None, None)] * len(self._blocks)
-        if not isinstance(state, tuple) or len(state) != len(ModelState._fields):
-            raise TypeError(f'state must be a ModelState, got {type(state).__name__}')
-        _, key_values, memories = state
+    def _checked_state(self, state: Any, batch: int) -> ModelState:
+        """`state`, if it is of a model like this one and of so many sequences."""
+        position, key_values, memories = checked_state('state', state, ModelState)
+        position = check_integer('state.seq_index', position, 0)
+        if not isinstance(key_values, (tuple, list)) or not isinstance(memories, (tuple, list)):
+            given = f'{described(key_values)} and {described(memories)}'
+            raise TypeError(f'state must hold lists of key_values and of memories, got {given}')
         num_memories = len(self._memories)
         if (len(key_values), len(memories)) != (len(self._blocks), num_memories):
             raise ValueError(
                 f'state must be of a model like this one, with {len(self._blocks)} layers and {num_memories} memories, '
                 f'got {len(key_values)} and {len(memories)}'
             )
-        own = iter(memories)
-        pairs = zip(self._blocks, key_values)
+        checked: list[KeyValues | None] = []
+        for layer, (block, pair) in enumerate(zip(self._blocks, key_values)):
+            name = f'state.key_values[{layer}]'
+            if block.attention is not None:
+                pair, _ = block.attention.checked_cache(name, pair, position, None)
+            elif pair is not None:
+                raise ValueError(f'{name} must be None, as the layer has no attention, got {described(pair)}')
+            checked.append(pair)
+        memories = [checked_state(f'state.memories[{n}]', memory, NeuralMemState) for n, memory in enumerate(memories)]
+        state = ModelState(position, checked, memories)
+        if (came := state.batch_size) not in (None, batch):
+            raise ValueError(f'state must be of a batch of {batch}, as x is, got one of {came}: see ModelState.select')
+        return state
+
+    def _layer_states(self, state: ModelState | None) -> list[LayerState]:
+        if state is None:
+            return [LayerState(None, None)] * len(self._blocks)
+        own = iter(state.memories)
+        pairs = zip(self._blocks, state.key_values)
         return [LayerState(pair, None if block.memory is None else next(own)) for block, pair in pairs]
 
     def _model_state(self, position: int, states: list[LayerState]) -> ModelState:
@@ -347,7 +435,9 @@ class Transformer(Module):
 
         weight = self.to_logits.weight
         device = weight.device
-        batch = len(_first_tensor(layer_states))
+        batch = state.batch_size
+        if batch is None:
+            raise ValueError('a model with neither attention nor memory has no state to decode from')
         position = torch.full((1,), start, device=device)
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
         rotations = [frequencies(attention.rotary_emb) for attention in self._attentions]
@@ -390,7 +480,7 @@ class Transformer(Module):
         place, num_attentions = Place(Position(position, state.frequencies), in_chunk, kind), 0
 
         carried, memories = Carried(), []
-        if hasattr(self.expand_streams, 'stream_embed'):
+        if isinstance(self.expand_streams, ExpandStreams):
             x = written(x) + self.expand_streams.stream_embed
         for block, layer in zip(self._blocks, state.layers):
             x, carried, memory = block.step(x, carried, layer, place, num_attentions)
@@ -416,22 +506,23 @@ class Transformer(Module):
         """`state.position` is the first of a chunk."""
 
 
-def layers_with_memory(layers: Sequence[int] | None, depth: int) -> Sequence[int]:
+def layers_with_memory(layers: Sequence[int] | None, depth: int) -> list[int]:
     """Layers counted from 1, checked; `None`: all."""
-    chosen = range(1, depth + 1) if layers is None else [*layers]
+    chosen = [*range(1, depth + 1)] if layers is None else check_integers('neural_memory_layers', layers)
     missing = [layer for layer in chosen if layer not in range(1, depth + 1)]
     if missing:
         raise ValueError(f'neural_memory_layers must be layers from 1 to depth={depth}, got {missing}')
     return chosen
 
 
-def _first_tensor(states: Sequence[LayerState]) -> Tensor:
-    """One that has the batch in front."""
-    for key_values, memory in states:
-        if key_values is not None:
-            return key_values[0]
-        if memory is not None and memory.cache_store_segment is not None:
-            pending = memory.cache_store_segment
-            tokens = pending if isinstance(pending, Tensor) else pending.tokens
-            return tokens if tokens.ndim == 3 else tokens[0]
-    raise ValueError('a model with neither attention nor memory has no state to decode from')
+def checked_labels(labels: Any, num_tokens: int, batch: int, length: int) -> Int[Tensor, 'b n']:
+    """Labels (batch, length) of any integer dtype as int64, each a token id or `IGNORED`."""
+    labels = checked_token_ids('labels', labels, None, batch, length)
+    if values_are_at_hand(labels):
+        counted = labels[:, 1:][labels[:, 1:] != IGNORED]
+        if counted.numel() and not 0 <= counted.min() <= counted.max() < num_tokens:
+            raise ValueError(
+                f'labels must be token ids in [0, num_tokens={num_tokens}), or {IGNORED} where there is none, '
+                f'got labels in [{counted.min()}, {counted.max()}]'
+            )
+    return labels

@@ -195,7 +195,8 @@ class Run:
             gradients = torch.autograd.grad(sum(self.objective), list(self.leaves.values()), allow_unused=True)
 
             for (name, leaf), gradient in zip(self.leaves.items(), gradients):
-                self.values[f'gradient {name}'] = torch.zeros_like(leaf) if gradient is None else gradient
+                gradient = torch.zeros_like(leaf) if gradient is None else gradient
+                self.values[f'gradient {name}'] = gradient.reshape(()) if name.endswith(SCALARS) else gradient
 
         return {name: value.detach().numpy().astype(np.float64) for name, value in self.values.items()}
 
@@ -208,6 +209,10 @@ def trained_parameters(module: nn.Module) -> dict[str, Tensor]:
         if parameter.requires_grad and 'memory_model' not in name.split('.')
     }
 
+
+# parameters that the reference has without a dimension, and we with one
+
+SCALARS = ('transition_gate', 'h_post_scale')
 
 # how large weights are, by parts of their names: memories stay tame, residual streams differ enough to tell them apart
 

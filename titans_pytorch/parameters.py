@@ -1,0 +1,170 @@
+"""Parameters of a module: their initial values, and those that the reference's checkpoints name or shape differently.
+
+`reset_parameters()` of a module that holds parameters itself initialises these, as modules of PyTorch do, and its
+constructor calls it. `reset_parameters()` of a `Resettable`, which is made of others, initialises all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, value: Tensor) -> None:
+    """Set a parameter. Of one that is sharded over processes each gets its part of the first process's `value`."""
+    if hasattr(parameter, 'device_mesh'):
+        # imported where it is used: few programs are distributed
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(parameter, DTensor)
+        value = value.to(parameter.dtype).expand(parameter.shape).contiguous()
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)
+
+
+def reset_parameters(module: Module) -> None:
+    """Initialise all parameters within a module anew, each by the `reset_parameters()` of the module that holds it.
+
+    Raises:
+        TypeError: if one of these modules has no such method.
+    """
+    if isinstance(module, Resettable):
+        module.reset_parameters()
+        return
+    for part in module.children():
+        reset_parameters(part)
+    if (reset := getattr(module, 'reset_parameters', None)) is not None:
+        reset()
+    elif next(module.parameters(recurse=False), None) is not None:
+        raise TypeError(
+            f'reset_parameters() cannot initialise a {type(module).__name__}, which has parameters but no method '
+            'reset_parameters()'
+        )
+
+
+class Resettable(Module):
+    """A module that initialises all that it is made of anew, in the order of its constructor.
+
+    With the seeds that the module was built with, that gives the values that it was built with. A subclass with
+    parameters of its own sets them in `_reset_own`, which its constructor calls.
+    """
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter anew, as the constructor does.
+
+        Raises:
+            TypeError: if a module given by the caller has parameters but no method `reset_parameters()`.
+        """
+        for part in self._parts():
+            reset_parameters(part)
+        self._reset_own()
+
+    def _parts(self) -> Iterable[Module]:
+        """What the module is made of, in the order in which the constructor builds it."""
+        return self.children()
+
+    def _reset_own(self) -> None:
+        """Initialise the parameters that the module holds itself."""
+
+
+class ParameterSequence(Module):
+    """Parameters by index, under the names '0', '1', …, as in `torch.nn.ParameterList`.
+
+    Unlike that list, replicas of a module on several devices (`torch.nn.parallel.replicate`) find them here.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]):
+        super().__init__()
+        self.length = 0
+        for parameter in parameters:
+            self.register_parameter(str(self.length), Parameter(parameter))
+            self.length += 1
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Tensor:
+        return getattr(self, str(range(self.length)[index]))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (getattr(self, str(index)) for index in range(self.length))
+
+
+class _DependingOn(torch.autograd.Function):
+    @staticmethod
+    def forward(output: Tensor, *parameters: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.num_parameters = len(inputs) - 1
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return gradient, *(None,) * ctx.num_parameters
+
+
+def depending_on(parameters: Iterable[Tensor], output: Tensor) -> Tensor:
+    """`output`, with every parameter in its graph, so that `DistributedDataParallel` does not wait for those without a
+    gradient in this call.
+
+    They get none from here: without such a wrapper their `grad` stays `None`. In a single process nothing is added.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return output
+    return _DependingOn.apply(output, *(p for p in parameters if p.requires_grad))
+
+
+class InReferenceFormat(Module):
+    """A module whose part of a state dict the reference writes differently. It loads both."""
+
+    scalars: tuple[str, ...] = ()
+    """Parameters of shape (1,), which the reference has without a dimension."""
+
+    def empty_parameters(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the parameters that are none here, as they have no elements."""
+        return {}
+
+    def write_reference(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Turn the module's entries in a state dict into those of the reference."""
+        for key in self._scalar_keys(state_dict, prefix):
+            state_dict[key] = state_dict[key].reshape(())
+        own = next(self.parameters())
+        for name, shape in self.empty_parameters().items():
+            state_dict[f'{prefix}{name}'] = own.new_empty(shape, requires_grad=False)
+
+    def read_reference(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """The inverse of `write_reference`; entries that are none of the reference's stay."""
+        for key in self._scalar_keys(state_dict, prefix):
+            state_dict[key] = state_dict[key].reshape(1)
+        for name in self.empty_parameters():
+            if (value := state_dict.get(f'{prefix}{name}')) is not None and value.numel() == 0:
+                del state_dict[f'{prefix}{name}']
+
+    def _scalar_keys(self, state_dict: dict[str, Tensor], prefix: str) -> list[str]:
+        keys = [f'{prefix}{name}' for name in self.scalars]
+        return [key for key in keys if key in state_dict and state_dict[key].numel() == 1]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.read_reference(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def reference_state_dict(module: Module) -> dict[str, Tensor]:
+    """The state dict of a module in the format of lucidrains' `titans-pytorch` 0.5.5, which loads it strictly.
+
+    `module.state_dict()` holds each parameter once. The reference also holds every memory network a second time, as
+    `memory_model.*`, which are copies here; parameters without elements; and scalars without a dimension. Modules here
+    load both formats.
+    """
+    state_dict = dict(module.state_dict())
+    for name, part in module.named_modules():
+        if isinstance(part, InReferenceFormat):
+            part.write_reference(state_dict, f'{name}.' if name else '')
+    return state_dict
