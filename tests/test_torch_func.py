@@ -1,4 +1,4 @@
-"""`torch.func`, forward-mode, activation checkpointing and offloading over memories and models; and the kernels' switch."""
+"""Models and memories under `torch.func`, forward-mode, checkpointing and offloading; and the switch of the kernels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from titans_pytorch import (
     without_kernels,
 )
 from titans_pytorch.sinkhorn import sinkhorn
-
 
 
 @pytest.fixture

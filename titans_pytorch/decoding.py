@@ -296,11 +296,12 @@ def _compiled(kind: StepKind) -> StepFunction:
 
 
 def _signature(model: Any, state: Any) -> Hashable:
-    """What graphs and compiled functions were made for: modules and their hooks, parameters, buffers, and whether kernels
-    run. A tensor made in inference mode cannot be written to outside."""
+    """What graphs and compiled functions were made for: modules and their hooks, parameters, buffers, and the kernels'
+    switch. A tensor made in inference mode cannot be written to outside."""
     modules = tuple((type(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules())
     tensors = (*_parameters(model), *_tensors(state))
-    return gpu.kernels_are_on(), modules, tuple((t.shape, t.stride(), t.dtype, t.device, t.is_inference()) for t in tensors)
+    kinds = tuple((t.shape, t.stride(), t.dtype, t.device, t.is_inference()) for t in tensors)
+    return modules, kinds, gpu.kernels_are_on()
 
 
 def _parameters(model: Any) -> list[Tensor]:
