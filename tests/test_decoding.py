@@ -13,7 +13,7 @@ from compare import all_in_float64, assert_same, leaves, randomised
 from memories import SWITCHES, inputs, memory
 from test_mac_transformer import CONFIGURATIONS, TOKENS, ids, transformer
 
-from titans_pytorch import LongTermMemoryModel
+from titans_pytorch import LongTermMemoryModel, MemoryAsContextTransformer
 from titans_pytorch.decoding import Stepper
 from titans_pytorch.sinkhorn import sinkhorn, sinkhorn_of_few
 
@@ -384,6 +384,25 @@ def test_padding_outside_the_vocabulary(pad_token, device, use_cache):
         assert (own[end + 1 :] == pad_token).all()
     prompt[1, 3:] = pad_token  # and where it pads the prompt
     assert torch.equal(model.sample(prompt, 30, pad_token=pad_token, **kwargs), came)
+
+
+@pytest.mark.filterwarnings('ignore:store_with_lookahead_value with chunks of a single row')
+def test_lookahead_in_chunks_of_one_row_decodes():
+    memories = {'dim_head': 8, 'heads': 2, 'store_with_lookahead_value': True}
+    model = MemoryAsContextTransformer(
+        num_tokens=TOKENS,
+        dim=16,
+        depth=2,
+        dim_head=8,
+        heads=2,
+        segment_len=4,
+        neural_memory_segment_len=1,
+        neural_memory_batch_size=4,
+        neural_memory_kwargs=memories,
+    ).double()
+    prompt = ids(5)
+    cached, uncached = (model.sample(prompt, 20, use_cache=use_cache, **GREEDY) for use_cache in (True, False))
+    assert torch.equal(cached, uncached)
 
 
 @pytest.mark.gpu

@@ -285,3 +285,25 @@ def test_heads_of_odd_width_decode(dim_head):
         buffers.token.copy_(prompt[:, :1])
         model.step(buffers, model.step_kind(5))
     assert_same(buffers.logits, model(torch.cat((prompt, prompt[:, :1]), dim=1))[:, -1], 1e-9)
+
+
+# none of this is in the way of the compiler
+
+
+def test_calls_of_these_types_compile_whole_for_any_length():
+    model, mem = build(), memory()
+    compiled = torch.compile(
+        lambda x, labels, state: model(x, labels=labels, state=state, return_state=True),
+        fullgraph=True,
+        backend='eager',
+        dynamic=True,
+    )
+    came = expected = None
+    for length in (5, 3, 4):
+        tokens = ids(length)
+        loss, came = compiled(tokens.to(torch.int32), tokens, came)
+        wanted, expected = model(tokens, return_loss=True, state=expected, return_state=True)
+        assert_same(loss, wanted, 1e-12)
+    masked = torch.compile(lambda seq, mask: mem(seq, store_mask=mask), fullgraph=True, backend='eager')
+    seq, mask = inputs(mem, 10), torch.rand(2, 10) < 0.5
+    assert_same(masked(seq, mask.int())[0], mem(seq, store_mask=mask)[0], 1e-12)

@@ -29,7 +29,7 @@ def test_script_ends_with_its_verdict() -> None:
     assert done.stdout.endswith('The memory learned.\n')
 
 
-@pytest.mark.parametrize('max_step', ['0', '100'])  # no steps, and so large that it diverges
+@pytest.mark.parametrize('max_step', ['1e-6', '100'])  # hardly a step, and one so large that it diverges
 def test_a_memory_that_does_not_learn_is_told(
     script: ModuleType, max_step: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,7 +70,13 @@ def check_integers(name: str, values: Any) -> list[int]:
         values = values.tolist()
     if not isinstance(values, Iterable) or isinstance(values, (str, bytes, Mapping)):
         raise TypeError(f'{name} must be integers, in one dimension, got {described(values)}')
-    return [check_integer(f'{name}[{index}]', value) for index, value in enumerate(values)]
+    integers = []
+    for index, value in enumerate(values):
+        try:
+            integers.append(check_integer(f'{name}[{index}]', value))
+        except TypeError as cause:
+            raise TypeError(f'{name} must be integers, in one dimension: {cause}') from None
+    return integers
 
 
 def check_multiple(name: str, size: Any, of_name: str, of: int) -> int:
@@ -184,7 +190,7 @@ def check_broadcasts(name: str, value: Any, to: Tensor) -> None:
     """`value` must be a floating-point tensor that a product with `to` leaves in the shape of `to`."""
     check_floating(name, value)
     sizes = [1] * (to.ndim - value.ndim) + [*value.shape]
-    if len(sizes) != to.ndim or not all(size in (1, full) for size, full in zip(sizes, to.shape)):
+    if len(sizes) != to.ndim or not all(size == 1 or size == full for size, full in zip(sizes, to.shape)):
         raise ValueError(f'{name} must broadcast to {tuple(to.shape)}, got {tuple(value.shape)}')
 
 
@@ -257,8 +263,8 @@ def checked_key_values(name: str, value: Any, batch: int | None, heads: int, dim
         raise TypeError(f'{name} must be a pair of keys and values, got {described(value)}')
     for part in value:
         check_floating(name, part)
-        fits = part.ndim == 4 and (part.shape[1], part.shape[3]) == (heads, dim) and batch in (None, part.shape[0])
-        if not fits or part.shape != value[0].shape:
+        fits = part.ndim == 4 and part.shape[1] == heads and part.shape[3] == dim
+        if not fits or (batch is not None and part.shape[0] != batch) or part.shape != value[0].shape:
             axes = f'({"batch" if batch is None else f"batch={batch}"}, heads={heads}, length, dim_head={dim})'
             raise ValueError(f'{name} must be keys and values {axes}, got {tuple(part.shape)}')
     keys, values = value

@@ -180,7 +180,8 @@ class MemoryLayout(NamedTuple):
         expected = {key: (*leading, *shape) for key, shape in self.parameters.items()}
         _check_tensors(name, weights)
         came = {str(key): tuple(t.shape) for key, t in weights.items()}
-        if came != expected:
+        # by key, as the compiler cannot compare dictionaries of shapes
+        if came.keys() != expected.keys() or any(came[key] != shape for key, shape in expected.items()):
             raise ValueError(f'{name} must hold the weights of this memory, {expected}, got {came}')
 
     def over_time(self, name: str, weights: Mapping[str, Tensor], batch: int) -> FastWeights:

@@ -507,14 +507,15 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
         Args:
             seq: (batch, length, dim); (3, batch, length, dim), the views for queries, keys and values, if
-                `qkv_receives_diff_views`. Without the length axis it is a single token.
+                `qkv_receives_diff_views`. Without the length axis, (batch, dim), it is a sequence of one token.
             store_seq: what to store, if it is not `seq`; (2, batch, length, dim) with different views.
             state: that of the call before. Pieces of any length may follow one another.
             detach_mem_state: cut the returned state from the graph.
             prev_weights: another memory's `state.updates`, if `accept_weight_residual`: over the tokens of this call,
                 or over the sequence from its first token on, this call's included.
-            store_mask: which tokens to store. A masked token still takes part in its chunk: it has step size 0, but the
-                chunk counts it, and forgets when it is complete. To leave the memory as it is, see `store`.
+            store_mask: which tokens to store: booleans, or the integers 0 and 1, (batch, length). A masked token still
+                takes part in its chunk: it has step size 0, but the chunk counts it, and forgets when it is complete. To
+                leave the memory as it is, see `store`.
             return_surprises: also return losses and step sizes, (batch, heads, rows) each, of the chunks completed.
             ttt_batch_size: memory-batch length for this call, in place of `batch_size`.
             cache: another name for `state`.
@@ -523,7 +524,11 @@ class NeuralMemory(Resettable, InReferenceFormat):
                 network that mixes tokens sees those of the open chunk before `seq`, and its state keeps these.
 
         Returns:
-            what was retrieved, (batch, length, dim); the state; and with `return_surprises` the pair of surprises.
+            what was retrieved, (batch, length, dim), of a single token (batch, 1, dim); the state; and with
+            `return_surprises` the pair of surprises.
+
+        Raises:
+            ValueError, TypeError: for inputs and states that do not fit, naming the argument.
         """
         if cache is not None:
             if state is not None:

@@ -386,7 +386,8 @@ class Transformer(Resettable):
             checked.append(pair)
         memories = [checked_state(f'state.memories[{n}]', memory, NeuralMemState) for n, memory in enumerate(memories)]
         state = ModelState(position, checked, memories)
-        if (came := state.batch_size) not in (None, batch):
+        came = state.batch_size
+        if came is not None and came != batch:
             raise ValueError(f'state must be of a batch of {batch}, as x is, got one of {came}: see ModelState.select')
         return state
 
