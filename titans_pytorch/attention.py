@@ -160,7 +160,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
             position: number of the first position of `seq`, with a cache. Default: the cache's length, which is
                 right for one that was never trimmed.
         """
-        check_floating('seq', seq, self.to_qkv.weight.dtype)
+        check_floating('seq', seq, self.norm.weight.dtype)
         check_shape('seq', seq, batch=None, length=None, dim=self.dim)
         check_flags(disable_flex_attn=disable_flex_attn)
         if flex_attn_fn is not None:

@@ -36,8 +36,8 @@ class Retrieval(NamedTuple):
     value_norm: Module
     gate: nn.Sequential | None
     """A linear map to logits for each head, and what makes factors of them."""
-    like: Tensor
-    """With the precision of the module."""
+    dtype: torch.dtype
+    """Of the module."""
 
 
 def retrieve_one(
@@ -77,9 +77,7 @@ def _kernel_for(parts: Retrieval, weights: Weights, projected: Tensor) -> Any:
         return None
     if parts.gate is not None and parts.gate[0].out_features != parts.heads:
         return None
-    if parts.like.dtype != torch.float32 or any(
-        w.dtype != torch.float32 or not w.is_contiguous() for w in weights.values()
-    ):
+    if parts.dtype != torch.float32 or any(w.dtype != torch.float32 or not w.is_contiguous() for w in weights.values()):
         return None
     fits = all(matrix.numel() <= kernel.LARGEST for matrix in mlp.weights)
     return kernel if fits else None
@@ -106,9 +104,9 @@ def plain_retrieve_one(
     parts: Retrieval, weights: Weights, projected: Float[Tensor, 'b 1 hd'], normed: Float[Tensor, 'b 1 d']
 ) -> Float[Tensor, 'b 1 hd']:
     queries = parts.query_norm(projected.unflatten(-1, (parts.heads, -1)).transpose(1, 2))
-    with network_autocast(parts.like):
-        rows = network_rows(queries.flatten(0, 1), parts.like)
-        values = in_module_precision(predict(parts.model, weights, rows, parts.broadcasts), parts.like)
+    with network_autocast(parts.dtype, projected.device):
+        rows = network_rows(queries.flatten(0, 1), parts.dtype)
+        values = in_module_precision(predict(parts.model, weights, rows, parts.broadcasts), parts.dtype)
     values = parts.value_norm(values.unflatten(0, (-1, parts.heads)))
     if parts.gate is not None:
         values = values * parts.gate(normed)

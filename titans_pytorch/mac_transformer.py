@@ -391,19 +391,22 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
             x = torch.cat((x, memory_tokens), dim=2)
         x = x.flatten(1, 2)
         x = x[:, start - first_segment * window : stop - first_segment * window]
-        return x + self._position_embedding(start, stop, factorized_pos_emb)
+        return x + self._position_embedding(start, stop, factorized_pos_emb, x.device)
 
-    def _position_embedding(self, start: int, stop: int, factorized: list[Tensor] | None) -> Float[Tensor, 'n d']:
-        """Axial: which memory chunk, and where in it. Positions are exact integers, so never in half precision."""
+    def _position_embedding(
+        self, start: int, stop: int, factorized: list[Tensor] | None, device: torch.device
+    ) -> Float[Tensor, 'n d']:
+        """Axial: which memory chunk, and where in it."""
         inner = self.neural_memory_segment_len
-        if factorized is not None:
+        first, end = start // inner, (stop + inner - 1) // inner
+        if factorized is None:
+            of_chunks = self._axial(0, torch.arange(first, end, device=device))
+            in_chunk = self._axial(1, torch.arange(inner, device=device))
+        else:
             self._check_factorized(factorized, stop)
-        device = self.axial_pos_emb.device
-        with torch.autocast(device.type, enabled=False):
-            if start == 0 or factorized is not None:
-                return self.axial_pos_emb.forward_with_seq_len(stop, (inner,), factorized=factorized)[start:]
-        positions = torch.arange(start, stop, device=device)
-        return self._axial(0, positions // inner) + self._axial(1, positions % inner)
+            of_chunks, in_chunk = factorized[0][first:end], factorized[1]
+        every = (of_chunks.unsqueeze(1) + in_chunk).flatten(0, 1)
+        return every[start - first * inner : stop - first * inner]
 
     def _check_factorized(self, factorized: Any, stop: int) -> None:
         if not isinstance(factorized, (tuple, list)) or len(factorized) != 2:
@@ -478,8 +481,9 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         state.embedding.outer.copy_(self._axial(0, state.position // self.neural_memory_segment_len))
 
     def _axial(self, axis: int, indices: Int[Tensor, ' n']) -> Float[Tensor, 'n d']:
+        # exact integers, so never in half precision
         with torch.autocast(indices.device.type, enabled=False):
-            return self.axial_pos_emb.mlps[axis](indices.to(self.axial_pos_emb.dtype).unsqueeze(1))
+            return self.axial_pos_emb.mlps[axis](indices.to(self.norm.weight.dtype).unsqueeze(1))
 
 
 def _view_selector(dim: int, layer: int) -> nn.Sequential:

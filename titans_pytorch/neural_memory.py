@@ -25,6 +25,7 @@ from titans_pytorch.checks import (
     check_keywords,
     check_module,
     check_multiple,
+    check_not_traced,
     check_number,
     check_positive,
     described,
@@ -124,6 +125,10 @@ class InitialWeights(ParameterSequence):
         self.names = [name for name, _ in network.named_parameters()]
         # in a tuple, it is not registered; on the meta device, it holds no weights
         self.network = (deepcopy(network).to('meta'),)
+
+    def forward(self) -> dict[str, Tensor]:
+        """The weights by name. Called rather than read, so that hooks bring in parameters that are offloaded."""
+        return dict(zip(self.names, self))
 
     def reset_parameters(self) -> None:
         """Draw them anew, by the `reset_parameters()` of the network's modules."""
@@ -429,30 +434,32 @@ class NeuralMemory(Resettable, InReferenceFormat):
     @property
     def memory_model_parameter_dict(self) -> TensorDict:
         """The learned initial weights by name: (h, …), or (…) if the heads share them."""
-        return TensorDict(dict(zip(self.memory_model_parameter_names, self.memory_model_parameters)))
+        return TensorDict(self.memory_model_parameters())
 
     def train(self, mode: bool = True) -> NeuralMemory:
         self.memory_model.train(mode)
         return super().train(mode)
 
     @property
-    def _like(self) -> Tensor:
-        """A tensor with the precision and the device of the module."""
-        return self.memory_model_parameters[0]
+    def _dtype(self) -> torch.dtype:
+        """The precision of the module. Parameters may be on another device than a call's tensors: offloaded ones are
+        brought in for a call of the module that holds them."""
+        return self.memory_model_parameters[0].dtype
 
     def init_weights(self, batch: int) -> TensorDict:
         """Weights of an empty memory, per parameter (batch · heads, …), in float32 at least."""
         count = batch if self.per_head_learned_parameters else batch * self.heads
-        named = zip(self._parameter_shapes.items(), self.memory_model_parameters)
+        named = self.memory_model_parameters()
         # always copies: a state keeps them, and an optimizer changes the parameters in place
-        copies = {name: p.repeat(count, *(1,) * len(shape)) for (name, shape), p in named}
+        copies = {name: p.repeat(count, *(1,) * len(self._parameter_shapes[name])) for name, p in named.items()}
         return TensorDict({name: at_least_float32(p) for name, p in copies.items()})
 
     def init_momentum(self, batch: int) -> TensorDict:
         """Momentum of an empty memory: zeros, per parameter (orders, batch · heads, …)."""
         leading = (self.momentum_order, batch * self.heads)
-        named = zip(self._parameter_shapes.items(), self.memory_model_parameters)
-        return TensorDict({name: at_least_float32(p.new_zeros(*leading, *shape)) for (name, shape), p in named})
+        named = self.memory_model_parameters()
+        shapes = self._parameter_shapes
+        return TensorDict({name: at_least_float32(p.new_zeros(*leading, *shapes[name])) for name, p in named.items()})
 
     @property
     def _layout(self) -> MemoryLayout:
@@ -463,7 +470,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
             momentum_orders=0 if self.to_momentum is None else self.momentum_order,
             different_views=self.qkv_receives_diff_views,
             conv_reach=self.conv_reach,
-            dtype=self.memory_model_parameters[0].dtype,
+            dtype=self._dtype,
             parameters=self._parameter_shapes,
         )
 
@@ -530,6 +537,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         Raises:
             ValueError, TypeError: for inputs and states that do not fit, naming the argument.
         """
+        check_not_traced(type(self).__name__)
         if cache is not None:
             if state is not None:
                 raise ValueError('state and cache are two names for one argument: give one of them')
@@ -695,7 +703,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
             at = {name: torch.addcmul(w, beside(shares, w), prev_weights[name]) for name, w in at.items()}
 
         broadcasts = self._engine_class is DualEngine
-        with network_autocast(self._like):
+        with network_autocast(self._dtype, tokens.device):
             last, momentum = store_one_chunk(
                 descents(self.memory_model, self.store_memory_loss_fn, chunk, at, broadcasts),
                 chunk,
@@ -725,7 +733,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
                 self.q_norm,
                 self.multihead_rmsnorm,
                 self.retrieve_gate,
-                self._like,
+                self._dtype,
             )
             retrieved = retrieve_one(parts, state.last, self.to_queries(normed), normed[:, self.conv_reach :])
             return self.combine_heads(retrieved)
@@ -741,8 +749,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
         return self._combined(values.index_select(1, row), normed.index_select(1, row))
 
     def _predict(self, weights: Weights, rows: Float[Tensor, 'bh m d']) -> Float[Tensor, 'bh m d']:
-        with network_autocast(self._like):
-            rows = network_rows(rows, self._like)
+        with network_autocast(self._dtype, rows.device):
+            rows = network_rows(rows, self._dtype)
             return predict(self.memory_model, weights, rows, broadcasts=self._engine_class is DualEngine)
 
     # storing
@@ -769,7 +777,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         run_length = engine.run_length(tokens.device, self.store_chunk_size * self.num_kv_per_token)
         at_newest = all(base[name] is w for name, w in last.items())
         spans = self._spans(state.seq_index, num_chunks, call.batch_size, run_length, at_newest)
-        with network_autocast(self._like):
+        with network_autocast(self._dtype, tokens.device):
             for run in engine.runs(chunks, residual, spans, last):
                 stored = engine.store(run, base, last, momentum)
                 pieces.append(stored.weights)
@@ -834,7 +842,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         keys = self.k_norm(self.split_kv_heads(self.to_keys(seq)))
         values = self.split_kv_heads(self.to_values(values_seq))
         keys, values = (rearrange(t, 'b h (n m) d -> (b h) n m d', m=rows) for t in (keys, values))
-        keys, values = (network_rows(t, self._like) for t in (keys, values))
+        keys, values = (network_rows(t, self._dtype) for t in (keys, values))
 
         # gates in float32 under any autocast, and of a module in half precision
         step_logits = at_least_float32(self.to_adaptive_step(seq[:, self.conv_reach :]))
@@ -933,7 +941,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         trail = -(lead + queries.shape[1]) % group_size
         groups = rearrange(F.pad(queries, (0, 0, lead, trail)), 'bh (g c) d -> bh g c d', c=group_size)
 
-        with network_autocast(self._like):
+        with network_autocast(self._dtype, rows.device):
             values = self._engine.retrieve(weights, groups, first_step).flatten(1, 2)
         values = values[:, values.shape[1] - trail - length : values.shape[1] - trail]
         return self._combined(values, normed[:, -length:])
@@ -942,14 +950,14 @@ class NeuralMemory(Resettable, InReferenceFormat):
         """Rows normalised, and what the memory is asked for them, but for those at the front for the convolution."""
         normed = self.retrieve_norm(rows)
         queries = self._queries_of(self.to_queries(normed))
-        return normed[:, self.conv_reach :], network_rows(queries, self._like)
+        return normed[:, self.conv_reach :], network_rows(queries, self._dtype)
 
     def _queries_of(self, projected: Float[Tensor, 'b n d']) -> Float[Tensor, 'bh n d']:
         return self.q_norm(projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)).flatten(0, 1)
 
     def _combined(self, values: Float[Tensor, 'bh n d'], normed: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
         """The heads' answers as one."""
-        values = in_module_precision(values, self._like)
+        values = in_module_precision(values, self._dtype)
         values = self.multihead_rmsnorm(values.unflatten(0, (-1, self.heads)))
         if self.retrieve_gate is not None:
             values = values * self.retrieve_gate(normed)
