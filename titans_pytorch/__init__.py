@@ -14,6 +14,7 @@ from titans_pytorch.memory_models import (
 )
 from titans_pytorch.model_state import ModelState
 from titans_pytorch.neural_memory import NeuralMemory, NeuralMemState, mem_state_detach
+from titans_pytorch.packing import pad_to_bucket
 from titans_pytorch.parameters import reference_state_dict
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     'NeuralMemState',
     'NeuralMemory',
     'mem_state_detach',
+    'pad_to_bucket',
     'reference_state_dict',
     'without_kernels',
 ]

@@ -45,10 +45,13 @@ def without_kernels() -> Iterator[None]:
 
 
 def is_transformed() -> bool:
-    """Whether `torch.func` or forward-mode differentiation is at work, for which operations of kernels have no rules.
+    """Whether only PyTorch's own operations serve: under `torch.func`, in forward-mode, and in an exported program.
 
-    In a trace of the compiler the answer is no: it takes transforms apart by itself.
+    Operations of kernels have no rules for the first two, and the third runs without this package. In a trace of the
+    compiler the answer is no: it takes transforms apart by itself.
     """
+    if torch.compiler.is_exporting():
+        return True
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

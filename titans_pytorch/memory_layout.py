@@ -170,7 +170,8 @@ class MemoryLayout(NamedTuple):
             fits = rows.shape[:-2] == leading and rows.shape[-1] == self.dim
             if not fits or (part == 'before' and rows.shape[-2] != self.conv_reach):
                 raise ValueError(f'{name}.{part} must be that of a memory like this one, got {tuple(rows.shape)}')
-        return PendingSegment(*(None if t is None else outside_inference(t) for t in (tokens, mask, queries, before)))
+        mask, queries, before = (None if t is None else outside_inference(t) for t in (mask, queries, before))
+        return PendingSegment(outside_inference(tokens), mask, queries, before)
 
     def no_pending(self, like: Float[Tensor, 'b n d']) -> PendingSegment:
         tokens = like[:, :0]
@@ -209,9 +210,9 @@ class MemoryLayout(NamedTuple):
                 sizes = ', '.join([f'batch·heads={bh}', 'chunks', *map(str, shape)])
                 raise ValueError(f'{name}[{key!r}] must be ({sizes}), got {tuple(w.shape)}')
             tensors[key] = outside_inference(w)
-        lengths = {w.shape[1] for w in tensors.values()}
-        if len(lengths) > 1:
-            raise ValueError(f'{name} must hold equally many steps of each parameter, got {sorted(lengths)}')
+        lengths = [w.shape[1] for w in tensors.values()]
+        if any(length != lengths[0] for length in lengths):
+            raise ValueError(f'{name} must hold equally many steps of each parameter, got {sorted({*lengths})}')
         return FastWeights.of(tensors)
 
     @staticmethod

@@ -80,7 +80,7 @@ from titans_pytorch.parameters import (
 )
 from titans_pytorch.precision import at_least_float32, in_module_precision, network_autocast, network_rows
 from titans_pytorch.recurrence import AssocScan
-from titans_pytorch.shapes import Bool, Float, Int
+from titans_pytorch.shapes import Bool, Float, Int, divided
 
 __all__ = [
     'AssocScan',
@@ -521,8 +521,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
             prev_weights: another memory's `state.updates`, if `accept_weight_residual`: over the tokens of this call,
                 or over the sequence from its first token on, this call's included.
             store_mask: which tokens to store: booleans, or the integers 0 and 1, (batch, length). A masked token still
-                takes part in its chunk: it has step size 0, but the chunk counts it, and forgets when it is complete. To
-                leave the memory as it is, see `store`.
+                takes part in its chunk: it has step size 0, but the chunk counts it, and forgets when it is complete.
+                To leave the memory as it is, see `store`.
             return_surprises: also return losses and step sizes, (batch, heads, rows) each, of the chunks completed.
             ttt_batch_size: memory-batch length for this call, in place of `batch_size`.
             cache: another name for `state`.
@@ -760,7 +760,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
     ) -> tuple[FastWeights, OpenState, Surprises]:
         tokens = torch.cat((state.pending.tokens, call.store), dim=-2)
         mask = _joined_masks(state.pending, call)
-        num_chunks = tokens.shape[-2] // self.store_chunk_size
+        num_chunks, _ = divided(tokens.shape[-2], self.store_chunk_size)
         complete = num_chunks * self.store_chunk_size
 
         # a convolution reaches tokens before the open chunk; before the first token there are zeros
@@ -774,11 +774,19 @@ class NeuralMemory(Resettable, InReferenceFormat):
         engine = self._engine
         pieces, losses = [], [torch.zeros_like(chunks.step_sizes[:, :0])]
 
-        run_length = engine.run_length(tokens.device, self.store_chunk_size * self.num_kv_per_token)
-        at_newest = all(base[name] is w for name, w in last.items())
-        spans = self._spans(state.seq_index, num_chunks, call.batch_size, run_length, at_newest)
+        if isinstance(num_chunks, torch.SymInt):
+            # one graph for all lengths, as `torch.export` makes it, unrolls no chunks
+            runs, ends_batch = [], self._ends_batch(state.seq_index, num_chunks, call.batch_size, tokens.device)
+            with network_autocast(self._dtype, tokens.device):
+                stored, base = engine.scanned(chunks, residual, ends_batch, base, last, momentum, self._transition)
+            pieces, losses, last, momentum = [stored.weights], [stored.losses], stored.weights.end, stored.momentum
+        else:
+            run_length = engine.run_length(tokens.device, self.store_chunk_size * self.num_kv_per_token)
+            at_newest = all(base[name] is w for name, w in last.items())
+            spans = self._spans(state.seq_index, num_chunks, call.batch_size, run_length, at_newest)
+            runs = engine.runs(chunks, residual, spans, last)
         with network_autocast(self._dtype, tokens.device):
-            for run in engine.runs(chunks, residual, spans, last):
+            for run in runs:
                 stored = engine.store(run, base, last, momentum)
                 pieces.append(stored.weights)
                 losses.append(stored.losses)
@@ -822,6 +830,15 @@ class NeuralMemory(Resettable, InReferenceFormat):
             spans.append(Span(length, whole, length == left_of_batch))
             chunk += length
         return spans
+
+    def _ends_batch(
+        self, seq_index: int, num_chunks: int, batch_size: int | None, device: torch.device
+    ) -> Bool[Tensor, '1 n']:
+        """Whether a memory batch ends with each chunk of a call."""
+        if batch_size is None:
+            return torch.zeros(1, num_chunks, dtype=torch.bool, device=device)
+        ends = torch.arange(1, num_chunks + 1, device=device) * self.store_chunk_size + seq_index
+        return (ends % batch_size == 0).unsqueeze(0)
 
     def _normed_chunks(self, tokens: Tensor, mask: Bool[Tensor, 'b n'] | None) -> tuple[Chunks, Float[Tensor, 'b n d']]:
         """What complete chunks ask to be learned, and a row for each; before them are tokens for the convolution."""
@@ -934,12 +951,15 @@ class NeuralMemory(Resettable, InReferenceFormat):
         normed, queries = self._queries(rows)
 
         # group the queries by the weights they read
-        lead = before - (queries.shape[1] - length)
-        group_size = min(chunk_size, lead + queries.shape[1])
-        if not self._carries_queries and length <= group_size - before:
-            lead, group_size = 0, length
-        trail = -(lead + queries.shape[1]) % group_size
-        groups = rearrange(F.pad(queries, (0, 0, lead, trail)), 'bh (g c) d -> bh g c d', c=group_size)
+        lead, group_size = before - int(queries.shape[1] - length), chunk_size
+        if not isinstance(length, torch.SymInt):
+            group_size = min(chunk_size, before + length)
+            if not self._carries_queries and length <= group_size - before:
+                lead, before, group_size = 0, 0, length
+        num_groups, in_last = divided(length, group_size, before)
+        trail = -in_last % group_size
+        num_groups += in_last > 0
+        groups = F.pad(queries, (0, 0, lead, trail)).unflatten(1, (num_groups, group_size))
 
         with network_autocast(self._dtype, rows.device):
             values = self._engine.retrieve(weights, groups, first_step).flatten(1, 2)

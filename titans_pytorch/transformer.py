@@ -41,14 +41,11 @@ from titans_pytorch.decoding import StepKind
 from titans_pytorch.memory_state import NeuralMemState, outside_inference, take_over
 from titans_pytorch.model_state import KeyValues, ModelState
 from titans_pytorch.neural_memory import NeuralMemory
-from titans_pytorch.packing import Documents, checked_documents, continues
+from titans_pytorch.packing import IGNORED, Documents, checked_documents, continues
 from titans_pytorch.parameters import Resettable, reset_parameters
 from titans_pytorch.rotary import frequencies
 from titans_pytorch.shapes import Bool, Float, Int
 from titans_pytorch.stateless import is_intercepted
-
-IGNORED = -100
-"""The label that cross-entropy leaves out."""
 
 
 class DecodingState(NamedTuple):
