@@ -28,6 +28,7 @@ FLOORS = [
         'kernels.decode_retrieval',
         'kernels.ends',
         'kernels.newton_schulz',
+        'kernels.once',
         'kernels.products',
         'kernels.record',
         'kernels.retrieval',

@@ -33,7 +33,7 @@ from titans_pytorch.masks import after_persistent, over_positions, segmented, se
 from titans_pytorch.model_state import KeyValues
 from titans_pytorch.parameters import InReferenceFormat, Resettable
 from titans_pytorch.rotary import Rotary, check_rotary_width, rotate
-from titans_pytorch.shapes import Float
+from titans_pytorch.shapes import Float, divided
 
 
 class AttnIntermediates(NamedTuple):
@@ -160,7 +160,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
             position: number of the first position of `seq`, with a cache. Default: the cache's length, which is
                 right for one that was never trimmed.
         """
-        check_floating('seq', seq, self.to_qkv.weight.dtype)
+        check_floating('seq', seq, self.norm.weight.dtype)
         check_shape('seq', seq, batch=None, length=None, dim=self.dim)
         check_flags(disable_flex_attn=disable_flex_attn)
         if flex_attn_fn is not None:
@@ -324,11 +324,14 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         num_cached = keys.shape[-2] - length
         # windows are counted from the start of the sequence; what stands before `first` no query can see
         lead = first % window
-        trail = -(lead + num_cached + length) % window
+        num_windows, in_last = divided(length, window, lead + num_cached)
+        trail = -in_last % window
+        num_windows += in_last > 0
         queries, keys = self._rotated_queries(queries, first + num_cached), self._rotated(keys, first)
         queries = F.pad(queries, (0, 0, lead + num_cached, trail))
         keys, values = (F.pad(t, (0, 0, lead, trail)) for t in (keys, values))
-        queries, keys, values = (rearrange(t, 'b h (w n) d -> b w h n d', n=window) for t in (queries, keys, values))
+        by_window = (t.unflatten(2, (num_windows, window)) for t in (queries, keys, values))
+        queries, keys, values = (t.transpose(1, 2) for t in by_window)
 
         mask = None
         if self.sliding:
@@ -338,7 +341,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
 
         queries, keys, values = (t.flatten(0, 1) for t in (queries, keys, values))
         out, _ = self.attend(queries, *self._with_persistent(keys, values), mask=mask)
-        out = rearrange(out, '(b w) h n d -> b h (w n) d', b=batch)
+        out = out.unflatten(0, (batch, num_windows)).transpose(1, 2).flatten(2, 3)
         return out[..., lead + num_cached : lead + num_cached + length, :]
 
     def _window_mask(self, num_windows: int, device: torch.device) -> Tensor:
@@ -346,7 +349,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         positions = torch.arange(num_windows * self.total_segment_len, device=device).unflatten(0, (num_windows, -1))
         persistent = torch.arange(self.num_persist_mem_tokens, device=device).expand(num_windows, -1)
         # the first window has none before it: a position no query reaches
-        before = torch.cat((torch.full_like(positions[:1], positions.numel()), positions[:-1]))
+        before = torch.where(positions < self.total_segment_len, positions.numel(), positions - self.total_segment_len)
         keys = torch.cat((before, positions), dim=-1) + self.num_persist_mem_tokens
         return over_positions(self._mask_mod, positions, torch.cat((persistent, keys), dim=-1))
 

@@ -233,6 +233,7 @@ def _gradients(ctx: Any, *d_outputs: Tensor | None) -> tuple[Any, ...]:
 
 
 _walk.register_autograd(_gradients, setup_context=_keep)
+gpu.differentiated_once(_walk_backward)
 
 
 # the plain twins

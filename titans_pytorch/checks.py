@@ -194,6 +194,12 @@ def check_broadcasts(name: str, value: Any, to: Tensor) -> None:
         raise ValueError(f'{name} must broadcast to {tuple(to.shape)}, got {tuple(value.shape)}')
 
 
+def check_not_traced(name: str) -> None:
+    """`torch.jit.trace` writes every length, and every value that a forward computes from it, into its graph."""
+    if torch.jit.is_tracing():
+        raise RuntimeError(f'{name} cannot be traced by torch.jit.trace: use torch.export.export')
+
+
 def values_are_at_hand(value: Tensor) -> bool:
     """Whether the values of a tensor can be read for a check.
 

@@ -31,13 +31,14 @@ from hyper_connections.manifold_constrained_hyper_connections import (
 from torch import Tensor, nn
 from torch.nn import Identity, Module, Parameter
 
-from titans_pytorch.gpu import HAS_TRITON
+from titans_pytorch import gpu
 from titans_pytorch.parameters import InReferenceFormat, Resettable, fill
 from titans_pytorch.shapes import Float
 from titans_pytorch.sinkhorn import EPS, plain_backward, plain_forward, sinkhorn, sinkhorn_of_few
 
 USE_KERNEL: bool | None = None
-"""Whether connections are computed by the Triton kernel. Default: on CUDA devices, where there is Triton."""
+"""Whether connections are computed by the Triton kernel. Default: on CUDA devices, where there is Triton; see also
+`gpu.without_kernels`."""
 
 ITERATIONS = 20
 """Of Sinkhorn's, as many as `hyper_connections` has."""
@@ -192,11 +193,16 @@ def connect(connection: Module, weights: FoldedConnection | None, x: Streams) ->
 def _kernel_for(x: Streams, weights: FoldedConnection) -> Any:
     """The kernel, if it is to be used and computes with these: in float32, and without a gradient."""
     streams = x.residual if isinstance(x, Unwritten) else x
-    if not (streams.is_cuda if USE_KERNEL is None else USE_KERNEL) or torch.is_grad_enabled():
+    if torch.is_grad_enabled() or not _asked(streams):
         return None
     kernel = _kernel()
     serves = kernel is not None and streams.shape[1] <= kernel.LARGEST
     return kernel if serves and torch.float64 not in (streams.dtype, weights.bias.dtype) else None
+
+
+def _asked(streams: Tensor) -> bool:
+    on_device = streams.is_cuda and gpu.HAS_TRITON if USE_KERNEL is None else USE_KERNEL
+    return on_device and gpu.kernels_are_on()
 
 
 @functools.cache
@@ -261,7 +267,6 @@ def _kernels_serve(connection: Any, x: Streams) -> bool:
     return (
         plain
         and not (connection._forward_hooks or connection._forward_pre_hooks)
-        and (torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active())
         and connection.branch is None
         and not connection.channel_first
         and connection.dropout.p == 0
@@ -274,8 +279,7 @@ def _kernels_serve(connection: Any, x: Streams) -> bool:
 
 
 def _kernels_take(x: list[Tensor], weights: list[Tensor]) -> bool:
-    asked = x[0].is_cuda and HAS_TRITON if USE_KERNEL is None else USE_KERNEL
-    return asked and len(weights[1]) <= MOST_STREAMS and all(t.dtype != torch.float64 for t in (*x, *weights))
+    return _asked(x[0]) and len(weights[1]) <= MOST_STREAMS and all(t.dtype != torch.float64 for t in (*x, *weights))
 
 
 # what `torch.compile` sees: operations known by their shapes
@@ -346,6 +350,7 @@ def _gradients(
 
 
 _connect.register_autograd(_gradients, setup_context=_keep)
+gpu.differentiated_once(_connect_backward)
 
 
 # the plain twins

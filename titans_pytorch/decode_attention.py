@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titans_pytorch import gpu
 from titans_pytorch.rotary import turned, turns
 from titans_pytorch.shapes import Float, Int
 
@@ -117,7 +118,8 @@ def attend_one(
 
 def _kernel_for(projected: Tensor, buffers: tuple[Tensor, Tensor], turn: Tensor) -> Any:
     """The kernel, if it is to be used and computes with these: in float32, and without a gradient."""
-    if not (projected.is_cuda if USE_KERNEL is None else USE_KERNEL) or torch.is_grad_enabled():
+    asked = projected.is_cuda if USE_KERNEL is None else USE_KERNEL
+    if not (asked and gpu.kernels_are_on()) or torch.is_grad_enabled():
         return None
     kernel, dim_head = _kernel(), buffers[0].shape[-1]
     if kernel is None or dim_head > kernel.LARGEST or 2 * len(turn) != dim_head:

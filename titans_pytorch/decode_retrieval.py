@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
+from titans_pytorch import gpu
 from titans_pytorch.fast_weights import Weights
 from titans_pytorch.gates import MultiheadRMSNorm
 from titans_pytorch.memory_models import ResidualNorm, inner_mlp, mlp_matrices
@@ -35,8 +36,8 @@ class Retrieval(NamedTuple):
     value_norm: Module
     gate: nn.Sequential | None
     """A linear map to logits for each head, and what makes factors of them."""
-    like: Tensor
-    """With the precision of the module."""
+    dtype: torch.dtype
+    """Of the module."""
 
 
 def retrieve_one(
@@ -65,7 +66,8 @@ def retrieve_one(
 
 def _kernel_for(parts: Retrieval, weights: Weights, projected: Tensor) -> Any:
     """The kernel, if it is to be used and computes this: in float32, and without a gradient."""
-    if not (projected.is_cuda if USE_KERNEL is None else USE_KERNEL) or torch.is_grad_enabled():
+    asked = projected.is_cuda if USE_KERNEL is None else USE_KERNEL
+    if not (asked and gpu.kernels_are_on()) or torch.is_grad_enabled():
         return None
     kernel = _kernel()
     mlp = inner_mlp(parts.model)
@@ -75,9 +77,7 @@ def _kernel_for(parts: Retrieval, weights: Weights, projected: Tensor) -> Any:
         return None
     if parts.gate is not None and parts.gate[0].out_features != parts.heads:
         return None
-    if parts.like.dtype != torch.float32 or any(
-        w.dtype != torch.float32 or not w.is_contiguous() for w in weights.values()
-    ):
+    if parts.dtype != torch.float32 or any(w.dtype != torch.float32 or not w.is_contiguous() for w in weights.values()):
         return None
     fits = all(matrix.numel() <= kernel.LARGEST for matrix in mlp.weights)
     return kernel if fits else None
@@ -104,9 +104,9 @@ def plain_retrieve_one(
     parts: Retrieval, weights: Weights, projected: Float[Tensor, 'b 1 hd'], normed: Float[Tensor, 'b 1 d']
 ) -> Float[Tensor, 'b 1 hd']:
     queries = parts.query_norm(projected.unflatten(-1, (parts.heads, -1)).transpose(1, 2))
-    with network_autocast(parts.like):
-        rows = network_rows(queries.flatten(0, 1), parts.like)
-        values = in_module_precision(predict(parts.model, weights, rows, parts.broadcasts), parts.like)
+    with network_autocast(parts.dtype, projected.device):
+        rows = network_rows(queries.flatten(0, 1), parts.dtype)
+        values = in_module_precision(predict(parts.model, weights, rows, parts.broadcasts), parts.dtype)
     values = parts.value_norm(values.unflatten(0, (-1, parts.heads)))
     if parts.gate is not None:
         values = values * parts.gate(normed)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from titans_pytorch import gpu
 from titans_pytorch.model_state import ModelState
 from titans_pytorch.shapes import Float, Int
 
@@ -297,11 +298,12 @@ def _compiled(kind: StepKind) -> StepFunction:
 
 
 def _signature(model: Any, state: Any) -> Hashable:
-    """What graphs and compiled functions were made for: modules and their hooks, parameters, buffers. A tensor made in
-    inference mode cannot be written to outside."""
+    """What graphs and compiled functions were made for: modules and their hooks, parameters, buffers, and the kernels'
+    switch. A tensor made in inference mode cannot be written to outside."""
     modules = tuple((type(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules())
     tensors = (*_parameters(model), *_tensors(state))
-    return modules, tuple((t.shape, t.stride(), t.dtype, t.device, t.is_inference()) for t in tensors)
+    kinds = tuple((t.shape, t.stride(), t.dtype, t.device, t.is_inference()) for t in tensors)
+    return modules, kinds, gpu.kernels_are_on()
 
 
 def _parameters(model: Any) -> list[Tensor]:

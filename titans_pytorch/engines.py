@@ -19,16 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, vmap
 from torch.nn import Module
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-from titans_pytorch import batch_walk, fused_mlp, retrieval, spectral_run
+from titans_pytorch import batch_walk, fused_mlp, gpu, retrieval, spectral_run
 from titans_pytorch.checks import described
 from titans_pytorch.fast_weights import Factors, FastWeights, Piece, Runs, Stretch, Weights, times
 from titans_pytorch.memory_models import NETWORKS, ResidualNorm, inner_mlp
 from titans_pytorch.orthogonalize import newton_schulz
 from titans_pytorch.precision import at_least_float32, no_autocast, operand_dtype
 from titans_pytorch.recurrence import AssocScan, gate_products
-from titans_pytorch.shapes import Float
+from titans_pytorch.shapes import Bool, Float
 from titans_pytorch.spectral_run import momenta, vectors_over_time, weights_over_time
 from titans_pytorch.stateless import call_with_weights, is_intercepted, transformed
 
@@ -205,6 +205,66 @@ class Engine:
     def store(self, run: Run, base: Weights, last: Weights, last_momentum: Momentum) -> Stored:
         """Store a run, all gradients at `base` (plus its residual), going on from `last` and `last_momentum`."""
         raise NotImplementedError
+
+    def scanned(
+        self,
+        chunks: Chunks,
+        residual: Residual | None,
+        ends_batch: Bool[Tensor, '1 n'],
+        base: Weights,
+        last: Weights,
+        momentum: Momentum,
+        transition: Callable[[Weights, Weights], Weights],
+    ) -> tuple[Stored, Weights]:
+        """Chunk after chunk by one operation of the graph, with whose number the graph does not grow.
+
+        `ends_batch`: whether a memory batch ends with each chunk, by which the base weights become
+        `transition(base, last)`. Returns also the base weights after the last chunk.
+        """
+        # imported where it is used: PyTorch may yet move it
+        from torch._higher_order_ops.scan import scan
+
+        given = [index for index, t in enumerate(chunks) if t is not None]
+        added: Any = ()
+        if residual is not None:
+            shares = residual.shares
+            added = shares, {name: residual.weights.steps(name, residual.first, shares.shape[1]) for name in last}
+
+        def step(carry: Any, of_chunk: Any) -> Any:
+            base, last, momentum = carry
+            tensors, added, ends = of_chunk
+            one: list[Any] = [None] * len(Chunks._fields)
+            for index, t in zip(given, tensors):
+                one[index] = t.unsqueeze(1)
+            own = None
+            if added:
+                share, dense = added
+                dense = {name: w.unsqueeze(1) for name, w in dense.items()}
+                own = Residual(FastWeights.of(dense), dense, share.unsqueeze(1), 0)
+            orders = {name: [*every.unbind(0)] for name, every in momentum.items()}
+            (run,) = self.runs(Chunks(*one), own, [Span(1, False, False)], last)
+            stored = self.store(run, base, last, orders)
+            end = stored.weights.end
+            moved = transition(base, end)
+            after = {name: torch.where(ends, moved[name], w) for name, w in end.items()}
+            new_base = {name: torch.where(ends, moved[name], w) for name, w in base.items()}
+            new_momentum = {name: torch.stack(every) for name, every in stored.momentum.items()}
+            return apart((new_base, after, new_momentum)), apart((last, stored.losses[:, 0]))
+
+        def apart(tensors: Any) -> Any:
+            # the operation takes no two tensors of one memory, and wants every step's strides alike
+            return tree_map(lambda t: t.clone(memory_format=torch.contiguous_format), tensors)
+
+        carry = apart((base, last, {name: torch.stack(own) for name, own in momentum.items()}))
+        every = apart(_chunks_first(([chunks[index] for index in given], added, ends_batch)))
+        for t in tree_leaves((carry, every)):
+            # all sizes but the number of chunks are known in the trace of a step, as transforms of own networks want;
+            # `torch._dynamo.mark_static`, which sets this, does something else within an export
+            t._dynamo_static_indices = {axis for axis, size in enumerate(t.shape) if isinstance(size, int)}
+        (base, last, stacked), by_chunk = scan(step, carry, every)
+        before, losses = _chunks_first(by_chunk)
+        orders = {name: [*own.unbind(0)] for name, own in stacked.items()}
+        return Stored(Piece(before, None, None, {}, last), orders, losses), base
 
     def retrieve(self, weights: FastWeights, rows: Float[Tensor, 'bh n c d'], first: int) -> Float[Tensor, 'bh n c d']:
         """Group k of `rows` through the network with the weights of step `first + k`."""
@@ -830,6 +890,11 @@ class DualEngine(Engine):
         return Stored(Piece(dense, None, None, {}, end), momentum, losses)
 
 
+def _chunks_first(tensors: Any) -> Any:
+    """The first two axes of tensors exchanged."""
+    return tree_map(lambda t: t.transpose(0, 1), tensors)
+
+
 ProbedLoss = Callable[[Callable[[str, Tensor], Tensor], Weights], tuple[Tensor, Tensor]]
 """(probe, vectors) to what is to rise, and losses on the side. `probe(name, product)` returns a product that
 the rest is computed from, and with respect to which the gradient is wanted."""
@@ -871,7 +936,7 @@ def fused_record_serves(
 ) -> bool:
     """Whether `fused_mlp.record` computes `_factors`: where it is one operation, and without a gradient, for which
     operations written out are fewer than those of autograd."""
-    if not is_plain_mlp(model, loss_fn):
+    if not is_plain_mlp(model, loss_fn) or gpu.is_transformed():
         return False
     if residual is not None and residual.dense.keys() != base.keys():
         return False

@@ -197,6 +197,9 @@ class FastWeights(Mapping[str, Tensor]):
     def steps(self, name: str, first: int, length: int) -> Float[Tensor, 'bh n ...']:
         """Materialised steps `first` to `first + length`; the last one stays in force beyond the end."""
         weights = self[name]
+        if isinstance(length, torch.SymInt):  # of an exported program, whose one graph serves all lengths
+            steps = torch.arange(first, first + length, device=weights.device)
+            return weights.index_select(1, steps.clamp(max=weights.shape[1] - 1))
         if first + length <= weights.shape[1]:
             return weights[:, first : first + length]
         last = weights.shape[1] - 1
@@ -259,4 +262,9 @@ pytree.register_pytree_node(
     FastWeights,
     lambda weights: ([weights.dense, weights.runs, weights.end], None),
     lambda children, _: FastWeights(*children),
+    serialized_type_name='titans_pytorch.FastWeights',
+    flatten_with_keys_fn=lambda weights: (
+        [(pytree.GetAttrKey(name), getattr(weights, name)) for name in ('dense', 'runs', 'end')],
+        None,
+    ),
 )

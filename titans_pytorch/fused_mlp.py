@@ -346,6 +346,7 @@ def _ends_gradients(ctx: Any, d_states: list[Tensor]) -> tuple[Any, ...]:
 
 _record.register_autograd(_record_gradients, setup_context=_keep_record)
 _ends.register_autograd(_ends_gradients, setup_context=_keep_ends)
+gpu.differentiated_once(_record_backward, _ends_backward)
 
 
 # the plain twins

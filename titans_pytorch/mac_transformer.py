@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from axial_positional_embedding import ContinuousAxialPositionalEmbedding
-from einops import rearrange, repeat
+from einops import repeat
 from torch import Tensor, nn
 from torch.nn import Linear, Module, ModuleList
 
@@ -37,7 +37,7 @@ from titans_pytorch.masks import create_mac_block_mask
 from titans_pytorch.model_state import ModelState
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.parameters import InReferenceFormat, fill
-from titans_pytorch.shapes import Float, Int
+from titans_pytorch.shapes import Float, Int, divided
 from titans_pytorch.transformer import DecodingState, Transformer, layers_with_memory
 
 __all__ = [
@@ -366,7 +366,8 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
     def seq_len_with_longterm_mem(self, seq_len: int) -> int:
         """Positions up to and with token number `seq_len`: memory tokens stand between segments."""
         (seq_len,) = check_positive(seq_len=seq_len)
-        return (seq_len - 1) // self.segment_len * self.num_longterm_mem_tokens + seq_len
+        full_before, _ = divided(seq_len - 1, self.segment_len)
+        return full_before * self.num_longterm_mem_tokens + seq_len
 
     def num_positions(self, num_tokens: int) -> int:
         return self.seq_len_with_longterm_mem(num_tokens)
@@ -384,26 +385,30 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
 
         # whole segments, each followed by its memory tokens, then cut to the positions asked for
         x = F.pad(self._token_embedding(x), (0, 0, num_tokens - x.shape[1] - first_segment * segment, 0))
-        x = F.pad(x, (0, 0, 0, -x.shape[1] % segment))
-        x = rearrange(x, 'b (s n) d -> b s n d', n=segment)
+        num_segments, in_last = divided(x.shape[1], segment)
+        x = F.pad(x, (0, 0, 0, -in_last % segment)).unflatten(1, (num_segments + (in_last > 0), segment))
         if self.longterm_mems is not None:
             memory_tokens = repeat(self.longterm_mems.to(x.dtype), 'n d -> b s n d', b=x.shape[0], s=x.shape[1])
             x = torch.cat((x, memory_tokens), dim=2)
         x = x.flatten(1, 2)
         x = x[:, start - first_segment * window : stop - first_segment * window]
-        return x + self._position_embedding(start, stop, factorized_pos_emb)
+        return x + self._position_embedding(start, stop, factorized_pos_emb, x.device)
 
-    def _position_embedding(self, start: int, stop: int, factorized: list[Tensor] | None) -> Float[Tensor, 'n d']:
-        """Axial: which memory chunk, and where in it. Positions are exact integers, so never in half precision."""
+    def _position_embedding(
+        self, start: int, stop: int, factorized: list[Tensor] | None, device: torch.device
+    ) -> Float[Tensor, 'n d']:
+        """Axial: which memory chunk, and where in it."""
         inner = self.neural_memory_segment_len
-        if factorized is not None:
+        first, (full, in_last) = start // inner, divided(stop, inner)
+        end = full + (in_last > 0)
+        if factorized is None:
+            of_chunks = self._axial(0, torch.arange(first, end, device=device))
+            in_chunk = self._axial(1, torch.arange(inner, device=device))
+        else:
             self._check_factorized(factorized, stop)
-        device = self.axial_pos_emb.device
-        with torch.autocast(device.type, enabled=False):
-            if start == 0 or factorized is not None:
-                return self.axial_pos_emb.forward_with_seq_len(stop, (inner,), factorized=factorized)[start:]
-        positions = torch.arange(start, stop, device=device)
-        return self._axial(0, positions // inner) + self._axial(1, positions % inner)
+            of_chunks, in_chunk = factorized[0][first:end], factorized[1]
+        every = (of_chunks.unsqueeze(1) + in_chunk).flatten(0, 1)
+        return every[start - first * inner : stop - first * inner]
 
     def _check_factorized(self, factorized: Any, stop: int) -> None:
         if not isinstance(factorized, (tuple, list)) or len(factorized) != 2:
@@ -436,6 +441,9 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         cache: ModelState | None = None,
         return_cache: bool = False,
         factorized_pos_emb: list[Tensor] | None = None,
+        *,
+        state: ModelState | None = None,
+        return_state: bool = False,
         **kwargs: Any,
     ) -> Any:
         """`Transformer.forward`, its arguments in the reference's order; and two more.
@@ -452,6 +460,9 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
             return_cache=return_cache,
             disable_flex_attn=disable_flex_attn,
             factorized_pos_emb=factorized_pos_emb,
+            # named, as `torch.export` asks for shapes by the names of arguments
+            state=state,
+            return_state=return_state,
             **kwargs,
         )
 
@@ -478,8 +489,9 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         state.embedding.outer.copy_(self._axial(0, state.position // self.neural_memory_segment_len))
 
     def _axial(self, axis: int, indices: Int[Tensor, ' n']) -> Float[Tensor, 'n d']:
+        # exact integers, so never in half precision
         with torch.autocast(indices.device.type, enabled=False):
-            return self.axial_pos_emb.mlps[axis](indices.to(self.axial_pos_emb.dtype).unsqueeze(1))
+            return self.axial_pos_emb.mlps[axis](indices.to(self.norm.weight.dtype).unsqueeze(1))
 
 
 def _view_selector(dim: int, layer: int) -> nn.Sequential:

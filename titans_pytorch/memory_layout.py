@@ -9,6 +9,7 @@ import torch
 from einops import repeat
 from torch import Tensor
 from torch.nn import Module
+from torch.utils._pytree import tree_map
 
 from titans_pytorch.checks import (
     check_floating,
@@ -21,7 +22,7 @@ from titans_pytorch.checks import (
     described,
 )
 from titans_pytorch.fast_weights import FastWeights
-from titans_pytorch.memory_state import NeuralMemState, OpenState, PendingSegment
+from titans_pytorch.memory_state import NeuralMemState, OpenState, PendingSegment, outside_inference
 from titans_pytorch.precision import at_least_float32
 from titans_pytorch.shapes import Bool, Float
 
@@ -169,7 +170,8 @@ class MemoryLayout(NamedTuple):
             fits = rows.shape[:-2] == leading and rows.shape[-1] == self.dim
             if not fits or (part == 'before' and rows.shape[-2] != self.conv_reach):
                 raise ValueError(f'{name}.{part} must be that of a memory like this one, got {tuple(rows.shape)}')
-        return PendingSegment(tokens, mask, queries, before)
+        mask, queries, before = (None if t is None else outside_inference(t) for t in (mask, queries, before))
+        return PendingSegment(outside_inference(tokens), mask, queries, before)
 
     def no_pending(self, like: Float[Tensor, 'b n d']) -> PendingSegment:
         tokens = like[:, :0]
@@ -195,7 +197,7 @@ class MemoryLayout(NamedTuple):
             came = {key: tuple(w.shape) for key, w in weights.end.items()}
             if came != {key: (bh, *shape) for key, shape in self.parameters.items()}:
                 raise ValueError(f'{name} must be the weights of a memory like this one, got {came}')
-            return weights
+            return tree_map(outside_inference, weights)
         for key, shape in self.parameters.items():
             w = weights[key]
             if tuple(w.shape) == shape:
@@ -207,10 +209,10 @@ class MemoryLayout(NamedTuple):
             if w.ndim != len(shape) + 2 or w.shape[0] != bh or tuple(w.shape[2:]) != shape:
                 sizes = ', '.join([f'batch·heads={bh}', 'chunks', *map(str, shape)])
                 raise ValueError(f'{name}[{key!r}] must be ({sizes}), got {tuple(w.shape)}')
-            tensors[key] = w
-        lengths = {w.shape[1] for w in tensors.values()}
-        if len(lengths) > 1:
-            raise ValueError(f'{name} must hold equally many steps of each parameter, got {sorted(lengths)}')
+            tensors[key] = outside_inference(w)
+        lengths = [w.shape[1] for w in tensors.values()]
+        if any(length != lengths[0] for length in lengths):
+            raise ValueError(f'{name} must hold equally many steps of each parameter, got {sorted({*lengths})}')
         return FastWeights.of(tensors)
 
     @staticmethod
@@ -243,7 +245,7 @@ def _check_tensors(name: str, weights: Any) -> None:
 
 
 def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {str(name): at_least_float32(w) for name, w in weights.items()}
+    return {str(name): outside_inference(at_least_float32(w)) for name, w in weights.items()}
 
 
 def check_memory_loss(loss_fn: Callable[[Tensor, Tensor], Any], shape: tuple[int, int]) -> None:

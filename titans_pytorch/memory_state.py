@@ -80,6 +80,10 @@ class NeuralMemState(NamedTuple):
             device, dtype = None, device
         return _map_tensors(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None), self)
 
+    def __deepcopy__(self, memo: Any) -> NeuralMemState:
+        """A copy that shares nothing with this state, cut from its graph as by `detach`."""
+        return _map_tensors(lambda t: t.detach().clone(), self)
+
     def select(self, entries: Int[Tensor, ' e'] | list[int]) -> NeuralMemState:
         """The state of these batch entries, in this order; an entry may come several times. Without `updates`."""
         pending = self.cache_store_segment
@@ -120,6 +124,13 @@ class NeuralMemState(NamedTuple):
             is_leaf=lambda t: isinstance(t, (TensorDict, FastWeights)),
         )
         return _rebuild_state, plain
+
+
+def outside_inference(t: Tensor) -> Tensor:
+    """A copy, where it was made in inference mode and is used outside: autograd takes no such tensors."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not t.is_inference():
+        return t
+    return t.clone()
 
 
 def _map_tensors(fn: Any, state: NeuralMemState) -> NeuralMemState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +53,11 @@ class ModelState(NamedTuple):
         return ModelState(
             self.seq_index, tree_map(move, self.key_values), [memory.to(device, dtype) for memory in self.memories]
         )
+
+    def __deepcopy__(self, memo: Any) -> ModelState:
+        """A copy that shares nothing with this state, cut from its graph as by `detach`."""
+        key_values = tree_map(_of_tensors(lambda t: t.detach().clone()), self.key_values)
+        return ModelState(self.seq_index, key_values, deepcopy(self.memories, memo))
 
     def select(self, entries: Int[Tensor, ' e'] | list[int]) -> ModelState:
         """The state of these batch entries, in this order; an entry may come several times."""

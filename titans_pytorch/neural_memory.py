@@ -25,6 +25,7 @@ from titans_pytorch.checks import (
     check_keywords,
     check_module,
     check_multiple,
+    check_not_traced,
     check_number,
     check_positive,
     described,
@@ -79,7 +80,7 @@ from titans_pytorch.parameters import (
 )
 from titans_pytorch.precision import at_least_float32, in_module_precision, network_autocast, network_rows
 from titans_pytorch.recurrence import AssocScan
-from titans_pytorch.shapes import Bool, Float, Int
+from titans_pytorch.shapes import Bool, Float, Int, divided
 from titans_pytorch.stateless import frozen_as_buffers, on_meta, with_tensors
 
 __all__ = [
@@ -138,6 +139,10 @@ class InitialWeights(ParameterSequence):
     def with_weights(self, weights: Mapping[str, Tensor]) -> Module:
         """The memory network with weights, by name."""
         return with_tensors(self.network, {id(p): weights[name] for name, p in self.template[0].named_parameters()})
+
+    def forward(self) -> dict[str, Tensor]:
+        """The weights by name. Called rather than read, so that hooks bring in parameters that are offloaded."""
+        return dict(zip(self.names, self))
 
     def reset_parameters(self) -> None:
         """Draw them anew, by the `reset_parameters()` of the network's modules."""
@@ -455,30 +460,32 @@ class NeuralMemory(Resettable, InReferenceFormat):
     @property
     def memory_model_parameter_dict(self) -> TensorDict:
         """The learned initial weights by name: (h, …), or (…) if the heads share them."""
-        return TensorDict(dict(zip(self.memory_model_parameter_names, self.memory_model_parameters)))
+        return TensorDict(self.memory_model_parameters())
 
     def train(self, mode: bool = True) -> NeuralMemory:
         self.memory_model_parameters.template[0].train(mode)
         return super().train(mode)
 
     @property
-    def _like(self) -> Tensor:
-        """A tensor with the precision and the device of the module."""
-        return self.memory_model_parameters[0]
+    def _dtype(self) -> torch.dtype:
+        """The precision of the module. Parameters may be on another device than a call's tensors: offloaded ones are
+        brought in for a call of the module that holds them."""
+        return self.memory_model_parameters[0].dtype
 
     def init_weights(self, batch: int) -> TensorDict:
         """Weights of an empty memory, per parameter (batch · heads, …), in float32 at least."""
         count = batch if self.per_head_learned_parameters else batch * self.heads
-        named = zip(self._parameter_shapes.items(), self.memory_model_parameters)
+        named = self.memory_model_parameters()
         # always copies: a state keeps them, and an optimizer changes the parameters in place
-        copies = {name: p.repeat(count, *(1,) * len(shape)) for (name, shape), p in named}
+        copies = {name: p.repeat(count, *(1,) * len(self._parameter_shapes[name])) for name, p in named.items()}
         return TensorDict({name: at_least_float32(p) for name, p in copies.items()})
 
     def init_momentum(self, batch: int) -> TensorDict:
         """Momentum of an empty memory: zeros, per parameter (orders, batch · heads, …)."""
         leading = (self.momentum_order, batch * self.heads)
-        named = zip(self._parameter_shapes.items(), self.memory_model_parameters)
-        return TensorDict({name: at_least_float32(p.new_zeros(*leading, *shape)) for (name, shape), p in named})
+        named = self.memory_model_parameters()
+        shapes = self._parameter_shapes
+        return TensorDict({name: at_least_float32(p.new_zeros(*leading, *shapes[name])) for name, p in named.items()})
 
     @property
     def _layout(self) -> MemoryLayout:
@@ -489,7 +496,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
             momentum_orders=0 if self.to_momentum is None else self.momentum_order,
             different_views=self.qkv_receives_diff_views,
             conv_reach=self.conv_reach,
-            dtype=self.memory_model_parameters[0].dtype,
+            dtype=self._dtype,
             parameters=self._parameter_shapes,
         )
 
@@ -556,6 +563,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         Raises:
             ValueError, TypeError: for inputs and states that do not fit, naming the argument.
         """
+        check_not_traced(type(self).__name__)
         if cache is not None:
             if state is not None:
                 raise ValueError('state and cache are two names for one argument: give one of them')
@@ -721,7 +729,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
             at = {name: torch.addcmul(w, beside(shares, w), prev_weights[name]) for name, w in at.items()}
 
         broadcasts = self._engine_class is DualEngine
-        with network_autocast(self._like):
+        with network_autocast(self._dtype, tokens.device):
             last, momentum = store_one_chunk(
                 descents(self._network, self.store_memory_loss_fn, chunk, at, broadcasts),
                 chunk,
@@ -751,7 +759,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
                 self.q_norm,
                 self.multihead_rmsnorm,
                 self.retrieve_gate,
-                self._like,
+                self._dtype,
             )
             retrieved = retrieve_one(parts, state.last, self.to_queries(normed), normed[:, self.conv_reach :])
             return self.combine_heads(retrieved)
@@ -767,8 +775,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
         return self._combined(values.index_select(1, row), normed.index_select(1, row))
 
     def _predict(self, weights: Weights, rows: Float[Tensor, 'bh m d']) -> Float[Tensor, 'bh m d']:
-        with network_autocast(self._like):
-            rows = network_rows(rows, self._like)
+        with network_autocast(self._dtype, rows.device):
+            rows = network_rows(rows, self._dtype)
             return predict(self._network, weights, rows, broadcasts=self._engine_class is DualEngine)
 
     # storing
@@ -778,7 +786,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
     ) -> tuple[FastWeights, OpenState, Surprises]:
         tokens = torch.cat((state.pending.tokens, call.store), dim=-2)
         mask = _joined_masks(state.pending, call)
-        num_chunks = tokens.shape[-2] // self.store_chunk_size
+        num_chunks, _ = divided(tokens.shape[-2], self.store_chunk_size)
         complete = num_chunks * self.store_chunk_size
 
         # a convolution reaches tokens before the open chunk; before the first token there are zeros
@@ -792,11 +800,19 @@ class NeuralMemory(Resettable, InReferenceFormat):
         engine = self._engine
         pieces, losses = [], [torch.zeros_like(chunks.step_sizes[:, :0])]
 
-        run_length = engine.run_length(tokens.device, self.store_chunk_size * self.num_kv_per_token)
-        at_newest = all(base[name] is w for name, w in last.items())
-        spans = self._spans(state.seq_index, num_chunks, call.batch_size, run_length, at_newest)
-        with network_autocast(self._like):
-            for run in engine.runs(chunks, residual, spans, last):
+        if isinstance(num_chunks, torch.SymInt):
+            # one graph for all lengths, as `torch.export` makes it, unrolls no chunks
+            runs, ends_batch = [], self._ends_batch(state.seq_index, num_chunks, call.batch_size, tokens.device)
+            with network_autocast(self._dtype, tokens.device):
+                stored, base = engine.scanned(chunks, residual, ends_batch, base, last, momentum, self._transition)
+            pieces, losses, last, momentum = [stored.weights], [stored.losses], stored.weights.end, stored.momentum
+        else:
+            run_length = engine.run_length(tokens.device, self.store_chunk_size * self.num_kv_per_token)
+            at_newest = all(base[name] is w for name, w in last.items())
+            spans = self._spans(state.seq_index, num_chunks, call.batch_size, run_length, at_newest)
+            runs = engine.runs(chunks, residual, spans, last)
+        with network_autocast(self._dtype, tokens.device):
+            for run in runs:
                 stored = engine.store(run, base, last, momentum)
                 pieces.append(stored.weights)
                 losses.append(stored.losses)
@@ -841,6 +857,15 @@ class NeuralMemory(Resettable, InReferenceFormat):
             chunk += length
         return spans
 
+    def _ends_batch(
+        self, seq_index: int, num_chunks: int, batch_size: int | None, device: torch.device
+    ) -> Bool[Tensor, '1 n']:
+        """Whether a memory batch ends with each chunk of a call."""
+        if batch_size is None:
+            return torch.zeros(1, num_chunks, dtype=torch.bool, device=device)
+        ends = torch.arange(1, num_chunks + 1, device=device) * self.store_chunk_size + seq_index
+        return (ends % batch_size == 0).unsqueeze(0)
+
     def _normed_chunks(self, tokens: Tensor, mask: Bool[Tensor, 'b n'] | None) -> tuple[Chunks, Float[Tensor, 'b n d']]:
         """What complete chunks ask to be learned, and a row for each; before them are tokens for the convolution."""
         normed = self.store_norm(tokens)
@@ -860,7 +885,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         keys = self.k_norm(self.split_kv_heads(self.to_keys(seq)))
         values = self.split_kv_heads(self.to_values(values_seq))
         keys, values = (rearrange(t, 'b h (n m) d -> (b h) n m d', m=rows) for t in (keys, values))
-        keys, values = (network_rows(t, self._like) for t in (keys, values))
+        keys, values = (network_rows(t, self._dtype) for t in (keys, values))
 
         # gates in float32 under any autocast, and of a module in half precision
         step_logits = at_least_float32(self.to_adaptive_step(seq[:, self.conv_reach :]))
@@ -952,14 +977,17 @@ class NeuralMemory(Resettable, InReferenceFormat):
         normed, queries = self._queries(rows)
 
         # group the queries by the weights they read
-        lead = before - (queries.shape[1] - length)
-        group_size = min(chunk_size, lead + queries.shape[1])
-        if not self._carries_queries and length <= group_size - before:
-            lead, group_size = 0, length
-        trail = -(lead + queries.shape[1]) % group_size
-        groups = rearrange(F.pad(queries, (0, 0, lead, trail)), 'bh (g c) d -> bh g c d', c=group_size)
+        lead, group_size = before - int(queries.shape[1] - length), chunk_size
+        if not isinstance(length, torch.SymInt):
+            group_size = min(chunk_size, before + length)
+            if not self._carries_queries and length <= group_size - before:
+                lead, before, group_size = 0, 0, length
+        num_groups, in_last = divided(length, group_size, before)
+        trail = -in_last % group_size
+        num_groups += in_last > 0
+        groups = F.pad(queries, (0, 0, lead, trail)).unflatten(1, (num_groups, group_size))
 
-        with network_autocast(self._like):
+        with network_autocast(self._dtype, rows.device):
             values = self._engine.retrieve(weights, groups, first_step).flatten(1, 2)
         values = values[:, values.shape[1] - trail - length : values.shape[1] - trail]
         return self._combined(values, normed[:, -length:])
@@ -968,14 +996,14 @@ class NeuralMemory(Resettable, InReferenceFormat):
         """Rows normalised, and what the memory is asked for them, but for those at the front for the convolution."""
         normed = self.retrieve_norm(rows)
         queries = self._queries_of(self.to_queries(normed))
-        return normed[:, self.conv_reach :], network_rows(queries, self._like)
+        return normed[:, self.conv_reach :], network_rows(queries, self._dtype)
 
     def _queries_of(self, projected: Float[Tensor, 'b n d']) -> Float[Tensor, 'bh n d']:
         return self.q_norm(projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)).flatten(0, 1)
 
     def _combined(self, values: Float[Tensor, 'bh n d'], normed: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
         """The heads' answers as one."""
-        values = in_module_precision(values, self._like)
+        values = in_module_precision(values, self._dtype)
         values = self.multihead_rmsnorm(values.unflatten(0, (-1, self.heads)))
         if self.retrieve_gate is not None:
             values = values * self.retrieve_gate(normed)

@@ -25,6 +25,7 @@ from titans_pytorch.engines import (
 )
 from titans_pytorch.fast_weights import Weights
 from titans_pytorch.memory_models import ResidualNorm, inner_mlp, mlp_matrices
+from titans_pytorch.memory_state import outside_inference
 from titans_pytorch.norms import layer_norm
 from titans_pytorch.orthogonalize import newton_schulz
 from titans_pytorch.shapes import Float
@@ -62,19 +63,14 @@ def descents(model: Module, loss_fn: LossFn, chunk: Chunks, at: Weights, broadca
         return {name: of_all[name].to(w.dtype) for name, w in at.items()}
 
     with torch.inference_mode(False):
-        keys, values, step_sizes = (_outside_inference(t[:, 0]) for t in chunk[:3])
+        keys, values, step_sizes = (outside_inference(t[:, 0]) for t in chunk[:3])
 
         def rise(at: Weights) -> Tensor:
             # Titans eq. 12: ‖M(k) − v‖²
             losses = batched_loss(loss_fn, 1)(predict(model, at, keys, broadcasts), values)
             return -(losses * step_sizes.to(losses.dtype)).sum()
 
-        return transformed(grad, rise)({name: _outside_inference(w) for name, w in at.items()})
-
-
-def _outside_inference(t: Tensor) -> Tensor:
-    """A copy, where it was made in inference mode: autograd takes no such tensors."""
-    return t.clone() if not torch.compiler.is_compiling() and t.is_inference() else t
+        return transformed(grad, rise)({name: outside_inference(w) for name, w in at.items()})
 
 
 @torch.no_grad()

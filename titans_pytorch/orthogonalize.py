@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from titans_pytorch.gpu import HAS_TRITON
+from titans_pytorch import gpu
 from titans_pytorch.norms import l2_norm
 from titans_pytorch.precision import operand_dtype
 from titans_pytorch.shapes import Float
@@ -71,7 +71,11 @@ def _by_loop(matrices: Tensor, steps: int, eps: float, coefficients: tuple[float
     return (x.mT if tall else x).view(matrices.shape)
 
 
-@torch.compiler.assume_constant_result
 def _kernel_runs_on(device: torch.device) -> bool:
-    # Hopper: elsewhere less fits on chip
-    return device.type == 'cuda' and HAS_TRITON and torch.cuda.get_device_capability(device)[0] == 9
+    return gpu.kernels_are_on() and _is_hopper(device)
+
+
+@torch.compiler.assume_constant_result
+def _is_hopper(device: torch.device) -> bool:
+    # elsewhere less fits on chip
+    return device.type == 'cuda' and gpu.HAS_TRITON and torch.cuda.get_device_capability(device)[0] == 9

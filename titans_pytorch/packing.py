@@ -6,13 +6,18 @@ before it can see it; so a document is read exactly as if it were alone, whateve
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from titans_pytorch.checks import check_shape, check_tensor, checked_mask, is_integral
+from titans_pytorch.checks import check_integer, check_integers, check_shape, check_tensor, checked_mask, is_integral
 from titans_pytorch.shapes import Bool, Float, Int
+
+IGNORED = -100
+"""The label that cross-entropy leaves out."""
 
 
 class Documents(NamedTuple):
@@ -109,3 +114,44 @@ def continues(mask: Bool[Tensor, 'b n'] | None, document_ids: Int[Tensor, 'b n']
 
 def _beside(real: Bool[Tensor, 'r m'], like: Tensor) -> Tensor:
     return real.reshape(*real.shape, *(1,) * (like.ndim - 2))
+
+
+def pad_to_bucket(
+    x: Int[Tensor, 'b n'] | Float[Tensor, 'b n d'],
+    buckets: int | Sequence[int],
+    labels: Int[Tensor, 'b n'] | None = None,
+) -> tuple[Int[Tensor, 'b m'] | Float[Tensor, 'b m d'], Int[Tensor, 'b m']]:
+    """A batch padded on the right to one of a few lengths, so that `torch.compile` compiles a step once for each.
+
+    `model(x, labels=labels)` of what this returns is the loss of the batch as it came, and so are its gradients: models
+    are causal, so no token sees the padding, and the labels of padding are left out. A state after the call would hold
+    the padding: ask for none. Call this outside of what is compiled.
+
+    Args:
+        x: token ids (batch, length), or embeddings (batch, length, dim), which need `labels`.
+        buckets: the lengths to choose from, of which the shortest that fits is taken; or an integer, of which the next
+            multiple is taken.
+        labels: the token at each position, as in a model's call; −100 leaves one out. Default: `x`.
+
+    Returns:
+        `x`, padded by zeros, and its labels, padded by −100.
+    """
+    check_tensor('x', x)
+    if labels is None:
+        if not is_integral(x):
+            raise ValueError(f'labels must be given where x holds no token ids, got x of {x.dtype}')
+        labels = x
+    check_shape('x', x[..., 0] if x.is_floating_point() and x.ndim == 3 else x, batch=None, length=None)
+    check_tensor('labels', labels)
+    check_shape('labels', labels, batch=x.shape[0], length=x.shape[1])
+    length = x.shape[1]
+    if isinstance(buckets, Sequence):
+        lengths = check_integers('buckets', buckets)
+        fitting = [size for size in lengths if size >= length]
+        if not fitting:
+            raise ValueError(f'buckets must hold a length of at least that of x, {length}, got {lengths}')
+        missing = min(fitting) - length
+    else:
+        missing = -length % check_integer('buckets', buckets, 1)
+    sides = (0, 0, 0, missing) if x.ndim == 3 else (0, missing)
+    return F.pad(x, sides), F.pad(labels.long(), (0, missing), value=IGNORED)

@@ -10,9 +10,13 @@ from torch import Tensor
 
 def operand_dtype(like: Tensor) -> torch.dtype:
     """What products are computed in: the precision of `like`, or what autocast lowers it to."""
-    if like.dtype != torch.float64 and torch.is_autocast_enabled(like.device.type):
-        return torch.get_autocast_dtype(like.device.type)
-    return like.dtype
+    return _lowered(like.dtype, like.device)
+
+
+def _lowered(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return dtype
 
 
 def no_autocast(like: Tensor) -> torch.autocast:
@@ -27,26 +31,25 @@ def at_least_float32(t: Tensor) -> Tensor:
 HALF = (torch.float16, torch.bfloat16)
 
 
-def network_autocast(like: Tensor) -> AbstractContextManager[object]:
-    """The precision of a memory network's products, where the module has that of `like` and weights are in float32.
+def network_autocast(module: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
+    """The precision of a memory network's products on a device, in a module of a precision; weights are in float32.
 
     bfloat16, of the module or of autocast: products are in it. float16: they are in float32, as second derivatives of
     a norm, with up to 1e5 for a small input, are out of its range.
     """
-    device = like.device.type
-    dtype = operand_dtype(like)
+    dtype = _lowered(module, device)
     if dtype not in HALF:
         return nullcontext()
-    return torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-def network_rows(rows: Tensor, like: Tensor) -> Tensor:
+def network_rows(rows: Tensor, module: torch.dtype) -> Tensor:
     """Inputs of a memory network: in float32 unless autocast lowers a module in float32, and then not to float16."""
-    if like.dtype in HALF or operand_dtype(like) == torch.float16:
+    if module in HALF or _lowered(module, rows.device) == torch.float16:
         return at_least_float32(rows)
     return rows
 
 
-def in_module_precision(t: Tensor, like: Tensor) -> Tensor:
+def in_module_precision(t: Tensor, module: torch.dtype) -> Tensor:
     """What a memory network gives, for a module in half precision to go on with."""
-    return t.to(like.dtype) if like.dtype in HALF else t
+    return t.to(module) if module in HALF else t

@@ -7,6 +7,7 @@ import warnings
 from assoc_scan import AssocScan as PlainAssocScan
 from torch import Tensor
 
+from titans_pytorch import gpu
 from titans_pytorch.shapes import Float
 
 
@@ -50,7 +51,7 @@ class AssocScan(PlainAssocScan):
             _say_there_is_no_gpu()
             return False
         plain_shapes = inputs.ndim >= 3 and gates.ndim >= 2 and not (self.reverse or self.has_no_feature_dim)
-        return plain_shapes and inputs.numel() > 0 and inputs.is_floating_point()
+        return gpu.kernels_are_on() and plain_shapes and inputs.numel() > 0 and inputs.is_floating_point()
 
 
 def gate_products(log_gates: Float[Tensor, '... n']) -> Float[Tensor, '... n n']:

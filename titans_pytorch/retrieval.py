@@ -258,6 +258,7 @@ def _gradients(ctx: Any, d_out: Tensor | None, *_: Any) -> tuple[Tensor | None, 
 
 
 _retrieve.register_autograd(_gradients, setup_context=_keep)
+gpu.differentiated_once(_retrieve_backward)
 
 
 # the plain twin

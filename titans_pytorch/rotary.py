@@ -38,6 +38,14 @@ class Rotary(RotaryEmbedding):
     def device(self) -> torch.device:
         return self.freqs.device
 
+    def forward(
+        self, t: Float[Tensor, '... n'], seq_len: int | None = None, offset: int = 0
+    ) -> Float[Tensor, '... n d']:
+        """The angles at positions `t`, in the precision of `freqs` but float32 at least; the rest has no effect."""
+        dtype = torch.promote_types(self.freqs.dtype, torch.float32)
+        # neighbouring features share an angle
+        return (t.to(dtype).unsqueeze(-1) * self.freqs.to(dtype)).repeat_interleave(2, dim=-1)
+
     def get_seq_pos(
         self, seq_len: int, device: Any = None, dtype: torch.dtype | None = None, offset: int = 0
     ) -> Float[Tensor, ' n']:
@@ -59,12 +67,10 @@ def rotate(
 
     Only the first features rotate where the rotary dimension is smaller than `d`. The angles have the precision of
     `rotary.freqs`, float32 at least, whatever the dtype of `t`: bfloat16 cannot tell position 256 from 257. They are
-    computed here rather than taken from the library's cache, whose precision depends on who filled it first.
+    computed anew rather than taken from the library's cache, whose precision depends on who filled it first.
     """
     dtype = torch.promote_types(rotary.freqs.dtype, torch.float32)
-    angles = positions.to(dtype)[:, None] / rotary.interpolate_factor * rotary.freqs.to(dtype)
-    angles = angles.repeat_interleave(2, dim=-1)  # neighbouring features share an angle
-    return apply_rotary_emb(angles, t)
+    return apply_rotary_emb(rotary(positions.to(dtype) / rotary.interpolate_factor), t)
 
 
 def turns(frequencies: Float[Tensor, '... d/2'], position: Int[Tensor, ' 1']) -> Float[Tensor, '... d/2 2']:

@@ -1,4 +1,4 @@
-"""The letters of every shape in this package, and the three aliases that carry them in signatures.
+"""The letters of every shape in this package, and the three aliases that carry them in signatures; lengths divided.
 
     b   batch                          h   heads                    bh  batch and heads, merged
     n   tokens of a call, or chunks    c   tokens inside a chunk    m   rows a chunk stores (c tokens × u)
@@ -14,4 +14,20 @@ from typing import Annotated as Bool
 from typing import Annotated as Float
 from typing import Annotated as Int
 
-__all__ = ['Bool', 'Float', 'Int']
+import torch
+
+__all__ = ['Bool', 'Float', 'Int', 'divided']
+
+
+def divided(length: int, size: int, offset: int = 0) -> tuple[int, int]:
+    """`divmod(offset + length, size)`.
+
+    The length of an exported program is a symbol, n · k + c. Where n is a multiple of `size`, the remainder is known;
+    elsewhere asking for it restricts the program to lengths that leave the same one.
+    """
+    if not isinstance(length, torch.SymInt):
+        return divmod(offset + length, size)
+    constant = int(length.node.expr.as_coeff_Add()[0])
+    multiple = length - constant
+    more, rest = divmod(int(offset) + constant + int(multiple - multiple // size * size), size)
+    return multiple // size + more, rest

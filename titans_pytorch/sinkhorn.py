@@ -2,7 +2,8 @@
 
 Twenty iterations on 4 × 4 matrices are next to no arithmetic, but written out they are over a hundred operations, each
 one launched, kept for the gradient and compiled. Here they are one operation, forward and backward, that
-`torch.compile` does not look into: a Triton kernel on a GPU, and elsewhere its plain twin.
+`torch.compile` does not look into: a Triton kernel on a GPU, and elsewhere its plain twin. Only under the transforms of
+`torch.func` and in forward-mode they are written out, as PyTorch knows how to transform those operations alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from titans_pytorch import gpu
 from titans_pytorch.checks import check_floating
 from titans_pytorch.shapes import Float
 
@@ -34,6 +36,8 @@ def sinkhorn(log_alpha: Float[Tensor, '... s s'], iters: int = 20) -> Float[Tens
         raise ValueError(f'log_alpha must hold square matrices (…, s, s), got {tuple(log_alpha.shape)}')
     if iters <= 0:
         return log_alpha
+    if gpu.is_transformed():
+        return plain_forward(log_alpha.float(), iters, EPS).to(log_alpha.dtype)
     return _sinkhorn(log_alpha.float(), iters).to(log_alpha.dtype)
 
 
@@ -102,7 +106,7 @@ _sinkhorn_backward.register_autograd(_second_gradient, setup_context=_keep_input
 
 def _implementation(log_alpha: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """Forward and backward for these matrices: the kernel's, or the plain ones, which serve all."""
-    kernel = _kernel() if log_alpha.is_cuda else None
+    kernel = _kernel() if log_alpha.is_cuda and gpu.kernels_are_on() else None
     if kernel is not None and log_alpha.shape[-1] <= kernel.LARGEST:
         return kernel.forward, kernel.backward
     return plain_forward, plain_backward
@@ -148,7 +152,7 @@ def _half_iterations(
 ) -> Iterator[tuple[Float[Tensor, 's s n'], Tensor, int]]:
     """The matrices each time columns (dimension 0) or rows (1) were divided by their sums, the sums, the dimension."""
     x = _matrices_last(log_alpha)
-    x = (x - x.amax(dim=0)).exp_()
+    x = (x - x.amax(dim=0).detach()).exp_()
     for _ in range(iters):
         for dim in (0, 1):
             sums = x.sum(dim, keepdim=True)

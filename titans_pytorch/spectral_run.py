@@ -341,6 +341,7 @@ def _dealt(d_factors: Tensor, *factors: Tensor | None) -> list[Tensor | None]:
 
 _momenta.register_autograd(_momenta_gradients, setup_context=_keep_momenta)
 _over_time.register_autograd(_over_time_gradients, setup_context=_keep_over_time)
+gpu.differentiated_once(_momenta_backward, _over_time_backward)
 
 
 # the plain twins

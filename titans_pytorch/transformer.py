@@ -25,6 +25,7 @@ from titans_pytorch.checks import (
     check_integer,
     check_integers,
     check_module,
+    check_not_traced,
     check_positive,
     check_shape,
     check_tensor,
@@ -37,17 +38,14 @@ from titans_pytorch.checks import (
 from titans_pytorch.connections import ExpandStreams, Streams, residual_streams, written
 from titans_pytorch.decode_attention import Position
 from titans_pytorch.decoding import StepKind
-from titans_pytorch.memory_state import NeuralMemState, take_over
+from titans_pytorch.memory_state import NeuralMemState, outside_inference, take_over
 from titans_pytorch.model_state import KeyValues, ModelState
 from titans_pytorch.neural_memory import NeuralMemory
-from titans_pytorch.packing import Documents, checked_documents, continues
+from titans_pytorch.packing import IGNORED, Documents, checked_documents, continues
 from titans_pytorch.parameters import Resettable, reset_parameters
 from titans_pytorch.rotary import frequencies
 from titans_pytorch.shapes import Bool, Float, Int
 from titans_pytorch.stateless import is_intercepted
-
-IGNORED = -100
-"""The label that cross-entropy leaves out."""
 
 
 class DecodingState(NamedTuple):
@@ -210,6 +208,7 @@ class Transformer(Resettable):
         Returns:
             logits (batch, length, num_tokens), hidden states, or the loss; with `return_state` a pair with the state.
         """
+        check_not_traced(type(self).__name__)
         check_flags(
             return_loss=return_loss,
             return_state=return_state,
@@ -383,7 +382,7 @@ class Transformer(Resettable):
                 pair, _ = block.attention.checked_cache(name, pair, position, None)
             elif pair is not None:
                 raise ValueError(f'{name} must be None, as the layer has no attention, got {described(pair)}')
-            checked.append(pair)
+            checked.append(None if pair is None else (outside_inference(pair[0]), outside_inference(pair[1])))
         memories = [checked_state(f'state.memories[{n}]', memory, NeuralMemState) for n, memory in enumerate(memories)]
         state = ModelState(position, checked, memories)
         came = state.batch_size

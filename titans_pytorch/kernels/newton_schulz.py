@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from titans_pytorch.kernels.once import differentiated_once
 from titans_pytorch.kernels.products import plus
 
 # rows and columns that fit on chip beside the products of the backward pass, by what the products are computed in
@@ -192,6 +193,7 @@ def _gradients(ctx: Any, d_outputs: Tensor) -> tuple[Tensor | None, ...]:
 
 
 newton_schulz.register_autograd(_gradients, setup_context=_keep_inputs)
+differentiated_once(newton_schulz_backward)
 
 
 def serves(matrices: Tensor, operands: torch.dtype) -> bool:

@@ -6,13 +6,14 @@ written once, and all of it coalesced. The plain twin is `recurrence.AssocScan` 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from titans_pytorch.kernels.once import refuse_second_derivatives
 
 # features a program owns: 8 a thread
 BLOCK = 256
@@ -94,9 +95,14 @@ class _GatedScan(torch.autograd.Function):
         return states
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gates, states = ctx.saved_tensors
+        return _GatedScanBackward.apply(gates, states, d_states)
+
+
+class _GatedScanBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, states: Tensor, d_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         batch, (steps, features) = states.shape[0], (states.shape[1] - 1, states.shape[2])
         strips = triton.cdiv(features, BLOCK)
         accumulator, ACC = _accumulator(states.dtype)
@@ -110,6 +116,10 @@ class _GatedScan(torch.autograd.Function):
         )  # fmt: skip
         d_gates = d_gates.sum(dim=-1, keepdim=True) if shared else d_gates
         return d_gates.to(gates.dtype), d_inputs, d_prev
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> NoReturn:
+        refuse_second_derivatives('the accelerated scan')
 
 
 def _accumulator(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:

@@ -1,0 +1,117 @@
+"""Batches of varying length, padded to a few buckets, so that `torch.compile` compiles once for each bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from compare import all_in_float64, assert_same, gradients, randomised
+from torch import Tensor
+from torch.nn import Module
+
+from titans_pytorch import (
+    LongTermMemoryModel,
+    MemoryAsContextTransformer,
+    MemoryAsGateTransformer,
+    MemoryAsLayerTransformer,
+    NeuralMemory,
+    pad_to_bucket,
+)
+
+SMALL = {'num_tokens': 11, 'dim': 8, 'depth': 2, 'segment_len': 4, 'neural_memory_batch_size': 8}
+HEADS = {'dim_head': 4, 'heads': 2}
+MODELS: dict[str, Callable[[], Module]] = {
+    'MAC': lambda: MemoryAsContextTransformer(
+        **SMALL | HEADS, neural_memory_segment_len=4, num_longterm_mem_tokens=2, num_persist_mem_tokens=2
+    ),
+    'MAC, paper order': lambda: MemoryAsContextTransformer(
+        **SMALL | HEADS | {'neural_memory_batch_size': None}, neural_memory_segment_len=2, paper_order=True
+    ),
+    'MAG': lambda: MemoryAsGateTransformer(**SMALL | HEADS, num_residual_streams=2),
+    'MAL': lambda: MemoryAsLayerTransformer(**SMALL | HEADS),
+    'LMM': lambda: LongTermMemoryModel(**SMALL),
+}
+
+
+@pytest.fixture
+def float64():
+    with all_in_float64():
+        yield
+
+
+def ids(length: int, batch: int = 2) -> Tensor:
+    return torch.randint(0, 11, (batch, length))
+
+
+def loss_and_gradients(model: Module, step: Callable[..., Tensor], *args: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = step(*args)
+    # what stores nothing of a short sequence has no gradient, and of its padding one of zeros
+    nothing = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    return loss.detach(), nothing | gradients(model, loss)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_padding_to_a_bucket_changes_no_loss_and_no_gradient(name: str, float64: None):
+    model = randomised(MODELS[name](), 0.1).double()
+    for length in (5, 12, 13):
+        x = ids(length)
+        padded, labels = pad_to_bucket(x, 12)
+        assert padded.shape[1] == (12 if length <= 12 else 24)
+        want = loss_and_gradients(model, lambda: model(x, return_loss=True))  # noqa: B023
+        assert_same(loss_and_gradients(model, lambda: model(padded, labels=labels)), want)  # noqa: B023
+
+
+def test_labels_of_ones_own_and_embeddings(float64: None):
+    model = randomised(MODELS['MAG'](), 0.1).double()
+    x, labels = torch.randn(2, 7, 8, dtype=torch.float64), ids(7)
+    labels[:, 3] = -100
+    padded, padded_labels = pad_to_bucket(x, (4, 9, 16), labels)
+    assert padded.shape == (2, 9, 8)
+    assert_same(model(padded, labels=padded_labels), model(x, labels=labels))
+
+
+def test_what_cannot_be_padded_is_named():
+    with pytest.raises(ValueError, match='buckets must hold a length of at least that of x, 9'):
+        pad_to_bucket(ids(9), (4, 8))
+    with pytest.raises(ValueError, match='labels must be given'):
+        pad_to_bucket(torch.randn(2, 3, 8), 4)
+    with pytest.raises(ValueError, match='labels must be'):
+        pad_to_bucket(ids(9), 4, ids(8))
+    with pytest.raises(ValueError, match='buckets must be a positive integer, got 0'):
+        pad_to_bucket(ids(9), 0)
+    with pytest.raises(TypeError, match='x must be a tensor'):
+        pad_to_bucket([1, 2], 4)  # type: ignore[arg-type]
+
+
+def counted(step: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], list[Any]]:
+    """A step compiled whole, and a list with an entry for each compilation."""
+    graphs: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    return torch.compile(step, backend=backend, fullgraph=True, dynamic=False), graphs
+
+
+def test_lengths_of_one_bucket_compile_a_model_once(float64: None):
+    model = LongTermMemoryModel(num_tokens=11, dim=8, depth=1, segment_len=4, neural_memory_batch_size=4)
+    model = randomised(model, 0.1).double()
+    step, graphs = counted(lambda x, labels: model(x, labels=labels))
+    for number, length in ((1, 3), (1, 5), (1, 4), (2, 6)):
+        x = ids(length)
+        want = loss_and_gradients(model, lambda: model(x, return_loss=True))  # noqa: B023
+        assert_same(loss_and_gradients(model, step, *pad_to_bucket(x, 5)), want)
+        assert len(graphs) == number
+
+
+def test_lengths_of_one_bucket_compile_a_memory_once():
+    mem = randomised(NeuralMemory(8, chunk_size=2, batch_size=4), 0.1).double()
+    step, graphs = counted(lambda seq: mem(seq)[0])
+    for number, length in ((1, 3), (1, 2), (1, 4), (2, 5)):
+        seq = torch.randn(2, length, 8, dtype=torch.float64)
+        padded = torch.nn.functional.pad(seq, (0, 0, 0, -length % 4))
+        assert_same(step(padded)[:, :length].detach(), mem(seq)[0].detach())
+        assert len(graphs) == number
