@@ -26,13 +26,17 @@ def standardise(x: Float[Tensor, '... d'], eps: float) -> tuple[Float[Tensor, '.
     return centred * inverse, inverse
 
 
-def l2_norm(x: Tensor, eps: float = 1e-12, dim: int | tuple[int, ...] = -1) -> Tensor:
-    """`x` with length 1 over `dim`; `x / eps` where it is shorter than `eps`, as in `F.normalize`.
+def l2_norm(x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
+    """Rows of length 1, computed in float32 at least.
 
-    Zero stays zero and has no gradient, where that of `F.normalize` is 1 / eps, beyond the range of float16, and its
-    second one not finite.
+    A row of zeros stays zero and has no gradient: that of `F.normalize` is 1e12 there, beyond the range of float16, and
+    its second one is not finite.
     """
     full = at_least_float32(x)
-    squared = full.square().sum(dim=dim, keepdim=True)
-    scale = squared.clamp(min=eps**2).rsqrt()
-    return (full * torch.where(squared > 0, scale, torch.zeros_like(scale))).to(x.dtype)
+    squared = full.square().sum(dim=-1, keepdim=True)
+    return torch.where(squared > 0, full * inverse_length(squared, 1e-12), torch.zeros_like(full)).to(x.dtype)
+
+
+def inverse_length(squared: Tensor, eps: float) -> Tensor:
+    """1 / max(√`squared`, `eps`), without the square root's derivatives at zero, which are not finite."""
+    return squared.clamp(min=eps**2).rsqrt()

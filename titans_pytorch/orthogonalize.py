@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from titans_pytorch import gpu
-from titans_pytorch.norms import l2_norm
-from titans_pytorch.precision import operand_dtype
+from titans_pytorch.norms import inverse_length
+from titans_pytorch.precision import at_least_float32, operand_dtype
 from titans_pytorch.shapes import Float
 
 # Jordan et al.'s quintic: the steepest at 0 that still keeps every singular value within about [0.7, 1.2]
@@ -61,7 +61,8 @@ def _by_loop(matrices: Tensor, steps: int, eps: float, coefficients: tuple[float
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
-    x = l2_norm(x, eps, dim=(-2, -1))
+    squared = at_least_float32(x).square().sum(dim=(-2, -1), keepdim=True)
+    x = (x * inverse_length(squared, eps)).to(matrices.dtype)
 
     for _ in range(steps):
         gram = torch.bmm(x, x.mT)
