@@ -62,6 +62,7 @@ def problem(dim_head, hidden=None, heads=3, query_norm=True, norm=True, gate=Tru
         query_norm=randomised(MultiheadRMSNorm(dim_head, heads)).to(DEVICE) if query_norm else nn.Identity(),
         value_norm=nn.Identity(),
         gate=to_gates.to(DEVICE) if gate else None,
+        dtype=torch.float32,
     )
     projected = random(batch, 1, heads * dim_head + 3, dtype=dtype)[..., :-3]
     return parts, weights, projected, random(batch, 2, 21)[:, 1:]
