@@ -251,20 +251,26 @@ def test_low_precision_errs_no_more_than_twice_as_much_as_dense(switch):
         assert error(dual, autocast) <= 2 * error(dense, autocast)
 
 
-@pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float32, 3e-5), (torch.bfloat16, 0.0)])
-def test_without_a_gradient_it_is_as_exact(dtype, tolerance):
-    mem = pair('plain')[0].to(dtype)
-    seq = inputs(mem, 29).to(dtype)
-    expected = mem(seq)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_without_a_gradient_it_is_as_exact(dtype):
+    mem = pair('plain')[0]
+    seq = inputs(mem, 29)
+    exact = mem(seq)[0]
+    mem, seq = mem.to(dtype), seq.to(dtype)
+    with_gradient = mem(seq)[0]
     with torch.no_grad():
-        assert_same(mem(seq), expected, tolerance)
+        without = mem(seq)[0]
+    error, other = ((out.double() - exact).norm() / exact.norm() for out in (without, with_gradient))
+    assert error <= 1.5 * other
+    assert other < 8 * torch.finfo(dtype).eps
 
 
 def test_a_module_in_bfloat16_runs():
     dual, dense = (mem.bfloat16() for mem in pair('everything', default_step_transform_max_lr=0.05))
     seq = inputs(dual, 29).bfloat16()
     out, state = dual(seq)
-    assert all(t.dtype == torch.bfloat16 for t in leaves(carried(state)).values())
+    assert out.dtype == state.cache_store_segment.tokens.dtype == torch.bfloat16
+    assert all(w.dtype == torch.float32 for w in leaves((state.weights, state.states)).values())  # the recurrence
     assert ((out - dense(seq)[0]).norm() / out.norm()) < 0.1
     assert all(torch.isfinite(g).all() for g in gradients(dual, out.float().pow(2).sum()).values())
 

@@ -222,6 +222,7 @@ def test_an_exported_model_serves_all_lengths(name: str):
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings('ignore:While compiling, we found certain side effects')
 @pytest.mark.parametrize('strict', [False, True])
 def test_a_program_of_one_length(strict: bool):
     mem = memory('different views')

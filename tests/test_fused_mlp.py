@@ -72,7 +72,7 @@ def recorded(model, tensors, loss_fn=default_loss_fn):
     """What the engine notes of a run, and the gradient of a linear function of it all by every tensor."""
     keys, values, step_sizes, *_ = tensors.values()
     base, added = ({name: tensors.get(of + name) for name, _ in model.named_parameters()} for of in ('', 'added '))
-    residual = engines.Residual(None, added, tensors['shares']) if 'shares' in tensors else None
+    residual = engines.Residual(None, added, tensors['shares'], 0) if 'shares' in tensors else None
     engine = DualEngine(model, loss_fn, None, None, False)
     *named, losses = engine._factors(Chunks(keys, values, step_sizes, None, None, None, None), base, residual)
     out = {f'{kind} {name}': t for kind, own in zip('XΔv', named) for name, t in own.items()} | {'losses': losses}

@@ -152,3 +152,24 @@ def test_sampling_with_a_cache_in_half_precision(dtype: torch.dtype):
     assert logits.dtype == dtype and logits.isfinite().all()
     assert all(w.dtype == torch.float32 for w in state.memories[0].states[0].values())
     assert model.sample(prompt, 20, use_cache=True, show_progress=False).shape == (2, 13)
+
+
+@pytest.mark.gpu
+@by_autocast
+@dtypes
+@pytest.mark.parametrize(
+    'switch', ['plain', 'spectral norm', 'soft clamp', 'attention memory', 'gated residual memory']
+)
+def test_values_and_gradients_on_a_gpu(switch: str, dtype: torch.dtype, autocast: bool):
+    mem = memory(switch, default_step_transform_max_lr=0.02, init_decay_bias=-2.0).float().cuda()
+    seq = inputs(mem, 66).float().cuda()
+    expected = mem(seq)[0].detach()
+    if not autocast:
+        mem.to(dtype)
+    with torch.autocast('cuda', dtype, enabled=autocast):
+        came, state = mem(seq if autocast else seq.to(dtype))
+    came.float().square().mean().backward()
+    error = (came.float() - expected).norm() / expected.norm()
+    assert error < 30 * torch.finfo(dtype).eps
+    assert all(p.grad is None or p.grad.isfinite().all() for p in mem.parameters())
+    assert all(w.dtype == torch.float32 for weights in (state.weights, *state.states) for w in weights.values())

@@ -86,3 +86,35 @@ def test_gradients_of_four_threads():
             return torch.autograd.grad(mem(leaf)[0].square().sum(), leaf)[0]
 
     assert outcomes(gradient, [inputs(mem, 13, batch) for batch in (2, 1, 3, 2)], repeats=8) == {'right': 32}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('batches', BATCHES)
+@pytest.mark.parametrize('cuda_graphs', [True, False])
+def test_four_clients_sample_at_a_time_on_a_gpu(cuda_graphs: bool, batches: str):
+    model = build('MAG').float().cuda().eval()
+
+    def sample(prompt: Tensor) -> Tensor:
+        kwargs = {'temperature': 0.0, 'show_progress': False, 'cuda_graphs': cuda_graphs}
+        return model.sample(prompt, 40, use_cache=True, **kwargs)
+
+    assert outcomes(sample, [ids(7, batch).cuda() for batch in BATCHES[batches]], repeats=3) == {'right': 12}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('switch', ['plain', 'spectral norm', 'attention memory'])
+def test_a_memory_serves_four_threads_on_a_gpu(switch: str):
+    mem = memory(switch).float().cuda()
+    arguments = [inputs(mem, 21, batch).float().cuda() for batch in BATCHES['different batches']]
+    assert outcomes(mem, arguments, repeats=12) == {'right': 48}
+
+
+def test_clients_share_compiled_steps(steps_compiled_eagerly: list[Any]):
+    torch.compiler.reset()
+    model = build('LMM').eval()
+
+    def sample(prompt: Tensor) -> Tensor:
+        return model.sample(prompt, 12, temperature=0.0, use_cache=True, compiled=True, show_progress=False)
+
+    assert outcomes(sample, [ids(5) for _ in range(3)], repeats=3) == {'right': 9}
+    assert len(steps_compiled_eagerly) == 2  # inside a chunk, and at its end

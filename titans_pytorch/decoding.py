@@ -250,10 +250,10 @@ class CapturedStepper(Stepper):
         try:
             self._warm_up(kind)
             graph = torch.cuda.CUDAGraph()
-            # one pool for all: they run one after the other, and leave nothing in it
-            # a stream of its own, and no objection to what other threads do: they may capture or run, too
+            # one pool for all: they run one after the other, and leave nothing in it. A device captures one graph at a
+            # time; other threads may run and replay meanwhile
             own = torch.cuda.Stream()
-            with torch.cuda.graph(graph, pool=self._pool, stream=own, capture_error_mode='thread_local'):
+            with _CAPTURING, torch.cuda.graph(graph, self._pool, own, capture_error_mode='thread_local'):
                 super()._step(kind)
         finally:
             torch.set_autocast_cache_enabled(caches)
@@ -272,6 +272,8 @@ class CapturedStepper(Stepper):
                     buffer.copy_(before)
         torch.cuda.current_stream().wait_stream(side)
 
+
+_CAPTURING = threading.Lock()
 
 _IDLE: weakref.WeakKeyDictionary[Any, dict[Hashable, CapturedStepper]] = weakref.WeakKeyDictionary()
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._higher_order_ops.scan import scan
 from torch.func import grad, vmap
 from torch.nn import Module
 from torch.utils._pytree import tree_leaves, tree_map
@@ -24,13 +24,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from titans_pytorch import batch_walk, fused_mlp, gpu, retrieval, spectral_run
 from titans_pytorch.checks import described
 from titans_pytorch.fast_weights import Factors, FastWeights, Piece, Runs, Stretch, Weights, times
-from titans_pytorch.memory_models import ResidualNorm, inner_mlp
+from titans_pytorch.memory_models import NETWORKS, ResidualNorm, inner_mlp
 from titans_pytorch.orthogonalize import newton_schulz
 from titans_pytorch.precision import at_least_float32, no_autocast, operand_dtype
 from titans_pytorch.recurrence import AssocScan, gate_products
 from titans_pytorch.shapes import Bool, Float
 from titans_pytorch.spectral_run import momenta, vectors_over_time, weights_over_time
-from titans_pytorch.stateless import call_with_weights, transformed
+from titans_pytorch.stateless import call_with_weights, is_intercepted, transformed
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 """(prediction, target), both (m, d), to one loss a row, (m,)."""
@@ -228,6 +228,9 @@ class Engine:
                 "a length that is dynamic in torch.export needs torch.no_grad(), engine='dual', the default loss and a "
                 'MemoryMLP of one or two matrices: export this for a fixed length'
             )
+        # imported where it is used: PyTorch may yet move it
+        from torch._higher_order_ops.scan import scan
+
         given = [index for index, t in enumerate(chunks) if t is not None]
         added: Any = ()
         if residual is not None:
@@ -288,6 +291,12 @@ def choose_engine(requested: str, model: Module, dim: int) -> type[Engine]:
     """The engine for a network of width `dim`: the one requested, or with `auto` the dual one if it can serve."""
     if not isinstance(requested, str) or requested not in ('auto', 'dual', 'dense'):
         raise ValueError(f"engine must be 'auto', 'dual' or 'dense', got {described(requested)}")
+    obstacle_to_any = None if type(_inner(model)) in NETWORKS else obstacle_to_dense(model, dim)
+    if obstacle_to_any is not None:
+        raise ValueError(
+            'model must run under torch.func.vmap and torch.func.grad, by which the memory is computed: write what '
+            f'fails there as plain operations on tensors, such as products of matrices. It raised: {obstacle_to_any}'
+        )
     if requested == 'dense':
         return DenseEngine
     obstacle = obstacle_to_dual(model, dim)
@@ -298,40 +307,122 @@ def choose_engine(requested: str, model: Module, dim: int) -> type[Engine]:
     return DenseEngine
 
 
+def _inner(model: Module) -> Module:
+    return model.model if isinstance(model, ResidualNorm) else model
+
+
+def obstacle_to_dense(model: Module, dim: int) -> str | None:
+    """What a memory network raises where weights differ from chunk to chunk, or `None` if it runs."""
+    trial = Trial.of(model, dim)
+    try:
+        trial.gradients_of_weights()
+    except Exception as cause:
+        return _first_line(cause)
+    return None
+
+
 def obstacle_to_dual(model: Module, dim: int) -> str | None:
-    """Why the dual form cannot serve a memory network, or `None` if it can."""
-    inner = getattr(model, 'model', model)
+    """Why the dual form cannot serve a memory network, or `None` if it can: networks of a user are tried."""
+    inner = _inner(model)
     if 'linear' not in inspect.signature(inner.forward).parameters:
         return 'its forward takes no `linear`'
+    if type(inner) in NETWORKS and not is_intercepted(model.modules()):
+        return None
 
     names = {id(p): name for name, p in model.named_parameters()}
+    constants = {id(buffer) for buffer in model.buffers()}
     used: list[str] = []
 
     def record(x: Tensor, weight: Tensor) -> Tensor:
-        used.append(names[id(weight)])
+        if id(weight) not in constants:
+            used.append(names.get(id(weight), 'a tensor that is no parameter'))
         return x @ weight
 
-    device = next(model.parameters()).device
-    model(torch.zeros(2, dim, device=device), linear=record)
+    first = next(inner.parameters())
+    with torch.no_grad():
+        model(torch.zeros(2, dim, device=first.device, dtype=first.dtype), linear=record)
     matrices = [name for name, p in model.named_parameters() if p.ndim > 1]
     if sorted(used) != sorted(matrices):
         return f'it must use each of its matrices {matrices} once through `linear`, and used {used}'
+    trial = Trial.of(model, dim)
+    return next(filter(None, (trial.difference(training) for training in (True, False))), None)
 
-    # vectors come with axes in front; see that a network of its own kind treats them so
-    generator = torch.Generator().manual_seed(0)  # of its own: building a module must not move the global one
 
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64, device='cpu')
+class Trial(NamedTuple):
+    """A memory network on random weights and rows in float64, in both engines."""
 
-    weights = {name: draw(2, 3, *p.shape) for name, p in model.named_parameters()}
-    rows = draw(2, 3, 4, dim)
-    over_time = FastWeights.of(weights)
-    try:
-        by_rows = DualEngine.retrieve_with(model, over_time, rows, 0)
-        same = torch.allclose(by_rows, DenseEngine.retrieve_with(model, over_time, rows, 0))
-    except RuntimeError:
-        same = False
-    return None if same else 'its vectors must broadcast over rows, as `vector.unsqueeze(-2)` does'
+    model: Module
+    base: Weights
+    over_time: Weights
+    chunks: Chunks
+
+    @classmethod
+    def of(cls, model: Module, dim: int) -> Trial:
+        """Of a copy. Building a module must not move the global random state: these numbers have their own."""
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64, device='cpu')
+
+        copy = deepcopy(model)
+        if not any(t.is_meta for t in (*copy.parameters(), *copy.buffers())):
+            copy = copy.to('cpu', torch.float64)
+        shapes = {name: p.shape for name, p in copy.named_parameters()}
+        base, over_time = (
+            {name: draw(*leading, *shape) for name, shape in shapes.items()} for leading in ((2,), (2, 3))
+        )
+        keys, values, step_sizes = draw(2, 3, 4, dim), draw(2, 3, 4, dim), draw(2, 3, 4).sigmoid()
+        return cls(copy, base, over_time, Chunks(keys, values, step_sizes, draw(2, 3), None, None, None))
+
+    def engine(self, kind: type[Engine]) -> Any:
+        return kind(self.model, default_loss_fn, AssocScan(), None, False)
+
+    def retrieved(self, kind: type[Engine]) -> Tensor:
+        with torch.random.fork_rng(devices=[]), torch.device('cpu'):
+            return kind.retrieve_with(self.model, FastWeights.of(self.over_time), self.chunks.keys, 0)
+
+    def gradients_of_weights(self) -> Weights:
+        with torch.random.fork_rng(devices=[]), torch.device('cpu'):
+            return self.engine(DenseEngine)._gradients(self.chunks, self.base, None)[0]
+
+    def gradients_by_products(self) -> Weights:
+        with torch.random.fork_rng(devices=[]), torch.device('cpu'):
+            inputs, errors, vectors, _ = self.engine(DualEngine)._traced_factors(self.chunks, self.base, None)
+        return {name: -vectors[name] if name in vectors else -inputs[name].mT @ errors[name] for name in self.base}
+
+    def difference(self, training: bool) -> str | None:
+        """What the dual engine computes otherwise than the dense one; `None` if nothing."""
+        self.model.train(training)
+        try:
+            expected, of_weights = self.retrieved(DenseEngine), self.gradients_of_weights()
+            if self._is_random():
+                return None  # there is nothing to compare
+            try:
+                broadcasts = torch.allclose(self.retrieved(DualEngine), expected)
+            except RuntimeError:
+                broadcasts = False
+            if not broadcasts:
+                return 'its vectors must broadcast over rows, as `vector.unsqueeze(-2)` does'
+            for grad_enabled in (True, False):
+                with torch.set_grad_enabled(grad_enabled):
+                    by_products = self.gradients_by_products()
+                if not all(torch.allclose(by_products[name], of_weights[name]) for name in self.base):
+                    return 'its gradients by its products are not those by its weights, as with operations in place'
+        except Exception as cause:
+            return f'it fails there: {_first_line(cause)}'
+        return None
+
+    def _is_random(self) -> bool:
+        """Whether equal rows are treated differently, as by dropout."""
+        rows = torch.ones_like(self.chunks.keys[0, 0])
+        weights = {name: w[0] for name, w in self.base.items()}
+        with torch.random.fork_rng(devices=[]), torch.device('cpu'), torch.no_grad():
+            first, second = (call_with_weights(self.model, weights, rows) for _ in range(2))
+        return not torch.equal(first, second)
+
+
+def _first_line(cause: Exception) -> str:
+    return [*str(cause).splitlines(), type(cause).__name__][0]
 
 
 class DenseEngine(Engine):
@@ -628,7 +719,8 @@ class DualEngine(Engine):
         names = {id(p): name for name, p in model.named_parameters()}
 
         def linear(x: Tensor, weight: Tensor) -> Tensor:
-            return weights.linear(names[id(weight)], x, first)
+            name = names.get(id(weight))  # none for a constant of the network
+            return x @ weight if name is None else weights.linear(name, x, first)
 
         vectors = {name: weights.steps(name, first, rows.shape[1]) for name in _vectors(model)}
         return call_with_weights(model, vectors, rows, linear=linear)
@@ -670,7 +762,9 @@ class DualEngine(Engine):
 
         def loss(probe: Callable[[str, Tensor], Tensor], vectors: Weights) -> tuple[Tensor, Tensor]:
             def linear(x: Tensor, weight: Tensor) -> Tensor:
-                name = names[id(weight)]
+                name = names.get(id(weight))
+                if name is None:  # a constant of the network
+                    return x @ weight
                 inputs[name] = x
                 out = (x.flatten(1, 2) @ base[name]).unflatten(1, (n, m))
                 if residual is not None:

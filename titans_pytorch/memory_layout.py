@@ -200,11 +200,12 @@ class MemoryLayout(NamedTuple):
             return tree_map(outside_inference, weights)
         for key, shape in self.parameters.items():
             w = weights[key]
-            if tuple(w.shape) == shape:
+            # the number of axes first: of a dynamic length no size is compared with another axis
+            if w.ndim == len(shape) and tuple(w.shape) == shape:
                 w = w.expand(bh, *shape)
-            elif tuple(w.shape) == (self.heads, *shape):
+            elif w.ndim == len(shape) + 1 and tuple(w.shape) == (self.heads, *shape):
                 w = repeat(w, 'h ... -> (b h) ...', b=batch)
-            if tuple(w.shape) == (bh, *shape):
+            if w.ndim == len(shape) + 1 and tuple(w.shape) == (bh, *shape):
                 w = w.unsqueeze(1)
             if w.ndim != len(shape) + 2 or w.shape[0] != bh or tuple(w.shape[2:]) != shape:
                 sizes = ', '.join([f'batch·heads={bh}', 'chunks', *map(str, shape)])
@@ -264,12 +265,14 @@ def check_memory_loss(loss_fn: Callable[[Tensor, Tensor], Any], shape: tuple[int
 
 def check_memory_model(model: Module, dim_head: int) -> None:
     """A memory network keeps the shape of its input, has parameters and has no buffers."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError('model must be a module of Python code, got a scripted one: pass the module it was made from')
     buffers = [name for name, _ in model.named_buffers()]
     if buffers:
         raise ValueError(f'model must have no buffers, got {buffers}')
-    first = next(model.parameters(), None)
+    first = next((p for p in model.parameters() if p.requires_grad), None)
     if first is None:
-        raise ValueError('model must have parameters: they are the memory')
+        raise ValueError('model must have parameters that are not frozen: they are the memory')
 
     rows = torch.zeros(3, 2, dim_head, dtype=first.dtype, device=first.device)
     try:

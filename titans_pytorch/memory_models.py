@@ -107,10 +107,13 @@ class MemoryMLP(Resettable):
 
 
 def inner_mlp(model: Module) -> MemoryMLP | None:
-    """The MLP that a memory is, alone or inside a `ResidualNorm`; `None` for any other network, and with hooks."""
+    """The MLP that a memory is, alone or inside a `ResidualNorm`; `None` for any other network, with frozen parts, and
+    with hooks."""
     # subclasses may do otherwise
     inner = model.model if type(model) is ResidualNorm else model
-    return inner if type(inner) is MemoryMLP and not is_intercepted(model.modules()) else None
+    if type(inner) is not MemoryMLP or is_intercepted(model.modules()) or next(model.buffers(), None) is not None:
+        return None
+    return inner
 
 
 def mlp_matrices(model: Module, weights: Mapping[str, Tensor]) -> list[Tensor]:
@@ -214,3 +217,7 @@ class MemoryAttention(Resettable):
         attended = attention @ linear(x, to_values)
 
         return attended + linear(F.gelu(linear(x, to_hidden)), from_hidden)
+
+
+NETWORKS = (MemoryMLP, GatedResidualMemoryMLP, FactorizedMemoryMLP, MemorySwiGluMLP, MemoryAttention)
+"""The networks of this module, which the dual engine serves."""

@@ -81,6 +81,7 @@ from titans_pytorch.parameters import (
 from titans_pytorch.precision import at_least_float32, in_module_precision, network_autocast, network_rows
 from titans_pytorch.recurrence import AssocScan
 from titans_pytorch.shapes import Bool, Float, Int, divided
+from titans_pytorch.stateless import frozen_as_buffers, on_meta, with_tensors
 
 __all__ = [
     'AssocScan',
@@ -111,7 +112,7 @@ def default_adaptive_step_transform(adaptive_step: Tensor, max_lr: float = 1e-2)
 class InitialWeights(ParameterSequence):
     """The learned initial weights of a memory, in the order of its network's parameters.
 
-    Of shape (heads, …), or (…) if the heads share them.
+    Of shape (heads, …), or (…) if the heads share them. Buffers of the network are constants, beside them.
 
     Args:
         network: the memory network, initialised.
@@ -124,7 +125,20 @@ class InitialWeights(ParameterSequence):
         super().__init__(w.clone(memory_format=torch.contiguous_format) for w in weights)
         self.names = [name for name, _ in network.named_parameters()]
         # in a tuple, it is not registered; on the meta device, it holds no weights
-        self.network = (deepcopy(network).to('meta'),)
+        self.template = (on_meta(network),)
+        for index, constant in enumerate(network.buffers()):
+            self.register_buffer(f'constant_{index}', constant)
+
+    @property
+    def network(self) -> Module:
+        """The memory network as a template: without weights, with its constants."""
+        template = self.template[0]
+        constants = {id(empty): constant for empty, constant in zip(template.buffers(), self.buffers())}
+        return with_tensors(template, constants) if constants else template
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Module:
+        """The memory network with weights, by name."""
+        return with_tensors(self.network, {id(p): weights[name] for name, p in self.template[0].named_parameters()})
 
     def forward(self) -> dict[str, Tensor]:
         """The weights by name. Called rather than read, so that hooks bring in parameters that are offloaded."""
@@ -132,7 +146,7 @@ class InitialWeights(ParameterSequence):
 
     def reset_parameters(self) -> None:
         """Draw them anew, by the `reset_parameters()` of the network's modules."""
-        network = deepcopy(self.network[0]).to_empty(device=self[0].device)
+        network = deepcopy(self.template[0]).to_empty(device=self[0].device)
         reset_parameters(network)
         drawn = dict(network.named_parameters())
         for name, weight in zip(self.names, self):
@@ -338,6 +352,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         check_memory_loss(store_memory_loss_fn, (rows, dim_head))
         model = MemoryMLP(dim_head, **default_model_kwargs) if model is None else model
         check_memory_model(model, dim_head)
+        model = frozen_as_buffers(model)
         model = ResidualNorm(dim_head, model) if mem_model_norm_add_residual else model
         self._engine_class = choose_engine(engine, model, dim_head)
         if checkpoint_every is not None and self._engine_class is DenseEngine:
@@ -428,8 +443,19 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
     @property
     def memory_model(self) -> Module:
-        """The memory network, a template on the meta device; its weights are `memory_model_parameters`."""
-        return self.memory_model_parameters.network[0]
+        """The memory network with the learned initial weights of the first head: an empty memory, to call or look at.
+
+        It is made anew at every access. With several heads its weights are views of `memory_model_parameters`, which
+        are what trains.
+        """
+        initial = zip(self.memory_model_parameter_names, self.memory_model_parameters)
+        first = {name: w[0] if self.per_head_learned_parameters else w for name, w in initial}
+        return self.memory_model_parameters.with_weights(first)
+
+    @property
+    def _network(self) -> Module:
+        """The memory network without weights, which are given at every use."""
+        return self.memory_model_parameters.network
 
     @property
     def memory_model_parameter_dict(self) -> TensorDict:
@@ -437,7 +463,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         return TensorDict(self.memory_model_parameters())
 
     def train(self, mode: bool = True) -> NeuralMemory:
-        self.memory_model.train(mode)
+        self.memory_model_parameters.template[0].train(mode)
         return super().train(mode)
 
     @property
@@ -477,7 +503,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
     @property
     def _engine(self) -> Engine:
         return self._engine_class(
-            self.memory_model,
+            self._network,
             self.store_memory_loss_fn,
             self.assoc_scan,
             self.max_grad_norm,
@@ -487,7 +513,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
     @property
     def mixes_tokens(self) -> bool:
         """Whether the memory network's result for a row depends on other rows."""
-        return not getattr(self.memory_model, 'rowwise', False)
+        return not getattr(self._network, 'rowwise', False)
 
     @property
     def _carries_queries(self) -> bool:
@@ -705,7 +731,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         broadcasts = self._engine_class is DualEngine
         with network_autocast(self._dtype, tokens.device):
             last, momentum = store_one_chunk(
-                descents(self.memory_model, self.store_memory_loss_fn, chunk, at, broadcasts),
+                descents(self._network, self.store_memory_loss_fn, chunk, at, broadcasts),
                 chunk,
                 state.last,
                 state.momentum,
@@ -728,7 +754,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
             normed = self.retrieve_norm(rows)
             parts = Retrieval(
                 self.heads,
-                self.memory_model,
+                self._network,
                 self._engine_class is DualEngine,
                 self.q_norm,
                 self.multihead_rmsnorm,
@@ -751,7 +777,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
     def _predict(self, weights: Weights, rows: Float[Tensor, 'bh m d']) -> Float[Tensor, 'bh m d']:
         with network_autocast(self._dtype, rows.device):
             rows = network_rows(rows, self._dtype)
-            return predict(self.memory_model, weights, rows, broadcasts=self._engine_class is DualEngine)
+            return predict(self._network, weights, rows, broadcasts=self._engine_class is DualEngine)
 
     # storing
 

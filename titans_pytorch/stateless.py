@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _autograd as autograd_c
 from torch.func import functional_call
-from torch.nn import Module
+from torch.nn import Module, Parameter
 from torch.nn.modules import module as module_hooks
 
 
@@ -23,8 +24,9 @@ def call_with_weights(model: Module, weights: Mapping[str, Tensor], x: Tensor, *
     if torch.compiler.is_compiling():
         # the compiler takes no module that is made while it traces; and what it traces writes to no module
         return functional_call(model, dict(weights), (x,), kwargs)
-    replaced: dict[int, Any] = {id(p): weights[name] for name, p in model.named_parameters() if name in weights}
-    return _copied(model, replaced)(x, **kwargs)
+    return with_tensors(model, {id(p): weights[name] for name, p in model.named_parameters() if name in weights})(
+        x, **kwargs
+    )
 
 
 def transformed(transform: Callable[..., Any], fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -61,17 +63,35 @@ def is_intercepted(modules: Iterable[Module]) -> bool:
     return own or bool(module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks)
 
 
-def _copied(module: Module, replaced: dict[int, Any]) -> Module:
-    """A shallow copy of a module tree in which everything in `replaced`, by `id`, is replaced."""
+def frozen_as_buffers(model: Module) -> Module:
+    """A copy of a network in which parameters that need no gradient are buffers."""
+    copy = deepcopy(model)
+    for module in copy.modules():
+        for name, parameter in [*module._parameters.items()]:
+            if parameter is not None and not parameter.requires_grad:
+                del module._parameters[name]
+                module.register_buffer(name, parameter.detach())
+    return copy
+
+
+def on_meta(model: Module) -> Module:
+    """A copy of a network without the values of its tensors. Tied ones stay tied, which `Module.to` would part."""
+    empty: dict[int, Any] = {id(p): Parameter(p.detach().to('meta')) for p in model.parameters()}
+    return deepcopy(model, empty | {id(buffer): buffer.to('meta') for buffer in model.buffers()})
+
+
+def with_tensors(module: Module, replaced: dict[int, Any]) -> Module:
+    """A shallow copy of a module tree with the tensors of `replaced` in place of those with these `id`s."""
     if id(module) not in replaced:
         copy = replaced[id(module)] = object.__new__(type(module))
         attributes = dict(module.__dict__)
         modules = module._modules.items()
-        children = {name: None if child is None else _copied(child, replaced) for name, child in modules}
+        children = {name: None if child is None else with_tensors(child, replaced) for name, child in modules}
         parameters = {name: replaced.get(id(p), p) for name, p in module._parameters.items()}
+        buffers = {name: replaced.get(id(b), b) for name, b in module._buffers.items()}
         for name, value in attributes.items():
             # modules and parameters that a module also keeps in a list of its own, as `nn.LSTM` does
             if type(value) in (list, tuple):
                 attributes[name] = type(value)(replaced.get(id(item), item) for item in value)
-        copy.__dict__.update(attributes, _modules=children, _parameters=parameters)
+        copy.__dict__.update(attributes, _modules=children, _parameters=parameters, _buffers=buffers)
     return replaced[id(module)]

@@ -418,7 +418,7 @@ class Transformer(Resettable):
         """Why steps, which call few modules as a whole and count chunks as they count positions, do not serve."""
         called = [self.token_emb, self.norm, self.to_logits, *(block.feedforward for block in self._blocks)]
         as_a_whole = {module for part in called if part is not None for module in part.modules()}
-        networks = [memory.memory_model for memory in self._memories]
+        networks = [memory._network for memory in self._memories]
         if is_intercepted(m for tree in (self, *networks) for m in tree.modules() if m not in as_a_whole):
             return 'a module of it has hooks, or a forward of its own'
         if not isinstance(self.to_logits, Linear):
