@@ -11,6 +11,7 @@ import torch
 from compare import assert_same, randomised
 from memories import SWITCHES, inputs, memory
 from torch import Tensor, nn
+from torch.export import Dim, ShapesCollection
 from torch.nn import Module
 
 from titans_pytorch import (
@@ -18,16 +19,23 @@ from titans_pytorch import (
     MemoryAsContextTransformer,
     MemoryAsGateTransformer,
     MemoryAsLayerTransformer,
+    NeuralMemory,
 )
 
-SMALL = {'num_tokens': 11, 'dim': 8, 'depth': 2, 'segment_len': 4, 'neural_memory_batch_size': 8}
+SMALL = {'num_tokens': 11, 'dim': 8, 'depth': 1, 'segment_len': 4, 'neural_memory_batch_size': 8}
 HEADS = {'dim_head': 4, 'heads': 2}
 MODELS: dict[str, Callable[[], Module]] = {
     'MAC': lambda: MemoryAsContextTransformer(
-        **SMALL | HEADS, neural_memory_segment_len=4, num_longterm_mem_tokens=2, num_persist_mem_tokens=2
+        **SMALL | HEADS | {'neural_memory_batch_size': 6},
+        neural_memory_segment_len=3,
+        num_longterm_mem_tokens=2,
+        num_persist_mem_tokens=2,
     ),
     'MAC, sliding': lambda: MemoryAsContextTransformer(
-        **SMALL | HEADS, neural_memory_segment_len=4, sliding_window_attn=True, neural_mem_weight_residual=True
+        **SMALL | HEADS | {'depth': 2},
+        neural_memory_segment_len=4,
+        sliding_window_attn=True,
+        neural_mem_weight_residual=True,
     ),
     'MAG': lambda: MemoryAsGateTransformer(**SMALL | HEADS, num_residual_streams=2, num_persist_mem_tokens=1),
     'MAL': lambda: MemoryAsLayerTransformer(**SMALL | HEADS),
@@ -152,3 +160,83 @@ def test_a_trace_names_export():
         torch.jit.trace(memory(), torch.randn(2, 8, memory().dim, dtype=torch.float64))
     with pytest.raises(RuntimeError, match=r'torch\.export'):
         torch.jit.trace(model_of('MAG'), ids(6))
+
+
+# export
+
+
+EXPORTED: dict[str, dict[str, Any]] = {
+    'plain': {},
+    'one memory batch': {'batch_size': None},
+    'everything': {
+        'heads': 2,
+        'dim_head': 4,
+        'momentum_order': 2,
+        'learned_momentum_combine': True,
+        'max_grad_norm': 1.0,
+        'per_parameter_lr_modulation': True,
+        'spectral_norm_surprises': True,
+        'gated_transition': True,
+        'conv_kernel': 3,
+        'num_kv_per_token': 2,
+    },
+}
+
+
+def exported(module: Module, x: Tensor, per: int, **kwargs: Any) -> Callable[..., Any]:
+    """Of a length that is a multiple of `per`."""
+    shapes = ShapesCollection()
+    shapes[x] = {1: per * Dim('parts', min=2)}
+    program = torch.export.export(module, (x,), kwargs, dynamic_shapes=shapes.dynamic_shapes(module, (x,), kwargs))
+    return program.module()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name, with_state', [('plain', False), *((name, True) for name in EXPORTED)])
+def test_an_exported_memory_serves_all_lengths(name: str, with_state: bool):
+    mem = NeuralMemory(8, **{'chunk_size': 2, 'batch_size': 4, 'default_step_transform_max_lr': 0.1} | EXPORTED[name])
+    mem = randomised(mem, 0.1).double().eval()
+
+    def seq(length: int) -> Tensor:
+        return torch.randn(2, length, 8, dtype=torch.float64)
+
+    kwargs = {'state': mem(seq(7))[1]} if with_state else {}
+    program = exported(mem, seq(8), 2, **kwargs)
+    for length in (4, 6, 18):
+        x = seq(length)
+        assert_same(program(x, **kwargs), mem(x, **kwargs))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name', MODELS)
+def test_an_exported_model_serves_all_lengths(name: str):
+    model = model_of(name).double()
+    kwargs: dict[str, Any] = {'return_state': True}
+    kwargs['state'] = model(ids(4), **kwargs)[1]
+    program = exported(model, ids(12), 4, **kwargs)
+    for length in (8, 20, 28):
+        x = ids(length)
+        (logits, after), (want, state) = program(x, **kwargs), model(x, **kwargs)
+        assert_same((logits, after), (want, state), 1e-6)
+        assert after.seq_index == state.seq_index
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings('ignore:While compiling, we found certain side effects')
+@pytest.mark.parametrize('strict', [False, True])
+def test_a_program_of_one_length(strict: bool):
+    mem = memory('different views')
+    seq, rest = inputs(mem, 9), inputs(mem, 7)
+    state = mem(seq)[1]
+    program = torch.export.export(mem, (rest,), {'state': state}, strict=strict).module()
+    assert_same(program(rest, state=state), mem(rest, state=state))
+
+
+@torch.no_grad()
+def test_what_cannot_be_exported_says_what_to_change():
+    dense = memory(engine='dense')
+    with pytest.raises(ValueError, match="engine='dual'"):
+        torch.export.export(dense, (inputs(dense, 9),))
+    deep = memory('deep memory')
+    with pytest.raises(ValueError, match='one or two matrices'):
+        exported(deep, inputs(deep, 24), 8)

@@ -221,6 +221,13 @@ class Engine:
         `ends_batch`: whether a memory batch ends with each chunk, by which the base weights become
         `transition(base, last)`. Returns also the base weights after the last chunk.
         """
+        served = isinstance(self, DualEngine) and is_plain_mlp(self.model, self.loss_fn)
+        if torch.is_grad_enabled() or not served:
+            # whose gradient is written out; the operation takes no transforms of `torch.func`
+            raise ValueError(
+                "a length that is dynamic in torch.export needs torch.no_grad(), engine='dual', the default loss and a "
+                'MemoryMLP of one or two matrices: export this for a fixed length'
+            )
         # imported where it is used: PyTorch may yet move it
         from torch._higher_order_ops.scan import scan
 
@@ -422,6 +429,9 @@ class DenseEngine(Engine):
     """A gradient, a momentum and a weight for every chunk; momentum and decay are scans over them."""
 
     def store(self, run: Run, base: Weights, last: Weights, last_momentum: Momentum) -> Stored:
+        if torch.compiler.is_exporting():
+            # whose tracer takes no gradients under `vmap`
+            raise ValueError("torch.export needs engine='dual', and this memory is dense")
         chunks = run.chunks
         gradients, losses = self._gradients(chunks, base, run.residual)
         dense, end, momentum = {}, {}, {}

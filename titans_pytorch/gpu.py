@@ -45,21 +45,18 @@ def without_kernels() -> Iterator[None]:
 
 
 def is_transformed() -> bool:
-    """Whether only PyTorch's own operations serve: under `torch.func`, in forward-mode, and in an exported program.
+    """Whether `torch.func` or forward-mode differentiation is at work, for which operations of kernels have no rules.
 
-    Operations of kernels have no rules for the first two, and the third runs without this package. In a trace of the
-    compiler the answer is no: it takes transforms apart by itself.
+    In a trace of the compiler the answer is no: it takes transforms apart by itself.
     """
-    if torch.compiler.is_exporting():
-        return True
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def kernels_are_on() -> bool:
-    """Whether kernels run where the device has them."""
-    return _enabled and not is_transformed()
+    """Whether kernels run where the device has them. An exported program holds PyTorch's own operations alone."""
+    return _enabled and not is_transformed() and not torch.compiler.is_exporting()
 
 
 def kernels_run_on(device: torch.device) -> bool:

@@ -200,11 +200,12 @@ class MemoryLayout(NamedTuple):
             return tree_map(outside_inference, weights)
         for key, shape in self.parameters.items():
             w = weights[key]
-            if tuple(w.shape) == shape:
+            # the number of axes first: of a dynamic length no size is compared with another axis
+            if w.ndim == len(shape) and tuple(w.shape) == shape:
                 w = w.expand(bh, *shape)
-            elif tuple(w.shape) == (self.heads, *shape):
+            elif w.ndim == len(shape) + 1 and tuple(w.shape) == (self.heads, *shape):
                 w = repeat(w, 'h ... -> (b h) ...', b=batch)
-            if tuple(w.shape) == (bh, *shape):
+            if w.ndim == len(shape) + 1 and tuple(w.shape) == (bh, *shape):
                 w = w.unsqueeze(1)
             if w.ndim != len(shape) + 2 or w.shape[0] != bh or tuple(w.shape[2:]) != shape:
                 sizes = ', '.join([f'batch·heads={bh}', 'chunks', *map(str, shape)])

@@ -36,7 +36,7 @@ def sinkhorn(log_alpha: Float[Tensor, '... s s'], iters: int = 20) -> Float[Tens
         raise ValueError(f'log_alpha must hold square matrices (…, s, s), got {tuple(log_alpha.shape)}')
     if iters <= 0:
         return log_alpha
-    if gpu.is_transformed():
+    if gpu.is_transformed() or torch.compiler.is_exporting():
         return plain_forward(log_alpha.float(), iters, EPS).to(log_alpha.dtype)
     return _sinkhorn(log_alpha.float(), iters).to(log_alpha.dtype)
 
