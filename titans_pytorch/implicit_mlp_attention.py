@@ -119,7 +119,7 @@ class ImplicitMLPAttention(Resettable):
         may come in calls of any length: the outputs are those of one call.
         """
         check_flags(return_kv_cache=return_kv_cache)
-        check_floating('tokens', tokens, self.rotary_embed.freqs.dtype)
+        check_floating('tokens', tokens, self.to_queries.weight.dtype)
         check_shape('tokens', tokens, batch=None, length=None, dim=self.dim)
 
         tokens = self.norm(tokens)

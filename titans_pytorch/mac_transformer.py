@@ -373,7 +373,7 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         return self.seq_len_with_longterm_mem(num_tokens)
 
     def num_tokens_until(self, position: int) -> int:
-        full, in_open_segment = divmod(position, self.attn_window_size)
+        full, in_open_segment = divided(position, self.attn_window_size)
         return full * self.segment_len + min(in_open_segment, self.segment_len)
 
     def _embedded(

@@ -972,7 +972,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         The first token is number `num_pending` of its chunk. `weights` start with those before that chunk.
         """
         chunk_size = self.store_chunk_size
-        first_step, before = divmod(num_pending + 1, chunk_size)
+        first_step, before = divided(num_pending, chunk_size, offset=1)
 
         normed, queries = self._queries(rows)
 

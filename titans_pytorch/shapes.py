@@ -26,7 +26,8 @@ def divided(length: int, size: int, offset: int = 0) -> tuple[int, int]:
     elsewhere asking for it restricts the program to lengths that leave the same one.
     """
     if not isinstance(length, torch.SymInt):
-        return divmod(offset + length, size)
+        # not `divmod`, which the compiler does not know of lengths that vary
+        return (offset + length) // size, (offset + length) % size
     constant = int(length.node.expr.as_coeff_Add()[0])
     multiple = length - constant
     more, rest = divmod(int(offset) + constant + int(multiple - multiple // size * size), size)
