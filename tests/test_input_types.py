@@ -291,7 +291,7 @@ def test_heads_of_odd_width_decode(dim_head):
 
 
 def test_calls_of_these_types_compile_whole_for_any_length():
-    model, mem = build(), memory()
+    model, mem = build(LongTermMemoryModel, depth=1, neural_memory_segment_len=4), memory()
     compiled = torch.compile(
         lambda x, labels, state: model(x, labels=labels, state=state, return_state=True),
         fullgraph=True,
@@ -299,7 +299,7 @@ def test_calls_of_these_types_compile_whole_for_any_length():
         dynamic=True,
     )
     came = expected = None
-    for length in (5, 3, 4):
+    for length in (5, 3):
         tokens = ids(length)
         loss, came = compiled(tokens.to(torch.int32), tokens, came)
         wanted, expected = model(tokens, return_loss=True, state=expected, return_state=True)
