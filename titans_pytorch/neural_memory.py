@@ -356,7 +356,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         model = ResidualNorm(dim_head, model) if mem_model_norm_add_residual else model
         self._engine_class = choose_engine(engine, model, dim_head)
         if checkpoint_every is not None and self._engine_class is DenseEngine:
-            # its gradients are those of torch.func, which lets no saved tensor be computed again
+            # its gradients are those of torch.func, which keeps what it saves: nothing would be gained
             raise ValueError("checkpoint_every needs engine='dual', and this memory is dense")
         self._hold(model)
         self.transition_gate = Parameter(torch.empty(1)) if gated_transition else None
