@@ -17,6 +17,7 @@ from titans_pytorch import (
     MemoryAsGateTransformer,
     NeuralMemory,
 )
+from titans_pytorch.generation import gumbel_sample
 
 DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16}
 # of machine epsilons: 1e-3 and 8e-3
@@ -173,3 +174,18 @@ def test_values_and_gradients_on_a_gpu(switch: str, dtype: torch.dtype, autocast
     assert error < 30 * torch.finfo(dtype).eps
     assert all(p.grad is None or p.grad.isfinite().all() for p in mem.parameters())
     assert all(w.dtype == torch.float32 for weights in (state.weights, *state.states) for w in weights.values())
+
+
+@dtypes
+def test_the_loss_of_many_tokens_is_a_mean_in_float32(dtype: torch.dtype):
+    model = LongTermMemoryModel(num_tokens=64, dim=8, depth=1, neural_memory_segment_len=64, neural_memory_layers=())
+    tokens = torch.randint(0, 64, (40, 512))
+    expected = model(tokens, return_loss=True).item()
+    assert model.to(dtype)(tokens, return_loss=True).item() == pytest.approx(expected, rel=1e-2)
+
+
+@dtypes
+def test_sampling_draws_from_the_distribution(dtype: torch.dtype):
+    rare = gumbel_sample(torch.tensor([0.0, -7.0, -7.0, -7.0], dtype=dtype).expand(100_000, 4)) > 0
+    # e⁻⁷ · 3 / (1 + 3 e⁻⁷); a standard deviation is 1.7e-4
+    assert rare.double().mean().item() == pytest.approx(2.728e-3, abs=8e-4)

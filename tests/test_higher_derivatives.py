@@ -109,3 +109,9 @@ def test_rows_of_zeros_leave_gradients_of_an_attention_memory_finite(engine: str
             ends.append(loss().item())
         flat[0] = before
         assert gradient.flatten()[0].item() == pytest.approx((ends[0] - ends[1]) / (2 * small), rel=1e-4, abs=1e-6)
+
+
+def test_an_l2_norm_keeps_nan():
+    x = torch.randn(3, 4)
+    x[1, 2] = float('nan')
+    assert l2_norm(x).isnan().any(dim=-1).tolist() == [False, True, False]

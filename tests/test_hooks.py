@@ -126,3 +126,14 @@ def test_a_loss_that_trains_keeps_its_graph_though_the_memory_is_frozen():
         came[engine] = torch.autograd.grad(mem(inputs(mem, 17))[0].square().sum(), weight)[0]
     assert came['dual'].abs().min() > 1e-6
     assert_same(came['dual'], came['dense'])
+
+
+def test_compiled_steps_see_another_hook(steps_compiled_eagerly: list):
+    with all_in_float64():
+        model, prompt = build('LMM').eval(), ids(5)
+        kwargs = {'temperature': 0.0, 'show_progress': False}
+        for factor in (0.0, -9.0):
+            handle = model.layers[0].feedforward.register_forward_hook(lambda module, args, out, by=factor: out * by)
+            compiled = model.sample(prompt, 14, use_cache=True, compiled=True, **kwargs)
+            assert torch.equal(compiled, model.sample(prompt, 14, **kwargs))
+            handle.remove()

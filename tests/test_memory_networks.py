@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 from compare import assert_same, gradients, randomised
 from torch import Tensor, nn
 
-from titans_pytorch import MemoryMLP, NeuralMemory
+from titans_pytorch import MemoryMLP, NeuralMemory, reference_state_dict
 from titans_pytorch.engines import DenseEngine, DualEngine
 
 DIM = 8
@@ -121,8 +123,45 @@ class ListsItsModules(nn.Module):
         return x
 
 
+class KeepsMethods(nn.Module):
+    """One that keeps a method and a parameter of its own."""
+
+    rowwise = True
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(DIM, DIM) * 0.4)
+        self.act = self._act
+        self.cache = {'matrix': self.matrix}
+
+    def _act(self, x):
+        return (x @ self.matrix).tanh()
+
+    def forward(self, x):
+        return self.act(x) @ self.cache['matrix']
+
+
+class Patched(Plain):
+    """One whose instance has a forward of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.forward = types.MethodType(lambda self, x: Plain.forward(self, x).tanh(), self)
+
+
+class Closed(Plain):
+    """One that reaches itself through a closure."""
+
+    def __init__(self):
+        super().__init__()
+        self.call = lambda x: x @ self.first @ self.last * self.scale
+
+    def forward(self, x):
+        return self.call(x)
+
+
 DENSE = [InPlace, InPlaceInTraining, Transposed, Product, Tied, UnusedVector, DeadBranch, Detached]
-OWN = [SelfAttention, ListsItsModules]
+OWN = [SelfAttention, ListsItsModules, KeepsMethods, Patched]
 
 
 def memory(network: nn.Module, **kwargs) -> NeuralMemory:
@@ -213,6 +252,11 @@ def test_networks_that_cannot_be_differentiated_by_chunks_are_refused(engine: st
         NeuralMemory(DIM, model=Recurrent(), engine=engine)
 
 
+def test_networks_that_reach_themselves_through_a_closure_are_refused():
+    with pytest.raises(ValueError, match='with weights that it reaches through `self`'):
+        NeuralMemory(DIM, model=Closed())
+
+
 def test_scripted_networks_are_refused():
     with pytest.warns(DeprecationWarning):
         scripted = torch.jit.script(nn.Linear(DIM, DIM))
@@ -254,6 +298,31 @@ def plain_with_frozen(which: str) -> nn.Module:
     return network
 
 
+def test_frozen_parts_are_drawn_again():
+    class Drawn(Plain):
+        def reset_parameters(self):
+            for parameter in (self.first, self.last, self.scale):
+                nn.init.constant_(parameter, 0.25)
+
+    network = Drawn()
+    network.first.requires_grad_(False)
+    with torch.device('meta'):
+        mem = NeuralMemory(DIM, model=network.to('meta'))
+    mem.to_empty(device='cpu').reset_parameters()
+    assert all((w == 0.25).all() for w in (mem.memory_model.model.first, mem.memory_model.model.last))
+    with pytest.raises(ValueError, match='frozen parts'):
+        reference_state_dict(mem)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_frozen_parts_in_half_precision(dtype: torch.dtype):
+    mem = memory(plain_with_frozen('first'))
+    seq = torch.randn(1, 9, DIM, dtype=torch.float64)
+    expected = mem(seq)[0]
+    came = mem.to(dtype)(seq.to(dtype))[0]
+    assert (came.double() - expected).norm() < 30 * torch.finfo(dtype).eps * expected.norm()
+
+
 def test_a_network_that_is_all_frozen_is_no_memory():
     with pytest.raises(ValueError, match='model must have parameters that are not frozen'):
         NeuralMemory(DIM, model=Plain().requires_grad_(False))
@@ -271,11 +340,11 @@ def test_memory_model_is_an_empty_memory(shared: bool):
 
     # its weights are those that train, or views of them, which no optimizer takes for its own
     assert all(p.device.type == 'cpu' for p in empty.parameters())
-    if shared:
-        assert {id(p) for p in empty.parameters()} == {id(p) for p in mem.memory_model_parameters}
-    else:
-        with pytest.raises(ValueError, match="can't optimize a non-leaf Tensor"):
-            torch.optim.SGD(empty.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="can't optimize a non-leaf Tensor"):
+        torch.optim.SGD(empty.parameters(), lr=0.1)
+    empty.float()
+    assert mem.memory_model_parameters[0].dtype == torch.float64
+    empty = mem.memory_model
     with torch.no_grad():
         next(empty.parameters()).fill_(7.0)
     assert (mem.memory_model_parameters[0] == 7.0).all() if shared else (mem.memory_model_parameters[0][0] == 7.0).all()

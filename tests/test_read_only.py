@@ -27,7 +27,7 @@ def test_the_memory_stays_and_answers_as_its_newest_weights_do(switch: str):
         assert_same(answer, mem.retrieve_memories(queries[:, 11:], state.states[0]))
 
 
-@pytest.mark.parametrize('switch', [switch for switch in SWITCHES if 'mix' not in switch and 'attention' not in switch])
+@pytest.mark.parametrize('switch', SWITCHES)
 def test_pieces_read_as_one_call(switch: str):
     mem = memory(switch)
     seq = inputs(mem, 26)
@@ -41,7 +41,7 @@ def test_pieces_read_as_one_call(switch: str):
     assert_same(at, after)
 
 
-@pytest.mark.parametrize('switch', ['plain', 'different views', 'attention memory'])
+@pytest.mark.parametrize('switch', ['plain', 'different views'])
 def test_storing_goes_on_as_if_nothing_had_been_read(switch: str):
     mem = memory(switch)
     seq = inputs(mem, 26)

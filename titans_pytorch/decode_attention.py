@@ -107,7 +107,7 @@ def attend_one(
     """
     turn = position.turns[layer]
     kernel = _kernel_for(projected, buffers, turn)
-    if kernel is None:
+    if kernel is None or (mix is not None and type(mix.to_shares[0]) is not nn.Linear):
         return plain_attend_one(projected, buffers, ring, position, layer, mix)
     shares = None
     if mix is not None:

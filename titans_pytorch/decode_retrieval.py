@@ -75,7 +75,7 @@ def _kernel_for(parts: Retrieval, weights: Weights, projected: Tensor) -> Any:
         return None
     if type(parts.query_norm) not in (nn.Identity, MultiheadRMSNorm) or type(parts.value_norm) is not nn.Identity:
         return None
-    if parts.gate is not None and parts.gate[0].out_features != parts.heads:
+    if parts.gate is not None and (type(parts.gate[0]) is not nn.Linear or parts.gate[0].out_features != parts.heads):
         return None
     if parts.dtype != torch.float32 or any(w.dtype != torch.float32 or not w.is_contiguous() for w in weights.values()):
         return None

@@ -300,7 +300,10 @@ def _compiled(kind: StepKind) -> StepFunction:
 def _signature(model: Any, state: Any) -> Hashable:
     """What graphs and compiled functions were made for: modules and their hooks, parameters, buffers, and the kernels'
     switch. A tensor made in inference mode cannot be written to outside."""
-    modules = tuple((type(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules())
+    modules = tuple(
+        (type(m), *m._forward_hooks.values(), *m._forward_pre_hooks.values(), vars(m).get('forward'))
+        for m in model.modules()
+    )
     tensors = (*_parameters(model), *_tensors(state))
     kinds = tuple((t.shape, t.stride(), t.dtype, t.device, t.is_inference()) for t in tensors)
     return modules, kinds, gpu.kernels_are_on()

@@ -30,7 +30,7 @@ from titans_pytorch.precision import at_least_float32, no_autocast, operand_dtyp
 from titans_pytorch.recurrence import AssocScan, gate_products
 from titans_pytorch.shapes import Bool, Float
 from titans_pytorch.spectral_run import momenta, vectors_over_time, weights_over_time
-from titans_pytorch.stateless import call_with_weights, is_intercepted, transformed
+from titans_pytorch.stateless import call_with_weights, is_intercepted, on_meta, transformed, with_tensors
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 """(prediction, target), both (m, d), to one loss a row, (m,)."""
@@ -291,11 +291,14 @@ def choose_engine(requested: str, model: Module, dim: int) -> type[Engine]:
     """The engine for a network of width `dim`: the one requested, or with `auto` the dual one if it can serve."""
     if not isinstance(requested, str) or requested not in ('auto', 'dual', 'dense'):
         raise ValueError(f"engine must be 'auto', 'dual' or 'dense', got {described(requested)}")
-    obstacle_to_any = None if type(_inner(model)) in NETWORKS else obstacle_to_dense(model, dim)
+    if _is_ours(model):
+        return DenseEngine if requested == 'dense' else DualEngine
+    obstacle_to_any = obstacle_to_dense(model, dim)
     if obstacle_to_any is not None:
         raise ValueError(
-            'model must run under torch.func.vmap and torch.func.grad, by which the memory is computed: write what '
-            f'fails there as plain operations on tensors, such as products of matrices. It raised: {obstacle_to_any}'
+            'model must run under torch.func.vmap and torch.func.grad, by which the memory is computed, with weights '
+            'that it reaches through `self`: write what fails there as plain operations on tensors, such as products '
+            f'of matrices. It failed: {obstacle_to_any}'
         )
     if requested == 'dense':
         return DenseEngine
@@ -311,11 +314,18 @@ def _inner(model: Module) -> Module:
     return model.model if isinstance(model, ResidualNorm) else model
 
 
+def _is_ours(model: Module) -> bool:
+    """Whether it is a network of this package, as it is: then there is nothing to try."""
+    return type(_inner(model)) in NETWORKS and not is_intercepted(model.modules())
+
+
 def obstacle_to_dense(model: Module, dim: int) -> str | None:
-    """What a memory network raises where weights differ from chunk to chunk, or `None` if it runs."""
+    """What is wrong with a memory network where weights differ from chunk to chunk, or `None` if it runs."""
     trial = Trial.of(model, dim)
     try:
         trial.gradients_of_weights()
+        if not trial.is_random() and not trial.takes_weights(model):
+            return 'its result depends on weights that it does not reach through `self`'
     except Exception as cause:
         return _first_line(cause)
     return None
@@ -326,9 +336,6 @@ def obstacle_to_dual(model: Module, dim: int) -> str | None:
     inner = _inner(model)
     if 'linear' not in inspect.signature(inner.forward).parameters:
         return 'its forward takes no `linear`'
-    if type(inner) in NETWORKS and not is_intercepted(model.modules()):
-        return None
-
     names = {id(p): name for name, p in model.named_parameters()}
     constants = {id(buffer) for buffer in model.buffers()}
     used: list[str] = []
@@ -364,9 +371,11 @@ class Trial(NamedTuple):
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64, device='cpu')
 
-        copy = deepcopy(model)
-        if not any(t.is_meta for t in (*copy.parameters(), *copy.buffers())):
-            copy = copy.to('cpu', torch.float64)
+        # without values, as a memory holds it
+        copy = on_meta(model)
+        pairs = zip(copy.buffers(), model.buffers())
+        constants = {id(e): draw(*b.shape) if b.is_meta else b.to('cpu', torch.float64) for e, b in pairs}
+        copy = with_tensors(copy, constants) if constants else copy
         shapes = {name: p.shape for name, p in copy.named_parameters()}
         base, over_time = (
             {name: draw(*leading, *shape) for name, shape in shapes.items()} for leading in ((2,), (2, 3))
@@ -395,7 +404,7 @@ class Trial(NamedTuple):
         self.model.train(training)
         try:
             expected, of_weights = self.retrieved(DenseEngine), self.gradients_of_weights()
-            if self._is_random():
+            if self.is_random():
                 return None  # there is nothing to compare
             try:
                 broadcasts = torch.allclose(self.retrieved(DualEngine), expected)
@@ -412,13 +421,24 @@ class Trial(NamedTuple):
             return f'it fails there: {_first_line(cause)}'
         return None
 
-    def _is_random(self) -> bool:
+    def is_random(self) -> bool:
         """Whether equal rows are treated differently, as by dropout."""
-        rows = torch.ones_like(self.chunks.keys[0, 0])
+        return not torch.equal(self._answer(self.model), self._answer(self.model))
+
+    def takes_weights(self, model: Module) -> bool:
+        """Whether weights that are given take the place of all that the network has."""
+        if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+            return True  # there are no others
+        other = deepcopy(model).to('cpu', torch.float64)
+        with torch.no_grad():
+            for name, parameter in other.named_parameters():
+                parameter.copy_(self.base[name][0])
+        return torch.allclose(self._answer(self.model), self._answer(other))
+
+    def _answer(self, model: Module) -> Tensor:
         weights = {name: w[0] for name, w in self.base.items()}
         with torch.random.fork_rng(devices=[]), torch.device('cpu'), torch.no_grad():
-            first, second = (call_with_weights(self.model, weights, rows) for _ in range(2))
-        return not torch.equal(first, second)
+            return call_with_weights(model, weights, self.chunks.keys[0, 0])
 
 
 def _first_line(cause: Exception) -> str:
@@ -776,8 +796,8 @@ class DualEngine(Engine):
             # the gradient of minus the loss is the way down
             return -(losses * chunks.step_sizes).sum(), losses
 
-        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        if torch.is_grad_enabled() and not transformed:
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if torch.is_grad_enabled() and not traced:
             errors, descents, losses = _descent(loss, vectors)
         else:
             widths = {name: w.shape[-1] for name, w in base.items() if name not in vectors}

@@ -25,6 +25,7 @@ from titans_pytorch.checks import (
 )
 from titans_pytorch.decoding import CallStepper, Decodable, Stepper, evaluation_mode
 from titans_pytorch.model_state import ModelState
+from titans_pytorch.precision import at_least_float32
 from titans_pytorch.shapes import Float, Int
 
 __all__ = ['gumbel_noise', 'gumbel_sample', 'min_p_filter', 'sample', 'stream']
@@ -45,9 +46,9 @@ def min_p_filter(logits: Float[Tensor, '... l'], min_p: float = 0.1) -> Float[Te
 
 
 def gumbel_noise(t: Float[Tensor, ...]) -> Float[Tensor, ...]:
-    """Standard Gumbel noise of the shape of `t`: −log(−log u) of uniform u."""
+    """Standard Gumbel noise of the shape of `t`, in float32 at least: −log(−log u) of uniform u."""
     tiny = 1e-20
-    return -torch.log((-torch.log(torch.rand_like(t).clamp(min=tiny))).clamp(min=tiny))
+    return -torch.log((-torch.log(torch.rand_like(at_least_float32(t)).clamp(min=tiny))).clamp(min=tiny))
 
 
 def gumbel_sample(logits: Float[Tensor, '... l'], temperature: float = 1.0) -> Int[Tensor, '... 1']:

@@ -133,7 +133,7 @@ class InitialWeights(ParameterSequence):
     def network(self) -> Module:
         """The memory network as a template: without weights, with its constants."""
         template = self.template[0]
-        constants = {id(empty): constant for empty, constant in zip(template.buffers(), self.buffers())}
+        constants = {id(empty): at_least_float32(own) for empty, own in zip(template.buffers(), self.buffers())}
         return with_tensors(template, constants) if constants else template
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> Module:
@@ -151,6 +151,8 @@ class InitialWeights(ParameterSequence):
         drawn = dict(network.named_parameters())
         for name, weight in zip(self.names, self):
             fill(weight, drawn[name])
+        for constant, value in zip(self.buffers(), network.buffers()):
+            fill(constant, value)
 
 
 class NeuralMemory(Resettable, InReferenceFormat):
@@ -179,7 +181,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
         dim_head: width of a head; `dim` by default, and necessarily so with one head.
         heads: independent memories side by side, their outputs combined by a learned projection and gate.
         model: the memory network, any module which maps (tokens, dim_head) to the same shape, has no buffers and, if
-            it mixes tokens, is causal. Default: `MemoryMLP(dim_head, **default_model_kwargs)`.
+            it mixes tokens, is causal. Default: `MemoryMLP(dim_head, **default_model_kwargs)`. Its weights with
+            `requires_grad=False` are constants, which neither the memory nor an optimizer changes.
         store_memory_loss_fn: (prediction, target) to one loss a token. Default: mean squared error.
         adaptive_step_transform: step-size logits to step sizes. Default: sigmoid times `default_step_transform_max_lr`.
         default_step_transform_max_lr: the largest step size. A chunk is one step on the sum of its tokens' gradients,
@@ -414,6 +417,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
     scalars = ('transition_gate',)
 
     def write_reference(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        if next(self.memory_model_parameters.buffers(), None) is not None:
+            raise ValueError('module must have no memory network with frozen parts, which the reference trains')
         super().write_reference(state_dict, prefix)
         for index, name in enumerate(self.memory_model_parameter_names):
             weight = state_dict[f'{prefix}memory_model_parameters.{index}']
@@ -445,11 +450,10 @@ class NeuralMemory(Resettable, InReferenceFormat):
     def memory_model(self) -> Module:
         """The memory network with the learned initial weights of the first head: an empty memory, to call or look at.
 
-        It is made anew at every access. With several heads its weights are views of `memory_model_parameters`, which
-        are what trains.
+        It is made anew at every access. Its weights are views of `memory_model_parameters`, which are what trains.
         """
         initial = zip(self.memory_model_parameter_names, self.memory_model_parameters)
-        first = {name: w[0] if self.per_head_learned_parameters else w for name, w in initial}
+        first = {name: w[0] if self.per_head_learned_parameters else w.view_as(w) for name, w in initial}
         return self.memory_model_parameters.with_weights(first)
 
     @property
@@ -553,8 +557,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
             ttt_batch_size: memory-batch length for this call, in place of `batch_size`.
             cache: another name for `state`.
             store: false to read without writing: all tokens read the weights after the last complete chunk, and the
-                state keeps its weights, momentum, position and open chunk. Convolutions of queries go on; a memory
-                network that mixes tokens sees those of the open chunk before `seq`, and its state keeps these.
+                state keeps its weights, momentum, position and open chunk. Queries go on: for convolutions, and for a
+                memory network that mixes tokens, which sees groups of a chunk's length.
 
         Returns:
             what was retrieved, (batch, length, dim), of a single token (batch, 1, dim); the state; and with
@@ -590,8 +594,9 @@ class NeuralMemory(Resettable, InReferenceFormat):
     ) -> tuple[Float[Tensor, 'b n d'], NeuralMemState, Surprises]:
         before = self._opened(state, call.queries)
         weights, after, surprises = self._store(call, before, prev_weights)
-        rows, carried = self._query_rows(call.queries, before.pending, call.store.shape[-2] > 0)
-        retrieved = self._retrieve(call.queries.shape[1], rows, weights, before.pending.tokens.shape[-2])
+        in_group = self._num_in_group(before.pending, stores=call.store.shape[-2] > 0)
+        rows, carried = self._query_rows(call.queries, before.pending, in_group)
+        retrieved = self._retrieve(call.queries.shape[1], rows, weights, in_group)
 
         after = after._replace(pending=after.pending._replace(queries=carried))
         return retrieved, after.closed(weights), surprises
@@ -650,7 +655,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         """
         self._layout.check_rows('seq', seq)
         over_time = self._layout.over_time('weights', weights, seq.shape[0])
-        rows, _ = self._query_rows(seq, self._layout.no_pending(seq))
+        rows, _ = self._query_rows(seq, self._layout.no_pending(seq), 0)
         return self._retrieve(seq.shape[1], rows, over_time, 0)
 
     def recall(
@@ -939,8 +944,15 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
     # retrieving
 
+    def _num_in_group(self, pending: PendingSegment, stores: bool) -> int:
+        """Number of the next token in its chunk, by which queries are grouped: while the memory is only read, where
+        tokens fill no chunk, by the queries before."""
+        if stores or not self._carries_queries or pending.queries is None:
+            return pending.tokens.shape[-2]
+        return (pending.queries.shape[1] - self.conv_reach - 1) % self.store_chunk_size
+
     def _query_rows(
-        self, seq: Float[Tensor, 'b n d'], pending: PendingSegment, stores: bool = True
+        self, seq: Float[Tensor, 'b n d'], pending: PendingSegment, num_pending: int
     ) -> tuple[Float[Tensor, 'b n d'], Tensor | None]:
         """Retrieval inputs from the first that reads the same weights as `seq` begins with; and those to carry on.
 
@@ -954,10 +966,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
             """Rows before the next token."""
             return self.conv_reach + self._carries_queries * ((num_pending + 1) % self.store_chunk_size)
 
-        num_pending = pending.tokens.shape[-2]
         rows = torch.cat((_last_rows(pending.queries, seq, needed(num_pending)), seq), dim=1)
-        if self._carries_queries and not stores:
-            return rows, pending.queries
         return rows, _last_rows(rows, seq, needed(num_pending + seq.shape[1])).clone()
 
     def _retrieve(

@@ -34,7 +34,8 @@ def l2_norm(x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
     """
     full = at_least_float32(x)
     squared = full.square().sum(dim=-1, keepdim=True)
-    return torch.where(squared > 0, full * inverse_length(squared, 1e-12), torch.zeros_like(full)).to(x.dtype)
+    unit = full * inverse_length(squared, 1e-12)
+    return torch.where(squared == 0, torch.zeros_like(full), unit).to(x.dtype)
 
 
 def inverse_length(squared: Tensor, eps: float) -> Tensor:

@@ -7,6 +7,7 @@ before it can see it; so a document is read exactly as if it were alone, whateve
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -145,7 +146,7 @@ def pad_to_bucket(
     check_tensor('labels', labels)
     check_shape('labels', labels, batch=x.shape[0], length=x.shape[1])
     length = x.shape[1]
-    if isinstance(buckets, Sequence):
+    if not isinstance(buckets, Integral):
         lengths = check_integers('buckets', buckets)
         fitting = [size for size in lengths if size >= length]
         if not fitting:

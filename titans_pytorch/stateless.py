@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from types import MethodType
 from typing import Any
 
 import torch
@@ -80,18 +82,27 @@ def on_meta(model: Module) -> Module:
     return deepcopy(model, empty | {id(buffer): buffer.to('meta') for buffer in model.buffers()})
 
 
-def with_tensors(module: Module, replaced: dict[int, Any]) -> Module:
-    """A shallow copy of a module tree with the tensors of `replaced` in place of those with these `id`s."""
-    if id(module) not in replaced:
-        copy = replaced[id(module)] = object.__new__(type(module))
-        attributes = dict(module.__dict__)
-        modules = module._modules.items()
-        children = {name: None if child is None else with_tensors(child, replaced) for name, child in modules}
-        parameters = {name: replaced.get(id(p), p) for name, p in module._parameters.items()}
-        buffers = {name: replaced.get(id(b), b) for name, b in module._buffers.items()}
-        for name, value in attributes.items():
-            # modules and parameters that a module also keeps in a list of its own, as `nn.LSTM` does
-            if type(value) in (list, tuple):
-                attributes[name] = type(value)(replaced.get(id(item), item) for item in value)
-        copy.__dict__.update(attributes, _modules=children, _parameters=parameters, _buffers=buffers)
-    return replaced[id(module)]
+def with_tensors(model: Module, tensors: dict[int, Any]) -> Module:
+    """A shallow copy of a module tree with `tensors` in place of the tensors with these `id`s.
+
+    Modules and tensors are also replaced in lists, tuples and dictionaries that a module keeps, as `nn.LSTM` does, and
+    methods that it keeps are those of the copy.
+    """
+    replaced = {id(module): object.__new__(type(module)) for module in model.modules()} | tensors
+
+    def of(value: Any) -> Any:
+        if id(value) in replaced:
+            return replaced[id(value)]
+        if isinstance(value, MethodType) and id(value.__self__) in replaced:
+            return MethodType(value.__func__, replaced[id(value.__self__)])
+        if type(value) in (list, tuple):
+            items = [of(item) for item in value]
+            return type(value)(items) if any(new is not old for new, old in zip(items, value)) else value
+        if type(value) in (dict, OrderedDict):
+            entries = {key: of(item) for key, item in value.items()}
+            return type(value)(entries) if any(entries[key] is not value[key] for key in value) else value
+        return value
+
+    for module in model.modules():
+        replaced[id(module)].__dict__.update({name: of(value) for name, value in vars(module).items()})
+    return replaced[id(model)]

@@ -43,6 +43,7 @@ from titans_pytorch.model_state import KeyValues, ModelState
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.packing import IGNORED, Documents, checked_documents, continues
 from titans_pytorch.parameters import Resettable, reset_parameters
+from titans_pytorch.precision import at_least_float32
 from titans_pytorch.rotary import frequencies
 from titans_pytorch.shapes import Bool, Float, Int
 from titans_pytorch.stateless import is_intercepted
@@ -255,7 +256,9 @@ class Transformer(Resettable):
         if not return_hidden and self.to_logits is not None:
             out = self.to_logits(out)
         if labels is not None:
-            losses = F.cross_entropy(out.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction='sum')
+            losses = F.cross_entropy(
+                at_least_float32(out).flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction='sum'
+            )
             out = losses / (labels != IGNORED).sum().clamp(min=1)
         return (out, after) if return_state else out
 
