@@ -59,13 +59,13 @@ def test_a_copy_of_a_state_is_cut_from_its_graph_and_shares_nothing(switch: str)
     mem = memory(switch)
     first, rest = inputs(mem, 7), inputs(mem, 6)
     _, state = mem(first)
-    twin = copy.deepcopy(state)
-    assert_same(twin, state.detach())
+    copied = copy.deepcopy(state)
+    assert_same(copied, state.detach())
     want = mem(rest, state=state.detach())[0]
     for t in copy.deepcopy(state).detach().states[0].values():
         t.zero_()
-    assert_same(mem(rest, state=twin)[0], want)
-    assert not any(t.requires_grad for t in twin.states[0].values())
+    assert_same(mem(rest, state=copied)[0], want)
+    assert not any(t.requires_grad for t in copied.states[0].values())
 
 
 @pytest.mark.parametrize('name', MODELS)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from titans_pytorch.shapes import Bool, Int
+from titans_pytorch.stateless import is_traced
 
 
 def described(value: Any) -> str:
@@ -205,9 +206,7 @@ def values_are_at_hand(value: Tensor) -> bool:
 
     On a GPU that would stop the stream, and in a compiled, exported or transformed function there are none.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return value.device.type == 'cpu'
+    return value.device.type == 'cpu' and not is_traced()
 
 
 def checked_mask(name: str, mask: Any, batch: int, length: int) -> Bool[Tensor, 'b n']:

@@ -30,7 +30,7 @@ from titans_pytorch.precision import at_least_float32, no_autocast, operand_dtyp
 from titans_pytorch.recurrence import AssocScan, gate_products
 from titans_pytorch.shapes import Bool, Float
 from titans_pytorch.spectral_run import momenta, vectors_over_time, weights_over_time
-from titans_pytorch.stateless import call_with_weights, is_intercepted, on_meta, transformed, with_tensors
+from titans_pytorch.stateless import call_with_weights, is_intercepted, is_traced, on_meta, transformed, with_tensors
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 """(prediction, target), both (m, d), to one loss a row, (m,)."""
@@ -293,7 +293,8 @@ def choose_engine(requested: str, model: Module, dim: int) -> type[Engine]:
         raise ValueError(f"engine must be 'auto', 'dual' or 'dense', got {described(requested)}")
     if _is_ours(model):
         return DenseEngine if requested == 'dense' else DualEngine
-    obstacle_to_any = obstacle_to_dense(model, dim)
+    trial = Trial.of(model, dim)
+    obstacle_to_any = obstacle_to_dense(model, trial)
     if obstacle_to_any is not None:
         raise ValueError(
             'model must run under torch.func.vmap and torch.func.grad, by which the memory is computed, with weights '
@@ -302,7 +303,7 @@ def choose_engine(requested: str, model: Module, dim: int) -> type[Engine]:
         )
     if requested == 'dense':
         return DenseEngine
-    obstacle = obstacle_to_dual(model, dim)
+    obstacle = obstacle_to_dual(model, trial)
     if obstacle is None:
         return DualEngine
     if requested == 'dual':
@@ -319,9 +320,8 @@ def _is_ours(model: Module) -> bool:
     return type(_inner(model)) in NETWORKS and not is_intercepted(model.modules())
 
 
-def obstacle_to_dense(model: Module, dim: int) -> str | None:
+def obstacle_to_dense(model: Module, trial: Trial) -> str | None:
     """What is wrong with a memory network where weights differ from chunk to chunk, or `None` if it runs."""
-    trial = Trial.of(model, dim)
     try:
         trial.gradients_of_weights()
         if not trial.is_random() and not trial.takes_weights(model):
@@ -331,7 +331,7 @@ def obstacle_to_dense(model: Module, dim: int) -> str | None:
     return None
 
 
-def obstacle_to_dual(model: Module, dim: int) -> str | None:
+def obstacle_to_dual(model: Module, trial: Trial) -> str | None:
     """Why the dual form cannot serve a memory network, or `None` if it can: networks of a user are tried."""
     inner = _inner(model)
     if 'linear' not in inspect.signature(inner.forward).parameters:
@@ -347,11 +347,10 @@ def obstacle_to_dual(model: Module, dim: int) -> str | None:
 
     first = next(inner.parameters())
     with torch.no_grad():
-        model(torch.zeros(2, dim, device=first.device, dtype=first.dtype), linear=record)
+        model(trial.chunks.keys[0, 0].to(first.device, first.dtype), linear=record)
     matrices = [name for name, p in model.named_parameters() if p.ndim > 1]
     if sorted(used) != sorted(matrices):
         return f'it must use each of its matrices {matrices} once through `linear`, and used {used}'
-    trial = Trial.of(model, dim)
     return next(filter(None, (trial.difference(training) for training in (True, False))), None)
 
 
@@ -758,8 +757,8 @@ class DualEngine(Engine):
 
     def _needs_graph(self, chunks: Chunks, base: Weights, residual: Residual | None) -> bool:
         """Whether anything that factors depend on can have a gradient."""
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return True  # tensors of a trace or of a transform do not tell
+        if is_traced():
+            return True
         tensors = [*chunks, *base.values(), *tree_leaves(residual)]
         if any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
             return True
@@ -796,8 +795,7 @@ class DualEngine(Engine):
             # the gradient of minus the loss is the way down
             return -(losses * chunks.step_sizes).sum(), losses
 
-        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        if torch.is_grad_enabled() and not traced:
+        if torch.is_grad_enabled() and not is_traced():
             errors, descents, losses = _descent(loss, vectors)
         else:
             widths = {name: w.shape[-1] for name, w in base.items() if name not in vectors}

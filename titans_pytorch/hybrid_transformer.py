@@ -14,16 +14,13 @@ from titans_pytorch.block import Block
 from titans_pytorch.checks import (
     check_flags,
     check_integer,
-    check_keywords,
-    check_module,
-    check_multiple,
     check_not_negative,
     check_positive,
     flags_among,
 )
 from titans_pytorch.feedforward import FeedForward
 from titans_pytorch.neural_memory import NeuralMemory
-from titans_pytorch.transformer import Transformer, layers_with_memory
+from titans_pytorch.transformer import Transformer, checked_memory_settings, layers_with_memory
 
 
 class HybridBlock(Block):
@@ -112,14 +109,10 @@ class HybridTransformer(Transformer):
         if self.has_attention:
             dim_head, heads = check_positive(dim_head=dim_head, heads=heads)
         chunk_size = segment_len if neural_memory_segment_len is None else neural_memory_segment_len
-        chunk_size = check_integer('neural_memory_segment_len', chunk_size, 1)
-        if neural_memory_batch_size is not None:
-            neural_memory_batch_size = check_multiple(
-                'neural_memory_batch_size', neural_memory_batch_size, 'chunk_size', chunk_size
-            )
+        chunk_size, neural_memory_batch_size = checked_memory_settings(
+            chunk_size, neural_memory_batch_size, neural_memory_model, neural_memory_kwargs
+        )
         check_flags(**flags_among(locals(), HybridTransformer))
-        check_module(neural_memory_model=neural_memory_model)
-        check_keywords(neural_memory_kwargs=neural_memory_kwargs)
         memory_layers = layers_with_memory(neural_memory_layers, depth)
         super().__init__(num_tokens=num_tokens, dim=dim, token_emb=token_emb)
         dim = self.dim

@@ -18,9 +18,6 @@ from titans_pytorch.block import Block, Parts
 from titans_pytorch.checks import (
     check_flags,
     check_floating,
-    check_integer,
-    check_keywords,
-    check_module,
     check_multiple,
     check_not_negative,
     check_positive,
@@ -38,7 +35,7 @@ from titans_pytorch.model_state import ModelState
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.parameters import InReferenceFormat, fill
 from titans_pytorch.shapes import Float, Int, divided
-from titans_pytorch.transformer import DecodingState, Transformer, layers_with_memory
+from titans_pytorch.transformer import DecodingState, Transformer, checked_memory_settings, layers_with_memory
 
 __all__ = [
     'GEGLU',
@@ -255,14 +252,10 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         )
         if neural_memory_segment_len is None:
             neural_memory_segment_len = segment_len + num_longterm_mem_tokens
-        neural_memory_segment_len = check_integer('neural_memory_segment_len', neural_memory_segment_len, 1)
-        if neural_memory_batch_size is not None:
-            neural_memory_batch_size = check_multiple(
-                'neural_memory_batch_size', neural_memory_batch_size, 'chunk_size', neural_memory_segment_len
-            )
+        neural_memory_segment_len, neural_memory_batch_size = checked_memory_settings(
+            neural_memory_segment_len, neural_memory_batch_size, neural_memory_model, neural_memory_kwargs
+        )
         check_flags(**flags_among(locals(), MemoryAsContextTransformer))
-        check_module(neural_memory_model=neural_memory_model)
-        check_keywords(neural_memory_kwargs=neural_memory_kwargs)
         memory_layers = layers_with_memory(neural_memory_layers, depth)
         super().__init__(num_tokens=num_tokens, dim=dim, token_emb=token_emb)
         dim = self.dim

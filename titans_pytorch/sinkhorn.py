@@ -2,7 +2,7 @@
 
 Twenty iterations on 4 × 4 matrices are next to no arithmetic, but written out they are over a hundred operations, each
 one launched, kept for the gradient and compiled. Here they are one operation, forward and backward, that
-`torch.compile` does not look into: a Triton kernel on a GPU, and elsewhere its plain twin. Only under the transforms of
+`torch.compile` does not look into: a Triton kernel on a GPU, and elsewhere plain PyTorch. Only under the transforms of
 `torch.func` and in forward-mode they are written out, as PyTorch knows how to transform those operations alone.
 """
 

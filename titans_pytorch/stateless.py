@@ -1,4 +1,4 @@
-"""How a module is called: with weights that are given as arguments, and whether something intercepts its calls."""
+"""How a module is called: with weights given as arguments, traced or transformed, and whether something intercepts."""
 
 from __future__ import annotations
 
@@ -53,6 +53,12 @@ def transformed(transform: Callable[..., Any], fn: Callable[..., Any], **options
                 autograd_c._push_saved_tensors_default_hooks(*pair)
 
     return call
+
+
+def is_traced() -> bool:
+    """Whether tensors belong to a trace of the compiler or to a transform of `torch.func`: they then have no values to
+    read, and do not tell whether they need a gradient."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def is_intercepted(modules: Iterable[Module]) -> bool:

@@ -24,7 +24,9 @@ from titans_pytorch.checks import (
     check_floating,
     check_integer,
     check_integers,
+    check_keywords,
     check_module,
+    check_multiple,
     check_not_traced,
     check_positive,
     check_shape,
@@ -507,6 +509,16 @@ class Transformer(Resettable):
 
     def _chunk_ended(self, state: DecodingState) -> None:
         """`state.position` is the first of a chunk."""
+
+
+def checked_memory_settings(chunk_size: Any, batch_size: Any, model: Any, kwargs: Any) -> tuple[int, int | None]:
+    """Chunk and memory-batch size of a model's memories; their network and further arguments are checked too."""
+    chunk_size = check_integer('neural_memory_segment_len', chunk_size, 1)
+    if batch_size is not None:
+        batch_size = check_multiple('neural_memory_batch_size', batch_size, 'chunk_size', chunk_size)
+    check_module(neural_memory_model=model)
+    check_keywords(neural_memory_kwargs=kwargs)
+    return chunk_size, batch_size
 
 
 def layers_with_memory(layers: Sequence[int] | None, depth: int) -> list[int]:
