@@ -7,8 +7,9 @@ import torch
 from compare import assert_same, randomised
 from einops import rearrange
 
+from titans_pytorch.attention import masks
 from titans_pytorch.attention.rotary import rotate
-from titans_pytorch.attention.segmented import SegmentedAttention, masks, segmented_flex_attention
+from titans_pytorch.attention.segmented import SegmentedAttention, segmented_flex_attention
 
 VARIANTS = [
     {'sliding': sliding, 'num_persist_mem_tokens': persistent, 'num_longterm_mem_tokens': longterm}

@@ -10,8 +10,8 @@ from unittest.mock import patch
 import pytest
 import torch
 from compare import all_in_float64, assert_same, leaves, randomised
+from mac_configurations import CONFIGURATIONS, TOKENS, ids, transformer
 from memories import SWITCHES, inputs, memory
-from test_mac_transformer import CONFIGURATIONS, TOKENS, ids, transformer
 
 from titans_pytorch import LongTermMemoryModel, MemoryAsContextTransformer
 from titans_pytorch.generation.stepper import Stepper

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from architectures import CLASSES, build, ids
 from compare import all_in_float64, assert_same
 from memories import inputs, memory
-from test_models import CLASSES, build, ids
 from torch import nn
 
 from titans_pytorch import MemoryMLP, NeuralMemory

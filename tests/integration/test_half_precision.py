@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from architectures import CLASSES
 from memories import SWITCHES, inputs, memory
-from test_models import CLASSES
 from torch import Tensor, nn
 
 from titans_pytorch import (

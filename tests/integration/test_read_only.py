@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from architectures import CLASSES, architectures, build, ids, variants
 from compare import all_in_float64, assert_same, gradients
 from memories import SWITCHES, inputs, memory
-from test_models import CLASSES, architectures, build, ids, variants
 
 from titans_pytorch import NeuralMemory
 

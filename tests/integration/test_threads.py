@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import CLASSES, build, ids
 from compare import leaves
 from memories import inputs, memory
-from test_models import CLASSES, build, ids
 from torch import Tensor
 
 BATCHES = {'equal batches': (2, 2, 2, 2), 'different batches': (2, 1, 3, 2)}

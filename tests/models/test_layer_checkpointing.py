@@ -6,8 +6,8 @@ from functools import partial
 
 import pytest
 import torch
+from architectures import CLASSES, build, ids
 from compare import assert_same, gradients
-from test_models import CLASSES, build, ids
 from torch.utils.checkpoint import checkpoint
 
 VARIANTS = {

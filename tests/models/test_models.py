@@ -6,59 +6,17 @@ import random
 
 import pytest
 import torch
-from compare import all_in_float64, assert_same, gradients, randomised
+from architectures import CLASSES, DIM, TOKENS, architectures, build, ids, variants
+from compare import all_in_float64, assert_same, gradients
 from torch import nn
 
 from titans_pytorch import (
-    LongTermMemoryModel,
-    MemoryAsContextTransformer,
-    MemoryAsGateTransformer,
-    MemoryAsLayerTransformer,
     MemoryAttention,
     ModelState,
 )
 from titans_pytorch.generation.stepper import Stepper
 from titans_pytorch.models.documents import Documents
-from titans_pytorch.presets import SIZES, memory_settings, preset
-
-TOKENS, DIM = 16, 16
-MEMORY = {'dim_head': 8, 'heads': 2, 'default_step_transform_max_lr': 0.3}
-PAPER_MEMORY = {'neural_memory_kwargs': memory_settings(dim_head=8, heads=2, default_step_transform_max_lr=0.3)}
-CLASSES = {
-    'MAC': MemoryAsContextTransformer,
-    'MAC, paper order': MemoryAsContextTransformer,
-    'MAG': MemoryAsGateTransformer,
-    'MAL': MemoryAsLayerTransformer,
-    'LMM': LongTermMemoryModel,
-}
-VARIANTS = {
-    'plain': {},
-    'as in the paper': {**PAPER_MEMORY, 'num_persist_mem_tokens': 2},
-    'streams, some layers': {'num_residual_streams': 4, 'neural_memory_layers': (2,)},
-    'memory batches': {'neural_memory_segment_len': 2, 'neural_memory_batch_size': 6, 'num_persist_mem_tokens': 1},
-}
-architectures = pytest.mark.parametrize('name', CLASSES)
-variants = pytest.mark.parametrize('variant', VARIANTS)
-
-
-def build(name: str, variant: str = 'plain', **changes):
-    torch.manual_seed(len(name) + len(variant))
-    kwargs = {'num_tokens': TOKENS, 'segment_len': 6, 'neural_memory_segment_len': 3, **VARIANTS[variant], **changes}
-    if name == 'MAC':
-        kwargs = {'num_longterm_mem_tokens': 2, 'sliding_window_attn': True, **kwargs}
-        if 'neural_memory_batch_size' in kwargs:
-            kwargs['neural_memory_segment_len'] = 3
-    elif name == 'MAC, paper order':
-        kwargs['paper_order'] = True
-        kwargs.pop('neural_memory_batch_size', None)
-    model = CLASSES[name](
-        **{'dim': DIM, 'depth': 2, 'dim_head': 8, 'heads': 2, 'neural_memory_kwargs': MEMORY, **kwargs}
-    )
-    return randomised(model, 0.1).double()
-
-
-def ids(length: int, batch: int = 2) -> torch.Tensor:
-    return torch.randint(0, TOKENS, (batch, length))
+from titans_pytorch.presets import SIZES, preset
 
 
 @pytest.fixture(autouse=True)

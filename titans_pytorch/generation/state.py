@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 from titans_pytorch.attention.rotary import KeyValues
 from titans_pytorch.memory.state import NeuralMemState
 from titans_pytorch.utils.checks import checked_entries
+from titans_pytorch.utils.saving import allow_loading
 from titans_pytorch.utils.shapes import Int
 
 
@@ -70,4 +71,4 @@ def _of_tensors(fn: Any) -> Any:
     return lambda leaf: fn(leaf) if isinstance(leaf, Tensor) else leaf
 
 
-torch.serialization.add_safe_globals([ModelState])
+allow_loading(ModelState, formerly='model_state')

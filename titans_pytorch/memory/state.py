@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from titans_pytorch.memory.fast_weights import FastWeights, Weights
 from titans_pytorch.utils.checks import checked_entries
+from titans_pytorch.utils.saving import allow_loading
 from titans_pytorch.utils.shapes import Bool, Float, Int
 
 
@@ -148,7 +149,7 @@ def _rebuild_state(seq_index: int, weights: Any, pending: Any, states: Any, upda
     )
 
 
-torch.serialization.add_safe_globals([_rebuild_state, PendingSegment])
+allow_loading(_rebuild_state, PendingSegment, formerly='memory_state')
 
 
 class OpenState(NamedTuple):
