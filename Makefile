@@ -2,6 +2,7 @@
 # make test     set up and run the suite; e.g. make test ARGS="-k neural_memory"
 # make lint     ruff and mypy
 # make bench    benchmarks/, on whatever the machine has
+# make pictures draw docs/assets, e.g. make pictures ARGS="surprise retention"
 # make golden   remake the figures of the reference package that the suite compares with
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: train test lint bench golden clean
+.PHONY: train test lint bench pictures golden clean
 
 train: $(VENV)/.ready
 	$(BIN)/python train_mac.py $(ARGS)
@@ -24,6 +25,9 @@ lint: $(VENV)/.ready-lint
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/layer.py $(ARGS)
+
+pictures: $(VENV)/.ready
+	$(BIN)/python benchmarks/pictures.py $(ARGS)
 
 golden: $(VENV)/.ready-reference
 	cd tests/golden && ../../$(VENV)/reference/bin/python make_golden.py
