@@ -78,17 +78,17 @@ BAD_MEMORIES = [
 ]
 BOUNDS = ['max_grad_norm', 'default_step_transform_max_lr', 'max_mem_layer_modulation']
 BAD_MEMORIES += [
-    (dict([(name, value)]), ValueError, f'{name} must be a finite number above 0, got {value}')
+    ({name: value}, ValueError, f'{name} must be a finite number above 0, got {value}')
     for name in BOUNDS
     for value in (0, -1, NAN, INF)
 ]
 BAD_MEMORIES += [
-    (dict([(name, value)]), ValueError, f'{name} must be a finite number, got {value}')
+    ({name: value}, ValueError, f'{name} must be a finite number, got {value}')
     for name in ('init_adaptive_step_bias', 'init_momentum_bias', 'init_decay_bias')
     for value in (NAN, INF, -INF)
 ]
 BAD_MEMORIES += [
-    (dict([(name, '1')]), TypeError, f"{name} must be a number.*, got '1'") for name in (*BOUNDS, 'init_decay_bias')
+    ({name: '1'}, TypeError, f"{name} must be a number.*, got '1'") for name in (*BOUNDS, 'init_decay_bias')
 ]
 
 
