@@ -70,7 +70,7 @@ def small_model() -> torch.nn.Module:
 def check(device: str) -> float:
     """Largest relative error of a small model's steps in float64."""
     from tests.compare import all_in_float64
-    from titans_pytorch.decoding import Stepper
+    from titans_pytorch.generation.stepper import Stepper
 
     with torch.no_grad(), all_in_float64():
         model = small_model().double().to(device).eval()

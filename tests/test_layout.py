@@ -1,113 +1,106 @@
-"""The walls of the house: imports go down, and heavy or optional packages stay out of `import titans_pytorch`."""
+"""Dependency rules: imports follow the order of the layers, and optional packages are imported only where needed."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 import titans_pytorch
 
 PACKAGE = Path(titans_pytorch.__file__).parent
 
-FLOORS = [
-    [
-        'shapes',
-        'gpu',
-        'checks',
-        'parameters',
-        'precision',
-        'norms',
-        'stateless',
-        'kernels',
-        'kernels.batch_walk',
-        'kernels.connect_sequence',
-        'kernels.connections',
-        'kernels.decode_attention',
-        'kernels.decode_retrieval',
-        'kernels.ends',
-        'kernels.newton_schulz',
-        'kernels.once',
-        'kernels.products',
-        'kernels.record',
-        'kernels.retrieval',
-        'kernels.scan',
-        'kernels.sinkhorn',
-        'kernels.spectral_run',
-    ],
-    [
-        'memory_models',
-        'recurrence',
-        'orthogonalize',
-        'rotary',
-        'gates',
-        'feedforward',
-        'packing',
-        'sinkhorn',
-        'fused_mlp',
-        'spectral_run',
-    ],
-    ['batch_walk', 'fast_weights', 'masks', 'connections', 'decode_attention', 'retrieval'],
-    ['engines', 'memory_state'],
-    ['memory_layout', 'one_chunk', 'model_state', 'decode_retrieval'],
-    ['neural_memory', 'attention', 'implicit_mlp_attention', 'nested_attention'],
-    ['generation', 'decoding'],
-    ['block'],
-    ['transformer'],
-    ['mac_transformer', 'hybrid_transformer'],
-    ['mag_transformer', 'mal_transformer', 'lmm', 'presets'],
-    ['__init__'],
+# from the bottom up: a module may import from its own layer's package and from the layers before it
+LAYERS = [
+    {'utils'},
+    {'ops'},
+    {'memory_models'},
+    {'memory'},
+    {'neural_memory'},
+    {'attention'},
+    {'generation'},
+    {'models'},
+    {'mac_transformer', 'mag_transformer', 'mal_transformer', 'lmm', 'implicit_mlp_attention', 'nested_attention'},
+    {'presets'},
+    {'titans_pytorch'},
 ]
-FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-HEAVY = ('triton', 'transformers', 'matplotlib', 'wandb')
+LAYER = {name: index for index, names in enumerate(LAYERS) for name in names}
+OPTIONAL = ('triton', 'transformers', 'matplotlib', 'wandb')
 
 
-def rooms() -> dict[str, Path]:
-    paths = {path: path.relative_to(PACKAGE).with_suffix('').as_posix() for path in PACKAGE.rglob('*.py')}
-    return {name.replace('/', '.').removesuffix('.__init__'): path for path, name in paths.items()}
+def modules() -> dict[str, Path]:
+    """Files of the package by module name, without the name of the package itself."""
+    names = {path: '.'.join(path.relative_to(PACKAGE).with_suffix('').parts) for path in PACKAGE.rglob('*.py')}
+    return {name.removesuffix('.__init__'): path for path, name in names.items()}
 
 
-def imports(path: Path, everywhere: bool = True) -> set[str]:
-    """Modules that a file imports; without `everywhere`, only those imported together with it."""
+MODULES = modules()
+
+
+def imports(path: Path, nested: bool = True) -> Iterator[str]:
+    """Full names of modules that a file imports; without `nested`, only those imported together with it."""
     tree = ast.parse(path.read_text())
-    found = set()
-    for node in ast.walk(tree) if everywhere else tree.body:
+    for node in ast.walk(tree) if nested else tree.body:
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            found |= {node.module, *(f'{node.module}.{alias.name}' for alias in node.names)}
-    return found
+            assert node.level == 0 and node.module, f'{path}: imports are absolute'
+            inner = [f'{node.module}.{alias.name}' for alias in node.names]
+            own = [name for name in inner if name.removeprefix('titans_pytorch.') in MODULES]
+            yield from own
+            if len(own) < len(inner):
+                yield node.module
 
 
-def test_every_room_has_a_floor():
-    assert rooms().keys() == FLOOR.keys()
+def own_imports(name: str, nested: bool = True) -> set[str]:
+    """Modules of this package that one of them imports."""
+    found = {module for module in imports(MODULES[name], nested) if module.split('.')[0] == 'titans_pytorch'}
+    return {module.removeprefix('titans_pytorch.') for module in found}
 
 
-def test_imports_only_go_down():
-    for room, path in rooms().items():
-        for module in imports(path):
-            other = module.removeprefix('titans_pytorch.')
-            if other != module and other in FLOOR:
-                assert FLOOR[other] <= FLOOR[room], f'{room} imports {other}, which is above it'
+def layer(name: str) -> str:
+    first = name.split('.')[0]
+    return 'titans_pytorch' if first == '__init__' else first
 
 
-def test_kernels_import_nothing_of_ours_but_kernels():
-    for room, path in rooms().items():
-        if room.startswith('kernels'):
-            ours = [module for module in imports(path) if module.startswith('titans_pytorch')]
-            assert all(module.startswith('titans_pytorch.kernels') for module in ours)
+def test_every_file_belongs_to_a_layer():
+    assert {layer(name) for name in MODULES} == LAYER.keys()
 
 
-def test_heavy_packages_are_imported_where_they_are_used():
-    for room, path in rooms().items():
-        if not room.startswith('kernels.'):
-            found = imports(path, everywhere=False)
-            assert not [module for module in found if module.split('.')[0] in HEAVY or '.kernels' in module], room
+@pytest.mark.parametrize('name', MODULES)
+def test_imports_follow_the_order_of_the_layers(name):
+    for other in own_imports(name):
+        if layer(other) != layer(name):
+            assert LAYER[layer(other)] < LAYER[layer(name)], f'{name} must not import {other}'
 
 
-def test_import_needs_no_heavy_package():
-    # third-party packages may load Triton where it is installed; where it is not, nothing must miss it
-    code = f'import sys; sys.modules.update(dict.fromkeys({HEAVY!r})); import titans_pytorch'
+def test_modules_do_not_import_each_other_in_a_cycle():
+    # raises CycleError, which names the modules of the cycle
+    TopologicalSorter({name: own_imports(name) - {name} for name in MODULES}).prepare()
+
+
+@pytest.mark.parametrize('name', [name for name in MODULES if name.split('.')[-1].startswith('triton')])
+def test_kernels_import_only_kernels(name):
+    allowed = ('triton', '_triton', '_registration')
+    for other in own_imports(name):
+        assert other.split('.')[-1].startswith(allowed), f'{name} must not import {other}'
+
+
+@pytest.mark.parametrize('name', MODULES)
+def test_optional_packages_are_imported_where_they_are_used(name):
+    if name.split('.')[-1] in ('_triton', 'triton', 'triton_token'):
+        return
+    found = {*imports(MODULES[name], nested=False)}
+    assert not [module for module in found if module.split('.')[0] in OPTIONAL or module.endswith('triton')], name
+
+
+def test_the_package_imports_without_optional_packages():
+    # third-party packages may load Triton where it is installed; without it, nothing may fail
+    code = f'import sys; sys.modules.update(dict.fromkeys({OPTIONAL!r})); import titans_pytorch'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=PACKAGE.parent)
     assert done.returncode == 0, done.stderr

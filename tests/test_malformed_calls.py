@@ -31,8 +31,8 @@ from titans_pytorch import (
     NeuralMemState,
     mem_state_detach,
 )
-from titans_pytorch.attention import SegmentedAttention
-from titans_pytorch.generation import gumbel_sample, min_p_filter
+from titans_pytorch.attention.segmented import SegmentedAttention
+from titans_pytorch.generation.sampling import gumbel_sample, min_p_filter
 from titans_pytorch.implicit_mlp_attention import ImplicitMLPAttention
 from titans_pytorch.nested_attention import NestedAttention
 from titans_pytorch.presets import memory_settings, preset

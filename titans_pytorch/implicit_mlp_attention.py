@@ -9,7 +9,8 @@ from typing import Any
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
-from titans_pytorch.checks import (
+from titans_pytorch.attention.rotary import Rotary, extend_cache, flatten_cache, rotary_causal_attention
+from titans_pytorch.utils.checks import (
     check_callable,
     check_flags,
     check_floating,
@@ -18,9 +19,8 @@ from titans_pytorch.checks import (
     described,
     flags_among,
 )
-from titans_pytorch.parameters import Resettable
-from titans_pytorch.rotary import Rotary, extend_cache, flatten_cache, rotary_causal_attention
-from titans_pytorch.shapes import Float
+from titans_pytorch.utils.parameters import Resettable
+from titans_pytorch.utils.shapes import Float
 
 KeyValueCache = tuple[list[Tensor], list[Tensor]]
 """Keys and values of each layer, (b, h, m, d), keys before rotation."""

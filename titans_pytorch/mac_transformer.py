@@ -13,9 +13,18 @@ from einops import repeat
 from torch import Tensor, nn
 from torch.nn import Linear, Module, ModuleList
 
-from titans_pytorch.attention import AttnIntermediates, ContextAttention, SegmentedAttention, flex_attention
-from titans_pytorch.block import Block, Parts
-from titans_pytorch.checks import (
+from titans_pytorch.attention.masks import create_mac_block_mask
+from titans_pytorch.attention.segmented import AttnIntermediates, ContextAttention, SegmentedAttention, flex_attention
+from titans_pytorch.generation.sampling import gumbel_noise, gumbel_sample, min_p_filter
+from titans_pytorch.generation.state import ModelState
+from titans_pytorch.generation.stepper import StepKind
+from titans_pytorch.memory.modules import Gated
+from titans_pytorch.models.base import DecodingState, Transformer, checked_memory_settings, layers_with_memory
+from titans_pytorch.models.block import Block, Parts
+from titans_pytorch.models.feedforward import GEGLU, FeedForward
+from titans_pytorch.neural_memory import NeuralMemory
+from titans_pytorch.ops.hyper_connection import Streams
+from titans_pytorch.utils.checks import (
     check_flags,
     check_floating,
     check_multiple,
@@ -25,17 +34,8 @@ from titans_pytorch.checks import (
     described,
     flags_among,
 )
-from titans_pytorch.connections import Streams
-from titans_pytorch.decoding import StepKind
-from titans_pytorch.feedforward import GEGLU, FeedForward
-from titans_pytorch.gates import Gated
-from titans_pytorch.generation import gumbel_noise, gumbel_sample, min_p_filter
-from titans_pytorch.masks import create_mac_block_mask
-from titans_pytorch.model_state import ModelState
-from titans_pytorch.neural_memory import NeuralMemory
-from titans_pytorch.parameters import InReferenceFormat, fill
-from titans_pytorch.shapes import Float, Int, divided
-from titans_pytorch.transformer import DecodingState, Transformer, checked_memory_settings, layers_with_memory
+from titans_pytorch.utils.parameters import InReferenceFormat, fill
+from titans_pytorch.utils.shapes import Float, Int, divided
 
 __all__ = [
     'GEGLU',

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from titans_pytorch.block import Parts
-from titans_pytorch.connections import Streams
-from titans_pytorch.gates import Gated
-from titans_pytorch.hybrid_transformer import HybridBlock, HybridTransformer
+from titans_pytorch.memory.modules import Gated
+from titans_pytorch.models.block import Parts
+from titans_pytorch.models.hybrid import HybridBlock, HybridTransformer
+from titans_pytorch.ops.hyper_connection import Streams
 
 
 class MAGBlock(HybridBlock):

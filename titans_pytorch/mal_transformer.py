@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from titans_pytorch.block import Parts
-from titans_pytorch.connections import Streams
-from titans_pytorch.hybrid_transformer import HybridBlock, HybridTransformer
+from titans_pytorch.models.block import Parts
+from titans_pytorch.models.hybrid import HybridBlock, HybridTransformer
+from titans_pytorch.ops.hyper_connection import Streams
 
 
 class MALBlock(HybridBlock):

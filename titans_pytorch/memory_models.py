@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Module, ModuleList, Parameter
 
-from titans_pytorch.checks import check_hidden_width, check_number, check_positive
-from titans_pytorch.norms import l2_norm, layer_norm
-from titans_pytorch.parameters import ParameterSequence, Resettable
-from titans_pytorch.precision import at_least_float32
-from titans_pytorch.shapes import Float
-from titans_pytorch.stateless import is_intercepted
+from titans_pytorch.ops.norms import l2_norm, layer_norm
+from titans_pytorch.utils.checks import check_hidden_width, check_number, check_positive
+from titans_pytorch.utils.functional import is_intercepted
+from titans_pytorch.utils.parameters import ParameterSequence, Resettable
+from titans_pytorch.utils.precision import at_least_float32
+from titans_pytorch.utils.shapes import Float
 
 Linear = Callable[[Tensor, Tensor], Tensor]
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
-from titans_pytorch.checks import check_flags, check_floating, check_positive, check_shape, flags_among
-from titans_pytorch.parameters import Resettable
-from titans_pytorch.rotary import Rotary, check_rotary_width, extend_cache, flatten_cache, rotary_causal_attention
-from titans_pytorch.shapes import Float
+from titans_pytorch.attention.rotary import (
+    Rotary,
+    check_rotary_width,
+    extend_cache,
+    flatten_cache,
+    rotary_causal_attention,
+)
+from titans_pytorch.utils.checks import check_flags, check_floating, check_positive, check_shape, flags_among
+from titans_pytorch.utils.parameters import Resettable
+from titans_pytorch.utils.shapes import Float
 
 NestedCache = tuple[tuple[list[Tensor], list[Tensor]], tuple[Tensor, Tensor]]
 """Three keys and three values of the inner attentions, then the outer key and value: (b, h, m, d), before rotation."""

@@ -17,22 +17,7 @@ from torch import Tensor, nn
 from torch.nn import Linear, Module, Parameter
 from torch.utils.checkpoint import checkpoint
 
-from titans_pytorch.checks import (
-    check_biases,
-    check_callable,
-    check_flags,
-    check_integer,
-    check_keywords,
-    check_module,
-    check_multiple,
-    check_not_traced,
-    check_number,
-    check_positive,
-    described,
-    flags_among,
-)
-from titans_pytorch.decode_retrieval import Retrieval, retrieve_one
-from titans_pytorch.engines import (
+from titans_pytorch.memory.engines import (
     Chunks,
     DenseEngine,
     DualEngine,
@@ -46,8 +31,8 @@ from titans_pytorch.engines import (
     softclamp_grad_norm,
     softclamp_max,
 )
-from titans_pytorch.fast_weights import FastWeights, Weights
-from titans_pytorch.gates import (
+from titans_pytorch.memory.fast_weights import FastWeights, Weights
+from titans_pytorch.memory.modules import (
     AttentionPool,
     AveragePool,
     HeadsFirst,
@@ -58,9 +43,7 @@ from titans_pytorch.gates import (
     pointwise,
     projection,
 )
-from titans_pytorch.memory_layout import Call, MemoryLayout, check_memory_loss, check_memory_model
-from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
-from titans_pytorch.memory_state import (
+from titans_pytorch.memory.state import (
     NeuralMemState,
     OpenState,
     PendingSegment,
@@ -68,9 +51,28 @@ from titans_pytorch.memory_state import (
     StepState,
     mem_state_detach,
 )
-from titans_pytorch.one_chunk import descents, predict, store_one_chunk
-from titans_pytorch.orthogonalize import newtonschulz5
-from titans_pytorch.parameters import (
+from titans_pytorch.memory.token_retrieval import Retrieval, retrieve_one
+from titans_pytorch.memory.token_step import descents, predict, store_one_chunk
+from titans_pytorch.memory.validation import Call, MemoryLayout, check_memory_loss, check_memory_model
+from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
+from titans_pytorch.ops.associative_scan import AssocScan
+from titans_pytorch.ops.newton_schulz import newtonschulz5
+from titans_pytorch.utils.checks import (
+    check_biases,
+    check_callable,
+    check_flags,
+    check_integer,
+    check_keywords,
+    check_module,
+    check_multiple,
+    check_not_traced,
+    check_number,
+    check_positive,
+    described,
+    flags_among,
+)
+from titans_pytorch.utils.functional import frozen_as_buffers, on_meta, with_tensors
+from titans_pytorch.utils.parameters import (
     InReferenceFormat,
     ParameterSequence,
     Resettable,
@@ -78,10 +80,8 @@ from titans_pytorch.parameters import (
     fill,
     reset_parameters,
 )
-from titans_pytorch.precision import at_least_float32, in_module_precision, network_autocast, network_rows
-from titans_pytorch.recurrence import AssocScan
-from titans_pytorch.shapes import Bool, Float, Int, divided
-from titans_pytorch.stateless import frozen_as_buffers, on_meta, with_tensors
+from titans_pytorch.utils.precision import at_least_float32, in_module_precision, network_autocast, network_rows
+from titans_pytorch.utils.shapes import Bool, Float, Int, divided
 
 __all__ = [
     'AssocScan',

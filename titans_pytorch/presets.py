@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from titans_pytorch.checks import check_integer, check_positive, described
+from titans_pytorch.utils.checks import check_integer, check_positive, described
 
 SIZES = {'170M': (12, 768, 16), '340M': (24, 1024, 16), '760M': (24, 1536, 16)}
 """Layers, width and heads, by the paper's names for them. With a vocabulary of 32,000 and default feedforwards the

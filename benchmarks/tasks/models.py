@@ -17,8 +17,8 @@ from titans_pytorch import (
     MemoryAsGateTransformer,
     MemoryAsLayerTransformer,
 )
+from titans_pytorch.models.base import Transformer
 from titans_pytorch.presets import memory_settings
-from titans_pytorch.transformer import Transformer
 
 ARCHITECTURES: dict[str, tuple[type[Transformer], dict[str, Any], dict[str, Any]]] = {
     # name: class, arguments of the model, arguments of its memories

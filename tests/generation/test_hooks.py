@@ -1,0 +1,139 @@
+"""Forward hooks act in every way that a module is run: cached and uncached sampling, with and without gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import CLASSES, build, ids
+from compare import all_in_float64, assert_same
+from memories import inputs, memory
+from torch import nn
+
+from titans_pytorch import MemoryMLP, NeuralMemory
+
+MODELS = [name for name in CLASSES if name != 'LMM']
+
+
+def silence_memory(module, args, out):
+    retrieved, state = out
+    return torch.zeros_like(retrieved), state
+
+
+def negate_attention(module, args, out):
+    attended, intermediates = out
+    return -attended, intermediates
+
+
+def hooked(name: str, which: str) -> nn.Module:
+    model = build(name).eval()
+    for block in model.layers:
+        module, hook = {
+            'memory': (block.memory, silence_memory),
+            'attention': (block.attention, negate_attention),
+            'feedforward': (block.feedforward, lambda module, args, out: -out),
+        }[which]
+        module.register_forward_hook(hook)
+    return model
+
+
+@pytest.mark.parametrize('which', ['memory', 'attention', 'feedforward'])
+@pytest.mark.parametrize('name', MODELS)
+def test_cached_sampling_sees_hooks(name: str, which: str):
+    with all_in_float64():
+        model, plain, prompt = hooked(name, which), build(name).eval(), ids(7)
+        kwargs = {'temperature': 0.0, 'show_progress': False}
+        cached = model.sample(prompt, 40, use_cache=True, **kwargs)
+        assert torch.equal(cached, model.sample(prompt, 40, **kwargs))
+        assert not torch.equal(cached, plain.sample(prompt, 40, use_cache=True, **kwargs))
+
+
+def test_hooks_of_all_modules_are_seen():
+    with all_in_float64():
+        model, prompt, seen = build('MAG').eval(), ids(7), set()
+        handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.add(type(module)))
+        try:
+            model.sample(prompt, 9, use_cache=True, show_progress=False)
+        finally:
+            handle.remove()
+    assert NeuralMemory in seen
+
+
+def test_a_forward_set_on_an_instance_is_called():
+    with all_in_float64():
+        model, prompt = build('MAG').eval(), ids(7)
+        attention = model.layers[0].attention
+        forward = attention.forward
+        attention.forward = lambda *args, **kwargs: negate_attention(attention, args, forward(*args, **kwargs))
+        kwargs = {'temperature': 0.0, 'show_progress': False}
+        assert torch.equal(model.sample(prompt, 30, use_cache=True, **kwargs), model.sample(prompt, 30, **kwargs))
+
+
+def test_compiled_steps_are_refused_with_hooks():
+    model = hooked('MAG', 'memory')
+    with pytest.raises(ValueError, match='compiled=True .* hooks'):
+        model.sample(ids(7), 12, use_cache=True, compiled=True, show_progress=False)
+
+
+@pytest.mark.parametrize('engine', ['dual', 'dense'])
+def test_hooks_on_a_memory_network_act_with_and_without_gradients(engine: str):
+    mem = NeuralMemory(8, chunk_size=4, batch_size=8, model=MemoryMLP(8, 2), engine=engine).double()
+    seq = inputs(mem, 17)
+    plain = mem(seq)[0]
+    calls = []
+
+    def halve(module, args, out):
+        calls.append(module)
+        return out / 2
+
+    mem.memory_model.model.register_forward_hook(halve)
+    with_gradients = mem(seq)[0]
+    with torch.no_grad():
+        without = mem(seq)[0]
+    assert_same(without, with_gradients.detach())
+    assert (with_gradients - plain).abs().max() > 1e-3
+    assert all(type(module) is MemoryMLP for module in calls)
+
+    # and token by token
+    state, pieces = None, []
+    for piece in seq.split(1, dim=1):
+        retrieved, state = mem(piece, state=state)
+        pieces.append(retrieved)
+    assert_same(torch.cat(pieces, dim=1), with_gradients)
+
+
+def test_frozen_memories_build_no_graph():
+    for engine in ('dual', 'dense'):
+        mem = memory('plain', engine=engine).requires_grad_(False)
+        state = None
+        for _ in range(2):
+            retrieved, state = mem(inputs(mem, 7), state=state)
+        tensors = [retrieved, *state.weights.values(), *state.states[0].values(), *state.states[1].values()]
+        assert not any(t.requires_grad for t in tensors), engine
+        assert not state.cache_store_segment.requires_grad
+
+
+def test_a_loss_that_trains_keeps_its_graph_though_the_memory_is_frozen():
+    weight = torch.full((8,), 0.5, dtype=torch.float64, requires_grad=True)
+
+    def loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return ((prediction - target).square() * weight).mean(dim=-1)
+
+    came = {}
+    for engine in ('dual', 'dense'):
+        torch.manual_seed(0)
+        mem = NeuralMemory(8, chunk_size=4, store_memory_loss_fn=loss, engine=engine).double().requires_grad_(False)
+        torch.manual_seed(1)
+        came[engine] = torch.autograd.grad(mem(inputs(mem, 17))[0].square().sum(), weight)[0]
+    assert came['dual'].abs().min() > 1e-6
+    assert_same(came['dual'], came['dense'])
+
+
+def test_compiled_steps_see_another_hook(steps_compiled_eagerly: list):
+    with all_in_float64():
+        model, prompt = build('LMM').eval(), ids(5)
+        kwargs = {'temperature': 0.0, 'show_progress': False}
+        for factor in (0.0, -9.0):
+            handle = model.layers[0].feedforward.register_forward_hook(lambda module, args, out, by=factor: out * by)
+            compiled = model.sample(prompt, 14, use_cache=True, compiled=True, **kwargs)
+            assert torch.equal(compiled, model.sample(prompt, 14, **kwargs))
+            handle.remove()

@@ -1,0 +1,483 @@
+"""The dual engine against the dense one: outputs, states and every gradient; and where one cannot serve."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from compare import assert_same, gradients, leaves
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from memories import HEAD, SWITCHES, inputs, memory
+from test_neural_memory import carried, scalar
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from titans_pytorch import MemoryMLP, NeuralMemory
+from titans_pytorch.memory.engines import Chunks, DenseEngine, DualEngine, Mixing, soft_clamp_norm
+from titans_pytorch.memory.fast_weights import FastWeights
+from titans_pytorch.ops import memory_batch_scan, retrieve_sequence
+from titans_pytorch.ops.associative_scan import gate_products
+
+DUAL = [switch for switch in SWITCHES if 'module' not in switch]
+
+
+def pair(switch, *sizes, **kwargs):
+    """The same memory with either engine."""
+    dual, dense = (memory(switch, *sizes, engine=engine, **kwargs) for engine in ('dual', 'dense'))
+    dense.load_state_dict(dual.state_dict())
+    return dual, dense
+
+
+def assert_engines_agree(dual, dense, seq, sizes, mask=None):
+    results = []
+    for mem in (dual, dense):
+        state, outs, surprises, updates = None, [], [], []
+        for piece in torch.arange(sum(sizes)).split(sizes):
+            some = None if mask is None else mask[:, piece]
+            out, state, surprise = mem(seq[..., piece, :], state=state, store_mask=some, return_surprises=True)
+            outs.append(out)
+            surprises.append(surprise)
+            updates.append(dict(state.updates.items()))
+        out = torch.cat(outs, dim=1)
+        results.append((out, carried(state), surprises, updates, gradients(mem, scalar(out, state))))
+    for came, expected, what in zip(*results, ('output', 'state', 'surprise', 'update', 'gradient')):
+        assert_same(came, expected, 1e-9, f'{what} ')
+
+
+FORMED = {'factored': lambda *_: False, 'formed': lambda *_: True, 'the smaller': DualEngine._materialises}
+
+
+@pytest.mark.parametrize('matrices', ['factored', 'formed'])
+@pytest.mark.parametrize('switch', [switch for switch in DUAL if 'spectral_norm_surprises' not in SWITCHES[switch]])
+def test_engines_agree(switch, matrices, monkeypatch):
+    monkeypatch.setattr(DualEngine, '_materialises', FORMED[matrices])
+    dual, dense = pair(switch)
+    assert_engines_agree(dual, dense, inputs(dual, 29), [29])
+
+
+AT_ONCE = [
+    *('plain', 'no momentum', 'momentum of order 3, combined', 'shared heads', 'two keys per token'),
+    *('lookahead values', 'no residual norm', 'linear memory'),
+]
+
+
+@pytest.mark.parametrize('sizes', [[39], [5, 20, 14]])
+@pytest.mark.parametrize('switch', AT_ONCE)
+def test_several_memory_batches_stored_and_all_queries_retrieved_at_once(switch, sizes, monkeypatch):
+    """What kernels do, by their plain twins."""
+    walked, retrieved, walk, retrieve = [], [], memory_batch_scan.walk, retrieve_sequence.retrieve
+    monkeypatch.setattr(DualEngine, '_materialises', FORMED['factored'])
+    monkeypatch.setattr(memory_batch_scan, 'kernels_serve', lambda *_: True)
+    monkeypatch.setattr(retrieve_sequence, 'kernels_serve', lambda *_: True)
+    monkeypatch.setattr(memory_batch_scan, 'walk', lambda *args: (walked.append(args[-3].shape[1]), walk(*args))[1])
+    monkeypatch.setattr(
+        retrieve_sequence, 'retrieve', lambda *args: (retrieved.append(args[0].shape[1]), retrieve(*args))[1]
+    )
+    dual, dense = pair(switch)
+    assert_engines_agree(dual, dense, inputs(dual, sum(sizes)), sizes)
+    assert max(walked) > 1 and max(retrieved) > 1
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Memory batches in a row, and all queries, by the plain twins of their operations."""
+    monkeypatch.setattr(DualEngine, '_materialises', FORMED['factored'])
+    monkeypatch.setattr(memory_batch_scan, 'kernels_serve', lambda *_: True)
+    monkeypatch.setattr(retrieve_sequence, 'kernels_serve', lambda *_: True)
+
+
+@pytest.mark.parametrize(('before', 'after'), [(32, 8), (None, 8), (8, 16)])
+def test_batches_at_once_begin_at_the_base_weights(before, after, at_once):
+    """Which are not the newest ones where the last call ended within a memory batch."""
+    results = []
+    for mem in pair('plain'):
+        mem.batch_size = before
+        seq = inputs(mem, 48)
+        torch.manual_seed(0)
+        seq = torch.randn_like(seq)
+        _, state = mem(seq[:, :16])
+        out, state = mem(seq[:, 16:], state=state, ttt_batch_size=after)
+        results.append((out, carried(state), gradients(mem, scalar(out, state))))
+    assert_same(*results, 1e-9)
+
+
+def test_batches_at_once_are_computed_again_in_the_backward(at_once):
+    kept, again = memory(), memory(checkpoint_every=16)
+    seq = inputs(kept, 45)
+    results = [(out, gradients(mem, out.sin().sum())) for mem in (kept, again) for out, _ in [mem(seq)]]
+    assert_same(*results, 1e-9)
+
+
+@pytest.mark.parametrize('switch', [switch for switch in DUAL if 'spectral_norm_surprises' in SWITCHES[switch]])
+def test_engines_agree_on_orthogonal_momentum(switch):
+    dual, dense = pair(switch)
+    assert_engines_agree(dual, dense, inputs(dual, 29), [29])
+
+
+def test_the_smaller_of_matrices_and_rows_is_kept():
+    for chunk_size, factored in ((3, True), (8, False)):
+        mem = memory(
+            'linear memory', chunk_size, chunk_size
+        )  # 8 × 8: as large as four rows of inputs and four of errors
+        updates = mem(inputs(mem, 16))[1].updates
+        assert isinstance(updates, FastWeights) is factored
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_engines_agree_on_any_configuration(data):
+    switches = {}
+    for extra in data.draw(st.lists(st.sampled_from(DUAL), max_size=3)):
+        switches |= {key: value for key, value in SWITCHES[extra].items() if key != 'model'}
+    switch = data.draw(st.sampled_from(DUAL))
+    chunk_size = data.draw(st.sampled_from([1, 2, 3, 5, 9, (2, 4), (4, 2)]))
+    store = chunk_size[1] if isinstance(chunk_size, tuple) else chunk_size
+    per_batch = data.draw(st.sampled_from([None, 1, 2, 4]))
+    sizes = data.draw(st.lists(st.integers(1, 11), min_size=1, max_size=4))
+    masked = data.draw(st.booleans())
+
+    if store == 1:
+        switches |= {'attn_pool_chunks': False, 'store_with_lookahead_value': False}
+    if switches.get('momentum') is False:
+        switches |= {'momentum_order': 1, 'learned_momentum_combine': False, 'init_momentum_bias': None}
+    if switches.get('momentum_order', 2) == 1:
+        switches |= {'learned_momentum_combine': False}
+    try:
+        dual, dense = pair(switch, chunk_size, per_batch and per_batch * store, **switches)
+    except ValueError as error:  # a combination that the constructor refuses
+        assert 'needs' in str(error)
+        return
+    mask = torch.rand(2, sum(sizes)) > 0.4 if masked else None
+    assert_engines_agree(dual, dense, inputs(dual, sum(sizes)), sizes, mask)
+
+
+@pytest.mark.parametrize('switch', ['plain', 'everything', 'attention memory', 'deep memory', 'soft clamp'])
+def test_weight_residual_agrees(switch):
+    results = []
+    for engine in ('dual', 'dense'):
+        first = memory(switch, engine=engine)
+        second = memory(switch, accept_weight_residual=True, engine=engine)
+        seq, states, outs = torch.randn(0), [None, None], []
+        torch.manual_seed(1)
+        seq = inputs(first, 29)
+        for piece in torch.arange(29).split([11, 18]):
+            _, states[0] = first(seq[..., piece, :], state=states[0])
+            out, states[1] = second(seq[..., piece, :], state=states[1], prev_weights=states[0].updates)
+            outs.append(out)
+        out = torch.cat(outs, dim=1)
+        parameters = [*first.parameters(), *second.parameters()]
+        came = torch.autograd.grad(scalar(out, states[1]), parameters, allow_unused=True)
+        results.append((out, carried(states[1]), [g for g in came if g is not None]))
+    assert_same(*results, 1e-9)
+
+
+@pytest.mark.parametrize('batch_size', [None, 400])
+def test_long_memory_batches_are_stored_in_runs(batch_size):
+    dual, dense = pair('plain', 4, batch_size)
+    assert dual._engine.run_length(torch.device('cpu'), rows=4) < 100
+    assert_engines_agree(dual, dense, inputs(dual, 800, batch=1), [333, 467])
+
+
+class NumbersMade(TorchDispatchMode):
+    """How many numbers all operations give, those of the backward included."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.count += sum(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+        return out
+
+
+@pytest.mark.parametrize('batch_size', [None, 16])
+def test_work_grows_with_the_length_and_no_faster(batch_size):
+    mem = memory('plain', 1, batch_size)
+    counts = []
+    for length in (1024, 2048, 4096):
+        with NumbersMade() as made:
+            mem(inputs(mem, length, batch=1))[0].sum().backward()
+        counts.append(made.count)
+    assert counts[2] - counts[1] < 1.01 * 2 * (counts[1] - counts[0])
+
+
+def test_masks_of_whole_chunks_and_steps_of_zero():
+    dual, dense = pair('soft clamp', adaptive_step_transform=lambda logits: logits * 0.0)
+    assert_engines_agree(dual, dense, inputs(dual, 17), [17])
+    dual, dense = pair('soft clamp')
+    mask = torch.ones(2, 17, dtype=torch.bool)
+    mask[:, 4:12] = False
+    assert_engines_agree(dual, dense, inputs(dual, 17), [17], mask)
+
+
+@pytest.mark.parametrize('logit', [-60.0, 60.0])
+def test_saturated_gates(logit):
+    biases = {'init_decay_bias': logit, 'init_momentum_bias': logit, 'init_adaptive_step_bias': -logit}
+    dual, dense = pair('plain', **biases)
+    with torch.no_grad():
+        for mem in (dual, dense):
+            for gate in (mem.to_decay_factor, mem.to_momentum, mem.to_adaptive_step):
+                gate[0].weight.zero_()
+    assert_engines_agree(dual, dense, inputs(dual, 29), [29])
+
+
+# with these step sizes neither diverges, whatever the seed; the second fades to zero
+@pytest.mark.parametrize(('depth', 'max_lr'), [(1, 0.05), (2, 0.01)])
+def test_a_hundred_thousand_chunks_stay_finite(depth, max_lr):
+    kwargs = {'default_model_kwargs': {'depth': depth}, 'default_step_transform_max_lr': max_lr}
+    mem = NeuralMemory(8, chunk_size=1, batch_size=128, engine='dual', **kwargs)
+    with torch.no_grad():
+        seq = torch.randn(1, 100_000, 8)
+        out, state = mem(seq)
+    assert all(torch.isfinite(t).all() for t in (out, *leaves(carried(state)).values()))
+    assert depth == 2 or all(w.abs().max() > 1e-3 for w in state.states[0].values())
+
+
+@pytest.mark.parametrize('switch', ['plain', 'deep memory', 'attention memory', 'everything'])
+def test_low_precision_errs_no_more_than_twice_as_much_as_dense(switch):
+    dual, dense = pair(switch, default_step_transform_max_lr=0.05)
+    seqs = [inputs(dual, 32) for _ in range(8)]
+
+    def error(mem, autocast):
+        """Root mean square over several inputs: one input's error is a matter of luck."""
+        single, squares = copy.deepcopy(mem).float(), []
+        for seq in seqs:
+            exact = dense(seq)[0]
+            with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+                out = single(seq.float())[0]
+            squares.append(((out.double() - exact).norm() / exact.norm()).item() ** 2)
+        return (sum(squares) / len(squares)) ** 0.5
+
+    for autocast in (False, True):
+        assert error(dual, autocast) <= 2 * error(dense, autocast)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_without_a_gradient_it_is_as_exact(dtype):
+    mem = pair('plain')[0]
+    seq = inputs(mem, 29)
+    exact = mem(seq)[0]
+    mem, seq = mem.to(dtype), seq.to(dtype)
+    with_gradient = mem(seq)[0]
+    with torch.no_grad():
+        without = mem(seq)[0]
+    error, other = ((out.double() - exact).norm() / exact.norm() for out in (without, with_gradient))
+    assert error <= 1.5 * other
+    assert other < 8 * torch.finfo(dtype).eps
+
+
+def test_a_module_in_bfloat16_runs():
+    dual, dense = (mem.bfloat16() for mem in pair('everything', default_step_transform_max_lr=0.05))
+    seq = inputs(dual, 29).bfloat16()
+    out, state = dual(seq)
+    assert out.dtype == state.cache_store_segment.tokens.dtype == torch.bfloat16
+    assert all(w.dtype == torch.float32 for w in leaves((state.weights, state.states)).values())  # the recurrence
+    assert ((out - dense(seq)[0]).norm() / out.norm()) < 0.1
+    assert all(torch.isfinite(g).all() for g in gradients(dual, out.float().pow(2).sum()).values())
+
+
+# compiling, streaming
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize('switch', ['plain', 'everything'])
+def test_a_memory_compiles_whole_and_once(switch, fresh_compiler):
+    mem = memory(switch)
+
+    def loss(seq, state=None):
+        out, state = mem(seq, state=state)
+        return out.pow(2).sum() + sum(w.sum() for w in state.states[0].values())
+
+    compiled = torch.compile(loss, fullgraph=True, backend='aot_eager')
+    for attempt in range(2):
+        seq = inputs(mem, 21)
+        with torch.compiler.set_stance('fail_on_recompile' if attempt else 'default'):
+            came = compiled(seq)
+            of_compiled = gradients(mem, came)
+        expected = loss(seq)
+        assert_same((came, of_compiled), (expected, gradients(mem, expected)), 1e-9)
+
+
+def test_a_stream_holds_constant_memory():
+    mem = NeuralMemory(8, chunk_size=4, batch_size=64)
+    state, held = None, []
+    with torch.no_grad():
+        for _ in range(8):
+            _, state = mem(torch.randn(1, 1024, 8), state=state)
+            held.append(sum(t.untyped_storage().nbytes() for t in leaves(state).values()))
+    assert state.seq_index == 8 * 1024
+    assert len({*held}) == 1
+
+
+# nothing of size chunks × weights
+
+
+def test_no_weights_per_chunk_are_held():
+    mem = NeuralMemory(64, chunk_size=1, batch_size=64)
+    seq = torch.randn(1, 512, 64)
+    with torch.no_grad():
+        _, state = mem(seq)
+    weights = sum(p.numel() for p in mem.memory_model_parameters)
+    held = sum(t.numel() for t in leaves([state.updates.runs, state.updates.dense, state.updates.end]).values())
+    assert held < 0.1 * 513 * weights
+    assert sum(t.numel() for t in leaves(dict(state.updates.items())).values()) == 513 * weights
+
+
+def test_updates_are_read_like_the_tensors_they_stand_for():
+    dual, dense = pair('plain')
+    seq = inputs(dual, 21)
+    ours, expected = dual(seq)[1].updates, dense(seq)[1].updates
+    assert isinstance(ours, FastWeights) and {*ours} == {*expected.keys()} and len(ours) == len(expected.keys())
+    assert_same(dict(ours.items()), dict(expected.items()))
+    assert_same(ours.apply(lambda t: t * 2).to_dict(), expected.apply(lambda t: t * 2).to_dict())
+    assert_same(dual.retrieve_memories(seq, ours), dual.retrieve_memories(seq, expected))
+    detached = dual(seq)[1].detach().updates
+    assert isinstance(detached, FastWeights) and not any(t.requires_grad for t in dict(detached.items()).values())
+
+
+# choosing
+
+
+class TwiceTheSame(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(HEAD, HEAD))
+
+    def forward(self, x, linear=torch.matmul):
+        return linear(linear(x, self.weight).tanh(), self.weight)
+
+
+class BareBias(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(HEAD, HEAD)), nn.Parameter(torch.randn(HEAD))
+
+    def forward(self, x, linear=torch.matmul):
+        return linear(x, self.weight) + self.bias
+
+
+class OwnProtocol(nn.Module):
+    rowwise = True
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(HEAD, HEAD)), nn.Parameter(torch.randn(HEAD))
+
+    def forward(self, x, linear=torch.matmul):
+        return linear(x, self.weight).tanh() + self.bias.unsqueeze(-2)
+
+
+@pytest.mark.parametrize(
+    ('model', 'why'),
+    [
+        (nn.Sequential(nn.Linear(HEAD, HEAD)), 'its forward takes no `linear`'),
+        (TwiceTheSame(), r"it must use each of its matrices \['model.weight'\] once"),
+        (BareBias(), 'its vectors must broadcast over rows'),
+    ],
+)
+def test_an_explicit_choice_never_falls_back(model, why):
+    kwargs = {'dim': 8, 'heads': 2, 'dim_head': HEAD, 'model': model}
+    with pytest.raises(ValueError, match=f"engine='dual' cannot serve this model: {why}.*use engine='dense'"):
+        NeuralMemory(**kwargs, engine='dual')
+    assert NeuralMemory(**kwargs)._engine_class is DenseEngine
+
+
+def test_choices():
+    assert NeuralMemory(8)._engine_class is DualEngine
+    assert NeuralMemory(8, engine='dense')._engine_class is DenseEngine
+    with pytest.raises(ValueError, match="engine must be 'auto', 'dual' or 'dense', got 'fast'"):
+        NeuralMemory(8, engine='fast')
+
+
+def test_a_users_model_that_speaks_the_protocol():
+    torch.manual_seed(3)
+    model = OwnProtocol()
+    dual, dense = pair('plain', model=model)
+    assert_engines_agree(dual, dense, inputs(dual, 29), [10, 19])
+
+
+# the pieces
+
+
+def test_gate_products_equal_their_definition():
+    gates = torch.rand(2, 6, dtype=torch.float64)
+    products = gate_products(gates.log())
+    for c in range(6):
+        for j in range(6):
+            expected = gates[:, j + 1 : c + 1].prod(dim=1) if j <= c else torch.zeros(2, dtype=torch.float64)
+            assert_same(products[:, c, j], expected, 1e-12)
+
+
+def test_mixing_equals_the_recurrences():
+    torch.manual_seed(0)
+    n, orders = 7, 3
+    gates = {
+        'decay': torch.randn(2, n),
+        'momentum': torch.randn(2, n, orders),
+        'momentum_mix': torch.rand(2, n, orders + 1),
+    }
+    empty = torch.zeros(2, n, 1, 1)
+    chunks = Chunks(empty, empty, empty[..., 0], **{k: v.double() for k, v in gates.items()}, modulation=None)
+    mixing = Mixing.of(chunks.decay, chunks.momentum, chunks.momentum_mix)
+    _, *parts = chunks.split([1, 3, 3])
+    (_, both) = chunks.split([1, 6])
+    for run, own in zip(Mixing.of_runs(both, 2).unbind(), parts):
+        assert_same(run, Mixing.of(own.decay, own.momentum, own.momentum_mix), 1e-12)
+
+    u, w0, s0 = torch.randn(2, n).double(), torch.randn(2).double(), torch.randn(2, orders).double()
+
+    starts = torch.cat((w0[:, None], s0), dim=1)
+    # after a chunk there is what stands before the next, or at the end
+    after = torch.cat((mixing.steps[:, 1:], mixing.end[:, :1]), dim=1)
+    starts_after = torch.cat((mixing.step_starts[:, 1:], mixing.end_starts[:, :1]), dim=1)
+    weight, states = w0, [*s0.unbind(1)]
+    for c in range(n):
+        before = (mixing.steps[:, c] * u).sum(1) + (mixing.step_starts[:, c] * starts).sum(1)
+        assert_same(before, weight, 1e-12)
+        carried_in = u[:, c]
+        for o in range(orders):
+            states[o] = chunks.momentum[:, c, o].sigmoid() * states[o] + carried_in
+            carried_in = states[o]
+        terms = torch.stack([u[:, c], *states], dim=1)
+        combined = (chunks.momentum_mix[:, c] * terms).sum(dim=1)
+        weight = (1 - chunks.decay[:, c].sigmoid()) * weight + combined
+        came = (after[:, c] * u).sum(1) + (starts_after[:, c] * starts).sum(1)
+        assert_same(came, weight, 1e-12)
+        came = (mixing.momentum[:, c] * u).sum(1) + (mixing.momentum_starts[:, c] * s0).sum(1)
+        assert_same(came, combined, 1e-12)
+    ends = (mixing.end * u[:, None]).sum(2) + (mixing.end_starts * starts[:, None]).sum(2)
+    assert_same(ends, torch.stack([weight, *states], dim=1), 1e-12)
+
+
+def test_soft_clamp_bounds_the_norm_and_keeps_the_direction():
+    gradients_ = torch.randn(2, 3, 4, 5, dtype=torch.float64) * torch.tensor([1e-6, 1.0, 1e3]).view(1, 3, 1, 1)
+    gradients_[0, 0] = 0.0
+    clamped = soft_clamp_norm(gradients_, 2.0)
+    norms, before = clamped.flatten(2).norm(dim=-1), gradients_.flatten(2).norm(dim=-1)
+    assert norms[0, 0] == 0.0
+    assert_same(norms[before > 0], ((before.tanh() + 1) * 1.0)[before > 0], 1e-12)
+    cosine = torch.nn.functional.cosine_similarity(clamped.flatten(2), gradients_.flatten(2), dim=-1)
+    assert_same(cosine[before > 0], torch.ones(5, dtype=torch.float64), 1e-9)
+
+
+def test_a_linear_memory_without_gates_is_linear_attention():
+    """One matrix, no momentum, no forgetting, gradients at zero: W = Σ θ · 2/d · k vᵀ, so M(q) = Σ θ (q·k) v · 2/d."""
+    mem = NeuralMemory(
+        HEAD, chunk_size=1, batch_size=None, model=MemoryMLP(HEAD, depth=1), momentum=False,
+        mem_model_norm_add_residual=False, init_decay_bias=-60.0, init_adaptive_step_bias=0.0,
+    ).double()  # fmt: skip
+    with torch.no_grad():
+        mem.memory_model_parameters[0].zero_()
+    seq = torch.randn(1, 9, HEAD, dtype=torch.float64)
+    normed = mem.store_norm(seq)
+    q, k, v = (proj(normed) for proj in (mem.to_queries, mem.to_keys, mem.to_values))
+    expected = (q @ k.mT).tril() @ v * 0.5 * 2 / HEAD
+    assert_same(mem(seq)[0], expected, 1e-9)

@@ -1,0 +1,360 @@
+"""Memory networks of a user: what the dual engine cannot serve, the dense one does; and frozen parts stay frozen."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+from compare import assert_same, gradients, randomised
+from torch import Tensor, nn
+
+from titans_pytorch import MemoryMLP, NeuralMemory, reference_state_dict
+from titans_pytorch.memory.engines import DenseEngine, DualEngine
+
+DIM = 8
+
+
+class Network(nn.Module):
+    """Two matrices and a vector, which subclasses use in one way or another."""
+
+    rowwise = True
+
+    def __init__(self, hidden: int = 6):
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(DIM, hidden) * 0.4)
+        self.last = nn.Parameter(torch.randn(hidden, DIM) * 0.4)
+        self.scale = nn.Parameter(torch.ones(DIM))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return x.tanh()
+
+    def forward(self, x: Tensor, linear=torch.matmul) -> Tensor:
+        return linear(self.hidden(linear(x, self.first)), self.last) * self.scale.unsqueeze(-2)
+
+
+class Plain(Network):
+    pass
+
+
+class InPlace(Network):
+    def __init__(self):
+        super().__init__()
+        self.activation = nn.ReLU(inplace=True)
+
+    def hidden(self, x):
+        return self.activation(x)
+
+
+class InPlaceInTraining(Network):
+    def hidden(self, x):
+        return x.relu_() if self.training else x.relu()
+
+
+class Transposed(Network):
+    def forward(self, x, linear=torch.matmul):
+        return linear(linear(x, self.last.mT).tanh(), self.first.mT) * self.scale.unsqueeze(-2)
+
+
+class Product(Network):
+    def forward(self, x, linear=torch.matmul):
+        return linear(x, self.first @ self.last) * self.scale.unsqueeze(-2)
+
+
+class Tied(Network):
+    def __init__(self):
+        super().__init__(DIM)
+        self.last = self.first
+
+
+class UnusedVector(Network):
+    def forward(self, x, linear=torch.matmul):
+        return linear(linear(x, self.first).tanh(), self.last)
+
+
+class DeadBranch(Network):
+    def forward(self, x, linear=torch.matmul):
+        return linear(x.tanh() @ self.first.detach(), self.last) * self.scale.unsqueeze(-2) + 0 * linear(
+            linear(x, self.first), self.last.detach()
+        ).sum(dim=-1, keepdim=True)
+
+
+class Detached(Network):
+    def forward(self, x, linear=torch.matmul):
+        return linear(linear(x, self.first).detach().tanh(), self.last) * self.scale.unsqueeze(-2)
+
+
+class Recurrent(nn.Module):
+    """A cell that sees the tokens of a chunk one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.GRU(DIM, DIM, batch_first=True)
+
+    def forward(self, x):
+        rows = x.reshape(-1, *x.shape[-2:])
+        return self.cell(rows)[0].reshape(x.shape)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(DIM, 2, batch_first=True)
+
+    def forward(self, x):
+        rows = x.reshape(-1, *x.shape[-2:])
+        future = torch.ones(x.shape[-2], x.shape[-2], dtype=torch.bool, device=x.device).triu(1)
+        return self.attention(rows, rows, rows, attn_mask=future)[0].reshape(x.shape)
+
+
+class ListsItsModules(nn.Module):
+    """One that also keeps its modules in a list of its own."""
+
+    rowwise = True
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(DIM, 6), nn.Linear(6, DIM)
+        self.order = [self.a, nn.Tanh(), self.b]
+
+    def forward(self, x):
+        for part in self.order:
+            x = part(x)
+        return x
+
+
+class KeepsMethods(nn.Module):
+    """One that keeps a method and a parameter of its own."""
+
+    rowwise = True
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(DIM, DIM) * 0.4)
+        self.act = self._act
+        self.cache = {'matrix': self.matrix}
+
+    def _act(self, x):
+        return (x @ self.matrix).tanh()
+
+    def forward(self, x):
+        return self.act(x) @ self.cache['matrix']
+
+
+class Patched(Plain):
+    """One whose instance has a forward of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.forward = types.MethodType(lambda self, x: Plain.forward(self, x).tanh(), self)
+
+
+class Closed(Plain):
+    """One that reaches itself through a closure."""
+
+    def __init__(self):
+        super().__init__()
+        self.call = lambda x: x @ self.first @ self.last * self.scale
+
+    def forward(self, x):
+        return self.call(x)
+
+
+DENSE = [InPlace, InPlaceInTraining, Transposed, Product, Tied, UnusedVector, DeadBranch, Detached]
+OWN = [SelfAttention, ListsItsModules, KeepsMethods, Patched]
+
+
+def memory(network: nn.Module, **kwargs) -> NeuralMemory:
+    torch.manual_seed(0)
+    settings = {'chunk_size': 4, 'batch_size': 8, 'default_step_transform_max_lr': 0.02, **kwargs}
+    return randomised(NeuralMemory(DIM, model=network, **settings).double(), 0.1)
+
+
+def results(mem: NeuralMemory) -> tuple:
+    torch.manual_seed(1)
+    seq = torch.randn(2, 19, DIM, dtype=torch.float64)
+    retrieved, state = mem(seq)
+    with torch.no_grad():
+        without_gradients = mem(seq)[0]
+    pieces, at = [], None
+    for piece in seq.split([5, 1, 7, 6], dim=1):
+        out, at = mem(piece, state=at)
+        pieces.append(out)
+    assert_same(torch.cat(pieces, dim=1), retrieved)
+    assert_same(without_gradients, retrieved.detach())
+    return retrieved, state.states[0].to_dict(), gradients(mem, retrieved.square().sum())
+
+
+@pytest.mark.parametrize('network', DENSE)
+def test_networks_that_the_dual_engine_cannot_serve_are_dense(network: type):
+    own = network()
+    mem = memory(own)
+    assert mem._engine_class is DenseEngine
+    assert_same(results(mem), results(memory(own, engine='dense')))
+    with pytest.raises(ValueError, match="engine='dual' cannot serve this model: .*; use engine='dense'"):
+        memory(own, engine='dual')
+
+
+def test_a_network_by_the_protocol_is_dual():
+    network = Plain()
+    mem = memory(network)
+    assert mem._engine_class is DualEngine
+    assert_same(results(mem), results(memory(network, engine='dense')))
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_networks_in_another_precision_are_built(dtype: torch.dtype):
+    mem = NeuralMemory(DIM, model=Plain().to(dtype), chunk_size=4)
+    assert mem._engine_class is DualEngine
+    assert_same(results(randomised(mem.double(), 0.1))[0].isfinite().double(), torch.ones(2, 19, DIM))
+
+
+def test_trying_a_network_moves_no_random_state_and_no_mode():
+    class Noisy(Plain):
+        def hidden(self, x):
+            return nn.functional.dropout(x.tanh(), 0.5, self.training)
+
+    network = Noisy().eval()
+    before = torch.get_rng_state()
+    NeuralMemory(DIM, model=network, mem_model_norm_add_residual=False, engine='dual')
+    torch.manual_seed(0)
+    NeuralMemory(DIM, model=network, engine='dual')
+    after = torch.get_rng_state()
+    torch.manual_seed(0)
+    NeuralMemory(DIM, model=network, engine='dense')
+    assert torch.equal(after, torch.get_rng_state())
+    assert not network.training
+    del before
+
+
+@pytest.mark.parametrize('network', OWN)
+def test_networks_of_one_s_own(network: type):
+    network = network()
+    mem = memory(network, chunk_size=3, batch_size=6)
+    retrieved, _, of_all = results(mem)
+    assert {f'memory_model_parameters.{k}' for k in range(len(mem.memory_model_parameters))} <= of_all.keys()
+
+    # a memory with step size zero and no decay is the network itself
+    still = memory(network, adaptive_step_transform=lambda logits: logits * 0, mem_model_norm_add_residual=False)
+    with torch.no_grad():
+        still.to_decay_factor[0].weight.zero_()
+        still.to_decay_factor[0].bias.fill_(-60.0)
+    seq = torch.randn(1, 3, DIM, dtype=torch.float64)
+    # before the first chunk ends, a group of queries begins with a row of zeros
+    queries = still.to_queries(still.retrieve_norm(seq))
+    padded = torch.cat((torch.zeros_like(queries[:, :1]), queries), dim=1) if still.mixes_tokens else queries
+    assert_same(still(seq)[0], still.memory_model(padded)[:, -3:])
+
+
+@pytest.mark.parametrize('engine', ['auto', 'dense'])
+def test_networks_that_cannot_be_differentiated_by_chunks_are_refused(engine: str):
+    with pytest.raises(ValueError, match='model must run under torch.func.vmap and torch.func.grad'):
+        NeuralMemory(DIM, model=Recurrent(), engine=engine)
+
+
+def test_networks_that_reach_themselves_through_a_closure_are_refused():
+    with pytest.raises(ValueError, match='with weights that it reaches through `self`'):
+        NeuralMemory(DIM, model=Closed())
+
+
+def test_scripted_networks_are_refused():
+    with pytest.warns(DeprecationWarning):
+        scripted = torch.jit.script(nn.Linear(DIM, DIM))
+    with pytest.raises(TypeError, match='model must be a module of Python code, got a scripted one'):
+        NeuralMemory(DIM, model=scripted)
+
+
+def test_a_loss_over_all_rows_is_refused():
+    with pytest.raises(ValueError, match='store_memory_loss_fn must return one loss a row'):
+        NeuralMemory(DIM, store_memory_loss_fn=nn.MSELoss())
+
+
+@pytest.mark.parametrize('engine', ['auto', 'dense'])
+@pytest.mark.parametrize('which', ['first', 'last', 'scale'])
+def test_frozen_parts_stay_frozen(which: str, engine: str):
+    network = Plain()
+    getattr(network, which).requires_grad_(False)
+    value = getattr(network, which).detach().double().clone()
+    mem = memory(network, engine=engine, heads=2, dim_head=DIM)
+    names = mem.memory_model_parameter_names
+    assert not any(which in name for name in names) and len(names) == 3  # with the gain of the norm around it
+    assert_same(getattr(mem.memory_model.model, which), value, 0.0)
+
+    retrieved, weights, _ = results(mem)
+    assert not any(which in name for name in weights)
+    for engine_of_other in ('auto', 'dense'):
+        assert_same(results(memory(network, engine=engine_of_other, heads=2, dim_head=DIM))[0], retrieved)
+
+    # saved and loaded, and moved, with the rest
+    other = memory(plain_with_frozen(which), engine=engine, heads=2, dim_head=DIM)
+    other.load_state_dict(mem.state_dict())
+    assert_same(results(other)[0], retrieved, 0.0)
+    assert other.float().memory_model.model(torch.zeros(2, DIM)).dtype == torch.float32
+
+
+def plain_with_frozen(which: str) -> nn.Module:
+    network = Plain()
+    getattr(network, which).requires_grad_(False)
+    return network
+
+
+def test_frozen_parts_are_drawn_again():
+    class Drawn(Plain):
+        def reset_parameters(self):
+            for parameter in (self.first, self.last, self.scale):
+                nn.init.constant_(parameter, 0.25)
+
+    network = Drawn()
+    network.first.requires_grad_(False)
+    with torch.device('meta'):
+        mem = NeuralMemory(DIM, model=network.to('meta'))
+    mem.to_empty(device='cpu').reset_parameters()
+    assert all((w == 0.25).all() for w in (mem.memory_model.model.first, mem.memory_model.model.last))
+    with pytest.raises(ValueError, match='frozen parts'):
+        reference_state_dict(mem)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_frozen_parts_in_half_precision(dtype: torch.dtype):
+    mem = memory(plain_with_frozen('first'))
+    seq = torch.randn(1, 9, DIM, dtype=torch.float64)
+    expected = mem(seq)[0]
+    came = mem.to(dtype)(seq.to(dtype))[0]
+    assert (came.double() - expected).norm() < 30 * torch.finfo(dtype).eps * expected.norm()
+
+
+def test_a_network_that_is_all_frozen_is_no_memory():
+    with pytest.raises(ValueError, match='model must have parameters that are not frozen'):
+        NeuralMemory(DIM, model=Plain().requires_grad_(False))
+
+
+@pytest.mark.parametrize('shared', [False, True])
+def test_memory_model_is_an_empty_memory(shared: bool):
+    mem = NeuralMemory(DIM, heads=2, dim_head=DIM, per_head_learned_parameters=not shared).double()
+    randomised(mem, 0.2)
+    rows = torch.randn(3, DIM, dtype=torch.float64)
+    empty = mem.memory_model
+    weights = {name: w[0] for name, w in mem.init_weights(1).items()}
+    expected = torch.func.functional_call(NeuralMemory(DIM).memory_model, weights, (rows,))
+    assert_same(empty(rows), expected)
+
+    # its weights are those that train, or views of them, which no optimizer takes for its own
+    assert all(p.device.type == 'cpu' for p in empty.parameters())
+    with pytest.raises(ValueError, match="can't optimize a non-leaf Tensor"):
+        torch.optim.SGD(empty.parameters(), lr=0.1)
+    empty.float()
+    assert mem.memory_model_parameters[0].dtype == torch.float64
+    empty = mem.memory_model
+    with torch.no_grad():
+        next(empty.parameters()).fill_(7.0)
+    assert (mem.memory_model_parameters[0] == 7.0).all() if shared else (mem.memory_model_parameters[0][0] == 7.0).all()
+
+
+@pytest.mark.parametrize('model', [None, MemoryMLP(DIM, 1)])
+def test_memory_model_keeps_its_hooks(model: nn.Module | None):
+    mem = NeuralMemory(DIM, model=model, chunk_size=4).double()
+    calls = []
+    mem.memory_model.register_forward_hook(lambda module, args, out: calls.append(1))
+    with torch.no_grad():
+        mem(torch.randn(1, 5, DIM, dtype=torch.float64))
+    assert calls

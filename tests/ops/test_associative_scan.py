@@ -1,0 +1,84 @@
+"""`AssocScan`, and the Triton kernel behind it: on a GPU, or in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compare import assert_same
+
+from titans_pytorch.ops.associative_scan import AssocScan
+
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+SHAPES = [(1, 1, 1), (2, 7, 5), (3, 33, 256), (2, 16, 300), (1, 130, 3)]
+
+
+def by_loop(gates, inputs, prev):
+    """The definition; the first state is `prev`."""
+    states, state = [prev], prev
+    for step in range(inputs.shape[1]):
+        state = gates[:, step] * state + inputs[:, step]
+        states.append(state)
+    return torch.stack(states, dim=1)
+
+
+def problem(batch, steps, features, gate_features, dtype=torch.float64, device='cpu'):
+    gates = torch.rand(batch, steps, gate_features, dtype=dtype, device=device, requires_grad=True)
+    inputs = torch.randn(batch, steps, features, dtype=dtype, device=device, requires_grad=True)
+    prev = torch.randn(batch, features, dtype=dtype, device=device, requires_grad=True)
+    return gates, inputs, prev
+
+
+def with_gradients(scan, *arguments):
+    out = scan(*arguments)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view_as(out)
+    return out, torch.autograd.grad((out * weights).sum(), arguments)
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_plain_scan_equals_a_loop(shape):
+    gates, inputs, prev = problem(*shape, 1)
+    scan = AssocScan()
+    came = with_gradients(lambda g, x, p: scan(g, x, prev=p, remove_prev=False), gates, inputs, prev)
+    assert_same(came, with_gradients(by_loop, gates, inputs, prev))
+    assert_same(scan(gates, inputs, prev=prev), came[0][:, 1:])
+    assert_same(scan(gates, inputs), by_loop(gates, inputs, torch.zeros_like(prev))[:, 1:])
+
+
+def test_accelerated_scan_says_where_there_is_no_gpu():
+    gates, inputs, prev = problem(2, 7, 5, 1)
+    with pytest.warns(UserWarning, match='needs a CUDA device'):
+        out = AssocScan(use_accelerated=True)(gates, inputs, prev=prev)
+    assert_same(out, AssocScan()(gates, inputs, prev=prev), 0.0)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('gate_of_each_feature', [False, True])
+def test_kernel_equals_a_loop(shape, dtype, gate_of_each_feature, monkeypatch):
+    pytest.importorskip('triton')
+    from titans_pytorch.ops.associative_scan.triton import gated_scan
+
+    gate_features = shape[2] if gate_of_each_feature else 1
+    arguments = [t.detach().to(dtype).requires_grad_() for t in problem(*shape, gate_features, device=DEVICE)]
+    exact = [t.detach().double().requires_grad_() for t in arguments]
+
+    # outputs that a kernel leaves unwritten show as NaN
+    new_empty = torch.Tensor.new_empty
+    poisoned = lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(float('nan'))  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, 'new_empty', poisoned)
+    came = with_gradients(gated_scan, *arguments)
+    assert all(t.dtype == dtype for t in (came[0], *came[1]))
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    assert_same(came, with_gradients(by_loop, *exact), tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('inputs_shape', [(2, 7, 5), (2, 7, 4, 6), (2, 1, 3), (70000, 2, 3), (1, 3, 70000)])
+@pytest.mark.parametrize('gates_like_inputs', [False, True])
+def test_accelerated_takes_every_shape(inputs_shape, gates_like_inputs):
+    inputs = torch.randn(inputs_shape, device='cuda')
+    gates = torch.rand(inputs_shape if gates_like_inputs else (*inputs_shape[:2], 1), device='cuda')
+    prev = torch.randn(inputs_shape[0], *inputs_shape[2:], device='cuda')
+    for kwargs in ({}, {'prev': prev}, {'prev': prev, 'remove_prev': False}):
+        came = AssocScan(use_accelerated=True)(gates, inputs, **kwargs)
+        assert_same(came, AssocScan()(gates, inputs, **kwargs), 1e-4)

@@ -1,0 +1,348 @@
+"""Memory batches in a row by one operation: plain and by Triton kernels, against a loop over those of a run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compare import assert_same
+
+from titans_pytorch.ops import _dispatch, inner_gradient, memory_batch_scan
+from titans_pytorch.ops.memory_batch_scan import Walked, walk
+
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+# Triton's interpreter multiplies no bfloat16
+LOW = torch.bfloat16 if DEVICE == 'cuda' else torch.float16
+# products in float32 of three TF32 ones keep a little less, and each memory batch builds on the one before
+EXACT = 1e-5 if DEVICE == 'cpu' else 5e-5
+PARAMETERS = ('first', 'last', 'gamma')
+NETWORKS = [(depth, norm) for depth in (1, 2) for norm in (True, False)]
+# heads, memory batches, chunks, rows of a chunk, width, hidden width, states
+SHAPES = [
+    (2, 3, 4, 4, 16, 32, 2),
+    (1, 2, 5, 1, 20, 37, 1),
+    (2, 2, 3, 3, 20, 24, 3),
+    (1, 2, 2, 20, 24, 40, 2),
+    (1, 1, 5, 2, 100, 130, 2),
+]
+CHECKS = ('test_schema', 'test_autograd_registration', 'test_faketensor', 'test_aot_dispatch_dynamic')
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Kernels run on this device too; their module."""
+    pytest.importorskip('triton')
+    from titans_pytorch.ops.memory_batch_scan import triton as batch_walk
+
+    monkeypatch.setattr(_dispatch, 'kernels_run_on', lambda device: True)
+    return batch_walk
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def problem(heads, batches, chunks, rows, dim, width, states, depth=2, norm=True):
+    """The arguments of `walk` by name. Steps are small: a memory batch starts with what the one before made of it."""
+
+    def draw(*shape, scale=1.0):
+        return (torch.randn(heads, *shape) * scale).to(DEVICE)
+
+    shapes = {'first': (dim, width), 'last': (width, dim), 'gamma': (dim,)}
+    if depth == 1:
+        shapes = {'last': (dim, dim), 'gamma': (dim,)}
+    if not norm:
+        del shapes['gamma']
+    tensors = {
+        'keys': draw(batches * chunks, rows, dim),
+        'values': draw(batches * chunks, rows, dim),
+        'step_sizes': draw(batches * chunks, rows).abs() * 0.3,
+        'end': draw(batches, states, chunks) / chunks**0.5,
+        'end_starts': draw(batches, states, states) / states,
+    }
+    for name, shape in shapes.items():
+        scale = shape[0] ** -0.5 if len(shape) > 1 else 0.3
+        tensors |= {f'{name} {index}': draw(*shape, scale=scale) for index in range(states)}
+    return tensors
+
+
+def states_of(tensors):
+    return [[t for name, t in tensors.items() if name.startswith(parameter)] for parameter in PARAMETERS]
+
+
+def walked(tensors):
+    first, last, gamma = states_of(tensors)
+    rows = (tensors[name] for name in ('keys', 'values', 'step_sizes'))
+    return walk(*rows, first or None, last, gamma or None, tensors['end'], tensors['end_starts'], 1e-5)._asdict()
+
+
+def looped(tensors):
+    """A memory batch after the other, by the operations of one."""
+    states, out = states_of(tensors), {name: [] for name in Walked._fields}
+    runs = [tensors[name].unflatten(1, tensors['end'].shape[1::2]) for name in ('keys', 'values', 'step_sizes')]
+    gates = (tensors['end'], tensors['end_starts'])
+    for keys, values, step_sizes, end, mix in zip(*(t.unbind(1) for t in (*runs, *gates))):
+        for name, own in zip(PARAMETERS, states):
+            out[f'{name}_starts'] += [torch.stack(own, dim=1)] if own else []
+        first, last, gamma = states
+        weights = first[0] if first else None, last[0], gamma[0] if gamma else None
+        hidden, hidden_errors, errors, descent, losses = inner_gradient.record(keys, values, step_sizes, *weights, 1e-5)
+        of_rows = {'hidden': hidden, 'hidden_errors': hidden_errors, 'errors': errors}
+        for name, t in (of_rows | {'descent': descent, 'losses': losses}).items():
+            out[name].append(t.flatten(1, 2) if name in of_rows and t.numel() else t)
+        seen = keys.to(errors.dtype)
+        states = [
+            inner_gradient.ends(end, mix, first, seen, hidden_errors) if first else [],
+            inner_gradient.ends(end, mix, last, hidden if first else seen, errors),
+            [*(end @ descent + mix @ torch.stack(gamma, dim=1)).unbind(1)] if gamma else [],
+        ]
+    ended = {f'{name}_end': torch.stack(own, dim=1) for name, own in zip(PARAMETERS, states) if own}
+    over_batches = {name: torch.stack(own, dim=1) for name, own in out.items() if own}
+    none = {name: tensors['end'].new_empty(0) for name in out}
+    return none | {name: t if t.numel() else t.flatten() for name, t in over_batches.items()} | ended
+
+
+def leaves(tensors, dtype=None):
+    return {name: t.detach().to(dtype or t.dtype).requires_grad_() for name, t in tensors.items()}
+
+
+def learned(function, tensors, used=None, turned=False):
+    """What `function` gives, and the gradient of a linear function of it, or of what is `used`, by every tensor."""
+    generator, total = torch.Generator().manual_seed(1), 0.0
+    out = function(tensors)
+    for name, t in out.items():
+        weights = torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device)
+        if turned and t.ndim > 2:
+            t, weights = t.transpose(-2, -1) * 1.0, weights.transpose(-2, -1)
+        if used is None or name in used:
+            total = total + (t.double() * weights).sum()
+    wanted = {name: t for name, t in tensors.items() if t.requires_grad}
+    came = torch.autograd.grad(total, [*wanted.values()], allow_unused=True)
+    zeros = (torch.zeros_like(t) if own is None else own for own, t in zip(came, wanted.values()))
+    return {name: t.detach() for name, t in out.items()}, dict(zip(wanted, zeros))
+
+
+def exactly(tensors, *args):
+    return learned(looped, leaves(tensors, torch.float64), *args)
+
+
+@pytest.mark.parametrize('states', [1, 3])
+@pytest.mark.parametrize('rows', [1, 3])
+@pytest.mark.parametrize('depth, norm', NETWORKS)
+def test_a_walk_is_written_out_rightly(depth, norm, rows, states):
+    tensors = leaves(problem(2, 3, 4, rows, 5, 7, states, depth, norm), torch.float64)
+    assert_same(learned(walked, tensors), learned(looped, tensors), 1e-12)
+
+
+@pytest.mark.parametrize(
+    'depth, norm, shape',
+    [*((2, True, shape) for shape in SHAPES), *((1, False, shape) for shape in SHAPES[:3])]
+    + [(1, True, SHAPES[1]), (2, False, SHAPES[2])],
+)
+def test_kernels_equal_a_loop(kernels, poisoned, depth, norm, shape):
+    tensors = problem(*shape, depth, norm)
+    came = learned(walked, leaves(tensors))
+    assert_same(came, exactly(tensors), EXACT)
+    assert all(t.dtype == torch.float32 for own in came for t in own.values())
+
+
+@pytest.mark.parametrize('programs, depth, norm', [(1, 2, True), (2, 1, True), (2, 2, False), (3, 2, True)])
+def test_phases_can_be_launched_one_by_one(kernels, poisoned, programs, depth, norm, monkeypatch):
+    # several blocks of rows, which cut chunks, and of hidden features, so that each program has some
+    monkeypatch.setattr(kernels, '_programs', lambda *_: (programs, False))
+    tensors = problem(1, 2, 2, 19, 20, 70, 2, depth, norm)
+    assert_same(learned(walked, leaves(tensors)), exactly(tensors), EXACT)
+
+
+@pytest.mark.parametrize('programs', [1, 2, 3])
+def test_how_the_work_is_shared_changes_nothing(kernels, programs, monkeypatch):
+    # where tiles and blocks are the same, sums are too
+    tensors = problem(1, 2, 4, 3, 16, 40, 2)
+    came = []
+    for own in ((1, True), (programs, False)):
+        monkeypatch.setattr(kernels, '_programs', lambda *_, own=own: own)
+        came.append(learned(walked, leaves(tensors)))
+    assert_same(*came, 0.0)
+
+
+@pytest.mark.parametrize('rows', [(16, 16), (64, 64)])
+def test_blocks_of_other_sizes(kernels, poisoned, rows, monkeypatch):
+    monkeypatch.setattr(kernels, 'MOST_ROWS_IN_FULL', rows)
+    monkeypatch.setattr(kernels, 'MOST_COLUMNS', 16)
+    monkeypatch.setattr(kernels, 'STATE_BLOCK_IN_FULL', (32, 16))
+    monkeypatch.setattr(kernels, 'UNITS', 16)
+    tensors = problem(1, 2, 2, 20, 20, 40, 2)
+    assert_same(learned(walked, leaves(tensors)), exactly(tensors), EXACT)
+
+
+@pytest.mark.parametrize('depth, norm', [(2, True), (1, False)])
+def test_only_one_output_is_used(kernels, poisoned, depth, norm):
+    tensors = problem(1, 2, 2, 2, 16, 16, 1, depth, norm)
+    for name, t in looped(tensors).items():
+        if t.numel():
+            came, expected = learned(walked, leaves(tensors), [name]), exactly(tensors, [name])
+            assert_same(came, expected, EXACT, f'of {name} ')
+
+
+def test_a_walk_reads_views(kernels, poisoned):
+    # memory batches out of a longer sequence, keys without the last row and values without the first, heads side by
+    # side; states of all heads, and one held transposed; gradients that come transposed
+    longer = problem(2, 4, 3, 4, 16, 20, 2)
+    cut = {name: t[:, 1:3] for name, t in longer.items() if name.startswith('end')}
+    cut |= {'keys': longer['keys'][:, 3:9, :-1], 'values': longer['values'][:, 3:9, 1:]}
+    cut |= {'step_sizes': longer['step_sizes'][:, 3:9, :-1]}
+    cut |= {name: t[:1].expand(t.shape) for name, t in longer.items() if ' ' in name}
+    cut['keys'] = cut['keys'].transpose(0, 1).contiguous().transpose(0, 1)
+    cut['last 1'] = longer['last 1'].mT.contiguous().mT
+    cut = {name: t.requires_grad_() for name, t in cut.items()}
+    assert not any(t.is_contiguous() for t in cut.values())
+    assert_same(learned(walked, cut, None, True), exactly(cut, None, True), EXACT)
+
+
+def test_not_all_inputs_learn(kernels, poisoned):
+    tensors = problem(1, 2, 3, 2, 16, 20, 2)
+    _, all_of_them = learned(walked, leaves(tensors))
+    for frozen in (('keys', 'end', 'first 0'), ('values', 'step_sizes', 'end_starts', 'last 0', 'last 1', 'gamma 1')):
+        some = {name: t if name in frozen else t.clone().requires_grad_() for name, t in tensors.items()}
+        _, came = learned(walked, some)
+        assert_same(came, {name: t for name, t in all_of_them.items() if name not in frozen}, 0.0)
+
+
+@pytest.mark.parametrize('depth, norm', NETWORKS)
+@pytest.mark.parametrize('dtype', [torch.float32, LOW])
+def test_a_walk_is_as_exact_under_autocast_as_the_plain_one(kernels, poisoned, depth, norm, dtype, monkeypatch):
+    tensors = lowered(problem(2, 2, 4, 4, 16, 32, 2, depth, norm), dtype)
+    assert_no_worse(tensors, LOW, monkeypatch)
+
+
+def lowered(tensors, dtype):
+    """As a memory under autocast gives them: rows in its precision."""
+    return {name: t.to(dtype) if name in ('keys', 'values') else t for name, t in tensors.items()}
+
+
+def assert_no_worse(tensors, low, monkeypatch, floor=0.0):
+    """Than the plain twin in the same precision; `floor`: what full float32 may differ by for order alone."""
+    exact, came = exactly(tensors), []
+    for runs in (True, False):
+        monkeypatch.setattr(_dispatch, 'kernels_run_on', lambda device, runs=runs: runs)
+        with torch.autocast(DEVICE, low, enabled=low is not None):
+            came.append(learned(walked, leaves(tensors)))
+    for ours, theirs, want in zip(*came, exact):
+        assert ours.keys() == theirs.keys() == want.keys()
+        for name, t in want.items():
+            assert ours[name].dtype == theirs[name].dtype, name
+            error, budget = ((own[name].double() - t).norm() for own in (ours, theirs))
+            assert error <= max(2 * budget, floor * t.norm()), f'{name}: {error:.2e}, plain {budget:.2e}'
+
+
+# which of the two is taken
+
+
+def test_what_kernels_serve(kernels):
+    tensors = problem(1, 2, 2, 2, 8, 12, 2)
+
+    def serve(tensors, count=2):
+        rows = [tensors[name] for name in ('keys', 'values', 'step_sizes')]
+        return memory_batch_scan.kernels_serve(*rows, [t for name, t in tensors.items() if ' ' in name], count)
+
+    assert serve(tensors)
+    assert not serve(leaves(tensors, torch.float64)) and not serve(tensors, 5)
+    assert not serve(problem(1, 1, 1, 1, 136, 4, 1), 1) and not serve(lowered(tensors, LOW))
+    with torch.autocast(DEVICE, LOW):
+        assert serve(lowered(tensors, LOW))
+
+
+def test_without_gpu_the_walk_is_plain():
+    if DEVICE == 'cpu':
+        tensors = problem(1, 2, 2, 2, 8, 12, 2)
+        rows = [tensors[name] for name in ('keys', 'values', 'step_sizes')]
+        assert not memory_batch_scan.kernels_serve(*rows, [], 2)
+
+
+@pytest.mark.parametrize('depth, norm', [(2, True), (1, False)])
+def test_operations_are_what_they_say(kernels, depth, norm):
+    tensors = leaves(problem(1, 2, 2, 2, 16, 16, 1 + norm, depth, norm))
+    first, last, gamma = states_of(tensors)
+    rows, gates = ([tensors[name] for name in own] for own in (('keys', 'values', 'step_sizes'), ('end', 'end_starts')))
+    args = (*rows, first, last, gamma, *gates, 1e-5, torch.float32)
+    torch.library.opcheck(memory_batch_scan._walk, args, test_utils=CHECKS)
+    outputs = [t.detach() for t in memory_batch_scan._walk(*args)]
+    d_outputs = [t.clone() if t.numel() else None for t in outputs]
+    saved = (*(t.detach() for t in (*rows, *gates)), *outputs[:3], *outputs[6:10])
+    of_backward = (*d_outputs, *saved, 1e-5, torch.float32)
+    torch.library.opcheck(memory_batch_scan._walk_backward, of_backward, test_utils=CHECKS[:3])
+
+
+def test_a_walk_compiles_to_one_operation(kernels, fresh_compiler):
+    tensors, seen = leaves(problem(1, 2, 3, 2, 16, 20, 2)), []
+
+    def loss(tensors):
+        return sum(t.square().sum() for t in walked(tensors).values())
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return torch._dynamo.lookup_backend('aot_eager')(graph, inputs)
+
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)(tensors)
+    assert sum('walk' in name for name in seen) == 1
+    came = torch.autograd.grad(compiled, [*tensors.values()])
+    assert_same(came, torch.autograd.grad(loss(tensors), [*tensors.values()]), 1e-6)
+
+
+# on a GPU, where the programs of a lane wait for each other, in the sizes of training
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('low', [None, torch.bfloat16])
+@pytest.mark.parametrize('depth, norm', NETWORKS)
+@pytest.mark.parametrize(
+    'shape',
+    [
+        (16, 4, 32, 4, 64, 256, 2),
+        (64, 3, 32, 4, 64, 256, 2),
+        (200, 2, 8, 4, 64, 128, 2),
+        (3, 3, 5, 3, 100, 250, 3),
+        (8, 2, 8, 64, 128, 512, 2),
+        (2, 3, 32, 1, 16, 32, 4),
+    ],
+)
+def test_a_walk_in_sizes_of_training(kernels, poisoned, shape, depth, norm, low, monkeypatch):
+    tensors = problem(*shape, depth, norm)
+    tensors['step_sizes'] = tensors['step_sizes'] * 0.03
+    assert_no_worse(tensors if low is None else lowered(tensors, low), low, monkeypatch, 1e-5)
+
+
+@pytest.mark.gpu
+def test_programs_that_wait_do_what_one_does(kernels, monkeypatch):
+    tensors = problem(4, 6, 16, 4, 64, 128, 2)
+    tensors['step_sizes'] = tensors['step_sizes'] * 0.03
+    expected = None
+    for own in ((1, True), (4, False), (4, True), (16, True), (16, True)):
+        monkeypatch.setattr(kernels, '_programs', lambda *_, own=own: own)
+        came = learned(walked, leaves(tensors))
+        expected = expected or came
+        assert_same(came, expected, 1e-5)
+
+
+@pytest.mark.gpu
+def test_a_walk_is_captured(kernels):
+    tensors = leaves(problem(8, 3, 8, 4, 64, 128, 2))
+
+    def step():
+        total = sum(t.square().sum() for t in walked(tensors).values())
+        return torch.autograd.grad(total, [*tensors.values()])
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step()
+    for _ in range(2):
+        with torch.no_grad():
+            tensors['keys'].copy_(torch.randn_like(tensors['keys']))
+        graph.replay()
+        assert_same([t.clone() for t in replayed], step(), 1e-5)

@@ -1,0 +1,504 @@
+"""Momentum and weights over a run of chunks: plain and by Triton kernels, against a loop and autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compare import assert_same, gradients, randomised
+
+from titans_pytorch import NeuralMemory
+from titans_pytorch.memory import engines
+from titans_pytorch.ops import _dispatch, momentum_scan
+from titans_pytorch.ops.momentum_scan import momenta, vectors_over_time, weights_over_time
+
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+# Triton's interpreter multiplies no bfloat16
+LOW = torch.bfloat16 if DEVICE == 'cuda' else torch.float16
+# products in float32 of three TF32 ones keep a little less
+EXACT = 1e-6 if DEVICE == 'cpu' else 5e-6
+# heads, chunks, rows of a chunk, and the sides of a matrix
+SHAPES = [(2, 5, 4, 16, 32), (2, 5, 3, 20, 37), (1, 1, 1, 5, 3), (1, 2, 16, 130, 20), (3, 4, 1, 37, 20)]
+MOMENTA = [
+    ('scales', 'gates', 'start'),
+    ('gates', 'start'),
+    ('gates',),
+    ('scales',),
+    (),
+    ('scales', 'start'),
+]
+VECTORS = [
+    ('scales', 'gates', 'momentum_start'),
+    ('gates', 'momentum_start'),
+    ('gates',),
+    ('scales',),
+    (),
+]
+CHECKS = ('test_schema', 'test_autograd_registration', 'test_faketensor', 'test_aot_dispatch_dynamic')
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Kernels run on this device too."""
+    pytest.importorskip('triton')
+    monkeypatch.setattr(_dispatch, 'kernels_run_on', lambda device: True)
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def leaf(t, dtype=None):
+    return t.detach().to(dtype or t.dtype).requires_grad_()
+
+
+def leaves(tensors, dtype=None):
+    return {name: leaf(t, dtype) for name, t in tensors.items()}
+
+
+def matrices(heads, chunks, rows, dim, width, present=MOMENTA[0]):
+    """Of `momenta`, its arguments by name."""
+    tensors = {
+        'inputs': torch.randn(heads, chunks, rows, dim),
+        'errors': torch.randn(heads, chunks, rows, width),
+        'scales': torch.randn(heads, chunks),
+        'gates': torch.rand(heads, chunks),
+        'start': torch.randn(heads, dim, width),
+    }
+    return {name: t.to(DEVICE) for name, t in tensors.items() if name in ('inputs', 'errors', *present)}
+
+
+def vectors(heads, chunks, features, present=VECTORS[0]):
+    """Of `vectors_over_time`."""
+    tensors = {
+        'updates': torch.randn(heads, chunks, features),
+        'scales': torch.randn(heads, chunks),
+        'gates': torch.rand(heads, chunks),
+        'keep': torch.rand(heads, chunks),
+        'momentum_start': torch.randn(heads, features),
+        'weight_start': torch.randn(heads, features),
+    }
+    always = ('updates', 'keep', 'weight_start')
+    return {name: t.to(DEVICE) for name, t in tensors.items() if name in (*always, *present)}
+
+
+# the two recurrences as they stand in the paper
+
+
+def looped_momenta(inputs, errors, scales=None, gates=None, start=None):
+    state, over_chunks = 0.0 if start is None else start, []
+    for chunk in range(inputs.shape[1]):
+        update = inputs[:, chunk].mT @ errors[:, chunk]
+        if scales is not None:
+            update = scales[:, chunk, None, None] * update
+        state = update if gates is None else gates[:, chunk, None, None] * state + update
+        over_chunks.append(state)
+    return {'every': torch.stack(over_chunks, dim=1), 'end': state}
+
+
+def looped_vectors(updates, keep, weight_start, scales=None, gates=None, momentum_start=None):
+    weight, momentum = weight_start, 0.0 if momentum_start is None else momentum_start
+    before = []
+    for chunk in range(updates.shape[1]):
+        before.append(weight)
+        update = updates[:, chunk] if scales is None else scales[:, chunk, None] * updates[:, chunk]
+        momentum = update if gates is None else gates[:, chunk, None] * momentum + update
+        weight = keep[:, chunk, None] * weight + momentum
+    ends = {'weight_end': weight} | ({} if gates is None else {'momentum_end': momentum})
+    return {'before': torch.stack(before, dim=1), **ends}
+
+
+# and ours
+
+
+def our_momenta(inputs, errors, scales=None, gates=None, start=None, out_dtype=None):
+    every, end = momenta(inputs, errors, scales, gates, start, out_dtype or inputs.dtype)
+    return {'every': every, 'end': end}
+
+
+def our_vectors(updates, keep, weight_start, scales=None, gates=None, momentum_start=None):
+    before, end, momentum_end = vectors_over_time(updates, scales, gates, keep, momentum_start, weight_start)
+    ends = {'weight_end': end} | ({} if momentum_end is None else {'momentum_end': momentum_end})
+    return {'before': before, **ends}
+
+
+def learned(function, tensors, used=None):
+    """What `function` gives, and the gradient of a linear function of it, or of what is `used`, by every tensor."""
+    generator, total = torch.Generator().manual_seed(1), 0.0
+    out = function(**tensors)
+    for name, t in out.items():
+        weights = torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device)
+        if used is None or name in used:
+            total = total + (t.double() * weights).sum()
+    came = torch.autograd.grad(total, [*tensors.values()], allow_unused=True)
+    zeros = (torch.zeros_like(t) if own is None else own for own, t in zip(came, tensors.values()))
+    return out, dict(zip(tensors, zeros))
+
+
+def exactly(function, tensors, used=None):
+    return learned(function, leaves(tensors, torch.float64), used)
+
+
+@pytest.mark.parametrize('present', MOMENTA)
+def test_momenta_are_written_out_rightly(present):
+    tensors = matrices(2, 4, 3, 5, 7, present)
+    assert_same(exactly(our_momenta, tensors), exactly(looped_momenta, tensors), 1e-13)
+
+
+@pytest.mark.parametrize('present', VECTORS)
+def test_vectors_are_written_out_rightly(present):
+    tensors = vectors(2, 4, 7, present)
+    assert_same(exactly(our_vectors, tensors), exactly(looped_vectors, tensors), 1e-13)
+
+
+def test_gradients_are_those_of_small_differences():
+    for function, tensors in ((our_momenta, matrices(1, 3, 2, 3, 2)), (our_vectors, vectors(1, 3, 2))):
+        names, values = zip(*leaves(tensors, torch.float64).items())
+        torch.autograd.gradcheck(lambda *own: (*function(**dict(zip(names, own))).values(),), values)  # noqa: B023
+
+
+@pytest.mark.parametrize('present', MOMENTA)
+@pytest.mark.parametrize('shape', SHAPES)
+def test_kernels_of_momenta(kernels, poisoned, shape, present):
+    tensors = matrices(*shape, present)
+    came = learned(our_momenta, leaves(tensors))
+    assert_same(came, exactly(looped_momenta, tensors), EXACT)
+    assert all(t.dtype == torch.float32 for own in came for t in own.values())
+
+
+@pytest.mark.parametrize('present', VECTORS)
+@pytest.mark.parametrize('shape', [(2, 5, 37), (1, 1, 3), (3, 4, 600)])
+def test_kernels_of_vectors(kernels, poisoned, shape, present):
+    tensors = vectors(*shape, present)
+    came = learned(our_vectors, leaves(tensors))
+    assert_same(came, exactly(looped_vectors, tensors), EXACT)
+    assert all(t.dtype == torch.float32 for own in came for t in own.values())
+
+
+@pytest.mark.parametrize('shape', [(2, 5, 20, 37), (3, 1, 7)])
+def test_weights_take_updates_of_any_shape(kernels, poisoned, shape):
+    updates, start = torch.randn(shape, device=DEVICE), torch.randn(shape[0], *shape[2:], device=DEVICE)
+    tensors = {'updates': updates, 'keep': torch.rand(shape[:2], device=DEVICE), 'weight_start': start}
+
+    def ours(updates, keep, weight_start):
+        before, end = weights_over_time(updates, keep, weight_start, updates.dtype)
+        assert before.shape == updates.shape and end.shape == weight_start.shape
+        return {'before': before.flatten(2), 'weight_end': end.flatten(1)}
+
+    def looped(updates, keep, weight_start):
+        return looped_vectors(updates.flatten(2), keep, weight_start.flatten(1))
+
+    assert_same(learned(ours, leaves(tensors)), exactly(looped, tensors), EXACT)
+
+
+@pytest.mark.parametrize('name', ['every', 'end'])
+@pytest.mark.parametrize('present', [MOMENTA[0], ()])
+def test_only_some_momenta_are_used(kernels, poisoned, present, name):
+    tensors = matrices(2, 3, 2, 16, 20, present)
+    assert_same(learned(our_momenta, leaves(tensors), [name]), exactly(looped_momenta, tensors, [name]), EXACT)
+
+
+@pytest.mark.parametrize('name', ['before', 'weight_end', 'momentum_end'])
+def test_only_some_vectors_are_used(kernels, poisoned, name):
+    tensors = vectors(2, 3, 20)
+    assert_same(learned(our_vectors, leaves(tensors), [name]), exactly(looped_vectors, tensors, [name]), EXACT)
+
+
+@pytest.mark.parametrize('sides', [(20, 70), (70, 20)])
+def test_programs_of_more_or_less(kernels, poisoned, sides, monkeypatch):
+    from titans_pytorch.ops.momentum_scan import triton as kernel
+
+    tensors = matrices(2, 3, 4, *sides)
+    expected = exactly(looped_momenta, tensors)
+    for enough in (1, 5, 1000):
+        monkeypatch.setattr(kernel, 'ENOUGH_PROGRAMS', enough)
+        assert_same(learned(our_momenta, leaves(tensors)), expected, EXACT)
+
+
+def test_kernels_read_views(kernels, poisoned):
+    # chunks out of a longer sequence, features of every other, states that heads share or that are turned
+    longer, changed = matrices(2, 9, 5, 16, 24), vectors(2, 9, 48)
+    cut = {
+        'inputs': longer['inputs'][:, 2:7, 1:],
+        'errors': longer['errors'][:, 2:7, :-1, ::2],
+        'scales': longer['scales'][:, 2:7],
+        'gates': longer['gates'].mT.contiguous().mT[:, 2:7],
+        'start': longer['start'].mT.contiguous().mT[..., :12],
+    }
+    shared = cut | {'start': longer['start'][:1, :, :12].contiguous().expand(2, -1, -1)}
+    for tensors in (cut, shared):
+        assert not any(t.is_contiguous() for t in tensors.values())
+        came = learned(our_momenta, {name: t.requires_grad_() for name, t in tensors.items()})
+        assert_same(came, exactly(looped_momenta, tensors), EXACT)
+    changed = {name: t[:, 2:7, ::2] if name == 'updates' else t for name, t in changed.items()}
+    changed |= {name: changed[name][:, 2:7] for name in ('scales', 'gates', 'keep')}
+    changed |= {'weight_start': changed['weight_start'][:1, :24].expand(2, -1)}
+    changed |= {'momentum_start': changed['momentum_start'][:, ::2]}
+    came = learned(our_vectors, {name: t.requires_grad_() for name, t in changed.items()})
+    assert_same(came, exactly(looped_vectors, changed), EXACT)
+
+
+@pytest.mark.parametrize('sides', [(20, 37), (37, 20)])
+@pytest.mark.parametrize('rows', [torch.float32, LOW])
+@pytest.mark.parametrize('out_dtype', [torch.float32, LOW])
+def test_momenta_in_low_precision(kernels, poisoned, rows, out_dtype, sides):
+    tensors = matrices(2, 5, 4, *sides)
+    tensors = {name: t.to(rows) if t.ndim == 4 else t for name, t in tensors.items()}
+    expected, exact_gradients = exactly(looped_momenta, tensors)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out, gradients = learned(lambda **own: our_momenta(**own, out_dtype=out_dtype), leaves(tensors))
+    assert out['every'].dtype == out_dtype and out['end'].dtype == torch.float32
+    step = torch.finfo(out_dtype).eps
+    # the state itself is not rounded
+    assert_same(out['every'], expected['every'], max(EXACT, step))
+    assert_same(out['end'], expected['end'], EXACT)
+    for name, want in exact_gradients.items():
+        assert gradients[name].dtype == tensors[name].dtype
+        least = max(torch.finfo(rows).eps, step, EXACT)
+        assert (gradients[name].double() - want).norm() <= least * want.norm(), name
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_weights_in_low_precision(kernels, poisoned, dtype):
+    tensors = vectors(2, 5, 37, ())
+    tensors['updates'] = tensors['updates'].to(dtype)
+
+    def ours(updates, keep, weight_start):
+        before, end = weights_over_time(updates, keep, weight_start, dtype)
+        assert before.dtype == dtype and end.dtype == torch.float32
+        return {'before': before, 'weight_end': end}
+
+    out, gradients = learned(ours, leaves(tensors))
+    expected, exact_gradients = exactly(looped_vectors, tensors)
+    step = torch.finfo(dtype).eps
+    assert_same(out['before'], expected['before'], step)
+    assert_same(out['weight_end'], expected['weight_end'], EXACT)
+    for name, want in exact_gradients.items():
+        assert gradients[name].dtype == tensors[name].dtype
+        assert (gradients[name].double() - want).norm() <= step * want.norm(), name
+
+
+def test_plain_and_kernels_agree_in_low_precision(monkeypatch):
+    pytest.importorskip('triton')
+    tensors = matrices(2, 3, 4, 16, 24)
+    tensors = {name: t.to(LOW) if t.ndim == 4 else t for name, t in tensors.items()}
+    came = []
+    for fused in (True, False):
+        monkeypatch.setattr(_dispatch, 'kernels_run_on', lambda device, fused=fused: fused)
+        came.append(learned(lambda **own: our_momenta(**own, out_dtype=LOW), leaves(tensors)))
+    assert_same(*came, 4 * torch.finfo(LOW).eps)
+
+
+# which of the two is taken
+
+
+def test_what_no_kernel_serves_is_plain(kernels, monkeypatch):
+    def refused():
+        raise AssertionError('no kernel serves this')
+
+    monkeypatch.setattr(momentum_scan, '_kernels', refused)
+    many_rows, wide = matrices(1, 2, 17, 4, 4), matrices(1, 1, 1, 132, 132)
+    for tensors in (many_rows, wide):
+        assert_same(learned(our_momenta, leaves(tensors)), exactly(looped_momenta, tensors), EXACT)
+    exactly(our_momenta, matrices(1, 2, 2, 4, 4))
+    exactly(our_vectors, vectors(1, 2, 4))
+    with pytest.raises(AssertionError, match='no kernel'):
+        our_momenta(**matrices(1, 2, 2, 4, 4))
+
+
+def test_what_kernels_serve(kernels):
+    def weights(*shapes, dtype=torch.float32):
+        return [torch.empty(shape, dtype=dtype, device='meta') for shape in shapes]
+
+    def rows(count, dtype=torch.float32):
+        return torch.empty(2, 3, count, 64, dtype=dtype, device='meta')
+
+    fitting = [(2, 64, 256), (2, 256, 64), (2, 300)]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert momentum_scan.kernels_serve(rows(16, dtype), weights(*fitting))
+    assert not momentum_scan.kernels_serve(rows(17), weights(*fitting))
+    assert not momentum_scan.kernels_serve(rows(4), weights(*fitting, (2, 130, 140)))
+    assert not momentum_scan.kernels_serve(rows(4), weights(*fitting, dtype=torch.float64))
+    assert not momentum_scan.kernels_serve(rows(4, torch.float64), weights(*fitting))
+
+
+def test_without_gpu_no_kernel_runs():
+    assert _dispatch.kernels_run_on(torch.device('cpu')) is False
+
+
+# to the compiler
+
+
+def test_operations_are_what_they_say(kernels):
+    of_matrices, of_vectors = leaves(matrices(2, 3, 2, 16, 20)), leaves(vectors(2, 3, 20))
+    order = ('updates', 'scales', 'gates', 'keep', 'momentum_start', 'weight_start')
+    for present in ((), ('scales', 'gates', 'start', 'momentum_start')):
+        some = {name: t if name in ('inputs', 'errors', *present) else None for name, t in of_matrices.items()}
+        args = (*some.values(), torch.float16)
+        torch.library.opcheck(momentum_scan._momenta, args, test_utils=CHECKS)
+        outputs = [t.detach() for t in momentum_scan._momenta(*args)]
+        saved = [None if t is None else t.detach() for t in some.values()]
+        for d_outputs in (outputs, (None, outputs[1]), (outputs[0], None)):
+            args = (*d_outputs, *saved, outputs[0])
+            torch.library.opcheck(momentum_scan._momenta_backward, args, test_utils=CHECKS[:3])
+
+        there = ('updates', 'keep', 'weight_start', *present)
+        some = {name: of_vectors[name] if name in there else None for name in order}
+        args = (*some.values(), torch.float16)
+        torch.library.opcheck(momentum_scan._over_time, args, test_utils=CHECKS)
+        before, end, _, momenta = (t.detach() for t in momentum_scan._over_time(*args))
+        *saved, _ = (None if t is None else t.detach() for t in some.values())
+        args = (before, end, None, *saved, before, momenta)
+        torch.library.opcheck(momentum_scan._over_time_backward, args, test_utils=CHECKS[:3])
+
+
+def test_a_run_compiles_to_operations(kernels, fresh_compiler):
+    tensors, seen = matrices(2, 3, 2, 16, 20), []
+
+    def run(inputs, errors, scales, gates, start):
+        every, end = momenta(inputs, errors, scales, gates, start, torch.float32)
+        before, weight = weights_over_time(every.tanh(), gates, start, torch.float32)
+        return {'before': before, 'weight': weight, 'end': end}
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return torch._dynamo.lookup_backend('aot_eager')(graph, inputs)
+
+    compiled = torch.compile(run, fullgraph=True, backend=backend)
+    assert_same(learned(compiled, leaves(tensors)), learned(run, leaves(tensors)), 1e-6)
+    assert sum('titans_pytorch' in name for name in seen) == 2
+
+
+# on a GPU, in the sizes of training
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('low', [False, True])
+@pytest.mark.parametrize(
+    'shape', [(16, 32, 4, 64, 128), (256, 8, 4, 128, 64), (16, 32, 16, 64, 64), (3, 5, 1, 100, 250)]
+)
+def test_kernels_in_sizes_of_training(kernels, poisoned, shape, low):
+    tensors = matrices(*shape)
+    tensors = {name: t.bfloat16() if low and t.ndim == 4 else t for name, t in tensors.items()}
+    out_dtype = torch.bfloat16 if low else torch.float32
+
+    def ours(inputs, errors, scales, gates, start):
+        every, end = momenta(inputs, errors, scales, gates, start, out_dtype)
+        before, weight = weights_over_time(every, gates, start, out_dtype)
+        return {'every': every, 'end': end, 'before': before, 'weight': weight}
+
+    def looped(inputs, errors, scales, gates, start):
+        of_momentum = looped_momenta(inputs, errors, scales, gates, start)
+        own = looped_vectors(of_momentum['every'].flatten(2), gates, start.flatten(1))
+        before = own['before'].view_as(of_momentum['every'])
+        return {**of_momentum, 'before': before, 'weight': own['weight_end'].view_as(start)}
+
+    exact, came = exactly(looped, tensors), learned(ours, leaves(tensors))
+    for ours, wanted in zip(came, exact):
+        for name, want in wanted.items():
+            error = (ours[name].double() - want).norm() / want.norm()
+            assert error <= (2e-2 if low else EXACT), f'{name}: {error:.2e}'
+
+
+# in a memory
+
+
+@pytest.fixture
+def walked(monkeypatch):
+    """Recurrences are walked on any device and in any precision; and how often that was asked for."""
+    asked = []
+    monkeypatch.setattr(momentum_scan, 'kernels_serve', lambda *args: asked.append(args) or True)
+    monkeypatch.setattr(engines, 'fused_record_serves', lambda *_: True)
+    return asked
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {},
+        {'momentum': False},
+        {'max_grad_norm': 0.5, 'per_parameter_lr_modulation': True},
+        {'mem_model_norm_add_residual': False, 'gated_transition': True},
+        {'default_model_kwargs': {'depth': 1}},
+    ],
+)
+def test_memories_that_walk_equal_the_dense_engine(options, walked):
+    """Two, of which the second builds on the first."""
+
+    def stored(engine):
+        torch.manual_seed(0)
+        make = {'dim': 16, 'chunk_size': 2, 'batch_size': 6, 'heads': 2, 'dim_head': 8, 'spectral_norm_surprises': True}
+        one, two = (
+            randomised(NeuralMemory(**make, **options, accept_weight_residual=residual, engine=engine)).double()
+            for residual in (False, True)
+        )
+        seq = torch.randn(2, 17, 16, dtype=torch.float64)
+        first, state = one(seq)
+        second, after = two(first, prev_weights=state.updates)
+        third, after = two(first[:, :3], state=after, prev_weights=one(first[:, :3], state=state)[1].updates)
+        total = first.square().sum() + second.square().sum() + third.sum()
+        total = total + sum(w.square().sum() for pair in after.states for w in pair.values())
+        both = torch.nn.ModuleList((one, two))
+        return first, second, third, dict(after.updates.items()), gradients(both, total)
+
+    expected = stored('dense')
+    assert not walked
+    assert_same(stored('dual'), expected)
+    assert len(walked) == 4
+
+
+def test_momentum_of_orders_is_not_walked(walked):
+    NeuralMemory(8, 2, spectral_norm_surprises=True, momentum_order=2)(torch.randn(1, 6, 8))
+    assert not walked
+
+
+def test_kernels_store_what_plain_operations_store(kernels, monkeypatch):
+    """Two memories, clamped, of which the second builds on the first, and goes on from a state."""
+    walked = []
+    for name in ('momenta', 'weights_over_time', 'vectors_over_time'):
+        operation = getattr(engines, name)
+        noted = lambda *args, name=name, operation=operation: walked.append(name) or operation(*args)  # noqa: E731
+        monkeypatch.setattr(engines, name, noted)
+
+    def stored(runs):
+        monkeypatch.setattr(_dispatch, 'kernels_run_on', lambda device: runs)
+        walked.clear()
+        torch.manual_seed(0)
+        # as many rows in a chunk as a matrix has: with fewer, Newton–Schulz makes much of what is nearly nothing
+        make = {'dim': 8, 'chunk_size': 16, 'batch_size': 32, 'spectral_norm_surprises': True, 'max_grad_norm': 0.5}
+        one, two = (
+            NeuralMemory(**make, default_model_kwargs={'depth': 1}, accept_weight_residual=residual).to(DEVICE)
+            for residual in (False, True)
+        )
+        seq = torch.randn(1, 70, 8, device=DEVICE)
+        first, state = one(seq)
+        second, after = two(first, prev_weights=state.updates)
+        third, after = two(seq[:, :15], state=after, prev_weights=one(seq[:, :15], state=state)[1].updates)
+        return first, second, third, dict(after.states[0].items()), dict(after.states[1].items())
+
+    expected = stored(False)
+    assert not walked
+    assert_same(stored(True), expected, 1e-3)
+    # in each run a matrix and a vector
+    assert len(walked) > 9 and len(walked) == 3 * walked.count('momenta')
+
+
+@pytest.mark.parametrize('scale', [1.0, 1e-5])
+def test_a_clamp_is_that_of_the_matrix_whatever_its_rows_are_in(scale):
+    engine = engines.DualEngine(None, None, None, 0.5, True)
+    rows, deltas = torch.randn(2, 3, 4, 8).half(), (torch.randn(2, 3, 4, 6) * scale).half()
+    matrices = rows.float().mT @ deltas.float()
+    with torch.autocast(DEVICE, LOW):
+        scales = engine._scales(rows, deltas, None)
+    assert_same(scales[..., None, None] * matrices, engines.soft_clamp_norm(matrices, 0.5), 1e-5)
+
+
+def test_weights_stored_under_autocast_serve_without_it():
+    one, two = (NeuralMemory(8, 2, accept_weight_residual=residual) for residual in (False, True))
+    seq = torch.randn(1, 9, 8)
+    _, state = one(seq)
+    low = {name: w.to(torch.bfloat16) for name, w in state.updates.items()}
+    rounded = {name: w.float() for name, w in low.items()}
+    assert_same(two(seq, prev_weights=low)[0], two(seq, prev_weights=rounded)[0], 1e-6)

@@ -1,0 +1,155 @@
+"""`sinkhorn`: the hyper-connections' numbers, exact gradients, one operation to the compiler; and its Triton kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compare import assert_same
+from hyper_connections.mHCv2 import sinkhorn_knopps
+
+from titans_pytorch import MemoryAsContextTransformer
+from titans_pytorch.ops.sinkhorn import EPS, plain_backward, plain_forward, sinkhorn
+
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+
+
+def problem(*shape, dtype=torch.float32, device='cpu'):
+    """Matrices cut out of a larger tensor, as hyper-connections cut theirs."""
+    size = shape[-1]
+    return (torch.randn(*shape[:-1], size + 1, dtype=dtype, device=device) * 2)[..., 1:]
+
+
+def by_loop(log_alpha, iters=20):
+    """The definition, in the precision of its input."""
+    x = (log_alpha - log_alpha.amax(dim=-2, keepdim=True).detach()).exp()
+    for _ in range(iters):
+        x = x / x.sum(dim=-2, keepdim=True).clamp(min=EPS)
+        x = x / x.sum(dim=-1, keepdim=True).clamp(min=EPS)
+    return x
+
+
+def with_gradient(function, log_alpha, *args):
+    log_alpha = log_alpha.detach().requires_grad_()
+    out = function(log_alpha, *args)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    return out, torch.autograd.grad((out * weights).sum(), log_alpha)[0]
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize('size', [1, 2, 3, 4, 5, 6, 7, 8, 17])
+def test_equals_hyper_connections(size, dtype):
+    log_alpha = problem(2, 3, size, size, dtype=dtype)
+    came, expected = with_gradient(sinkhorn, log_alpha), with_gradient(sinkhorn_knopps, log_alpha)
+    assert came[0].dtype == came[1].dtype == dtype
+    assert came[0].is_contiguous()
+    assert_same(came, expected, 2**-8 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize('iters', [1, 2, 20])
+@pytest.mark.parametrize('shape', [(4, 4), (7, 3, 3), (2, 1, 5, 8, 8), (0, 4, 4)])
+def test_gradient_goes_through_every_iteration(shape, iters):
+    log_alpha = problem(*shape)
+    exact = with_gradient(by_loop, log_alpha.double(), iters)
+    assert_same(with_gradient(sinkhorn, log_alpha, iters), exact, 2e-6)
+
+    # the same without rounding
+    d_out = problem(*shape, dtype=torch.float64)
+    log_alpha = log_alpha.double().requires_grad_()
+    came = plain_forward(log_alpha, iters, EPS), plain_backward(d_out, log_alpha, iters, EPS)
+    out = by_loop(log_alpha, iters)
+    assert_same(came, (out, *torch.autograd.grad(out, log_alpha, d_out)), 1e-12)
+
+
+def test_second_gradient():
+    log_alpha = problem(3, 4, 4).requires_grad_()
+    results = []
+    for function in (sinkhorn, sinkhorn_knopps):
+        (first,) = torch.autograd.grad(function(log_alpha).pow(2).sum(), log_alpha, create_graph=True)
+        results.append((first, *torch.autograd.grad(first.pow(2).sum(), log_alpha)))
+    assert_same(*results, 1e-5)
+
+
+def implementations():
+    """Forward and backward: the plain ones, and the kernel's."""
+    yield plain_forward, plain_backward
+    pytest.importorskip('triton')
+    from titans_pytorch.ops.sinkhorn import triton as kernel
+
+    yield kernel.forward, kernel.backward
+
+
+@pytest.mark.parametrize('iters', [1, 5])
+def test_rows_of_next_to_nothing(iters):
+    # a row is divided by EPS at least, which is a constant; one of zeros stays so, and its gradient is finite
+    log_alpha, d_out = problem(3, 4, 4, device=DEVICE), problem(3, 4, 4, device=DEVICE)
+    log_alpha *= 0.1
+    log_alpha[0, 1] -= 28.5  # a sum of about EPS / 2
+    log_alpha[1, 2] -= 200
+    log_alpha[2, 3] -= 40
+    exact = log_alpha.double().requires_grad_()
+    (expected,) = torch.autograd.grad(by_loop(exact, iters), exact, d_out.double())
+    expected[1, 2] = 0
+    for forward, backward in implementations():
+        out, gradient = forward(log_alpha, iters, EPS), backward(d_out, log_alpha, iters, EPS)
+        assert_same(out, sinkhorn_knopps(log_alpha, iters), 1e-6)
+        assert_same(gradient, expected, 1e-5)
+        assert not gradient[1, 2].any()
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+@pytest.mark.parametrize('shape, iters', [((3, 1, 1), 2), ((7, 3, 3), 20), ((3, 13, 4, 4), 3), ((3, 16, 16), 2)])
+def test_kernel_equals_a_loop(shape, iters, dtype, poisoned):
+    pytest.importorskip('triton')
+    from titans_pytorch.ops.sinkhorn import triton as kernel
+
+    log_alpha, d_out = (problem(*shape, dtype=dtype, device=DEVICE) for _ in range(2))
+    exact = log_alpha.double().requires_grad_()
+    out = by_loop(exact, iters)
+    expected = out, *torch.autograd.grad(out, exact, d_out.double())
+
+    came = kernel.forward(log_alpha, iters, EPS), kernel.backward(d_out, log_alpha, iters, EPS)
+    assert came[0].dtype == came[1].dtype == dtype
+    assert_same(came, expected, {torch.float64: 1e-12, torch.float32: 5e-6}[dtype])
+
+
+def test_what_is_not_a_number_shows():
+    log_alpha = problem(2, 4, 4, device=DEVICE)
+    log_alpha[0, 1, 2] = float('nan')
+    for forward, _ in implementations():
+        out = forward(log_alpha, 2, EPS)
+        assert out[0].isnan().all() and out[1].isfinite().all()
+
+
+def test_one_operation_to_the_compiler():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([node.target for node in graph.graph.nodes if node.op == 'call_function'])
+        return graph
+
+    log_alpha = problem(2, 3, 4, 4, device=DEVICE)
+    twice = lambda x: sinkhorn(x * 2)  # noqa: E731
+    torch.compile(twice, fullgraph=True, backend=backend)(log_alpha)
+    assert len(graphs) == 1 and len(graphs[0]) <= 4  # the product, two conversions, and this
+    compiled = torch.compile(twice, fullgraph=True, backend='aot_eager')
+    assert_same(with_gradient(compiled, log_alpha), with_gradient(twice, log_alpha), 1e-7)
+
+
+def test_operations_are_what_they_say():
+    log_alpha, d_out = (problem(2, 3, 4, 4, device=DEVICE).detach().requires_grad_() for _ in range(2))
+    checks = 'test_schema', 'test_autograd_registration', 'test_faketensor'
+    torch.library.opcheck(torch.ops.titans_pytorch.ops.sinkhorn.default, (log_alpha, 20), test_utils=checks)
+    torch.library.opcheck(torch.ops.titans_pytorch.sinkhorn_backward.default, (d_out, log_alpha, 20), test_utils=checks)
+
+
+def test_errors_say_what_came():
+    with pytest.raises(ValueError, match=r'square matrices \(…, s, s\), got \(2, 3\)'):
+        sinkhorn(torch.zeros(2, 3))
+    with pytest.raises(TypeError, match='floating-point'):
+        sinkhorn(torch.zeros(2, 2, dtype=torch.long))
+
+
+def test_every_hyper_connection_of_a_transformer_uses_it():
+    model = MemoryAsContextTransformer(num_tokens=8, dim=8, depth=2, segment_len=4, heads=1, dim_head=8)
+    used = [part.residual_mix_constraint_fn for part in model.modules() if hasattr(part, 'residual_mix_constraint_fn')]
+    assert len(used) == 6 and all(function is sinkhorn for function in used)

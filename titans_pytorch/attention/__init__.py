@@ -1,0 +1,1 @@
+"""Attention over segments and sliding windows, with persistent memory tokens."""

@@ -1,0 +1,85 @@
+"""Which keys a query may attend to, as small mask functions for FlexAttention and for everything else.
+
+A mask function is FlexAttention's `mask_mod`: (batch, head, query index, key index) to a boolean, elementwise. One
+definition serves the block masks of FlexAttention and, evaluated over positions, the boolean masks of plain attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, or_masks
+
+from titans_pytorch.utils.shapes import Bool, Int
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+# above this many (query, key) pairs the mask is built by a compiled function, which never holds all of them
+DENSE_PAIRS = 2**26
+
+
+def causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= key
+
+
+def same_window(size: int) -> MaskMod:
+    """Query and key lie in the same of the windows [0, size), [size, 2 · size), …"""
+
+    def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return query // size == key // size
+
+    return mask
+
+
+def within(distance: int) -> MaskMod:
+    """The key is at most `distance` positions back."""
+
+    def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return query - key <= distance
+
+    return mask
+
+
+def after_persistent(num_persistent: int, mask_mod: MaskMod) -> MaskMod:
+    """Keys begin with `num_persistent` that every query sees; `mask_mod` counts the others from 0."""
+
+    def is_persistent(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return key < num_persistent
+
+    def others(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return mask_mod(batch, head, query, key - num_persistent)
+
+    return or_masks(is_persistent, others)
+
+
+def segmented(window: int, sliding: bool) -> MaskMod:
+    """Causal attention inside windows, or to at most `window` positions back."""
+    return and_masks(causal, within(window) if sliding else same_window(window))
+
+
+def over_positions(
+    mask_mod: MaskMod, queries: Int[Tensor, '... i'], keys: Int[Tensor, '... j']
+) -> Bool[Tensor, '... i j']:
+    """`mask_mod` for every pair of a query position and a key position."""
+    none = torch.zeros((), dtype=torch.long, device=queries.device)
+    return mask_mod(none, none, queries.unsqueeze(-1), keys.unsqueeze(-2))
+
+
+@lru_cache(maxsize=64)
+def segmented_block_mask(
+    seq_len: int, window: int, num_persistent: int, sliding: bool, device: torch.device
+) -> BlockMask:
+    """FlexAttention's block mask of `segmented` with persistent keys in front; built once per shape and kept."""
+    mask_mod = after_persistent(num_persistent, segmented(window, sliding))
+    kv_len = seq_len + num_persistent
+    compiled = device.type == 'cuda' and seq_len * kv_len > DENSE_PAIRS
+    return create_block_mask(mask_mod, None, None, seq_len, kv_len, device=device, _compile=compiled)
+
+
+def create_mac_block_mask(seq_len: int, window_size: int, persist_mem_len: int, sliding: bool = False) -> BlockMask:
+    """`segmented_block_mask` on the accelerator, or on the CPU without one, under the reference's name."""
+    device = torch.accelerator.current_accelerator() or torch.device('cpu')
+    return segmented_block_mask(seq_len, window_size, persist_mem_len, sliding, device)

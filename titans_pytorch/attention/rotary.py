@@ -1,0 +1,140 @@
+"""Rotary positions from explicit indices, and causal attention whose keys may come from a cache.
+
+Rotary embedding: RoFormer, https://arxiv.org/abs/2104.09864
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from titans_pytorch.utils.parameters import fill
+from titans_pytorch.utils.shapes import Float, Int
+
+KeyValues = tuple[Float[Tensor, 'b h n d'], Float[Tensor, 'b h n d']]
+
+
+class Rotary(RotaryEmbedding):
+    """The frequencies of a rotary embedding of `dim` features.
+
+    Without the buffers in which the base class keeps angles, which `rotate` computes: a state dict then holds all that
+    the module does.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__(dim, cache_if_possible=False, cache_max_seq_len=0)
+        self.dim = dim
+        del self.cached_freqs, self.dummy
+
+    def reset_parameters(self) -> None:
+        exponents = torch.arange(0, self.dim // 2 * 2, 2, device=self.device).float() / self.dim
+        fill(self.freqs, 1.0 / 10000.0**exponents)
+
+    @property
+    def device(self) -> torch.device:
+        return self.freqs.device
+
+    def forward(
+        self, t: Float[Tensor, '... n'], seq_len: int | None = None, offset: int = 0
+    ) -> Float[Tensor, '... n d']:
+        """The angles at positions `t`, in the precision of `freqs` but float32 at least; the rest has no effect."""
+        dtype = torch.promote_types(self.freqs.dtype, torch.float32)
+        # neighbouring features share an angle
+        return (t.to(dtype).unsqueeze(-1) * self.freqs.to(dtype)).repeat_interleave(2, dim=-1)
+
+    def get_seq_pos(
+        self, seq_len: int, device: Any = None, dtype: torch.dtype | None = None, offset: int = 0
+    ) -> Float[Tensor, ' n']:
+        positions = torch.arange(
+            offset, offset + seq_len, device=device or self.device, dtype=dtype or self.freqs.dtype
+        )
+        return positions / self.interpolate_factor
+
+
+def check_rotary_width(dim_head: int) -> None:
+    if dim_head < 3:
+        raise ValueError(f'dim_head must be at least 3, the smallest rotary dimension, got {dim_head}')
+
+
+def rotate(
+    rotary: RotaryEmbedding, t: Float[Tensor, 'b h n d'], positions: Int[Tensor, ' n']
+) -> Float[Tensor, 'b h n d']:
+    """Rotate `t` by the angles of `positions`.
+
+    Only the first features rotate where the rotary dimension is smaller than `d`. The angles have the precision of
+    `rotary.freqs`, float32 at least, whatever the dtype of `t`: bfloat16 cannot tell position 256 from 257. They are
+    computed anew rather than taken from the library's cache, whose precision depends on who filled it first.
+    """
+    dtype = torch.promote_types(rotary.freqs.dtype, torch.float32)
+    return apply_rotary_emb(rotary(positions.to(dtype) / rotary.interpolate_factor), t)
+
+
+def frequencies(rotary: RotaryEmbedding) -> Float[Tensor, ' d/2']:
+    """Angle per position of each pair of features, as precise as in `rotate`."""
+    dtype = torch.promote_types(rotary.freqs.dtype, torch.float32)
+    return rotary.freqs.detach().to(dtype) / rotary.interpolate_factor
+
+
+def rotary_causal_attention(
+    rotary: RotaryEmbedding,
+    q: Float[Tensor, 'b h i d'],
+    k: Float[Tensor, 'b h j d'],
+    v: Float[Tensor, 'b h j e'],
+) -> Float[Tensor, 'b h i e']:
+    """Softmax attention of the last `i` of `j` positions, each to itself and to all before it.
+
+    Queries and keys come unrotated, so that cached keys can be kept as they are and every call numbers its positions
+    from the start of the sequence.
+    """
+    q_len, k_len = q.shape[-2], k.shape[-2]
+    if q_len > k_len:
+        raise ValueError(f'q must not be longer than k, whose last positions it holds, got {q_len} and {k_len}')
+
+    positions = torch.arange(k_len, device=k.device)
+    q = rotate(rotary, q, positions[k_len - q_len :])
+    k = rotate(rotary, k, positions)
+
+    # is_causal aligns its mask to the first key, which is right only where there is a query for each key
+    mask = None
+    if 1 < q_len < k_len:
+        mask = torch.ones(q_len, k_len, dtype=torch.bool, device=k.device).tril(k_len - q_len)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=q_len == k_len)
+
+
+def flatten_cache(
+    cache: Any | None,  # tensors b h m d, in lists and tuples
+    batch: int,
+    heads: int,
+    dims: Sequence[int],
+) -> list[Tensor] | None:
+    """The tensors of a cache of keys and values, which must be as many as `dims`, of these widths, equally long."""
+    if cache is None:
+        return None
+    tensors = tree_leaves(cache)
+    if len(tensors) != len(dims):
+        raise ValueError(f'cache must hold {len(dims)} tensors of keys and values, got {len(tensors)}')
+    length = None
+    for tensor, dim in zip(tensors, dims):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f'cache must hold tensors of keys and values, got {type(tensor).__name__}')
+        if length is None and tensor.ndim == 4:
+            length = tensor.shape[-2]
+        if tensor.shape != (batch, heads, length, dim):
+            expected = f'(batch={batch}, heads={heads}, length={length}, dim={dim})'
+            raise ValueError(f'cache must hold keys and values {expected}, got {tuple(tensor.shape)}')
+    return tensors
+
+
+def extend_cache(
+    cached: Sequence[Float[Tensor, 'b h m d']] | None, new: Sequence[Float[Tensor, 'b h n d']]
+) -> list[Float[Tensor, 'b h (m n) d']]:
+    """Cached keys and values followed by the new ones, tensor by tensor; without a cache, the new ones."""
+    if cached is None:
+        return list(new)
+    return [torch.cat(pair, dim=-2) for pair in zip(cached, new, strict=True)]

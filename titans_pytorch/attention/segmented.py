@@ -1,0 +1,433 @@
+"""Attention over segments, with persistent memory tokens: the short-term memory of a Titans model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from einops.layers.torch import Rearrange
+from torch import Tensor, nn
+from torch.nn import Linear
+from torch.nn.attention.flex_attention import flex_attention
+from x_transformers.attend import Attend
+
+from titans_pytorch.attention.masks import after_persistent, over_positions, segmented, segmented_block_mask
+from titans_pytorch.attention.rotary import KeyValues, Rotary, check_rotary_width, rotate
+from titans_pytorch.memory.modules import HeadsFirst
+from titans_pytorch.ops.token_attention import Position, Ring, ValueMix, attend_one, heads_of
+from titans_pytorch.utils.checks import (
+    check_broadcasts,
+    check_callable,
+    check_flags,
+    check_floating,
+    check_keywords,
+    check_not_negative,
+    check_positive,
+    check_shape,
+    checked_key_values,
+    flags_among,
+)
+from titans_pytorch.utils.parameters import InReferenceFormat, Resettable
+from titans_pytorch.utils.shapes import Float, divided
+
+
+class AttnIntermediates(NamedTuple):
+    """What an attention layer hands on besides its output."""
+
+    value_residual: Float[Tensor, 'b h n d']
+    """The values before any residual; those of the first layer are mixed into the later ones."""
+    cached_key_values: KeyValues
+    """Keys, not rotated, and values: those of the cache and of this call."""
+
+
+@cache
+def _compiled_flex_attention() -> Callable[..., Any]:
+    # uncompiled, it forms all scores; and compiling on import would load the compiler for everyone
+    return torch.compile(flex_attention)
+
+
+def segmented_flex_attention(
+    seq_len: int, window: int, num_persistent: int, sliding: bool, device: torch.device
+) -> Callable[..., Tensor]:
+    """FlexAttention with the segments' block mask: (queries, keys, values) to the attended values."""
+    block_mask = segmented_block_mask(seq_len, window, num_persistent, sliding, device)
+    attend = _compiled_flex_attention() if device.type == 'cuda' else cast(Callable[..., Any], flex_attention)
+    return partial(attend, block_mask=block_mask)
+
+
+class SegmentedAttention(Resettable, InReferenceFormat):
+    """Causal attention within a window of `segment_len + num_longterm_mem_tokens` positions.
+
+    Windows are blocks that do not see each other or, with `sliding`, each token sees that many positions back. Every
+    token also sees `num_persist_mem_tokens` learned keys and values (persistent memory, Titans eq. 19). Positions
+    are rotary.
+
+    Args:
+        dim: width of input and output.
+        segment_len: tokens of a segment.
+        num_persist_mem_tokens: learned keys and values that every token sees.
+        num_longterm_mem_tokens: memory tokens that stand in the sequence after each segment.
+        dim_head, heads: width and number of the heads.
+        sliding: windows that slide, instead of blocks.
+        accept_value_residual: mix the first layer's values into this layer's, by a learned share.
+        attend_kwargs: options of `x_transformers.attend.Attend`, for the path without FlexAttention.
+        use_flex_attn: use FlexAttention on a CUDA device.
+    """
+
+    keys_per_position = 1
+
+    def __init__(
+        self,
+        dim: int,
+        segment_len: int,
+        num_persist_mem_tokens: int = 0,
+        num_longterm_mem_tokens: int = 0,
+        dim_head: int = 64,
+        heads: int = 8,
+        sliding: bool = False,
+        accept_value_residual: bool = False,
+        attend_kwargs: Mapping[str, Any] = {},
+        use_flex_attn: bool = False,
+    ):
+        super().__init__()
+        dim, segment_len, dim_head, heads = check_positive(
+            dim=dim, segment_len=segment_len, dim_head=dim_head, heads=heads
+        )
+        num_persist_mem_tokens, num_longterm_mem_tokens = check_not_negative(
+            num_persist_mem_tokens=num_persist_mem_tokens, num_longterm_mem_tokens=num_longterm_mem_tokens
+        )
+        check_flags(**flags_among(locals(), SegmentedAttention))
+        check_keywords(attend_kwargs=attend_kwargs)
+        check_rotary_width(dim_head)
+        self.dim = dim
+        self.segment_len = segment_len
+        self.num_longterm_mem_tokens = num_longterm_mem_tokens
+        self.num_persist_mem_tokens = num_persist_mem_tokens
+        self.total_segment_len = segment_len + num_longterm_mem_tokens
+        self.sliding = sliding
+        self.use_flex_attn = use_flex_attn
+
+        dim_inner = dim_head * heads
+        self.norm = nn.RMSNorm(dim)
+        self.rotary_emb = Rotary(dim_head)
+        self.attend = Attend(causal=True, **attend_kwargs)
+        self.to_qkv = Linear(dim, dim_inner * 3, bias=False)
+        self.to_out = Linear(dim_inner, dim, bias=False)
+        self.to_learned_v_mix = (
+            nn.Sequential(Linear(dim, heads), HeadsFirst(heads), nn.Sigmoid()) if accept_value_residual else None
+        )
+        self.heads, self.dim_head = heads, dim_head
+        self.merge_heads = Rearrange('b h n d -> b n (h d)')
+        self.persistent_memory = (
+            nn.Parameter(torch.empty(2, heads, num_persist_mem_tokens, dim_head)) if num_persist_mem_tokens else None
+        )
+        self._reset_own()
+
+    def _reset_own(self) -> None:
+        if self.persistent_memory is not None:
+            nn.init.zeros_(self.persistent_memory)
+
+    def empty_parameters(self) -> dict[str, tuple[int, ...]]:
+        if self.persistent_memory is not None:
+            return {}
+        return {'persistent_memory': (2, self.heads, 0, self.dim_head)}
+
+    def forward(
+        self,
+        seq: Float[Tensor, 'b n d'],
+        value_residual: Float[Tensor, 'b h n d'] | None = None,
+        flex_attn_fn: Callable[..., Tensor] | None = None,
+        disable_flex_attn: bool = False,
+        output_gating: Float[Tensor, 'b n d'] | None = None,
+        cache: KeyValues | None = None,
+        *,
+        position: int | None = None,
+    ) -> tuple[Float[Tensor, 'b n d'], AttnIntermediates]:
+        """Attend.
+
+        Args:
+            seq: (batch, length, dim).
+            value_residual: the first layer's values, if `accept_value_residual`.
+            flex_attn_fn: FlexAttention with its block mask, to share one between layers. Default: made here.
+            disable_flex_attn: take the plain path for this call.
+            output_gating: factors on the output.
+            cache: keys and values of the positions just before `seq`: all of them, or as `trimmed` leaves them.
+            position: number of the first position of `seq`, with a cache. Default: the cache's length, which is
+                right for one that was never trimmed.
+        """
+        check_floating('seq', seq, self.norm.weight.dtype)
+        check_shape('seq', seq, batch=None, length=None, dim=self.dim)
+        check_flags(disable_flex_attn=disable_flex_attn)
+        if flex_attn_fn is not None:
+            check_callable(flex_attn_fn=flex_attn_fn)
+        if (value_residual is None) != (self.to_learned_v_mix is None):
+            given = 'got none' if value_residual is None else 'but this layer has accept_value_residual=False'
+            raise ValueError(f'value_residual must be given exactly where accept_value_residual=True, {given}')
+        if value_residual is not None:
+            batch, length, dim_head = *seq.shape[:2], self.dim_head
+            check_floating('value_residual', value_residual)
+            check_shape(
+                'value_residual', value_residual, batch=batch, heads=self.heads, length=length, dim_head=dim_head
+            )
+        if output_gating is not None:
+            check_broadcasts('output_gating', output_gating, seq)
+        if cache is not None:
+            cache, position = self.checked_cache('cache', cache, position, seq.shape[0])
+
+        queries, keys, values, own_values = self._project(seq, value_residual)
+
+        first = 0
+        if cache is not None:
+            first = 0 if position is None else position - cache[0].shape[-2]
+            keys, values = torch.cat((cache[0], keys), dim=-2), torch.cat((cache[1], values), dim=-2)
+
+        if cache is not None and seq.shape[1] <= self.total_segment_len:
+            out = self._attend_at_once(queries, keys, values, first)
+        elif self.use_flex_attn and seq.is_cuda and not disable_flex_attn:
+            out = self._attend_flex(queries, keys, values, first, flex_attn_fn)
+        else:
+            out = self._attend_windows(queries, keys, values, first)
+
+        out = self.to_out(self.merge_heads(out))
+        if output_gating is not None:
+            out = out * output_gating
+        return out, AttnIntermediates(own_values, (keys, values))
+
+    def checked_cache(self, name: str, cache: Any, position: Any, batch: int | None) -> tuple[KeyValues, int | None]:
+        """Keys and values of positions before `position`, if they are of this attention; and the position."""
+        key_values = checked_key_values(name, cache, batch, self.heads, self.dim_head)
+        if position is not None:
+            (position,) = check_not_negative(position=position)
+            if key_values[0].shape[-2] > position * self.keys_per_position:
+                raise ValueError(
+                    f'{name} must hold no more than the {position} positions before position={position}, '
+                    f'got {key_values[0].shape[-2] // self.keys_per_position}'
+                )
+        return key_values, position
+
+    def trimmed(self, key_values: KeyValues, position: int) -> KeyValues:
+        """What tokens from `position` on can still see: the last window if it slides, else the one not full yet."""
+        length, window = key_values[0].shape[-2], self.total_segment_len
+        keep = min(length, (window if self.sliding else position % window) * self.keys_per_position)
+        keys, values = (t[..., length - keep :, :].clone() for t in key_values)
+        return keys, values
+
+    # one position at a time, over buffers of constant size that are written in place
+
+    @property
+    def num_slots(self) -> int:
+        """How many positions a token can see, itself included."""
+        return self.total_segment_len + self.sliding
+
+    @property
+    def ring(self) -> Ring:
+        """How the buffers are laid out."""
+        return Ring(self.num_persist_mem_tokens, self.num_slots, self.keys_per_position, self.sliding)
+
+    def to_ring(self, key_values: KeyValues, position: int) -> KeyValues:
+        """Keys and values that tokens from `position` on can see, (b, h, persistent + `num_slots`, d).
+
+        The persistent ones come first, then a ring in which position p has slot p modulo `num_slots`. The keys are
+        rotated: a key is rotated once, not at every step.
+        """
+        keys, values = self.trimmed(key_values, position)
+        start = position - keys.shape[-2] // self.keys_per_position
+        slots = self.ring.slots(torch.arange(start, position, device=keys.device))
+        rings = []
+        for t in (self._rotated(keys, start), values):
+            ring = t.new_zeros(*t.shape[:2], self.num_slots * self.keys_per_position, t.shape[-1])
+            rings.append(ring.index_copy(2, slots, t))
+        return self._with_persistent(*rings)
+
+    def from_ring(self, buffers: KeyValues, position: int) -> KeyValues:
+        """The opposite: keys, not rotated, and values in the order of their positions."""
+        window = self.total_segment_len
+        start = position - (min(position, window) if self.sliding else position % window)
+        positions = torch.arange(start, position, device=buffers[0].device)
+        slots = self.ring.slots(positions) + self.num_persist_mem_tokens
+        keys, values = (t.index_select(2, slots) for t in buffers)
+        return rotate(self.rotary_emb, keys, -positions.repeat_interleave(self.keys_per_position)), values
+
+    def step(
+        self,
+        seq: Float[Tensor, 'b 1 d'],
+        buffers: KeyValues,
+        position: Position,
+        layer: int,
+        value_residual: Float[Tensor, 'b h 1 d'] | None = None,
+        output_gating: Float[Tensor, 'b 1 d'] | None = None,
+    ) -> tuple[Float[Tensor, 'b 1 d'], Float[Tensor, 'b h 1 d']]:
+        """`forward` for one position, which it writes into `buffers`; `layer` counts the attentions before this one.
+
+        Returns the output, and the values before any residual. Like FlexAttention it knows no `attend_kwargs`.
+        """
+        seq = self.norm(seq)
+        projected = self.to_qkv(seq)
+        mix = None
+        if self.to_learned_v_mix is not None and value_residual is not None:
+            mix = ValueMix(self.to_learned_v_mix, seq, value_residual)
+        out = self.to_out(attend_one(projected, buffers, self.ring, position, layer, mix))
+        return out if output_gating is None else out * output_gating, heads_of(projected, self.heads)[2]
+
+    # parts
+
+    def _project(self, seq: Tensor, value_residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        seq = self.norm(seq)
+        queries, keys, values = self._queries_keys_values(seq)
+        return queries, keys, self._mixed(values, value_residual, seq), values
+
+    def _queries_keys_values(self, seq: Float[Tensor, 'b n d']) -> Float[Tensor, '3 b h n d']:
+        return heads_of(self.to_qkv(seq), self.heads)
+
+    def _mixed(self, values: Tensor, value_residual: Tensor | None, seq: Tensor) -> Float[Tensor, 'b h n d']:
+        if self.to_learned_v_mix is None or value_residual is None:
+            return values
+        return values.lerp(value_residual.to(values.dtype), self.to_learned_v_mix(seq).to(values.dtype))
+
+    def _rotated(self, keys: Tensor, first: int) -> Tensor:
+        """`first` counts from the start of the sequence: persistent keys stand still, so it matters."""
+        positions = torch.arange(keys.shape[-2], device=keys.device) // self.keys_per_position + first
+        return rotate(self.rotary_emb, keys, positions)
+
+    def _rotated_queries(self, queries: Tensor, first: int) -> Tensor:
+        return rotate(self.rotary_emb, queries, torch.arange(first, first + queries.shape[-2], device=queries.device))
+
+    def _with_persistent(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if self.persistent_memory is None:
+            return keys, values
+        persistent = repeat(self.persistent_memory.to(keys.dtype), 'kv h p d -> kv b h p d', b=keys.shape[0])
+        return torch.cat((persistent[0], keys), dim=-2), torch.cat((persistent[1], values), dim=-2)
+
+    # three ways to attend, of one meaning: the last queries, to keys from position `first` on
+
+    def _attend_flex(
+        self, queries: Tensor, keys: Tensor, values: Tensor, first: int, attend: Callable | None
+    ) -> Tensor:
+        length = keys.shape[-2]
+        if attend is None:
+            attend = segmented_flex_attention(
+                length, self.total_segment_len, self.num_persist_mem_tokens, self.sliding, keys.device
+            )
+        num_cached = length - queries.shape[-2]
+        queries = self._rotated_queries(F.pad(queries, (0, 0, num_cached, 0)), first)
+        out = attend(queries, *self._with_persistent(self._rotated(keys, first), values))
+        return out[..., num_cached:, :]
+
+    def _attend_windows(self, queries: Tensor, keys: Tensor, values: Tensor, first: int) -> Tensor:
+        """Each window by itself; if it slides, beside the window before it."""
+        batch, length, window = queries.shape[0], queries.shape[-2], self.total_segment_len
+        num_cached = keys.shape[-2] - length
+        # windows are counted from the start of the sequence; what stands before `first` no query can see
+        lead = first % window
+        num_windows, in_last = divided(length, window, lead + num_cached)
+        trail = -in_last % window
+        num_windows += in_last > 0
+        queries, keys = self._rotated_queries(queries, first + num_cached), self._rotated(keys, first)
+        queries = F.pad(queries, (0, 0, lead + num_cached, trail))
+        keys, values = (F.pad(t, (0, 0, lead, trail)) for t in (keys, values))
+        by_window = (t.unflatten(2, (num_windows, window)) for t in (queries, keys, values))
+        queries, keys, values = (t.transpose(1, 2) for t in by_window)
+
+        mask = None
+        if self.sliding:
+            mask = self._window_mask(queries.shape[1], queries.device)
+            mask = repeat(mask, 'w i j -> (b w) 1 i j', b=batch)
+            keys, values = (torch.cat((_shifted(t), t), dim=-2) for t in (keys, values))
+
+        queries, keys, values = (t.flatten(0, 1) for t in (queries, keys, values))
+        out, _ = self.attend(queries, *self._with_persistent(keys, values), mask=mask)
+        out = out.unflatten(0, (batch, num_windows)).transpose(1, 2).flatten(2, 3)
+        return out[..., lead + num_cached : lead + num_cached + length, :]
+
+    def _window_mask(self, num_windows: int, device: torch.device) -> Tensor:
+        """(windows, queries, keys): keys are the persistent ones, the window before, and the window itself."""
+        positions = torch.arange(num_windows * self.total_segment_len, device=device).unflatten(0, (num_windows, -1))
+        persistent = torch.arange(self.num_persist_mem_tokens, device=device).expand(num_windows, -1)
+        # the first window has none before it: a position no query reaches
+        before = torch.where(positions < self.total_segment_len, positions.numel(), positions - self.total_segment_len)
+        keys = torch.cat((before, positions), dim=-1) + self.num_persist_mem_tokens
+        return over_positions(self._mask_mod, positions, torch.cat((persistent, keys), dim=-1))
+
+    def _attend_at_once(self, queries: Tensor, keys: Tensor, values: Tensor, first: int) -> Tensor:
+        """All queries to all keys, which are few where a piece of a sequence is short."""
+        positions = torch.arange(keys.shape[-2] // self.keys_per_position, device=keys.device)
+        num_cached = len(positions) - queries.shape[-2]
+        persistent = torch.arange(self.num_persist_mem_tokens, device=keys.device)
+        of_keys = positions.repeat_interleave(self.keys_per_position)
+        offset = first % self.total_segment_len
+        mask = over_positions(
+            self._mask_mod,
+            positions[num_cached:] + offset,
+            torch.cat((persistent, of_keys + offset + self.num_persist_mem_tokens)),
+        )
+        rotated_queries = self._rotated_queries(queries, first + num_cached)
+        keys, values = self._with_persistent(self._rotated(keys, first), values)
+        out, _ = self.attend(rotated_queries, keys, values, mask=rearrange(mask, 'i j -> 1 1 i j'))
+        return out
+
+    @property
+    def _mask_mod(self) -> Callable[..., Tensor]:
+        return after_persistent(self.num_persist_mem_tokens, segmented(self.total_segment_len, self.sliding))
+
+
+def _shifted(windows: Float[Tensor, 'b w h n d']) -> Tensor:
+    """The window before each; zeros before the first."""
+    return F.pad(windows, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
+
+
+class ContextAttention(SegmentedAttention):
+    """Attention within segments in which each position has two keys: its own, and that of its context.
+
+    The context is what long-term memory knew of the segment (Titans eq. 22, [persistent ‖ h ‖ segment]). Positions from
+    its own on see a context, as it tells of its token.
+    """
+
+    keys_per_position = 2
+
+    def forward(  # type: ignore[override]
+        self,
+        seq: Float[Tensor, 'b n d'],
+        context: Float[Tensor, 'b n d'],
+        cache: KeyValues | None = None,
+        position: int = 0,
+        **_: Any,
+    ) -> tuple[Float[Tensor, 'b n d'], AttnIntermediates]:
+        """Attend, in one segment: `seq` begins at `position` and does not go beyond the segment's end.
+
+        Args:
+            seq: (batch, length, dim).
+            context: of the same shape, for each position.
+            cache: keys and values of the positions just before `seq`.
+            position: number of the first position of `seq`.
+        """
+        queries, keys, values = self._two_keys(seq, context)
+        own_values, first = values, position
+        if cache is not None and position % self.total_segment_len:
+            first = position - cache[0].shape[-2] // self.keys_per_position
+            keys, values = torch.cat((cache[0], keys), dim=-2), torch.cat((cache[1], values), dim=-2)
+        out = self._attend_at_once(queries, keys, values, first)
+        return self.to_out(self.merge_heads(out)), AttnIntermediates(own_values, (keys, values))
+
+    def step(  # type: ignore[override]
+        self,
+        seq: Float[Tensor, 'b 1 d'],
+        buffers: KeyValues,
+        position: Position,
+        layer: int,
+        context: Float[Tensor, 'b 1 d'],
+        **_: Any,
+    ) -> tuple[Float[Tensor, 'b 1 d'], Float[Tensor, 'b h 2 d']]:
+        """`forward` for one position, which it writes into `buffers`; `layer` counts the attentions before this one."""
+        projected = self.to_qkv(self.norm(torch.cat((seq, context), dim=1)))
+        out = self.to_out(attend_one(projected, buffers, self.ring, position, layer))
+        return out, heads_of(projected, self.heads)[2]
+
+    def _two_keys(self, seq: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        queries, *own = self._queries_keys_values(self.norm(seq))
+        _, *others = self._queries_keys_values(self.norm(context))
+        keys, values = (torch.stack(pair, dim=-2).flatten(-3, -2) for pair in zip(own, others))
+        return queries, keys, values

@@ -1,0 +1,1 @@
+"""Sampling from any model, token by token over state of constant size."""

@@ -1,0 +1,1 @@
+"""The parts of `NeuralMemory`: chunks, weights over time, backends, states."""

@@ -1,0 +1,153 @@
+"""The small learned parts around a memory: norms, pooling of chunks, projections and gates."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor, nn
+from torch.nn import Linear, Module, Parameter
+
+from titans_pytorch.ops.norms import l2_norm
+from titans_pytorch.utils.parameters import Resettable
+from titans_pytorch.utils.shapes import Float
+
+
+class MultiheadRMSNorm(Module):
+    """RMS norm with a gain of `1 + gamma` for each head."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.rmsnorm = nn.RMSNorm(dim, elementwise_affine=False)
+        self.gamma = Parameter(torch.empty(heads, 1, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.gamma)
+
+    def forward(self, x: Float[Tensor, 'b h n d']) -> Float[Tensor, 'b h n d']:
+        return self.rmsnorm(x) * (self.gamma + 1.0)
+
+
+class AveragePool(Module):
+    """The mean of each chunk."""
+
+    def __init__(self, chunk_size: int):
+        super().__init__()
+        self.chunk_size = chunk_size
+
+    def forward(self, x: Float[Tensor, 'b n d'], chunk_size: int | None = None) -> Float[Tensor, 'b n d']:
+        return reduce(x, 'b (n c) d -> b n d', 'mean', c=chunk_size or self.chunk_size)
+
+
+class StartingAt(Linear):
+    """A linear map that at first is `start` for every input."""
+
+    def __init__(self, dim: int, dim_out: int, start: float):
+        self.start = start
+        super().__init__(dim, dim_out)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # what is drawn after this does not depend on `start`
+        nn.init.zeros_(self.weight)
+        nn.init.constant_(self.bias, self.start)
+
+
+def linear_from(dim: int, dim_out: int, start: float | None) -> Linear:
+    """A linear map, initialised at random or, for every input, at `start`."""
+    return Linear(dim, dim_out) if start is None else StartingAt(dim, dim_out, start)
+
+
+class AttentionPool(Resettable):
+    """A weighted mean of each chunk, weights learned per feature (Enformer); starts as the plain mean."""
+
+    def __init__(self, dim: int, chunk_size: int):
+        super().__init__()
+        self.chunk_size = chunk_size
+        self.to_attn_logits = StartingAt(dim, dim, 0.0)
+
+    def forward(self, x: Float[Tensor, 'b n d'], chunk_size: int | None = None) -> Float[Tensor, 'b n d']:
+        x = rearrange(x, 'b (n c) d -> b n c d', c=chunk_size or self.chunk_size)
+        return (x * self.to_attn_logits(x).softmax(dim=-2)).sum(dim=-2)
+
+
+class L2Norm(Module):
+    """Rows of length 1, so that a product of two is their cosine."""
+
+    def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
+        return l2_norm(x)
+
+
+class CausalConv(Resettable):
+    """Each feature's own convolution over the tokens up to each one: of k − 1 + n tokens, what the last n give."""
+
+    def __init__(self, dim: int, kernel_size: int):
+        super().__init__()
+        self.conv = nn.Conv1d(dim, dim, kernel_size, groups=dim, bias=False)
+        self.reach = kernel_size - 1
+
+    def forward(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
+        if x.shape[1] == self.reach:  # which `conv1d` refuses
+            return x[:, self.reach :]
+        return self.conv(x.transpose(1, 2)).transpose(1, 2)
+
+
+def projection(dim: int, dim_out: int, activation: Module | None, conv_kernel: int | None = None) -> Module:
+    """A bias-free linear map, followed by a `CausalConv` and by `activation`, if there are any."""
+    linear = Linear(dim, dim_out, bias=False)
+    conv = () if conv_kernel is None else (CausalConv(dim_out, conv_kernel),)
+    parts = (linear, *conv, *(() if activation is None else (activation,)))
+    return linear if len(parts) == 1 else nn.Sequential(*parts)
+
+
+def pointwise(projection: Module) -> Module:
+    """A projection without its convolution."""
+    if not isinstance(projection, nn.Sequential):
+        return projection
+    return nn.Sequential(*(part for part in projection if not isinstance(part, CausalConv)))
+
+
+class Gated(Resettable):
+    """What attention gives, gated by what memory gives, both normalised with learned vectors (Titans, section 4.2)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(dim)
+        self.memory_norm = nn.RMSNorm(dim)
+
+    def forward(self, attended: Float[Tensor, 'b n d'], retrieved: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
+        dtype = self.attention_norm.weight.dtype  # which autocast may have lowered
+        return self.attention_norm(attended.to(dtype)) * self.memory_norm(retrieved.to(dtype)).sigmoid()
+
+
+class PerHead(Module):
+    """(b, n, h · g) to (b · h, n, g). Plain operations: a name of axes to look up takes longer than a small gate."""
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, 'bh n g']:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2).flatten(0, 1)
+
+
+class HeadsFirst(Module):
+    """Numbers for each head, (b, n, h · g), to where they scale that head's rows, (b, h, n, g)."""
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, 'b h n g']:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def gate(
+    dim: int, heads: int, per_head: int, activation: Module | None = None, start: float | None = None
+) -> nn.Sequential:
+    """Chunk representations (b, n, dim) to `per_head` numbers for each head and chunk, (bh, n, per_head).
+
+    With `start` the gate is the same for every input at first, at this logit.
+    """
+    to_gate = linear_from(dim, heads * per_head, start)
+    split = PerHead(heads)
+    return nn.Sequential(to_gate, split) if activation is None else nn.Sequential(to_gate, split, activation)

@@ -1,0 +1,1 @@
+"""The parts of every model: blocks around a residual stream, documents, states."""

@@ -1,0 +1,24 @@
+"""The feedforward of every block: gated by SiLU."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import Linear, Module
+
+from titans_pytorch.utils.checks import check_hidden_width
+from titans_pytorch.utils.shapes import Float
+
+
+class GEGLU(Module):
+    """One half gates the other, through SiLU: a SwiGLU, under the name that the reference gave it."""
+
+    def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
+        x, gate = x.chunk(2, dim=-1)
+        return F.silu(gate) * x
+
+
+def FeedForward(dim: int, mult: float = 4) -> nn.Sequential:
+    """A gated feedforward with as many weights as an ungated one of `mult` times the width."""
+    dim_inner = check_hidden_width('ff_mult', dim, mult, gated=True)
+    return nn.Sequential(nn.RMSNorm(dim), Linear(dim, dim_inner * 2), GEGLU(), Linear(dim_inner, dim))

@@ -1,0 +1,154 @@
+"""What models of sliding-window attention and neural memory have in common, but for how a block arranges the two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+from torch import nn
+from torch.nn import Module, ModuleDict
+
+from titans_pytorch.attention.segmented import SegmentedAttention
+from titans_pytorch.models.base import Transformer, checked_memory_settings, layers_with_memory
+from titans_pytorch.models.block import Block
+from titans_pytorch.models.feedforward import FeedForward
+from titans_pytorch.neural_memory import NeuralMemory
+from titans_pytorch.utils.checks import (
+    check_flags,
+    check_integer,
+    check_not_negative,
+    check_positive,
+    flags_among,
+)
+
+
+class HybridBlock(Block):
+    """A block of parts with names. Subclasses say which of them are branches of the residual stream, and how these are
+    arranged.
+
+    Args:
+        memory, attention: `None` where the layer has none.
+        connection: makes the connection of a branch to the residual stream.
+    """
+
+    branch_names: tuple[str, ...]
+
+    def __init__(
+        self,
+        dim: int,
+        memory: NeuralMemory | None,
+        attention: SegmentedAttention | None,
+        feedforward: nn.Sequential,
+        connection: Callable[[], Module],
+    ):
+        super().__init__()
+        self.memory = memory
+        self.attention = attention
+        self.feedforward = feedforward
+        present = [name for name in self.branch_names if getattr(self, name) is not None]
+        self.branches = ModuleDict({name: connection() for name in present})
+
+    @property
+    def connections(self) -> Sequence[Module | None]:
+        return [self.branches[name] if name in self.branches else None for name in self.branch_names]
+
+
+class HybridTransformer(Transformer):
+    """Blocks of one class over a vocabulary, or over embeddings. Not to be built itself: see its subclasses.
+
+    Args:
+        num_tokens: size of the vocabulary; `None` for a model of embeddings, without logits.
+        dim: width of the model.
+        depth: number of layers.
+        segment_len: how many positions back attention sees; and the default chunk size of the memories.
+        neural_memory_segment_len: chunk size of the memories: tokens stored as one step.
+        neural_memory_batch_size: memory-batch size of the memories, in tokens. Default: all gradients are taken at the
+            initial weights.
+        neural_memory_layers: layers that have a memory, counted from 1. Default: all.
+        neural_memory_model: memory network, copied for each layer. Default: that of `NeuralMemory`.
+        neural_memory_kwargs: further arguments of `NeuralMemory`.
+        num_persist_mem_tokens: learned keys and values that every token sees (persistent memory, Titans eq. 19).
+        dim_head, heads: width and number of attention heads.
+        ff_mult: width of the feedforward, relative to `dim`.
+        num_residual_streams: streams of the hyper-connections; 1 is a plain residual.
+        use_flex_attn: use FlexAttention on a CUDA device.
+        token_emb: a module from token ids, or from any features, to embeddings, in place of `nn.Embedding`.
+        checkpoint_layers: keep only the input of each layer for the backward, which computes the layer again. See
+            `NeuralMemory`'s `checkpoint_every` for long sequences, where even one layer is too much.
+    """
+
+    block: type[HybridBlock]
+    has_attention = True
+
+    def __init__(
+        self,
+        *,
+        num_tokens: int | None,
+        dim: int,
+        depth: int,
+        segment_len: int | None = None,
+        neural_memory_segment_len: int | None = None,
+        neural_memory_batch_size: int | None = None,
+        neural_memory_layers: Sequence[int] | None = None,
+        neural_memory_model: Module | None = None,
+        neural_memory_kwargs: Mapping[str, Any] = {},
+        num_persist_mem_tokens: int = 0,
+        dim_head: int = 64,
+        heads: int = 8,
+        ff_mult: float = 4,
+        num_residual_streams: int = 1,
+        use_flex_attn: bool = False,
+        token_emb: Module | None = None,
+        checkpoint_layers: bool = False,
+    ):
+        depth, num_residual_streams = check_positive(depth=depth, num_residual_streams=num_residual_streams)
+        (num_persist_mem_tokens,) = check_not_negative(num_persist_mem_tokens=num_persist_mem_tokens)
+        if self.has_attention or segment_len is not None:
+            segment_len = check_integer('segment_len', segment_len, 1)
+        if self.has_attention:
+            dim_head, heads = check_positive(dim_head=dim_head, heads=heads)
+        chunk_size = segment_len if neural_memory_segment_len is None else neural_memory_segment_len
+        chunk_size, neural_memory_batch_size = checked_memory_settings(
+            chunk_size, neural_memory_batch_size, neural_memory_model, neural_memory_kwargs
+        )
+        check_flags(**flags_among(locals(), HybridTransformer))
+        memory_layers = layers_with_memory(neural_memory_layers, depth)
+        super().__init__(num_tokens=num_tokens, dim=dim, token_emb=token_emb)
+        dim = self.dim
+        self.segment_len = segment_len
+        self.neural_memory_segment_len = chunk_size
+        self.neural_memory_batch_size = neural_memory_batch_size
+
+        def memory() -> NeuralMemory:
+            return NeuralMemory(
+                dim=dim,
+                chunk_size=self.neural_memory_segment_len,
+                batch_size=neural_memory_batch_size,
+                model=deepcopy(neural_memory_model),
+                **neural_memory_kwargs,
+            )
+
+        def attention() -> SegmentedAttention:
+            assert segment_len is not None
+            return SegmentedAttention(
+                dim=dim,
+                segment_len=segment_len,
+                dim_head=dim_head,
+                heads=heads,
+                num_persist_mem_tokens=num_persist_mem_tokens,
+                sliding=True,
+                use_flex_attn=use_flex_attn,
+            )
+
+        def block(layer: int, connection: Callable[[], Module]) -> HybridBlock:
+            own_memory = memory() if layer in memory_layers else None
+            own_attention = attention() if self.has_attention else None
+            return self.block(dim, own_memory, own_attention, FeedForward(dim, ff_mult), connection)
+
+        self._stack(
+            num_residual_streams,
+            lambda connection: [block(layer, connection) for layer in range(1, depth + 1)],
+            use_flex_attn,
+            checkpoint_layers,
+        )

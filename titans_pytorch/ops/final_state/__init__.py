@@ -1,0 +1,1 @@
+"""States of a matrix after a block of chunks."""

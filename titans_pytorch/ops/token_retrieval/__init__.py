@@ -1,0 +1,1 @@
+"""Retrieval from a memory MLP for a single token."""

@@ -1,0 +1,1 @@
+"""Argument checks, precision, parameters and calls of modules: helpers that know nothing of memories."""

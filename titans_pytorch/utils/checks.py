@@ -1,0 +1,276 @@
+"""Checks of what users pass in. Each error names the argument, what was expected and what came.
+
+Functions that return a value return the argument in its one normal form: sizes as `int` (NumPy integers, as JSON and
+configuration files give them, included), numbers as `float`, token ids as int64, masks as booleans.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from titans_pytorch.utils.functional import is_traced
+from titans_pytorch.utils.shapes import Bool, Int
+
+
+def described(value: Any) -> str:
+    """A wrong value for an error message: by its shape or its type where its `repr` is long."""
+    if isinstance(value, Tensor):
+        return f'a tensor {tuple(value.shape)} of {value.dtype}'
+    if isinstance(value, Module) or len(text := repr(value)) > 60:
+        return type(value).__name__
+    return text
+
+
+def type_of(value: Any) -> str:
+    """The type of a wrong value, with the cure for a state that was passed as the second positional argument."""
+    return type(value).__name__ + ('; pass a state by keyword, as state=' if hasattr(value, 'seq_index') else '')
+
+
+# sizes and numbers
+
+
+def check_integer(name: str, value: Any, at_least: int | None = None) -> int:
+    """`value` as an `int`; neither a boolean is one nor a float that happens to be whole."""
+    wanted = {None: 'an integer', 1: 'a positive integer'}.get(at_least, f'an integer of at least {at_least}')
+    if type(value) is not int and not isinstance(value, torch.SymInt):
+        is_boolean = isinstance(value, (bool, np.bool_)) or (isinstance(value, Tensor) and value.dtype == torch.bool)
+        if is_boolean or not hasattr(value, '__index__'):
+            raise TypeError(f'{name} must be {wanted}, got {described(value)}')
+        try:
+            value = operator.index(value)
+        except (TypeError, ValueError, RuntimeError):  # arrays and tensors that are no single integer
+            raise TypeError(f'{name} must be {wanted}, got {described(value)}') from None
+    if at_least is not None and value < at_least:
+        raise ValueError(f'{name} must be {wanted}, got {value}')
+    return value
+
+
+def check_positive(**sizes: Any) -> list[int]:
+    """Every size must be an integer of at least 1."""
+    return [check_integer(name, size, 1) for name, size in sizes.items()]
+
+
+def check_not_negative(**sizes: Any) -> list[int]:
+    """Every size must be an integer of at least 0."""
+    return [check_integer(name, size, 0) for name, size in sizes.items()]
+
+
+def check_integers(name: str, values: Any) -> list[int]:
+    """Several integers, from any iterable of them or from a tensor or array of one dimension."""
+    if isinstance(values, (Tensor, np.ndarray)):
+        values = values.tolist()
+    if not isinstance(values, Iterable) or isinstance(values, (str, bytes, Mapping)):
+        raise TypeError(f'{name} must be integers, in one dimension, got {described(values)}')
+    integers = []
+    for index, value in enumerate(values):
+        try:
+            integers.append(check_integer(f'{name}[{index}]', value))
+        except TypeError as cause:
+            raise TypeError(f'{name} must be integers, in one dimension: {cause}') from None
+    return integers
+
+
+def check_multiple(name: str, size: Any, of_name: str, of: int) -> int:
+    size = check_integer(name, size, 1)
+    if size % of:
+        raise ValueError(f'{name} must be a multiple of {of_name}={of}, got {size}')
+    return size
+
+
+def check_number(name: str, value: Any, *, above: float | None = None, at_least: float | None = None) -> float:
+    """`value` as a finite `float`."""
+    bound = f' above {above}' if above is not None else f' of at least {at_least}' if at_least is not None else ''
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f'{name} must be a number{bound}, got {described(value)}')
+    number = float(value)
+    fits = (above is None or number > above) and (at_least is None or number >= at_least)
+    if not (fits and math.isfinite(number)):
+        raise ValueError(f'{name} must be a finite number{bound}, got {value}')
+    return number
+
+
+def check_biases(**biases: Any) -> None:
+    """Every bias must be a finite number, or `None`."""
+    for name, bias in biases.items():
+        if bias is not None:
+            check_number(name, bias)
+
+
+def check_hidden_width(name: str, width: int, factor: Any, gated: bool = False) -> int:
+    """The hidden width of a feedforward network `factor` times as wide as its input; two thirds of it if `gated`."""
+    hidden = width * check_number(name, factor, above=0)
+    hidden = int(hidden * 2 / 3) if gated else int(hidden)
+    if hidden < 1:
+        raise ValueError(
+            f'{name} must give a hidden layer of at least one feature for a width of {width}, got {factor}'
+        )
+    return hidden
+
+
+# flags, functions and modules
+
+
+def check_flags(**flags: Any) -> None:
+    """Every flag must be a boolean: a truthy value of another type is an argument in the wrong place."""
+    for name, flag in flags.items():
+        if type(flag) is not bool and not isinstance(flag, np.bool_):
+            came = type_of(flag) if hasattr(flag, 'seq_index') else described(flag)
+            raise TypeError(f'{name} must be True or False, got {came}')
+
+
+def flags_among(arguments: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
+    """Those of a call's `arguments` that are flags of `function`: whose default is a boolean."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: arguments[p.name] for p in parameters if isinstance(p.default, bool)}
+
+
+def check_callable(**functions: Any) -> None:
+    for name, function in functions.items():
+        if not callable(function):
+            raise TypeError(f'{name} must be callable, got {described(function)}')
+
+
+def check_module(**modules: Any) -> None:
+    """Every module must be a `torch.nn.Module`, or `None`."""
+    for name, module in modules.items():
+        if module is not None and not isinstance(module, Module):
+            raise TypeError(f'{name} must be a torch.nn.Module, got {described(module)}')
+
+
+def check_keywords(**mappings: Any) -> None:
+    """Every mapping must hold keyword arguments for another call."""
+    for name, mapping in mappings.items():
+        if not isinstance(mapping, Mapping) or not all(isinstance(key, str) for key in mapping.keys()):
+            raise TypeError(f'{name} must be a mapping of keyword arguments, got {described(mapping)}')
+
+
+# tensors
+
+
+def check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f'{name} must be a tensor, got {type_of(value)}')
+
+
+def check_floating(name: str, value: Any, dtype: torch.dtype | None = None) -> None:
+    """`value` must be a floating-point tensor; of `dtype`, if given, unless autocast takes care of that."""
+    check_tensor(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f'{name} must be a floating-point tensor, got {value.dtype}')
+    if dtype is not None and value.dtype != dtype and not torch.is_autocast_enabled(value.device.type):
+        raise TypeError(f'{name} must be of {dtype}, as the parameters are, got {value.dtype}')
+
+
+def is_integral(value: Tensor) -> bool:
+    """Whether a tensor holds integers; booleans are none."""
+    return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+
+
+def check_shape(name: str, value: Tensor, **expected: int | None) -> None:
+    """`check_shape('seq', seq, batch=None, length=None, dim=16)`: `None` takes any size of at least 1."""
+    fits = value.ndim == len(expected) and all(
+        size >= 1 if want is None else size == want for size, want in zip(value.shape, expected.values())
+    )
+    if not fits:
+        wanted = ', '.join(axis if want is None else f'{axis}={want}' for axis, want in expected.items())
+        empty = ', none of them empty' if 0 in value.shape else ''
+        raise ValueError(f'{name} must be ({wanted}){empty}, got {tuple(value.shape)}')
+
+
+def check_broadcasts(name: str, value: Any, to: Tensor) -> None:
+    """`value` must be a floating-point tensor that a product with `to` leaves in the shape of `to`."""
+    check_floating(name, value)
+    sizes = [1] * (to.ndim - value.ndim) + [*value.shape]
+    if len(sizes) != to.ndim or not all(size == 1 or size == full for size, full in zip(sizes, to.shape)):
+        raise ValueError(f'{name} must broadcast to {tuple(to.shape)}, got {tuple(value.shape)}')
+
+
+def check_not_traced(name: str) -> None:
+    """`torch.jit.trace` writes every length, and every value that a forward computes from it, into its graph."""
+    if torch.jit.is_tracing():
+        raise RuntimeError(f'{name} cannot be traced by torch.jit.trace: use torch.export.export')
+
+
+def values_are_at_hand(value: Tensor) -> bool:
+    """Whether the values of a tensor can be read for a check.
+
+    On a GPU that would stop the stream, and in a compiled, exported or transformed function there are none.
+    """
+    return value.device.type == 'cpu' and not is_traced()
+
+
+def checked_mask(name: str, mask: Any, batch: int, length: int) -> Bool[Tensor, 'b n']:
+    """`mask` (batch, length) as booleans; integers must be 0 or 1, which is checked where `values_are_at_hand`."""
+    check_tensor(name, mask)
+    if mask.dtype != torch.bool and not is_integral(mask):
+        raise TypeError(f'{name} must be a boolean tensor, or hold the integers 0 and 1, got {mask.dtype}')
+    check_shape(name, mask, batch=batch, length=length)
+    if mask.dtype != torch.bool and values_are_at_hand(mask):
+        low, high = _bounds(mask)
+        if low < 0 or high > 1:
+            raise ValueError(f'{name} must hold the integers 0 and 1 only, got values in [{low}, {high}]')
+    return mask.bool()
+
+
+def checked_token_ids(
+    name: str, ids: Any, num_tokens: int | None, batch: int | None = None, length: int | None = None
+) -> Int[Tensor, 'b n']:
+    """Token ids of any integer dtype, (batch, length), as int64; each in [0, num_tokens) if `num_tokens` is known.
+
+    The range is read where `values_are_at_hand`; on a GPU the embedding kernel's own device-side assertion refuses
+    such ids.
+    """
+    check_tensor(name, ids)
+    if not is_integral(ids):
+        raise TypeError(f'{name} must hold integer token ids, got {ids.dtype}')
+    check_shape(name, ids, batch=batch, length=length)
+    ids = ids.long()
+    if num_tokens is not None and values_are_at_hand(ids):
+        low, high = _bounds(ids)
+        if low < 0 or high >= num_tokens:
+            raise ValueError(f'{name} must hold token ids in [0, num_tokens={num_tokens}), got ids in [{low}, {high}]')
+    return ids
+
+
+def _bounds(values: Tensor) -> tuple[int, int]:
+    low, high = values.long().aminmax()
+    return int(low), int(high)
+
+
+def checked_entries(entries: Any, batch: int) -> Int[Tensor, ' e']:
+    """Numbers of batch entries as a tensor, negative ones counted from the end."""
+    chosen = check_integers('entries', entries)
+    if not all(-batch <= entry < batch for entry in chosen):
+        raise ValueError(f'entries must be integers from {-batch} to {batch - 1}, got {chosen}')
+    return torch.tensor(chosen, dtype=torch.long) % batch
+
+
+def checked_state(name: str, state: Any, kind: Any) -> Any:
+    """`state` as one of `kind`, a named tuple; any tuple as long will do, as that of the reference."""
+    if not isinstance(state, tuple) or len(state) != len(kind._fields):
+        raise TypeError(f'{name} must be a {kind.__name__}, got {type(state).__name__}')
+    return kind(*state)
+
+
+def checked_key_values(name: str, value: Any, batch: int | None, heads: int, dim: int) -> tuple[Tensor, Tensor]:
+    """A pair of keys and values, (batch, heads, length, dim) each."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f'{name} must be a pair of keys and values, got {described(value)}')
+    for part in value:
+        check_floating(name, part)
+        fits = part.ndim == 4 and part.shape[1] == heads and part.shape[3] == dim
+        if not fits or (batch is not None and part.shape[0] != batch) or part.shape != value[0].shape:
+            axes = f'({"batch" if batch is None else f"batch={batch}"}, heads={heads}, length, dim_head={dim})'
+            raise ValueError(f'{name} must be keys and values {axes}, got {tuple(part.shape)}')
+    keys, values = value
+    return keys, values
