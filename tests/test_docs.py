@@ -142,3 +142,31 @@ def test_files_named_in_the_text_exist(page: Path) -> None:
 def test_every_page_is_in_the_navigation() -> None:
     listed = set(re.findall(r'^ +- (\S+\.md)$', (ROOT / 'mkdocs.yml').read_text(), re.MULTILINE))
     assert listed == {page.relative_to(ROOT / 'docs').as_posix() for page in PAGES if page != README}
+
+
+def tree(text: str) -> set[Path]:
+    """Paths in a file tree: each line holds paths, indented by two spaces per level, and after two more a comment."""
+    paths, parents = set(), [ROOT]
+    for line in text.splitlines():
+        indent, names = re.match(r'( *)(.*?)(?:  |$)', line).groups()
+        level = len(indent) // 2
+        for name in names.split(', '):
+            paths.add(parents[level] / name)
+        parents[level + 1 :] = [parents[level] / names]
+    return paths
+
+
+@pytest.mark.parametrize('page, heading', [(README, '## Files'), (ROOT / 'docs/architecture.md', '## Layout')])
+def test_file_trees_are_complete(page: Path, heading: str) -> None:
+    """A tree names files that exist, and every part of the package: its public modules, its folders, or all modules."""
+    ((_, text),) = blocks(page, 'text', section(page, heading))
+    named = tree(text)
+    assert [str(path) for path in named if not path.exists()] == []
+    if page == README:
+        parts = {path for path in PACKAGE.glob('*.py') if not path.name.startswith('_')}
+        parts |= {path.parent for path in PACKAGE.glob('*/__init__.py')}
+    else:
+        parts = {path for path in PACKAGE.rglob('*.py') if path.name != '__init__.py' and 'ops' not in path.parts}
+        parts |= {path.parent for path in PACKAGE.rglob('ops/*/__init__.py')}
+        parts |= {*PACKAGE.glob('ops/*.py')} - {PACKAGE / 'ops/__init__.py'}
+    assert sorted(str(path.relative_to(ROOT)) for path in parts - named) == []
