@@ -22,8 +22,6 @@ from titans_pytorch import ModelState, NeuralMemState
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {path.stem: path for path in sorted(fixtures.FOLDER.glob('*.pt'))}
-PICKLED = [name for name in FILES if name.startswith('pickled-')]
-OTHERS = [name for name in FILES if name not in PICKLED]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 CONTINUED: dict[str, Callable[[Any, dict[str, Any]], dict[str, Any]]] = {
@@ -97,7 +95,7 @@ def test_files_load_in_a_process_that_imports_only_the_package() -> None:
         '    torch.load(path, weights_only=True, mmap=True)\n'
         '    torch.load(path, weights_only=False)\n'
     )
-    paths = [str(FILES[name]) for name in OTHERS]
+    paths = [str(FILES[name]) for name in FILES]
     done = subprocess.run([sys.executable, '-c', program, *paths], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -109,9 +107,3 @@ def test_a_run_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     assert came.keys() == expected.keys()
     for key, losses in expected.items():
         assert came[key] == pytest.approx(losses, rel=1e-5), key
-
-
-@pytest.mark.parametrize('name', PICKLED)
-def test_modules_pickled_whole_load_and_compute_the_same(name: str) -> None:
-    saved = torch.load(FILES[name], weights_only=False)
-    assert_same(fixtures.output(saved['module'], saved['input']), saved['expected'], 1e-5)
