@@ -99,13 +99,13 @@ def test_examples_assert_their_results_and_keep_the_style(page: Path) -> None:
 
 @pytest.mark.parametrize('cls', [NeuralMemory, MemoryAsContextTransformer])
 def test_every_constructor_argument_has_a_row(cls: type) -> None:
-    rows = re.findall(r'^\| `(\w+)` \|', section(HYPERPARAMETERS, f'### `{cls.__name__}`'), re.MULTILINE)
+    rows = re.findall(r'^\| `(\w+)` \|', section(HYPERPARAMETERS, f'## `{cls.__name__}`'), re.MULTILINE)
     assert rows == list(inspect.signature(cls).parameters)
 
 
 @pytest.mark.parametrize('cls', [MemoryAsGateTransformer, MemoryAsLayerTransformer, LongTermMemoryModel])
 def test_the_arguments_of_the_other_models_are_named(cls: type) -> None:
-    text = section(HYPERPARAMETERS, '### The sliding-window models')
+    text = section(HYPERPARAMETERS, '## The sliding-window models')
     arguments = inspect.signature(cls).parameters.keys()
     assert arguments == {name for name in re.findall(r'`(\w+)`', text) if name in arguments}
 
@@ -156,7 +156,7 @@ def tree(text: str) -> set[Path]:
     return paths
 
 
-@pytest.mark.parametrize('page, heading', [(README, '## Files'), (ROOT / 'docs/architecture.md', '## Layout')])
+@pytest.mark.parametrize(('page', 'heading'), [(README, '## Files'), (ROOT / 'docs/architecture.md', '## Layout')])
 def test_file_trees_are_complete(page: Path, heading: str) -> None:
     """A tree names files that exist, and every part of the package: its public modules, its folders, or all modules."""
     ((_, text),) = blocks(page, 'text', section(page, heading))
