@@ -81,9 +81,8 @@ def _first_derivative(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None]:
 
 
 def _second_derivative(ctx: Any, d_d_log_alpha: Tensor) -> tuple[Tensor | None, ...]:
-    _, vjp = torch.func.vjp(
-        lambda d_out, log_alpha: _gradient(d_out, log_alpha, ctx.iters, ctx.eps), *ctx.saved_tensors
-    )
+    gradient = functools.partial(_gradient, iters=ctx.iters, eps=ctx.eps)
+    vjp = torch.func.vjp(gradient, *ctx.saved_tensors)[1]
     return *vjp(d_d_log_alpha), None, None
 
 
