@@ -4,8 +4,8 @@
     python benchmarks/pictures.py surprise retention     some of them
 
 Three pictures are computed here, by memories that were never trained: surprise along a text, retention of a fact, and
-which chunk answers. The others draw published figures: `mqar` and `needle` the tables of `RESULTS.md`, `learning` the
-rows of `learning.csv`.
+which chunk answers. The others draw published figures: `mqar` and `needle` the tables of `docs/benchmarks.md`,
+`learning` the rows of `learning.csv`.
 """
 
 from __future__ import annotations
@@ -302,7 +302,7 @@ def draw_which_chunk(small: bool) -> Figure:
 
 
 def results(section: str) -> list[dict[str, str]]:
-    """Rows of the table in a section of `RESULTS.md`, by the heads of their columns."""
+    """Rows of the table in a section of `docs/benchmarks.md`, by the heads of their columns."""
     text = RESULTS.read_text().split(f'<!-- {section} -->\n')[1].split(f'<!-- end of {section} -->')[0]
     heads, _, *rows = ([cell.strip() for cell in line.split('|')[1:-1]] for line in text.splitlines() if '|' in line)
     return [dict(zip(heads, row)) for row in rows]
