@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 
 import pytest
 import torch
@@ -265,13 +266,15 @@ def test_a_state_does_not_grow(name):
 
 
 BAD = [
-    ('MAC, paper order', {'num_longterm_mem_tokens': 2}, 'num_longterm_mem_tokens has no place in paper_order, got 2'),
-    ('MAC, paper order', {'sliding_window_attn': True}, 'sliding_window_attn has no place in paper_order'),
+    ('MAC, paper order', {'num_longterm_mem_tokens': 2}, 'num_longterm_mem_tokens cannot be combined with paper_order'),
+    ('MAC, paper order', {'sliding_window_attn': True}, 'sliding_window_attn cannot be combined with paper_order=True'),
     ('MAC, paper order', {'neural_memory_segment_len': 4}, 'segment_len must be a multiple of neural_memory_segment'),
     ('MAC, paper order', {'neural_memory_model': MemoryAttention(8)}, 'neural_memory_model mixes them'),
     ('MAG', {'neural_memory_layers': (3,)}, r'neural_memory_layers must be layers from 1 to depth=2, got \[3\]'),
     ('MAL', {'num_tokens': 0}, 'num_tokens must be a positive integer, got 0'),
     ('LMM', {'depth': 0}, 'depth must be a positive integer, got 0'),
+    ('MAG', {'neural_memory_model': nn.Linear(8, 4)}, 'neural_memory_model must keep the shape of its input'),
+    ('MAC', {'neural_memory_model': nn.ReLU()}, 'neural_memory_model must have parameters that are not frozen'),
 ]  # fmt: skip
 
 
@@ -335,3 +338,17 @@ def test_random_pieces_equal_one_pass():
             sizes.append(drawn.randint(1, left))
             left -= sizes[-1]
         assert_same(in_pieces(model, tokens, sizes)[0], whole, 1e-9)
+
+
+@torch.no_grad()
+def test_layers_free_keys_and_values_that_no_later_token_sees():
+    model, keys, alive = build('MAG', depth=3), [], []
+
+    def hook(module, args, out):
+        alive.append(sum(ref() is not None for ref in keys))
+        keys.append(weakref.ref(out[1].cached_key_values[0]))
+
+    for block in model.layers:
+        block.attention.register_forward_hook(hook)
+    model(ids(40), return_state=True)
+    assert alive == [0, 0, 0]
