@@ -127,13 +127,6 @@ class NeuralMemState(NamedTuple):
         return _rebuild_state, plain
 
 
-def outside_inference(t: Tensor) -> Tensor:
-    """A copy, where it was made in inference mode and is used outside: autograd takes no such tensors."""
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not t.is_inference():
-        return t
-    return t.clone()
-
-
 def _map_tensors(fn: Any, state: NeuralMemState) -> NeuralMemState:
     return NeuralMemState(*tree_map(lambda t: fn(t) if isinstance(t, Tensor) else t, tuple(state)))
 

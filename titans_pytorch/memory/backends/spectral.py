@@ -1,0 +1,73 @@
+"""The dual backend with spectral norm: momentum is orthogonalised before it is added to the weights.
+
+Newton–Schulz of a sum of products Xᵀ Δ is no such sum, so the matrix of every chunk is formed (Titans eq. 10, 13):
+
+    S_c = η_c S_{c−1} + s_c · X_cᵀ Δ_c    O_c = newton_schulz(S_c)    M_c = (1 − α_c) M_{c−1} + O_c
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from titans_pytorch.memory.backends.base import BlockStep, Gradients, Stored, Transition, stacked
+from titans_pytorch.memory.backends.dual import DualBackend
+from titans_pytorch.memory.chunks import Chunks, UpdateGates, WeightResidual
+from titans_pytorch.memory.fast_weights import StoredBlock
+from titans_pytorch.memory.reference import MemoryWeights, surprise
+from titans_pytorch.memory.schedule import Schedule
+from titans_pytorch.ops.momentum_scan import momentum_scan, vector_scan, weight_scan
+from titans_pytorch.ops.newton_schulz import newton_schulz
+from titans_pytorch.utils.precision import at_least_float32, operand_dtype
+
+
+class SpectralBackend(DualBackend):
+    """Gradients as in the dual backend; momentum and weights of every chunk by scans."""
+
+    def block_steps(
+        self,
+        chunks: Chunks,
+        residual: WeightResidual | None,
+        schedule: Schedule,
+        weights: MemoryWeights,
+        transition: Transition | None,
+    ) -> Iterator[BlockStep]:
+        blocks = schedule.blocks(self.preferred_chunks(chunks))
+        lengths = [block.num_chunks for block in blocks]
+        residuals = [None] * len(blocks) if residual is None else residual.split(lengths)
+        gates = chunks.update_gates().split(lengths)
+        for block, *own in zip(blocks, chunks.split(lengths), residuals, gates):
+            yield BlockStep(partial(self._store_spectral, *own), block.ends_batch)
+
+    def _store_spectral(
+        self, chunks: Chunks, residual: WeightResidual | None, gates: UpdateGates, weights: MemoryWeights
+    ) -> Stored:
+        gradients = self.gradients(chunks, weights.base, residual)
+        if len(gates.momentum) > 1:
+            return self._store_several_orders(gradients, gates, weights)
+        operands = operand_dtype(next(iter(weights.newest.values())))
+        gate = gates.momentum[0] if gates.momentum else None
+        dense, final, momentum = {}, {}, {}
+        for index, (name, newest) in enumerate(weights.newest.items()):
+            modulation = None if gates.modulation is None else at_least_float32(gates.modulation[index])
+            initial = None if gate is None else weights.momentum[name][0]
+            if name in gradients.inputs:
+                inputs, deltas = gradients.inputs[name], gradients.deltas[name]
+                factor = self._update_factor(inputs, deltas, modulation)
+                every, last = momentum_scan(inputs, deltas, factor, gate, initial, operands)
+                dense[name], final[name] = weight_scan(newton_schulz(every), gates.retention, newest, operands)
+            else:
+                update = self._dense_update(gradients.vectors[name].to(newest.dtype), None)
+                dense[name], final[name], last = vector_scan(update, modulation, gate, gates.retention, initial, newest)
+            if gate is not None and last is not None:
+                momentum[name] = last.unsqueeze(0)
+        return Stored(StoredBlock(dense, final), momentum, gradients.losses)
+
+    def _store_several_orders(self, gradients: Gradients, gates: UpdateGates, weights: MemoryWeights) -> Stored:
+        formed = {name: gradients.dense(name).to(newest.dtype) for name, newest in weights.newest.items()}
+        updates, orders = surprise(formed, gates, weights.momentum, self.over_chunks, self.max_grad_norm, True)
+        dense, final = {}, {}
+        for name, newest in weights.newest.items():
+            dense[name], final[name] = weight_scan(updates[name], gates.retention, newest, newest.dtype)
+        momentum = {name: stacked([order[:, -1] for order in own]) for name, own in orders.items()}
+        return Stored(StoredBlock(dense, final), momentum, gradients.losses)
