@@ -119,7 +119,7 @@ class _GatedScanBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> NoReturn:
-        refuse_second_derivatives('the accelerated scan')
+        refuse_second_derivatives('the accelerated scan')(ctx)
 
 
 def _accumulator(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:

@@ -17,9 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans_pytorch.ops._triton import plus
-
-OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+from titans_pytorch.ops._triton import TRITON_DTYPES, contiguous_inside, multiply_add, tile_size
 
 # what a program owns of a matrix's longer side, at most and at least, and the entries of it that a thread holds; the
 # least where there would be fewer programs than these. Sides of products are 16 or more; in float32 in full, products
@@ -133,8 +131,8 @@ def _momenta_backward_kernel(  # type: ignore[no-untyped-def]
         delta = tl.load(errors + chunk * error_chunk, mask=row_out, other=0.0)
         # rounded before it is turned, so that one copy in shared memory serves both ways round
         low = h.to(OPERAND)
-        d_x = plus(tl.zeros((ROWS, DIM), tl.float32), delta, tl.trans(low), PRECISION, OPERAND)
-        d_delta = plus(tl.zeros((ROWS, WIDTH), tl.float32), x, low, PRECISION, OPERAND)
+        d_x = multiply_add(tl.zeros((ROWS, DIM), tl.float32), delta, tl.trans(low), PRECISION, OPERAND)
+        d_delta = multiply_add(tl.zeros((ROWS, WIDTH), tl.float32), x, low, PRECISION, OPERAND)
         if scales is not None:
             of_scale = tl.sum(tl.sum(d_x * x.to(tl.float32), axis=1), axis=0)
             tl.store(d_scales + share + chunk * blocks, of_scale)
@@ -257,7 +255,7 @@ def momenta(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # bh n d e, and bh d e
     """The momentum after each chunk, and the last once more, in float32."""
-    inputs, errors, start = _rows_whole(inputs), _rows_whole(errors), _whole(start)
+    inputs, errors, start = contiguous_inside(inputs, 1), contiguous_inside(errors, 1), _whole(start)
     heads, chunks, rows, dim = inputs.shape
     width = errors.shape[-1]
     every = inputs.new_empty(heads, chunks, dim, width, dtype=out_dtype)
@@ -271,7 +269,7 @@ def momenta(
             inputs, errors, scales, gates, start, every, end,
             chunks, blocks_out, blocks_in * blocks_out,
             *inputs.stride()[:3], *errors.stride()[:3], *_strides(scales, 2), *_strides(gates, 2), *_strides(start, 1),
-            dim=dim, width=width, rows=rows, DIM=own_in, WIDTH=own_out, ROWS=_padded(rows),
+            dim=dim, width=width, rows=rows, DIM=own_in, WIDTH=own_out, ROWS=tile_size(rows),
             TENSOR_CORES=in_half, STAGES=STAGES, num_warps=warps,
         )  # fmt: skip
     return every, end
@@ -289,7 +287,8 @@ def momenta_backward(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `inputs`, `errors`, of `scales` and `gates`, stacked, those that there are, and of `start`."""
-    inputs, errors, start, every = _rows_whole(inputs), _rows_whole(errors), _whole(start), every.contiguous()
+    inputs, errors = contiguous_inside(inputs, 1), contiguous_inside(errors, 1)
+    start, every = _whole(start), every.contiguous()
     d_every, d_end = _contiguous(d_every), _contiguous(d_end)
     heads, chunks, rows, dim = inputs.shape
     width = errors.shape[-1]
@@ -312,8 +311,8 @@ def momenta_backward(
             parts_in, parts_out, d_scales, d_gates, d_start,
             heads, chunks, rows, blocks_out, blocks,
             *inputs.stride()[:3], *errors.stride()[:3], *_strides(scales, 2), *_strides(gates, 2), *_strides(start, 1),
-            dim=dim, width=width, ROWS=_padded(rows), DIM=own_in, WIDTH=own_out,
-            PRECISION=precision, OPERAND=OPERANDS[operand], STAGES=BACKWARD_STAGES, num_warps=warps,
+            dim=dim, width=width, ROWS=tile_size(rows), DIM=own_in, WIDTH=own_out,
+            PRECISION=precision, OPERAND=TRITON_DTYPES[operand], STAGES=BACKWARD_STAGES, num_warps=warps,
         )  # fmt: skip
     return _summed(parts_in, inputs.dtype), _summed(parts_out, errors.dtype), shares.sum(dim=-1), d_start
 
@@ -329,7 +328,8 @@ def over_time(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weights before each chunk (bh, n, f), those at the end (bh, f), the momentum at the end, and in float32 that
     before each chunk; without gates there is none."""
-    updates, momentum_start, weight_start = _rows_whole(updates), _whole(momentum_start), _rows_whole(weight_start)
+    updates, weight_start = contiguous_inside(updates, 1), contiguous_inside(weight_start, 1)
+    momentum_start = _whole(momentum_start)
     heads, chunks, features = updates.shape
     before = updates.new_empty(updates.shape, dtype=out_dtype)
     weight_end = updates.new_empty(heads, features, dtype=torch.float32)
@@ -363,9 +363,9 @@ def over_time_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `updates`, of `scales`, `gates` and `keep`, stacked, those that there are, and of both starts."""
     # the gradient of a run's weights is cut out of that of all runs'
-    d_before = None if d_before is None else _rows_whole(d_before)
+    d_before = None if d_before is None else contiguous_inside(d_before, 1)
     d_weight_end, d_momentum_end = _contiguous(d_weight_end), _contiguous(d_momentum_end)
-    updates, before, momenta = _rows_whole(updates), before.contiguous(), momenta.contiguous()
+    updates, before, momenta = contiguous_inside(updates, 1), before.contiguous(), momenta.contiguous()
     heads, chunks, features = updates.shape
     block, strips = _strips(features)
     shares, (d_scales, d_gates, d_keep) = _shares(updates, (scales, gates, keep), strips)
@@ -389,7 +389,7 @@ def _block(heads: int, dim: int, width: int, setting: tuple[int, int, int]) -> t
     """Rows and columns of a matrix that a program owns, and its warps."""
     short, long = sorted((dim, width))
     most, least, entries = setting
-    whole, own = _padded(short), min(most, _padded(long))
+    whole, own = tile_size(short), min(most, tile_size(long))
     while own > least and heads * triton.cdiv(long, own) < ENOUGH_PROGRAMS:
         own //= 2
     warps = min(MOST_WARPS, max(1, whole * own // (32 * entries)))
@@ -398,13 +398,8 @@ def _block(heads: int, dim: int, width: int, setting: tuple[int, int, int]) -> t
 
 def _strips(features: int) -> tuple[int, int]:
     """Features of a strip, and how many strips."""
-    block = min(STRIP, _padded(features))
+    block = min(STRIP, tile_size(features))
     return block, triton.cdiv(features, block)
-
-
-def _padded(size: int) -> int:
-    # the least that Triton multiplies
-    return max(16, triton.next_power_of_2(size))
 
 
 def _shares(like: Tensor, factors: tuple[Tensor | None, ...], blocks: int) -> tuple[Tensor, list[Tensor | None]]:
@@ -429,11 +424,6 @@ def _summed(parts: Tensor, dtype: torch.dtype) -> Tensor:
             parts, sums, sums.numel(), PARTS=len(parts), BLOCK=SUM_BLOCK, num_warps=4
         )
     return sums
-
-
-def _rows_whole(rows: Tensor) -> Tensor:
-    # chunks may be cut out of a longer sequence, but not features
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def _whole(start: Tensor | None) -> Tensor | None:
