@@ -37,9 +37,10 @@ class Chunks(NamedTuple):
         """Blocks of these lengths."""
         return [Chunks(*block) for block in zip(*_split(self, lengths))]
 
-    def only(self) -> Chunks:
-        """A single chunk, without the axis of chunks."""
-        return Chunks(*(None if t is None else t.squeeze(1) for t in self))
+    def at(self, index: int) -> Chunks:
+        """One chunk, without the axis of chunks."""
+        fields: Any = (None if t is None else t[:, index] for t in self)
+        return Chunks(*fields)
 
     def update_gates(self) -> UpdateGates:
         """The gates of each chunk's update, as factors."""
@@ -104,9 +105,7 @@ class WeightResidual(NamedTuple):
     def steps(self, name: str) -> Float[Tensor, 'bh n ...']:
         """The share of a parameter that is added before each chunk."""
         w = self.dense.get(name)
-        return scaled(
-            self.shares, self.weights.steps(name, self.first_step, self.shares.shape[1]) if w is None else w
-        )
+        return scaled(self.shares, self.weights.steps(name, self.first_step, self.shares.shape[1]) if w is None else w)
 
     def linear(self, name: str, x: Float[Tensor, 'bh n m d']) -> Float[Tensor, 'bh n m e']:
         """Rows of each chunk times the share of a matrix that is added before it."""
@@ -194,7 +193,9 @@ class Coefficients(NamedTuple):
         return cls._shifted(retention @ combined, initial_weights, orders, initial)
 
     @classmethod
-    def _shifted(cls, weights: Tensor, initial: Tensor, orders: list[Tensor], initial_orders: list[Tensor]) -> Coefficients:
+    def _shifted(
+        cls, weights: Tensor, initial: Tensor, orders: list[Tensor], initial_orders: list[Tensor]
+    ) -> Coefficients:
         """Coefficients from those of the weights and of each momentum after every chunk."""
         # the weights before chunk c + 1 are those after chunk c; before chunk 0 they are the initial ones
         at_first = F.pad(torch.ones_like(initial[:, :1, :1]), (0, initial.shape[2] - 1))

@@ -32,6 +32,17 @@ Weights = dict[str, Tensor]
 """Tensors by name of the memory network's parameter."""
 
 
+class MemoryWeights(NamedTuple):
+    """The weights of a memory between two chunks."""
+
+    base: Weights
+    """Weights at which gradients are taken, those at the start of the memory batch, (bh, …)."""
+    newest: Weights
+    """Weights after the last chunk, (bh, …)."""
+    momentum: Weights
+    """Momentum of each order, (o, bh, …); no entries without momentum."""
+
+
 class FactoredMatrix(NamedTuple):
     """A factored matrix over r blocks, in each of which t rows were stored."""
 
@@ -243,7 +254,7 @@ class FastWeights(Mapping[str, Tensor]):
             start = end
 
     def after_blocks(self, x: Float[Tensor, 'bh n c d'], first: int) -> Float[Tensor, 'bh n c d'] | None:
-        """Groups of rows, of steps from `first` on, that read the weights after all blocks; `None` if there are none."""
+        """The groups of rows, from step `first` on, that read the weights after all blocks; `None` without any."""
         start = self.num_steps - 1
         return x[:, max(start - first, 0) :] if first + x.shape[1] > start else None
 

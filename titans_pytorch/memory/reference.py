@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch.func import grad, vmap
 from torch.nn import Module
 
 from titans_pytorch.memory.chunks import Chunks, UpdateGates, WeightResidual, beside, scaled
-from titans_pytorch.memory.fast_weights import Weights
+from titans_pytorch.memory.fast_weights import MemoryWeights, Weights
 from titans_pytorch.memory.soft_clamp import soft_clamp_norm
 from titans_pytorch.ops.newton_schulz import newton_schulz
 from titans_pytorch.utils.functional import call_with_weights, transformed
@@ -27,18 +26,7 @@ LossFn = Callable[[Tensor, Tensor], Tensor]
 """Maps predictions and targets, (m, d) both, to a loss for each row, (m,)."""
 
 Recurrence = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Maps gates g, inputs x and an initial state to h = g · initial + x; for several chunks to h_c = g_c · h_{c−1} + x_c."""
-
-
-class MemoryWeights(NamedTuple):
-    """The weights of a memory between two chunks."""
-
-    base: Weights
-    """Weights at which gradients are taken, those at the start of the memory batch, (bh, …)."""
-    newest: Weights
-    """Weights after the last chunk, (bh, …)."""
-    momentum: Weights
-    """Momentum of each order, (o, bh, …); no entries without momentum."""
+"""Maps gates g, inputs x and an initial state to g · initial + x; for several chunks to h_c = g_c · h_{c−1} + x_c."""
 
 
 def default_loss_fn(pred: Float[Tensor, '... d'], target: Float[Tensor, '... d']) -> Float[Tensor, ...]:
@@ -59,6 +47,7 @@ def store_and_retrieve(
     spectral_norm: bool = False,
     transition: Callable[[Weights, Weights], Weights] = lambda base, newest: newest,
     residual: WeightResidual | None = None,
+    leading: int = 0,
 ) -> tuple[Float[Tensor, 'bh t d'], MemoryWeights, Float[Tensor, 'bh n m']]:
     """Retrieved values for the queries of a sequence, from its first token on, while its chunks are stored.
 
@@ -69,6 +58,8 @@ def store_and_retrieve(
         weights: those before the first token.
         transition: base weights of the next memory batch, from those of this one and the newest.
         residual: weights of another memory, of which a share is added before gradients are taken.
+        leading: rows of `queries` before the first token's, in its group: 1 for a network that mixes the rows of a
+            group, so that every group has as many rows as a chunk.
 
     Returns:
         the retrieved values, the weights after the last token, and the losses of the rows stored, unweighted.
@@ -76,10 +67,10 @@ def store_and_retrieve(
     gradient = transformed(vmap, gradient_of_chunk(network, loss_fn), randomness='different')
     base, newest, momentum = weights
     retrieved, losses = [], []
-    for step, tokens in groupby(range(queries.shape[1]), key=lambda t: (t + 1) // chunk_size):
+    for step, rows in groupby(range(queries.shape[1]), key=lambda row: (row - leading + 1) // chunk_size):
         if step > 0:
             # chunk number step − 1 is complete
-            chunk = Chunks(*(None if t is None else t[:, step - 1] for t in chunks))
+            chunk = chunks.at(step - 1)
             at = base if residual is None else {name: w + residual.steps(name)[:, step - 1] for name, w in base.items()}
             gradients, loss = gradient(at, chunk.keys, chunk.values, chunk.step_sizes)
             losses.append(loss)
@@ -91,7 +82,7 @@ def store_and_retrieve(
             momentum = {name: torch.stack(own) for name, own in orders.items()}
             if batch_size is not None and step * chunk_size % batch_size == 0:
                 base = newest = transition(base, newest)
-        retrieved.append(apply_network(network, newest, queries[:, [*tokens]]))
+        retrieved.append(apply_network(network, newest, queries[:, [*rows]]))
     return (
         torch.cat(retrieved, dim=1),
         MemoryWeights(base, newest, momentum),

@@ -1,8 +1,9 @@
 """The schedule of a memory, in integers alone: chunks, memory batches, and the weights that each token reads.
 
-Tokens are counted from 0 over all calls. Chunk c holds tokens c · C to (c + 1) · C − 1, where C is the chunk size, and is
-stored when its last token arrives. Token t reads the weights after ⌊(t + 1) / C⌋ complete chunks, so the last token of a
-chunk is the first to read the weights that the chunk leaves. A memory batch of B tokens is B / C consecutive chunks.
+Tokens are counted from 0 over all calls. Chunk c holds tokens c · C to (c + 1) · C − 1, where C is the chunk size, and
+is stored when its last token arrives. Token t reads the weights after ⌊(t + 1) / C⌋ complete chunks, so the last token
+of a chunk is the first to read the weights that the chunk leaves. A memory batch of B tokens is B / C consecutive
+chunks.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Schedule(NamedTuple):
         return cls(seq_index // chunk_size, num_chunks, None if batch_size is None else batch_size // chunk_size)
 
     def blocks(self, preferred: int | None) -> list[Block]:
-        """The chunks in blocks that end with a memory batch or have the preferred number of chunks (`None`: no limit)."""
+        """The chunks in blocks of the preferred number of chunks (`None`: no limit), cut where memory batches end."""
         blocks: list[Block] = []
         chunk, end = self.first_chunk, self.first_chunk + self.num_chunks
         while chunk < end:
@@ -70,10 +71,10 @@ class QueryGroups(NamedTuple):
     """Rows of queries cut into groups that read the same weights, all padded to one size."""
 
     first_step: int
-    """Complete chunks, counted from the chunk that the first query belongs to, before the weights of the first group."""
+    """Step of the weights that the first group reads; those before the chunk of the first query are step 0."""
     size: int
     """Rows of a group, padding included."""
-    count: int
+    number: int
     padding: tuple[int, int]
     """Rows of padding before the first query and after the last."""
 

@@ -19,7 +19,7 @@ def softclamp_max(t: Tensor, max_value: float) -> Tensor:
 
 
 def soft_clamp_factor(squared_norm: Tensor, max_norm: float) -> Tensor:
-    """Factors that move norms, given squared, as `softclamp_max` does; 1 for a gradient that is zero but for rounding."""
+    """Factors that move norms, given squared, as `softclamp_max` does; 1 for a gradient of rounding errors."""
     # the remainder of terms that cancel has no direction, and must not be raised to max / 2; a norm of 1 in its place
     # keeps value and gradient finite
     floor = ROUNDING_ERRORS * torch.finfo(squared_norm.dtype).eps * max_norm
@@ -29,8 +29,9 @@ def soft_clamp_factor(squared_norm: Tensor, max_norm: float) -> Tensor:
     return torch.where(negligible, torch.ones_like(factor), factor)
 
 
-def soft_clamp_norm(gradients: Tensor, max_norm: float, batch_axes: int) -> Tensor:
-    """Gradients scaled by `soft_clamp_factor` of their norm over all axes but the first `batch_axes`."""
+def soft_clamp_norm(gradients: Tensor, max_norm: float, batch_axes: int = 2) -> Tensor:
+    """Gradients scaled by `soft_clamp_factor` of their norm over all axes but the first `batch_axes`, here heads and
+    chunks."""
     squared = at_least_float32(gradients).flatten(batch_axes).square().sum(dim=-1)
     factor = soft_clamp_factor(squared, max_norm)
     return (gradients * factor.reshape(*factor.shape, *(1,) * (gradients.ndim - batch_axes))).to(gradients.dtype)

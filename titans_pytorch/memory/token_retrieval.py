@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
+from titans_pytorch.memory.backends.base import Backend
 from titans_pytorch.memory.fast_weights import Weights
 from titans_pytorch.memory.modules import MultiheadRMSNorm
-from titans_pytorch.memory.token_step import predict
 from titans_pytorch.memory_models import ResidualNorm, inner_mlp, mlp_matrices
 from titans_pytorch.ops import _dispatch
 from titans_pytorch.utils.precision import in_module_precision, network_autocast, network_rows
@@ -29,9 +29,7 @@ class Retrieval(NamedTuple):
     """What a memory's heads are, and what is around each."""
 
     heads: int
-    model: Module
-    broadcasts: bool
-    """Whether `model` takes weights with axes in front as it is."""
+    backend: Backend
     query_norm: Module
     value_norm: Module
     gate: nn.Sequential | None
@@ -53,10 +51,10 @@ def retrieve_one(
     kernel = _kernel_for(parts, weights, projected)
     if kernel is None:
         return plain_retrieve_one(parts, weights, projected, normed)
-    norm = parts.model.norm if isinstance(parts.model, ResidualNorm) else None
+    norm = parts.backend.network.norm if isinstance(parts.backend.network, ResidualNorm) else None
     return kernel.retrieve(
         projected,
-        mlp_matrices(parts.model, weights),
+        mlp_matrices(parts.backend.network, weights),
         _gain_and_eps(parts.query_norm),
         None if norm is None else (weights['norm.gamma'], norm.eps),
         None if parts.gate is None else (normed, parts.gate[0].weight),
@@ -70,7 +68,7 @@ def _kernel_for(parts: Retrieval, weights: Weights, projected: Tensor) -> Any:
     if not (asked and _dispatch.kernels_are_on()) or torch.is_grad_enabled():
         return None
     kernel = _kernel()
-    mlp = inner_mlp(parts.model)
+    mlp = inner_mlp(parts.backend.network)
     if kernel is None or mlp is None or len(mlp.weights) > 2:
         return None
     if type(parts.query_norm) not in (nn.Identity, MultiheadRMSNorm) or type(parts.value_norm) is not nn.Identity:
@@ -106,7 +104,7 @@ def plain_retrieve_one(
     queries = parts.query_norm(projected.unflatten(-1, (parts.heads, -1)).transpose(1, 2))
     with network_autocast(parts.dtype, projected.device):
         rows = network_rows(queries.flatten(0, 1), parts.dtype)
-        values = in_module_precision(predict(parts.model, weights, rows, parts.broadcasts), parts.dtype)
+        values = in_module_precision(parts.backend.apply(weights, rows), parts.dtype)
     values = parts.value_norm(values.unflatten(0, (-1, parts.heads)))
     if parts.gate is not None:
         values = values * parts.gate(normed)

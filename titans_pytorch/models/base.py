@@ -21,7 +21,7 @@ from titans_pytorch.attention.segmented import SegmentedAttention, segmented_fle
 from titans_pytorch.generation import sampling
 from titans_pytorch.generation.state import ModelState
 from titans_pytorch.generation.stepper import StepKind
-from titans_pytorch.memory.state import NeuralMemState, outside_inference, take_over
+from titans_pytorch.memory.state import NeuralMemState, copy_weights
 from titans_pytorch.models.block import Block, Carried, LayerBuffers, LayerState, Place
 from titans_pytorch.models.documents import IGNORED, Documents, checked_documents, continues
 from titans_pytorch.neural_memory import NeuralMemory
@@ -45,7 +45,7 @@ from titans_pytorch.utils.checks import (
     is_integral,
     values_are_at_hand,
 )
-from titans_pytorch.utils.functional import is_intercepted
+from titans_pytorch.utils.functional import is_intercepted, outside_inference
 from titans_pytorch.utils.parameters import Resettable, reset_parameters
 from titans_pytorch.utils.precision import at_least_float32
 from titans_pytorch.utils.shapes import Bool, Float, Int
@@ -499,7 +499,7 @@ class Transformer(Resettable):
         if kind.ends_chunk:
             self._chunk_ended(state)
             # only now: memories read the weights that earlier ones had before this step
-            take_over(memories)
+            copy_weights(memories)
 
     def _decoding_embedding(self, position: Int[Tensor, ' 1']) -> Any:
         """What `_embedded_one` needs of positions, if anything."""

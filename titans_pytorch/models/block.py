@@ -15,7 +15,7 @@ from torch.nn import Module
 from titans_pytorch.attention.rotary import KeyValues
 from titans_pytorch.attention.segmented import SegmentedAttention
 from titans_pytorch.generation.stepper import StepKind
-from titans_pytorch.memory.state import NeuralMemState, StepState
+from titans_pytorch.memory.state import MemoryBuffers, NeuralMemState
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.ops.hyper_connection import AddResidual, FoldedConnection, Streams, connect, connected, folded
 from titans_pytorch.ops.token_attention import Position
@@ -48,7 +48,7 @@ class LayerBuffers(NamedTuple):
     """The same as buffers of constant size for steps, and the weights of the block's connections."""
 
     key_values: KeyValues | None
-    memory: StepState | None
+    memory: MemoryBuffers | None
     connections: list[FoldedConnection | None]
 
 
@@ -147,7 +147,7 @@ class Block(Resettable):
 
     def step(
         self, x: Streams, carried: Carried, buffers: LayerBuffers, place: Place, attention_layer: int
-    ) -> tuple[Streams, Carried, StepState | None]:
+    ) -> tuple[Streams, Carried, MemoryBuffers | None]:
         """`forward` for one position; its streams stand in a dimension of their own. There were `attention_layer`
         attentions before.
 
@@ -171,7 +171,7 @@ class Block(Resettable):
         def remember(seq: Tensor) -> Tensor:
             nonlocal memory_state, memory_weights
             assert self.memory is not None and memory_state is not None
-            before = memory_state.last
+            before = memory_state.weights.newest
             accepts_weights = self.memory.to_learned_weight_residual_mix is not None
             retrieved, memory_state = self.memory.step(
                 seq,
@@ -196,7 +196,7 @@ class Block(Resettable):
         key_values, memory = state
         return LayerBuffers(
             None if self.attention is None else self.attention.to_ring(key_values, position),  # type: ignore[arg-type]
-            None if self.memory is None else self.memory.step_state(memory),  # type: ignore[arg-type]
+            None if self.memory is None else self.memory.to_buffers(memory),  # type: ignore[arg-type]
             [folded(connection) for connection in self.connections],
         )
 
@@ -205,5 +205,5 @@ class Block(Resettable):
         key_values, memory = buffers[:2]
         return LayerState(
             None if self.attention is None else self.attention.from_ring(key_values, position),  # type: ignore[arg-type]
-            None if self.memory is None else memory.closed(position, self.memory.step_sizes),  # type: ignore[union-attr]
+            None if self.memory is None else memory.to_state(position, self.memory.buffer_sizes),  # type: ignore[union-attr]
         )

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from titans_pytorch.memory.chunks import Chunks, WeightResidual, beside
-from titans_pytorch.memory.fast_weights import FastWeights, StoredBatches, StoredBlock, Weights
-from titans_pytorch.memory.reference import LossFn, MemoryWeights, one_chunk, surprise
+from titans_pytorch.memory.fast_weights import FastWeights, MemoryWeights, StoredBatches, StoredBlock, Weights
+from titans_pytorch.memory.reference import LossFn, one_chunk, surprise
 from titans_pytorch.memory.schedule import Schedule
 from titans_pytorch.ops.associative_scan import AssocScan
 from titans_pytorch.utils.shapes import Float
@@ -143,7 +143,7 @@ class Backend:
     @torch.no_grad()
     def store_chunk(self, chunk: Chunks, at: Weights, weights: MemoryWeights) -> MemoryWeights:
         """The weights after a block of one chunk, whose gradient is taken at `at`."""
-        gates = chunk.only().update_gates()
+        gates = chunk.at(0).update_gates()
         gradients = self.negative_gradients(chunk, at)
         updates, orders = surprise(
             gradients, gates, weights.momentum, one_chunk, self.max_grad_norm, self.spectral_norm

@@ -10,8 +10,8 @@ from torch.func import vmap
 
 from titans_pytorch.memory.backends.base import Backend, BlockStep, Stored, Transition, stacked
 from titans_pytorch.memory.chunks import Chunks, WeightResidual
-from titans_pytorch.memory.fast_weights import FastWeights, StoredBlock, Weights
-from titans_pytorch.memory.reference import MemoryWeights, apply_network, gradient_of_chunk, surprise
+from titans_pytorch.memory.fast_weights import FastWeights, MemoryWeights, StoredBlock, Weights
+from titans_pytorch.memory.reference import apply_network, gradient_of_chunk, surprise
 from titans_pytorch.memory.schedule import Schedule
 from titans_pytorch.utils.functional import call_with_weights, outside_inference, transformed
 from titans_pytorch.utils.shapes import Float
@@ -36,7 +36,9 @@ class DenseBackend(Backend):
         residuals = [None] * len(blocks) if residual is None else residual.split(lengths)
         for block, own, own_residual in zip(blocks, chunks.split(lengths), residuals):
 
-            def store(weights: MemoryWeights, own: Chunks = own, residual: WeightResidual | None = own_residual) -> Stored:
+            def store(
+                weights: MemoryWeights, own: Chunks = own, residual: WeightResidual | None = own_residual
+            ) -> Stored:
                 return self._store_block(own, residual, weights)
 
             yield BlockStep(store, block.ends_batch)

@@ -30,8 +30,8 @@ from titans_pytorch.memory.backends.base import (
 from titans_pytorch.memory.backends.exported import scan_chunks
 from titans_pytorch.memory.backends.fused_mlp import FusedMLP
 from titans_pytorch.memory.chunks import Chunks, Coefficients, WeightResidual, scaled
-from titans_pytorch.memory.fast_weights import Factors, FastWeights, StoredBlock, Weights
-from titans_pytorch.memory.reference import LossFn, MemoryWeights, default_loss_fn
+from titans_pytorch.memory.fast_weights import Factors, FastWeights, MemoryWeights, StoredBlock, Weights
+from titans_pytorch.memory.reference import LossFn, default_loss_fn
 from titans_pytorch.memory.schedule import Block, Schedule
 from titans_pytorch.memory.soft_clamp import soft_clamp_factor, soft_clamp_norm
 from titans_pytorch.memory_models import ResidualNorm, inner_mlp, mlp_matrices
@@ -112,8 +112,9 @@ class DualBackend(Backend):
     ) -> Iterator[BlockStep]:
         lengths = [block.num_chunks for block in blocks]
         residuals = [None] * len(blocks) if residual is None else residual.split(lengths)
-        for block, *own in zip(blocks, chunks.split(lengths), residuals, coefficients.unbind()):
-            yield BlockStep(partial(self._store_block, *own), block.ends_batch)
+        parts = zip(blocks, chunks.split(lengths), residuals, coefficients.unbind())
+        for block, own, own_residual, solved in parts:
+            yield BlockStep(partial(self._store_block, own, own_residual, solved), block.ends_batch)
 
     def _store_block(
         self, chunks: Chunks, residual: WeightResidual | None, coefficients: Coefficients, weights: MemoryWeights

@@ -10,8 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from titans_pytorch.memory.backends.base import Backend, Transition
 from titans_pytorch.memory.chunks import Chunks, WeightResidual
-from titans_pytorch.memory.fast_weights import FastWeights, StoredBlock
-from titans_pytorch.memory.reference import MemoryWeights
+from titans_pytorch.memory.fast_weights import FastWeights, MemoryWeights, StoredBlock
 from titans_pytorch.memory.schedule import Schedule
 from titans_pytorch.utils.shapes import Float
 

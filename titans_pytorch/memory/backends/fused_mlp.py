@@ -1,4 +1,4 @@
-"""The dual form of a memory MLP of one or two matrices under the default loss, by operations of `titans_pytorch.ops`."""
+"""The dual form of a memory MLP of one or two matrices under the default loss, by fused operations."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch.nn import Module
 
 from titans_pytorch.memory.backends.base import Gradients, Stored, stacked
 from titans_pytorch.memory.chunks import Chunks, Coefficients, WeightResidual
-from titans_pytorch.memory.fast_weights import FactoredBlocks, FastWeights, StoredBatches, Weights
-from titans_pytorch.memory.reference import MemoryWeights
+from titans_pytorch.memory.fast_weights import FactoredBlocks, FastWeights, MemoryWeights, StoredBatches, Weights
 from titans_pytorch.memory_models import ResidualNorm, inner_mlp
 from titans_pytorch.ops.inner_gradient import ResidualWeights, inner_gradient
 from titans_pytorch.ops.memory_batch_scan import memory_batch_scan
@@ -102,7 +101,10 @@ class FusedMLP(NamedTuple):
         first: int,
         after_blocks: Callable[[FastWeights, Tensor, int], Tensor],
     ) -> Float[Tensor, 'bh n c d']:
-        """Group k of `rows` through the network with the weights of step `first + k`; by `after_blocks` with the last."""
+        """Group k of `rows` through the network with the weights of step `first + k`.
+
+        `after_blocks` does so for the groups that read the weights after the last of the factored blocks.
+        """
         out, lengths = [], [block.num_steps for block in weights.blocks]
         gamma = None if self.gamma is None else weights.dense[self.gamma][:, :-1].split(lengths, dim=1)
         for index, padded, used in weights.by_block(rows, first):

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+from torch import Tensor
+
 from titans_pytorch.memory.backends.base import BlockStep, Gradients, Stored, Transition, stacked
 from titans_pytorch.memory.backends.dual import DualBackend
 from titans_pytorch.memory.chunks import Chunks, UpdateGates, WeightResidual
-from titans_pytorch.memory.fast_weights import StoredBlock
-from titans_pytorch.memory.reference import MemoryWeights, surprise
+from titans_pytorch.memory.fast_weights import MemoryWeights, StoredBlock
+from titans_pytorch.memory.reference import surprise
 from titans_pytorch.memory.schedule import Schedule
 from titans_pytorch.ops.momentum_scan import momentum_scan, vector_scan, weight_scan
 from titans_pytorch.ops.newton_schulz import newton_schulz
@@ -36,8 +38,8 @@ class SpectralBackend(DualBackend):
         lengths = [block.num_chunks for block in blocks]
         residuals = [None] * len(blocks) if residual is None else residual.split(lengths)
         gates = chunks.update_gates().split(lengths)
-        for block, *own in zip(blocks, chunks.split(lengths), residuals, gates):
-            yield BlockStep(partial(self._store_spectral, *own), block.ends_batch)
+        for block, own, own_residual, own_gates in zip(blocks, chunks.split(lengths), residuals, gates):
+            yield BlockStep(partial(self._store_spectral, own, own_residual, own_gates), block.ends_batch)
 
     def _store_spectral(
         self, chunks: Chunks, residual: WeightResidual | None, gates: UpdateGates, weights: MemoryWeights
@@ -48,6 +50,7 @@ class SpectralBackend(DualBackend):
         operands = operand_dtype(next(iter(weights.newest.values())))
         gate = gates.momentum[0] if gates.momentum else None
         dense, final, momentum = {}, {}, {}
+        last: Tensor | None
         for index, (name, newest) in enumerate(weights.newest.items()):
             modulation = None if gates.modulation is None else at_least_float32(gates.modulation[index])
             initial = None if gate is None else weights.momentum[name][0]
