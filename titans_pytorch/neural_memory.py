@@ -76,16 +76,16 @@ __all__ = [
 EMPTY = NeuralMemState(0, None, None, None, None)
 
 Surprises = tuple[Float[Tensor, 'b h n'], Float[Tensor, 'b h n']]
-"""Unweighted losses and step sizes of the rows stored, (batch, heads, rows)."""
+"""Losses, unweighted, and step sizes of the stored rows, (batch, heads, rows) each."""
 
 
 def default_adaptive_step_transform(adaptive_step: Tensor, max_lr: float = 1e-2) -> Tensor:
-    """Logits to step sizes in (0, max_lr)."""
+    """Step sizes in (0, `max_lr`), from logits."""
     return adaptive_step.sigmoid() * max_lr
 
 
 class NeuralMemory(Resettable, InReferenceFormat):
-    """A memory that learns at test time.
+    """Neural long-term memory that learns at test time.
 
     Each token yields a key, a value and a query. Storing is gradient descent of the memory network M on
     ‖M(k) − v‖², chunk by chunk, with momentum (the surprise S carries over) and forgetting:
@@ -93,78 +93,81 @@ class NeuralMemory(Resettable, InReferenceFormat):
         S_t = η_t S_{t−1} − θ_t ∇‖M(k_t) − v_t‖²          (Titans eq. 10)
         M_t = (1 − α_t) M_{t−1} + S_t                      (eq. 13)
 
-    where the step size θ is learned per token, momentum η and forgetting α per chunk. Retrieving is M(q). Token t
-    (counted from 0 over all calls) reads the weights after ⌊(t + 1) / chunk⌋ complete chunks, so the result does not
-    depend on how a sequence is cut into calls.
+    The step size θ is learned per token, momentum η and forgetting α per chunk. Retrieving is M(q). Token t, counted
+    from 0 over all calls, reads the weights after ⌊(t + 1) / chunk⌋ complete chunks, so the result does not depend on
+    how a sequence is split into calls.
 
-    Two lengths govern when weights change. A **chunk** is stored as one step: gradients of its tokens are summed and
-    it has one η and one α. A **memory batch** is a run of chunks whose gradients are all taken at the same base
-    weights, those at its start; this is what lets them run in parallel. Positions are counted over all calls.
+    Two lengths govern when weights change. A **chunk** is stored in one step: the gradients of its tokens are summed,
+    and it has one η and one α. A **memory batch** is a number of consecutive chunks whose gradients are all taken at
+    the same base weights, those at its start, so that they can be computed in parallel. Positions are counted over all
+    calls.
 
     Args:
         dim: width of the input and of the output.
-        chunk_size: tokens per chunk. A pair is (retrieve, store): the store size is the chunk; the other only names
-            how queries are grouped and changes no number.
-        batch_size: tokens per memory batch, a multiple of the chunk size. `None`: the base weights never move on,
-            and every gradient is taken at the initial weights.
-        dim_head: width of a head; `dim` by default, and necessarily so with one head.
-        heads: independent memories side by side, their outputs combined by a learned projection and gate.
-        model: the memory network, any module which maps (tokens, dim_head) to the same shape, has no buffers and, if
-            it mixes tokens, is causal. Default: `MemoryMLP(dim_head, **default_model_kwargs)`. Its weights with
+        chunk_size: tokens per chunk. Of a pair (retrieve, store), the store size is the chunk; the retrieve size is
+            accepted for compatibility and changes no number.
+        batch_size: tokens per memory batch, a multiple of the chunk size. `None`: the base weights never change, and
+            all gradients are taken at the initial weights.
+        dim_head: width of a head. Default: `dim`, which one head requires.
+        heads: independent memories, whose outputs a learned projection and gate combine.
+        model: the memory network, any module that maps (tokens, dim_head) to the same shape, has no buffers and, if it
+            mixes tokens, is causal. Default: `MemoryMLP(dim_head, **default_model_kwargs)`. Weights with
             `requires_grad=False` are constants, which neither the memory nor an optimizer changes.
-        store_memory_loss_fn: (prediction, target) to one loss a token. Default: mean squared error.
-        adaptive_step_transform: step-size logits to step sizes. Default: sigmoid times `default_step_transform_max_lr`.
+        store_memory_loss_fn: maps (prediction, target) to a loss per token. Default: mean squared error.
+        adaptive_step_transform: maps step-size logits to step sizes. Default: sigmoid times
+            `default_step_transform_max_lr`.
         default_step_transform_max_lr: the largest step size. A chunk is one step on the sum of its tokens' gradients,
-            and a memory batch takes all of its steps at the same weights: the longer either is, the smaller this must
-            be. `train_mac.py` uses 0.1 at chunks of 4 and memory batches of 128.
-        per_parameter_lr_modulation: learn a factor in (0, `max_mem_layer_modulation`) on the step of each parameter.
+            and all steps of a memory batch are taken at the same weights: the longer either is, the smaller this must
+            be. `train_mac.py` uses 0.1 with chunks of 4 and memory batches of 128.
+        per_parameter_lr_modulation: learn a factor in (0, `max_mem_layer_modulation`) for the step of each parameter.
         max_mem_layer_modulation: the largest such factor.
-        per_head_learned_parameters: initial weights of their own for each head, instead of shared ones.
-        attn_pool_chunks: pool a chunk for its gates by learned attention instead of the mean.
-        momentum: carry surprise over chunks.
-        momentum_order: how many times momentum is applied to itself.
-        learned_momentum_combine: mix the orders by learned weights, instead of using the last.
-        learned_combine_include_zeroth: let the plain surprise take part in that mix.
-        num_kv_per_token: keys and values each token stores.
-        qkv_receives_diff_views: the input is (3, batch, length, dim), for queries, keys and values.
+        per_head_learned_parameters: learn initial weights for each head; otherwise heads share them.
+        attn_pool_chunks: pool each chunk for its gates by learned attention instead of the mean.
+        momentum: carry surprise over from chunk to chunk.
+        momentum_order: number of times momentum is applied to itself.
+        learned_momentum_combine: combine the orders with learned weights instead of using the last one.
+        learned_combine_include_zeroth: include the surprise without momentum in that combination.
+        num_kv_per_token: keys and values that each token stores.
+        qkv_receives_diff_views: the input is (3, batch, length, dim), one view each for queries, keys and values.
         pre_rmsnorm: RMS norm of the input.
-        post_rmsnorm: RMS norm of what is retrieved, per head.
+        post_rmsnorm: RMS norm of the retrieved values, per head.
         qk_rmsnorm: RMS norm of queries and keys, per head; advised for stability.
         max_grad_norm: move the norm x of each parameter's gradient in each chunk to (tanh(2x / max) + 1) · max / 2,
-            so that it lies between half of this and all of it; small gradients grow. One below 64 machine epsilons of
-            `max_grad_norm` is left as it is: where terms cancel, all that remains is rounding.
-        use_accelerated_scan: run the dense engine's recurrences in a Triton kernel where there is a GPU. The dual
-            engine has none to run.
-        activation: applied to queries, keys and values.
-        init_adaptive_step_bias: start with step sizes the same for every token, at this logit.
-        init_momentum_bias: the same for momentum.
-        init_decay_bias: the same for forgetting, which also wears away the initial weights. By default it starts near
-            a half per chunk, which a deep memory may not survive; −3 or so keeps memory long at first.
-        accept_weight_residual: take the gradients at base weights plus a learned share of another memory's weights
+            between half of this bound and the bound; small gradients grow. A gradient below 64 machine epsilons of
+            `max_grad_norm` is left unchanged, because it consists of rounding errors.
+        use_accelerated_scan: run the recurrences of the dense engine in a Triton kernel on a GPU. The dual engine has
+            no such recurrences.
+        activation: activation of queries, keys and values.
+        init_adaptive_step_bias: initial logit of the step sizes, the same for every token.
+        init_momentum_bias: initial logit of momentum.
+        init_decay_bias: initial logit of forgetting, which also wears away the initial weights. The default starts near
+            a half per chunk, which a deep memory may not survive; about −3 keeps memory long at first.
+        accept_weight_residual: take gradients at the base weights plus a learned share of another memory's weights
             (`prev_weights`).
-        spectral_norm_surprises: orthogonalise each chunk's momentum by Newton–Schulz (Muon) before it is applied. Its
-            size, and with it that of the steps, then no longer matters, except for parameters that are no matrices.
+        spectral_norm_surprises: orthogonalise the momentum of each chunk by Newton–Schulz (Muon) before it is applied.
+            The size of momentum and steps then no longer matters, except for parameters that are not matrices.
         gated_transition: let the base weights move only part of the way at the end of a memory batch, by a learned
             share that starts at sigmoid(−5).
         mem_model_norm_add_residual: wrap the network as LN(f(x)) + x (TTT).
-        store_with_lookahead_value: pair each key with the value of the next row in its chunk, for one key per token the
-            next token's (arXiv 2601.00671). The last row of a chunk stores nothing, so that chunks of a single row
-            never do.
+        store_with_lookahead_value: pair each key with the value of the next row in its chunk, which is the next
+            token's if each token has one key (arXiv 2601.00671). The last row of a chunk stores nothing; chunks of a
+            single row never store anything.
         default_model_kwargs: arguments of the default network.
-        engine: how the memory is computed. 'dual' never forms a weight matrix per chunk, and serves networks that
-            send their products through `linear`; 'dense' forms them all, and serves any network; 'auto' is dual
-            where it can serve. The numbers are the same.
-        qk_l2norm: queries and keys of length 1, per head, in place of `qk_rmsnorm` (Titans, section 4.4).
-        conv_kernel: width of a depthwise causal convolution after each of the projections to queries, keys and values,
-            before the activation; the paper's architectures have one, after Mamba of width 4. A state then also holds
-            the tokens that it reaches.
-        channel_gate: gate what is retrieved for each channel, instead of each head; with one head, too.
-        checkpoint_every: keep only the state after every so many tokens for the backward, which computes the rest
-            again (activation checkpointing). What a training step holds is then one such stretch and a state for each,
-            for a third more work; `state.updates` is `None`. Needs the dual engine. Default: keep everything.
+        engine: backend of the memory. 'dual' forms no weight matrix per chunk and serves networks that send their
+            products through `linear`; 'dense' forms all of them and serves any network; 'auto' is 'dual' for every
+            network that it can serve. All give the same numbers.
+        qk_l2norm: scale queries and keys to length 1, per head, in place of `qk_rmsnorm` (Titans, section 4.4).
+        conv_kernel: width of a depthwise causal convolution after each projection to queries, keys and values, before
+            the activation. The paper's architectures have one; 4, as in Mamba, is usual. A state then also holds the
+            tokens that the convolutions still see.
+        channel_gate: gate the retrieved values per channel instead of per head; also with one head.
+        checkpoint_every: tokens per checkpoint segment (activation checkpointing). The backward pass recomputes
+            everything within a segment, so that a training step holds one segment and a state for each of the others,
+            for a third more work; `state.updates` is `None`. Requires the dual engine. Default: keep everything.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit, naming the argument, what was expected and what came.
+        ValueError, TypeError: for arguments that do not fit; the message names the argument, the expected value and
+            the given one.
     """
 
     def __init__(
@@ -264,7 +267,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         self.q_norm, self.k_norm = norm(), norm()
         self.split_kv_heads = Rearrange('b n (h u d) -> b h (n u) d', h=heads, u=num_kv_per_token)
 
-        # what is retrieved
+        # retrieved values
 
         self.multihead_rmsnorm = MultiheadRMSNorm(dim_head, heads) if post_rmsnorm else nn.Identity()
         self.combine_heads = Linear(dim_inner, dim, bias=False) if heads > 1 else nn.Identity()
@@ -298,7 +301,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         if self.transition_gate is not None:
             nn.init.constant_(self.transition_gate, -5.0)
 
-    # the reference's checkpoints, which hold the memory network twice
+    # checkpoints of the reference, which hold the memory network twice
 
     scalars = ('transition_gate',)
 
@@ -308,7 +311,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         super().write_reference(state_dict, prefix)
         for index, name in enumerate(self.memory_model_parameter_names):
             weight = state_dict[f'{prefix}memory_model_parameters.{index}']
-            # head 0's, for a module that is never trained, unless heads share their weights
+            # of head 0, for a module that is never trained, unless heads share their weights
             first = weight[0] if self.per_head_learned_parameters else weight
             state_dict[f'{prefix}memory_model.{name}'] = first.clone()
 
@@ -318,14 +321,14 @@ class NeuralMemory(Resettable, InReferenceFormat):
         for index, name in enumerate(self.memory_model_parameter_names):
             copy = state_dict.pop(f'{prefix}memory_model.{name}', None)
             key = f'{prefix}memory_model_parameters.{index}'
-            # both names are of one tensor there, and a file that keeps tensors once may have either
+            # there, both names denote one tensor, and a file that stores it once may have either
             if copy is not None and one_tensor and key not in state_dict and copy.shape == self._parameter_shapes[name]:
                 state_dict[key] = copy.reshape(self.init_weight_shape[index])
 
     # the memory network and its weights
 
     def _hold(self, model: Module) -> None:
-        """Take over a memory network: its weights as learned initial ones, the rest as a template."""
+        """Register the weights of a memory network as learned initial weights, and keep the rest as a template."""
         self._parameter_shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.memory_model_parameters = InitialWeights(model, self.heads if self.per_head_learned_parameters else None)
         self.memory_model_parameter_names = self.memory_model_parameters.names
@@ -334,9 +337,9 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
     @property
     def memory_model(self) -> Module:
-        """The memory network with the learned initial weights of the first head: an empty memory, to call or look at.
+        """The memory network with the learned initial weights of the first head: an empty memory, to call or inspect.
 
-        It is made anew at every access. Its weights are views of `memory_model_parameters`, which are what trains.
+        Every access makes a new module, whose weights are views of the trained `memory_model_parameters`.
         """
         initial = zip(self.memory_model_parameter_names, self.memory_model_parameters)
         first = {name: w[0] if self.per_head_learned_parameters else w.view_as(w) for name, w in initial}
@@ -344,12 +347,12 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
     @property
     def _network(self) -> Module:
-        """The memory network without weights, which are given at every use."""
+        """The memory network as a template, without weights."""
         return self.memory_model_parameters.network
 
     @property
     def memory_model_parameter_dict(self) -> TensorDict:
-        """The learned initial weights by name: (h, …), or (…) if the heads share them."""
+        """The learned initial weights by name, (h, …), or (…) if heads share them."""
         return TensorDict(self.memory_model_parameters())
 
     def train(self, mode: bool = True) -> NeuralMemory:
@@ -358,15 +361,14 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
     @property
     def _dtype(self) -> torch.dtype:
-        """The precision of the module. Parameters may be on another device than a call's tensors: offloaded ones are
-        brought in for a call of the module that holds them."""
+        """Precision of the module. (Offloaded parameters may be on another device than the tensors of a call.)"""
         return self.memory_model_parameters[0].dtype
 
     def init_weights(self, batch: int) -> TensorDict:
-        """Weights of an empty memory, per parameter (batch · heads, …), in float32 at least."""
+        """Weights of an empty memory, per parameter (batch · heads, …), in float32 or float64."""
         count = batch if self.per_head_learned_parameters else batch * self.heads
         named = self.memory_model_parameters()
-        # always copies: a state keeps them, and an optimizer changes the parameters in place
+        # copies, because a state keeps them and an optimizer changes the parameters in place
         copies = {name: p.repeat(count, *(1,) * len(self._parameter_shapes[name])) for name, p in named.items()}
         return TensorDict({name: at_least_float32(p) for name, p in copies.items()})
 
@@ -402,12 +404,12 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
     @property
     def mixes_tokens(self) -> bool:
-        """Whether the memory network's result for a row depends on other rows."""
+        """True if the memory network's output for a row depends on other rows."""
         return not getattr(self._network, 'rowwise', False)
 
     @property
     def _carries_queries(self) -> bool:
-        """Whether a query's result depends on the queries before it that read the same weights."""
+        """True if the value retrieved for a query depends on earlier queries that read the same weights."""
         return self.store_chunk_size > 1 and self.mixes_tokens
 
     # calls
@@ -426,37 +428,37 @@ class NeuralMemory(Resettable, InReferenceFormat):
         cache: NeuralMemState | None = None,
         store: bool = True,
     ) -> Any:
-        """Store a piece of a sequence, and retrieve for each of its tokens what the memory then knows.
+        """Store a sequence, or a piece of one, and retrieve a value for each of its tokens.
 
         Args:
-            seq: (batch, length, dim); (3, batch, length, dim), the views for queries, keys and values, if
-                `qkv_receives_diff_views`. Without the length axis, (batch, dim), it is a sequence of one token.
-            store_seq: what to store, if it is not `seq`; (2, batch, length, dim) with different views.
-            state: that of the call before. Pieces of any length may follow one another.
-            detach_mem_state: cut the returned state from the graph.
+            seq: (batch, length, dim); with `qkv_receives_diff_views` (3, batch, length, dim), the views for queries,
+                keys and values. Without the length axis, (batch, dim), it is a single token.
+            store_seq: the sequence to store, if it is not `seq`; (2, batch, length, dim) with different views.
+            state: the state that the previous call returned. Pieces may have any length.
+            detach_mem_state: detach the returned state from the graph.
             prev_weights: another memory's `state.updates`, if `accept_weight_residual`: over the tokens of this call,
-                or over the sequence from its first token on, this call's included.
-            store_mask: which tokens to store: booleans, or the integers 0 and 1, (batch, length). A masked token still
-                takes part in its chunk: it has step size 0, but the chunk counts it, and forgets when it is complete.
-                To leave the memory as it is, see `store`.
-            return_surprises: also return losses and step sizes, (batch, heads, rows) each, of the chunks completed.
+                or over the whole sequence, this call included.
+            store_mask: true for tokens to store: booleans, or the integers 0 and 1, (batch, length). A masked token has
+                step size 0 but remains part of its chunk: it takes part in the pooled gates, and the chunk decays when
+                it is complete. To leave the memory unchanged, see `store`.
+            return_surprises: also return losses and step sizes, (batch, heads, rows) each, of the completed chunks.
             ttt_batch_size: memory-batch length for this call, in place of `batch_size`.
-            cache: another name for `state`.
-            store: false to read without writing: all tokens read the weights after the last complete chunk, and the
-                state keeps its weights, momentum, position and open chunk. Queries go on: for convolutions, and for a
-                memory network that mixes tokens, which sees groups of a chunk's length.
+            cache: alias of `state`.
+            store: false to read without writing. All tokens then read the weights after the last complete chunk, and
+                the state keeps its weights, momentum, position and open chunk. Queries still count for convolutions,
+                and for a memory network that mixes tokens, which sees groups of the length of a chunk.
 
         Returns:
-            what was retrieved, (batch, length, dim), of a single token (batch, 1, dim); the state; and with
-            `return_surprises` the pair of surprises.
+            the retrieved values (batch, length, dim), with a length of 1 for a single token; the state; and, with
+            `return_surprises`, the pair of surprises.
 
         Raises:
-            ValueError, TypeError: for inputs and states that do not fit, naming the argument.
+            ValueError, TypeError: for inputs and states that do not fit; the message names the argument.
         """
         check_not_traced(type(self).__name__)
         if cache is not None:
             if state is not None:
-                raise ValueError('state and cache are two names for one argument: give one of them')
+                raise ValueError('state and cache are aliases: pass one of them')
             state = cache
 
         check_flags(detach_mem_state=detach_mem_state, return_surprises=return_surprises, store=store)
@@ -470,7 +472,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
             retrieved, next_state, surprises = self._checkpointed(pieces, state, prev_weights)
         else:
             retrieved, next_state, surprises = self._forward(call, state, prev_weights)
-        # a later call has no use for the initial weights, and a short one completes no chunk
+        # a later call does not use the initial weights, and a short one completes no chunk
         retrieved = depending_on(self.parameters(), retrieved)
         next_state = next_state.detach() if detach_mem_state else next_state
         return (retrieved, next_state, surprises) if return_surprises else (retrieved, next_state)
@@ -490,7 +492,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
     def _checkpointed(
         self, pieces: Iterable[Call], state: NeuralMemState, prev_weights: Mapping[str, Tensor] | None
     ) -> tuple[Float[Tensor, 'b n d'], NeuralMemState, Surprises]:
-        """Piece after piece, each of them computed again in the backward."""
+        """`_forward` piece by piece, each of which the backward pass recomputes."""
 
         def forward(piece: Call, state: NeuralMemState) -> Any:
             retrieved, after, surprises = self._forward(piece, state, prev_weights)
@@ -514,12 +516,18 @@ class NeuralMemory(Resettable, InReferenceFormat):
         mask: Bool[Tensor, 'b n'] | None = None,
         return_surprises: bool = True,
     ) -> Any:
-        """Store complete chunks of `seq` with all gradients at `weights`, retrieving nothing.
+        """Store the complete chunks of `seq` with all gradients at `weights`, without retrieving.
 
-        `past_state` is (weights, momentum) to go on from, `seq_index` the position of the first token, by which
-        `prev_weights` over a whole sequence are aligned. Returns the weights over time, per parameter
-        (bh, chunks + 1, …), the state, whose `cache_store_segment` holds the tokens of an incomplete chunk, and with
-        `return_surprises` the surprises.
+        Args:
+            seq: (batch, length, dim); (2, batch, length, dim) with different views.
+            weights: base weights, (bh, …) by parameter. Default: the initial weights.
+            past_state: weights and momentum to continue from. Default: `weights`, and no momentum.
+            seq_index: position of the first token, which aligns `prev_weights` over a whole sequence.
+            prev_weights, mask, return_surprises: as in `forward`, where `mask` is `store_mask`.
+
+        Returns:
+            the weights over time, (bh, chunks + 1, …) by parameter; the state, whose `cache_store_segment` holds the
+            tokens of the incomplete chunk; and, with `return_surprises`, the surprises.
         """
         check_flags(return_surprises=return_surprises)
         self._layout.check_store('seq', seq)
@@ -534,10 +542,10 @@ class NeuralMemory(Resettable, InReferenceFormat):
         return (next_state.updates, next_state, *((surprises,) if return_surprises else ()))
 
     def retrieve_memories(self, seq: Float[Tensor, 'b n d'], weights: Mapping[str, Tensor]) -> Float[Tensor, 'b n d']:
-        """What `weights` know of `seq`, which begins at a chunk's start.
+        """Values retrieved with `weights` for `seq`, which begins at the start of a chunk.
 
-        `weights` per parameter: (bh, chunks + 1, …), as `state.updates`, of which token t reads entry
-        ⌊(t + 1) / chunk⌋; or (bh, …), as `state.weights`; or the initial weights.
+        `weights` by parameter: over time, (bh, chunks + 1, …), like `state.updates`, of which token t reads entry
+        ⌊(t + 1) / chunk⌋; constant, (bh, …), like `state.weights`; or the initial weights.
         """
         self._layout.check_rows('seq', seq)
         over_time = self._layout.over_time('weights', weights, seq.shape[0])
