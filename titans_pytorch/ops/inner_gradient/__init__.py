@@ -607,18 +607,3 @@ def _gelu_curvature(h: Tensor) -> Tensor:
     """gelu″ = (2 − h²) φ, with the density φ of the normal distribution"""
     squared = h.square()
     return (2 - squared) * (-squared / 2).exp() / math.sqrt(2 * math.pi)
-
-
-ResidualWeights = Added
-
-
-class InnerGradient(NamedTuple):
-    hidden: Tensor
-    hidden_deltas: Tensor
-    deltas: Tensor
-    gamma_gradient: Tensor
-    losses: Tensor
-
-
-def inner_gradient(*args: Any) -> InnerGradient:
-    return InnerGradient(*record(*args))

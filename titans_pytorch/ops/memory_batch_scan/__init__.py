@@ -381,21 +381,3 @@ def _as_vectors(gammas: Tensor) -> Tensor:
 def _stacked(own: tuple[Tensor, ...]) -> Tensor:
     """Over memory batches, where there is something."""
     return torch.stack(own, dim=1) if own[0].numel() else own[0].new_empty(0)
-
-
-class MemoryBatches(NamedTuple):
-    first_initial: Tensor
-    last_initial: Tensor
-    gamma_initial: Tensor
-    first_final: Tensor
-    last_final: Tensor
-    gamma_final: Tensor
-    hidden: Tensor
-    hidden_deltas: Tensor
-    deltas: Tensor
-    gamma_gradient: Tensor
-    losses: Tensor
-
-
-def memory_batch_scan(*args: Any) -> MemoryBatches:
-    return MemoryBatches(*walk(*args))

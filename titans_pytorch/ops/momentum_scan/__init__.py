@@ -476,6 +476,3 @@ def plain_over_time_backward(
     d_updates = d_scaled if scales is None else scales.unsqueeze(-1) * d_scaled
     of_momentum = nothing.new_empty(0) if momentum_start is None else d_momentum
     return d_updates.to(updates.dtype), torch.stack(d_factors), of_momentum, d_weight
-
-
-momentum_scan, weight_scan, vector_scan = momenta, weights_over_time, vectors_over_time

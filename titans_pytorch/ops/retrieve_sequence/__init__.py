@@ -358,7 +358,3 @@ class _Over(NamedTuple):
         d_shares = (x.unsqueeze(2) * back).sum(dim=-1).unflatten(3, chunks).sum(dim=-1).mT
         d_starts = self.times((self.shares * x.unsqueeze(2)).mT, g.unsqueeze(2))
         return [d_x, d_mix, d_shares, d_starts, self.times(mixed.mT, x), self.times((scores * self.mix).mT, g)]
-
-
-FactoredMatrix = Matrix
-retrieve_sequence = retrieve
