@@ -78,17 +78,17 @@ BAD_MEMORIES = [
 ]
 BOUNDS = ['max_grad_norm', 'default_step_transform_max_lr', 'max_mem_layer_modulation']
 BAD_MEMORIES += [
-    (dict([(name, value)]), ValueError, f'{name} must be a finite number above 0, got {value}')
+    ({name: value}, ValueError, f'{name} must be a finite number above 0, got {value}')
     for name in BOUNDS
     for value in (0, -1, NAN, INF)
 ]
 BAD_MEMORIES += [
-    (dict([(name, value)]), ValueError, f'{name} must be a finite number, got {value}')
+    ({name: value}, ValueError, f'{name} must be a finite number, got {value}')
     for name in ('init_adaptive_step_bias', 'init_momentum_bias', 'init_decay_bias')
     for value in (NAN, INF, -INF)
 ]
 BAD_MEMORIES += [
-    (dict([(name, '1')]), TypeError, f"{name} must be a number.*, got '1'") for name in (*BOUNDS, 'init_decay_bias')
+    ({name: '1'}, TypeError, f"{name} must be a number.*, got '1'") for name in (*BOUNDS, 'init_decay_bias')
 ]
 
 
@@ -207,7 +207,7 @@ def test_a_refused_call_loses_nothing():
     _, state = mem(seq[..., :7, :])
     kept = copy.deepcopy(state.detach())
     for kwargs in (dict(ttt_batch_size=3), dict(store_mask=torch.ones(1, 1, dtype=torch.bool)), dict(prev_weights={})):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=next(iter(kwargs))):
             mem(seq[..., 7:, :], state=state, **kwargs)
     assert_same(state.detach(), kept, 0.0)
     assert_same(mem.state_dict(), before, 0.0)
@@ -309,8 +309,8 @@ def test_model_states_of_the_wrong_kind(cls):
         model(ids, state=state._replace(memories=[state.memories[0], 1]))
     with pytest.raises(ValueError, match='state must be of a batch of 1, as x is, got one of 2'):
         model(ids[:1], state=state)
+    pair = (torch.zeros(2, 3, 1, 8),) * 2
     with pytest.raises(ValueError, match=r'state.key_values\[0\] must be'):
-        pair = (torch.zeros(2, 3, 1, 8),) * 2
         model(ids, state=state._replace(key_values=[pair, pair]))
     if cls is not LongTermMemoryModel:
         with pytest.raises(ValueError, match=r'state.key_values\[0\] must hold no more than the 1 positions before'):

@@ -38,7 +38,7 @@ def test_there_are_examples() -> None:
     assert TEXT.count('```') == 2 * sum(len(blocks(language)) for language in ('python', 'sh', 'text'))
 
 
-@pytest.mark.parametrize('line, code', PYTHON, ids=[f'line_{line}' for line, _ in PYTHON])
+@pytest.mark.parametrize(('line', 'code'), PYTHON, ids=[f'line_{line}' for line, _ in PYTHON])
 def test_example_runs(line: int, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -46,7 +46,7 @@ def test_example_runs(line: int, code: str, tmp_path: Path, monkeypatch: pytest.
     exec(compile('\n' * (line - 1) + code, str(README), 'exec'), {'__name__': '__main__'})
 
 
-@pytest.mark.parametrize('line, code', PYTHON, ids=[f'line_{line}' for line, _ in PYTHON])
+@pytest.mark.parametrize(('line', 'code'), PYTHON, ids=[f'line_{line}' for line, _ in PYTHON])
 def test_example_states_what_it_gives_and_keeps_the_style(line: int, code: str) -> None:
     assert 'assert ' in code
     assert '"' not in code

@@ -90,7 +90,7 @@ def test_public_names():
         assert name in titans_pytorch.__all__ and hasattr(titans_pytorch, name)
     assert NeuralMemState._fields == ('seq_index', 'weights', 'cache_store_segment', 'states', 'updates')
     first = [*inspect.signature(NeuralMemory.forward).parameters][1:8]
-    assert first == 'seq store_seq state detach_mem_state prev_weights store_mask return_surprises'.split()
+    assert first == ['seq', 'store_seq', 'state', 'detach_mem_state', 'prev_weights', 'store_mask', 'return_surprises']
     assert callable(flex_attention)
 
 

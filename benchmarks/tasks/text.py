@@ -17,7 +17,8 @@ def load(path: Path | None, num_bytes: int = 4_000_000) -> tuple[Tensor, Tensor,
     path = HERE / 'enwik8.gz' if path is None else path
     if not path.exists():
         raise SystemExit(f'no text at {path}: give a file with --data')
-    content = gzip.open(path).read(num_bytes) if path.suffix == '.gz' else path.read_bytes()[:num_bytes]
+    with gzip.open(path) if path.suffix == '.gz' else path.open('rb') as file:
+        content = file.read(num_bytes)
     text = torch.frombuffer(bytearray(content), dtype=torch.uint8).long()
     first, second = int(len(text) * 0.9), int(len(text) * 0.95)
     return text[:first], text[first:second], text[second:]

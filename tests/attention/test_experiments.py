@@ -245,8 +245,8 @@ def test_refuses_a_cache_that_is_not_its_own(name: str) -> None:
         attention(tokens, cache=(keys, values, values))
     with pytest.raises(ValueError, match=r'cache must hold keys and values \(batch=1'):
         attention(tokens[:1], cache=(keys, values))
+    shortened = [value[:, :, 1:] for value in tree_leaves(values)]
     with pytest.raises(ValueError, match=r'cache must hold keys and values .*length=9'):
-        shortened = [value[:, :, 1:] for value in tree_leaves(values)]
         attention(tokens, cache=(keys, shortened))
     with pytest.raises(TypeError, match='cache must hold tensors of keys and values, got str'):
         attention(tokens, cache=['k'] * len(tree_leaves((keys, values))))

@@ -192,7 +192,7 @@ def exported(module: Module, x: Tensor, per: int, **kwargs: Any) -> Callable[...
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('name, with_state', [('plain', False), *((name, True) for name in EXPORTED)])
+@pytest.mark.parametrize(('name', 'with_state'), [('plain', False), *((name, True) for name in EXPORTED)])
 def test_an_exported_memory_serves_all_lengths(name: str, with_state: bool):
     mem = NeuralMemory(8, **{'chunk_size': 2, 'batch_size': 4, 'default_step_transform_max_lr': 0.1} | EXPORTED[name])
     mem = randomised(mem, 0.1).double().eval()

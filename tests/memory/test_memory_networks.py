@@ -258,7 +258,7 @@ def test_networks_that_reach_themselves_through_a_closure_are_refused():
 
 
 def test_scripted_networks_are_refused():
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match='torch.jit.script'):
         scripted = torch.jit.script(nn.Linear(DIM, DIM))
     with pytest.raises(TypeError, match='model must be a module of Python code, got a scripted one'):
         NeuralMemory(DIM, model=scripted)

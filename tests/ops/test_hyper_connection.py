@@ -97,7 +97,7 @@ def test_a_connection_that_only_reads():
         assert_same(branch_in, one(x.view(12, 1, 16))[0], 1e-12)
 
 
-@pytest.mark.parametrize('streams, dim', [(2, 5), (3, 37), (4, 96), (5, 130), (8, 33)])
+@pytest.mark.parametrize(('streams', 'dim'), [(2, 5), (3, 37), (4, 96), (5, 130), (8, 33)])
 def test_kernel_equals_the_package(streams, dim, kernel, monkeypatch):
     monkeypatch.setattr(hyper_connection, 'USE_KERNEL', True)
     some = [connection(streams, dim) for _ in range(3)]
@@ -107,7 +107,7 @@ def test_kernel_equals_the_package(streams, dim, kernel, monkeypatch):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
 @pytest.mark.parametrize(
-    'streams, dim, pending, adds',
+    ('streams', 'dim', 'pending', 'adds'),
     [
         (4, 384, True, True),
         (4, 70, False, True),
@@ -250,7 +250,7 @@ def test_plain_sequences_equal_the_package(streams, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    'batch, tokens, streams, dim, of',
+    ('batch', 'tokens', 'streams', 'dim', 'of'),
     [
         (2, 3, 4, 36, slice(None)),
         (3, 1, 3, 130, slice(None)),
@@ -296,7 +296,7 @@ def test_a_connection_of_a_sequence_that_only_reads(sequence_kernel, poisoned):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    'batch, tokens, streams, dim, pending, adds',
+    ('batch', 'tokens', 'streams', 'dim', 'pending', 'adds'),
     [(3, 3, 4, 36, True, True), (2, 4, 3, 7, True, True), (2, 3, 4, 130, False, True), (1, 3, 8, 5, True, True),
      (2, 3, 5, 130, True, False), (1, 7, 2, 33, False, False)],
 )  # fmt: skip

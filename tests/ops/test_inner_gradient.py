@@ -90,7 +90,7 @@ def exactly(model, tensors):
     return recorded(model, {name: leaf(t, torch.float64) for name, t in tensors.items()})
 
 
-@pytest.mark.parametrize('depth, norm', NETWORKS)
+@pytest.mark.parametrize(('depth', 'norm'), NETWORKS)
 def test_record_is_written_out_rightly(depth, norm, monkeypatch):
     # the plain twin in place of the kernels, in float64, against autograd
     model = network(depth, norm, 6, 2.5)
@@ -101,7 +101,7 @@ def test_record_is_written_out_rightly(depth, norm, monkeypatch):
 
 
 @pytest.mark.parametrize('shape', SHAPES)
-@pytest.mark.parametrize('depth, norm', NETWORKS)
+@pytest.mark.parametrize(('depth', 'norm'), NETWORKS)
 def test_record_equals_the_plain_engine(calls, poisoned, depth, norm, shape):
     *sizes, factor = shape
     model = network(depth, norm, sizes[-1], factor)
@@ -114,7 +114,7 @@ def test_record_equals_the_plain_engine(calls, poisoned, depth, norm, shape):
     assert all(t.dtype == torch.float32 for own in came for t in own.values())
 
 
-@pytest.mark.parametrize('depth, norm', NETWORKS)
+@pytest.mark.parametrize(('depth', 'norm'), NETWORKS)
 def test_programs_of_more_rows(calls, poisoned, depth, norm, monkeypatch):
     from titans_pytorch.ops.inner_gradient import triton as record
 
@@ -141,7 +141,7 @@ def test_record_reads_views(calls, poisoned):
     assert_same(came, exactly(model, cut), EXACT)
 
 
-@pytest.mark.parametrize('depth, norm', NETWORKS)
+@pytest.mark.parametrize(('depth', 'norm'), NETWORKS)
 @pytest.mark.parametrize('dtype', [torch.float32, LOW])
 def test_record_is_as_exact_under_autocast_as_the_plain_engine(calls, poisoned, depth, norm, dtype, monkeypatch):
     model = network(depth, norm, 16, 4.0)
@@ -185,7 +185,7 @@ def with_another(model, heads, chunks, *sizes):
     return tensors | shares | {name: t * t.shape[-2] ** -0.5 for name, t in others.items()}
 
 
-@pytest.mark.parametrize('depth, norm', NETWORKS)
+@pytest.mark.parametrize(('depth', 'norm'), NETWORKS)
 def test_a_residual_is_written_out_rightly(depth, norm, monkeypatch):
     model = network(depth, norm, 6, 2.5)
     tensors = {name: leaf(t, torch.float64) for name, t in with_another(model, 3, 4, 5, 6).items()}
@@ -195,7 +195,7 @@ def test_a_residual_is_written_out_rightly(depth, norm, monkeypatch):
 
 
 @pytest.mark.parametrize('shape', OTHER_SHAPES)
-@pytest.mark.parametrize('depth, norm', NETWORKS)
+@pytest.mark.parametrize(('depth', 'norm'), NETWORKS)
 def test_a_residual_equals_the_plain_engine(calls, poisoned, depth, norm, shape):
     *sizes, factor = shape
     model = network(depth, norm, sizes[-1], factor)
@@ -206,7 +206,7 @@ def test_a_residual_equals_the_plain_engine(calls, poisoned, depth, norm, shape)
     assert all(t.dtype == torch.float32 for own in came for t in own.values())
 
 
-@pytest.mark.parametrize('depth, norm', NETWORKS)
+@pytest.mark.parametrize(('depth', 'norm'), NETWORKS)
 def test_chunks_shared_out_among_programs(calls, poisoned, depth, norm, monkeypatch):
     from titans_pytorch.ops.inner_gradient import triton as record
 
@@ -232,7 +232,7 @@ def test_record_reads_views_of_a_residual(calls, poisoned):
     assert_same(came, exactly(model, cut), EXACT)
 
 
-@pytest.mark.parametrize('depth, norm', NETWORKS)
+@pytest.mark.parametrize(('depth', 'norm'), NETWORKS)
 @pytest.mark.parametrize('dtype', [torch.float32, LOW])
 def test_a_residual_is_as_exact_under_autocast(calls, poisoned, depth, norm, dtype, monkeypatch):
     model = network(depth, norm, 16, 4.0)
@@ -405,7 +405,7 @@ def test_a_memory_compiles_to_few_operations(calls, fresh_compiler, monkeypatch,
     assert_same((compiled, gradients(mem, compiled)), (expected, gradients(mem, expected)), 1e-5)
 
 
-@pytest.mark.parametrize('depth, norm', NETWORKS)
+@pytest.mark.parametrize(('depth', 'norm'), NETWORKS)
 @pytest.mark.parametrize('residual', [False, True])
 def test_operations_are_what_they_say(calls, depth, norm, residual):
     model = network(depth, norm, 16, 2.0)
@@ -446,7 +446,7 @@ def test_operations_of_the_ends_are_what_they_say(calls):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize('precision', ['highest', 'high', 'bfloat16'])
-@pytest.mark.parametrize('depth, norm', NETWORKS)
+@pytest.mark.parametrize(('depth', 'norm'), NETWORKS)
 @pytest.mark.parametrize(
     'shape',
     [(64, 32, 4, 64, 4.0), (16, 32, 4, 64, 4.0), (8, 5, 3, 100, 2.5), (16, 8, 64, 128, 4.0), (3, 32, 1, 16, 2.0)],
@@ -466,7 +466,7 @@ def test_record_in_sizes_of_training(calls, poisoned, shape, depth, norm, precis
 
 @pytest.mark.gpu
 @pytest.mark.parametrize('low', [None, torch.bfloat16])
-@pytest.mark.parametrize('depth, norm', NETWORKS)
+@pytest.mark.parametrize(('depth', 'norm'), NETWORKS)
 @pytest.mark.parametrize(
     'shape',
     [(16, 32, 4, 64, 2.0), (64, 8, 4, 64, 4.0), (8, 5, 3, 100, 2.5), (4, 8, 64, 128, 2.0), (3, 32, 1, 16, 2.0)],

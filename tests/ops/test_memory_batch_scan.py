@@ -130,14 +130,14 @@ def exactly(tensors, *args):
 
 @pytest.mark.parametrize('states', [1, 3])
 @pytest.mark.parametrize('rows', [1, 3])
-@pytest.mark.parametrize('depth, norm', NETWORKS)
+@pytest.mark.parametrize(('depth', 'norm'), NETWORKS)
 def test_a_walk_is_written_out_rightly(depth, norm, rows, states):
     tensors = leaves(problem(2, 3, 4, rows, 5, 7, states, depth, norm), torch.float64)
     assert_same(learned(walked, tensors), learned(looped, tensors), 1e-12)
 
 
 @pytest.mark.parametrize(
-    'depth, norm, shape',
+    ('depth', 'norm', 'shape'),
     [*((2, True, shape) for shape in SHAPES), *((1, False, shape) for shape in SHAPES[:3])]
     + [(1, True, SHAPES[1]), (2, False, SHAPES[2])],
 )
@@ -148,7 +148,7 @@ def test_kernels_equal_a_loop(kernels, poisoned, depth, norm, shape):
     assert all(t.dtype == torch.float32 for own in came for t in own.values())
 
 
-@pytest.mark.parametrize('programs, depth, norm', [(1, 2, True), (2, 1, True), (2, 2, False), (3, 2, True)])
+@pytest.mark.parametrize(('programs', 'depth', 'norm'), [(1, 2, True), (2, 1, True), (2, 2, False), (3, 2, True)])
 def test_phases_can_be_launched_one_by_one(kernels, poisoned, programs, depth, norm, monkeypatch):
     # several blocks of rows, which cut chunks, and of hidden features, so that each program has some
     monkeypatch.setattr(kernels, '_programs', lambda *_: (programs, False))
@@ -177,7 +177,7 @@ def test_blocks_of_other_sizes(kernels, poisoned, rows, monkeypatch):
     assert_same(learned(walked, leaves(tensors)), exactly(tensors), EXACT)
 
 
-@pytest.mark.parametrize('depth, norm', [(2, True), (1, False)])
+@pytest.mark.parametrize(('depth', 'norm'), [(2, True), (1, False)])
 def test_only_one_output_is_used(kernels, poisoned, depth, norm):
     tensors = problem(1, 2, 2, 2, 16, 16, 1, depth, norm)
     for name, t in looped(tensors).items():
@@ -210,7 +210,7 @@ def test_not_all_inputs_learn(kernels, poisoned):
         assert_same(came, {name: t for name, t in all_of_them.items() if name not in frozen}, 0.0)
 
 
-@pytest.mark.parametrize('depth, norm', NETWORKS)
+@pytest.mark.parametrize(('depth', 'norm'), NETWORKS)
 @pytest.mark.parametrize('dtype', [torch.float32, LOW])
 def test_a_walk_is_as_exact_under_autocast_as_the_plain_one(kernels, poisoned, depth, norm, dtype, monkeypatch):
     tensors = lowered(problem(2, 2, 4, 4, 16, 32, 2, depth, norm), dtype)
@@ -261,7 +261,7 @@ def test_without_gpu_the_walk_is_plain():
         assert not memory_batch_scan.kernels_serve(*rows, [], 2)
 
 
-@pytest.mark.parametrize('depth, norm', [(2, True), (1, False)])
+@pytest.mark.parametrize(('depth', 'norm'), [(2, True), (1, False)])
 def test_operations_are_what_they_say(kernels, depth, norm):
     tensors = leaves(problem(1, 2, 2, 2, 16, 16, 1 + norm, depth, norm))
     first, last, gamma = states_of(tensors)
@@ -296,7 +296,7 @@ def test_a_walk_compiles_to_one_operation(kernels, fresh_compiler):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize('low', [None, torch.bfloat16])
-@pytest.mark.parametrize('depth, norm', NETWORKS)
+@pytest.mark.parametrize(('depth', 'norm'), NETWORKS)
 @pytest.mark.parametrize(
     'shape',
     [

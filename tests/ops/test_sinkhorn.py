@@ -97,7 +97,7 @@ def test_rows_of_next_to_nothing(iters):
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
-@pytest.mark.parametrize('shape, iters', [((3, 1, 1), 2), ((7, 3, 3), 20), ((3, 13, 4, 4), 3), ((3, 16, 16), 2)])
+@pytest.mark.parametrize(('shape', 'iters'), [((3, 1, 1), 2), ((7, 3, 3), 20), ((3, 13, 4, 4), 3), ((3, 16, 16), 2)])
 def test_kernel_equals_a_loop(shape, iters, dtype, poisoned):
     pytest.importorskip('triton')
     from titans_pytorch.ops.sinkhorn import triton as kernel

@@ -85,7 +85,7 @@ def test_kernel_equals_plain_operations(ring, dtype, kernel, poisoned, monkeypat
 
 
 @pytest.mark.parametrize('dim_head', [2, 16, 24, 64, 128])
-@pytest.mark.parametrize('tile, block', [(4096, 512), (256, 8)])
+@pytest.mark.parametrize(('tile', 'block'), [(4096, 512), (256, 8)])
 def test_any_width_and_blocks_of_slots(dim_head, tile, block, kernel, poisoned, monkeypatch):
     monkeypatch.setattr(token_attention, 'USE_KERNEL', True)
     monkeypatch.setattr(kernel, 'TILE', tile)
@@ -174,7 +174,7 @@ KWARGS = dict(
 
 
 @pytest.mark.parametrize(
-    'kind, changes',
+    ('kind', 'changes'),
     [
         (MemoryAsContextTransformer, {'num_longterm_mem_tokens': 1}),
         (MemoryAsContextTransformer, {'sliding_window_attn': True, 'neural_mem_gate_attn_output': True}),

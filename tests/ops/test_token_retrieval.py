@@ -91,9 +91,9 @@ def test_kernel_equals_plain_operations(hidden, query_norm, norm, gate, launches
 
 
 @pytest.mark.parametrize(
-    'dim_head, hidden', [(1, 3), (8, 8), (24, 60), (64, 128), (64, 256), (96, None), (100, 7), (128, 300)]
+    ('dim_head', 'hidden'), [(1, 3), (8, 8), (24, 60), (64, 128), (64, 256), (96, None), (100, 7), (128, 300)]
 )
-@pytest.mark.parametrize('tile, block', [(16384, 512), (512, 8)])
+@pytest.mark.parametrize(('tile', 'block'), [(16384, 512), (512, 8)])
 def test_any_width_and_blocks_of_units(dim_head, hidden, tile, block, launches, kernel, poisoned, monkeypatch):
     monkeypatch.setattr(kernel, 'TILE', tile)
     monkeypatch.setattr(kernel, 'BLOCK', block)
