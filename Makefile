@@ -1,6 +1,7 @@
 # make train    set up and run train_mac.py; further arguments through ARGS, e.g. make train ARGS="--preset full"
 # make test     set up and run the suite; e.g. make test ARGS="-k neural_memory"
 # make lint     ruff and mypy
+# make docs     build the documentation into site/
 # make bench    benchmarks/, on whatever the machine has
 # make golden   remake the figures of the reference package that the suite compares with
 
@@ -9,7 +10,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: train test lint bench golden clean
+.PHONY: train test lint docs bench golden clean
 
 train: $(VENV)/.ready
 	$(BIN)/python train_mac.py $(ARGS)
@@ -21,6 +22,10 @@ lint: $(VENV)/.ready-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# the variable silences an advertisement
+docs: $(VENV)/.ready-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/layer.py $(ARGS)
@@ -40,6 +45,10 @@ $(VENV)/.ready-lint: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(VENV)/.ready-docs: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	touch $@
+
 $(VENV)/.ready-reference: constraints.txt
 	$(PYTHON) -m venv $(VENV)/reference
 	$(VENV)/reference/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
@@ -47,4 +56,4 @@ $(VENV)/.ready-reference: constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) runs site .pytest_cache .ruff_cache .mypy_cache

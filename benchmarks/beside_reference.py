@@ -5,7 +5,7 @@
     PYTHONPATH=/path/to/the/reference python -P benchmarks/beside_reference.py train … --run-dir runs/reference
         --no-compile --no-use-cuda-graphs --no-use-accelerated-scan                 (none of which it stands on a GPU)
     python benchmarks/beside_reference.py report runs/reference-1 runs/reference-2 runs/ours
-    python benchmarks/beside_reference.py plot benchmarks/learning.png runs/reference runs/ours
+    python benchmarks/beside_reference.py plot docs/assets/learning.png runs/reference runs/ours
 
 `report` takes two runs of the reference first: their difference is its own run-to-run noise. `plot` draws bits per
 byte against the time that training took, validations and samples left out.

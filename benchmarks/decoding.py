@@ -10,7 +10,7 @@ small model: while a step differs from a pass over the whole sequence there is n
 turns, each in a process of its own. Timed is one call of `sample` after another like it, the reading of the prompt (64
 tokens) included; capturing CUDA graphs and compiling are part of the first call, whose time is given apart.
 
-The last line of output is JSON; `--write` puts the table into RESULTS.md.
+The last line of output is JSON; `--write` puts the table into docs/benchmarks.md.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ each time in a process of its own. Four kinds of measurement:
     longest  a training step on a single sequence: memory per token, and the longest tried that fits
 
 The last line of output is JSON. `--json FILE` notes each case as soon as it is measured, `--report FILE…` makes the
-tables of such notes, and `--write` puts the tables into RESULTS.md.
+tables of such notes, and `--write` puts the tables into docs/benchmarks.md.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def parser(description: str, models: list[str], steps: int, small_steps: int) ->
     made.add_argument('--seconds', type=float, help='end the training of each run after so long')
     made.add_argument('--json', type=Path, help='add each run to this file as soon as it is done')
     made.add_argument('--report', type=Path, nargs='+', help='only make the tables of runs noted before')
-    made.add_argument('--write', action='store_true', help='put the table into RESULTS.md')
+    made.add_argument('--write', action='store_true', help='put the table into docs/benchmarks.md')
     made.add_argument('--plot', type=Path, help='draw the table: a picture, by its ending (needs matplotlib)')
     return made
 
