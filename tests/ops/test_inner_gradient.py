@@ -6,9 +6,9 @@ import pytest
 import torch
 from compare import assert_same, gradients
 from memories import inputs, memory
+from titans_pytorch.memory.engines import Chunks, DualEngine, Mixing, default_loss_fn
 
 from titans_pytorch.memory import engines
-from titans_pytorch.memory.engines import Chunks, DualEngine, Mixing, default_loss_fn
 from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
 from titans_pytorch.ops import _dispatch, inner_gradient, memory_batch_scan
 

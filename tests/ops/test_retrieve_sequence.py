@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from compare import assert_same
-
 from titans_pytorch.memory.engines import DualEngine
+
 from titans_pytorch.memory.fast_weights import FastWeights, Runs
 from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
 from titans_pytorch.ops import _dispatch, retrieve_sequence

@@ -60,17 +60,6 @@ class UpdateGates(NamedTuple):
     momentum_mix: Sequence[Tensor] | None
     modulation: Sequence[Tensor] | None
 
-    def split(self, lengths: list[int]) -> list[UpdateGates]:
-        """Blocks of these lengths."""
-
-        def of(gates: Sequence[Tensor] | None) -> list[Any]:
-            if gates is None:
-                return [None] * len(lengths)
-            return [*zip(*_split(gates, lengths))] if gates else [()] * len(lengths)
-
-        blocks = zip(self.retention.split(lengths, dim=1), *map(of, self[1:]))
-        return [UpdateGates(*block) for block in blocks]
-
 
 def _split(tensors: Iterable[Tensor | None], lengths: list[int]) -> list[Sequence[Any]]:
     # not by slices: the gradient of each would be as long as the whole

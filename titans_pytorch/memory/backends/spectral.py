@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from titans_pytorch.memory.backends.base import BlockStep, Gradients, Stored, Transition, stacked
 from titans_pytorch.memory.backends.dual import DualBackend
-from titans_pytorch.memory.chunks import Chunks, UpdateGates, WeightResidual
+from titans_pytorch.memory.chunks import Chunks, WeightResidual
 from titans_pytorch.memory.fast_weights import MemoryWeights, StoredBlock
 from titans_pytorch.memory.reference import surprise
 from titans_pytorch.memory.schedule import Schedule
@@ -37,40 +38,44 @@ class SpectralBackend(DualBackend):
         blocks = schedule.blocks(self.preferred_chunks(chunks))
         lengths = [block.num_chunks for block in blocks]
         residuals = [None] * len(blocks) if residual is None else residual.split(lengths)
-        gates = chunks.update_gates().split(lengths)
-        for block, own, own_residual, own_gates in zip(blocks, chunks.split(lengths), residuals, gates):
-            yield BlockStep(partial(self._store_spectral, own, own_residual, own_gates), block.ends_batch)
+        for block, own, own_residual in zip(blocks, chunks.split(lengths), residuals):
+            yield BlockStep(partial(self._store_spectral, own, own_residual), block.ends_batch)
 
-    def _store_spectral(
-        self, chunks: Chunks, residual: WeightResidual | None, gates: UpdateGates, weights: MemoryWeights
-    ) -> Stored:
+    def _store_spectral(self, chunks: Chunks, residual: WeightResidual | None, weights: MemoryWeights) -> Stored:
         gradients = self.gradients(chunks, weights.base, residual)
-        if len(gates.momentum) > 1:
-            return self._store_several_orders(gradients, gates, weights)
+        log_retention = F.logsigmoid(-at_least_float32(chunks.decay))
+        if chunks.momentum is not None and chunks.momentum.shape[-1] > 1:
+            return self._store_several_orders(chunks, gradients, log_retention, weights)
         operands = operand_dtype(next(iter(weights.newest.values())))
-        gate = gates.momentum[0] if gates.momentum else None
+        log_gate = None if chunks.momentum is None else F.logsigmoid(at_least_float32(chunks.momentum.squeeze(-1)))
         dense, final, momentum = {}, {}, {}
         last: Tensor | None
         for index, (name, newest) in enumerate(weights.newest.items()):
-            modulation = None if gates.modulation is None else at_least_float32(gates.modulation[index])
-            initial = None if gate is None else weights.momentum[name][0]
+            modulation = None if chunks.modulation is None else at_least_float32(chunks.modulation[..., index])
+            initial = None if log_gate is None else weights.momentum[name][0]
             if name in gradients.inputs:
                 inputs, deltas = gradients.inputs[name], gradients.deltas[name]
                 factor = self._update_factor(inputs, deltas, modulation)
-                every, last = momentum_scan(inputs, deltas, factor, gate, initial, operands)
-                dense[name], final[name] = weight_scan(newton_schulz(every), gates.retention, newest, operands)
+                every, last = momentum_scan(inputs, deltas, factor, log_gate, initial, operands)
+                dense[name], final[name] = weight_scan(newton_schulz(every), log_retention, newest, operands)
             else:
                 update = self._dense_update(gradients.vectors[name].to(newest.dtype), None)
-                dense[name], final[name], last = vector_scan(update, modulation, gate, gates.retention, initial, newest)
-            if gate is not None and last is not None:
+                dense[name], final[name], last = vector_scan(
+                    update, modulation, log_gate, log_retention, initial, newest
+                )
+            if log_gate is not None and last is not None:
                 momentum[name] = last.unsqueeze(0)
         return Stored(StoredBlock(dense, final), momentum, gradients.losses)
 
-    def _store_several_orders(self, gradients: Gradients, gates: UpdateGates, weights: MemoryWeights) -> Stored:
+    def _store_several_orders(
+        self, chunks: Chunks, gradients: Gradients, log_retention: Tensor, weights: MemoryWeights
+    ) -> Stored:
         formed = {name: gradients.dense(name).to(newest.dtype) for name, newest in weights.newest.items()}
-        updates, orders = surprise(formed, gates, weights.momentum, self.over_chunks, self.max_grad_norm, True)
+        updates, orders = surprise(
+            formed, chunks.update_gates(), weights.momentum, self.over_chunks, self.max_grad_norm, True
+        )
         dense, final = {}, {}
         for name, newest in weights.newest.items():
-            dense[name], final[name] = weight_scan(updates[name], gates.retention, newest, newest.dtype)
+            dense[name], final[name] = weight_scan(updates[name], log_retention, newest, newest.dtype)
         momentum = {name: stacked([order[:, -1] for order in own]) for name, own in orders.items()}
         return Stored(StoredBlock(dense, final), momentum, gradients.losses)
