@@ -3,6 +3,7 @@
 # make lint     ruff and mypy
 # make docs     build the documentation into site/
 # make bench    benchmarks/, on whatever the machine has
+# make pictures draw docs/assets, e.g. make pictures ARGS="surprise retention"
 # make golden   remake the figures of the reference package that the suite compares with
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: train test lint docs bench golden clean
+.PHONY: train test lint docs bench pictures golden clean
 
 train: $(VENV)/.ready
 	$(BIN)/python train_mac.py $(ARGS)
@@ -29,6 +30,9 @@ docs: $(VENV)/.ready-docs
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/layer.py $(ARGS)
+
+pictures: $(VENV)/.ready
+	$(BIN)/python benchmarks/pictures.py $(ARGS)
 
 golden: $(VENV)/.ready-reference
 	cd tests/golden && ../../$(VENV)/reference/bin/python make_golden.py
