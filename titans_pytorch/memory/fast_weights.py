@@ -24,9 +24,9 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from titans_pytorch.ops.retrieve_sequence import FactoredMatrix
+from titans_pytorch.ops.retrieve_sequence.reference import ROWS_IN_CACHE, factored_linear
 from titans_pytorch.utils.shapes import Float
-
-ROWS_IN_CACHE = 2048
 
 Weights = dict[str, Tensor]
 """Tensors by name of the memory network's parameter."""
@@ -41,14 +41,6 @@ class MemoryWeights(NamedTuple):
     """Weights after the last chunk, (bh, …)."""
     momentum: Weights
     """Momentum of each order, (o, bh, …); no entries without momentum."""
-
-
-class FactoredMatrix(NamedTuple):
-    """A factored matrix over r blocks, in each of which t rows were stored."""
-
-    initial: Float[Tensor, 'bh r k d e']
-    inputs: Float[Tensor, 'bh r t d']
-    deltas: Float[Tensor, 'bh r t e']
 
 
 class Factors(NamedTuple):
@@ -112,15 +104,8 @@ class FactoredBlocks(NamedTuple):
         """Rows of every step through that step's matrix."""
         batch, blocks, n, _ = self.steps.shape
         steps, initial_steps, initial, inputs, deltas = (t.flatten(0, 1) for t in (*self[:2], *self.matrices[name]))
-        x = x.unflatten(1, (blocks, n)).flatten(0, 1)
-
-        out = _initial_linear(x, initial_steps, initial)
-        if n > 1:  # nothing is stored before step 0
-            # one coefficient for all rows of a chunk; expanded, as products over so short an axis are slow on a CPU
-            by_row = steps.unsqueeze(-1).expand(-1, -1, -1, inputs.shape[1] // n).flatten(2)
-            scores = (x.flatten(1, 2) @ inputs.mT).unflatten(1, x.shape[1:3]) * by_row.unsqueeze(2)
-            out = torch.baddbmm(out, scores.flatten(1, 2), deltas)
-        return out.view(batch, blocks * n, -1, deltas.shape[-1])
+        out = factored_linear(x.unflatten(1, (blocks, n)).flatten(0, 1), steps, initial_steps, initial, inputs, deltas)
+        return out.view(batch, blocks * n, *out.shape[2:])
 
     def dense(self, name: str) -> Float[Tensor, 'bh n d e']:
         """A matrix before each chunk, formed."""
@@ -129,22 +114,6 @@ class FactoredBlocks(NamedTuple):
         updates = inputs.unflatten(2, chunks).mT @ deltas.unflatten(2, chunks)
         weights = torch.einsum('brij, brjde -> bride', self.steps.to(updates.dtype), updates)
         return (weights + torch.einsum('brik, brkde -> bride', self.initial_steps, initial)).flatten(1, 2)
-
-
-def _initial_linear(
-    x: Float[Tensor, 'b n c d'], initial_steps: Float[Tensor, 'b n k'], initial: Float[Tensor, 'b k d e']
-) -> Float[Tensor, 'b nc e']:
-    """Rows times Σ_k initial_steps_k · initial_k, which is not formed: the coefficients scale the rows or the products,
-    whichever are shorter."""
-    initial_steps = initial_steps.to(x.dtype)
-    if initial.shape[2] <= initial.shape[3]:
-        scaled = x.unsqueeze(3) * initial_steps[:, :, None, :, None]
-        return scaled.flatten(3).flatten(1, 2) @ initial.flatten(1, 2)
-
-    rows = x.flatten(1, 2)
-    products = ((rows @ state).view(*x.shape[:3], -1) for state in initial.unbind(1))
-    parts = [product * own[:, :, None, None] for product, own in zip(products, initial_steps.unbind(2))]
-    return sum(parts[1:], parts[0]).flatten(1, 2)
 
 
 def _factored_blocks(stored: Sequence[StoredBlock | StoredBatches]) -> Iterator[FactoredBlocks]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -51,16 +51,14 @@ class FusedMLP(NamedTuple):
         added = None if residual is None else ResidualWeights(residual.shares, *self.of_parameters(residual.dense))
         out = inner_gradient(*chunks[:3], *self.of_parameters(base), self.eps, added)
         keys = chunks.keys.to(out.deltas.dtype)
-        vectors = {} if self.gamma is None else {self.gamma: out.gamma_gradient}
-        if self.first is None:
-            return Gradients({self.last: keys}, {self.last: out.deltas}, vectors, out.losses)
-        inputs = {self.first: keys, self.last: out.hidden}
-        return Gradients(inputs, {self.first: out.hidden_deltas, self.last: out.deltas}, vectors, out.losses)
+        vectors = _present({self.gamma: out.negative_gamma_gradient})
+        inputs = {self.last: keys} if out.hidden is None else _present({self.first: keys, self.last: out.hidden})
+        return Gradients(inputs, _present({self.first: out.hidden_deltas, self.last: out.deltas}), vectors, out.losses)
 
     def store_batches(self, chunks: Chunks, coefficients: Coefficients, weights: MemoryWeights) -> Stored:
         """Whole memory batches in a row, each with its gradients at the weights that the one before leaves."""
         initial = {name: [w, *weights.momentum.get(name, ())] for name, w in weights.newest.items()}
-        first, gamma = ([] if name is None else initial[name] for name in (self.first, self.gamma))
+        first, gamma = (None if name is None else initial[name] for name in (self.first, self.gamma))
         out = memory_batch_scan(
             *chunks[:3],
             first,
@@ -73,17 +71,17 @@ class FusedMLP(NamedTuple):
 
         batches, length = coefficients.steps.shape[1:3]
         keys = chunks.keys.to(out.deltas.dtype).unflatten(1, (batches, length)).flatten(2, 3)
-        inputs = keys if self.first is None else out.hidden
-        matrices = {self.last: FactoredMatrix(out.last_initial, inputs, out.deltas)}
-        final, dense = {self.last: out.last_final}, {}
-        if self.first is not None:
+        matrices, dense = {}, {}
+        if self.first is not None and out.first_initial is not None and out.hidden_deltas is not None:
             matrices[self.first] = FactoredMatrix(out.first_initial, keys, out.hidden_deltas)
-            final[self.first] = out.first_final
-        if self.gamma is not None:
-            with no_autocast(out.gamma_gradient):
-                every = coefficients.steps @ out.gamma_gradient + coefficients.initial_steps @ out.gamma_initial
-            dense[self.gamma], final[self.gamma] = every.flatten(1, 2), out.gamma_final
+        inputs = keys if out.hidden is None else out.hidden
+        matrices[self.last] = FactoredMatrix(out.last_initial, inputs, out.deltas)
+        if self.gamma is not None and out.gamma_initial is not None and out.negative_gamma_gradient is not None:
+            with no_autocast(out.gamma_initial):
+                every = coefficients.steps @ out.negative_gamma_gradient
+                dense[self.gamma] = (every + coefficients.initial_steps @ out.gamma_initial).flatten(1, 2)
 
+        final = _present({self.first: out.first_final, self.last: out.last_final, self.gamma: out.gamma_final})
         states = {name: [*final[name].unbind(1)] for name in weights.newest}
         momentum = {name: stacked(states[name][1:]) for name in weights.momentum}
         blocks = FactoredBlocks(coefficients.steps, coefficients.initial_steps, matrices)
@@ -124,3 +122,8 @@ class FusedMLP(NamedTuple):
         if rest is not None:
             out.append(after_blocks(weights, rest, max(first, weights.num_steps - 1)))
         return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+
+
+def _present(tensors: Mapping[str | None, Tensor | None]) -> Weights:
+    """Tensors of the parameters that the network has."""
+    return {name: t for name, t in tensors.items() if name is not None and t is not None}
