@@ -201,7 +201,7 @@ def test_kernels_read_views(kernels, poisoned):
     # memory batches out of a longer sequence, keys without the last row and values without the first, heads side by
     # side; states of all heads, and one held transposed; gradients that come transposed
     longer = problem(2, 4, 3, 4, 16, 20, 2)
-    cut = {name: t[:, 1:3] for name, t in longer.items() if name.startswith('coefficients')}
+    cut = {name: t[:, 1:3] for name, t in longer.items() if name.endswith('coefficients')}
     cut |= {'keys': longer['keys'][:, 3:9, :-1], 'values': longer['values'][:, 3:9, 1:]}
     cut |= {'step_sizes': longer['step_sizes'][:, 3:9, :-1]}
     cut |= {name: t[:1].expand(t.shape) for name, t in longer.items() if ' ' in name}

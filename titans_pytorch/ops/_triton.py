@@ -48,9 +48,10 @@ def strides_of(t: Tensor | None, axes: int) -> tuple[int, ...]:
     return (0,) * axes if t is None else t.stride()[:axes]
 
 
-def named_strides(name: str, t: Tensor | None, *axes: str) -> dict[str, int]:
-    """The first strides of a tensor as arguments of a kernel, `<name>_<axis>`; zeros for an absent one."""
-    return {f'{name}_{axis}': stride for axis, stride in zip(axes, strides_of(t, len(axes)))}
+def named_strides(name: str, t: Tensor | None, axes: str) -> dict[str, int]:
+    """A tensor's first strides as keyword arguments, `<name>_<axis>`; 0 for an absent one, which no kernel reads."""
+    names = [f'{name}_{axis}' for axis in axes.split()]
+    return dict.fromkeys(names, 0) if t is None else dict(zip(names, t.stride()))
 
 
 def taken_by(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -211,11 +211,11 @@ def _forward(
     own_in, own_out = (min(tile_size(size), most) for size, most in zip((dim, width), STATE_BLOCK))
     blocks_in, blocks_out = triton.cdiv(dim, own_in), triton.cdiv(width, own_out)
     _forward_kernel[(heads * blocks_in * blocks_out,)](
-        coefficients=coefficients, **named_strides('coefficient', coefficients, 'head', 'state', 'chunk'),
+        coefficients=coefficients, **named_strides('coefficient', coefficients, 'head state chunk'),
         initial_coefficients=initial_coefficients,
-        **named_strides('initial_coefficient', initial_coefficients, 'head', 'state', 'initial'),
-        inputs=inputs, **named_strides('input', inputs, 'head', 'chunk', 'row'),
-        deltas=deltas, **named_strides('delta', deltas, 'head', 'chunk', 'row'),
+        **named_strides('initial_coefficient', initial_coefficients, 'head state initial'),
+        inputs=inputs, **named_strides('input', inputs, 'head chunk row'),
+        deltas=deltas, **named_strides('delta', deltas, 'head chunk row'),
         **numbered('initial', initial_states), **numbered('initial_head', [t.stride(0) for t in initial_states]),
         **numbered('state', states), chunks=chunks, rows=rows, blocks_in=blocks_in, blocks_out=blocks_out,
         dim=dim, width=width, STATES=len(states), DIM=own_in, WIDTH=own_out, ROWS=STATE_ROWS,
@@ -248,9 +248,9 @@ def _backward(
     own, warps = rows_per_program(heads, chunks * rows, max(padded, block), in_full=operands == torch.float32)
     blocks = triton.cdiv(chunks * rows, own)
     _rows_kernel[(heads * blocks,)](
-        coefficients=coefficients, **named_strides('coefficient', coefficients, 'head', 'state', 'chunk'),
-        short=short, **named_strides('short', short, 'head', 'chunk', 'row'),
-        long=long, **named_strides('long', long, 'head', 'chunk', 'row'),
+        coefficients=coefficients, **named_strides('coefficient', coefficients, 'head state chunk'),
+        short=short, **named_strides('short', short, 'head chunk row'),
+        long=long, **named_strides('long', long, 'head chunk row'),
         **numbered('d_state', d_states), d_coefficients=d_coefficients, d_short=d_short, d_long=d_long,
         chunks=chunks, rows=rows, blocks=blocks,
         dim=least, width=most, short_stride=short_stride, long_stride=long_stride,
@@ -264,7 +264,7 @@ def _backward(
     d_initial_coefficients = initial_coefficients.new_empty(heads, count, count, blocks)
     _initial_kernel[(heads * blocks,)](
         initial_coefficients=initial_coefficients,
-        **named_strides('initial_coefficient', initial_coefficients, 'head', 'state', 'initial'),
+        **named_strides('initial_coefficient', initial_coefficients, 'head state initial'),
         **numbered('initial', initial_states), **numbered('initial_head', [t.stride(0) for t in initial_states]),
         **numbered('d_state', d_states), **numbered('d_initial', d_initial),
         d_initial_coefficients=d_initial_coefficients, blocks=blocks,

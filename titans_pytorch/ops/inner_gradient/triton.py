@@ -562,10 +562,10 @@ def _backward(
     if residual and operands != torch.float32 and tiles['ROWS'] == 16:  # other programs need all that there are
         registers = RESIDUAL_REGISTERS[heads * chunks * parts >= MANY_PROGRAMS]
     # `d_hidden` is often the gradient of a transposed tensor
-    hidden_axes = ('head', 'chunk', 'row', 'unit')
     _backward_kernel[(heads * blocks,)](
         **arguments, **sizes, **tiles, maxnreg=registers,
-        d_hidden=d_hidden, **named_strides('d_hidden', None if first is None else d_hidden, *hidden_axes),
+        d_hidden=d_hidden,
+        **named_strides('d_hidden', None if first is None else d_hidden, 'head chunk row unit'),
         d_hidden_deltas=d_hidden_deltas, d_deltas=d_deltas, d_of_gamma=d_of_gamma,
         d_losses=absent if d_losses is None else d_losses.contiguous(), LOSSES=d_losses is not None,
         d_keys=d_keys, d_values=d_values, d_step_sizes=d_step_sizes,
@@ -624,22 +624,22 @@ def _arguments(
 ) -> dict[str, Any]:
     """Tensors, their strides and numbers of rows. Chunks may be slices of a longer sequence, and heads may share
     weights, but features are contiguous."""
-    tensors: dict[str, tuple[Tensor | None, int, tuple[str, ...]]] = {
-        'keys': (keys, 1, ('key', 'head', 'chunk', 'row')),
-        'values': (values, 1, ('value', 'head', 'chunk', 'row')),
-        'step_sizes': (step_sizes, 0, ('step', 'head', 'chunk', 'row')),
-        'first': (first, 2, ('first', 'head')),
-        'last': (last, 2, ('last', 'head')),
-        'gamma': (gamma, 1, ('gamma', 'head')),
-        'shares': (shares, 0, ('share', 'head', 'chunk')),
-        'residual_first': (residual_first, 2, ('residual_first', 'head', 'chunk')),
-        'residual_last': (residual_last, 2, ('residual_last', 'head', 'chunk')),
-        'residual_gamma': (residual_gamma, 1, ('residual_gamma', 'head', 'chunk')),
+    tensors: dict[str, tuple[Tensor | None, int, str, str]] = {
+        'keys': (keys, 1, 'key', 'head chunk row'),
+        'values': (values, 1, 'value', 'head chunk row'),
+        'step_sizes': (step_sizes, 0, 'step', 'head chunk row'),
+        'first': (first, 2, 'first', 'head'),
+        'last': (last, 2, 'last', 'head'),
+        'gamma': (gamma, 1, 'gamma', 'head'),
+        'shares': (shares, 0, 'share', 'head chunk'),
+        'residual_first': (residual_first, 2, 'residual_first', 'head chunk'),
+        'residual_last': (residual_last, 2, 'residual_last', 'head chunk'),
+        'residual_gamma': (residual_gamma, 1, 'residual_gamma', 'head chunk'),
     }
     arguments: dict[str, Any] = {'chunks': keys.shape[1], 'rows': keys.shape[2], 'eps': eps}
-    for name, (t, contiguous, (prefix, *axes)) in tensors.items():
+    for name, (t, contiguous, prefix, axes) in tensors.items():
         t = t if t is None or not contiguous else contiguous_inside(t, contiguous)
-        arguments |= {name: last.new_empty(0) if t is None else t, **named_strides(prefix, t, *axes)}
+        arguments |= {name: last.new_empty(0) if t is None else t, **named_strides(prefix, t, axes)}
     return arguments
 
 

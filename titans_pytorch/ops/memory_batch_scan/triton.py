@@ -623,7 +623,7 @@ def _backward(
     arguments |= {flag: d is not None for flag, d in incoming.values()}
     # `d_hidden` is often the gradient of a transposed tensor
     d_hidden = d_hidden if first else None
-    arguments |= named_strides('d_hidden', d_hidden, 'head', 'batch', 'row', 'unit')
+    arguments |= named_strides('d_hidden', d_hidden, 'head batch row unit')
     hidden_width = width if first else 0
     _launch(
         _backward_kernel,
@@ -702,9 +702,9 @@ def _arguments(
     of_chunk = min(triton.next_power_of_2(rows), own)
     parts = triton.cdiv(rows, of_chunk)
     return dict(
-        keys=keys, **named_strides('key', keys, 'head', 'chunk', 'row'),
-        values=values, **named_strides('value', values, 'head', 'chunk', 'row'),
-        step_sizes=step_sizes, **named_strides('step', step_sizes, 'head', 'chunk', 'row'),
+        keys=keys, **named_strides('key', keys, 'head chunk row'),
+        values=values, **named_strides('value', values, 'head chunk row'),
+        step_sizes=step_sizes, **named_strides('step', step_sizes, 'head chunk row'),
         coefficients=coefficients.contiguous(), initial_coefficients=initial_coefficients.contiguous(),
         batches=batches, blocks=triton.cdiv(chunks, own // of_chunk) * parts, parts=parts, chunks=chunks, rows=rows,
         dim=dim, width=width, HIDDEN=has_first, NORM=has_gamma, STATES=count, PADDED=triton.next_power_of_2(count),

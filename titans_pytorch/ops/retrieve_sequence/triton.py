@@ -779,22 +779,22 @@ def _arguments(
     gamma: Tensor | None,
 ) -> dict[str, Any]:
     """Tensors and their strides. Heads and blocks of chunks may be any views, but rows are contiguous."""
-    tensors: dict[str, tuple[Tensor | None, int, tuple[str, ...]]] = {
-        'queries': (queries, 1, ('query', 'head', 'block', 'chunk', 'row')),
-        'coefficients': (coefficients, 0, ('coefficient', 'head', 'block', 'chunk', 'other')),
-        'initial_coefficients': (initial_coefficients, 0, ('initial', 'head', 'block', 'chunk', 'state')),
-        'first_initial': (first_initial, 2, ('first_initial', 'head', 'block', 'state')),
-        'first_inputs': (first_inputs, 1, ('first_input', 'head', 'block', 'row')),
-        'first_deltas': (first_deltas, 1, ('first_delta', 'head', 'block', 'row')),
-        'last_initial': (last_initial, 2, ('last_initial', 'head', 'block', 'state')),
-        'last_inputs': (last_inputs, 1, ('last_input', 'head', 'block', 'row')),
-        'last_deltas': (last_deltas, 1, ('last_delta', 'head', 'block', 'row')),
-        'gamma': (gamma, 1, ('gamma', 'head', 'block', 'chunk')),
+    tensors: dict[str, tuple[Tensor | None, int, str, str]] = {
+        'queries': (queries, 1, 'query', 'head block chunk row'),
+        'coefficients': (coefficients, 0, 'coefficient', 'head block chunk other'),
+        'initial_coefficients': (initial_coefficients, 0, 'initial', 'head block chunk state'),
+        'first_initial': (first_initial, 2, 'first_initial', 'head block state'),
+        'first_inputs': (first_inputs, 1, 'first_input', 'head block row'),
+        'first_deltas': (first_deltas, 1, 'first_delta', 'head block row'),
+        'last_initial': (last_initial, 2, 'last_initial', 'head block state'),
+        'last_inputs': (last_inputs, 1, 'last_input', 'head block row'),
+        'last_deltas': (last_deltas, 1, 'last_delta', 'head block row'),
+        'gamma': (gamma, 1, 'gamma', 'head block chunk'),
     }
     arguments: dict[str, Any] = {}
-    for name, (t, contiguous, (prefix, *axes)) in tensors.items():
+    for name, (t, contiguous, prefix, axes) in tensors.items():
         t = t if t is None or not contiguous else contiguous_inside(t, contiguous)
-        arguments |= {name: coefficients.new_empty(0) if t is None else t, **named_strides(prefix, t, *axes)}
+        arguments |= {name: coefficients.new_empty(0) if t is None else t, **named_strides(prefix, t, axes)}
     return arguments
 
 
