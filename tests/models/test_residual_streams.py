@@ -77,7 +77,7 @@ def test_a_connection_that_only_reads():
         assert_same(branch_in, one(x.view(12, 1, 16))[0], 1e-12)
 
 
-@pytest.mark.parametrize('streams, dim', [(2, 5), (3, 37), (4, 96), (5, 130), (8, 33)])
+@pytest.mark.parametrize(('streams', 'dim'), [(2, 5), (3, 37), (4, 96), (5, 130), (8, 33)])
 def test_tokens_by_the_kernel_equal_the_package(streams, dim, kernels_everywhere):
     some = [connection(streams, dim) for _ in range(3)]
     x, *branches = torch.randn(3, streams, dim, device=DEVICE), *torch.randn(3, 3, 1, dim, device=DEVICE)
@@ -170,7 +170,7 @@ def test_sequences_equal_the_package(streams):
 
 
 @pytest.mark.parametrize(
-    'batch, tokens, streams, dim, of',
+    ('batch', 'tokens', 'streams', 'dim', 'of'),
     [
         (2, 3, 4, 36, slice(None)),
         (3, 1, 3, 130, slice(None)),

@@ -318,7 +318,7 @@ def test_what_the_kernels_do_not_support_takes_the_reference(kernels_everywhere,
         our_vectors(**{name: t.double() for name, t in vectors(1, 2, 4).items()})
 
 
-@pytest.mark.parametrize('rows, sides', [(17, (4, 4)), (1, (132, 132))])
+@pytest.mark.parametrize(('rows', 'sides'), [(17, (4, 4)), (1, (132, 132))])
 def test_matrices_that_no_kernel_supports(kernels_everywhere, rows, sides):
     tensors = matrices(1, 2, rows, *sides)
     assert_same(learned(our_momenta, leaves(tensors)), exactly(looped_momenta, tensors), EXACT)

@@ -29,7 +29,7 @@ def random_weights(streams, dim, adds=True):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
 @pytest.mark.parametrize(
-    'streams, dim, pending, adds',
+    ('streams', 'dim', 'pending', 'adds'),
     [
         (4, 384, True, True),
         (4, 70, False, True),
