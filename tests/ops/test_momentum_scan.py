@@ -9,7 +9,8 @@ import torch
 from compare import assert_same, gradients, randomised
 
 from titans_pytorch import NeuralMemory, without_kernels
-from titans_pytorch.memory import engines
+from titans_pytorch.memory.backends import SpectralBackend, spectral
+from titans_pytorch.memory.soft_clamp import soft_clamp_norm
 from titans_pytorch.ops import _dispatch
 from titans_pytorch.ops.momentum_scan import momentum_scan, reference, vector_scan, weight_scan
 
@@ -411,9 +412,9 @@ def scanned(monkeypatch):
     """The scans of memories, by name."""
     calls = []
     for name in ('momentum_scan', 'weight_scan', 'vector_scan'):
-        operation = getattr(engines, name)
+        operation = getattr(spectral, name)
         noted = lambda *args, name=name, operation=operation: calls.append(name) or operation(*args)  # noqa: E731
-        monkeypatch.setattr(engines, name, noted)
+        monkeypatch.setattr(spectral, name, noted)
     return calls
 
 
@@ -452,9 +453,9 @@ def test_memories_that_scan_equal_the_dense_engine(options, scanned):
     assert scanned
 
 
-def test_momentum_of_several_orders_is_not_scanned(scanned):
+def test_only_weights_are_scanned_with_momentum_of_several_orders(scanned):
     NeuralMemory(8, 2, spectral_norm_surprises=True, momentum_order=2)(torch.randn(1, 6, 8))
-    assert not scanned
+    assert {*scanned} == {'weight_scan'}
 
 
 def test_kernels_store_what_the_reference_stores(kernels_everywhere, scanned, monkeypatch):
@@ -486,12 +487,12 @@ def test_kernels_store_what_the_reference_stores(kernels_everywhere, scanned, mo
 
 @pytest.mark.parametrize('scale', [1.0, 1e-5])
 def test_a_clamp_is_that_of_the_matrix_whatever_its_rows_are_in(scale):
-    engine = engines.DualEngine(None, None, None, 0.5, True)
+    backend = SpectralBackend(None, None, None, 0.5, True)
     rows, deltas = torch.randn(2, 3, 4, 8).half(), (torch.randn(2, 3, 4, 6) * scale).half()
     matrices = rows.float().mT @ deltas.float()
     with torch.autocast(DEVICE, LOW):
-        scales = engine._scales(rows, deltas, None)
-    assert_same(scales[..., None, None] * matrices, engines.soft_clamp_norm(matrices, 0.5), 1e-5)
+        scales = backend._update_factor(rows, deltas, None)
+    assert_same(scales[..., None, None] * matrices, soft_clamp_norm(matrices, 0.5), 1e-5)
 
 
 def test_weights_stored_under_autocast_serve_without_it():
