@@ -10,21 +10,21 @@ from titans_pytorch.models.residual_streams import Streams
 class LMMBlock(HybridBlock):
     branch_names = ('memory', 'feedforward')
 
-    def arranged(self, x: Streams, parts: Parts) -> Streams:
+    def update_stream(self, x: Streams, parts: Parts) -> Streams:
         to_memory, to_feedforward = parts.connections
         if self.memory is not None:
             seq, add_residual = to_memory(x)
-            x = add_residual(parts.remember(seq))
+            x = add_residual(parts.store_and_retrieve(seq))
 
         seq, add_residual = to_feedforward(x)
         return add_residual(self.feedforward(seq))
 
 
 class LongTermMemoryModel(HybridTransformer):
-    """A language model in which neural memory is all that connects one token with another.
+    """A language model in which only neural memory connects one token with another.
 
-    Arguments: those of `HybridTransformer`. Those of attention have no effect, but that `segment_len` is still the
-    default of `neural_memory_segment_len`; one of the two must be given.
+    Arguments: those of `HybridTransformer`. Those of attention have no effect, except that `segment_len` is the default
+    of `neural_memory_segment_len`; one of the two must be given.
     """
 
     block = LMMBlock

@@ -4,34 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from axial_positional_embedding import ContinuousAxialPositionalEmbedding
 from einops import repeat
 from torch import Tensor, nn
 from torch.nn import Linear, Module, ModuleList
 
+from titans_pytorch.attention.context import ContextAttention
 from titans_pytorch.attention.masks import create_mac_block_mask
-from titans_pytorch.attention.segmented import AttnIntermediates, ContextAttention, SegmentedAttention, flex_attention
+from titans_pytorch.attention.segmented import AttnIntermediates, SegmentedAttention, flex_attention
 from titans_pytorch.generation.decodable import StepKind
 from titans_pytorch.generation.logits import gumbel_noise, gumbel_sample, min_p_filter
 from titans_pytorch.memory.modules import Gated
-from titans_pytorch.models.base import DecodingState, Transformer, checked_memory_settings, layers_with_memory
+from titans_pytorch.models.axial_positions import AxialPositions, AxialTables
+from titans_pytorch.models.base import Transformer
 from titans_pytorch.models.block import Block, Parts
+from titans_pytorch.models.decoding import ModelBuffers
 from titans_pytorch.models.feedforward import GEGLU, FeedForward
 from titans_pytorch.models.residual_streams import Streams
 from titans_pytorch.models.state import ModelState
+from titans_pytorch.models.validation import checked_memory_settings, layers_with_memory
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.utils.checks import (
     check_flags,
-    check_floating,
     check_multiple,
     check_not_negative,
     check_positive,
-    check_shape,
-    described,
     flags_among,
 )
 from titans_pytorch.utils.parameters import InReferenceFormat, fill
@@ -58,7 +58,13 @@ def _part(index: int) -> Any:
 class MACBlock(Block, ModuleList):
     """Memory (in some layers), attention and feedforward, each inside a hyper-connection.
 
-    The parts stand in the order of the reference's checkpoints: `layers.0.4` is the first layer's memory.
+    The order of the parts is that of the reference's checkpoints: `layers.0.4` is the first layer's memory.
+
+    Args:
+        parts: memory connection, attention connection, feedforward connection, view selector, memory, attention and
+            feedforward; `None` for a part that the layer lacks.
+        gate_attn_output: gate the attention's output with the retrieved values, instead of adding them to the stream.
+        shares_views, shares_memory_weights: see `Block`.
     """
 
     memory_connection = _part(0)
@@ -69,9 +75,17 @@ class MACBlock(Block, ModuleList):
     attention = _part(5)
     feedforward = _part(6)
 
-    def __init__(self, *parts: Module | None, gate_attn_output: bool):
-        super().__init__(parts)  # type: ignore[arg-type]  # a slot may be empty
+    def __init__(
+        self,
+        *parts: Module | None,
+        gate_attn_output: bool = False,
+        shares_views: bool = False,
+        shares_memory_weights: bool = False,
+    ):
+        super().__init__(parts)  # type: ignore[arg-type]  # a part may be missing
         self.gate_attn_output = gate_attn_output
+        self.shares_views = shares_views
+        self.shares_memory_weights = shares_memory_weights
 
     def _parts(self) -> list[Module]:
         later = [part for part in self.children() if part is not self.memory]
@@ -79,15 +93,15 @@ class MACBlock(Block, ModuleList):
 
     @property
     def connections(self) -> tuple[Module | None, ...]:
-        """To memory, attention and feedforward."""
+        """Connections of memory, attention and feedforward."""
         return self.memory_connection, self.attention_connection, self.feedforward_connection
 
-    def arranged(self, x: Streams, parts: Parts) -> Streams:
+    def update_stream(self, x: Streams, parts: Parts) -> Streams:
         to_memory, to_attention, to_feedforward = parts.connections
         gates = None
         if self.memory is not None:
             memory_in, add_residual = to_memory(x)
-            retrieved = parts.remember(self._views(memory_in, parts.earlier))
+            retrieved = parts.store_and_retrieve(self._views(memory_in, parts.earlier_views))
             if self.gate_attn_output:
                 gates = retrieved.sigmoid()
             else:
@@ -101,25 +115,26 @@ class MACBlock(Block, ModuleList):
         ff_out = self.feedforward(ff_in)
         x = add_residual(ff_out)
 
-        parts.keep(attn_in, attn_out, ff_in, ff_out)
+        if self.shares_views:
+            parts.add_views(attn_in, attn_out, ff_in, ff_out)
         return x
 
     def _views(self, memory_in: Float[Tensor, 'b n d'], earlier: Sequence[Tensor]) -> Float[Tensor, 'v b n d']:
-        """What the memory's queries, keys and values are made of."""
+        """Inputs of the memory's queries, keys and values."""
         if self.view_selector is None:
-            return torch.stack((memory_in,) * 3)
+            return memory_in.expand(3, *memory_in.shape)
         choices = torch.stack((memory_in, *earlier), dim=2)
         weights = self.view_selector(memory_in).unflatten(-1, (3, -1)).softmax(dim=-1)
         return (weights @ choices).movedim(2, 0)
 
 
 class PaperMACBlock(MACBlock):
-    """In the order of the paper: retrieve, attend, then write (Titans eq. 21–25). Segment after segment, as what one
-    writes is what the next one retrieves."""
+    """The order of the paper: retrieve, attend, then store (Titans eq. 21–25). Segments are processed one after the
+    other, as each retrieves from a memory that the one before has written."""
 
     combine = _part(7)
 
-    def arranged(self, x: Streams, parts: Parts) -> Streams:
+    def update_stream(self, x: Streams, parts: Parts) -> Streams:
         _, to_attention, to_feedforward = parts.connections
         seq, add_residual = to_attention(x)
         segments = [seq] if parts.position is None else self._segments(seq, parts.position)
@@ -130,14 +145,14 @@ class PaperMACBlock(MACBlock):
 
     def _segment(self, seq: Float[Tensor, 'b n d'], parts: Parts) -> Float[Tensor, 'b n d']:
         # eq. 21: h_t = M*_{t−1}(q_t)
-        context = parts.recall(seq)
+        context = parts.retrieve(seq)
         # eq. 22, 23: y_t = Attn([p ‖ h_t ‖ S_t])
         attended = parts.attend(seq, context=context)
         # eq. 24, 25: M_t = M_{t−1}(y_t), o_t = y_t ⊗ M*_t(y_t)
-        return self.combine(attended, parts.remember(attended))
+        return self.combine(attended, parts.store_and_retrieve(attended))
 
     def _segments(self, seq: Float[Tensor, 'b n d'], position: int) -> Iterator[Float[Tensor, 'b n d']]:
-        """A sequence that begins at `position`, cut where segments end."""
+        """A sequence that begins at `position`, split at the ends of segments."""
         size = self.attention.total_segment_len
         lengths = [min(size - position % size, seq.shape[1])]
         while left := seq.shape[1] - sum(lengths):
@@ -145,44 +160,17 @@ class PaperMACBlock(MACBlock):
         return iter(seq.split(lengths, dim=1))
 
 
-class AxialPositions(ContinuousAxialPositionalEmbedding):
-    """The position embedding, two MLPs, without the buffer by which its base class knows its device."""
-
-    def __init__(self, dim: int):
-        super().__init__(dim=dim, num_axial_dims=2)
-        del self.dummy
-
-    # the base class asks `parameters()`, which are none in a replica of `torch.nn.parallel.replicate`
-
-    @property
-    def device(self) -> torch.device:
-        return self.mlps[0][0].weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.mlps[0][0].weight.dtype
-
-
-class AxialTables(NamedTuple):
-    """Position embeddings, for steps."""
-
-    inner: Float[Tensor, 'n d']
-    """Of the positions in a memory chunk."""
-    outer: Float[Tensor, '1 d']
-    """Of the open chunk."""
-
-
 class MemoryAsContextTransformer(Transformer, InReferenceFormat):
     """A language model of segments, with neural memory in some of its layers.
 
-    After each segment of `segment_len` tokens stand `num_longterm_mem_tokens` learned memory tokens, through which
-    what the memory retrieves reaches the attention; `num_persist_mem_tokens` learned keys and values are seen by all.
-    In a layer with memory, the memory is written with the layer's input and what it retrieves is added to the
-    residual stream before attention (the reference's arrangement), or gates the attention's output.
+    Each segment of `segment_len` tokens is followed by `num_longterm_mem_tokens` learned memory tokens, through which
+    retrieved values reach the attention; every token sees `num_persist_mem_tokens` learned keys and values. In a layer
+    with memory, the memory stores the layer's input, and the retrieved values are added to the residual stream before
+    attention (the reference's order) or gate the attention's output.
 
-    With `paper_order` a layer with memory does what the paper says: memory is asked about the segment, attention sees
-    its answers beside the segment, memory is written with the attention's output, and what it then returns gates that.
-    A memory batch is then a segment, and segments are read one after the other.
+    With `paper_order` a layer with memory follows the paper: the memory retrieves for the segment, attention sees the
+    retrieved values beside the segment, the memory stores the attention's output, and retrieves for it a gate. A memory
+    batch is then a segment, and segments are processed one after the other.
 
     Args:
         num_tokens: size of the vocabulary; `None` for a model of embeddings, without logits.
@@ -192,11 +180,11 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         neural_memory_segment_len: chunk size of the memories. Default: `segment_len + num_longterm_mem_tokens`.
         neural_mem_gate_attn_output: let the memory gate the attention's output, instead of adding to its input.
         neural_memory_add_value_residual: without effect, as in the reference.
-        num_longterm_mem_tokens: memory tokens after each segment.
-        num_persist_mem_tokens: learned keys and values in each attention.
+        num_longterm_mem_tokens: number of memory tokens after each segment.
+        num_persist_mem_tokens: number of learned keys and values in each attention.
         neural_memory_batch_size: memory-batch size of the memories, in positions.
-        neural_memory_qkv_receives_diff_views: let a memory choose, per token, from which earlier layers' inputs and
-            outputs its queries, keys and values are made.
+        neural_memory_qkv_receives_diff_views: let a memory compute its queries, keys and values from inputs and outputs
+            of earlier layers, which it selects per token.
         dim_head, heads: width and number of attention heads.
         ff_mult: width of the feedforward, relative to `dim`.
         num_residual_streams: streams of the hyper-connections; 1 is a plain residual.
@@ -204,12 +192,12 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         neural_memory_kwargs: further arguments of `NeuralMemory`.
         neural_memory_layers: layers that have a memory, counted from 1. Default: all.
         use_flex_attn: use FlexAttention on a CUDA device.
-        sliding_window_attn: attention windows that slide, instead of blocks.
-        neural_mem_weight_residual: let each memory take its gradients at weights mixed with the memory's before it.
+        sliding_window_attn: sliding attention windows instead of blocks.
+        neural_mem_weight_residual: let each memory take its gradients at weights mixed with those of the memory before.
         token_emb: a module from token ids, or from any features, to embeddings, in place of `nn.Embedding`.
-        paper_order: retrieve, attend, then write.
-        checkpoint_layers: keep only the input of each layer for the backward, which computes the layer again. See
-            `NeuralMemory`'s `checkpoint_every` for long sequences, where even one layer is too much.
+        paper_order: retrieve, attend, then store.
+        checkpoint_layers: save only the input of each layer for the backward pass, which recomputes the layer. For
+            sequences so long that even one layer does not fit, see `checkpoint_every` of `NeuralMemory`.
     """
 
     def __init__(
@@ -330,6 +318,8 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
                 FeedForward(dim, ff_mult),
                 *((Gated(dim),) if in_paper_order else ()),
                 gate_attn_output=neural_mem_gate_attn_output,
+                shares_views=neural_memory_qkv_receives_diff_views,
+                shares_memory_weights=neural_mem_weight_residual,
             )
 
         self._stack(
@@ -340,7 +330,7 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         )
         self.sliding_window_attn = sliding_window_attn
         if paper_order and any(memory.mixes_tokens for memory in self._memories):
-            raise ValueError('paper_order asks memory about single tokens, and neural_memory_model mixes them')
+            raise ValueError('paper_order retrieves for each token separately, and neural_memory_model mixes them')
 
     def _reset_own(self) -> None:
         if self.longterm_mems is not None:
@@ -357,7 +347,7 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         return seq_index % self.attn_window_size >= self.segment_len
 
     def seq_len_with_longterm_mem(self, seq_len: int) -> int:
-        """Positions up to and with token number `seq_len`: memory tokens stand between segments."""
+        """Positions up to and including the `seq_len`-th token; memory tokens stand between segments."""
         (seq_len,) = check_positive(seq_len=seq_len)
         full_before, _ = divided(seq_len - 1, self.segment_len)
         return full_before * self.num_longterm_mem_tokens + seq_len
@@ -376,7 +366,7 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         first_segment, num_tokens = start // window, self.num_tokens_until(start) + x.shape[1]
         stop = self.num_positions(num_tokens)
 
-        # whole segments, each followed by its memory tokens, then cut to the positions asked for
+        # whole segments, each followed by its memory tokens, then cut to the requested positions
         x = F.pad(self._token_embedding(x), (0, 0, num_tokens - x.shape[1] - first_segment * segment, 0))
         num_segments, in_last = divided(x.shape[1], segment)
         x = F.pad(x, (0, 0, 0, -in_last % segment)).unflatten(1, (num_segments + (in_last > 0), segment))
@@ -385,36 +375,8 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
             x = torch.cat((x, memory_tokens), dim=2)
         x = x.flatten(1, 2)
         x = x[:, start - first_segment * window : stop - first_segment * window]
-        return x + self._position_embedding(start, stop, factorized_pos_emb, x.device)
-
-    def _position_embedding(
-        self, start: int, stop: int, factorized: list[Tensor] | None, device: torch.device
-    ) -> Float[Tensor, 'n d']:
-        """Axial: which memory chunk, and where in it."""
-        inner = self.neural_memory_segment_len
-        first, (full, in_last) = start // inner, divided(stop, inner)
-        end = full + (in_last > 0)
-        if factorized is None:
-            of_chunks = self._axial(0, torch.arange(first, end, device=device))
-            in_chunk = self._axial(1, torch.arange(inner, device=device))
-        else:
-            self._check_factorized(factorized, stop)
-            of_chunks, in_chunk = factorized[0][first:end], factorized[1]
-        every = (of_chunks.unsqueeze(1) + in_chunk).flatten(0, 1)
-        return every[start - first * inner : stop - first * inner]
-
-    def _check_factorized(self, factorized: Any, stop: int) -> None:
-        if not isinstance(factorized, (tuple, list)) or len(factorized) != 2:
-            raise TypeError(f'factorized_pos_emb must be a pair of tensors, got {described(factorized)}')
-        for axis, embeddings in enumerate(factorized):
-            check_floating(f'factorized_pos_emb[{axis}]', embeddings)
-            check_shape(f'factorized_pos_emb[{axis}]', embeddings, positions=None, dim=self.dim)
-        outer, inner = (len(embeddings) for embeddings in factorized)
-        if inner != self.neural_memory_segment_len or outer * inner < stop:
-            raise ValueError(
-                f'factorized_pos_emb must hold {-(-stop // self.neural_memory_segment_len)} or more memory chunks of '
-                f'{self.neural_memory_segment_len} positions, got {outer} of {inner}'
-            )
+        chunk = self.neural_memory_segment_len
+        return x + self.axial_pos_emb.span(start, stop, chunk, factorized_pos_emb, x.device)
 
     def _token_rows(self, hidden: Float[Tensor, 'b n d'], start: int, num_tokens: int) -> Float[Tensor, 'b n d']:
         tokens = torch.arange(self.num_tokens_until(start), num_tokens, device=hidden.device)
@@ -439,11 +401,11 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         return_state: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """`Transformer.forward`, its arguments in the reference's order; and two more.
+        """`Transformer.forward` with the arguments in the reference's order, and two more.
 
         Args:
             return_loss_breakdown: without effect, as in the reference: the loss has one part.
-            factorized_pos_emb: position embeddings computed before, by `axial_pos_emb(…, return_factorized=True)`.
+            factorized_pos_emb: precomputed position embeddings, from `axial_pos_emb(…, return_factorized=True)`.
         """
         check_flags(return_loss_breakdown=return_loss_breakdown)
         return super().forward(
@@ -453,22 +415,25 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
             return_cache=return_cache,
             disable_flex_attn=disable_flex_attn,
             factorized_pos_emb=factorized_pos_emb,
-            # named, as `torch.export` asks for shapes by the names of arguments
+            # by name: `torch.export` identifies dynamic shapes by argument names
             state=state,
             return_state=return_state,
             **kwargs,
         )
 
-    # one position at a time
+    # decoding steps
 
     def step_kind(self, position: int) -> StepKind:
         return super().step_kind(position)._replace(is_longterm=self.seq_index_is_longterm(position))
 
     def _decoding_embedding(self, position: Int[Tensor, ' 1']) -> AxialTables:
-        inner = torch.arange(self.neural_memory_segment_len, device=position.device)
-        return AxialTables(self._axial(1, inner), self._axial(0, position // self.neural_memory_segment_len))
+        offsets = torch.arange(self.neural_memory_segment_len, device=position.device)
+        return AxialTables(inner=self.axial_pos_emb.axis(1, offsets), outer=self._chunk_embedding(position))
 
-    def _embedded_one(self, state: DecodingState, kind: StepKind) -> Float[Tensor, 'b 1 d']:
+    def _chunk_embedding(self, position: Int[Tensor, ' 1']) -> Float[Tensor, '1 d']:
+        return self.axial_pos_emb.axis(0, position // self.neural_memory_segment_len)
+
+    def _embedded_one(self, state: ModelBuffers, kind: StepKind) -> Float[Tensor, 'b 1 d']:
         if kind.is_longterm:
             assert self.longterm_mems is not None
             index = state.position % self.attn_window_size - self.segment_len
@@ -478,17 +443,12 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         inner, outer = state.embedding
         return x + (outer + inner.index_select(0, state.position % len(inner)))
 
-    def _chunk_ended(self, state: DecodingState) -> None:
-        state.embedding.outer.copy_(self._axial(0, state.position // self.neural_memory_segment_len))
-
-    def _axial(self, axis: int, indices: Int[Tensor, ' n']) -> Float[Tensor, 'n d']:
-        # exact integers, so never in half precision
-        with torch.autocast(indices.device.type, enabled=False):
-            return self.axial_pos_emb.mlps[axis](indices.to(self.norm.weight.dtype).unsqueeze(1))
+    def _chunk_ended(self, state: ModelBuffers) -> None:
+        state.embedding.outer.copy_(self._chunk_embedding(state.position))
 
 
 def _view_selector(dim: int, layer: int) -> nn.Sequential:
-    """Logits, for each of three views, over the memory's own input and four tensors of each earlier layer."""
+    """Logits of each of three views over the memory's own input and four tensors of each earlier layer."""
     choices = (layer - 1) * 4 + 1
     return nn.Sequential(nn.RMSNorm(dim), Linear(dim, 3 * choices))
 

@@ -17,22 +17,22 @@ class MAGBlock(HybridBlock):
         super().__init__(dim, *parts)
         self.combine = None if self.memory is None else Gated(dim)
 
-    def arranged(self, x: Streams, parts: Parts) -> Streams:
+    def update_stream(self, x: Streams, parts: Parts) -> Streams:
         to_attention, to_feedforward = parts.connections
         seq, add_residual = to_attention(x)
         # Titans eq. 27, 28: y = SW-Attn*([p ‖ x]), o = y ⊗ M(x)
         out = parts.attend(seq)
-        x = add_residual(out if self.combine is None else self.combine(out, parts.remember(seq)))
+        x = add_residual(out if self.combine is None else self.combine(out, parts.store_and_retrieve(seq)))
 
         seq, add_residual = to_feedforward(x)
         return add_residual(self.feedforward(seq))
 
 
 class MemoryAsGateTransformer(HybridTransformer):
-    """A language model whose attention, over a sliding window, is gated by what memory retrieves.
+    """A language model whose sliding-window attention is gated by the output of a memory.
 
-    Both read the same input: attention what is near, memory all that came before. Their outputs are normalised with
-    learned vectors, and memory's gates attention's through a sigmoid. Arguments: those of `HybridTransformer`.
+    Both read the same input: attention the last positions, memory the whole past. Both outputs are normalised with
+    learned gains, and the memory's, through a sigmoid, gates the attention's. Arguments: those of `HybridTransformer`.
     """
 
     block = MAGBlock

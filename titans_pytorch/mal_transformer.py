@@ -1,4 +1,4 @@
-"""Memory as layer (MAL): long-term memory, and after it sliding-window attention (Titans, section 4.3)."""
+"""Memory as layer (MAL): long-term memory followed by sliding-window attention (Titans, section 4.3)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from titans_pytorch.models.residual_streams import Streams
 class MALBlock(HybridBlock):
     branch_names = ('memory', 'attention', 'feedforward')
 
-    def arranged(self, x: Streams, parts: Parts) -> Streams:
+    def update_stream(self, x: Streams, parts: Parts) -> Streams:
         to_memory, to_attention, to_feedforward = parts.connections
         # Titans eq. 30, 31: y = M(x), o = SW-Attn(y), each around a residual
         if self.memory is not None:
             seq, add_residual = to_memory(x)
-            x = add_residual(parts.remember(seq))
+            x = add_residual(parts.store_and_retrieve(seq))
         seq, add_residual = to_attention(x)
         x = add_residual(parts.attend(seq))
 
@@ -24,9 +24,9 @@ class MALBlock(HybridBlock):
 
 
 class MemoryAsLayerTransformer(HybridTransformer):
-    """A language model in whose layers memory comes first, and attention reads what it has made of the past.
+    """A language model whose layers are a memory, and sliding-window attention over its output.
 
-    Each is a branch of its own from the residual stream. Arguments: those of `HybridTransformer`.
+    Each is a separate branch of the residual stream. Arguments: those of `HybridTransformer`.
     """
 
     block = MALBlock

@@ -186,7 +186,11 @@ def test_labels_that_are_none():
     for bad, error, message in [
         (tokens.double(), TypeError, 'labels must hold integer token ids, got torch.float64'),
         (tokens[:, 1:], ValueError, r'labels must be \(batch=2, length=9\), got \(2, 8\)'),
-        (tokens + TOKENS, ValueError, r'labels must be token ids in \[0, num_tokens=16\), or -100 where there is none'),
+        (
+            tokens + TOKENS,
+            ValueError,
+            r'labels must be token ids in \[0, num_tokens=16\), or -100 to ignore',
+        ),
         (tokens - 17, ValueError, 'labels must be token ids in'),
     ]:
         with pytest.raises(error, match=message):
@@ -195,7 +199,7 @@ def test_labels_that_are_none():
         build(num_tokens=None)(torch.randn(2, 9, 8).double(), labels=tokens)
     with pytest.raises(ValueError, match='return_hidden returns hidden states'):
         model(tokens, labels=tokens, return_hidden=True)
-    with pytest.raises(ValueError, match='with labels, give what follows on the cache as x'):
+    with pytest.raises(ValueError, match='with labels, pass the tokens after the cache as x'):
         model(tokens, labels=tokens, cache=model(tokens[:, :3], return_cache=True)[1])
 
 

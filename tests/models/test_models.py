@@ -180,8 +180,8 @@ def test_a_batch_with_nothing_to_predict_has_a_loss_of_zero():
 def test_documents_are_padded_to_at_most_twice_their_length():
     document_ids = torch.tensor([[0] * 40 + [*range(1, 25)]])
     groups = Documents.groups(None, document_ids, (1, 64), document_ids.device)
-    assert sum(group.places.numel() for group in groups) <= 2 * 64
-    assert torch.cat([group.places[group.real] for group in groups]).sort().values.equal(torch.arange(64))
+    assert sum(group.indices.numel() for group in groups) <= 2 * 64
+    assert torch.cat([group.indices[group.real] for group in groups]).sort().values.equal(torch.arange(64))
 
 
 def test_documents_without_padding_and_padding_without_documents():
@@ -286,8 +286,8 @@ def test_calls():
     _, state = model(tokens, return_state=True)
     mask = torch.ones(2, 10, dtype=torch.bool)
     for kwargs, error, message in [
-        ({'state': state, 'cache': state}, ValueError, 'with state, give what follows on the cache as x'),
-        ({'cache': state, 'return_loss': True}, ValueError, 'with return_loss, give what follows on the cache as x'),
+        ({'state': state, 'cache': state}, ValueError, 'with state, pass the tokens after the cache as x'),
+        ({'cache': state, 'return_loss': True}, ValueError, 'with return_loss, pass the tokens after the cache as x'),
         ({'document_id': 1}, TypeError, "unexpected keyword argument 'document_id'"),
         ({'state': state.select([0])}, ValueError, 'state must be of a batch of 2, as x is, got one of 1'),
         ({'state': state.memories[0]}, TypeError, 'state must be a ModelState, got NeuralMemState'),

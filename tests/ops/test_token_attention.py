@@ -10,8 +10,9 @@ from compare import assert_same, randomised
 from torch import nn
 
 from titans_pytorch import MemoryAsContextTransformer, MemoryAsGateTransformer
+from titans_pytorch.attention.context import ContextAttention
 from titans_pytorch.attention.rotary import frequencies
-from titans_pytorch.attention.segmented import ContextAttention, SegmentedAttention
+from titans_pytorch.attention.segmented import SegmentedAttention
 from titans_pytorch.generation.stepper import Stepper
 from titans_pytorch.memory.modules import HeadsFirst
 from titans_pytorch.ops import token_attention
@@ -132,12 +133,12 @@ def step_by_step(layer, seq, start, **inputs):
         now = {name: t[..., position : position + 1, :] for name, t in before.items()}
         _, (_, cache) = layer(seq[:, position : position + 1], cache=cache, position=position, **now)
         cache = layer.trimmed(cache, position + 1)
-    buffers, outs = layer.to_ring(cache, start), []
+    buffers, outs = layer.to_buffers(cache, start), []
     for number in range(start, seq.shape[1]):
         now = {name: t[..., number : number + 1, :] for name, t in inputs.items()}
         position = at(number, frequencies(layer.rotary_emb)[None])
         outs.append(layer.step(seq[:, number : number + 1], buffers, position, 0, **now)[0])
-    return torch.cat(outs, dim=1), layer.from_ring(buffers, seq.shape[1])
+    return torch.cat(outs, dim=1), layer.from_buffers(buffers, seq.shape[1])
 
 
 @pytest.mark.parametrize('use', [False, True])

@@ -1,1 +1,1 @@
-"""Attention over segments and sliding windows, with persistent memory tokens."""
+"""Attention over segments and sliding windows, with persistent memory tokens and rotary positions."""

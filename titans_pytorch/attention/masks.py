@@ -1,4 +1,4 @@
-"""Which keys a query may attend to, as small mask functions for FlexAttention and for everything else.
+"""Mask functions: the keys that a query may attend to, for FlexAttention and for boolean masks.
 
 A mask function is FlexAttention's `mask_mod`: (batch, head, query index, key index) to a boolean, elementwise. One
 definition serves the block masks of FlexAttention and, evaluated over positions, the boolean masks of plain attention.
@@ -17,7 +17,7 @@ from titans_pytorch.utils.shapes import Bool, Int
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-# above this many (query, key) pairs the mask is built by a compiled function, which never holds all of them
+# above this many (query, key) pairs a compiled function builds the mask without materialising them
 DENSE_PAIRS = 2**26
 
 
@@ -26,7 +26,7 @@ def causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 
 def same_window(size: int) -> MaskMod:
-    """Query and key lie in the same of the windows [0, size), [size, 2 · size), …"""
+    """True if query and key are in the same window [0, size), [size, 2 · size), …"""
 
     def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return query // size == key // size
@@ -35,7 +35,7 @@ def same_window(size: int) -> MaskMod:
 
 
 def within(distance: int) -> MaskMod:
-    """The key is at most `distance` positions back."""
+    """True if the key is at most `distance` positions back."""
 
     def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return query - key <= distance
@@ -44,7 +44,7 @@ def within(distance: int) -> MaskMod:
 
 
 def after_persistent(num_persistent: int, mask_mod: MaskMod) -> MaskMod:
-    """Keys begin with `num_persistent` that every query sees; `mask_mod` counts the others from 0."""
+    """`mask_mod` for keys that follow `num_persistent` keys visible to every query."""
 
     def is_persistent(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return key < num_persistent
@@ -56,14 +56,14 @@ def after_persistent(num_persistent: int, mask_mod: MaskMod) -> MaskMod:
 
 
 def segmented(window: int, sliding: bool) -> MaskMod:
-    """Causal attention inside windows, or to at most `window` positions back."""
+    """Causal attention within blocks of `window` positions or, if `sliding`, to at most `window` positions back."""
     return and_masks(causal, within(window) if sliding else same_window(window))
 
 
 def over_positions(
     mask_mod: MaskMod, queries: Int[Tensor, '... i'], keys: Int[Tensor, '... j']
 ) -> Bool[Tensor, '... i j']:
-    """`mask_mod` for every pair of a query position and a key position."""
+    """`mask_mod` evaluated for every pair of a query position and a key position."""
     none = torch.zeros((), dtype=torch.long, device=queries.device)
     return mask_mod(none, none, queries.unsqueeze(-1), keys.unsqueeze(-2))
 
@@ -72,7 +72,7 @@ def over_positions(
 def segmented_block_mask(
     seq_len: int, window: int, num_persistent: int, sliding: bool, device: torch.device
 ) -> BlockMask:
-    """FlexAttention's block mask of `segmented` with persistent keys in front; built once per shape and kept."""
+    """FlexAttention's block mask of `segmented`, with persistent keys in front; cached by shape."""
     mask_mod = after_persistent(num_persistent, segmented(window, sliding))
     kv_len = seq_len + num_persistent
     compiled = device.type == 'cuda' and seq_len * kv_len > DENSE_PAIRS

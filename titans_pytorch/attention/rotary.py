@@ -1,4 +1,4 @@
-"""Rotary positions from explicit indices, and causal attention whose keys may come from a cache.
+"""Rotary embeddings of explicit positions, and causal attention with cached keys.
 
 Rotary embedding: RoFormer, https://arxiv.org/abs/2104.09864
 """
@@ -23,8 +23,8 @@ KeyValues = tuple[Float[Tensor, 'b h n d'], Float[Tensor, 'b h n d']]
 class Rotary(RotaryEmbedding):
     """The frequencies of a rotary embedding of `dim` features.
 
-    Without the buffers in which the base class keeps angles, which `rotate` computes: a state dict then holds all that
-    the module does.
+    The base class caches angles in buffers. They are removed, as `rotate` computes the angles, so that a state dict
+    holds every tensor of the module.
     """
 
     def __init__(self, dim: int):
@@ -43,9 +43,9 @@ class Rotary(RotaryEmbedding):
     def forward(
         self, t: Float[Tensor, '... n'], seq_len: int | None = None, offset: int = 0
     ) -> Float[Tensor, '... n d']:
-        """The angles at positions `t`, in the precision of `freqs` but float32 at least; the rest has no effect."""
+        """Angles at positions `t`, in the precision of `freqs` but at least float32; other arguments have no effect."""
         dtype = torch.promote_types(self.freqs.dtype, torch.float32)
-        # neighbouring features share an angle
+        # adjacent features share an angle
         return (t.to(dtype).unsqueeze(-1) * self.freqs.to(dtype)).repeat_interleave(2, dim=-1)
 
     def get_seq_pos(
@@ -65,18 +65,18 @@ def check_rotary_width(dim_head: int) -> None:
 def rotate(
     rotary: RotaryEmbedding, t: Float[Tensor, 'b h n d'], positions: Int[Tensor, ' n']
 ) -> Float[Tensor, 'b h n d']:
-    """Rotate `t` by the angles of `positions`.
+    """`t` rotated by the angles of `positions`.
 
-    Only the first features rotate where the rotary dimension is smaller than `d`. The angles have the precision of
-    `rotary.freqs`, float32 at least, whatever the dtype of `t`: bfloat16 cannot tell position 256 from 257. They are
-    computed anew rather than taken from the library's cache, whose precision depends on who filled it first.
+    If the rotary dimension is smaller than `d`, only the first features rotate. The angles have the precision of
+    `rotary.freqs`, at least float32, whatever the dtype of `t`: bfloat16 cannot tell position 256 from 257. They are
+    not taken from the library's cache, whose precision is that of its first use.
     """
     dtype = torch.promote_types(rotary.freqs.dtype, torch.float32)
     return apply_rotary_emb(rotary(positions.to(dtype) / rotary.interpolate_factor), t)
 
 
 def frequencies(rotary: RotaryEmbedding) -> Float[Tensor, ' d/2']:
-    """Angle per position of each pair of features, as precise as in `rotate`."""
+    """Angle per position of each pair of features, in the precision of `rotate`."""
     dtype = torch.promote_types(rotary.freqs.dtype, torch.float32)
     return rotary.freqs.detach().to(dtype) / rotary.interpolate_factor
 
@@ -87,10 +87,10 @@ def rotary_causal_attention(
     k: Float[Tensor, 'b h j d'],
     v: Float[Tensor, 'b h j e'],
 ) -> Float[Tensor, 'b h i e']:
-    """Softmax attention of the last `i` of `j` positions, each to itself and to all before it.
+    """Softmax attention of the last `i` of `j` positions, each to itself and to all earlier ones.
 
-    Queries and keys come unrotated, so that cached keys can be kept as they are and every call numbers its positions
-    from the start of the sequence.
+    Queries and keys are passed unrotated, so that cached keys need no change and every call numbers its positions from
+    the start of the sequence.
     """
     q_len, k_len = q.shape[-2], k.shape[-2]
     if q_len > k_len:
@@ -100,7 +100,7 @@ def rotary_causal_attention(
     q = rotate(rotary, q, positions[k_len - q_len :])
     k = rotate(rotary, k, positions)
 
-    # is_causal aligns its mask to the first key, which is right only where there is a query for each key
+    # is_causal aligns its mask to the first key, which is correct only with a query for each key
     mask = None
     if 1 < q_len < k_len:
         mask = torch.ones(q_len, k_len, dtype=torch.bool, device=k.device).tril(k_len - q_len)
@@ -113,7 +113,7 @@ def flatten_cache(
     heads: int,
     dims: Sequence[int],
 ) -> list[Tensor] | None:
-    """The tensors of a cache of keys and values, which must be as many as `dims`, of these widths, equally long."""
+    """The tensors in a cache of keys and values, which must have the widths `dims` and equal lengths."""
     if cache is None:
         return None
     tensors = tree_leaves(cache)

@@ -36,24 +36,24 @@ from titans_pytorch.utils.shapes import Float, divided
 
 
 class AttnIntermediates(NamedTuple):
-    """What an attention layer hands on besides its output."""
+    """Results of an attention layer besides its output."""
 
     value_residual: Float[Tensor, 'b h n d']
-    """The values before any residual; those of the first layer are mixed into the later ones."""
+    """Values before any residual; later layers mix in those of the first."""
     cached_key_values: KeyValues
-    """Keys, not rotated, and values: those of the cache and of this call."""
+    """Keys (not rotated) and values of the cache and of this call."""
 
 
 @cache
 def _compiled_flex_attention() -> Callable[..., Any]:
-    # uncompiled, it forms all scores; and compiling on import would load the compiler for everyone
+    # uncompiled, it materialises all scores; compiled at import, it would load the compiler for every user
     return torch.compile(flex_attention)
 
 
 def segmented_flex_attention(
     seq_len: int, window: int, num_persistent: int, sliding: bool, device: torch.device
 ) -> Callable[..., Tensor]:
-    """FlexAttention with the segments' block mask: (queries, keys, values) to the attended values."""
+    """FlexAttention with the block mask of segments, as a function of (queries, keys, values)."""
     block_mask = segmented_block_mask(seq_len, window, num_persistent, sliding, device)
     attend = _compiled_flex_attention() if device.type == 'cuda' else cast(Callable[..., Any], flex_attention)
     return partial(attend, block_mask=block_mask)
@@ -62,19 +62,18 @@ def segmented_flex_attention(
 class SegmentedAttention(Resettable, InReferenceFormat):
     """Causal attention within a window of `segment_len + num_longterm_mem_tokens` positions.
 
-    Windows are blocks that do not see each other or, with `sliding`, each token sees that many positions back. Every
-    token also sees `num_persist_mem_tokens` learned keys and values (persistent memory, Titans eq. 19). Positions
-    are rotary.
+    Windows are disjoint blocks or, with `sliding`, the positions up to that far back. Every token also sees
+    `num_persist_mem_tokens` learned keys and values (persistent memory, Titans eq. 19). Positions are rotary.
 
     Args:
         dim: width of input and output.
-        segment_len: tokens of a segment.
-        num_persist_mem_tokens: learned keys and values that every token sees.
-        num_longterm_mem_tokens: memory tokens that stand in the sequence after each segment.
+        segment_len: tokens in a segment.
+        num_persist_mem_tokens: number of learned keys and values that every token sees.
+        num_longterm_mem_tokens: number of memory tokens that follow each segment in the sequence.
         dim_head, heads: width and number of the heads.
-        sliding: windows that slide, instead of blocks.
-        accept_value_residual: mix the first layer's values into this layer's, by a learned share.
-        attend_kwargs: options of `x_transformers.attend.Attend`, for the path without FlexAttention.
+        sliding: sliding windows instead of blocks.
+        accept_value_residual: mix the first layer's values into this layer's with learned weights.
+        attend_kwargs: options of `x_transformers.attend.Attend`, which FlexAttention and decoding steps ignore.
         use_flex_attn: use FlexAttention on a CUDA device.
     """
 
@@ -151,13 +150,16 @@ class SegmentedAttention(Resettable, InReferenceFormat):
 
         Args:
             seq: (batch, length, dim).
-            value_residual: the first layer's values, if `accept_value_residual`.
-            flex_attn_fn: FlexAttention with its block mask, to share one between layers. Default: made here.
-            disable_flex_attn: take the plain path for this call.
-            output_gating: factors on the output.
-            cache: keys and values of the positions just before `seq`: all of them, or as `trimmed` leaves them.
-            position: number of the first position of `seq`, with a cache. Default: the cache's length, which is
-                right for one that was never trimmed.
+            value_residual: values of the first layer, with `accept_value_residual`.
+            flex_attn_fn: FlexAttention with its block mask, shared between layers. Default: built here.
+            disable_flex_attn: do not use FlexAttention in this call.
+            output_gating: factors of the output.
+            cache: keys and values of the positions immediately before `seq`, all of them or `trimmed`.
+            position: index of the first position of `seq`, with a cache. Default: the length of the cache, which must
+                then be untrimmed.
+
+        Returns:
+            the output (batch, length, dim), and `AttnIntermediates`.
         """
         check_floating('seq', seq, self.norm.weight.dtype)
         check_shape('seq', seq, batch=None, length=None, dim=self.dim)
@@ -198,7 +200,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         return out, AttnIntermediates(own_values, (keys, values))
 
     def checked_cache(self, name: str, cache: Any, position: Any, batch: int | None) -> tuple[KeyValues, int | None]:
-        """Keys and values of positions before `position`, if they are of this attention; and the position."""
+        """`cache`, which must hold keys and values of this attention from before `position`; and the position."""
         key_values = checked_key_values(name, cache, batch, self.heads, self.dim_head)
         if position is not None:
             (position,) = check_not_negative(position=position)
@@ -210,45 +212,44 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         return key_values, position
 
     def trimmed(self, key_values: KeyValues, position: int) -> KeyValues:
-        """What tokens from `position` on can still see: the last window if it slides, else the one not full yet."""
+        """Keys and values visible from `position` on: the last window if it slides, else the incomplete one."""
         length, window = key_values[0].shape[-2], self.total_segment_len
-        keep = min(length, (window if self.sliding else position % window) * self.keys_per_position)
-        keys, values = (t[..., length - keep :, :].clone() for t in key_values)
+        visible = min(length, (window if self.sliding else position % window) * self.keys_per_position)
+        keys, values = (t[..., length - visible :, :].clone() for t in key_values)
         return keys, values
 
-    # one position at a time, over buffers of constant size that are written in place
+    # decoding steps, over ring-buffer caches that are written in place
 
     @property
     def num_slots(self) -> int:
-        """How many positions a token can see, itself included."""
+        """Number of positions in the ring buffer: those that a token can see, itself included."""
         return self.total_segment_len + self.sliding
 
     @property
-    def ring(self) -> Ring:
-        """How the buffers are laid out."""
+    def cache_layout(self) -> Ring:
         return Ring(self.num_persist_mem_tokens, self.num_slots, self.keys_per_position, self.sliding)
 
-    def to_ring(self, key_values: KeyValues, position: int) -> KeyValues:
+    def to_buffers(self, key_values: KeyValues, position: int) -> KeyValues:
         """Keys and values that tokens from `position` on can see, (b, h, persistent + `num_slots`, d).
 
-        The persistent ones come first, then a ring in which position p has slot p modulo `num_slots`. The keys are
-        rotated: a key is rotated once, not at every step.
+        Persistent ones come first, then a ring buffer in which position p has slot p modulo `num_slots`. The keys are
+        rotated, once instead of at every step.
         """
         keys, values = self.trimmed(key_values, position)
         start = position - keys.shape[-2] // self.keys_per_position
-        slots = self.ring.slots(torch.arange(start, position, device=keys.device))
+        slots = self.cache_layout.slots(torch.arange(start, position, device=keys.device))
         rings = []
         for t in (self._rotated(keys, start), values):
             ring = t.new_zeros(*t.shape[:2], self.num_slots * self.keys_per_position, t.shape[-1])
             rings.append(ring.index_copy(2, slots, t))
         return self._with_persistent(*rings)
 
-    def from_ring(self, buffers: KeyValues, position: int) -> KeyValues:
-        """The opposite: keys, not rotated, and values in the order of their positions."""
+    def from_buffers(self, buffers: KeyValues, position: int) -> KeyValues:
+        """Inverse of `to_buffers`: keys, rotated back, and values in the order of their positions."""
         window = self.total_segment_len
         start = position - (min(position, window) if self.sliding else position % window)
         positions = torch.arange(start, position, device=buffers[0].device)
-        slots = self.ring.slots(positions) + self.num_persist_mem_tokens
+        slots = self.cache_layout.slots(positions) + self.num_persist_mem_tokens
         keys, values = (t.index_select(2, slots) for t in buffers)
         return rotate(self.rotary_emb, keys, -positions.repeat_interleave(self.keys_per_position)), values
 
@@ -261,16 +262,14 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         value_residual: Float[Tensor, 'b h 1 d'] | None = None,
         output_gating: Float[Tensor, 'b 1 d'] | None = None,
     ) -> tuple[Float[Tensor, 'b 1 d'], Float[Tensor, 'b h 1 d']]:
-        """`forward` for one position, which it writes into `buffers`; `layer` counts the attentions before this one.
-
-        Returns the output, and the values before any residual. Like FlexAttention it knows no `attend_kwargs`.
-        """
+        """`forward` for one position, which it writes into `buffers`; `layer` is the number of attentions before this
+        one. Returns the output, and the values before any residual."""
         seq = self.norm(seq)
         projected = self.to_qkv(seq)
         mix = None
         if self.to_learned_v_mix is not None and value_residual is not None:
-            mix = ValueMix(self.to_learned_v_mix, seq, value_residual)
-        out = self.to_out(attend_one(projected, buffers, self.ring, position, layer, mix))
+            mix = ValueMix(to_shares=self.to_learned_v_mix, seq=seq, residual=value_residual)
+        out = self.to_out(attend_one(projected, buffers, self.cache_layout, position, layer, mix))
         return out if output_gating is None else out * output_gating, heads_of(projected, self.heads)[2]
 
     # parts
@@ -289,7 +288,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         return values.lerp(value_residual.to(values.dtype), self.to_learned_v_mix(seq).to(values.dtype))
 
     def _rotated(self, keys: Tensor, first: int) -> Tensor:
-        """`first` counts from the start of the sequence: persistent keys stand still, so it matters."""
+        """Keys of positions from `first` on. Persistent keys are not rotated, so absolute positions matter."""
         positions = torch.arange(keys.shape[-2], device=keys.device) // self.keys_per_position + first
         return rotate(self.rotary_emb, keys, positions)
 
@@ -302,7 +301,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         persistent = repeat(self.persistent_memory.to(keys.dtype), 'kv h p d -> kv b h p d', b=keys.shape[0])
         return torch.cat((persistent[0], keys), dim=-2), torch.cat((persistent[1], values), dim=-2)
 
-    # three ways to attend, of one meaning: the last queries, to keys from position `first` on
+    # three equivalent implementations: queries of the last positions, keys from position `first` on
 
     def _attend_flex(
         self, queries: Tensor, keys: Tensor, values: Tensor, first: int, attend: Callable | None
@@ -318,10 +317,10 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         return out[..., num_cached:, :]
 
     def _attend_windows(self, queries: Tensor, keys: Tensor, values: Tensor, first: int) -> Tensor:
-        """Each window by itself; if it slides, beside the window before it."""
+        """Each window separately; sliding ones together with the window before."""
         batch, length, window = queries.shape[0], queries.shape[-2], self.total_segment_len
         num_cached = keys.shape[-2] - length
-        # windows are counted from the start of the sequence; what stands before `first` no query can see
+        # windows begin at the start of the sequence; no query sees positions before `first`
         lead = first % window
         num_windows, in_last = divided(length, window, lead + num_cached)
         trail = -in_last % window
@@ -344,16 +343,16 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         return out[..., lead + num_cached : lead + num_cached + length, :]
 
     def _window_mask(self, num_windows: int, device: torch.device) -> Tensor:
-        """(windows, queries, keys): keys are the persistent ones, the window before, and the window itself."""
+        """(windows, queries, keys), where the keys are persistent ones, the window before, and the window itself."""
         positions = torch.arange(num_windows * self.total_segment_len, device=device).unflatten(0, (num_windows, -1))
         persistent = torch.arange(self.num_persist_mem_tokens, device=device).expand(num_windows, -1)
-        # the first window has none before it: a position no query reaches
+        # no window precedes the first: a position beyond all queries
         before = torch.where(positions < self.total_segment_len, positions.numel(), positions - self.total_segment_len)
         keys = torch.cat((before, positions), dim=-1) + self.num_persist_mem_tokens
         return over_positions(self._mask_mod, positions, torch.cat((persistent, keys), dim=-1))
 
     def _attend_at_once(self, queries: Tensor, keys: Tensor, values: Tensor, first: int) -> Tensor:
-        """All queries to all keys, which are few where a piece of a sequence is short."""
+        """All queries to all keys at once, for short pieces of a sequence, which see few keys."""
         positions = torch.arange(keys.shape[-2] // self.keys_per_position, device=keys.device)
         num_cached = len(positions) - queries.shape[-2]
         persistent = torch.arange(self.num_persist_mem_tokens, device=keys.device)
@@ -375,59 +374,5 @@ class SegmentedAttention(Resettable, InReferenceFormat):
 
 
 def _shifted(windows: Float[Tensor, 'b w h n d']) -> Tensor:
-    """The window before each; zeros before the first."""
+    """The window before each window; zeros for the first."""
     return F.pad(windows, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
-
-
-class ContextAttention(SegmentedAttention):
-    """Attention within segments in which each position has two keys: its own, and that of its context.
-
-    The context is what long-term memory knew of the segment (Titans eq. 22, [persistent ‖ h ‖ segment]). Positions from
-    its own on see a context, as it tells of its token.
-    """
-
-    keys_per_position = 2
-
-    def forward(  # type: ignore[override]
-        self,
-        seq: Float[Tensor, 'b n d'],
-        context: Float[Tensor, 'b n d'],
-        cache: KeyValues | None = None,
-        position: int = 0,
-        **_: Any,
-    ) -> tuple[Float[Tensor, 'b n d'], AttnIntermediates]:
-        """Attend, in one segment: `seq` begins at `position` and does not go beyond the segment's end.
-
-        Args:
-            seq: (batch, length, dim).
-            context: of the same shape, for each position.
-            cache: keys and values of the positions just before `seq`.
-            position: number of the first position of `seq`.
-        """
-        queries, keys, values = self._two_keys(seq, context)
-        own_values, first = values, position
-        if cache is not None and position % self.total_segment_len:
-            first = position - cache[0].shape[-2] // self.keys_per_position
-            keys, values = torch.cat((cache[0], keys), dim=-2), torch.cat((cache[1], values), dim=-2)
-        out = self._attend_at_once(queries, keys, values, first)
-        return self.to_out(self.merge_heads(out)), AttnIntermediates(own_values, (keys, values))
-
-    def step(  # type: ignore[override]
-        self,
-        seq: Float[Tensor, 'b 1 d'],
-        buffers: KeyValues,
-        position: Position,
-        layer: int,
-        context: Float[Tensor, 'b 1 d'],
-        **_: Any,
-    ) -> tuple[Float[Tensor, 'b 1 d'], Float[Tensor, 'b h 2 d']]:
-        """`forward` for one position, which it writes into `buffers`; `layer` counts the attentions before this one."""
-        projected = self.to_qkv(self.norm(torch.cat((seq, context), dim=1)))
-        out = self.to_out(attend_one(projected, buffers, self.ring, position, layer))
-        return out, heads_of(projected, self.heads)[2]
-
-    def _two_keys(self, seq: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        queries, *own = self._queries_keys_values(self.norm(seq))
-        _, *others = self._queries_keys_values(self.norm(context))
-        keys, values = (torch.stack(pair, dim=-2).flatten(-3, -2) for pair in zip(own, others))
-        return queries, keys, values

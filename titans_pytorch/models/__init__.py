@@ -1,1 +1,1 @@
-"""The parts of every model: blocks around a residual stream, documents, states."""
+"""The parts that all models share: blocks around a residual stream, decoding steps, documents, states."""

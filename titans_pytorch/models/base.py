@@ -1,14 +1,14 @@
-"""What all models here are made of: an embedding, blocks around a residual stream, logits, and a state over calls.
+"""`Transformer`, the base class of every model: embedding, blocks around a residual stream, logits, and states.
 
-A model differs from another in how its blocks put their parts together: see `block.py`.
+Models differ in how their blocks compose memory and attention: see `block.py`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -16,68 +16,44 @@ from torch import Tensor, nn
 from torch.nn import Linear, Module, ModuleList
 from torch.utils.checkpoint import checkpoint
 
-from titans_pytorch.attention.rotary import KeyValues, frequencies
-from titans_pytorch.attention.segmented import SegmentedAttention, segmented_flex_attention
-from titans_pytorch.generation import sampling
-from titans_pytorch.generation.decodable import StepKind
-from titans_pytorch.memory.state import NeuralMemState, copy_weights
-from titans_pytorch.models.block import Block, Carried, LayerBuffers, LayerState, Place
+from titans_pytorch.attention.segmented import segmented_flex_attention
+from titans_pytorch.models.block import Block, Carried, LayerState
+from titans_pytorch.models.decoding import StepwiseDecoding
 from titans_pytorch.models.documents import IGNORED, Documents, checked_documents, continues
-from titans_pytorch.models.residual_streams import ExpandStreams, Streams, complete, residual_streams
+from titans_pytorch.models.residual_streams import complete, residual_streams
 from titans_pytorch.models.state import ModelState
-from titans_pytorch.neural_memory import NeuralMemory
-from titans_pytorch.ops.token_attention import Position
+from titans_pytorch.models.validation import checked_labels, checked_model_state
 from titans_pytorch.utils.checks import (
     check_flags,
     check_floating,
     check_integer,
-    check_integers,
-    check_keywords,
     check_module,
-    check_multiple,
     check_not_traced,
     check_positive,
     check_shape,
     check_tensor,
-    checked_state,
     checked_token_ids,
     described,
     is_integral,
-    values_are_at_hand,
 )
-from titans_pytorch.utils.functional import is_intercepted, outside_inference
 from titans_pytorch.utils.parameters import Resettable, reset_parameters
 from titans_pytorch.utils.precision import at_least_float32
 from titans_pytorch.utils.shapes import Bool, Float, Int
 
 
-class DecodingState(NamedTuple):
-    """A `ModelState` as buffers of constant size, which every step writes in place, with tables that it reads."""
-
-    position: Int[Tensor, ' 1']
-    token: Int[Tensor, 'b 1']
-    """What the next step reads."""
-    logits: Float[Tensor, 'b l']
-    """What the last step of a token gave."""
-    layers: list[LayerBuffers]
-    frequencies: Float[Tensor, 'layers d/2']
-    """Of the rotary embeddings of the layers that have attention."""
-    embedding: Any
-    """What the model's position embedding needs, if it has one."""
-
-
-class Transformer(Resettable):
-    """The face of every model: logits or a loss, a state over calls, sampling. Subclasses build `layers`.
+class Transformer(StepwiseDecoding, Resettable):
+    """Base class of the models: logits or a loss, a state between calls, sampling. Subclasses build `layers`.
 
     A subclass whose positions are not its tokens overrides `num_positions`, `num_tokens_until`, `_embedded`,
-    `_token_rows` and `_embedded_one`; further arguments of its `_embedded` are named in `embedding_keywords`.
+    `_token_rows` and the methods that `StepwiseDecoding` names; further arguments of its `_embedded` are listed in
+    `embedding_keywords`.
 
     Args:
-        num_tokens: size of the vocabulary. `None`: no embedding and no logits; the input is (batch, length, dim), and a
-            call returns hidden states.
+        num_tokens: size of the vocabulary. `None` for a model without embedding and logits, whose input is
+            (batch, length, dim) and whose calls return hidden states.
         dim: width of the model.
-        token_emb: a module from the input to (batch, length, dim), in place of `nn.Embedding`: of token ids, or of any
-            features; of each position by itself, as pieces and steps hand over what they have.
+        token_emb: a module from the input, token ids or any features, to (batch, length, dim), in place of
+            `nn.Embedding`. It must embed each position independently, as pieces and steps see only their own.
         num_residual_streams: streams of the hyper-connections; 1 is a plain residual.
     """
 
@@ -100,7 +76,7 @@ class Transformer(Resettable):
         use_flex_attn: bool,
         checkpoint_layers: bool,
     ) -> None:
-        """Build the layers and the logits; `blocks` makes them, from a function that makes connections."""
+        """Build the layers and the logits; `blocks` builds the blocks, given a constructor of connections."""
         connection, self.expand_streams, self.reduce_streams = residual_streams(num_residual_streams, self.dim)
         self.layers = ModuleList(blocks(connection))
         self.norm = nn.RMSNorm(self.dim)
@@ -111,7 +87,7 @@ class Transformer(Resettable):
     def reset_parameters(self) -> None:
         """Initialise every parameter anew, as the constructor does.
 
-        Each memory draws a network of its own then, where the constructor copies `neural_memory_model`.
+        Each memory then draws its own network, whereas the constructor copies `neural_memory_model`.
 
         Raises:
             TypeError: if `token_emb` or `neural_memory_model` has parameters but no method `reset_parameters()`.
@@ -121,22 +97,10 @@ class Transformer(Resettable):
                 self._reset_own()
             reset_parameters(part)
 
-    @property
-    def _blocks(self) -> list[Block]:
-        return [*self.layers]  # type: ignore[arg-type]
-
-    @property
-    def _attentions(self) -> list[SegmentedAttention]:
-        return [block.attention for block in self._blocks if block.attention is not None]
-
-    @property
-    def _memories(self) -> list[NeuralMemory]:
-        return [block.memory for block in self._blocks if block.memory is not None]
-
     # positions
 
     def num_positions(self, num_tokens: int) -> int:
-        """Positions up to and with token number `num_tokens`."""
+        """Positions up to and including the `num_tokens`-th token."""
         return num_tokens
 
     def num_tokens_until(self, position: int) -> int:
@@ -144,11 +108,11 @@ class Transformer(Resettable):
         return position
 
     def _embedded(self, x: Tensor, start: int) -> Float[Tensor, 'b n d']:
-        """The positions from `start` on that the tokens `x` make, embedded."""
+        """Embeddings of the positions from `start` on that the tokens `x` occupy."""
         return self._token_embedding(x)
 
     def _token_rows(self, hidden: Float[Tensor, 'b n d'], start: int, num_tokens: int) -> Float[Tensor, 'b n d']:
-        """Of the positions from `start` on, those that hold tokens, of which there then are `num_tokens`."""
+        """Hidden states of tokens only, among the positions from `start` on; `num_tokens` is the total after them."""
         return hidden
 
     def _token_embedding(self, x: Tensor) -> Float[Tensor, 'b n d']:
@@ -164,6 +128,34 @@ class Transformer(Resettable):
         return self.token_emb is None or (isinstance(self.token_emb, nn.Embedding) and x.is_floating_point())
 
     # calls
+
+    if TYPE_CHECKING:  # `Module.__call__` is untyped, so that signatures of `forward` are not seen by callers
+
+        @overload
+        def __call__(
+            self, x: Tensor, return_loss: bool = False, *, return_state: Literal[True], **kwargs: Any
+        ) -> tuple[Tensor, ModelState]: ...
+
+        @overload
+        def __call__(
+            self, x: Tensor, return_loss: bool = False, *, return_cache: Literal[True], **kwargs: Any
+        ) -> tuple[Tensor, ModelState]: ...
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            return_loss: bool = False,
+            *,
+            return_state: Literal[False] = False,
+            return_cache: Literal[False] = False,
+            **kwargs: Any,
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def forward(
         self,
@@ -185,31 +177,33 @@ class Transformer(Resettable):
         """Logits of the next token, the loss, or hidden states.
 
         Args:
-            x: token ids (batch, length) of any integer dtype; embeddings (batch, length, dim); or what `token_emb`
-                takes.
+            x: token ids (batch, length) of any integer dtype; embeddings (batch, length, dim); or the input of
+                `token_emb`.
             return_loss: return the mean cross-entropy, in nats, of predicting x[:, 1:] from x[:, :-1].
-            state: that of the call before: `x` is what follows. With `return_loss` or `labels` the last token of `x` is
-                not read, and is the first of the next call.
+            state: the state returned by the previous call, which `x` continues. With `return_loss` or `labels` the last
+                token of `x` is not read, and is the first of the next call.
             return_state: also return the state, for the next call.
-            return_hidden: return the hidden states after the last norm, (batch, length, dim), in place of logits.
+            return_hidden: return the hidden states after the last norm, (batch, length, dim), instead of logits.
             labels: return the loss of predicting these, (batch, length), instead of `x` itself. They are aligned with
                 `x`, as in Hugging Face's models: labels[:, t] is the token at position t, predicted from x[:, :t], so
-                that labels[:, 0] is not used; −100 leaves a position out. The mean is over the labels that are left,
-                and 0 if there are none. `x` may then be embeddings. With `state`, `mask` and `document_ids` it is as
-                with `return_loss`: padding and the first token of a document are not predicted, whatever their label.
-            mask: true for tokens, false for padding, on either side, or 1 and 0. What is returned for padding means
-                nothing.
-            document_ids: integers; where they change within a row, or padding stands between, a new document begins,
-                which sees nothing of the one before, neither by attention nor by memory, and whose positions count from
-                0. Both wait for the device, and neither is compiled whole.
-            cache: as `state`, but `x` begins with the first token of all, and only what follows is processed.
+                that labels[:, 0] is not used; −100 ignores a position. The loss is the mean over the remaining labels,
+                and 0 if there are none. `x` may then be embeddings. `state`, `mask` and `document_ids` act as with
+                `return_loss`: padding and the first token of a document are not predicted, whatever their label.
+            mask: true (or 1) for tokens, false (or 0) for padding, on either side. Results for padding are meaningless.
+            document_ids: integers; a new document begins where they change within a row, and after padding. Documents
+                do not see each other, by attention or by memory, and each counts its positions from 0. `mask` and
+                `document_ids` synchronise with the device, and cannot be compiled with `fullgraph=True`.
+            cache: as `state`, except that `x` begins with the first token of all, and only the rest is processed.
             return_cache: another name for `return_state`.
-            disable_flex_attn: take the plain attention path for this call.
-            store: false to read the memories without writing them: every token reads the weights that `state` brought,
-                and these, momentum and the open chunk are the same in the state after. Attention goes on as ever.
+            disable_flex_attn: do not use FlexAttention in this call.
+            store: false to read the memories without writing them: every token reads the weights in `state`; weights,
+                momentum and the open chunk are unchanged in the returned state. Attention is not affected.
 
         Returns:
             logits (batch, length, num_tokens), hidden states, or the loss; with `return_state` a pair with the state.
+
+        Raises:
+            ValueError, TypeError: for invalid arguments, naming the argument, the expectation and the value.
         """
         check_not_traced(type(self).__name__)
         check_flags(
@@ -231,20 +225,13 @@ class Transformer(Resettable):
             mask, document_ids = checked_documents(mask, document_ids, x.shape[0], x.shape[1])
             if state is not None or cache is not None or return_state:
                 raise ValueError(
-                    'mask and document_ids make rows that begin or end at positions of their own, of which there is '
-                    'no one state: leave out state, cache and return_state'
+                    'mask and document_ids start and end sequences within rows, so that no single state describes the '
+                    'batch: leave out state, cache and return_state'
                 )
-        if cache is not None:
-            if state is not None or return_loss:
-                other = 'state' if state is not None else 'return_loss' if labels is None else 'labels'
-                raise ValueError(f'with {other}, give what follows on the cache as x, and the cache as state')
-            state = cache
-        state = None if state is None else self._checked_state(state, len(x))
-        if cache is not None and state is not None:
-            read = self.num_tokens_until(state.seq_index)
-            if read >= x.shape[1]:
-                raise ValueError(f'x must go beyond the {read} tokens in the cache, got {x.shape[1]}')
-            x = x[:, read:]
+        if cache is not None and (state is not None or return_loss):
+            other = 'state' if state is not None else 'return_loss' if labels is None else 'labels'
+            raise ValueError(f'with {other}, pass the tokens after the cache as x, and the cache as state')
+        x, state = self._continuation(x, state, cache)
 
         if return_loss:
             x, labels, mask, document_ids = self._with_labels(x, labels, mask, document_ids)
@@ -281,6 +268,20 @@ class Transformer(Resettable):
             raise ValueError(f'x must be (batch, length, …), none of them empty, got {tuple(x.shape)}')
         return x.long() if is_integral(x) and x.ndim == 2 else x
 
+    def _continuation(
+        self, x: Tensor, state: ModelState | None, cache: ModelState | None
+    ) -> tuple[Tensor, ModelState | None]:
+        """The input not yet read, and the checked state that it continues."""
+        if state is None and cache is None:
+            return x, None
+        before = checked_model_state(cache if state is None else state, self._blocks, len(x))
+        if cache is None:
+            return x, before
+        num_read = self.num_tokens_until(before.seq_index)
+        if num_read >= x.shape[1]:
+            raise ValueError(f'x must go beyond the {num_read} tokens in the cache, got {x.shape[1]}')
+        return x[:, num_read:], before
+
     def _with_labels(
         self,
         x: Tensor,
@@ -288,7 +289,7 @@ class Transformer(Resettable):
         mask: Bool[Tensor, 'b n'] | None,
         document_ids: Int[Tensor, 'b n'] | None,
     ) -> tuple[Tensor, Int[Tensor, 'b n'], Bool[Tensor, 'b n'] | None, Int[Tensor, 'b n'] | None]:
-        """What is read, and which token each position is to predict: those of `x`, or `labels`."""
+        """The input without its last position, and the label that each remaining position predicts."""
         if self.to_logits is None:
             raise ValueError('return_loss and labels need logits, and this model has no num_tokens')
         if labels is None:
@@ -315,12 +316,12 @@ class Transformer(Resettable):
         store: bool,
         embedding_kwargs: Mapping[str, Any],
     ) -> Float[Tensor, 'b n d']:
-        """`_read`, each document by itself."""
+        """`_read` of each document separately."""
         hidden = None
         for documents in Documents.groups(mask, document_ids, (x.shape[0], x.shape[1]), x.device):
             rows, _ = self._read(documents.rows(x), None, disable_flex_attn, False, store, embedding_kwargs)
             hidden = documents.batch(rows) if hidden is None else hidden + documents.batch(rows)
-        if hidden is None:  # a single token, of which nothing is read where it is only to be predicted
+        if hidden is None:  # the only token is the last one, which is predicted but not read
             hidden, _ = self._read(x, None, disable_flex_attn, False, store, embedding_kwargs)
         return hidden
 
@@ -333,26 +334,26 @@ class Transformer(Resettable):
         store: bool,
         embedding_kwargs: Mapping[str, Any],
     ) -> tuple[Float[Tensor, 'b n d'], ModelState | None]:
-        """The hidden states of the tokens `x`, before the last norm, and the state after them."""
-        start = 0 if state is None else state[0]
+        """Hidden states of the tokens `x`, before the last norm, and the state after them."""
+        start = 0 if state is None else state.seq_index
         num_tokens = self.num_tokens_until(start) + x.shape[1]
-        stop = self.num_positions(num_tokens)
         layer_states = self._layer_states(state)
 
         hidden = self._embedded(x, start, **embedding_kwargs)
-        attention_kwargs = self._attention_kwargs(hidden, layer_states, disable_flex_attn)
+        kwargs: dict[str, Any] = {'store': store, 'return_state': return_state}
+        kwargs |= self._attention_kwargs(hidden, layer_states, disable_flex_attn)
         carried, hidden = Carried(), self.expand_streams(hidden)
         after: list[LayerState] = []
         for block, layer_state in zip(self._blocks, layer_states):
-            kept = self.checkpoint_layers and torch.is_grad_enabled()
-            call = partial(checkpoint, block, use_reentrant=False) if kept else block
-            hidden, carried, layer_state = call(hidden, carried, layer_state, start, store, **attention_kwargs)
+            recomputes = self.checkpoint_layers and torch.is_grad_enabled()
+            call = partial(checkpoint, block, use_reentrant=False) if recomputes else block
+            hidden, carried, layer_state = call(hidden, carried, layer_state, start, **kwargs)
             after.append(layer_state)
         hidden = self._token_rows(self.reduce_streams(complete(hidden)), start, num_tokens)
-        return hidden, self._model_state(stop, after) if return_state else None
+        return hidden, self._model_state(self.num_positions(num_tokens), after) if return_state else None
 
     def _attention_kwargs(self, x: Tensor, states: list[LayerState], disable_flex_attn: bool) -> dict[str, Any]:
-        """What all attentions share: one block mask."""
+        """Keyword arguments of every attention, which share one block mask."""
         shared: dict[str, Any] = {'disable_flex_attn': disable_flex_attn}
         if self.use_flex_attn and x.is_cuda and not disable_flex_attn and self._attentions:
             caches = [state.key_values for state in states if state.key_values is not None]
@@ -366,178 +367,3 @@ class Transformer(Resettable):
                 x.device,
             )
         return shared
-
-    def _checked_state(self, state: Any, batch: int) -> ModelState:
-        """`state`, if it is of a model like this one and of so many sequences."""
-        position, key_values, memories = checked_state('state', state, ModelState)
-        position = check_integer('state.seq_index', position, 0)
-        if not isinstance(key_values, (tuple, list)) or not isinstance(memories, (tuple, list)):
-            given = f'{described(key_values)} and {described(memories)}'
-            raise TypeError(f'state must hold lists of key_values and of memories, got {given}')
-        num_memories = len(self._memories)
-        if (len(key_values), len(memories)) != (len(self._blocks), num_memories):
-            raise ValueError(
-                f'state must be of a model like this one, with {len(self._blocks)} layers and {num_memories} memories, '
-                f'got {len(key_values)} and {len(memories)}'
-            )
-        checked: list[KeyValues | None] = []
-        for layer, (block, pair) in enumerate(zip(self._blocks, key_values)):
-            name = f'state.key_values[{layer}]'
-            if block.attention is not None:
-                pair, _ = block.attention.checked_cache(name, pair, position, None)
-            elif pair is not None:
-                raise ValueError(f'{name} must be None, as the layer has no attention, got {described(pair)}')
-            checked.append(None if pair is None else (outside_inference(pair[0]), outside_inference(pair[1])))
-        memories = [checked_state(f'state.memories[{n}]', memory, NeuralMemState) for n, memory in enumerate(memories)]
-        state = ModelState(position, checked, memories)
-        came = state.batch_size
-        if came is not None and came != batch:
-            raise ValueError(f'state must be of a batch of {batch}, as x is, got one of {came}: see ModelState.select')
-        return state
-
-    def _layer_states(self, state: ModelState | None) -> list[LayerState]:
-        if state is None:
-            return [LayerState(None, None)] * len(self._blocks)
-        own = iter(state.memories)
-        pairs = zip(self._blocks, state.key_values)
-        return [LayerState(pair, None if block.memory is None else next(own)) for block, pair in pairs]
-
-    def _model_state(self, position: int, states: list[LayerState]) -> ModelState:
-        key_values = [
-            None if block.attention is None else block.attention.trimmed(state.key_values, position)  # type: ignore[arg-type]
-            for block, state in zip(self._blocks, states)
-        ]
-        # the next call does not need the weights over time
-        memories = [state.memory._replace(updates=None) for state in states if state.memory is not None]
-        return ModelState(position, key_values, memories)
-
-    # one position at a time: see `decoding.Decodable`
-
-    neural_memory_segment_len: int
-    neural_memory_batch_size: int | None
-
-    sample = sampling.sample
-    stream = sampling.stream
-
-    def obstacle_to_steps(self, state: ModelState) -> str | None:
-        """Why steps, which call few modules as a whole and count chunks as they count positions, do not serve."""
-        called = [self.token_emb, self.norm, self.to_logits, *(block.feedforward for block in self._blocks)]
-        as_a_whole = {module for part in called if part is not None for module in part.modules()}
-        networks = [memory._network for memory in self._memories]
-        if is_intercepted(m for tree in (self, *networks) for m in tree.modules() if m not in as_a_whole):
-            return 'a module of it has hooks, or a forward of its own'
-        if not isinstance(self.to_logits, Linear):
-            return f'its to_logits is a {type(self.to_logits).__name__}'
-        if any(memory.num_tokens != state.seq_index for memory in state.memories):
-            return 'its memories were read without being written (store=False)'
-        return None
-
-    def decoding_state(self, state: ModelState) -> DecodingState:
-        """`state` as buffers for `step`. Weights are read here: it serves until they change."""
-        assert self.to_logits is not None
-        start, layer_states = state[0], self._layer_states(state)
-        layers = [block.to_buffers(own, start) for block, own in zip(self._blocks, layer_states)]
-
-        weight = self.to_logits.weight
-        device = weight.device
-        batch = state.batch_size
-        if batch is None:
-            raise ValueError('a model with neither attention nor memory has no state to decode from')
-        position = torch.full((1,), start, device=device)
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
-        rotations = [frequencies(attention.rotary_emb) for attention in self._attentions]
-        return DecodingState(
-            position=position,
-            token=torch.zeros(batch, 1, dtype=torch.long, device=device),
-            logits=torch.zeros(batch, len(weight), dtype=dtype, device=device),
-            layers=layers,
-            frequencies=torch.stack(rotations) if rotations else torch.zeros(0, 0, device=device),
-            embedding=self._decoding_embedding(position),
-        )
-
-    def decoding_cache(self, state: DecodingState, position: int) -> ModelState:
-        """The state after `position` positions, from the buffers, with which it shares nothing."""
-        layers = [block.from_buffers(own, position) for block, own in zip(self._blocks, state.layers)]
-        return ModelState(
-            position,
-            [layer.key_values for layer in layers],
-            [layer.memory for layer in layers if layer.memory is not None],
-        )
-
-    def step_kind(self, position: int) -> StepKind:
-        """What the step at `position` has to do."""
-        batch_size, following = self.neural_memory_batch_size, position + 1
-        return StepKind(
-            False,
-            following % self.neural_memory_segment_len == 0,
-            batch_size is not None and following % batch_size == 0,
-        )
-
-    def step(self, state: DecodingState, kind: StepKind) -> None:
-        """One position through all layers, from buffers into buffers.
-
-        Shapes do not change from step to step, and a kind of step always does the same: it can be captured as a CUDA
-        graph. So whatever depends on the position is computed from the tensor that holds it.
-        """
-        position = state.position
-        x: Streams = self._embedded_one(state, kind)
-        in_chunk = position % self.neural_memory_segment_len
-        place, num_attentions = Place(Position(position, state.frequencies), in_chunk, kind), 0
-
-        carried, memories = Carried(), []
-        if isinstance(self.expand_streams, ExpandStreams):
-            x = complete(x) + self.expand_streams.stream_embed
-        for block, layer in zip(self._blocks, state.layers):
-            x, carried, memory = block.step(x, carried, layer, place, num_attentions)
-            num_attentions += block.attention is not None
-            if layer.memory is not None and memory is not None:
-                memories.append((layer.memory, memory))
-        if not kind.is_longterm:
-            state.logits.copy_(self.to_logits(self.norm(complete(x).sum(dim=1))))  # type: ignore[misc]
-
-        position.add_(1)
-        if kind.ends_chunk:
-            self._chunk_ended(state)
-            # only now: memories read the weights that earlier ones had before this step
-            copy_weights(memories)
-
-    def _decoding_embedding(self, position: Int[Tensor, ' 1']) -> Any:
-        """What `_embedded_one` needs of positions, if anything."""
-
-    def _embedded_one(self, state: DecodingState, kind: StepKind) -> Float[Tensor, 'b 1 d']:
-        return self._token_embedding(state.token)
-
-    def _chunk_ended(self, state: DecodingState) -> None:
-        """`state.position` is the first of a chunk."""
-
-
-def checked_memory_settings(chunk_size: Any, batch_size: Any, model: Any, kwargs: Any) -> tuple[int, int | None]:
-    """Chunk and memory-batch size of a model's memories; their network and further arguments are checked too."""
-    chunk_size = check_integer('neural_memory_segment_len', chunk_size, 1)
-    if batch_size is not None:
-        batch_size = check_multiple('neural_memory_batch_size', batch_size, 'chunk_size', chunk_size)
-    check_module(neural_memory_model=model)
-    check_keywords(neural_memory_kwargs=kwargs)
-    return chunk_size, batch_size
-
-
-def layers_with_memory(layers: Sequence[int] | None, depth: int) -> list[int]:
-    """Layers counted from 1, checked; `None`: all."""
-    chosen = [*range(1, depth + 1)] if layers is None else check_integers('neural_memory_layers', layers)
-    missing = [layer for layer in chosen if layer not in range(1, depth + 1)]
-    if missing:
-        raise ValueError(f'neural_memory_layers must be layers from 1 to depth={depth}, got {missing}')
-    return chosen
-
-
-def checked_labels(labels: Any, num_tokens: int, batch: int, length: int) -> Int[Tensor, 'b n']:
-    """Labels (batch, length) of any integer dtype as int64, each a token id or `IGNORED`."""
-    labels = checked_token_ids('labels', labels, None, batch, length)
-    if values_are_at_hand(labels):
-        counted = labels[:, 1:][labels[:, 1:] != IGNORED]
-        if counted.numel() and not 0 <= counted.min() <= counted.max() < num_tokens:
-            raise ValueError(
-                f'labels must be token ids in [0, num_tokens={num_tokens}), or {IGNORED} where there is none, '
-                f'got labels in [{counted.min()}, {counted.max()}]'
-            )
-    return labels

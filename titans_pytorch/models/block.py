@@ -1,6 +1,7 @@
-"""One layer of a model: memory, attention and feedforward, and how they are put together.
+"""One layer of a model: memory, attention and feedforward around the residual stream.
 
-That is written once (`Block.arranged`), and serves whole sequences, pieces of them, and decoding a position at a time.
+A block composes its parts once, in `update_stream`, which serves whole sequences, pieces of them, and decoding one
+position at a time.
 """
 
 from __future__ import annotations
@@ -31,79 +32,84 @@ from titans_pytorch.utils.shapes import Int
 
 
 class Carried(NamedTuple):
-    """Results of earlier blocks that later ones read, beside the residual stream.
+    """Results of earlier blocks that later ones read, besides the residual stream.
 
-    A block returns a new one and changes nothing, so that it can be computed again (activation checkpointing).
+    A block returns a new one and modifies nothing, so that it can be recomputed (activation checkpointing).
     """
 
-    inputs: tuple[Tensor, ...] = ()
-    """Inputs and outputs of every attention and feedforward so far, which a memory may choose its views from."""
+    views: tuple[Tensor, ...] = ()
+    """Inputs and outputs of every attention and feedforward so far, from which a memory may select its views."""
     values: Tensor | None = None
-    """The first attention's values."""
+    """Values of the first attention."""
     memory_weights: Mapping[str, Tensor] | None = None
-    """The last memory's weights over time."""
+    """Weights over time of the last memory."""
 
 
 class LayerState(NamedTuple):
-    """What a block carries from one call to the next."""
+    """The state of a block between calls."""
 
-    key_values: KeyValues | None
-    memory: NeuralMemState | None
+    key_values: KeyValues | None = None
+    memory: NeuralMemState | None = None
 
 
 class LayerBuffers(NamedTuple):
-    """The same as buffers of constant size for steps, and the weights of the block's connections."""
+    """The state of a block as buffers of constant size for steps, and the folded weights of its connections."""
 
     key_values: KeyValues | None
     memory: MemoryBuffers | None
     connections: list[FoldedConnection | None]
 
 
-class Place(NamedTuple):
-    """A position, for all layers."""
+class StepPosition(NamedTuple):
+    """The position of a step, shared by all layers."""
 
     position: Position
-    in_chunk: Int[Tensor, ' 1']
-    """Its number in the memories' chunk."""
+    chunk_offset: Int[Tensor, ' 1']
+    """Offset of the position in the memories' chunk."""
     kind: StepKind
 
 
 class Parts(NamedTuple):
-    """A block's parts at work, on a sequence or on a single position."""
+    """The parts of a block as functions, bound to a sequence or to a single position."""
 
     connections: Sequence[Callable[[Streams], tuple[Tensor, AddResidual]]]
-    """For each branch: from the residual stream to the branch's input, and the function that adds its output."""
+    """For each branch a function from the residual stream to the branch's input and a function that adds its output."""
     attend: Callable[..., Tensor]
-    """(seq, `output_gating=` or `context=`) to what attention gives."""
-    remember: Callable[[Tensor], Tensor]
-    """What memory retrieves, (seq or its views) being stored."""
-    recall: Callable[[Tensor], Tensor]
-    """What memory knew when its memory batch began; nothing is stored."""
-    earlier: tuple[Tensor, ...]
-    """`Carried.inputs` of the blocks before."""
-    keep: Callable[..., None]
-    """Adds tensors to them, for the blocks after."""
+    """Attention of (seq, `output_gating=` or `context=`)."""
+    store_and_retrieve: Callable[[Tensor], Tensor]
+    """Store a sequence (or its three views) in the memory and retrieve for each of its tokens."""
+    retrieve: Callable[[Tensor], Tensor]
+    """Retrieve from the weights at the start of the memory batch, storing nothing."""
+    earlier_views: tuple[Tensor, ...]
+    """`Carried.views` of the blocks before."""
+    add_views: Callable[..., None]
+    """Add tensors to the views of the blocks after."""
     position: int | None
-    """Of the first of the sequence; `None` for a single one."""
+    """First position of the sequence; `None` for a single position."""
 
 
 class Block(Resettable):
-    """One layer. It has a `memory`, an `attention` (either may be `None`), a `feedforward` and `connections`."""
+    """One layer, with a `memory`, an `attention` (either may be `None`), a `feedforward` and `connections`."""
 
     memory: NeuralMemory | None
     attention: SegmentedAttention | None
     feedforward: Module
 
+    shares_views = False
+    """True if a memory of the model selects views among the results of earlier layers."""
+    shares_memory_weights = False
+    """True if a memory of the model takes the weights of the memory before it."""
+
     @property
     def connections(self) -> Sequence[Module | None]:
-        """From and to the residual stream, one for each branch."""
+        """Connections to the residual stream, one for each branch."""
         raise NotImplementedError
 
-    def arranged(self, x: Streams, parts: Parts) -> Streams:
-        """How the parts are put together: the residual stream after this block, from that before it.
+    def update_stream(self, x: Streams, parts: Parts) -> Streams:
+        """The residual stream after this block, from the stream before it.
 
-        It is read and written by `parts.connections` only, which may leave the last branch's output to be added by the
-        next one: `residual_streams.complete` adds it.
+        The stream is read and written through `parts.connections` only, which may leave the output of the last branch
+        pending, to be added by the next one; `complete` adds it.
         """
         raise NotImplementedError
 
@@ -114,57 +120,79 @@ class Block(Resettable):
         state: LayerState,
         position: int,
         store: bool = True,
+        return_state: bool = True,
         **attention_kwargs: Any,
     ) -> tuple[Streams, Carried, LayerState]:
-        """Positions from `position` on through this block; without `store` its memory is read, and not written."""
-        earlier, values, memory_weights = carried
+        """Process a sequence that begins at `position`.
+
+        Args:
+            store: false to read the memory without writing it.
+            return_state: false to return an empty state, which frees keys, values and weights over time.
+            attention_kwargs: further arguments of the attention.
+        """
+        views, values, memory_weights = carried
         key_values, memory_state = state
-        reached = position
-        kept: list[Tensor] = []
+        end = position
 
         def attend(seq: Tensor, **inputs: Tensor | None) -> Tensor:
-            nonlocal key_values, reached, values
+            nonlocal key_values, end, values
             assert self.attention is not None
             if self.attention.to_learned_v_mix is not None:
                 inputs['value_residual'] = values
             out, (own_values, key_values) = self.attention(
-                seq, cache=key_values, position=reached, **inputs, **attention_kwargs
+                seq, cache=key_values, position=end, **inputs, **attention_kwargs
             )
-            reached += seq.shape[1]
+            end += seq.shape[1]
             values = own_values if values is None else values
             return out
 
-        def remember(seq: Tensor) -> Tensor:
+        def store_and_retrieve(seq: Tensor) -> Tensor:
             nonlocal memory_state, memory_weights
             assert self.memory is not None
             accepts_weights = self.memory.to_learned_weight_residual_mix is not None
             retrieved, memory_state = self.memory(
                 seq, state=memory_state, prev_weights=memory_weights if accepts_weights else None, store=store
             )
-            memory_weights = memory_state.updates
+            memory_weights = memory_state.updates if self.shares_memory_weights else None
             return retrieved
 
-        def recall(seq: Tensor) -> Tensor:
+        def retrieve(seq: Tensor) -> Tensor:
             assert self.memory is not None
             return self.memory.recall(seq, memory_state)
 
-        connections = [partial(connect, connection) for connection in self.connections]  # type: ignore[arg-type]
-        x = self.arranged(x, Parts(connections, attend, remember, recall, earlier, lambda *t: kept.extend(t), position))
-        return x, Carried((*earlier, *kept), values, memory_weights), LayerState(key_values, memory_state)
+        own_views: list[Tensor] = []
+        parts = Parts(
+            connections=[partial(connect, connection) for connection in self.connections],  # type: ignore[arg-type]
+            attend=attend,
+            store_and_retrieve=store_and_retrieve,
+            retrieve=retrieve,
+            earlier_views=views,
+            add_views=lambda *tensors: own_views.extend(tensors),
+            position=position,
+        )
+        x = self.update_stream(x, parts)
+        carried = Carried(views=(*views, *own_views), values=values, memory_weights=memory_weights)
+        return x, carried, self._kept(key_values, memory_state, end) if return_state else LayerState()
+
+    def _kept(self, key_values: KeyValues | None, memory: NeuralMemState | None, position: int) -> LayerState:
+        """The state that tokens from `position` on need: no earlier windows, and no weights over time."""
+        if self.attention is not None and key_values is not None:
+            key_values = self.attention.trimmed(key_values, position)
+        return LayerState(key_values=key_values, memory=None if memory is None else memory._replace(updates=None))
 
     def step(
-        self, x: Streams, carried: Carried, buffers: LayerBuffers, place: Place, attention_layer: int
+        self, x: Streams, carried: Carried, buffers: LayerBuffers, place: StepPosition, attention_layer: int
     ) -> tuple[Streams, Carried, MemoryBuffers | None]:
-        """`forward` for one position; its streams stand in a dimension of their own. There were `attention_layer`
-        attentions before.
+        """`forward` for one position, which it writes into the buffers; the streams have an axis of their own in `x`.
 
-        Writes the position into the buffers. Returns the streams, what later blocks read, and the memory's state.
+        Args:
+            attention_layer: number of attentions in earlier blocks.
+
+        Returns:
+            the streams, the results that later blocks read, and the memory's state.
         """
-        earlier, values, memory_weights = carried
+        views, values, memory_weights = carried
         memory_state = buffers.memory
-        kept: list[Tensor] = []
-        pairs = zip(self.connections, buffers.connections)
-        connections = [partial(connect_token, own, weights) for own, weights in pairs]  # type: ignore[arg-type]
 
         def attend(seq: Tensor, **inputs: Any) -> Tensor:
             nonlocal values
@@ -175,7 +203,7 @@ class Block(Resettable):
             values = own_values if values is None else values
             return out
 
-        def remember(seq: Tensor) -> Tensor:
+        def store_and_retrieve(seq: Tensor) -> Tensor:
             nonlocal memory_state, memory_weights
             assert self.memory is not None and memory_state is not None
             before = memory_state.weights.newest
@@ -183,7 +211,7 @@ class Block(Resettable):
             retrieved, memory_state = self.memory.step(
                 seq,
                 memory_state,
-                place.in_chunk,
+                place.chunk_offset,
                 place.kind.ends_chunk,
                 place.kind.ends_batch,
                 memory_weights if accepts_weights else None,  # type: ignore[arg-type]
@@ -191,26 +219,38 @@ class Block(Resettable):
             memory_weights = before
             return retrieved
 
-        def recall(seq: Tensor) -> Tensor:
+        def retrieve(seq: Tensor) -> Tensor:
             assert self.memory is not None
             return self.memory.recall(seq, buffers.memory)
 
-        x = self.arranged(x, Parts(connections, attend, remember, recall, earlier, lambda *t: kept.extend(t), None))
-        return x, Carried((*earlier, *kept), values, memory_weights), memory_state
+        own_views: list[Tensor] = []
+        pairs = zip(self.connections, buffers.connections)
+        parts = Parts(
+            connections=[partial(connect_token, own, weights) for own, weights in pairs],  # type: ignore[arg-type]
+            attend=attend,
+            store_and_retrieve=store_and_retrieve,
+            retrieve=retrieve,
+            earlier_views=views,
+            add_views=lambda *tensors: own_views.extend(tensors),
+            position=None,
+        )
+        x = self.update_stream(x, parts)
+        carried = Carried(views=(*views, *own_views), values=values, memory_weights=memory_weights)
+        return x, carried, memory_state
 
     def to_buffers(self, state: LayerState, position: int) -> LayerBuffers:
-        """`state` after `position` positions, for steps. Weights are read here: it serves until they change."""
+        """`state` after `position` positions as buffers for steps, valid until the weights change, which are read."""
         key_values, memory = state
         return LayerBuffers(
-            None if self.attention is None else self.attention.to_ring(key_values, position),  # type: ignore[arg-type]
-            None if self.memory is None else self.memory.to_buffers(memory),  # type: ignore[arg-type]
-            [folded(connection) for connection in self.connections],
+            key_values=None if self.attention is None else self.attention.to_buffers(key_values, position),  # type: ignore[arg-type]
+            memory=None if self.memory is None else self.memory.to_buffers(memory),  # type: ignore[arg-type]
+            connections=[folded(connection) for connection in self.connections],
         )
 
     def from_buffers(self, buffers: LayerBuffers, position: int) -> LayerState:
-        """The opposite; it shares nothing with the buffers."""
-        key_values, memory = buffers[:2]
+        """Inverse of `to_buffers`; the result does not alias the buffers."""
+        key_values, memory = buffers.key_values, buffers.memory
         return LayerState(
-            None if self.attention is None else self.attention.from_ring(key_values, position),  # type: ignore[arg-type]
-            None if self.memory is None else memory.to_state(position, self.memory.buffer_sizes),  # type: ignore[union-attr]
+            key_values=None if self.attention is None else self.attention.from_buffers(key_values, position),  # type: ignore[arg-type]
+            memory=None if self.memory is None else memory.to_state(position, self.memory.buffer_sizes),  # type: ignore[union-attr]
         )

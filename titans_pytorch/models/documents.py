@@ -1,7 +1,7 @@
-"""Batches in which not every row is one sequence: padded rows, and rows that hold several documents.
+"""Batches whose rows are padded or hold several documents.
 
-Causal models need no mask for this. Each document is put into a row of its own, padding on its right where no token
-before it can see it; so a document is read exactly as if it were alone, whatever the model.
+Causal models need no mask for this. Each document moves to a row of its own, with padding on its right, where no token
+sees it. So any model reads a document exactly as if it were alone.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from titans_pytorch.utils.checks import (
 from titans_pytorch.utils.shapes import Bool, Float, Int
 
 IGNORED = -100
-"""The label that cross-entropy leaves out."""
+"""Label of positions that cross-entropy ignores."""
 
 
 class Documents(NamedTuple):
-    """Where the tokens of some documents stand in a batch."""
+    """The locations of several documents in a batch."""
 
     shape: tuple[int, int]
     """(batch, length) of the batch."""
-    places: Int[Tensor, 'r m']
-    """For each document its tokens' places in the batch, flattened; 0 beyond its end."""
+    indices: Int[Tensor, 'r m']
+    """Indices of each document's tokens in the flattened batch; 0 beyond its end."""
     real: Bool[Tensor, 'r m']
-    """Which are no padding."""
+    """True for tokens, false for padding."""
 
     @classmethod
     def groups(
@@ -46,63 +46,64 @@ class Documents(NamedTuple):
         shape: tuple[int, int],
         device: torch.device,
     ) -> list[Documents]:
-        """All documents, those of similar length together: none is padded to more than twice its length.
+        """All documents, grouped by length so that none is padded to more than twice its length.
 
-        A document ends where `document_ids` change, where `mask` is false, and with its row. The lengths are read from
-        the device, which waits for it.
+        A document ends where `document_ids` change, where `mask` is false, and with its row. Reading the lengths
+        synchronises with the device.
         """
         real = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask
         ids = torch.zeros(shape, dtype=torch.long, device=device) if document_ids is None else document_ids
 
-        places = real.flatten().nonzero().squeeze(1)
-        row, document = places // shape[1], ids.flatten()[places]
-        begins = torch.ones_like(places, dtype=torch.bool)
-        follows = (places[1:] == places[:-1] + 1) & (row[1:] == row[:-1]) & (document[1:] == document[:-1])
+        indices = real.flatten().nonzero().squeeze(1)
+        row, document = indices // shape[1], ids.flatten()[indices]
+        begins = torch.ones_like(indices, dtype=torch.bool)
+        follows = (indices[1:] == indices[:-1] + 1) & (row[1:] == row[:-1]) & (document[1:] == document[:-1])
         begins[1:] = ~follows
         first = begins.nonzero().squeeze(1)
-        lengths = torch.diff(first, append=first.new_tensor([len(places)])).tolist()
+        lengths = torch.diff(first, append=first.new_tensor([len(indices)])).tolist()
 
         by_size: dict[int, list[int]] = {}
         for number, length in enumerate(lengths):
             by_size.setdefault((length - 1).bit_length(), []).append(number)
         return [
-            cls._of(shape, places, first[own], max(lengths[k] for k in own), lengths, own) for own in by_size.values()
+            cls._of(shape, indices, first[own], max(lengths[k] for k in own), lengths, own) for own in by_size.values()
         ]
 
     @classmethod
     def _of(
         cls,
         shape: tuple[int, int],
-        places: Int[Tensor, ' t'],
+        indices: Int[Tensor, ' t'],
         first: Int[Tensor, ' r'],
         longest: int,
         lengths: list[int],
         own: list[int],
     ) -> Documents:
-        offsets = torch.arange(longest, device=places.device)
-        real = offsets < torch.tensor([lengths[number] for number in own], device=places.device).unsqueeze(1)
-        index = (first.unsqueeze(1) + offsets).clamp(max=len(places) - 1)
-        return cls(shape, torch.where(real, places[index], 0), real)
+        offsets = torch.arange(longest, device=indices.device)
+        real = offsets < torch.tensor([lengths[number] for number in own], device=indices.device).unsqueeze(1)
+        own_indices = indices[(first.unsqueeze(1) + offsets).clamp(max=len(indices) - 1)]
+        return cls(shape=shape, indices=torch.where(real, own_indices, 0), real=real)
 
     def rows(self, x: Float[Tensor, 'b n ...'] | Int[Tensor, 'b n']) -> Float[Tensor, 'r m ...'] | Int[Tensor, 'r m']:
-        """A row for each document, padded with zeros on the right."""
-        rows = x.flatten(0, 1)[self.places]
-        return torch.where(_beside(self.real, rows), rows, torch.zeros_like(rows))
+        """One row per document, padded with zeros on the right."""
+        rows = x.flatten(0, 1)[self.indices]
+        real = self.real.reshape(*self.real.shape, *(1,) * (rows.ndim - 2))
+        return torch.where(real, rows, torch.zeros_like(rows))
 
     def batch(self, rows: Float[Tensor, 'r m ...']) -> Float[Tensor, 'b n ...']:
-        """The opposite; zeros where there is padding."""
+        """Inverse of `rows`, with zeros for padding."""
         flat = rows.new_zeros(self.shape[0] * self.shape[1], *rows.shape[2:])
-        return flat.index_put((self.places[self.real],), rows[self.real]).unflatten(0, self.shape)
+        return flat.index_put((self.indices[self.real],), rows[self.real]).unflatten(0, self.shape)
 
 
 def checked_documents(
     mask: Any, document_ids: Any, batch: int, length: int
 ) -> tuple[Bool[Tensor, 'b n'] | None, Int[Tensor, 'b n'] | None]:
-    """Both, `mask` as booleans, if they fit a batch of these sizes."""
+    """`mask` as booleans and `document_ids`, which must fit a batch of these sizes."""
     if mask is not None:
         mask = checked_mask('mask', mask, batch, length)
         if not mask.any():
-            raise ValueError('mask must leave at least one token, and it is all padding')
+            raise ValueError('mask must leave at least one token, got only padding')
     if document_ids is not None:
         check_tensor('document_ids', document_ids)
         if not is_integral(document_ids):
@@ -112,7 +113,7 @@ def checked_documents(
 
 
 def continues(mask: Bool[Tensor, 'b n'] | None, document_ids: Int[Tensor, 'b n'] | None) -> Bool[Tensor, 'b n-1']:
-    """Whether each token but the first goes on with the document of the token before it."""
+    """True for each token, from the second on, that belongs to the same document as the one before it."""
     assert mask is not None or document_ids is not None
     same = None if document_ids is None else document_ids[:, 1:] == document_ids[:, :-1]
     both = None if mask is None else mask[:, 1:] & mask[:, :-1]
@@ -120,29 +121,24 @@ def continues(mask: Bool[Tensor, 'b n'] | None, document_ids: Int[Tensor, 'b n']
     return parts[0] if len(parts) == 1 else parts[0] & parts[1]
 
 
-def _beside(real: Bool[Tensor, 'r m'], like: Tensor) -> Tensor:
-    return real.reshape(*real.shape, *(1,) * (like.ndim - 2))
-
-
 def pad_to_bucket(
     x: Int[Tensor, 'b n'] | Float[Tensor, 'b n d'],
     buckets: int | Sequence[int],
     labels: Int[Tensor, 'b n'] | None = None,
 ) -> tuple[Int[Tensor, 'b m'] | Float[Tensor, 'b m d'], Int[Tensor, 'b m']]:
-    """A batch padded on the right to one of a few lengths, so that `torch.compile` compiles a step once for each.
+    """A batch padded on the right to one of a few lengths, so that `torch.compile` compiles a step once per length.
 
-    `model(x, labels=labels)` of what this returns is the loss of the batch as it came, and so are its gradients: models
-    are causal, so no token sees the padding, and the labels of padding are left out. A state after the call would hold
-    the padding: ask for none. Call this outside of what is compiled.
+    With the result, `model(x, labels=labels)` has the loss and the gradients of the batch before padding: models are
+    causal, so no token sees the padding, and the labels of padding are ignored. Request no state from that call, as it
+    would include the padding. Call this function outside the compiled region.
 
     Args:
         x: token ids (batch, length), or embeddings (batch, length, dim), which need `labels`.
-        buckets: the lengths to choose from, of which the shortest that fits is taken; or an integer, of which the next
-            multiple is taken.
-        labels: the token at each position, as in a model's call; −100 leaves one out. Default: `x`.
+        buckets: lengths, of which the shortest that fits is chosen; or an integer, whose next multiple is chosen.
+        labels: the token at each position, as in a model's call; −100 ignores a position. Default: `x`.
 
     Returns:
-        `x`, padded by zeros, and its labels, padded by −100.
+        `x`, padded with zeros, and its labels, padded with −100.
     """
     check_tensor('x', x)
     if labels is None:

@@ -11,7 +11,7 @@ from titans_pytorch.utils.shapes import Float
 
 
 class GEGLU(Module):
-    """One half gates the other, through SiLU: a SwiGLU, under the name that the reference gave it."""
+    """One half of the features gated by SiLU of the other: a SwiGLU, under the reference's name."""
 
     def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
         x, gate = x.chunk(2, dim=-1)
@@ -19,6 +19,6 @@ class GEGLU(Module):
 
 
 def FeedForward(dim: int, mult: float = 4) -> nn.Sequential:
-    """A gated feedforward with as many weights as an ungated one of `mult` times the width."""
+    """A gated feedforward with as many weights as an ungated one of hidden width `mult` · `dim`."""
     dim_inner = check_hidden_width('ff_mult', dim, mult, gated=True)
     return nn.Sequential(nn.RMSNorm(dim), Linear(dim, dim_inner * 2), GEGLU(), Linear(dim_inner, dim))

@@ -1,4 +1,4 @@
-"""What models of sliding-window attention and neural memory have in common, but for how a block arranges the two."""
+"""The common part of models that combine sliding-window attention and neural memory: all but a block's forward."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn import Module, ModuleDict
 
 from titans_pytorch.attention.segmented import SegmentedAttention
-from titans_pytorch.models.base import Transformer, checked_memory_settings, layers_with_memory
+from titans_pytorch.models.base import Transformer
 from titans_pytorch.models.block import Block
 from titans_pytorch.models.feedforward import FeedForward
+from titans_pytorch.models.validation import checked_memory_settings, layers_with_memory
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.utils.checks import (
     check_flags,
@@ -24,12 +25,11 @@ from titans_pytorch.utils.checks import (
 
 
 class HybridBlock(Block):
-    """A block of parts with names. Subclasses say which of them are branches of the residual stream, and how these are
-    arranged.
+    """A block with named parts. Subclasses name those that are branches of the residual stream, and compose them.
 
     Args:
         memory, attention: `None` where the layer has none.
-        connection: makes the connection of a branch to the residual stream.
+        connection: constructor of the connection of a branch to the residual stream.
     """
 
     branch_names: tuple[str, ...]
@@ -55,27 +55,27 @@ class HybridBlock(Block):
 
 
 class HybridTransformer(Transformer):
-    """Blocks of one class over a vocabulary, or over embeddings. Not to be built itself: see its subclasses.
+    """Blocks of one class, given by a subclass, over a vocabulary or over embeddings.
 
     Args:
         num_tokens: size of the vocabulary; `None` for a model of embeddings, without logits.
         dim: width of the model.
         depth: number of layers.
-        segment_len: how many positions back attention sees; and the default chunk size of the memories.
-        neural_memory_segment_len: chunk size of the memories: tokens stored as one step.
+        segment_len: number of positions that attention looks back; and the default chunk size of the memories.
+        neural_memory_segment_len: chunk size of the memories, in tokens; a chunk is stored as one step.
         neural_memory_batch_size: memory-batch size of the memories, in tokens. Default: all gradients are taken at the
             initial weights.
         neural_memory_layers: layers that have a memory, counted from 1. Default: all.
         neural_memory_model: memory network, copied for each layer. Default: that of `NeuralMemory`.
         neural_memory_kwargs: further arguments of `NeuralMemory`.
-        num_persist_mem_tokens: learned keys and values that every token sees (persistent memory, Titans eq. 19).
+        num_persist_mem_tokens: number of learned keys and values that every token sees (Titans eq. 19).
         dim_head, heads: width and number of attention heads.
         ff_mult: width of the feedforward, relative to `dim`.
         num_residual_streams: streams of the hyper-connections; 1 is a plain residual.
         use_flex_attn: use FlexAttention on a CUDA device.
         token_emb: a module from token ids, or from any features, to embeddings, in place of `nn.Embedding`.
-        checkpoint_layers: keep only the input of each layer for the backward, which computes the layer again. See
-            `NeuralMemory`'s `checkpoint_every` for long sequences, where even one layer is too much.
+        checkpoint_layers: save only the input of each layer for the backward pass, which recomputes the layer. For
+            sequences so long that even one layer does not fit, see `checkpoint_every` of `NeuralMemory`.
     """
 
     block: type[HybridBlock]

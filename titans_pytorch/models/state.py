@@ -1,4 +1,4 @@
-"""What a whole model carries from one call to the next."""
+"""The state of a model between calls."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from titans_pytorch.utils.shapes import Int
 
 
 class ModelState(NamedTuple):
-    """A model's state after some tokens; hand it to the next call to continue as if the two were one.
+    """The state of a model after some tokens; with it the next call continues as if both calls were one.
 
-    It does not grow with the length read. It can be detached, moved, cut to some of its batch entries, saved with
-    `torch.save`, and loaded with `torch.load(..., weights_only=True)` once this package has been imported. To start
-    anew is to hand over `None`.
+    Its size does not depend on the number of tokens read. It can be detached, moved, reduced to some of its batch
+    entries, saved with `torch.save`, and loaded with `torch.load(..., weights_only=True)` once this package has been
+    imported. `None` in its place starts a new sequence.
     """
 
     seq_index: int
     """Positions read, long-term memory tokens included."""
     key_values: list[KeyValues | None]
-    """For each layer the keys, not rotated, and values that later tokens can still see; `None` without attention."""
+    """For each layer the keys (not rotated) and values that later tokens can still see; `None` without attention."""
     memories: list[NeuralMemState]
-    """For each memory layer its state."""
+    """State of the memory of each layer that has one."""
 
     @property
     def batch_size(self) -> int | None:
-        """Sequences that it is of; `None` if nothing in it says so."""
+        """Number of sequences; `None` for a state without tensors."""
         sizes = [key_values[0].shape[0] for key_values in self.key_values if key_values is not None]
         sizes += [memory.batch_size for memory in self.memories if memory.batch_size is not None]
         return sizes[0] if sizes else None
 
     def detach(self) -> ModelState:
-        """The same state, cut from the graph that made it: where truncated backpropagation through time truncates."""
+        """The same state without its graph, for truncated backpropagation through time."""
         key_values, memories = tree_map(_of_tensors(Tensor.detach), self[1:])
         return ModelState(self.seq_index, key_values, memories)
 
     def to(
         self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None
     ) -> ModelState:
-        """The state on another device, in another dtype (of its floating-point tensors), or both."""
+        """The state on another device, with floating-point tensors in another dtype, or both."""
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         move = _of_tensors(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
@@ -55,12 +55,12 @@ class ModelState(NamedTuple):
         )
 
     def __deepcopy__(self, memo: Any) -> ModelState:
-        """A copy that shares nothing with this state, cut from its graph as by `detach`."""
+        """A copy that does not alias this state, detached from its graph."""
         key_values = tree_map(_of_tensors(lambda t: t.detach().clone()), self.key_values)
         return ModelState(self.seq_index, key_values, deepcopy(self.memories, memo))
 
     def select(self, entries: Int[Tensor, ' e'] | list[int]) -> ModelState:
-        """The state of these batch entries, in this order; an entry may come several times."""
+        """The state of the given batch entries, in their order; an entry may occur several times."""
         pick = _of_tensors(lambda t: t.index_select(0, checked_entries(entries, len(t)).to(t.device)))
         return ModelState(
             self.seq_index, tree_map(pick, self.key_values), [memory.select(entries) for memory in self.memories]

@@ -1,0 +1,68 @@
+"""Attention over segments and their context: the short-term memory of MAC in the order of the paper."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titans_pytorch.attention.rotary import KeyValues
+from titans_pytorch.attention.segmented import AttnIntermediates, SegmentedAttention
+from titans_pytorch.ops.token_attention import Position, attend_one, heads_of
+from titans_pytorch.utils.shapes import Float
+
+
+class ContextAttention(SegmentedAttention):
+    """Attention within segments in which each position has two keys: its own, and that of its context.
+
+    The context is the long-term memory's output for the segment (Titans eq. 22, [persistent ‖ h ‖ segment]). Like a
+    key, it depends on its token, and is visible from that position on.
+    """
+
+    keys_per_position = 2
+
+    def forward(  # type: ignore[override]
+        self,
+        seq: Float[Tensor, 'b n d'],
+        context: Float[Tensor, 'b n d'],
+        cache: KeyValues | None = None,
+        position: int = 0,
+        **_: Any,
+    ) -> tuple[Float[Tensor, 'b n d'], AttnIntermediates]:
+        """Attend within one segment, which `seq` must not exceed.
+
+        Args:
+            seq: (batch, length, dim).
+            context: context of each position, of the same shape.
+            cache: keys and values of the positions immediately before `seq`.
+            position: index of the first position of `seq`.
+        """
+        queries, keys, values = self._project_pair(seq, context)
+        own_values, first = values, position
+        if cache is not None and position % self.total_segment_len:
+            first = position - cache[0].shape[-2] // self.keys_per_position
+            keys, values = torch.cat((cache[0], keys), dim=-2), torch.cat((cache[1], values), dim=-2)
+        out = self._attend_at_once(queries, keys, values, first)
+        return self.to_out(self.merge_heads(out)), AttnIntermediates(own_values, (keys, values))
+
+    def step(  # type: ignore[override]
+        self,
+        seq: Float[Tensor, 'b 1 d'],
+        buffers: KeyValues,
+        position: Position,
+        layer: int,
+        context: Float[Tensor, 'b 1 d'],
+        **_: Any,
+    ) -> tuple[Float[Tensor, 'b 1 d'], Float[Tensor, 'b h 2 d']]:
+        """`forward` for one position, which it writes into `buffers`; `layer` is the number of attentions before it."""
+        projected = self.to_qkv(self.norm(torch.cat((seq, context), dim=1)))
+        out = self.to_out(attend_one(projected, buffers, self.cache_layout, position, layer))
+        return out, heads_of(projected, self.heads)[2]
+
+    def _project_pair(self, seq: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of `seq`; keys and values of both, interleaved: each position's own, then its context's."""
+        queries, *own = self._queries_keys_values(self.norm(seq))
+        _, *of_context = self._queries_keys_values(self.norm(context))
+        keys, values = (torch.stack(pair, dim=-2).flatten(-3, -2) for pair in zip(own, of_context))
+        return queries, keys, values

@@ -1,0 +1,75 @@
+"""Axial position embeddings: one MLP of the memory chunk, and one of the offset in it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from axial_positional_embedding import ContinuousAxialPositionalEmbedding
+from torch import Tensor
+
+from titans_pytorch.utils.checks import check_floating, check_shape, described
+from titans_pytorch.utils.shapes import Float, Int, divided
+
+
+class AxialTables(NamedTuple):
+    """Position embeddings for decoding steps."""
+
+    inner: Float[Tensor, 'n d']
+    """One embedding per offset in a chunk."""
+    outer: Float[Tensor, '1 d']
+    """Embedding of the open chunk."""
+
+
+class AxialPositions(ContinuousAxialPositionalEmbedding):
+    """A position embedding of two MLPs, without the buffer from which its base class reads its device."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim=dim, num_axial_dims=2)
+        self.dim = dim
+        del self.dummy
+
+    # the base class asks `parameters()`, which are none in a replica of `torch.nn.parallel.replicate`
+
+    @property
+    def device(self) -> torch.device:
+        return self.mlps[0][0].weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.mlps[0][0].weight.dtype
+
+    def axis(self, axis: int, indices: Int[Tensor, ' n']) -> Float[Tensor, 'n d']:
+        """Embeddings of indices along one axis: 0 for chunks, 1 for offsets in a chunk."""
+        # exact integers, so never in half precision
+        with torch.autocast(indices.device.type, enabled=False):
+            return self.mlps[axis](indices.to(self.dtype).unsqueeze(1))
+
+    def span(self, start: int, stop: int, chunk: int, factorized: Any, device: torch.device) -> Float[Tensor, 'n d']:
+        """Embeddings of the positions from `start` to `stop`, in chunks of `chunk` positions.
+
+        `factorized` are the embeddings of both axes if computed before, else `None`.
+        """
+        first, (full, in_last) = start // chunk, divided(stop, chunk)
+        end = full + (in_last > 0)
+        if factorized is None:
+            outer = self.axis(0, torch.arange(first, end, device=device))
+            inner = self.axis(1, torch.arange(chunk, device=device))
+        else:
+            self._check_factorized(factorized, stop, chunk)
+            outer, inner = factorized[0][first:end], factorized[1]
+        every = (outer.unsqueeze(1) + inner).flatten(0, 1)
+        return every[start - first * chunk : stop - first * chunk]
+
+    def _check_factorized(self, factorized: Any, stop: int, chunk: int) -> None:
+        if not isinstance(factorized, (tuple, list)) or len(factorized) != 2:
+            raise TypeError(f'factorized_pos_emb must be a pair of tensors, got {described(factorized)}')
+        for axis, embeddings in enumerate(factorized):
+            check_floating(f'factorized_pos_emb[{axis}]', embeddings)
+            check_shape(f'factorized_pos_emb[{axis}]', embeddings, positions=None, dim=self.dim)
+        outer, inner = (len(embeddings) for embeddings in factorized)
+        if inner != chunk or outer * inner < stop:
+            raise ValueError(
+                f'factorized_pos_emb must hold {-(-stop // chunk)} or more memory chunks of {chunk} positions, '
+                f'got {outer} of {inner}'
+            )

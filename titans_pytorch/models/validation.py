@@ -1,0 +1,92 @@
+"""Checks of a model's memory settings, of labels, and of a state passed to a call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+
+from titans_pytorch.attention.rotary import KeyValues
+from titans_pytorch.memory.state import NeuralMemState
+from titans_pytorch.models.block import Block
+from titans_pytorch.models.documents import IGNORED
+from titans_pytorch.models.state import ModelState
+from titans_pytorch.utils.checks import (
+    check_integer,
+    check_integers,
+    check_keywords,
+    check_module,
+    check_multiple,
+    checked_state,
+    checked_token_ids,
+    described,
+    values_are_at_hand,
+)
+from titans_pytorch.utils.functional import outside_inference
+from titans_pytorch.utils.shapes import Int
+
+
+def checked_memory_settings(
+    chunk_size: Any, batch_size: Any, model: Module | None, kwargs: Mapping[str, Any]
+) -> tuple[int, int | None]:
+    """Chunk size and memory-batch size of a model's memories, whose network and further arguments are checked too."""
+    chunk_size = check_integer('neural_memory_segment_len', chunk_size, 1)
+    if batch_size is not None:
+        batch_size = check_multiple('neural_memory_batch_size', batch_size, 'chunk_size', chunk_size)
+    check_module(neural_memory_model=model)
+    check_keywords(neural_memory_kwargs=kwargs)
+    return chunk_size, batch_size
+
+
+def layers_with_memory(layers: Sequence[int] | None, depth: int) -> list[int]:
+    """Numbers of the layers that have a memory, counted from 1; `None` selects all."""
+    chosen = [*range(1, depth + 1)] if layers is None else check_integers('neural_memory_layers', layers)
+    missing = [layer for layer in chosen if layer not in range(1, depth + 1)]
+    if missing:
+        raise ValueError(f'neural_memory_layers must be layers from 1 to depth={depth}, got {missing}')
+    return chosen
+
+
+def checked_labels(labels: Any, num_tokens: int, batch: int, length: int) -> Int[Tensor, 'b n']:
+    """Labels (batch, length) of any integer dtype as int64, each a token id or `IGNORED`."""
+    labels = checked_token_ids('labels', labels, None, batch, length)
+    if values_are_at_hand(labels):
+        counted = labels[:, 1:][labels[:, 1:] != IGNORED]
+        if counted.numel() and not 0 <= counted.min() <= counted.max() < num_tokens:
+            raise ValueError(
+                f'labels must be token ids in [0, num_tokens={num_tokens}), or {IGNORED} to ignore a position, '
+                f'got labels in [{counted.min()}, {counted.max()}]'
+            )
+    return labels
+
+
+def checked_model_state(state: Any, blocks: Sequence[Block], batch: int) -> ModelState:
+    """`state` as a `ModelState`, which must fit a model of these blocks and a batch of this size."""
+    position, key_values, memories = checked_state('state', state, ModelState)
+    position = check_integer('state.seq_index', position, 0)
+    if not isinstance(key_values, (tuple, list)) or not isinstance(memories, (tuple, list)):
+        given = f'{described(key_values)} and {described(memories)}'
+        raise TypeError(f'state must hold lists of key_values and of memories, got {given}')
+    num_memories = sum(block.memory is not None for block in blocks)
+    if (len(key_values), len(memories)) != (len(blocks), num_memories):
+        raise ValueError(
+            f'state must be of a model like this one, with {len(blocks)} layers and {num_memories} memories, '
+            f'got {len(key_values)} and {len(memories)}'
+        )
+    checked: list[KeyValues | None] = []
+    for layer, (block, pair) in enumerate(zip(blocks, key_values)):
+        name = f'state.key_values[{layer}]'
+        if block.attention is not None:
+            pair, _ = block.attention.checked_cache(name, pair, position, None)
+        elif pair is not None:
+            raise ValueError(f'{name} must be None, as the layer has no attention, got {described(pair)}')
+        checked.append(None if pair is None else (outside_inference(pair[0]), outside_inference(pair[1])))
+    memories = [checked_state(f'state.memories[{n}]', memory, NeuralMemState) for n, memory in enumerate(memories)]
+    state = ModelState(seq_index=position, key_values=checked, memories=memories)
+    if state.batch_size not in (None, batch):
+        raise ValueError(
+            f'state must be of a batch of {batch}, as x is, got one of {state.batch_size}: see ModelState.select'
+        )
+    return state
