@@ -4,6 +4,7 @@
 # make shapes     run the fast tests with the shape annotations checked
 # make coverage   run the tests and print the lines they miss
 # make wheel      build the wheel, install it into an empty folder, and import it from there
+# make docs       build the documentation into site/
 # make bench      run benchmarks/ on this machine
 # make golden     regenerate the figures of the reference package that the tests compare with
 
@@ -12,7 +13,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: train test lint shapes coverage wheel bench golden clean
+.PHONY: train test lint shapes coverage wheel docs bench golden clean
 
 train: $(VENV)/.ready
 	$(BIN)/python train_mac.py $(ARGS)
@@ -39,6 +40,10 @@ wheel: $(VENV)/.ready
 	cd dist && PYTHONPATH=installed $(abspath $(BIN))/python -c \
 		"import titans_pytorch as t; print(t.__version__, t.__file__); assert 'installed' in t.__file__"
 
+# the variable silences an advertisement
+docs: $(VENV)/.ready-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/layer.py $(ARGS)
 
@@ -57,6 +62,10 @@ $(VENV)/.ready-lint: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(VENV)/.ready-docs: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	touch $@
+
 $(VENV)/.ready-reference: constraints.txt
 	$(PYTHON) -m venv $(VENV)/reference
 	$(VENV)/reference/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
@@ -64,4 +73,4 @@ $(VENV)/.ready-reference: constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist runs .coverage .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) dist runs site .coverage .pytest_cache .ruff_cache .mypy_cache

@@ -5,7 +5,7 @@
     PYTHONPATH=/path/to/the/reference python -P benchmarks/beside_reference.py train … --run-dir runs/reference
         --no-compile --no-use-cuda-graphs --no-use-accelerated-scan                 (it fails on a GPU with any of them)
     python benchmarks/beside_reference.py report runs/reference-1 runs/reference-2 runs/ours
-    python benchmarks/beside_reference.py plot benchmarks/learning.png runs/reference runs/ours
+    python benchmarks/beside_reference.py plot docs/assets/learning.png runs/reference runs/ours
 
 `report` expects two runs of the reference first: their difference is the run-to-run noise. `plot` draws bits per byte
 against training time, which excludes validation and sampling.

@@ -10,7 +10,7 @@ small model in float64, its steps are compared with one pass over the whole sequ
 alternately, each in a new process. A timed call of `sample` includes reading the prompt of 64 tokens. The first call,
 which captures CUDA graphs and compiles, is reported separately.
 
-The last line of output is JSON; `--write` puts the table into RESULTS.md.
+The last line of output is JSON; `--write` puts the table into docs/benchmarks.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Shared parts of the benchmarks: runs in alternating processes, their medians, and the sections of RESULTS.md."""
+"""Shared parts of the benchmarks: interleaved processes, medians, and the sections of docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path(__file__).resolve().parent / 'RESULTS.md'
+RESULTS = ROOT / 'docs' / 'benchmarks.md'
 GIB = 2**30
 
 
@@ -55,7 +55,7 @@ def parsed(parser: argparse.ArgumentParser, work: Callable[..., dict[str, Any]])
     """The options, including those common to all benchmarks. In a worker process it runs the job and exits."""
     parser.add_argument('--reference-path', help='PYTHONPATH of the reference package')
     parser.add_argument('--rounds', type=int, default=2, help='processes per package, interleaved')
-    parser.add_argument('--write', action='store_true', help='put the tables into RESULTS.md')
+    parser.add_argument('--write', action='store_true', help='put the tables into docs/benchmarks.md')
     parser.add_argument('--worker', help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker is not None:
@@ -135,7 +135,7 @@ def gibibytes(peak: int | None) -> str:
 
 
 def write_section(name: str, text: str) -> None:
-    """Put `text` between the marks of section `name` in RESULTS.md."""
+    """Put `text` between the marks of section `name` in docs/benchmarks.md."""
     before, rest = RESULTS.read_text().split(f'<!-- {name} -->\n')
     after = rest.split(f'<!-- end of {name} -->')[1]
     RESULTS.write_text(f'{before}<!-- {name} -->\n{text}\n<!-- end of {name} -->{after}')

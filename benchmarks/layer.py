@@ -14,7 +14,7 @@ alternately, each time in a new process. Four kinds of measurement:
     longest  a training step on a single sequence: memory per token, and the longest tried that fits
 
 The last line of output is JSON. `--json FILE` saves each case as soon as it is measured, `--report FILE…` prints the
-tables of saved cases, and `--write` puts the tables into RESULTS.md.
+tables of saved cases, and `--write` puts the tables into docs/benchmarks.md.
 """
 
 from __future__ import annotations

@@ -53,6 +53,15 @@ def poisoned(monkeypatch):
 
 
 @pytest.fixture
+def kernels_everywhere(monkeypatch):
+    """Kernels run on the CPU too, in Triton's interpreter, as on the newest device that any of them needs."""
+    pytest.importorskip('triton')
+    from titans_pytorch.ops import _dispatch  # only now: Triton reads its settings as it is imported
+
+    monkeypatch.setattr(_dispatch, 'compute_capability', lambda device: _dispatch.HOPPER)
+
+
+@pytest.fixture
 def steps_compiled_eagerly(monkeypatch):
     """Compiled decoding steps are traced whole, but run operation by operation; the list has one entry for each."""
     compiled, real = [], torch.compile

@@ -24,7 +24,7 @@ from titans_pytorch import (
     NeuralMemState,
     mem_state_detach,
 )
-from titans_pytorch.generation.sampling import gumbel_sample, min_p_filter
+from titans_pytorch.generation.logits import gumbel_sample, min_p_filter
 from titans_pytorch.mac_transformer import SegmentedAttention
 from titans_pytorch.presets import memory_settings, preset
 

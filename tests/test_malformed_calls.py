@@ -32,7 +32,7 @@ from titans_pytorch import (
     mem_state_detach,
 )
 from titans_pytorch.attention.segmented import SegmentedAttention
-from titans_pytorch.generation.sampling import gumbel_sample, min_p_filter
+from titans_pytorch.generation.logits import gumbel_sample, min_p_filter
 from titans_pytorch.implicit_mlp_attention import ImplicitMLPAttention
 from titans_pytorch.nested_attention import NestedAttention
 from titans_pytorch.presets import memory_settings, preset

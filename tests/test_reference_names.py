@@ -12,7 +12,7 @@ from compare import assert_same
 from golden import helpers, store
 
 REFERENCE = json.loads((store.FOLDER / 'helpers.json').read_text())
-README = (Path(__file__).resolve().parents[1] / 'README.md').read_text(encoding='utf-8')
+GUIDE = (Path(__file__).resolve().parents[1] / 'docs/guides/moving-from-the-reference.md').read_text(encoding='utf-8')
 
 
 @pytest.mark.parametrize('name', helpers.HELPERS)
@@ -22,7 +22,7 @@ def test_helpers_compute_the_figures_of_the_reference(name):
 
 @pytest.mark.parametrize('module', helpers.MODULES)
 def test_each_name_imports_or_the_guide_says_what_to_use(module):
-    table = README.split('| helper of the reference |')[1].split('\n\n')[0]
+    table = GUIDE.split('| helper of the reference |')[1].split('\n\n')[0]
     cells = re.findall(r'^\| (.*?) \|', table, re.MULTILINE)
     replaced = set(re.findall(r'`(\w+)`', ' '.join(cells)))
     missing = {name for name in REFERENCE['names'][module] if not hasattr(helpers.module(module), name)}

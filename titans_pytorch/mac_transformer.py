@@ -15,13 +15,13 @@ from torch.nn import Linear, Module, ModuleList
 
 from titans_pytorch.attention.masks import create_mac_block_mask
 from titans_pytorch.attention.segmented import AttnIntermediates, ContextAttention, SegmentedAttention, flex_attention
-from titans_pytorch.generation.sampling import gumbel_noise, gumbel_sample, min_p_filter
-from titans_pytorch.generation.state import ModelState
-from titans_pytorch.generation.stepper import StepKind
+from titans_pytorch.generation.decodable import StepKind
+from titans_pytorch.generation.logits import gumbel_noise, gumbel_sample, min_p_filter
 from titans_pytorch.memory.modules import Gated
 from titans_pytorch.models.base import DecodingState, Transformer, checked_memory_settings, layers_with_memory
 from titans_pytorch.models.block import Block, Parts
 from titans_pytorch.models.feedforward import GEGLU, FeedForward
+from titans_pytorch.models.state import ModelState
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.ops.hyper_connection import Streams
 from titans_pytorch.utils.checks import (

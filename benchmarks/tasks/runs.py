@@ -95,12 +95,12 @@ def parser(description: str, models: list[str], steps: int, small_steps: int) ->
     made.add_argument('--learning-rate', type=float, default=2e-3)
     made.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     made.add_argument(
-        '--small', action='store_true', help='sizes for two CPU cores, with their own section of RESULTS.md'
+        '--small', action='store_true', help='sizes for two CPU cores, with their own section of docs/benchmarks.md'
     )
     made.add_argument('--seconds', type=float, help='time limit of the training of each run')
     made.add_argument('--json', type=Path, help='append each run to this file when it is done')
     made.add_argument('--report', type=Path, nargs='+', help='print the table of saved runs')
-    made.add_argument('--write', action='store_true', help='put the table into RESULTS.md')
+    made.add_argument('--write', action='store_true', help='put the table into docs/benchmarks.md')
     made.add_argument('--plot', type=Path, help='draw the table to this file (needs matplotlib)')
     return made
 

@@ -449,3 +449,36 @@ def test_graphs_give_the_tokens_of_eager_steps(index, monkeypatch):
     assert torch.equal(*again) and not torch.equal(again[0], results[0])
     with pytest.raises(ValueError, match='compiled=True is for a CPU'):
         model.sample(prompt, 60, use_cache=True, compiled=True, **GREEDY)
+
+
+def test_sampling_restores_the_mode_of_each_module():
+    model, prompt = transformer(0).train(), ids(4)
+    model.layers[1].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    streams = [model.stream(prompt, 9) for _ in range(2)]
+    for stream in streams:
+        next(stream)
+    assert not any(module.training for module in model.modules())
+    streams[0].close()
+    assert not any(module.training for module in model.modules())
+    streams[1].close()
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+@pytest.mark.parametrize('length', [1, 6])
+def test_a_cache_is_returned_where_no_token_is_added(length):
+    model, prompt = transformer(0), ids(length)
+    expected = model.sample(prompt, 20, **GREEDY)
+    added, cache = model.sample(prompt, length, return_cache=True, **GREEDY)
+    assert added.shape == (2, 0)
+    if length == 1:  # nothing was read
+        assert cache is None
+    else:
+        assert_same(cache, model(prompt[:, :-1], return_cache=True)[1], 1e-12)
+    for _ in range(2):  # neither does a second call add a token
+        assert torch.equal(model.sample(prompt, 20, cache=cache, **GREEDY), expected)
+        assert torch.equal(model.sample(prompt[:, -1:], 21 - length, state=cache, **GREEDY), expected)
+        _, cache = model.sample(prompt, length, cache=cache, return_cache=True, **GREEDY)
+    so_far = torch.cat((prompt, expected[:, :5]), dim=1)
+    _, cache = model.sample(so_far, 2, cache=cache, return_cache=True, **GREEDY)
+    assert torch.equal(model.sample(so_far, 20, cache=cache, **GREEDY), expected[:, 5:])

@@ -17,7 +17,7 @@ from titans_pytorch import (
     MemoryAsGateTransformer,
     NeuralMemory,
 )
-from titans_pytorch.generation.sampling import gumbel_sample
+from titans_pytorch.generation.logits import gumbel_sample
 
 DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16}
 # of machine epsilons: 1e-3 and 8e-3

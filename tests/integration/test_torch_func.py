@@ -176,33 +176,31 @@ def test_saved_tensors_may_be_computed_again_or_kept_elsewhere(engine: str):
 # the switch
 
 
-def test_kernels_are_off_within_the_switch_in_every_thread_of_it_and_under_transforms(monkeypatch):
-    monkeypatch.setattr(_dispatch, '_has_kernels', lambda device: True)
-    cpu = torch.device('cpu')
-    assert _dispatch.kernels_run_on(cpu)
+def test_kernels_are_off_within_the_switch_in_every_thread_of_it_and_under_transforms(kernels_everywhere):
+    x = torch.ones(2)
+    assert _dispatch.use_kernel([x])
     first, second = without_kernels(), without_kernels()
     first.__enter__()
     second.__enter__()
-    assert not _dispatch.kernels_run_on(cpu)
+    assert not _dispatch.use_kernel([x])
     first.__exit__(None, None, None)
-    assert not _dispatch.kernels_run_on(cpu)
+    assert not _dispatch.use_kernel([x])
     second.__exit__(None, None, None)
-    assert _dispatch.kernels_run_on(cpu)
+    assert _dispatch.use_kernel([x])
 
     asked = []
 
     def ask(x: Tensor) -> Tensor:
-        asked.append(_dispatch.kernels_run_on(cpu))
+        asked.append(_dispatch.use_kernel([x]))
         return x.sum()
 
-    x = torch.ones(2)
     grad(ask)(x)
     vmap(ask)(x.unsqueeze(0))
     jvp(ask, (x,), (x,))
     with forward_ad.dual_level():
         ask(forward_ad.make_dual(x, x))
     assert asked == [False] * 4
-    assert _dispatch.kernels_run_on(cpu)
+    assert _dispatch.use_kernel([x])
 
 
 def streams_and_connection() -> tuple[Module, Tensor]:

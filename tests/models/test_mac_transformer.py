@@ -8,7 +8,7 @@ from compare import all_in_float64, assert_same, gradients
 from mac_configurations import TOKENS, every_configuration, ids, transformer
 from torch import nn
 
-from titans_pytorch.generation.sampling import gumbel_sample, min_p_filter
+from titans_pytorch.generation.logits import gumbel_sample, min_p_filter
 
 
 @pytest.fixture(autouse=True)

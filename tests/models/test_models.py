@@ -245,7 +245,7 @@ def test_sampling_goes_on_from_a_state():
     first, state = model.sample(prompt, 20, return_cache=True, **kwargs)
     second = model.sample(first[:, -1:], 11, state=state, **kwargs)
     assert torch.equal(torch.cat((first, second), dim=1), whole)
-    with pytest.raises(ValueError, match='give one of them'):
+    with pytest.raises(ValueError, match='pass cache .* or state .*, not both'):
         model.sample(prompt, 30, state=state, cache=state, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""`AssocScan`, and the Triton kernel behind it: on a GPU, or in Triton's interpreter."""
+"""`AssocScan`, and its Triton kernel: on a GPU, or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from compare import assert_same
 
-from titans_pytorch.ops.associative_scan import AssocScan
+from titans_pytorch.ops.associative_scan import AssocScan, reference
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 SHAPES = [(1, 1, 1), (2, 7, 5), (3, 33, 256), (2, 16, 300), (1, 130, 3)]
@@ -54,22 +54,38 @@ def test_accelerated_scan_says_where_there_is_no_gpu():
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('shape', SHAPES)
 @pytest.mark.parametrize('gate_of_each_feature', [False, True])
-def test_kernel_equals_a_loop(shape, dtype, gate_of_each_feature, monkeypatch):
+def test_kernel_equals_a_loop(shape, dtype, gate_of_each_feature, poisoned):
     pytest.importorskip('triton')
-    from titans_pytorch.ops.associative_scan.triton import gated_scan
+    from titans_pytorch.ops.associative_scan.triton import associative_scan
 
     gate_features = shape[2] if gate_of_each_feature else 1
     arguments = [t.detach().to(dtype).requires_grad_() for t in problem(*shape, gate_features, device=DEVICE)]
     exact = [t.detach().double().requires_grad_() for t in arguments]
 
-    # outputs that a kernel leaves unwritten show as NaN
-    new_empty = torch.Tensor.new_empty
-    poisoned = lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(float('nan'))  # noqa: E731
-    monkeypatch.setattr(torch.Tensor, 'new_empty', poisoned)
-    came = with_gradients(gated_scan, *arguments)
+    came = with_gradients(associative_scan, *arguments)
     assert all(t.dtype == dtype for t in (came[0], *came[1]))
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
     assert_same(came, with_gradients(by_loop, *exact), tolerance)
+
+
+@pytest.mark.parametrize('gate_features', [1, 5])
+def test_kernel_keeps_the_rules_of_pytorch(gate_features):
+    pytest.importorskip('triton')
+    from titans_pytorch.ops.associative_scan.triton import associative_scan
+
+    arguments = problem(2, 7, 5, gate_features, torch.float32, DEVICE)
+    checks = 'test_schema', 'test_autograd_registration', 'test_faketensor', 'test_aot_dispatch_dynamic'
+    torch.library.opcheck(associative_scan, arguments, test_utils=checks)
+
+
+@pytest.mark.filterwarnings('ignore:use_accelerated_scan=True')
+def test_choosing_the_kernel(kernels_everywhere, monkeypatch):
+    gates, inputs, prev = problem(2, 7, 5, 1, torch.float32, DEVICE)
+    calls = {'none': {}, 'prev': {'prev': prev}, 'prev kept': {'prev': prev, 'remove_prev': False}}
+    expected = {name: AssocScan()(gates, inputs, **kwargs) for name, kwargs in calls.items()}
+    monkeypatch.setattr(reference.AssocScan, 'forward', None)
+    for name, kwargs in calls.items():
+        assert_same(AssocScan(use_accelerated=True)(gates, inputs, **kwargs), expected[name], 1e-5)
 
 
 @pytest.mark.gpu

@@ -1,15 +1,17 @@
-"""Momentum and weights over a run of chunks: plain and by Triton kernels, against a loop and autograd."""
+"""Momentum and weights over a block of chunks: by the reference and by Triton kernels, against a loop and autograd."""
 
 from __future__ import annotations
+
+from contextlib import nullcontext
 
 import pytest
 import torch
 from compare import assert_same, gradients, randomised
 
-from titans_pytorch import NeuralMemory
+from titans_pytorch import NeuralMemory, without_kernels
 from titans_pytorch.memory import engines
-from titans_pytorch.ops import _dispatch, momentum_scan
-from titans_pytorch.ops.momentum_scan import momenta, vectors_over_time, weights_over_time
+from titans_pytorch.ops import _dispatch
+from titans_pytorch.ops.momentum_scan import momentum_scan, reference, vector_scan, weight_scan
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 # Triton's interpreter multiplies no bfloat16
@@ -37,13 +39,6 @@ CHECKS = ('test_schema', 'test_autograd_registration', 'test_faketensor', 'test_
 
 
 @pytest.fixture
-def kernels(monkeypatch):
-    """Kernels run on this device too."""
-    pytest.importorskip('triton')
-    monkeypatch.setattr(_dispatch, 'kernels_run_on', lambda device: True)
-
-
-@pytest.fixture
 def fresh_compiler():
     torch.compiler.reset()
     yield
@@ -62,12 +57,12 @@ def matrices(heads, chunks, rows, dim, width, present=MOMENTA[0]):
     """Of `momenta`, its arguments by name."""
     tensors = {
         'inputs': torch.randn(heads, chunks, rows, dim),
-        'errors': torch.randn(heads, chunks, rows, width),
+        'output_gradients': torch.randn(heads, chunks, rows, width),
         'scales': torch.randn(heads, chunks),
         'gates': torch.rand(heads, chunks),
         'start': torch.randn(heads, dim, width),
     }
-    return {name: t.to(DEVICE) for name, t in tensors.items() if name in ('inputs', 'errors', *present)}
+    return {name: t.to(DEVICE) for name, t in tensors.items() if name in ('inputs', 'output_gradients', *present)}
 
 
 def vectors(heads, chunks, features, present=VECTORS[0]):
@@ -87,10 +82,10 @@ def vectors(heads, chunks, features, present=VECTORS[0]):
 # the two recurrences as they stand in the paper
 
 
-def looped_momenta(inputs, errors, scales=None, gates=None, start=None):
+def looped_momenta(inputs, output_gradients, scales=None, gates=None, start=None):
     state, over_chunks = 0.0 if start is None else start, []
     for chunk in range(inputs.shape[1]):
-        update = inputs[:, chunk].mT @ errors[:, chunk]
+        update = inputs[:, chunk].mT @ output_gradients[:, chunk]
         if scales is not None:
             update = scales[:, chunk, None, None] * update
         state = update if gates is None else gates[:, chunk, None, None] * state + update
@@ -113,13 +108,17 @@ def looped_vectors(updates, keep, weight_start, scales=None, gates=None, momentu
 # and ours
 
 
-def our_momenta(inputs, errors, scales=None, gates=None, start=None, out_dtype=None):
-    every, end = momenta(inputs, errors, scales, gates, start, out_dtype or inputs.dtype)
+def log(gates):
+    return None if gates is None else gates.log()
+
+
+def our_momenta(inputs, output_gradients, scales=None, gates=None, start=None, out_dtype=None):
+    every, end = momentum_scan(inputs, output_gradients, scales, log(gates), start, out_dtype or inputs.dtype)
     return {'every': every, 'end': end}
 
 
 def our_vectors(updates, keep, weight_start, scales=None, gates=None, momentum_start=None):
-    before, end, momentum_end = vectors_over_time(updates, scales, gates, keep, momentum_start, weight_start)
+    before, end, momentum_end = vector_scan(updates, scales, log(gates), keep.log(), momentum_start, weight_start)
     ends = {'weight_end': end} | ({} if momentum_end is None else {'momentum_end': momentum_end})
     return {'before': before, **ends}
 
@@ -142,26 +141,30 @@ def exactly(function, tensors, used=None):
 
 
 @pytest.mark.parametrize('present', MOMENTA)
-def test_momenta_are_written_out_rightly(present):
+def test_momentum_scan_equals_a_loop(present):
     tensors = matrices(2, 4, 3, 5, 7, present)
     assert_same(exactly(our_momenta, tensors), exactly(looped_momenta, tensors), 1e-13)
 
 
 @pytest.mark.parametrize('present', VECTORS)
-def test_vectors_are_written_out_rightly(present):
+def test_vector_scan_equals_a_loop(present):
     tensors = vectors(2, 4, 7, present)
     assert_same(exactly(our_vectors, tensors), exactly(looped_vectors, tensors), 1e-13)
 
 
-def test_gradients_are_those_of_small_differences():
-    for function, tensors in ((our_momenta, matrices(1, 3, 2, 3, 2)), (our_vectors, vectors(1, 3, 2))):
-        names, values = zip(*leaves(tensors, torch.float64).items())
-        torch.autograd.gradcheck(lambda *own: (*function(**dict(zip(names, own))).values(),), values)  # noqa: B023
+def test_saturated_gates_have_finite_gradients():
+    log_gates = torch.tensor([[-1e-30, -1e4, -200.0, -1e-3]], dtype=torch.float64, requires_grad=True)
+    updates, start = torch.randn(1, 4, 3, dtype=torch.float64), torch.randn(1, 3, dtype=torch.float64)
+    out = vector_scan(updates, None, log_gates, log_gates, start, start)
+    expected = looped_vectors(updates, log_gates.exp(), start, gates=log_gates.exp(), momentum_start=start)
+    assert_same(dict(zip(expected, (out[0], out[1], out[2]))), expected, 1e-13)
+    (gradient,) = torch.autograd.grad(sum(t.sum() for t in out), log_gates)
+    assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize('present', MOMENTA)
 @pytest.mark.parametrize('shape', SHAPES)
-def test_kernels_of_momenta(kernels, poisoned, shape, present):
+def test_kernels_of_momenta(kernels_everywhere, poisoned, shape, present):
     tensors = matrices(*shape, present)
     came = learned(our_momenta, leaves(tensors))
     assert_same(came, exactly(looped_momenta, tensors), EXACT)
@@ -170,7 +173,7 @@ def test_kernels_of_momenta(kernels, poisoned, shape, present):
 
 @pytest.mark.parametrize('present', VECTORS)
 @pytest.mark.parametrize('shape', [(2, 5, 37), (1, 1, 3), (3, 4, 600)])
-def test_kernels_of_vectors(kernels, poisoned, shape, present):
+def test_kernels_of_vectors(kernels_everywhere, poisoned, shape, present):
     tensors = vectors(*shape, present)
     came = learned(our_vectors, leaves(tensors))
     assert_same(came, exactly(looped_vectors, tensors), EXACT)
@@ -178,12 +181,12 @@ def test_kernels_of_vectors(kernels, poisoned, shape, present):
 
 
 @pytest.mark.parametrize('shape', [(2, 5, 20, 37), (3, 1, 7)])
-def test_weights_take_updates_of_any_shape(kernels, poisoned, shape):
+def test_weights_take_updates_of_any_shape(kernels_everywhere, poisoned, shape):
     updates, start = torch.randn(shape, device=DEVICE), torch.randn(shape[0], *shape[2:], device=DEVICE)
     tensors = {'updates': updates, 'keep': torch.rand(shape[:2], device=DEVICE), 'weight_start': start}
 
     def ours(updates, keep, weight_start):
-        before, end = weights_over_time(updates, keep, weight_start, updates.dtype)
+        before, end = weight_scan(updates, keep.log(), weight_start, updates.dtype)
         assert before.shape == updates.shape and end.shape == weight_start.shape
         return {'before': before.flatten(2), 'weight_end': end.flatten(1)}
 
@@ -195,34 +198,34 @@ def test_weights_take_updates_of_any_shape(kernels, poisoned, shape):
 
 @pytest.mark.parametrize('name', ['every', 'end'])
 @pytest.mark.parametrize('present', [MOMENTA[0], ()])
-def test_only_some_momenta_are_used(kernels, poisoned, present, name):
+def test_only_some_momenta_are_used(kernels_everywhere, poisoned, present, name):
     tensors = matrices(2, 3, 2, 16, 20, present)
     assert_same(learned(our_momenta, leaves(tensors), [name]), exactly(looped_momenta, tensors, [name]), EXACT)
 
 
 @pytest.mark.parametrize('name', ['before', 'weight_end', 'momentum_end'])
-def test_only_some_vectors_are_used(kernels, poisoned, name):
+def test_only_some_vectors_are_used(kernels_everywhere, poisoned, name):
     tensors = vectors(2, 3, 20)
     assert_same(learned(our_vectors, leaves(tensors), [name]), exactly(looped_vectors, tensors, [name]), EXACT)
 
 
 @pytest.mark.parametrize('sides', [(20, 70), (70, 20)])
-def test_programs_of_more_or_less(kernels, poisoned, sides, monkeypatch):
-    from titans_pytorch.ops.momentum_scan import triton as kernel
+def test_programs_of_more_or_less(kernels_everywhere, poisoned, sides, monkeypatch):
+    from titans_pytorch.ops.momentum_scan import triton
 
     tensors = matrices(2, 3, 4, *sides)
     expected = exactly(looped_momenta, tensors)
     for enough in (1, 5, 1000):
-        monkeypatch.setattr(kernel, 'ENOUGH_PROGRAMS', enough)
+        monkeypatch.setattr(triton, 'ENOUGH_PROGRAMS', enough)
         assert_same(learned(our_momenta, leaves(tensors)), expected, EXACT)
 
 
-def test_kernels_read_views(kernels, poisoned):
+def test_kernels_read_views(kernels_everywhere, poisoned):
     # chunks out of a longer sequence, features of every other, states that heads share or that are turned
     longer, changed = matrices(2, 9, 5, 16, 24), vectors(2, 9, 48)
     cut = {
         'inputs': longer['inputs'][:, 2:7, 1:],
-        'errors': longer['errors'][:, 2:7, :-1, ::2],
+        'output_gradients': longer['output_gradients'][:, 2:7, :-1, ::2],
         'scales': longer['scales'][:, 2:7],
         'gates': longer['gates'].mT.contiguous().mT[:, 2:7],
         'start': longer['start'].mT.contiguous().mT[..., :12],
@@ -243,7 +246,7 @@ def test_kernels_read_views(kernels, poisoned):
 @pytest.mark.parametrize('sides', [(20, 37), (37, 20)])
 @pytest.mark.parametrize('rows', [torch.float32, LOW])
 @pytest.mark.parametrize('out_dtype', [torch.float32, LOW])
-def test_momenta_in_low_precision(kernels, poisoned, rows, out_dtype, sides):
+def test_momenta_in_low_precision(kernels_everywhere, poisoned, rows, out_dtype, sides):
     tensors = matrices(2, 5, 4, *sides)
     tensors = {name: t.to(rows) if t.ndim == 4 else t for name, t in tensors.items()}
     expected, exact_gradients = exactly(looped_momenta, tensors)
@@ -261,12 +264,12 @@ def test_momenta_in_low_precision(kernels, poisoned, rows, out_dtype, sides):
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_weights_in_low_precision(kernels, poisoned, dtype):
+def test_weights_in_low_precision(kernels_everywhere, poisoned, dtype):
     tensors = vectors(2, 5, 37, ())
     tensors['updates'] = tensors['updates'].to(dtype)
 
     def ours(updates, keep, weight_start):
-        before, end = weights_over_time(updates, keep, weight_start, dtype)
+        before, end = weight_scan(updates, keep.log(), weight_start, dtype)
         assert before.dtype == dtype and end.dtype == torch.float32
         return {'before': before, 'weight_end': end}
 
@@ -280,86 +283,84 @@ def test_weights_in_low_precision(kernels, poisoned, dtype):
         assert (gradients[name].double() - want).norm() <= step * want.norm(), name
 
 
-def test_plain_and_kernels_agree_in_low_precision(monkeypatch):
-    pytest.importorskip('triton')
+def test_reference_and_kernels_agree_in_low_precision(kernels_everywhere):
     tensors = matrices(2, 3, 4, 16, 24)
     tensors = {name: t.to(LOW) if t.ndim == 4 else t for name, t in tensors.items()}
     came = []
-    for fused in (True, False):
-        monkeypatch.setattr(_dispatch, 'kernels_run_on', lambda device, fused=fused: fused)
-        came.append(learned(lambda **own: our_momenta(**own, out_dtype=LOW), leaves(tensors)))
+    for kernels in (nullcontext(), without_kernels()):
+        with kernels:
+            came.append(learned(lambda **own: our_momenta(**own, out_dtype=LOW), leaves(tensors)))
     assert_same(*came, 4 * torch.finfo(LOW).eps)
 
 
 # which of the two is taken
 
 
-def test_what_no_kernel_serves_is_plain(kernels, monkeypatch):
-    def refused():
-        raise AssertionError('no kernel serves this')
+@pytest.fixture
+def no_reference(monkeypatch):
+    def refused(*args):
+        raise AssertionError('the reference')
 
-    monkeypatch.setattr(momentum_scan, '_kernels', refused)
-    many_rows, wide = matrices(1, 2, 17, 4, 4), matrices(1, 1, 1, 132, 132)
-    for tensors in (many_rows, wide):
-        assert_same(learned(our_momenta, leaves(tensors)), exactly(looped_momenta, tensors), EXACT)
-    exactly(our_momenta, matrices(1, 2, 2, 4, 4))
-    exactly(our_vectors, vectors(1, 2, 4))
-    with pytest.raises(AssertionError, match='no kernel'):
-        our_momenta(**matrices(1, 2, 2, 4, 4))
+    for name in ('momentum_scan', 'vector_scan'):
+        monkeypatch.setattr(reference, name, refused)
 
 
-def test_what_kernels_serve(kernels):
-    def weights(*shapes, dtype=torch.float32):
-        return [torch.empty(shape, dtype=dtype, device='meta') for shape in shapes]
-
-    def rows(count, dtype=torch.float32):
-        return torch.empty(2, 3, count, 64, dtype=dtype, device='meta')
-
-    fitting = [(2, 64, 256), (2, 256, 64), (2, 300)]
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert momentum_scan.kernels_serve(rows(16, dtype), weights(*fitting))
-    assert not momentum_scan.kernels_serve(rows(17), weights(*fitting))
-    assert not momentum_scan.kernels_serve(rows(4), weights(*fitting, (2, 130, 140)))
-    assert not momentum_scan.kernels_serve(rows(4), weights(*fitting, dtype=torch.float64))
-    assert not momentum_scan.kernels_serve(rows(4, torch.float64), weights(*fitting))
+def test_what_the_kernels_do_not_support_takes_the_reference(kernels_everywhere, no_reference):
+    our_momenta(**matrices(1, 2, 16, 128, 140))
+    our_vectors(**vectors(1, 2, 300))
+    many_rows, wide, empty = matrices(1, 2, 17, 4, 4), matrices(1, 1, 1, 132, 132), matrices(0, 2, 2, 4, 4)
+    full = [{name: t.double() for name, t in tensors.items()} for tensors in (matrices(1, 2, 2, 4, 4), many_rows)]
+    half_states = matrices(1, 2, 2, 4, 4) | {'start': torch.zeros(1, 4, 4, device=DEVICE).half()}
+    for tensors in (many_rows, wide, empty, half_states, *full):
+        with pytest.raises(AssertionError, match='the reference'):
+            our_momenta(**tensors)
+    with pytest.raises(AssertionError, match='the reference'):
+        our_vectors(**{name: t.double() for name, t in vectors(1, 2, 4).items()})
 
 
-def test_without_gpu_no_kernel_runs():
-    assert _dispatch.kernels_run_on(torch.device('cpu')) is False
+@pytest.mark.parametrize(('rows', 'sides'), [(17, (4, 4)), (1, (132, 132))])
+def test_matrices_that_no_kernel_supports(kernels_everywhere, rows, sides):
+    tensors = matrices(1, 2, rows, *sides)
+    assert_same(learned(our_momenta, leaves(tensors)), exactly(looped_momenta, tensors), EXACT)
 
 
 # to the compiler
 
 
-def test_operations_are_what_they_say(kernels):
+def test_operations_keep_the_rules_of_pytorch():
+    pytest.importorskip('triton')
+    from titans_pytorch.ops.momentum_scan import triton
+
     of_matrices, of_vectors = leaves(matrices(2, 3, 2, 16, 20)), leaves(vectors(2, 3, 20))
-    order = ('updates', 'scales', 'gates', 'keep', 'momentum_start', 'weight_start')
+    gradients = torch.ops.titans_pytorch
     for present in ((), ('scales', 'gates', 'start', 'momentum_start')):
-        some = {name: t if name in ('inputs', 'errors', *present) else None for name, t in of_matrices.items()}
+        some = {
+            name: t if name in ('inputs', 'output_gradients', *present) else None for name, t in of_matrices.items()
+        }
         args = (*some.values(), torch.float16)
-        torch.library.opcheck(momentum_scan._momenta, args, test_utils=CHECKS)
-        outputs = [t.detach() for t in momentum_scan._momenta(*args)]
-        saved = [None if t is None else t.detach() for t in some.values()]
-        for d_outputs in (outputs, (None, outputs[1]), (outputs[0], None)):
-            args = (*d_outputs, *saved, outputs[0])
-            torch.library.opcheck(momentum_scan._momenta_backward, args, test_utils=CHECKS[:3])
+        torch.library.opcheck(triton.momentum_scan, args, test_utils=CHECKS)
+        outputs = [t.detach() for t in triton.momentum_scan(*args)]
+        args = (*(None if t is None else t.detach() for t in some.values()), torch.float16)
+        for d_outputs in (outputs, [None, outputs[1]], [outputs[0], None]):
+            all_args = (d_outputs, outputs[:1], *args)
+            torch.library.opcheck(gradients.momentum_scan_backward, all_args, test_utils=CHECKS[:3])
 
         there = ('updates', 'keep', 'weight_start', *present)
-        some = {name: of_vectors[name] if name in there else None for name in order}
+        some = {name: t if name in there else None for name, t in of_vectors.items()}
         args = (*some.values(), torch.float16)
-        torch.library.opcheck(momentum_scan._over_time, args, test_utils=CHECKS)
-        before, end, _, momenta = (t.detach() for t in momentum_scan._over_time(*args))
-        *saved, _ = (None if t is None else t.detach() for t in some.values())
-        args = (before, end, None, *saved, before, momenta)
-        torch.library.opcheck(momentum_scan._over_time_backward, args, test_utils=CHECKS[:3])
+        torch.library.opcheck(triton.vector_scan, args, test_utils=CHECKS)
+        before, end, _, momenta = (t.detach() for t in triton.vector_scan(*args))
+        args = (*(None if t is None else t.detach() for t in some.values()), torch.float16)
+        all_args = ([before, end, None], [before, momenta], *args)
+        torch.library.opcheck(gradients.vector_scan_backward, all_args, test_utils=CHECKS[:3])
 
 
-def test_a_run_compiles_to_operations(kernels, fresh_compiler):
+def test_a_run_compiles_to_operations(kernels_everywhere, fresh_compiler):
     tensors, seen = matrices(2, 3, 2, 16, 20), []
 
-    def run(inputs, errors, scales, gates, start):
-        every, end = momenta(inputs, errors, scales, gates, start, torch.float32)
-        before, weight = weights_over_time(every.tanh(), gates, start, torch.float32)
+    def run(inputs, output_gradients, scales, gates, start):
+        every, end = momentum_scan(inputs, output_gradients, scales, gates.log(), start, torch.float32)
+        before, weight = weight_scan(every.tanh(), gates.log(), start, torch.float32)
         return {'before': before, 'weight': weight, 'end': end}
 
     def backend(graph, inputs):
@@ -379,18 +380,18 @@ def test_a_run_compiles_to_operations(kernels, fresh_compiler):
 @pytest.mark.parametrize(
     'shape', [(16, 32, 4, 64, 128), (256, 8, 4, 128, 64), (16, 32, 16, 64, 64), (3, 5, 1, 100, 250)]
 )
-def test_kernels_in_sizes_of_training(kernels, poisoned, shape, low):
+def test_kernels_in_sizes_of_training(kernels_everywhere, poisoned, shape, low):
     tensors = matrices(*shape)
     tensors = {name: t.bfloat16() if low and t.ndim == 4 else t for name, t in tensors.items()}
     out_dtype = torch.bfloat16 if low else torch.float32
 
-    def ours(inputs, errors, scales, gates, start):
-        every, end = momenta(inputs, errors, scales, gates, start, out_dtype)
-        before, weight = weights_over_time(every, gates, start, out_dtype)
+    def ours(inputs, output_gradients, scales, gates, start):
+        every, end = momentum_scan(inputs, output_gradients, scales, gates.log(), start, out_dtype)
+        before, weight = weight_scan(every, gates.log(), start, out_dtype)
         return {'every': every, 'end': end, 'before': before, 'weight': weight}
 
-    def looped(inputs, errors, scales, gates, start):
-        of_momentum = looped_momenta(inputs, errors, scales, gates, start)
+    def looped(inputs, output_gradients, scales, gates, start):
+        of_momentum = looped_momenta(inputs, output_gradients, scales, gates, start)
         own = looped_vectors(of_momentum['every'].flatten(2), gates, start.flatten(1))
         before = own['before'].view_as(of_momentum['every'])
         return {**of_momentum, 'before': before, 'weight': own['weight_end'].view_as(start)}
@@ -406,12 +407,14 @@ def test_kernels_in_sizes_of_training(kernels, poisoned, shape, low):
 
 
 @pytest.fixture
-def walked(monkeypatch):
-    """Recurrences are walked on any device and in any precision; and how often that was asked for."""
-    asked = []
-    monkeypatch.setattr(momentum_scan, 'kernels_serve', lambda *args: asked.append(args) or True)
-    monkeypatch.setattr(engines, 'fused_record_serves', lambda *_: True)
-    return asked
+def scanned(monkeypatch):
+    """The scans of memories, by name."""
+    calls = []
+    for name in ('momentum_scan', 'weight_scan', 'vector_scan'):
+        operation = getattr(engines, name)
+        noted = lambda *args, name=name, operation=operation: calls.append(name) or operation(*args)  # noqa: E731
+        monkeypatch.setattr(engines, name, noted)
+    return calls
 
 
 @pytest.mark.parametrize(
@@ -424,7 +427,7 @@ def walked(monkeypatch):
         {'default_model_kwargs': {'depth': 1}},
     ],
 )
-def test_memories_that_walk_equal_the_dense_engine(options, walked):
+def test_memories_that_scan_equal_the_dense_engine(options, scanned):
     """Two, of which the second builds on the first."""
 
     def stored(engine):
@@ -444,27 +447,22 @@ def test_memories_that_walk_equal_the_dense_engine(options, walked):
         return first, second, third, dict(after.updates.items()), gradients(both, total)
 
     expected = stored('dense')
-    assert not walked
+    assert not scanned
     assert_same(stored('dual'), expected)
-    assert len(walked) == 4
+    assert scanned
 
 
-def test_momentum_of_orders_is_not_walked(walked):
+def test_momentum_of_several_orders_is_not_scanned(scanned):
     NeuralMemory(8, 2, spectral_norm_surprises=True, momentum_order=2)(torch.randn(1, 6, 8))
-    assert not walked
+    assert not scanned
 
 
-def test_kernels_store_what_plain_operations_store(kernels, monkeypatch):
+def test_kernels_store_what_the_reference_stores(kernels_everywhere, scanned, monkeypatch):
     """Two memories, clamped, of which the second builds on the first, and goes on from a state."""
-    walked = []
-    for name in ('momenta', 'weights_over_time', 'vectors_over_time'):
-        operation = getattr(engines, name)
-        noted = lambda *args, name=name, operation=operation: walked.append(name) or operation(*args)  # noqa: E731
-        monkeypatch.setattr(engines, name, noted)
+    # not Newton–Schulz's, which makes much of rounding
+    monkeypatch.setattr(_dispatch, 'compute_capability', lambda device: _dispatch.AMPERE)
 
-    def stored(runs):
-        monkeypatch.setattr(_dispatch, 'kernels_run_on', lambda device: runs)
-        walked.clear()
+    def stored():
         torch.manual_seed(0)
         # as many rows in a chunk as a matrix has: with fewer, Newton–Schulz makes much of what is nearly nothing
         make = {'dim': 8, 'chunk_size': 16, 'batch_size': 32, 'spectral_norm_surprises': True, 'max_grad_norm': 0.5}
@@ -478,11 +476,12 @@ def test_kernels_store_what_plain_operations_store(kernels, monkeypatch):
         third, after = two(seq[:, :15], state=after, prev_weights=one(seq[:, :15], state=state)[1].updates)
         return first, second, third, dict(after.states[0].items()), dict(after.states[1].items())
 
-    expected = stored(False)
-    assert not walked
-    assert_same(stored(True), expected, 1e-3)
+    with without_kernels():
+        expected = stored()
+    scanned.clear()
+    assert_same(stored(), expected, 1e-3)
     # in each run a matrix and a vector
-    assert len(walked) > 9 and len(walked) == 3 * walked.count('momenta')
+    assert len(scanned) > 9 and len(scanned) == 3 * scanned.count('momentum_scan')
 
 
 @pytest.mark.parametrize('scale', [1.0, 1e-5])

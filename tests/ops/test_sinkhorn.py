@@ -8,7 +8,7 @@ from compare import assert_same
 from hyper_connections.mHCv2 import sinkhorn_knopps
 
 from titans_pytorch import MemoryAsContextTransformer
-from titans_pytorch.ops.sinkhorn import EPS, plain_backward, plain_forward, sinkhorn
+from titans_pytorch.ops.sinkhorn import EPS, reference, sinkhorn
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -53,11 +53,8 @@ def test_gradient_goes_through_every_iteration(shape, iters):
     assert_same(with_gradient(sinkhorn, log_alpha, iters), exact, 2e-6)
 
     # the same without rounding
-    d_out = problem(*shape, dtype=torch.float64)
-    log_alpha = log_alpha.double().requires_grad_()
-    came = plain_forward(log_alpha, iters, EPS), plain_backward(d_out, log_alpha, iters, EPS)
-    out = by_loop(log_alpha, iters)
-    assert_same(came, (out, *torch.autograd.grad(out, log_alpha, d_out)), 1e-12)
+    for function in (reference.sinkhorn, reference.loop):
+        assert_same(with_gradient(function, log_alpha.double(), iters, EPS), exact, 1e-12)
 
 
 def test_second_gradient():
@@ -70,27 +67,25 @@ def test_second_gradient():
 
 
 def implementations():
-    """Forward and backward: the plain ones, and the kernel's."""
-    yield plain_forward, plain_backward
+    yield reference.sinkhorn
     pytest.importorskip('triton')
-    from titans_pytorch.ops.sinkhorn import triton as kernel
+    from titans_pytorch.ops.sinkhorn import triton
 
-    yield kernel.forward, kernel.backward
+    yield triton.sinkhorn
 
 
 @pytest.mark.parametrize('iters', [1, 5])
 def test_rows_of_next_to_nothing(iters):
     # a row is divided by EPS at least, which is a constant; one of zeros stays so, and its gradient is finite
-    log_alpha, d_out = problem(3, 4, 4, device=DEVICE), problem(3, 4, 4, device=DEVICE)
+    log_alpha = problem(3, 4, 4, device=DEVICE)
     log_alpha *= 0.1
     log_alpha[0, 1] -= 28.5  # a sum of about EPS / 2
     log_alpha[1, 2] -= 200
     log_alpha[2, 3] -= 40
-    exact = log_alpha.double().requires_grad_()
-    (expected,) = torch.autograd.grad(by_loop(exact, iters), exact, d_out.double())
+    _, expected = with_gradient(by_loop, log_alpha.double(), iters)
     expected[1, 2] = 0
-    for forward, backward in implementations():
-        out, gradient = forward(log_alpha, iters, EPS), backward(d_out, log_alpha, iters, EPS)
+    for implementation in implementations():
+        out, gradient = with_gradient(implementation, log_alpha, iters, EPS)
         assert_same(out, sinkhorn_knopps(log_alpha, iters), 1e-6)
         assert_same(gradient, expected, 1e-5)
         assert not gradient[1, 2].any()
@@ -100,14 +95,11 @@ def test_rows_of_next_to_nothing(iters):
 @pytest.mark.parametrize(('shape', 'iters'), [((3, 1, 1), 2), ((7, 3, 3), 20), ((3, 13, 4, 4), 3), ((3, 16, 16), 2)])
 def test_kernel_equals_a_loop(shape, iters, dtype, poisoned):
     pytest.importorskip('triton')
-    from titans_pytorch.ops.sinkhorn import triton as kernel
+    from titans_pytorch.ops.sinkhorn import triton
 
-    log_alpha, d_out = (problem(*shape, dtype=dtype, device=DEVICE) for _ in range(2))
-    exact = log_alpha.double().requires_grad_()
-    out = by_loop(exact, iters)
-    expected = out, *torch.autograd.grad(out, exact, d_out.double())
-
-    came = kernel.forward(log_alpha, iters, EPS), kernel.backward(d_out, log_alpha, iters, EPS)
+    log_alpha = problem(*shape, dtype=dtype, device=DEVICE)
+    expected = with_gradient(by_loop, log_alpha.double(), iters)
+    came = with_gradient(triton.sinkhorn, log_alpha, iters, EPS)
     assert came[0].dtype == came[1].dtype == dtype
     assert_same(came, expected, {torch.float64: 1e-12, torch.float32: 5e-6}[dtype])
 
@@ -115,8 +107,8 @@ def test_kernel_equals_a_loop(shape, iters, dtype, poisoned):
 def test_what_is_not_a_number_shows():
     log_alpha = problem(2, 4, 4, device=DEVICE)
     log_alpha[0, 1, 2] = float('nan')
-    for forward, _ in implementations():
-        out = forward(log_alpha, 2, EPS)
+    for implementation in implementations():
+        out = implementation(log_alpha, 2, EPS)
         assert out[0].isnan().all() and out[1].isfinite().all()
 
 
@@ -135,11 +127,22 @@ def test_one_operation_to_the_compiler():
     assert_same(with_gradient(compiled, log_alpha), with_gradient(twice, log_alpha), 1e-7)
 
 
-def test_operations_are_what_they_say():
+@pytest.mark.parametrize('iters', [3, 20])
+def test_choosing_the_kernel(iters, kernels_everywhere):
+    for size in (4, 17):
+        log_alpha = problem(3, size, size, device=DEVICE)
+        assert_same(with_gradient(sinkhorn, log_alpha, iters), with_gradient(by_loop, log_alpha.double(), iters), 5e-6)
+
+
+def test_operations_keep_the_rules_of_pytorch():
     log_alpha, d_out = (problem(2, 3, 4, 4, device=DEVICE).detach().requires_grad_() for _ in range(2))
     checks = 'test_schema', 'test_autograd_registration', 'test_faketensor'
-    torch.library.opcheck(torch.ops.titans_pytorch.ops.sinkhorn.default, (log_alpha, 20), test_utils=checks)
-    torch.library.opcheck(torch.ops.titans_pytorch.sinkhorn_backward.default, (d_out, log_alpha, 20), test_utils=checks)
+    operations = torch.ops.titans_pytorch
+    torch.library.opcheck(operations.sinkhorn_loop.default, (log_alpha, 3, EPS), test_utils=checks)
+    torch.library.opcheck(operations.sinkhorn_loop_backward.default, (d_out, log_alpha, 3, EPS), test_utils=checks)
+    if len([*implementations()]) > 1:
+        torch.library.opcheck(operations.sinkhorn.default, (log_alpha, 3, EPS), test_utils=checks)
+        torch.library.opcheck(operations.sinkhorn_backward.default, ([d_out.detach()], [], log_alpha.detach(), 3, EPS))
 
 
 def test_errors_say_what_came():

@@ -1,1 +1,1 @@
-"""Sampling from any model, token by token over state of constant size."""
+"""Sampling loops and decoding steps for any model that implements `decodable.Decodable`."""

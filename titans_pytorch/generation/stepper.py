@@ -1,112 +1,30 @@
-"""Decoding step by step, over state of constant size: what a model offers for it, and who runs the steps."""
+"""Runners of decoding steps over buffers of constant size: eager, compiled, captured as CUDA graphs, or by calls."""
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from types import FunctionType
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from titans_pytorch.generation.state import ModelState
+from titans_pytorch.generation.decodable import Decodable, StepKind
 from titans_pytorch.ops import _dispatch
 from titans_pytorch.utils.shapes import Float, Int
 
-
-class StepKind(NamedTuple):
-    """What a step has to do, by its position: one of a few kinds, each of which always does the same."""
-
-    is_longterm: bool = False
-    """It is of a long-term memory token, which is not read and gives no logits."""
-    ends_chunk: bool = False
-    """It completes a chunk, which the memories store."""
-    ends_batch: bool = False
-    """It completes a memory batch."""
-
-
-class StepState(Protocol):
-    """Tensors in tuples, lists and dictionaries, among them these."""
-
-    token: Int[Tensor, 'b 1']
-    """What the next step reads."""
-    logits: Float[Tensor, 'b l']
-    """What the last step of a token gave."""
-
-
-class Decodable(Protocol):
-    """What a model needs for `generation.sample` and `generation.stream`."""
-
-    training: bool
-    num_tokens: int | None
-    """Size of the vocabulary; without one there is nothing to sample."""
-
-    def __call__(
-        self,
-        x: Tensor,
-        *,
-        state: Any = None,
-        cache: Any = None,
-        return_cache: bool = False,
-        disable_flex_attn: bool,
-        store: bool = True,
-    ) -> Any:
-        """Logits of a whole sequence, of `x` after `state`, or of what in `x` follows on `cache`; and the cache, if
-        asked for."""
-
-    def train(self, mode: bool = True) -> Any: ...
-
-    def obstacle_to_steps(self, cache: ModelState) -> str | None:
-        """Why `step` does not compute from `cache` on what a call does; `None` if it does."""
-
-    def decoding_state(self, cache: ModelState) -> Any:
-        """`cache` as a `StepState`."""
-
-    def decoding_cache(self, state: Any, position: int) -> ModelState:
-        """The opposite; it shares nothing with the state."""
-
-    def step_kind(self, position: int) -> StepKind: ...
-
-    def step(self, state: Any, kind: StepKind) -> None:
-        """One position, from the tensors of `state` into the tensors of `state`. No shape depends on the position, and
-        all else that does on a tensor: so each kind of step can be captured as a CUDA graph, and replayed."""
-
-
 _LOCK = threading.Lock()
-"""Of what is kept for a model between calls; never held while a model runs."""
-
-_SAMPLED: weakref.WeakKeyDictionary[Any, tuple[int, bool]] = weakref.WeakKeyDictionary()
-"""For each model that samples now how many do, and whether it was in training mode before."""
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: Decodable) -> Iterator[None]:
-    """The model in evaluation mode; of several at a time, the last to leave restores the mode before the first."""
-    with _LOCK:
-        count, was_training = _SAMPLED.get(model, (0, model.training))
-        _SAMPLED[model] = count + 1, was_training
-        model.train(False)
-    try:
-        yield
-    finally:
-        with _LOCK:
-            count, was_training = _SAMPLED.pop(model)
-            if count > 1:
-                _SAMPLED[model] = count - 1, was_training
-            else:
-                model.train(was_training)
-
+"""Guards `_IDLE` and `_COMPILED`; never held while a model runs."""
 
 Mode = tuple[StepKind, torch.dtype | None]
-"""A kind of step, and what autocast lowers to."""
+"""A kind of step, and the dtype of autocast, if enabled."""
 
 
 class Stepper:
-    """Decodes token by token. Build one by `Stepper.of`."""
+    """Eager steps of a model, one token at a time; `Stepper.of` picks the subclass."""
 
     def __init__(self, model: Decodable, state: Any, position: int):
         self._model: Any = model
@@ -115,15 +33,20 @@ class Stepper:
 
     @staticmethod
     def of(
-        model: Decodable, cache: ModelState, cuda_graphs: bool | None, compiled: bool = False, store: bool = True
+        model: Decodable, cache: Any, cuda_graphs: bool | None, compiled: bool = False, store: bool = True
     ) -> Stepper | CallStepper:
-        """From `cache` on. CUDA graphs: `None` uses them where the model is on a CUDA device. Compiled: on a CPU.
-        Without `store` memories are read and not written."""
+        """A stepper that continues from `cache`.
+
+        Args:
+            cuda_graphs: capture the steps as CUDA graphs. Default: on a CUDA device.
+            compiled: compile the steps, on a CPU.
+            store: false to read the memories without writing them.
+        """
         obstacle = model.obstacle_to_steps(cache) if store else 'store=False'
         if obstacle is not None:
             if compiled or cuda_graphs:
-                asked = 'compiled' if compiled else 'cuda_graphs'
-                raise ValueError(f'{asked}=True cannot serve this model: {obstacle}')
+                requested = 'compiled' if compiled else 'cuda_graphs'
+                raise ValueError(f'{requested}=True cannot serve this model: {obstacle}')
             return CallStepper(model, cache, store)
         state = model.decoding_state(cache)
         on_gpu = state.token.is_cuda
@@ -139,26 +62,26 @@ class Stepper:
         return Stepper(model, state, cache.seq_index)
 
     def __call__(self, tokens: Int[Tensor, ' b']) -> Float[Tensor, 'b l']:
-        """The logits after one more token; the next call overwrites them."""
+        """Logits after one more token; the next call overwrites them."""
         while (kind := self._model.step_kind(self._position)).is_longterm:
             self._run(kind)
         self._state.token.copy_(tokens.unsqueeze(1))
         self._run(kind)
         return self._state.logits
 
-    def cache(self) -> ModelState:
-        """A copy of the state, to continue from later."""
+    def cache(self) -> Any:
+        """A copy of the model's state, for a later call."""
         return self._model.decoding_cache(self._state, self._position)
 
     def release(self) -> None:
-        """Done."""
+        """End of use: a subclass may keep itself for the next sampler."""
 
     def _run(self, kind: StepKind) -> None:
         self._step(kind)
         self._position += 1
 
     def _step(self, kind: StepKind) -> None:
-        # the buffers are tensors from outside, and remain so; on a CPU small operations are faster in inference mode
+        # inference mode makes small operations on a CPU faster, and in-place writes leave the buffers ordinary tensors
         with torch.no_grad() if self._state.token.is_cuda else torch.inference_mode():
             self._model.step(self._state, kind)
 
@@ -168,28 +91,28 @@ class Stepper:
 
 
 class CallStepper:
-    """Decodes by a call of the whole model for each token, so that every module is called as anywhere else."""
+    """Decoding by a call of the whole model for each token, where steps would bypass hooks of its modules."""
 
-    def __init__(self, model: Decodable, cache: ModelState, store: bool):
+    def __init__(self, model: Decodable, cache: Any, store: bool):
         self._model, self._cache, self._store = model, cache, store
 
     def __call__(self, tokens: Int[Tensor, ' b']) -> Float[Tensor, 'b l']:
-        """The logits after one more token."""
+        """Logits after one more token."""
         logits, self._cache = self._model(
             tokens.unsqueeze(1), state=self._cache, return_cache=True, disable_flex_attn=True, store=self._store
         )
         return logits[:, -1]
 
-    def cache(self) -> ModelState:
-        """The state, to continue from later."""
+    def cache(self) -> Any:
+        """The model's state, for a later call."""
         return self._cache
 
     def release(self) -> None:
-        """Done."""
+        """Nothing to keep."""
 
 
 class CompiledStepper(Stepper):
-    """On a CPU: each kind of step is compiled once, for all steppers of the same signature."""
+    """Compiled steps on a CPU. Each kind is compiled once for all steppers of one signature."""
 
     def __init__(self, model: Decodable, state: Any, position: int):
         super().__init__(model, state, position)
@@ -204,13 +127,13 @@ class CompiledStepper(Stepper):
         mode = self._mode(kind)
         if mode not in self._functions:
             self._functions[mode] = _compiled(kind)
-        # not in inference mode, which the compiler does not know
+        # the compiler does not support inference mode
         with torch.no_grad():
             self._functions[mode](self._model, self._state)
 
 
 class CapturedStepper(Stepper):
-    """On a GPU: each kind of step is captured once as a CUDA graph, and replayed."""
+    """Steps on a GPU, each kind captured once as a CUDA graph and then replayed."""
 
     def __init__(self, model: Decodable, state: Any, position: int, signature: Hashable):
         super().__init__(model, state, position)
@@ -220,8 +143,8 @@ class CapturedStepper(Stepper):
 
     @classmethod
     def of_idle(cls, model: Decodable, state: Any, position: int) -> CapturedStepper:
-        """One that has done its work, with its graphs, or a new one."""
-        # graphs read parameters where they lie
+        """A released stepper with its graphs, or a new one."""
+        # graphs hold the addresses of parameters
         signature = _signature(model, state), tuple(p.data_ptr() for p in _parameters(model))
         with _LOCK:
             idle = _IDLE.get(model, {}).pop(signature, None)
@@ -233,7 +156,7 @@ class CapturedStepper(Stepper):
         return idle
 
     def release(self) -> None:
-        # only the newest, as each holds the memory of its graphs; an idle one does not keep its model
+        # only the newest is kept, as each holds the memory of its graphs; it must not keep its model alive
         with _LOCK:
             _IDLE[self._model], self._model = {self._signature: self}, None
 
@@ -244,31 +167,31 @@ class CapturedStepper(Stepper):
         self._graphs[mode].replay()
 
     def _captured(self, kind: StepKind) -> torch.cuda.CUDAGraph:
-        # weights that autocast has cast and kept must not outlive a graph, nor a graph use those of a time before it
+        # a graph must neither leave cast weights in autocast's cache nor use older ones from it
         caches = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
         try:
             self._warm_up(kind)
             graph = torch.cuda.CUDAGraph()
-            # one pool for all: they run one after the other, and leave nothing in it. A device captures one graph at a
-            # time; other threads may run and replay meanwhile
-            own = torch.cuda.Stream()
-            with _CAPTURING, torch.cuda.graph(graph, self._pool, own, capture_error_mode='thread_local'):
+            # one pool for all graphs: they run in sequence and leave nothing in it. A device captures one graph at a
+            # time, while other threads may run and replay
+            stream = torch.cuda.Stream()
+            with _CAPTURING, torch.cuda.graph(graph, self._pool, stream, capture_error_mode='thread_local'):
                 super()._step(kind)
         finally:
             torch.set_autocast_cache_enabled(caches)
         return graph
 
     def _warm_up(self, kind: StepKind) -> None:
-        """Libraries set themselves up, and kernels are compiled."""
+        """Run the step before capture, so that libraries initialise and kernels compile; the buffers are restored."""
         buffers = _tensors(self._state)
-        kept = [buffer.clone() for buffer in buffers]
+        saved = [buffer.clone() for buffer in buffers]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
                 super()._step(kind)
-                for buffer, before in zip(buffers, kept):
+                for buffer, before in zip(buffers, saved):
                     buffer.copy_(before)
         torch.cuda.current_stream().wait_stream(side)
 
@@ -280,26 +203,27 @@ _IDLE: weakref.WeakKeyDictionary[Any, dict[Hashable, CapturedStepper]] = weakref
 StepFunction = Callable[[Decodable, Any], None]
 
 _COMPILED: weakref.WeakKeyDictionary[Any, dict[Hashable, dict[Mode, StepFunction]]] = weakref.WeakKeyDictionary()
-"""For each model, by signature; the newest last."""
+"""Compiled functions of each model, by signature, the most recently used last."""
 
 MOST_COMPILED = 8
-"""Signatures of a model whose functions are kept: a batch size is one."""
+"""Signatures for which a model keeps compiled functions; each batch size is one."""
 
 
 def _compiled(kind: StepKind) -> StepFunction:
     def step(model: Decodable, state: Any) -> None:
         model.step(state, kind)
 
-    # the compiler keeps what it made, and counts how often it did, by code object: each step has its own
+    # the compiler caches, and limits recompilation, by code object: each step gets one of its own
     own = FunctionType(step.__code__.replace(), step.__globals__, step.__name__, None, step.__closure__)
-    # no Python between kernels, and no guards, which take longer than they: signatures are compared instead
+    # no Python between kernels, and no guards, which take longer than the kernels: `_signature` replaces them
     options: dict[str, Any] = {'cpp_wrapper': True, 'guard_filter_fn': lambda guards: [False] * len(guards)}
     return torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
 
 def _signature(model: Any, state: Any) -> Hashable:
-    """What graphs and compiled functions were made for: modules and their hooks, parameters, buffers, and the kernels'
-    switch. A tensor made in inference mode cannot be written to outside."""
+    """The conditions under which graphs and compiled functions are valid: modules and their hooks, layouts of
+    parameters and buffers, and whether kernels are on. Inference tensors are told apart, as they cannot be written to
+    outside inference mode."""
     modules = tuple(
         (type(m), *m._forward_hooks.values(), *m._forward_pre_hooks.values(), vars(m).get('forward'))
         for m in model.modules()

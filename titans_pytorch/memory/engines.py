@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from titans_pytorch.memory.fast_weights import Factors, FastWeights, Piece, Runs, Stretch, Weights, times
 from titans_pytorch.memory_models import NETWORKS, ResidualNorm, inner_mlp
-from titans_pytorch.ops import _dispatch, inner_gradient, memory_batch_scan, momentum_scan, retrieve_sequence
-from titans_pytorch.ops.associative_scan import AssocScan, gate_products
-from titans_pytorch.ops.momentum_scan import momenta, vectors_over_time, weights_over_time
+from titans_pytorch.ops import _dispatch, inner_gradient, memory_batch_scan, retrieve_sequence
+from titans_pytorch.ops.associative_scan import AssocScan, coefficient_product, gate_products
+from titans_pytorch.ops.momentum_scan import momentum_scan, vector_scan, weight_scan
 from titans_pytorch.ops.newton_schulz import newton_schulz
 from titans_pytorch.utils.checks import described
 from titans_pytorch.utils.functional import (
@@ -125,18 +125,18 @@ Momentum = dict[str, list[Tensor]]
 
 
 class Gates(NamedTuple):
-    """What a chunk leaves of the states before it."""
+    """Logarithms of the shares of the states before a chunk that it leaves."""
 
-    momentum: Float[Tensor, 'bh n'] | None
-    """η"""
-    keep: Float[Tensor, 'bh n']
-    """1 − α"""
+    log_momentum: Float[Tensor, 'bh n'] | None
+    """log η"""
+    log_retention: Float[Tensor, 'bh n']
+    """log (1 − α)"""
 
     @classmethod
     def of(cls, chunks: Chunks) -> Gates:
         """Of momentum of one order."""
-        momentum = None if chunks.momentum is None else at_least_float32(chunks.momentum.squeeze(-1)).sigmoid()
-        return cls(momentum, (-at_least_float32(chunks.decay)).sigmoid())
+        momentum = None if chunks.momentum is None else F.logsigmoid(at_least_float32(chunks.momentum.squeeze(-1)))
+        return cls(momentum, F.logsigmoid(-at_least_float32(chunks.decay)))
 
     def split(self, lengths: list[int]) -> list[Gates]:
         return [Gates(*own) for own in zip(*_split(self, lengths))]
@@ -648,7 +648,7 @@ class DualEngine(Engine):
         return max((128 if device.type == 'cpu' else 512) // rows, 8)
 
     def runs(self, chunks: Chunks, residual: Residual | None, spans: list[Span], weights: Weights) -> list[Run]:
-        if self._walks(chunks, weights):
+        if self._scans(chunks):
             gates = Gates.of(chunks).split([span.length for span in spans])
             runs = super().runs(chunks, residual, spans, weights)
             return [run._replace(gates=own) for run, own in zip(runs, gates)]
@@ -669,7 +669,7 @@ class DualEngine(Engine):
 
     def store(self, run: Run, base: Weights, last: Weights, last_momentum: Momentum) -> Stored:
         if run.gates is not None:
-            return self._walked(run, run.gates, base, last, last_momentum)
+            return self._scanned_in_order(run, run.gates, base, last, last_momentum)
         if run.batches is not None:
             return self._stored_batches(run.chunks, run.batches, last, last_momentum)
         chunks, has_momentum = run.chunks, run.chunks.momentum is not None
@@ -848,13 +848,13 @@ class DualEngine(Engine):
                 steps, of_starts = F.pad(mixing.decay[:, :-1], (0, 0, 1, 0)), of_starts[..., :1]
                 end = mixing.decay[:, -1:] @ flat + mixing.end_starts[:, :1, :1] * flat_starts
                 ends = torch.cat((end, ends[:, 1:]), dim=1)
-            weights = _mixed(steps, flat) + of_starts @ flat_starts
+            weights = coefficient_product(steps, flat) + of_starts @ flat_starts
             return weights.view_as(update), [*ends.unflatten(2, update.shape[2:]).unbind(1)]
 
     def _orthogonal(self, mixing: Mixing, momenta: list[Tensor], update: Tensor) -> Tensor:
         """The momentum after each chunk, orthogonalised."""
         with no_autocast(update):
-            combined = _mixed(mixing.momentum, update.flatten(2))
+            combined = coefficient_product(mixing.momentum, update.flatten(2))
             if momenta:
                 combined = combined + mixing.momentum_starts @ torch.stack(momenta, dim=1).flatten(2)
         return newton_schulz(combined.view_as(update)).to(update.dtype)
@@ -897,13 +897,16 @@ class DualEngine(Engine):
         stretch = Stretch(dense, Runs(mixing.steps, mixing.step_starts, matrices), end)
         return Stored(stretch, momentum, walked.losses.flatten(1, 2))
 
-    # with spectral norm, where kernels walk the recurrences
+    # with spectral norm, one scan for each recurrence
 
-    def _walks(self, chunks: Chunks, weights: Weights) -> bool:
-        plain = chunks.momentum_mix is None and (chunks.momentum is None or chunks.momentum.shape[-1] == 1)
-        return self.spectral_norm and plain and momentum_scan.kernels_serve(chunks.keys, [*weights.values()])
+    def _scans(self, chunks: Chunks) -> bool:
+        """True if there is spectral norm, and momentum of one order or none."""
+        one_order = chunks.momentum is None or chunks.momentum.shape[-1] == 1
+        return self.spectral_norm and chunks.momentum_mix is None and one_order
 
-    def _walked(self, run: Run, gates: Gates, base: Weights, last: Weights, last_momentum: Momentum) -> Stored:
+    def _scanned_in_order(
+        self, run: Run, gates: Gates, base: Weights, last: Weights, last_momentum: Momentum
+    ) -> Stored:
         chunks = run.chunks
         inputs, errors, vectors, losses = self._factors(chunks, base, run.residual)
         operands = operand_dtype(next(iter(last.values())))
@@ -912,17 +915,17 @@ class DualEngine(Engine):
 
         for index, (name, weight) in enumerate(last.items()):
             modulation = None if chunks.modulation is None else at_least_float32(chunks.modulation[..., index])
-            start = None if gates.momentum is None else last_momentum[name][0]
+            start = None if gates.log_momentum is None else last_momentum[name][0]
             if name in inputs:
                 scales = self._scales(inputs[name], errors[name], modulation)
-                every, ended = momenta(inputs[name], errors[name], scales, gates.momentum, start, operands)
-                dense[name], end[name] = weights_over_time(newton_schulz(every), gates.keep, weight, operands)
+                momenta, ended = momentum_scan(inputs[name], errors[name], scales, gates.log_momentum, start, operands)
+                dense[name], end[name] = weight_scan(newton_schulz(momenta), gates.log_retention, weight, operands)
             else:
                 update = self._dense_update(vectors[name].to(weight.dtype), None)
-                dense[name], end[name], ended = vectors_over_time(
-                    update, modulation, gates.momentum, gates.keep, start, weight
+                dense[name], end[name], ended = vector_scan(
+                    update, modulation, gates.log_momentum, gates.log_retention, start, weight
                 )
-            if gates.momentum is not None and ended is not None:
+            if gates.log_momentum is not None and ended is not None:
                 momentum[name] = [ended]
         return Stored(Piece(dense, None, None, {}, end), momentum, losses)
 
@@ -1044,16 +1047,6 @@ def _ends(mixing: Mixing, starts: list[Tensor], inputs: Tensor, errors: Tensor) 
                 change = torch.addcmul(change, of_starts[:, state, start], starts[start])
             ends.append(change)
     return ends
-
-
-def _mixed(mix: Float[Tensor, 'bh s n'], chunks: Float[Tensor, 'bh n f']) -> Float[Tensor, 'bh s f']:
-    """The chunks' features, mixed."""
-    features = chunks.shape[2]
-    if not chunks.is_cuda or features % 512:
-        return mix @ chunks
-    # the gradient of `mix` is few numbers, each a sum over all features: in parts, a GPU has enough to do at a time
-    parts = chunks.unflatten(2, (-1, 512)).transpose(1, 2)
-    return (mix.unsqueeze(1) @ parts).transpose(1, 2).flatten(2)
 
 
 def _of_rows(of_chunks: Float[Tensor, 'bh s n'], rows: int) -> Float[Tensor, 'bh s nm']:

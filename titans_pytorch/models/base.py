@@ -19,11 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from titans_pytorch.attention.rotary import KeyValues, frequencies
 from titans_pytorch.attention.segmented import SegmentedAttention, segmented_flex_attention
 from titans_pytorch.generation import sampling
-from titans_pytorch.generation.state import ModelState
-from titans_pytorch.generation.stepper import StepKind
+from titans_pytorch.generation.decodable import StepKind
 from titans_pytorch.memory.state import NeuralMemState, outside_inference, take_over
 from titans_pytorch.models.block import Block, Carried, LayerBuffers, LayerState, Place
 from titans_pytorch.models.documents import IGNORED, Documents, checked_documents, continues
+from titans_pytorch.models.state import ModelState
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.ops.hyper_connection import ExpandStreams, Streams, residual_streams, written
 from titans_pytorch.ops.token_attention import Position

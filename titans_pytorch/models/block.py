@@ -14,7 +14,7 @@ from torch.nn import Module
 
 from titans_pytorch.attention.rotary import KeyValues
 from titans_pytorch.attention.segmented import SegmentedAttention
-from titans_pytorch.generation.stepper import StepKind
+from titans_pytorch.generation.decodable import StepKind
 from titans_pytorch.memory.state import NeuralMemState, StepState
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.ops.hyper_connection import AddResidual, FoldedConnection, Streams, connect, connected, folded

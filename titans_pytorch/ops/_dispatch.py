@@ -1,10 +1,21 @@
-"""Where the Triton kernels of this package run, and the switch that turns them off."""
+"""The rule for where Triton kernels run, and `without_kernels`, the switch that turns them off.
+
+The public function of each operation chooses once per call, and nothing beneath or above it asks again:
+
+    if use_kernel(inputs) and supports(…):
+        from titans_pytorch.ops.<name> import triton  # Triton need not be installed where no kernel runs
+        return triton.<name>(…)
+    return reference.<name>(…)
+
+`use_kernel` is the part that all operations share. `supports`, beside the public function, states the limits of that
+operation's kernel: shapes and sizes.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,77 +23,113 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-HAS_TRITON = importlib.util.find_spec('triton') is not None
+AMPERE, HOPPER = 8, 9
+"""Compute capabilities. Ampere was the first with TF32 and bfloat16."""
 
+LOW_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+
+_HAS_TRITON = importlib.util.find_spec('triton') is not None
 _LOCK = threading.Lock()
-_switched_off = 0  # by how many `without_kernels`
+_contexts = 0  # of `without_kernels`, in all threads
 _enabled = True
 
 
 @contextmanager
 def without_kernels() -> Iterator[None]:
-    """Compute everything by PyTorch's own operations within this context: for derivatives beyond the first.
+    """Context in which PyTorch's own operations compute everything, for derivatives beyond the first.
 
     On a CUDA device Triton kernels compute parts of the memory, of hyper-connections and of decoding. They can be
-    differentiated once, which is what training does. Within this context gradients can be differentiated again
-    (`torch.autograd.grad(…, create_graph=True)`: gradient penalties, meta-learning). Take both the forward and the
-    backward inside it. Numbers are the same up to rounding; steps are slower. Under the transforms of `torch.func` and
-    under forward-mode differentiation no kernel runs anyway, and on a CPU none ever does.
+    differentiated once, which is all that training needs. Within this context gradients can be differentiated again
+    (`torch.autograd.grad(…, create_graph=True)`: gradient penalties, meta-learning); both the forward and the backward
+    pass must run inside it. Results agree up to rounding, and steps are slower. Under the transforms of `torch.func`
+    and under forward-mode differentiation kernels never run, nor do they on a CPU.
 
-    It holds for all threads of the process, as autograd computes backward passes, and what activation checkpointing
-    computes again, in threads of its own. `torch.compile` compiles a function a second time for it.
+    The switch holds for all threads of the process, because autograd runs backward passes, and activation
+    checkpointing recomputes, in threads of their own. `torch.compile` compiles a function a second time for it.
     """
-    global _switched_off, _enabled
+    global _contexts, _enabled
     with _LOCK:
-        _switched_off += 1
+        _contexts += 1
         _enabled = False
     try:
         yield
     finally:
         with _LOCK:
-            _switched_off -= 1
-            _enabled = _switched_off == 0
+            _contexts -= 1
+            _enabled = _contexts == 0
+
+
+def use_kernel(
+    inputs: Iterable[Tensor | None],
+    states: Iterable[Tensor | None] = (),
+    *,
+    capability: int = AMPERE,
+    dtypes: tuple[torch.dtype, ...] = LOW_OR_SINGLE,
+    has_backward: bool = True,
+) -> bool:
+    """True if an operation's kernel runs for these tensors, which are all on one device; absent ones are `None`.
+
+    Args:
+        inputs: tensors that may have any of `dtypes`.
+        states: tensors that must be in float32 because rounding errors accumulate in them.
+        capability: the least compute capability of the device.
+        dtypes: of `inputs`; by default float32 and half precision, under autocast or not.
+        has_backward: whether the kernel can be differentiated; if not, it runs only where gradients are off.
+    """
+    present = [t for t in inputs if t is not None]
+    return (
+        compute_capability(present[0].device) >= capability
+        and kernels_enabled()
+        and (has_backward or not torch.is_grad_enabled())
+        and all(t.dtype in dtypes for t in present)
+        and all(t.dtype == torch.float32 for t in states if t is not None)
+    )
+
+
+@torch.compiler.assume_constant_result
+def compute_capability(device: torch.device) -> int:
+    """The major compute capability of a device that kernels can run on; 0 for any other."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == 'cuda' and _HAS_TRITON else 0
+
+
+def kernels_enabled() -> bool:
+    """True unless kernels are switched off, transforms are active, or a program is exported, which is to hold PyTorch's
+    own operations alone."""
+    return _enabled and not is_transformed() and not torch.compiler.is_exporting()
 
 
 def is_transformed() -> bool:
-    """Whether `torch.func` or forward-mode differentiation is at work, for which operations of kernels have no rules.
+    """True within a transform of `torch.func` or forward-mode differentiation, for which kernels have no rules.
 
-    In a trace of the compiler the answer is no: it takes transforms apart by itself.
+    False while the compiler traces: it resolves transforms itself.
     """
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def kernels_are_on() -> bool:
-    """Whether kernels run where the device has them. An exported program holds PyTorch's own operations alone."""
-    return _enabled and not is_transformed() and not torch.compiler.is_exporting()
+# former names, while operations move to `use_kernel`
+
+
+HAS_TRITON = _HAS_TRITON
+kernels_are_on = kernels_enabled
 
 
 def kernels_run_on(device: torch.device) -> bool:
-    """Whether kernels run on a device, now."""
-    return kernels_are_on() and _has_kernels(device)
-
-
-@torch.compiler.assume_constant_result
-def _has_kernels(device: torch.device) -> bool:
-    # Ampere was the first with TF32 and bfloat16
-    return device.type == 'cuda' and HAS_TRITON and torch.cuda.get_device_capability(device)[0] >= 8
+    return kernels_are_on() and compute_capability(device) >= AMPERE
 
 
 def kernels_take(rows: list[Tensor], states: list[Tensor]) -> bool:
-    """States are in float32; rows in the precision of the products or, under autocast, in any below float64."""
     device = rows[0].device
     if not kernels_run_on(device) or any(t.dtype != torch.float32 for t in states):
         return False
     if not torch.is_autocast_enabled(device.type):
         return all(t.dtype == torch.float32 for t in rows)
-    return all(t.dtype in (torch.float32, torch.bfloat16, torch.float16) for t in rows)
+    return all(t.dtype in LOW_OR_SINGLE for t in rows)
 
 
 def differentiated_once(*backwards: Any) -> None:
-    """Let a derivative of these operations, which compute gradients, be an error that names the switch."""
-    from titans_pytorch.ops._registration import differentiated_once
+    from titans_pytorch.ops._registration import refuse_second_derivatives
 
     for backward in backwards:
-        differentiated_once(backward)
+        backward.register_autograd(refuse_second_derivatives(backward._qualname.removesuffix('_backward')))

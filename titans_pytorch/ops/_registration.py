@@ -1,21 +1,109 @@
-"""The error of a second derivative: kernels compute first ones."""
+"""Registration of a kernel with PyTorch: one operation to autograd and `torch.compile`, differentiable once."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+import torch
+from torch import Tensor
+from torch.library import CustomOpDef, custom_op, infer_schema
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-def refuse_second_derivatives(name: str) -> NoReturn:
-    raise RuntimeError(
-        f'{name} is computed by a Triton kernel, which can be differentiated once: for derivatives of a gradient, '
-        'compute it and what it is the gradient of within `with titans_pytorch.without_kernels():`'
+
+def register_kernel(
+    name: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    *,
+    outputs: Callable[..., Any],
+    saved: Sequence[int] = (),
+    not_differentiable: Sequence[int] = (),
+    materialize_grads: bool = True,
+) -> CustomOpDef:
+    """The operation `titans_pytorch::<name>`, and its gradient `titans_pytorch::<name>_backward`.
+
+    Args:
+        forward: the launcher. Its annotations are the schema: `Tensor`, `Tensor | None`, `list[Tensor]`, then settings
+            (int, float, bool, dtype, str); it returns a tensor, a tuple of them or a list of them.
+        backward: the launcher of the gradient, called with the gradient of each differentiable output (of an operation
+            that returns a list: one list), then the saved outputs, then everything that `forward` was called with. It
+            returns the gradient of each tensor argument, structured like the arguments and contiguous, with `None` for
+            an absent tensor. No two may share memory.
+            Launchers run with the tensors' device current.
+        outputs: the outputs, uninitialised, given the arguments of `forward`: shapes and dtypes for tracing. `forward`
+            allocates by the same function.
+        saved: indices of the outputs that the gradient needs, beside all arguments.
+        not_differentiable: indices of outputs that exist for the gradient's sake.
+        materialize_grads: whether `backward` gets zeros for an output without a gradient; else it gets `None`.
+
+    A second derivative is an error that names `without_kernels`.
+    """
+    schema = infer_schema(forward, mutates_args=())
+    parameters, returns = schema.removeprefix('(').split(') -> ')
+    takes_tensors = ['Tensor' in parameter for parameter in parameters.split(', ')]
+    returns_list = returns == 'Tensor[]'
+
+    def tensors_of(arguments: Sequence[Any]) -> list[Tensor]:
+        given = [argument for argument, takes in zip(arguments, takes_tensors) if takes]
+        return [leaf for leaf in tree_leaves(given) if leaf is not None]
+
+    def results(*arguments: Any) -> Any:
+        with torch.cuda.device_of(tensors_of(arguments)[0]):
+            return forward(*arguments)
+
+    def gradients(d_outputs: list[Tensor | None], kept: list[Tensor], *arguments: Any) -> list[Tensor]:
+        first = (d_outputs,) if returns_list else d_outputs
+        with torch.cuda.device_of(tensors_of(arguments)[0]):
+            return [leaf for leaf in tree_leaves(backward(*first, *kept, *arguments)) if leaf is not None]
+
+    def empty_gradients(d_outputs: list[Tensor | None], kept: list[Tensor], *arguments: Any) -> list[Tensor]:
+        return [tensor.new_empty(tensor.shape) for tensor in tensors_of(arguments)]
+
+    operation = custom_op(f'titans_pytorch::{name}', results, mutates_args=(), schema=schema)
+    operation.register_fake(outputs)
+    gradient_operation = custom_op(
+        f'titans_pytorch::{name}_backward',
+        gradients,
+        mutates_args=(),
+        schema=f'(Tensor?[] d_outputs, Tensor[] kept, {parameters}) -> Tensor[]',
     )
+    gradient_operation.register_fake(empty_gradients)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        produced = [output] if isinstance(output, Tensor) else output
+        leaves, ctx.structure = tree_flatten(inputs)
+        ctx.settings = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        ctx.save_for_backward(
+            *(leaf if isinstance(leaf, Tensor) else None for leaf in leaves), *(produced[index] for index in saved)
+        )
+        ctx.mark_non_differentiable(*(produced[index] for index in not_differentiable))
+        ctx.set_materialize_grads(materialize_grads)
+
+    def differentiate(ctx: Any, *d_outputs: Any) -> tuple[Any, ...]:
+        flat = tree_leaves(d_outputs)
+        d_outputs_needed = [d for index, d in enumerate(flat) if index not in not_differentiable]
+        if all(d is None for d in d_outputs_needed):
+            return tree_unflatten([None] * len(ctx.settings), ctx.structure)
+        tensors = ctx.saved_tensors[: len(ctx.settings)]
+        leaves = [setting if tensor is None else tensor for tensor, setting in zip(tensors, ctx.settings)]
+        arguments = tree_unflatten(leaves, ctx.structure)
+        found = iter(gradient_operation(d_outputs_needed, [*ctx.saved_tensors[len(leaves) :]], *arguments))
+        return tree_unflatten([None if tensor is None else next(found) for tensor in tensors], ctx.structure)
+
+    operation.register_autograd(differentiate, setup_context=setup_context)
+    gradient_operation.register_autograd(refuse_second_derivatives(name))
+    return operation
 
 
-def differentiated_once(backward: Any) -> None:
-    """Let a derivative of `backward`, a custom operation that computes a gradient, be that error."""
+def refuse_second_derivatives(name: str) -> Callable[..., NoReturn]:
+    """The gradient of a kernel's gradient: an error that names the switch."""
 
-    def refuse(ctx: Any, *_: Any) -> NoReturn:
-        refuse_second_derivatives(backward._qualname.removesuffix('_backward'))
+    def refuse(ctx: Any, *d_gradients: Any) -> NoReturn:
+        raise RuntimeError(
+            f'{name} is computed by a Triton kernel, which can be differentiated once: for derivatives of a gradient, '
+            'compute both the gradient and the function that it is taken of within '
+            '`with titans_pytorch.without_kernels():`'
+        )
 
-    backward.register_autograd(refuse)
+    return refuse

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import warnings
 
-from assoc_scan import AssocScan as PlainAssocScan
+import torch
 from torch import Tensor
 
-from titans_pytorch.ops import _dispatch
+from titans_pytorch.ops._dispatch import LOW_OR_SINGLE, use_kernel
+from titans_pytorch.ops.associative_scan import reference
 from titans_pytorch.utils.shapes import Float
 
 
-class AssocScan(PlainAssocScan):
+class AssocScan(reference.AssocScan):
     """Every state of h_t = gates_t · h_{t−1} + inputs_t along dimension 1, by an associative scan.
 
-    Takes what `assoc_scan.AssocScan` takes: `gates` (b, n), (b, n, 1) or (b, n, d…), `inputs` (b, n, d…), and
+    Takes the arguments of `assoc_scan.AssocScan`: `gates` (b, n), (b, n, 1) or (b, n, d…), `inputs` (b, n, d…), and
     optionally `prev` (b, d…), the state before the first step. With `remove_prev=False` the result starts with
     `prev` itself and has n + 1 steps; `remove_prev` defaults to whether `prev` is given.
 
-    `use_accelerated=True` runs a Triton kernel on a CUDA device. What it does not serve (the CPU, integer or complex
-    inputs, `reverse`, `has_no_feature_dim`) runs the plain scan; on the CPU a warning says so.
+    `use_accelerated=True` runs a Triton kernel on a CUDA device. Cases that it does not support (the CPU, integer or
+    complex inputs, `reverse`, `has_no_feature_dim`) run the plain scan; on the CPU a warning says so. The kernel is
+    this package's own. Those of `accelerated-scan` take tensors (batch, features, steps) with a gate for each feature
+    and no state before the first step, so every call of a memory would make transposed and expanded copies.
     """
 
     def __init__(self, use_accelerated: bool = False, reverse: bool = False, has_no_feature_dim: bool = False):
@@ -34,28 +37,30 @@ class AssocScan(PlainAssocScan):
         remove_prev: bool | None = None,
         return_next: bool = False,
     ) -> Tensor:
-        if not (self.accelerate and self._kernel_serves(gates, inputs)):
+        if self.accelerate and not inputs.is_cuda:
+            _warn_of_cpu()
+        accelerated = self.accelerate and use_kernel([gates, inputs, prev], dtypes=(*LOW_OR_SINGLE, torch.float64))
+        if not (accelerated and self._supports(gates, inputs)):
             return super().forward(gates, inputs, prev=prev, remove_prev=remove_prev, return_next=return_next)
 
-        rows = inputs.flatten(2)
-        first = rows.new_zeros(rows.shape[0], rows.shape[2]) if prev is None else prev.flatten(1).to(rows.dtype)
-        # imported where it is used: without a GPU there need be no Triton
-        from titans_pytorch.ops.associative_scan.triton import gated_scan
+        from titans_pytorch.ops.associative_scan import triton
 
-        states = gated_scan(gates.flatten(2) if gates.ndim > 2 else gates.unsqueeze(-1), rows, first)
+        rows = inputs.flatten(2)
+        states = triton.associative_scan(
+            gates=gates.flatten(2) if gates.ndim > 2 else gates.unsqueeze(-1),
+            inputs=rows,
+            prev=rows.new_zeros(rows.shape[0], rows.shape[2]) if prev is None else prev.flatten(1).to(rows.dtype),
+        )
         keeps_prev = prev is not None and remove_prev is False
         return states[:, 0 if keeps_prev else 1 :].unflatten(2, inputs.shape[2:])
 
-    def _kernel_serves(self, gates: Tensor, inputs: Tensor) -> bool:
-        if not inputs.is_cuda:
-            _say_there_is_no_gpu()
-            return False
-        plain_shapes = inputs.ndim >= 3 and gates.ndim >= 2 and not (self.reverse or self.has_no_feature_dim)
-        return _dispatch.kernels_are_on() and plain_shapes and inputs.numel() > 0 and inputs.is_floating_point()
+    def _supports(self, gates: Tensor, inputs: Tensor) -> bool:
+        plain = not (self.reverse or self.has_no_feature_dim)
+        return plain and inputs.ndim >= 3 and gates.ndim >= 2 and inputs.numel() > 0
 
 
 def gate_products(log_gates: Float[Tensor, '... n']) -> Float[Tensor, '... n n']:
-    """L[c, j] = g_{j+1} · … · g_c for j ≤ c, else 0: what is left at step c of what came in at step j.
+    """L[c, j] = g_{j+1} · … · g_c for j ≤ c, else 0: the share of the input of step j that is left at step c.
 
     Each entry sums the logarithms of its own range: the difference of two long sums would cancel.
     """
@@ -64,6 +69,17 @@ def gate_products(log_gates: Float[Tensor, '... n']) -> Float[Tensor, '... n n']
     return sums.exp().tril()
 
 
-def _say_there_is_no_gpu() -> None:
+def coefficient_product(
+    coefficients: Float[Tensor, 'bh s n'], updates: Float[Tensor, 'bh n f']
+) -> Float[Tensor, 'bh s f']:
+    """`coefficients` @ `updates`, for few chunks of many features."""
+    if not updates.is_cuda or updates.shape[2] % 512:
+        return coefficients @ updates
+    # the gradient of the coefficients is few numbers, each a sum over all features: in parts, a GPU is kept busy
+    parts = updates.unflatten(2, (-1, 512)).transpose(1, 2)
+    return (coefficients.unsqueeze(1) @ parts).transpose(1, 2).flatten(2)
+
+
+def _warn_of_cpu() -> None:
     message = 'use_accelerated_scan=True: the Triton scan needs a CUDA device; on the CPU the plain scan runs instead.'
     warnings.warn(message, stacklevel=4)

@@ -1,19 +1,17 @@
-"""h_t = g_t · h_{t−1} + x_t for vectors h, with one gate a step (as in momentum and decay) or one for each feature.
+"""Scan kernels of h_t = g_t · h_{t−1} + x_t for vectors h, with one gate a step or one for each feature.
 
-Each program owns a strip of features and walks the steps in order, so every input is read once, every output is
-written once, and all of it coalesced. The plain twin is `recurrence.AssocScan` without acceleration.
+Each program owns a strip of features and passes over the steps in order, so every input is read once, every output is
+written once, and all of it coalesced.
 """
 
 from __future__ import annotations
-
-from typing import Any, NoReturn
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans_pytorch.ops._registration import refuse_second_derivatives
+from titans_pytorch.ops._registration import register_kernel
 
 # features a program owns: 8 a thread
 BLOCK = 256
@@ -62,7 +60,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     states += batch * (steps + 1) * features
     d_states += batch * (steps + 1) * features
 
-    # the gradient of a step's state: its own output's, and the next step's through that step's gate
+    # the gradient of a step's state: that of its own output, and that of the next step through that step's gate
     d_state = tl.load(d_states + steps * features + feature, mask=inside, other=0.0).to(ACC)
     for back in range(steps):
         step = steps - 1 - back
@@ -70,7 +68,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         before = tl.load(states + step * features + feature, mask=inside, other=0.0).to(ACC)
         d_gate = d_state * before
         if gate_features == 1:
-            # this strip's share; the launcher adds the shares up, so that the sum does not depend on timing
+            # this strip's part; the launcher sums the parts, so that the result does not depend on timing
             tl.store(d_gates + step * strips + strip, tl.sum(d_gate, axis=0))
         else:
             tl.store(d_gates + step * features + feature, d_gate, mask=inside)
@@ -80,56 +78,56 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     tl.store(d_prev + batch * features + feature, d_state, mask=inside)
 
 
-class _GatedScan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gates: Tensor, inputs: Tensor, prev: Tensor) -> Tensor:
-        batch, steps, features = inputs.shape
-        strips = triton.cdiv(features, BLOCK)
-        states = inputs.new_empty(batch, steps + 1, features)
-        _forward_kernel[(batch * strips,)](
-            gates, inputs, prev, states,
-            steps, features, gates.shape[2], strips,
-            BLOCK=BLOCK, ACC=_accumulator(inputs.dtype)[1], num_warps=WARPS,
-        )  # fmt: skip
-        ctx.save_for_backward(gates, states)
-        return states
-
-    @staticmethod
-    def backward(ctx: Any, d_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        gates, states = ctx.saved_tensors
-        return _GatedScanBackward.apply(gates, states, d_states)
+def _outputs(gates: Tensor, inputs: Tensor, prev: Tensor) -> Tensor:
+    batch, steps, features = inputs.shape
+    return inputs.new_empty(batch, steps + 1, features)
 
 
-class _GatedScanBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gates: Tensor, states: Tensor, d_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        batch, (steps, features) = states.shape[0], (states.shape[1] - 1, states.shape[2])
-        strips = triton.cdiv(features, BLOCK)
-        accumulator, ACC = _accumulator(states.dtype)
-        d_inputs = states.new_empty(batch, steps, features)
-        d_prev = states.new_empty(batch, features)
-        shared = gates.shape[2] == 1
-        d_gates = states.new_empty(batch, steps, strips if shared else features, dtype=accumulator)
-        _backward_kernel[(batch * strips,)](
-            gates, states, d_states.contiguous(), d_inputs, d_prev, d_gates,
-            steps, features, gates.shape[2], strips, BLOCK=BLOCK, ACC=ACC, num_warps=WARPS,
-        )  # fmt: skip
-        d_gates = d_gates.sum(dim=-1, keepdim=True) if shared else d_gates
-        return d_gates.to(gates.dtype), d_inputs, d_prev
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> NoReturn:
-        refuse_second_derivatives('the accelerated scan')
-
-
-def _accumulator(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
-    return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
-
-
-def gated_scan(
+def _forward(
     gates: Tensor,  # b n d, or b n 1
     inputs: Tensor,  # b n d
     prev: Tensor,  # b d
 ) -> Tensor:  # b n+1 d
-    """The states h_0 = `prev`, h_1, …, h_n of h_t = gates_t · h_{t−1} + inputs_t; differentiable once."""
-    return _GatedScan.apply(gates.contiguous(), inputs.contiguous(), prev.contiguous())
+    """The states h_0 = `prev`, h_1, …, h_n."""
+    states = _outputs(gates, inputs, prev)
+    sizes = _sizes(gates, inputs)
+    _forward_kernel[(len(inputs) * sizes['strips'],)](
+        gates=gates.contiguous(), inputs=inputs.contiguous(), prev=prev.contiguous(), states=states,
+        ACC=_accumulator(inputs.dtype)[1], **sizes,
+    )  # fmt: skip
+    return states
+
+
+def _backward(
+    d_states: Tensor,  # b n+1 d
+    states: Tensor,  # b n+1 d
+    gates: Tensor,
+    inputs: Tensor,
+    prev: Tensor,
+) -> list[Tensor]:
+    sizes, shared_gate = _sizes(gates, inputs), gates.shape[2] == 1
+    accumulator, ACC = _accumulator(inputs.dtype)
+    d_inputs, d_prev = inputs.new_empty(inputs.shape), prev.new_empty(prev.shape)
+    # a shared gate's gradient comes in parts, one of each strip
+    d_gates = gates.new_empty(*inputs.shape[:2], sizes['strips'] if shared_gate else inputs.shape[2], dtype=accumulator)
+    _backward_kernel[(len(inputs) * sizes['strips'],)](
+        gates=gates.contiguous(), states=states, d_states=d_states.contiguous(),
+        d_inputs=d_inputs, d_prev=d_prev, d_gates=d_gates, ACC=ACC, **sizes,
+    )  # fmt: skip
+    d_gates = d_gates.sum(dim=-1, keepdim=True) if shared_gate else d_gates
+    return [d_gates.to(gates.dtype), d_inputs, d_prev]
+
+
+associative_scan = register_kernel('associative_scan', _forward, _backward, outputs=_outputs, saved=(0,))
+
+
+def _sizes(gates: Tensor, inputs: Tensor) -> dict[str, int]:
+    _, steps, features = inputs.shape
+    return dict(
+        steps=steps, features=features, gate_features=gates.shape[2], strips=triton.cdiv(features, BLOCK),
+        BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
+
+
+def _accumulator(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
+    return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)

@@ -15,9 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans_pytorch.ops._triton import plus
-
-OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+from titans_pytorch.ops._triton import TRITON_DTYPES, contiguous_inside, multiply_add, select, tile_size
 
 # of a state, what a forward program owns, and the rows that it reads at a time. With fewer than 64, Triton takes the
 # tensor cores' older instructions, which read matrices either way round
@@ -32,18 +30,6 @@ BLOCK, MOST_COLUMNS = 4096, 64
 # entries that a program of the starts' gradients owns
 STARTS_BLOCK = 1024
 STAGES = 2
-
-
-@triton.jit
-def _one_of(which: tl.constexpr, a, b, c, d):  # type: ignore[no-untyped-def]
-    chosen = a
-    if which == 1:
-        chosen = b
-    if which == 2:
-        chosen = c
-    if which == 3:
-        chosen = d
-    return chosen
 
 
 @triton.jit
@@ -77,13 +63,13 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
             x = tl.load(from_inputs, mask=there[None, :] & (own_in < dim)[:, None], other=0.0).to(tl.float32)
             from_errors = errors + (chunk * error_chunk + row * error_row)[:, None] + own_out[None, :]
             delta = tl.load(from_errors, mask=there[:, None] & (own_out < width)[None, :], other=0.0)
-            state = plus(state, x * share[None, :], delta, PRECISION, OPERAND)
+            state = multiply_add(state, x * share[None, :], delta, PRECISION, OPERAND)
         for j in tl.static_range(STATES):
-            start = _one_of(j, start_0, start_1, start_2, start_3)
-            start_head = _one_of(j, start_head_0, start_head_1, start_head_2, start_head_3)
+            start = select(j, start_0, start_1, start_2, start_3)
+            start_head = select(j, start_head_0, start_head_1, start_head_2, start_head_3)
             of_start = tl.load(end_starts + head * mix_head + k * mix_state + j * mix_start)
             state += of_start * tl.load(start + head * start_head + place, mask=inside, other=0.0)
-        to_state = _one_of(k, state_0, state_1, state_2, state_3)
+        to_state = select(k, state_0, state_1, state_2, state_3)
         tl.store(to_state + head * dim * width + place, state, mask=inside)
 
 
@@ -122,10 +108,10 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
         y = tl.load(from_long + unit[None, :], mask=present, other=0.0).to(tl.float32)
         d_y = tl.zeros((ROWS, BLOCK), tl.float32)
         for k in tl.static_range(STATES):
-            d_state = _one_of(k, d_state_0, d_state_1, d_state_2, d_state_3) + head * dim * width
+            d_state = select(k, d_state_0, d_state_1, d_state_2, d_state_3) + head * dim * width
             place = feature[:, None] * short_stride + unit[None, :] * long_stride
             g = tl.load(d_state + place, mask=(feature < dim)[:, None] & (unit < width)[None, :], other=0.0)
-            product = plus(nothing, x, g, PRECISION, OPERAND)
+            product = multiply_add(nothing, x, g, PRECISION, OPERAND)
             of_shares += tl.where(state == k, tl.sum(product * y, axis=1)[:, None], 0.0)
             d_y += tl.load(end + k * end_state + chunk * end_chunk, mask=there, other=0.0)[:, None] * product
         tl.store(d_long + index[:, None] * width + unit[None, :], d_y, mask=present)
@@ -138,11 +124,11 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
         unit = first_unit + tl.arange(0, BLOCK)
         y = tl.load(from_long + unit[None, :], mask=there[:, None] & (unit < width)[None, :], other=0.0).to(tl.float32)
         for k in tl.static_range(STATES):
-            d_state = _one_of(k, d_state_0, d_state_1, d_state_2, d_state_3) + head * dim * width
+            d_state = select(k, d_state_0, d_state_1, d_state_2, d_state_3) + head * dim * width
             place = feature[None, :] * short_stride + unit[:, None] * long_stride
             g = tl.load(d_state + place, mask=(feature < dim)[None, :] & (unit < width)[:, None], other=0.0)
             share = tl.load(end + k * end_state + chunk * end_chunk, mask=there, other=0.0)[:, None]
-            d_x = plus(d_x, share * y, g, PRECISION, OPERAND)
+            d_x = multiply_add(d_x, share * y, g, PRECISION, OPERAND)
     tl.store(d_short + start * dim + index[:, None] * dim + feature[None, :], d_x, mask=inside)
 
 
@@ -158,18 +144,18 @@ def _starts_kernel(  # type: ignore[no-untyped-def]
     block = program % blocks
     entry = block * BLOCK + tl.arange(0, BLOCK)
     for j in tl.static_range(STATES):
-        from_start = _one_of(j, start_0, start_1, start_2, start_3)
-        start_head = _one_of(j, start_head_0, start_head_1, start_head_2, start_head_3)
+        from_start = select(j, start_0, start_1, start_2, start_3)
+        start_head = select(j, start_head_0, start_head_1, start_head_2, start_head_3)
         start = tl.load(from_start + head * start_head + entry, mask=entry < SIZE, other=0.0)
         d_start = tl.zeros((BLOCK,), tl.float32)
         for k in tl.static_range(STATES):
-            d_state = _one_of(k, d_state_0, d_state_1, d_state_2, d_state_3)
+            d_state = select(k, d_state_0, d_state_1, d_state_2, d_state_3)
             g = tl.load(d_state + head * SIZE + entry, mask=entry < SIZE, other=0.0)
             d_start += g * tl.load(end_starts + head * mix_head + k * mix_state + j * mix_start)
             # this block's part of the sum
             to_mix = d_mix + ((head * STATES + k) * STATES + j) * blocks + block
             tl.store(to_mix, tl.sum(g * start, axis=0))
-        to_start = _one_of(j, d_start_0, d_start_1, d_start_2, d_start_3)
+        to_start = select(j, d_start_0, d_start_1, d_start_2, d_start_3)
         tl.store(to_start + head * SIZE + entry, d_start, mask=entry < SIZE)
 
 
@@ -183,12 +169,12 @@ def forward(
     precision: str,
 ) -> list[Tensor]:  # k of bh d e
     """Each state after the run."""
-    inputs, errors = _rows_whole(inputs), _rows_whole(errors)
-    starts = [_matrices_whole(start) for start in starts]
+    inputs, errors = contiguous_inside(inputs, 1), contiguous_inside(errors, 1)
+    starts = [contiguous_inside(start, 2) for start in starts]
     heads, chunks, rows, dim = inputs.shape
     width = errors.shape[-1]
     states = [start.new_empty(start.shape) for start in starts]
-    own_in, own_out = (min(_padded(size), most) for size, most in zip((dim, width), STATE_BLOCK))
+    own_in, own_out = (min(tile_size(size), most) for size, most in zip((dim, width), STATE_BLOCK))
     blocks_in, blocks_out = triton.cdiv(dim, own_in), triton.cdiv(width, own_out)
     with torch.cuda.device_of(inputs):
         _forward_kernel[(heads * blocks_in * blocks_out,)](
@@ -197,7 +183,7 @@ def forward(
             *end.stride(), *end_starts.stride(), *inputs.stride()[:3], *errors.stride()[:3],
             *_four([start.stride(0) for start in starts]),
             dim=dim, width=width, STATES=len(starts), DIM=own_in, WIDTH=own_out,
-            ROWS=STATE_ROWS, PRECISION=precision, OPERAND=OPERANDS[operands], num_warps=4, num_stages=STAGES,
+            ROWS=STATE_ROWS, PRECISION=precision, OPERAND=TRITON_DTYPES[operands], num_warps=4, num_stages=STAGES,
         )  # fmt: skip
     return states
 
@@ -214,7 +200,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor]:
     """Gradients of `end`, `end_starts`, `starts`, `inputs` and `errors`."""
     d_states = [d_state.contiguous() for d_state in d_states]
-    inputs, errors = _rows_whole(inputs), _rows_whole(errors)
+    inputs, errors = contiguous_inside(inputs, 1), contiguous_inside(errors, 1)
     heads, chunks, rows, dim = inputs.shape
     width, count = errors.shape[-1], len(starts)
 
@@ -223,8 +209,8 @@ def backward(
     # the shorter rows are on chip whole
     ways = [(inputs, dim, width, d_inputs), (errors, width, 1, d_errors)]
     (short, least, short_stride, d_short), (long, most, long_stride, d_long) = ways if dim <= width else ways[::-1]
-    padded = _padded(least)
-    block = min(_padded(most), MOST_COLUMNS, BLOCK // padded, max(32, padded))
+    padded = tile_size(least)
+    block = min(tile_size(most), MOST_COLUMNS, BLOCK // padded, max(32, padded))
     in_full = precision == 'tf32x3' and operands == torch.float32
     own, warps = _tile(heads, chunks * rows, max(padded, block), in_full)
     blocks = triton.cdiv(chunks * rows, own)
@@ -235,10 +221,10 @@ def backward(
             dim=least, width=most, short_stride=short_stride, long_stride=long_stride,
             STATES=count, PADDED=triton.next_power_of_2(count),
             ROWS=own, DIM=padded, BLOCK=block,
-            PRECISION=precision, OPERAND=OPERANDS[operands], num_warps=warps, num_stages=STAGES,
+            PRECISION=precision, OPERAND=TRITON_DTYPES[operands], num_warps=warps, num_stages=STAGES,
         )  # fmt: skip
 
-    starts = [_matrices_whole(start) for start in starts]
+    starts = [contiguous_inside(start, 2) for start in starts]
     d_starts = [start.new_empty(start.shape) for start in starts]
     blocks = triton.cdiv(dim * width, STARTS_BLOCK)
     d_end_starts = end_starts.new_empty(heads, count, count, blocks)
@@ -254,21 +240,6 @@ def backward(
 def _four(few: list[Any]) -> list[Any]:
     """Kernels take four of each; those that there are not stay unread."""
     return few + few[:1] * (4 - len(few))
-
-
-def _rows_whole(rows: Tensor) -> Tensor:
-    # chunks may be cut out of a longer sequence, but not features
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
-def _matrices_whole(matrices: Tensor) -> Tensor:
-    # heads may share one
-    return matrices if matrices.stride()[1:] == (matrices.shape[2], 1) else matrices.contiguous()
-
-
-def _padded(size: int) -> int:
-    # the least that Triton multiplies
-    return max(16, triton.next_power_of_2(size))
 
 
 def _tile(heads: int, rows: int, columns: int, in_full: bool) -> tuple[int, int]:

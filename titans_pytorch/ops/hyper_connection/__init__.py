@@ -32,7 +32,10 @@ from torch import Tensor, nn
 from torch.nn import Identity, Module, Parameter
 
 from titans_pytorch.ops import _dispatch
-from titans_pytorch.ops.sinkhorn import EPS, plain_backward, plain_forward, sinkhorn, sinkhorn_of_few
+from titans_pytorch.ops.sinkhorn import EPS, sinkhorn
+from titans_pytorch.ops.sinkhorn.reference import _gradient as plain_backward
+from titans_pytorch.ops.sinkhorn.reference import loop as plain_forward
+from titans_pytorch.ops.sinkhorn.reference import loop_in_log_space
 from titans_pytorch.utils.parameters import InReferenceFormat, Resettable, fill
 from titans_pytorch.utils.shapes import Float
 
@@ -225,7 +228,7 @@ def plain_read(
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=EPS)
     logits = torch.addcdiv(weights.bias, F.linear(x, weights.to_logits), norm, value=x.shape[-1] ** 0.5)
     read, _, write = logits.sigmoid().tensor_split((1, streams + 1), dim=-1)
-    mix = sinkhorn_of_few(logits[..., 1 : streams + 1], ITERATIONS)
+    mix = loop_in_log_space(logits[..., 1 : streams + 1], ITERATIONS, EPS)
     mixed = torch.bmm(torch.cat((read, mix), dim=-1).mT, x).to(dtype)
     return mixed[:, :1], mixed[:, 1:], write.to(dtype)
 

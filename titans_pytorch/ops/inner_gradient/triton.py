@@ -18,12 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans_pytorch.ops._triton import plus
+from titans_pytorch.ops._triton import TRITON_DTYPES, multiply_add
 
 # shares, and what is added to the first matrix, the last one and γ
 Added = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
-OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
 # rows of a program: the more, the less often weights are read. With fewer than 64, Triton takes the tensor cores'
 # older instructions, which read matrices either way round
 MOST_ROWS = 32
@@ -149,7 +147,7 @@ def _forward_of_rows(  # type: ignore[no-untyped-def]
             if KEEPS:
                 # both matrices are on their way at once
                 kept_last = _block(w_last, unit[:, None], feature[None, :], width, dim, ADDED, OPERAND)
-            h = plus(nothing, k, from_keys, PRECISION, OPERAND)
+            h = multiply_add(nothing, k, from_keys, PRECISION, OPERAND)
             a = h * _below(h)
             units, present = row_place[:, None] * width + unit[None, :], there[:, None] & (unit < width)[None, :]
             tl.store(hidden + units, a, mask=present)
@@ -157,10 +155,10 @@ def _forward_of_rows(  # type: ignore[no-untyped-def]
                 kept_h, from_hidden = h, kept_last
             else:
                 from_hidden = _block(w_last, unit[:, None], feature[None, :], width, dim, ADDED, OPERAND)
-            y = plus(y, a, from_hidden, PRECISION, OPERAND)
+            y = multiply_add(y, a, from_hidden, PRECISION, OPERAND)
     else:
         from_keys = _block(w_last, feature[:, None], feature[None, :], dim, dim, ADDED, OPERAND)
-        y = plus(y, k, from_keys, PRECISION, OPERAND)
+        y = multiply_add(y, k, from_keys, PRECISION, OPERAND)
 
     v = tl.load(values + value_place[:, None] + feature[None, :], mask=inside, other=0.0).to(tl.float32)
     theta = tl.load(step_sizes + step_place, mask=there, other=0.0).to(tl.float32)[:, None]
@@ -189,9 +187,9 @@ def _forward_of_rows(  # type: ignore[no-untyped-def]
                 h, from_last = kept_h, tl.trans(kept_last)
             else:
                 from_keys = _block(w_first, feature[:, None], unit[None, :], dim, width, ADDED, OPERAND)
-                h = plus(nothing, k, from_keys, PRECISION, OPERAND)
+                h = multiply_add(nothing, k, from_keys, PRECISION, OPERAND)
                 from_last = _block(w_last, unit[None, :], feature[:, None], width, dim, ADDED, OPERAND)
-            g = plus(nothing, delta, from_last, PRECISION, OPERAND)
+            g = multiply_add(nothing, delta, from_last, PRECISION, OPERAND)
             units, present = row_place[:, None] * width + unit[None, :], there[:, None] & (unit < width)[None, :]
             tl.store(hidden_errors + units, g * _gelu_slope(h), mask=present)
     return of_rows
@@ -262,16 +260,16 @@ def _backward_of_rows(  # type: ignore[no-untyped-def]
             units, present = row_place[:, None] * width + unit[None, :], there[:, None] & (unit < width)[None, :]
             from_keys = _block(w_first, feature[:, None], unit[None, :], dim, width, ADDED, OPERAND)
             from_hidden = _block(w_last, unit[:, None], feature[None, :], width, dim, ADDED, OPERAND)
-            h = plus(nothing, k, from_keys, PRECISION, OPERAND)
+            h = multiply_add(nothing, k, from_keys, PRECISION, OPERAND)
             d_g = tl.load(d_hidden_errors + units, mask=present, other=0.0).to(tl.float32) * _gelu_slope(h)
             tl.store(d_products + units, d_g, mask=present)
-            y = plus(y, h * _below(h), from_hidden, PRECISION, OPERAND)
-            d_delta = plus(d_delta, d_g, from_hidden, PRECISION, OPERAND)
+            y = multiply_add(y, h * _below(h), from_hidden, PRECISION, OPERAND)
+            d_delta = multiply_add(d_delta, d_g, from_hidden, PRECISION, OPERAND)
             if KEEPS:
                 kept_h, kept_first, kept_last = h, from_keys, from_hidden
     else:
         from_keys = _block(w_last, feature[:, None], feature[None, :], dim, dim, ADDED, OPERAND)
-        y = plus(y, k, from_keys, PRECISION, OPERAND)
+        y = multiply_add(y, k, from_keys, PRECISION, OPERAND)
 
     v = tl.load(values + value_place[:, None] + feature[None, :], mask=inside, other=0.0).to(tl.float32)
     theta = tl.load(step_sizes + step_place, mask=there, other=0.0).to(tl.float32)[:, None]
@@ -329,18 +327,18 @@ def _backward_of_rows(  # type: ignore[no-untyped-def]
                 from_keys = _block(w_first, feature[:, None], unit[None, :], dim, width, ADDED, OPERAND)
                 from_h = _block(w_first, feature[None, :], unit[:, None], dim, width, ADDED, OPERAND)
                 from_last = _block(w_last, unit[None, :], feature[:, None], width, dim, ADDED, OPERAND)
-                h = plus(nothing, k, from_keys, PRECISION, OPERAND)
+                h = multiply_add(nothing, k, from_keys, PRECISION, OPERAND)
             from_rows = d_hidden + d_hidden_place[:, None]
             d_a = tl.load(from_rows + (unit * d_hidden_unit)[None, :], mask=present, other=0.0).to(tl.float32)
-            d_a = plus(d_a, d_product, from_last, PRECISION, OPERAND)
-            g = plus(nothing, delta, from_last, PRECISION, OPERAND)
+            d_a = multiply_add(d_a, d_product, from_last, PRECISION, OPERAND)
+            g = multiply_add(nothing, delta, from_last, PRECISION, OPERAND)
             d_slope = g * tl.load(d_hidden_errors + units, mask=present, other=0.0).to(tl.float32)
             of_h = d_a * _gelu_slope(h) + d_slope * _gelu_curvature(h)
             tl.store(d_h + units, of_h, mask=present)
-            d_k = plus(d_k, of_h, from_h, PRECISION, OPERAND)
+            d_k = multiply_add(d_k, of_h, from_h, PRECISION, OPERAND)
     else:
         from_last = _block(w_last, feature[None, :], feature[:, None], dim, dim, ADDED, OPERAND)
-        d_k = plus(d_k, d_product, from_last, PRECISION, OPERAND)
+        d_k = multiply_add(d_k, d_product, from_last, PRECISION, OPERAND)
     return d_k, of_gamma
 
 
@@ -411,16 +409,16 @@ def _outer_products(  # type: ignore[no-untyped-def]
             # y = a W₂, g = Δ₂ W₂ᵀ, h = k W₁
             units = index[None, :] * width + unit[:, None]
             a = tl.load(hidden + units, mask=across, other=0.0)
-            of_last = plus(of_last, a, d_product, PRECISION, OPERAND)
+            of_last = multiply_add(of_last, a, d_product, PRECISION, OPERAND)
             d_g = tl.load(d_products + units, mask=across, other=0.0)
             delta = tl.load(errors + features, mask=inside, other=0.0)
-            of_last = plus(of_last, d_g, delta, PRECISION, OPERAND)
+            of_last = multiply_add(of_last, d_g, delta, PRECISION, OPERAND)
             of_h = tl.load(d_h + units, mask=across, other=0.0)
             k = tl.load(keys + key_place[:, None] + feature[None, :], mask=inside, other=0.0)
-            of_first = plus(of_first, of_h, k, PRECISION, OPERAND)
+            of_first = multiply_add(of_first, of_h, k, PRECISION, OPERAND)
         else:
             k = tl.load(keys + key_place[None, :] + unit[:, None], mask=across, other=0.0)
-            of_last = plus(of_last, k, d_product, PRECISION, OPERAND)
+            of_last = multiply_add(of_last, k, d_product, PRECISION, OPERAND)
     return of_first, of_last
 
 
@@ -600,7 +598,7 @@ def backward(
             *call.strides[:3], *call.strides[12:],
             dim=dim, width=call.width, HIDDEN=first is not None, NORM=gamma is not None, ADDED=added is not None,
             UNITS=units, ROWS=at_a_time, DIM=call.constants['DIM'],
-            PRECISION=precision, OPERAND=OPERANDS[operands],
+            PRECISION=precision, OPERAND=TRITON_DTYPES[operands],
             num_warps=warps if call.constants['DIM'] <= 64 else 2 * warps, num_stages=STAGES,
         )  # fmt: skip
     if groups > 1:
@@ -674,7 +672,7 @@ class _Call(NamedTuple):
             'DIM': padded,
             'BLOCK': block,
             'PRECISION': precision,
-            'OPERAND': OPERANDS[operands],
+            'OPERAND': TRITON_DTYPES[operands],
             **options,
         }
         strides = (*keys.stride()[:3], *values.stride()[:3], *step_sizes.stride(), *(t.stride(0) for t in base))

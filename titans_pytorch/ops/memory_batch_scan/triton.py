@@ -20,17 +20,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans_pytorch.ops._triton import plus
-from titans_pytorch.ops.final_state.triton import _four, _matrices_whole, _one_of, _padded
+from titans_pytorch.ops._triton import TRITON_DTYPES, contiguous_inside, multiply_add, select, tile_size
+from titans_pytorch.ops.final_state.triton import _four
 from titans_pytorch.ops.inner_gradient.triton import (
-    OPERANDS,
     _backward_of_rows,
     _forward_of_rows,
     _outer_products,
     _rows_of,
     _sum_of_chunks,
     _summed,
-    _whole,
 )
 
 # at most, programs of a multiprocessor, where that many fit, and of a lane: more find too little to do in a phase
@@ -72,7 +70,7 @@ def _copy(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """The states at the start, to where each memory batch looks for them."""
     for k in tl.static_range(STATES):
-        start = _one_of(k, start_0, start_1, start_2, start_3) + lane * _one_of(k, head_0, head_1, head_2, head_3)
+        start = select(k, start_0, start_1, start_2, start_3) + lane * select(k, head_0, head_1, head_2, head_3)
         for first_entry in range(part * BLOCK, SIZE, programs * BLOCK):
             entry = first_entry + tl.arange(0, BLOCK)
             own = tl.load(start + entry, mask=entry < SIZE, other=0.0)
@@ -109,7 +107,7 @@ def _advance(  # type: ignore[no-untyped-def]
             x = tl.load(from_inputs, mask=present, other=0.0).to(tl.float32)
             from_errors = errors + (chunk * error_chunk + row * error_row)[:, None] + own_out[None, :]
             delta = tl.load(from_errors, mask=there[:, None] & with_out[None, :], other=0.0)
-            total = plus(total, x * share, delta, PRECISION, OPERAND)
+            total = multiply_add(total, x * share, delta, PRECISION, OPERAND)
         for i in tl.static_range(STATES):
             of_start = tl.load(mix + state * STATES + i, mask=state < STATES, other=0.0)
             total += of_start[:, None] * tl.load(starts + i * dim * width + place, mask=inside, other=0.0)
@@ -281,10 +279,10 @@ def _through(  # type: ignore[no-untyped-def]
             # state = Σ share · xᵀ y: of y Σ share · x G, of x Σ share · y Gᵀ, and of the share x G ∘ y
             g = tl.load(states + k * dim * width + place, mask=inside, other=0.0).to(OPERAND)
             share = tl.load(end + k * chunks + chunk, mask=there, other=0.0)[:, None]
-            product = plus(nothing, x, g, PRECISION, OPERAND)
+            product = multiply_add(nothing, x, g, PRECISION, OPERAND)
             of_shares += tl.where(state == k, tl.sum(product * y, axis=1)[:, None], 0.0)
             d_y += share * product
-            d_x = plus(d_x, share * y, tl.trans(g), PRECISION, OPERAND)
+            d_x = multiply_add(d_x, share * y, tl.trans(g), PRECISION, OPERAND)
         tl.store(d_others + units, d_y, mask=present)
     return d_x, of_shares
 
@@ -491,7 +489,8 @@ def forward(
     heads, batches, count, chunks = end.shape
     rows, dim = keys.shape[2:]
     absent = end.new_empty(0)
-    starts = [_matrices_whole(t) for t in first], [_matrices_whole(t) for t in last], [_whole(t, 1, t) for t in gamma]
+    first, last = ([contiguous_inside(t, 2) for t in states] for states in (first, last))
+    starts = first, last, [contiguous_inside(t, 1) for t in gamma]
     before, ended = (
         [end.new_empty((*axes, count, *own[0].shape[1:]) if own else (0,)) for own in starts]
         for axes in ((heads, batches), (heads,))
@@ -503,8 +502,8 @@ def forward(
     of_gamma = end.new_empty((heads, batches, chunks, call.parts, dim) if gamma else (0,))
     losses = end.new_empty(heads, batches, chunks, rows)
     largest = STATE_BLOCK_IN_FULL if call.in_full else STATE_BLOCK
-    own_in, own_out = (min(_padded(size), most) for size, most in zip((dim, width), largest))
-    turned_in, turned_out = (min(_padded(size), most) for size, most in zip((width, dim), largest))
+    own_in, own_out = (min(tile_size(size), most) for size, most in zip((dim, width), largest))
+    turned_in, turned_out = (min(tile_size(size), most) for size, most in zip((width, dim), largest))
     given = [own or [absent] for own in starts]
     call.launch(
         _forward_kernel,
@@ -560,7 +559,7 @@ def backward(
     ]
     d_keys, d_values, d_step_sizes = (t.new_empty(t.shape) for t in (keys, values, step_sizes))
     d_end = end.new_empty(*end.shape, call.parts)
-    units = min(UNITS, _padded(width), BLOCK // _padded(dim))
+    units = min(UNITS, tile_size(width), BLOCK // tile_size(dim))
     slots = triton.cdiv(width, units) * (1 + with_first) + with_gamma
     d_mix = end.new_empty(*end_starts.shape, slots)
 
@@ -630,12 +629,12 @@ class _Call(NamedTuple):
         precision: str,
         back: int,
     ) -> _Call:
-        keys, values = (_whole(t, 1, t) for t in (keys, values))
+        keys, values = (contiguous_inside(t, 1) for t in (keys, values))
         lanes, batches, count, chunks = end.shape
         rows, dim = keys.shape[2:]
         programs, together = _programs(lanes, keys)
         in_full = precision == 'tf32x3' and operands == torch.float32
-        padded = _padded(dim)
+        padded = tile_size(dim)
         # a block of rows for each program, if there are so many
         own, most = 16, (MOST_ROWS_IN_FULL if in_full else MOST_ROWS)[back]
         while own < most and own * programs < chunks * rows:
@@ -653,10 +652,10 @@ class _Call(NamedTuple):
             'CHUNKS': own // of_chunk,
             'ROWS': of_chunk,
             'DIM': padded,
-            'BLOCK': min(_padded(width), columns, BLOCK // padded, max(32, padded)),
+            'BLOCK': min(tile_size(width), columns, BLOCK // padded, max(32, padded)),
             'COUNTER_STRIDE': COUNTER_STRIDE,
             'PRECISION': precision,
-            'OPERAND': OPERANDS[operands],
+            'OPERAND': TRITON_DTYPES[operands],
             'num_warps': WARPS[back],
             # one, where two take more memory than a multiprocessor of compute capability 8.6 has
             'num_stages': 1 if in_full and padded > 64 else STAGES[back],

@@ -1,8 +1,9 @@
-"""Newton–Schulz on many small matrices at once: each stays on chip through all iterations, forward and backward.
+"""Newton–Schulz kernels for many small matrices: each stays on chip through all iterations, forward and backward.
 
-A program owns one matrix x, wide way round: no more rows than columns. The plain twin is the loop in
-`orthogonalize.py`.
+A program owns one matrix x, transposed if need be so that it has no more rows than columns.
 """
+
+from __future__ import annotations
 
 from typing import Any
 
@@ -11,24 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans_pytorch.ops._registration import differentiated_once
-from titans_pytorch.ops._triton import plus
-
-# rows and columns that fit on chip beside the products of the backward pass, by what the products are computed in
-HALF = [(64, 256), (128, 128)]
-MOST = {torch.float32: [(64, 128)], torch.bfloat16: HALF, torch.float16: HALF}
-OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+from titans_pytorch.ops._registration import register_kernel
+from titans_pytorch.ops._triton import TRITON_DTYPES, multiply_add, tile_size
 
 
 @triton.jit
-def _plus_t(acc, left, right, PRECISION: tl.constexpr, OPERAND: tl.constexpr):  # type: ignore[no-untyped-def]
-    """acc + left · rightᵀ. Rounded before it is turned, so that one copy in shared memory serves both ways round."""
+def _multiply_add_transposed(acc, left, right, PRECISION: tl.constexpr, OPERAND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """acc + left · rightᵀ; rounding precedes the transposition, so one copy in shared memory serves both layouts."""
     return tl.dot(left.to(OPERAND), tl.trans(right.to(OPERAND)), acc, input_precision=PRECISION)
 
 
 @triton.jit
-def _unit(pointers, inside, eps):  # type: ignore[no-untyped-def]
-    """The matrix at `pointers` over its Frobenius norm, or over `eps` if that is more; the norm."""
+def _normalized(pointers, inside, eps):  # type: ignore[no-untyped-def]
+    """The matrix at `pointers` divided by its Frobenius norm, or by `eps` if that is larger; and the norm."""
     x = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
     norm = tl.sqrt(tl.sum(tl.sum(x * x, axis=1), axis=0))
     return x / tl.maximum(norm, eps), norm
@@ -36,14 +32,14 @@ def _unit(pointers, inside, eps):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _polynomial(gram, b, c, PRECISION: tl.constexpr, OPERAND: tl.constexpr):  # type: ignore[no-untyped-def]
-    # symmetric matrices stand transposed on the right here and below: the order in which tensor cores read TF32
-    return _plus_t(b * gram, c * gram, gram, PRECISION, OPERAND)
+    # symmetric matrices are written as transposed right operands here and below: tensor cores read TF32 in that order
+    return _multiply_add_transposed(b * gram, c * gram, gram, PRECISION, OPERAND)
 
 
 @triton.jit
-def _iterated(x, a, b, c, nothing, PRECISION: tl.constexpr, OPERAND: tl.constexpr):  # type: ignore[no-untyped-def]
-    gram = _plus_t(nothing, x, x, PRECISION, OPERAND)
-    return plus(a * x, _polynomial(gram, b, c, PRECISION, OPERAND), x, PRECISION, OPERAND)
+def _iterate(x, a, b, c, zeros, PRECISION: tl.constexpr, OPERAND: tl.constexpr):  # type: ignore[no-untyped-def]
+    gram = _multiply_add_transposed(zeros, x, x, PRECISION, OPERAND)
+    return multiply_add(a * x, _polynomial(gram, b, c, PRECISION, OPERAND), x, PRECISION, OPERAND)
 
 
 @triton.jit
@@ -57,14 +53,14 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     matrix = tl.program_id(0).to(tl.int64)
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows) & (column < columns)
-    place = row * row_stride + column * column_stride
-    out_place = row * out_row_stride + column * out_column_stride
-    nothing = tl.zeros((ROWS, ROWS), tl.float32)
+    offset = row * row_stride + column * column_stride
+    out_offset = row * out_row_stride + column * out_column_stride
+    zeros = tl.zeros((ROWS, ROWS), tl.float32)
 
-    x, _ = _unit(matrices + matrix * matrix_stride + place, inside, eps)
+    x, _ = _normalized(matrices + matrix * matrix_stride + offset, inside, eps)
     for _ in range(steps):
-        x = _iterated(x, a, b, c, nothing, PRECISION, OPERAND)
-    tl.store(outputs + matrix * rows * columns + out_place, x, mask=inside)
+        x = _iterate(x, a, b, c, zeros, PRECISION, OPERAND)
+    tl.store(outputs + matrix * rows * columns + out_offset, x, mask=inside)
 
 
 @triton.jit
@@ -77,160 +73,128 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows) & (column < columns)
-    place = row * row_stride + column * column_stride
-    out_place = row * out_row_stride + column * out_column_stride
-    nothing = tl.zeros((ROWS, ROWS), tl.float32)
-    # this program's own scratch, its padding included: small enough to stay in the cache
+    offset = row * row_stride + column * column_stride
+    out_offset = row * out_row_stride + column * out_column_stride
+    zeros = tl.zeros((ROWS, ROWS), tl.float32)
+    # scratch memory of this program, padding included: small enough to stay in the cache
     iterates += tl.program_id(0).to(tl.int64) * tl.maximum(1, steps) * (ROWS * COLUMNS) + row * COLUMNS + column
 
     for matrix in range(tl.program_id(0).to(tl.int64), count, tl.num_programs(0)):
-        source = matrices + matrix * matrix_stride + place
+        source = matrices + matrix * matrix_stride + offset
         out_start = matrix * rows * columns
 
-        x, _ = _unit(source, inside, eps)
+        x, _ = _normalized(source, inside, eps)
         tl.store(iterates, x.to(OPERAND))
         for step in range(1, steps):
-            x = _iterated(x, a, b, c, nothing, PRECISION, OPERAND)
+            x = _iterate(x, a, b, c, zeros, PRECISION, OPERAND)
             tl.store(iterates + step * (ROWS * COLUMNS), x.to(OPERAND))
         tl.debug_barrier()
 
-        d_x = tl.load(d_outputs + out_start + out_place, mask=inside, other=0.0).to(tl.float32)
+        d_x = tl.load(d_outputs + out_start + out_offset, mask=inside, other=0.0).to(tl.float32)
         for back in range(steps):
             before = tl.load(iterates + (steps - 1 - back) * (ROWS * COLUMNS))
-            gram = _plus_t(nothing, before, before, PRECISION, OPERAND)
+            gram = _multiply_add_transposed(zeros, before, before, PRECISION, OPERAND)
             # y = a·x + P·x with P = b·G + c·G² and G = x·xᵀ, so dP = dy·xᵀ, and only D = dP + dPᵀ is needed:
             # dx = a·dy + P·dy + (dG + dGᵀ)·x with dG + dGᵀ = b·D + c·(D·G + G·D).
-            # Sums with transposes are products of their own: a transposed result as left operand is what Triton
-            # 3.4 to 3.7 gets wrong on Hopper (fla-org/flash-linear-attention, issue 640)
-            d_polynomial = _plus_t(nothing, d_x, before, PRECISION, OPERAND)
-            d_polynomial = _plus_t(d_polynomial, before, d_x, PRECISION, OPERAND)
-            d_gram = _plus_t(b * d_polynomial, c * d_polynomial, gram, PRECISION, OPERAND)
-            d_gram = _plus_t(d_gram, c * gram, d_polynomial, PRECISION, OPERAND)
+            # Sums with transposes are separate products, because Triton 3.4 to 3.7 miscompiles a transposed result as
+            # left operand on Hopper (fla-org/flash-linear-attention, issue 640)
+            d_polynomial = _multiply_add_transposed(zeros, d_x, before, PRECISION, OPERAND)
+            d_polynomial = _multiply_add_transposed(d_polynomial, before, d_x, PRECISION, OPERAND)
+            d_gram = _multiply_add_transposed(b * d_polynomial, c * d_polynomial, gram, PRECISION, OPERAND)
+            d_gram = _multiply_add_transposed(d_gram, c * gram, d_polynomial, PRECISION, OPERAND)
             polynomial = _polynomial(gram, b, c, PRECISION, OPERAND)
-            # the barrier keeps this load where it is: until here the iterate takes no registers
+            # the barrier keeps the load here, so that the iterate occupies no registers before
             tl.debug_barrier()
             before = tl.load(iterates + (steps - 1 - back) * (ROWS * COLUMNS))
-            d_x = plus(a * d_x, polynomial, d_x, PRECISION, OPERAND)
-            d_x = plus(d_x, d_gram, before, PRECISION, OPERAND)
+            d_x = multiply_add(a * d_x, polynomial, d_x, PRECISION, OPERAND)
+            d_x = multiply_add(d_x, d_gram, before, PRECISION, OPERAND)
 
-        # x = m / max(|m|, eps): where the norm divides, what points along x is lost
-        x, norm = _unit(source, inside, eps)
+        # x = m / max(|m|, eps): where the norm divides, the gradient loses its component along x
+        x, norm = _normalized(source, inside, eps)
         along = tl.where(norm >= eps, tl.sum(tl.sum(d_x * x, axis=1), axis=0), 0.0)
-        tl.store(d_matrices + out_start + out_place, (d_x - along * x) / tl.maximum(norm, eps), mask=inside)
-        # the next matrix writes over these iterates
+        tl.store(d_matrices + out_start + out_offset, (d_x - along * x) / tl.maximum(norm, eps), mask=inside)
+        # the next matrix overwrites these iterates
         tl.debug_barrier()
 
 
-@torch.library.custom_op('titans_pytorch::newton_schulz', mutates_args=())
-def newton_schulz(
+def _outputs(matrices: Tensor, *settings: Any) -> Tensor:
+    return matrices.new_empty(matrices.shape)
+
+
+def _forward(
     matrices: Tensor,  # n i j
     steps: int,
     eps: float,
     a: float,
     b: float,
     c: float,
-    operands: torch.dtype,  # of the products; float32, or what autocast lowers to
+    operands: torch.dtype,  # of the products: float32, or the precision of autocast
 ) -> Tensor:  # n i j
-    """Each matrix over its Frobenius norm, then `steps` times x ← a·x + (b·xxᵀ + c·(xxᵀ)²)·x; differentiable once."""
-    outputs = matrices.new_empty(matrices.shape)
-    wide, wide_outputs = _wide(matrices), _wide(outputs)
-    sizes = _sizes(wide)
+    outputs = _outputs(matrices)
+    sizes = _matrix_sizes(matrices, outputs)
     _forward_kernel[(len(matrices),)](
-        matrices, outputs,
-        wide.stride(0), steps, eps, a, b, c,
-        *wide.shape[1:], *wide.stride()[1:], *wide_outputs.stride()[1:],
-        *sizes, *_precision(operands), num_warps=_warps(sizes), num_stages=1,
+        matrices=matrices, outputs=outputs, steps=steps, eps=eps, a=a, b=b, c=c,
+        **sizes, **_precision(operands), num_warps=_warps(sizes), num_stages=1,
     )  # fmt: skip
     return outputs
 
 
-@torch.library.custom_op('titans_pytorch::newton_schulz_backward', mutates_args=())
-def newton_schulz_backward(
-    matrices: Tensor,  # n i j
+def _backward(
     d_outputs: Tensor,  # n i j
+    matrices: Tensor,  # n i j
     steps: int,
     eps: float,
     a: float,
     b: float,
     c: float,
     operands: torch.dtype,
-) -> Tensor:  # n i j
-    """The gradient of `matrices`."""
+) -> list[Tensor]:
     d_outputs = d_outputs.contiguous()
     d_matrices = matrices.new_empty(matrices.shape)
-    wide, wide_outputs = _wide(matrices), _wide(d_matrices)
-    sizes = _sizes(wide)
+    sizes = _matrix_sizes(matrices, d_matrices)
     warps = _warps(sizes)
     programs = min(len(matrices), _programs(matrices.device, warps))
-    iterates = matrices.new_empty(programs, max(1, steps), *sizes, dtype=operands)
+    iterates = matrices.new_empty(programs, max(1, steps), sizes['ROWS'], sizes['COLUMNS'], dtype=operands)
     _backward_kernel[(programs,)](
-        matrices, d_outputs, d_matrices, iterates,
-        wide.stride(0), len(matrices), steps, eps, a, b, c,
-        *wide.shape[1:], *wide.stride()[1:], *wide_outputs.stride()[1:],
-        *sizes, *_precision(operands), num_warps=warps, num_stages=1,
+        matrices=matrices, d_outputs=d_outputs, d_matrices=d_matrices, iterates=iterates,
+        count=len(matrices), steps=steps, eps=eps, a=a, b=b, c=c,
+        **sizes, **_precision(operands), num_warps=warps, num_stages=1,
     )  # fmt: skip
-    return d_matrices
+    return [d_matrices]
 
 
-@newton_schulz.register_fake
-def _(matrices: Tensor, *settings: Any) -> Tensor:
-    return matrices.new_empty(matrices.shape)
+newton_schulz = register_kernel('newton_schulz', _forward, _backward, outputs=_outputs)
 
 
-@newton_schulz_backward.register_fake
-def _(matrices: Tensor, d_outputs: Tensor, *settings: Any) -> Tensor:
-    return matrices.new_empty(matrices.shape)
+def _matrix_sizes(matrices: Tensor, outputs: Tensor) -> dict[str, int]:
+    """Sizes and strides of the matrices as programs see them: no more rows than columns."""
+    wide, wide_outputs = (t.mT if t.shape[-2] > t.shape[-1] else t for t in (matrices, outputs))
+    _, rows, columns = wide.shape
+    matrix_stride, row_stride, column_stride = wide.stride()
+    _, out_row_stride, out_column_stride = wide_outputs.stride()
+    return dict(
+        matrix_stride=matrix_stride, rows=rows, columns=columns, row_stride=row_stride, column_stride=column_stride,
+        out_row_stride=out_row_stride, out_column_stride=out_column_stride,
+        ROWS=tile_size(rows), COLUMNS=tile_size(columns),
+    )  # fmt: skip
 
 
-def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    matrices, *ctx.settings = inputs
-    ctx.save_for_backward(matrices)
-
-
-def _gradients(ctx: Any, d_outputs: Tensor) -> tuple[Tensor | None, ...]:
-    d_matrices = newton_schulz_backward(*ctx.saved_tensors, d_outputs, *ctx.settings)
-    return d_matrices, *[None for _ in ctx.settings]
-
-
-newton_schulz.register_autograd(_gradients, setup_context=_keep_inputs)
-differentiated_once(newton_schulz_backward)
-
-
-def serves(matrices: Tensor, operands: torch.dtype) -> bool:
-    """Whether a matrix stays on chip, with all that is computed from it."""
-    rows, columns = _wide(matrices).shape[-2:]
-    fits = any(rows <= most_rows and columns <= most_columns for most_rows, most_columns in MOST.get(operands, []))
-    return fits and matrices.numel() > 0
-
-
-def _wide(matrices: Tensor) -> Tensor:
-    return matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
-
-
-def _padded(size: int) -> int:
-    # the least that Triton multiplies
-    return max(16, triton.next_power_of_2(size))
-
-
-def _sizes(wide: Tensor) -> tuple[int, int]:
-    return _padded(wide.shape[-2]), _padded(wide.shape[-1])
-
-
-def _precision(operands: torch.dtype) -> tuple[str, tl.dtype]:
-    """How products are computed: as PyTorch's own would be, float32 in full unless TF32 is allowed."""
+def _precision(operands: torch.dtype) -> dict[str, Any]:
+    """The precision of PyTorch's own products: float32 in full, unless TF32 is allowed."""
     matmul = torch.backends.cuda.matmul
     tf32 = matmul.fp32_precision == 'tf32' if hasattr(matmul, 'fp32_precision') else matmul.allow_tf32
-    return 'tf32' if tf32 else 'tf32x3', OPERANDS[operands]
+    return {'PRECISION': 'tf32' if tf32 else 'tf32x3', 'OPERAND': TRITON_DTYPES[operands]}
 
 
-def _warps(sizes: tuple[int, int]) -> int:
-    # from 64 rows on, four warps share one instruction of a tensor core; registers ask for the rest
-    rows, columns = sizes
+def _warps(sizes: dict[str, int]) -> int:
+    # from 64 rows on, four warps share one instruction of a tensor core; registers limit the rest
+    rows, columns = sizes['ROWS'], sizes['COLUMNS']
     return min(8, max(4, rows * columns // 2048) if rows >= 64 else rows * columns // 512)
 
 
 def _programs(device: torch.device, warps: int) -> int:
-    """As many as run at once: 16 warps on each multiprocessor. Few on the CPU, so that tests see one take several."""
+    """As many programs as run at once, 16 warps on each multiprocessor; few in the interpreter, so that tests see one
+    program take several matrices."""
     if device.type != 'cuda':
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count * (16 // warps)

@@ -18,10 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans_pytorch.ops._triton import plus
+from titans_pytorch.ops._triton import TRITON_DTYPES, contiguous_inside, multiply_add, tile_size
 from titans_pytorch.ops.inner_gradient.triton import _below, _density, _normalised, _tangent
-
-OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class Tiles(NamedTuple):
@@ -160,7 +158,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
             # what stands on the right is loaded turned, rows across
             from_inputs = first_inputs + index[None, :] * first_input_row + feature[:, None]
             x = tl.load(from_inputs, mask=theirs[None, :] & known[:, None], other=0.0)
-            s = plus(nothing, q, x, PRECISION, OPERAND)
+            s = multiply_add(nothing, q, x, PRECISION, OPERAND)
             s *= tl.load(mix + (index // stored)[None, :] * mix_other, mask=below, other=0.0)
             tl.store(first_scores + place[:, None] * longest + index[None, :], s, mask=pair)
         tl.debug_barrier()
@@ -174,7 +172,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                 from_start = first_starts + k * first_start + feature[:, None] * width + unit[None, :]
                 w = tl.load(from_start, mask=known[:, None] & used[None, :], other=0.0)
                 share = tl.load(shares + k * share_start, mask=there, other=0.0)[:, None]
-                h += share * plus(tl.zeros((ROWS, BLOCK), tl.float32), q, w, PRECISION, OPERAND)
+                h += share * multiply_add(tl.zeros((ROWS, BLOCK), tl.float32), q, w, PRECISION, OPERAND)
             for other in range(0, reach):
                 index = other * STORED + tl.arange(0, STORED)
                 theirs = _within(index, longest, WHOLE)
@@ -182,7 +180,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                 s = tl.load(first_scores + place[:, None] * longest + index[None, :], mask=pair, other=0.0)
                 from_errors = first_errors + index[:, None] * first_error_row + unit[None, :]
                 delta = tl.load(from_errors, mask=theirs[:, None] & used[None, :], other=0.0)
-                h = plus(h, s, delta, PRECISION, OPERAND)
+                h = multiply_add(h, s, delta, PRECISION, OPERAND)
             units = place[:, None] * width + unit[None, :]
             tl.store(hidden + units, h, mask=present)
             a = (h * _below(h)).to(OPERAND)
@@ -191,14 +189,14 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                 from_start = last_starts + k * last_start + unit[:, None] * dim + feature[None, :]
                 w = tl.load(from_start, mask=used[:, None] & known[None, :], other=0.0)
                 share = tl.load(shares + k * share_start, mask=there, other=0.0)[:, None]
-                y += share * plus(tl.zeros((ROWS, DIM), tl.float32), a, w, PRECISION, OPERAND)
+                y += share * multiply_add(tl.zeros((ROWS, DIM), tl.float32), a, w, PRECISION, OPERAND)
         tl.debug_barrier()
     else:
         for k in range(0, COUNT):
             from_start = last_starts + k * last_start + feature[:, None] * dim + feature[None, :]
             w = tl.load(from_start, mask=known[:, None] & known[None, :], other=0.0)
             share = tl.load(shares + k * share_start, mask=there, other=0.0)[:, None]
-            y += share * plus(tl.zeros((ROWS, DIM), tl.float32), q, w, PRECISION, OPERAND)
+            y += share * multiply_add(tl.zeros((ROWS, DIM), tl.float32), q, w, PRECISION, OPERAND)
 
     for other in range(0, reach):
         index = other * STORED + tl.arange(0, STORED)
@@ -214,16 +212,16 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                 a = tl.load(activations + place[:, None] * width + unit[None, :], mask=present, other=0.0)
                 from_inputs = last_inputs + index[None, :] * last_input_row + unit[:, None]
                 x = tl.load(from_inputs, mask=theirs[None, :] & used[:, None], other=0.0)
-                s = plus(s, a, x, PRECISION, OPERAND)
+                s = multiply_add(s, a, x, PRECISION, OPERAND)
         else:
             from_inputs = last_inputs + index[None, :] * last_input_row + feature[:, None]
             x = tl.load(from_inputs, mask=theirs[None, :] & known[:, None], other=0.0)
-            s = plus(s, q, x, PRECISION, OPERAND)
+            s = multiply_add(s, q, x, PRECISION, OPERAND)
         tl.store(last_scores + place[:, None] * longest + index[None, :], s, mask=pair)
         s *= tl.load(mix + (index // stored)[None, :] * mix_other, mask=below, other=0.0)
         from_errors = last_errors + index[:, None] * last_error_row + feature[None, :]
         delta = tl.load(from_errors, mask=theirs[:, None] & known[None, :], other=0.0)
-        y = plus(y, s, delta, PRECISION, OPERAND)
+        y = multiply_add(y, s, delta, PRECISION, OPERAND)
 
     if NORM:
         tl.store(product + start * dim + features, y, mask=inside)
@@ -317,7 +315,7 @@ def _queries_kernel(  # type: ignore[no-untyped-def]
         below = pair & (their_chunk[None, :] < chunk[:, None])
         from_errors = last_errors + index[None, :] * last_error_row + feature[:, None]
         delta = tl.load(from_errors, mask=theirs[None, :] & known[:, None], other=0.0)
-        of_scores = plus(nothing, d_y, delta, PRECISION, OPERAND)
+        of_scores = multiply_add(nothing, d_y, delta, PRECISION, OPERAND)
         scores = place[:, None] * longest + index[None, :]
         p = tl.load(last_scores + scores, mask=below, other=0.0).to(tl.float32)
         of_mix = _of_pairs(of_scores * p, CHUNKS, ROWS, STORED_CHUNKS, STORED_ROWS)
@@ -329,7 +327,7 @@ def _queries_kernel(  # type: ignore[no-untyped-def]
         if not HIDDEN:
             from_inputs = last_inputs + index[:, None] * last_input_row + feature[None, :]
             x = tl.load(from_inputs, mask=theirs[:, None] & known[None, :], other=0.0)
-            d_q = plus(d_q, of_scores, x, PRECISION, OPERAND)
+            d_q = multiply_add(d_q, of_scores, x, PRECISION, OPERAND)
 
     if HIDDEN:
         tl.debug_barrier()
@@ -344,14 +342,14 @@ def _queries_kernel(  # type: ignore[no-untyped-def]
                 g = tl.load(d_last_scores + place[:, None] * longest + index[None, :], mask=pair, other=0.0)
                 from_inputs = last_inputs + index[:, None] * last_input_row + unit[None, :]
                 x = tl.load(from_inputs, mask=theirs[:, None] & used[None, :], other=0.0)
-                d_a = plus(d_a, g, x, PRECISION, OPERAND)
+                d_a = multiply_add(d_a, g, x, PRECISION, OPERAND)
             h = tl.load(hidden + units, mask=present, other=0.0).to(tl.float32)
             a = h * _below(h)
             tl.store(activations + units, a, mask=present)
             for k in range(0, COUNT):
                 from_start = last_starts + k * last_start + unit[None, :] * dim + feature[:, None]
                 w = tl.load(from_start, mask=used[None, :] & known[:, None], other=0.0)
-                through = plus(tl.zeros((OWN, BLOCK), tl.float32), d_y, w, PRECISION, OPERAND)
+                through = multiply_add(tl.zeros((OWN, BLOCK), tl.float32), d_y, w, PRECISION, OPERAND)
                 of_shares += tl.where(state == k, tl.sum(through * a, axis=1)[:, None], 0.0)
                 d_a += tl.load(shares + k * share_start, mask=there, other=0.0)[:, None] * through
             # gelu′ = Φ + h φ
@@ -360,7 +358,7 @@ def _queries_kernel(  # type: ignore[no-untyped-def]
             for k in range(0, COUNT):
                 from_start = first_starts + k * first_start + feature[None, :] * width + unit[:, None]
                 w = tl.load(from_start, mask=known[None, :] & used[:, None], other=0.0)
-                through = plus(tl.zeros((OWN, DIM), tl.float32), of_h, w, PRECISION, OPERAND)
+                through = multiply_add(tl.zeros((OWN, DIM), tl.float32), of_h, w, PRECISION, OPERAND)
                 of_shares += tl.where(state == k, tl.sum(through * q, axis=1)[:, None], 0.0)
                 d_q += tl.load(shares + k * share_start, mask=there, other=0.0)[:, None] * through
         tl.debug_barrier()
@@ -380,10 +378,10 @@ def _queries_kernel(  # type: ignore[no-untyped-def]
                 of_h = tl.load(d_hidden + units, mask=present, other=0.0)
                 from_errors = first_errors + index[None, :] * first_error_row + unit[:, None]
                 delta = tl.load(from_errors, mask=theirs[None, :] & used[:, None], other=0.0)
-                of_scores = plus(of_scores, of_h, delta, PRECISION, OPERAND)
+                of_scores = multiply_add(of_scores, of_h, delta, PRECISION, OPERAND)
             from_inputs = first_inputs + index[None, :] * first_input_row + feature[:, None]
             x = tl.load(from_inputs, mask=theirs[None, :] & known[:, None], other=0.0)
-            p = tl.where(below, plus(nothing, q, x, PRECISION, OPERAND), 0.0)
+            p = tl.where(below, multiply_add(nothing, q, x, PRECISION, OPERAND), 0.0)
             of_mix = _of_pairs(of_scores * p, CHUNKS, ROWS, STORED_CHUNKS, STORED_ROWS)
             other_chunk = (other // stored_parts) * STORED_CHUNKS + tl.arange(0, STORED_CHUNKS)
             to_mix = (other % stored_parts) * chunks * chunks + own_chunk[:, None] * chunks + other_chunk[None, :]
@@ -395,12 +393,12 @@ def _queries_kernel(  # type: ignore[no-untyped-def]
             tl.store(d_first_scores + place[:, None] * longest + index[None, :], of_scores, mask=pair)
             from_inputs = first_inputs + index[:, None] * first_input_row + feature[None, :]
             x = tl.load(from_inputs, mask=theirs[:, None] & known[None, :], other=0.0)
-            d_q = plus(d_q, of_scores, x, PRECISION, OPERAND)
+            d_q = multiply_add(d_q, of_scores, x, PRECISION, OPERAND)
     else:
         for k in range(0, COUNT):
             from_start = last_starts + k * last_start + feature[None, :] * dim + feature[:, None]
             w = tl.load(from_start, mask=known[:, None] & known[None, :], other=0.0)
-            through = plus(tl.zeros((OWN, DIM), tl.float32), d_y, w, PRECISION, OPERAND)
+            through = multiply_add(tl.zeros((OWN, DIM), tl.float32), d_y, w, PRECISION, OPERAND)
             of_shares += tl.where(state == k, tl.sum(through * q, axis=1)[:, None], 0.0)
             d_q += tl.load(shares + k * share_start, mask=there, other=0.0)[:, None] * through
 
@@ -462,10 +460,10 @@ def _stored_kernel(  # type: ignore[no-untyped-def]
             units = place[:, None] * width + unit[None, :]
             g = tl.load(d_last_scores + scores, mask=below, other=0.0)
             a = tl.load(activations + units, mask=present, other=0.0)
-            of_inputs = plus(of_inputs, g, a, PRECISION, OPERAND)
+            of_inputs = multiply_add(of_inputs, g, a, PRECISION, OPERAND)
             s = tl.load(first_scores + scores, mask=below, other=0.0)
             of_h = tl.load(d_hidden + units, mask=present, other=0.0)
-            of_errors = plus(of_errors, s, of_h, PRECISION, OPERAND)
+            of_errors = multiply_add(of_errors, s, of_h, PRECISION, OPERAND)
         to_units, in_block = index[:, None] * width + unit[None, :], theirs[:, None] & used[None, :]
         tl.store(d_last_inputs + to_units, of_inputs, mask=in_block)
         tl.store(d_first_errors + to_units, of_errors, mask=in_block)
@@ -482,14 +480,14 @@ def _stored_kernel(  # type: ignore[no-untyped-def]
             s = tl.load(last_scores + scores, mask=below, other=0.0).to(tl.float32)
             s *= tl.load(mix + chunk[None, :] * mix_chunk + their_chunk[:, None] * mix_other, mask=below, other=0.0)
             d_y = tl.load(d_product + features, mask=inside, other=0.0)
-            of_deltas = plus(of_deltas, s, d_y, PRECISION, OPERAND)
+            of_deltas = multiply_add(of_deltas, s, d_y, PRECISION, OPERAND)
             if HIDDEN:
                 g = tl.load(d_first_scores + scores, mask=below, other=0.0)
             else:
                 g = tl.load(d_last_scores + scores, mask=below, other=0.0)
             from_queries = queries + (chunk * query_chunk + row * query_row)[:, None] + feature[None, :]
             q = tl.load(from_queries, mask=inside, other=0.0)
-            of_rows = plus(of_rows, g, q, PRECISION, OPERAND)
+            of_rows = multiply_add(of_rows, g, q, PRECISION, OPERAND)
         to_features, both = index[:, None] * dim + feature[None, :], theirs[:, None] & known[None, :]
         tl.store(d_last_errors + to_features, of_deltas, mask=both)
         if HIDDEN:
@@ -542,10 +540,10 @@ def _starts_kernel(  # type: ignore[no-untyped-def]
             a = tl.load(activations + units, mask=across, other=0.0)
             of_h = tl.load(d_hidden + units, mask=across, other=0.0)
             q = tl.load(from_queries[:, None] + feature[None, :], mask=inside, other=0.0)
-            of_first = plus(of_first, of_h, share * q.to(tl.float32), PRECISION, OPERAND)
+            of_first = multiply_add(of_first, of_h, share * q.to(tl.float32), PRECISION, OPERAND)
         else:
             a = tl.load(from_queries[None, :] + unit[:, None], mask=across, other=0.0)
-        of_last = plus(of_last, a, share * d_y.to(tl.float32), PRECISION, OPERAND)
+        of_last = multiply_add(of_last, a, share * d_y.to(tl.float32), PRECISION, OPERAND)
 
     both = used[:, None] & known[None, :]
     tl.store(d_last_starts + unit[:, None] * dim + feature[None, :], of_last, mask=both)
@@ -581,13 +579,13 @@ def forward(
 
     h, activations = (of_rows(call.width, not hidden) for _ in range(2))
     first_scores, last_scores = of_rows(call.stored, not hidden), of_rows(call.stored, False)
-    rows, stored = min(tiles.rows, _padded(call.rows)), min(tiles.stored, _padded(call.stored))
+    rows, stored = min(tiles.rows, tile_size(call.rows)), min(tiles.stored, tile_size(call.stored))
     blocks = triton.cdiv(call.rows, rows)
     with torch.cuda.device_of(queries):
         _forward_kernel[(call.lanes * blocks,)](
             *call.tensors, out, product, h, activations, first_scores, last_scores,
             blocks, call.runs, call.chunks, eps, *call.strides, **constants,
-            ROWS=rows, STORED=stored, BLOCK=min(tiles.units, _padded(call.width)),
+            ROWS=rows, STORED=stored, BLOCK=min(tiles.units, tile_size(call.width)),
             WHOLE=_divides(rows, call.rows) and _divides(stored, call.stored), **tiles.options(),
         )  # fmt: skip
     return out, product, h, first_scores, last_scores
@@ -651,13 +649,13 @@ def backward(
             PADDED=_power(count), CHUNKS=own_chunks, ROWS=own, STORED_CHUNKS=other_chunks, STORED_ROWS=others,
             WHOLE=_divides(own_chunks, call.chunks) and _divides(other_chunks, call.chunks)
             and _divides(own, constants['rows']) and _divides(others, constants['stored']),
-            BLOCK=min(tiles.units, _padded(call.width)), **tiles.options(),
+            BLOCK=min(tiles.units, tile_size(call.width)), **tiles.options(),
         )  # fmt: skip
 
     for_stored = {name: value for name, value in constants.items() if name not in ('COUNT', 'NORM')}
     tiles = call.tiles(STORED)
-    rows = min(tiles.rows, _padded(call.rows))
-    at_a_time, block = min(tiles.stored, _padded(call.stored)), min(tiles.units, _padded(call.width))
+    rows = min(tiles.rows, tile_size(call.rows))
+    at_a_time, block = min(tiles.stored, tile_size(call.stored)), min(tiles.units, tile_size(call.width))
     blocks, pieces = triton.cdiv(call.stored, at_a_time), (triton.cdiv(call.width, block) if has_first else 0) + 1
     with torch.cuda.device_of(queries):
         _stored_kernel[(call.lanes * blocks * pieces,)](
@@ -671,8 +669,8 @@ def backward(
 
     for_starts = {name: value for name, value in constants.items() if name not in ('stored', 'NORM')}
     tiles = call.tiles(STARTS)
-    rows = min(tiles.rows, _padded(call.rows))
-    block = min(tiles.units, _padded(call.width))
+    rows = min(tiles.rows, tile_size(call.rows))
+    block = min(tiles.units, tile_size(call.width))
     blocks = triton.cdiv(call.width, block)
     with torch.cuda.device_of(queries):
         _starts_kernel[(call.lanes * count * blocks,)](
@@ -723,10 +721,10 @@ class _Call(NamedTuple):
         heads, runs, chunks, rows, dim = queries.shape
         stored, width = last_inputs.shape[2:]
         # runs and heads may be cut out of anything, but not what a kernel reads in one piece
-        queries = _whole(queries, 1)
+        queries = contiguous_inside(queries, 1)
         of_first = ((first_starts, 2), (first_inputs, 1), (first_errors, 1))
         of_last = ((last_starts, 2), (last_inputs, 1), (last_errors, 1))
-        others = [None if t is None else _whole(t, axes) for t, axes in (*of_first, *of_last, (gamma, 1))]
+        others = [None if t is None else contiguous_inside(t, axes) for t, axes in (*of_first, *of_last, (gamma, 1))]
         absent = mix.new_empty(0)
 
         strides = [*queries.stride()[:4], *mix.stride(), *shares.stride()]
@@ -741,9 +739,9 @@ class _Call(NamedTuple):
             'COUNT': shares.shape[-1],
             'HIDDEN': first_starts is not None,
             'NORM': gamma is not None,
-            'DIM': _padded(dim),
+            'DIM': tile_size(dim),
             'PRECISION': precision,
-            'OPERAND': OPERANDS[operands],
+            'OPERAND': TRITON_DTYPES[operands],
         }
         return cls(tensors, tuple(strides), constants, heads * runs, runs, chunks, chunks * rows, stored, dim, width)
 
@@ -758,12 +756,6 @@ class _Call(NamedTuple):
         return tiles
 
 
-def _whole(t: Tensor, axes: int) -> Tensor:
-    """With its last axes in one piece."""
-    lengths = (t.shape[-1], 1)
-    return t if t.stride()[-axes:] == lengths[-axes:] else t.contiguous()
-
-
 def _summed(of_parts: Tensor) -> Tensor:
     # most often there is one
     return of_parts.squeeze(2) if of_parts.shape[2] == 1 else of_parts.sum(dim=2)
@@ -775,8 +767,3 @@ def _divides(part: int, whole: int) -> bool:
 
 def _power(size: int) -> int:
     return triton.next_power_of_2(size)
-
-
-def _padded(size: int) -> int:
-    # the least that Triton multiplies
-    return max(16, _power(size))

@@ -1,31 +1,29 @@
-"""The columns and the rows of small matrices divided by their sums, in turn: the whole loop on chip.
+"""Sinkhorn kernels: the whole iteration on small matrices on chip.
 
 Each program owns a block of matrices, laid out (i, j, n) with the matrices last, so that a thread can hold whole ones
-and sum them alone. The backward has the forward note all sums, and undoes the divisions by multiplying. The plain
-twins, and the equations, are in `titans_pytorch.ops.sinkhorn`.
+and sum them alone. The backward kernel has the forward store all sums, and undoes the divisions by multiplying.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from titans_pytorch.ops._registration import register_kernel
+
 # entries a program owns: 16 a thread
 TILE = 512
-# rows of the largest matrix that is served: it must fit a program
-LARGEST = 16
 WARPS = 1
 
 
 @triton.jit
-def _places(matrices, SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Row, column and matrix of each entry (i, j, n) of a program's block, and which entries there are.
+def _entries(matrices, SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Row, column and matrix of each entry (i, j, n) of a program's block, and a mask of those that exist.
 
-    Places outside name the last one inside: no address is out of bounds, and no maximum changes.
+    Indices beyond the last are clamped to it, so that no address is out of bounds and no maximum changes.
     """
     row = tl.arange(0, PADDED)
     matrix = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -35,8 +33,8 @@ def _places(matrices, SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
-def _notes(sums, iters, PADDED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where a program notes the sums of columns and of rows in its first iteration; a step is 2 · PADDED · BLOCK."""
+def _stored_sums(sums, iters, PADDED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Addresses of the sums of columns and of rows in a program's first iteration; a step is 2 · PADDED · BLOCK."""
     sums += tl.program_id(0).to(tl.int64) * iters * 2 * PADDED * BLOCK + tl.arange(0, BLOCK)[None, None, :] * PADDED
     row = tl.arange(0, PADDED)
     return sums + row[None, :, None], sums + PADDED * BLOCK + row[:, None, None]
@@ -46,10 +44,10 @@ def _notes(sums, iters, PADDED: tl.constexpr, BLOCK: tl.constexpr):  # type: ign
 def _forward_kernel(  # type: ignore[no-untyped-def]
     log_alpha, out, sums,
     matrices, iters, stride_n, stride_i, stride_j,
-    SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, NOTE: tl.constexpr,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, STORE_SUMS: tl.constexpr,
 ):  # fmt: skip
-    i, j, n, inside = _places(matrices, SIZE, PADDED, BLOCK)
-    of_columns, of_rows = _notes(sums, iters, PADDED, BLOCK)
+    i, j, n, inside = _entries(matrices, SIZE, PADDED, BLOCK)
+    column_sums, row_sums = _stored_sums(sums, iters, PADDED, BLOCK)
 
     x = tl.load(log_alpha + n * stride_n + i * stride_i + j * stride_j)
     x = tl.where(inside, tl.exp(x - tl.max(x, axis=0, keep_dims=True)), 0.0)
@@ -59,9 +57,9 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         x *= 1.0 / tl.where(columns < EPS, EPS, columns)
         rows = tl.sum(x, axis=1, keep_dims=True)
         x *= 1.0 / tl.where(rows < EPS, EPS, rows)
-        if NOTE:
-            tl.store(of_columns + step * 2 * PADDED * BLOCK, columns)
-            tl.store(of_rows + step * 2 * PADDED * BLOCK, rows)
+        if STORE_SUMS:
+            tl.store(column_sums + step * 2 * PADDED * BLOCK, columns)
+            tl.store(row_sums + step * 2 * PADDED * BLOCK, rows)
     tl.store(out + (n * SIZE + i) * SIZE + j, x, mask=inside)
 
 
@@ -71,51 +69,57 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     matrices, iters, stride_n, stride_i, stride_j,
     SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
-    i, j, n, inside = _places(matrices, SIZE, PADDED, BLOCK)
-    of_columns, of_rows = _notes(sums, iters, PADDED, BLOCK)
+    i, j, n, inside = _entries(matrices, SIZE, PADDED, BLOCK)
+    column_sums, row_sums = _stored_sums(sums, iters, PADDED, BLOCK)
 
     x = tl.where(inside, tl.load(out + (n * SIZE + i) * SIZE + j), 0.0)
     d_log = x * tl.load(d_out + n * stride_n + i * stride_i + j * stride_j)
     for back in range(iters):
         step = iters - 1 - back
-        rows = tl.load(of_rows + step * 2 * PADDED * BLOCK)
+        rows = tl.load(row_sums + step * 2 * PADDED * BLOCK)
         d_log -= x * tl.where(rows < EPS, 0.0, tl.sum(d_log, axis=1, keep_dims=True))
         x *= tl.where(rows < EPS, EPS, rows)
-        columns = tl.load(of_columns + step * 2 * PADDED * BLOCK)
+        columns = tl.load(column_sums + step * 2 * PADDED * BLOCK)
         d_log -= x * tl.where(columns < EPS, 0.0, tl.sum(d_log, axis=0, keep_dims=True))
         x *= tl.where(columns < EPS, EPS, columns)
     tl.store(d_log_alpha + (n * SIZE + i) * SIZE + j, d_log, mask=inside)
 
 
-def forward(log_alpha: Tensor, iters: int, eps: float) -> Tensor:  # … s s
-    """The normalised matrices."""
-    out = log_alpha.new_empty(log_alpha.shape)
-    _launch(_forward_kernel, log_alpha, out, out, iters=iters, eps=eps, NOTE=False)
+def _forward(log_alpha: Tensor, iters: int, eps: float) -> Tensor:  # … s s
+    out = _outputs(log_alpha)
+    _launch(_forward_kernel, log_alpha, iters, eps, log_alpha=log_alpha, out=out, sums=out, STORE_SUMS=False)
     return out
 
 
-def backward(d_out: Tensor, log_alpha: Tensor, iters: int, eps: float) -> Tensor:  # … s s
-    """The gradient of `log_alpha`, given that of the normalised matrices."""
+def _backward(d_out: Tensor, log_alpha: Tensor, iters: int, eps: float) -> list[Tensor]:
     programs, padded, block = _tiling(log_alpha)
     out, d_log_alpha = log_alpha.new_empty(log_alpha.shape), log_alpha.new_empty(log_alpha.shape)
     sums = log_alpha.new_empty(programs, iters, 2, block, padded)
-    _launch(_forward_kernel, log_alpha, out, sums, iters=iters, eps=eps, NOTE=True)
-    _launch(_backward_kernel, d_out, out, sums, d_log_alpha, iters=iters, eps=eps)
-    return d_log_alpha
+    _launch(_forward_kernel, log_alpha, iters, eps, log_alpha=log_alpha, out=out, sums=sums, STORE_SUMS=True)
+    _launch(_backward_kernel, d_out, iters, eps, d_out=d_out, out=out, sums=sums, d_log_alpha=d_log_alpha)
+    return [d_log_alpha]
 
 
-def _launch(kernel: Any, strided: Tensor, *contiguous: Tensor, iters: int, eps: float, **constants: bool) -> None:
-    """`strided` may be any view of … s s: hyper-connections cut theirs out of a larger tensor."""
+def _outputs(log_alpha: Tensor, *settings: Any) -> Tensor:
+    return log_alpha.new_empty(log_alpha.shape)
+
+
+sinkhorn = register_kernel('sinkhorn', _forward, _backward, outputs=_outputs)
+
+
+def _launch(kernel: Any, strided: Tensor, iters: int, eps: float, **arguments: Any) -> None:
+    """`strided`, one of the arguments, may be any view of … s s: hyper-connections cut theirs from a larger tensor."""
     programs, padded, block = _tiling(strided)
-    size = strided.shape[-1]
-    flat = strided.reshape(-1, size, size)
     if programs == 0:
         return
-    with torch.cuda.device_of(strided):
-        kernel[(programs,)](
-            flat, *contiguous, flat.shape[0], iters, *flat.stride(),
-            SIZE=size, PADDED=padded, BLOCK=block, EPS=eps, num_warps=WARPS, **constants,
-        )  # fmt: skip
+    size = strided.shape[-1]
+    flat = strided.reshape(-1, size, size)
+    stride_n, stride_i, stride_j = flat.stride()
+    arguments = {name: flat if argument is strided else argument for name, argument in arguments.items()}
+    kernel[(programs,)](
+        **arguments, matrices=len(flat), iters=iters, stride_n=stride_n, stride_i=stride_i, stride_j=stride_j,
+        SIZE=size, PADDED=padded, BLOCK=block, EPS=eps, num_warps=WARPS,
+    )  # fmt: skip
 
 
 def _tiling(matrices: Tensor) -> tuple[int, int, int]:
