@@ -15,10 +15,29 @@ if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')
 
 
+def pytest_addoption(parser):
+    parser.addoption('--shapes', action='store_true', help='check the shape annotations of the package')
+
+
+def pytest_configure(config):
+    if config.getoption('--shapes'):
+        import shape_checks
+
+        shape_checks.install()
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
     random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def shapes_checked(request):
+    if request.config.getoption('--shapes'):
+        import shape_checks
+
+        shape_checks.enable(True)
 
 
 @pytest.fixture
