@@ -58,12 +58,12 @@ def matrices(heads, chunks, rows, dim, width, present=MOMENTA[0]):
     """Of `momenta`, its arguments by name."""
     tensors = {
         'inputs': torch.randn(heads, chunks, rows, dim),
-        'output_gradients': torch.randn(heads, chunks, rows, width),
+        'deltas': torch.randn(heads, chunks, rows, width),
         'scales': torch.randn(heads, chunks),
         'gates': torch.rand(heads, chunks),
         'start': torch.randn(heads, dim, width),
     }
-    return {name: t.to(DEVICE) for name, t in tensors.items() if name in ('inputs', 'output_gradients', *present)}
+    return {name: t.to(DEVICE) for name, t in tensors.items() if name in ('inputs', 'deltas', *present)}
 
 
 def vectors(heads, chunks, features, present=VECTORS[0]):
@@ -83,10 +83,10 @@ def vectors(heads, chunks, features, present=VECTORS[0]):
 # the two recurrences as they stand in the paper
 
 
-def looped_momenta(inputs, output_gradients, scales=None, gates=None, start=None):
+def looped_momenta(inputs, deltas, scales=None, gates=None, start=None):
     state, over_chunks = 0.0 if start is None else start, []
     for chunk in range(inputs.shape[1]):
-        update = inputs[:, chunk].mT @ output_gradients[:, chunk]
+        update = inputs[:, chunk].mT @ deltas[:, chunk]
         if scales is not None:
             update = scales[:, chunk, None, None] * update
         state = update if gates is None else gates[:, chunk, None, None] * state + update
@@ -113,8 +113,8 @@ def log(gates):
     return None if gates is None else gates.log()
 
 
-def our_momenta(inputs, output_gradients, scales=None, gates=None, start=None, out_dtype=None):
-    every, end = momentum_scan(inputs, output_gradients, scales, log(gates), start, out_dtype or inputs.dtype)
+def our_momenta(inputs, deltas, scales=None, gates=None, start=None, out_dtype=None):
+    every, end = momentum_scan(inputs, deltas, scales, log(gates), start, out_dtype or inputs.dtype)
     return {'every': every, 'end': end}
 
 
@@ -226,7 +226,7 @@ def test_kernels_read_views(kernels_everywhere, poisoned):
     longer, changed = matrices(2, 9, 5, 16, 24), vectors(2, 9, 48)
     cut = {
         'inputs': longer['inputs'][:, 2:7, 1:],
-        'output_gradients': longer['output_gradients'][:, 2:7, :-1, ::2],
+        'deltas': longer['deltas'][:, 2:7, :-1, ::2],
         'scales': longer['scales'][:, 2:7],
         'gates': longer['gates'].mT.contiguous().mT[:, 2:7],
         'start': longer['start'].mT.contiguous().mT[..., :12],
@@ -335,9 +335,7 @@ def test_operations_keep_the_rules_of_pytorch():
     of_matrices, of_vectors = leaves(matrices(2, 3, 2, 16, 20)), leaves(vectors(2, 3, 20))
     gradients = torch.ops.titans_pytorch
     for present in ((), ('scales', 'gates', 'start', 'momentum_start')):
-        some = {
-            name: t if name in ('inputs', 'output_gradients', *present) else None for name, t in of_matrices.items()
-        }
+        some = {name: t if name in ('inputs', 'deltas', *present) else None for name, t in of_matrices.items()}
         args = (*some.values(), torch.float16)
         torch.library.opcheck(triton.momentum_scan, args, test_utils=CHECKS)
         outputs = [t.detach() for t in triton.momentum_scan(*args)]
@@ -359,8 +357,8 @@ def test_operations_keep_the_rules_of_pytorch():
 def test_a_run_compiles_to_operations(kernels_everywhere, fresh_compiler):
     tensors, seen = matrices(2, 3, 2, 16, 20), []
 
-    def run(inputs, output_gradients, scales, gates, start):
-        every, end = momentum_scan(inputs, output_gradients, scales, gates.log(), start, torch.float32)
+    def run(inputs, deltas, scales, gates, start):
+        every, end = momentum_scan(inputs, deltas, scales, gates.log(), start, torch.float32)
         before, weight = weight_scan(every.tanh(), gates.log(), start, torch.float32)
         return {'before': before, 'weight': weight, 'end': end}
 
@@ -386,13 +384,13 @@ def test_kernels_in_sizes_of_training(kernels_everywhere, poisoned, shape, low):
     tensors = {name: t.bfloat16() if low and t.ndim == 4 else t for name, t in tensors.items()}
     out_dtype = torch.bfloat16 if low else torch.float32
 
-    def ours(inputs, output_gradients, scales, gates, start):
-        every, end = momentum_scan(inputs, output_gradients, scales, gates.log(), start, out_dtype)
+    def ours(inputs, deltas, scales, gates, start):
+        every, end = momentum_scan(inputs, deltas, scales, gates.log(), start, out_dtype)
         before, weight = weight_scan(every, gates.log(), start, out_dtype)
         return {'every': every, 'end': end, 'before': before, 'weight': weight}
 
-    def looped(inputs, output_gradients, scales, gates, start):
-        of_momentum = looped_momenta(inputs, output_gradients, scales, gates, start)
+    def looped(inputs, deltas, scales, gates, start):
+        of_momentum = looped_momenta(inputs, deltas, scales, gates, start)
         own = looped_vectors(of_momentum['every'].flatten(2), gates, start.flatten(1))
         before = own['before'].view_as(of_momentum['every'])
         return {**of_momentum, 'before': before, 'weight': own['weight_end'].view_as(start)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from titans_pytorch.ops._dispatch import use_kernel
+from titans_pytorch.ops._dispatch import VOLTA, use_kernel
 from titans_pytorch.ops.hyper_connection import reference
 from titans_pytorch.ops.sinkhorn import EPS
 from titans_pytorch.utils.shapes import Float
@@ -37,7 +37,7 @@ def hyper_connection(
             each; then write biases (s), B (d) and β (1). Without the last three only the first result is
             computed, and the others are empty.
     """
-    if use_kernel([*x, *weights]) and len(weights[1]) <= MOST_STREAMS:
+    if use_kernel([*x, *weights], capability=VOLTA) and len(weights[1]) <= MOST_STREAMS:
         from titans_pytorch.ops.hyper_connection import triton
 
         branch_in, mixed, write, _ = triton.hyper_connection(x, weights, iters=ITERATIONS, eps=EPS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from titans_pytorch.ops._dispatch import use_kernel
+from titans_pytorch.ops._dispatch import VOLTA, use_kernel
 from titans_pytorch.ops.hyper_connection import ITERATIONS, MOST_STREAMS
 from titans_pytorch.ops.sinkhorn import EPS
 from titans_pytorch.ops.token_hyper_connection import reference
@@ -27,8 +27,8 @@ def token_hyper_connection(
         to_logits: (1 + γ) times A and B, each with its scale; l = s + 2, or without gates for writing s + 1, in
             which case the last result is empty.
     """
-    runs = use_kernel([x, *(pending or ())], [to_logits, bias], has_backward=False)
-    if runs and x.shape[1] <= MOST_STREAMS:
+    inputs, states = (x, *(pending or ())), (to_logits, bias)
+    if use_kernel(inputs, states, capability=VOLTA, has_backward=False) and x.shape[1] <= MOST_STREAMS:
         from titans_pytorch.ops.token_hyper_connection import triton
 
         return triton.token_hyper_connection(x, pending, to_logits, bias, iters=ITERATIONS, eps=EPS)
