@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-AMPERE, HOPPER = 8, 9
-"""Compute capabilities. Ampere was the first with TF32 and bfloat16."""
+VOLTA, AMPERE, HOPPER = 7, 8, 9
+"""Compute capabilities. Volta is the least that Triton supports, Ampere was the first with TF32 and bfloat16."""
 
 LOW_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
