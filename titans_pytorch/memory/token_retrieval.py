@@ -45,12 +45,17 @@ def retrieve_one(
     """
     if _is_plain(parts):
         norm, query_norm = parts.model.norm if isinstance(parts.model, ResidualNorm) else None, parts.query_norm
+        gate = None
+        if parts.gate is not None:
+            to_gate = parts.gate[0]
+            assert isinstance(to_gate, nn.Linear)
+            gate = normed, to_gate.weight
         return token_retrieval(
             projected,
             mlp_matrices(parts.model, weights),
             (query_norm.gamma, query_norm.rmsnorm.eps) if isinstance(query_norm, MultiheadRMSNorm) else None,
             None if norm is None else (weights['norm.gamma'], norm.eps),
-            None if parts.gate is None else (normed, parts.gate[0].weight),
+            gate,
             parts.heads,
         )
     queries = parts.query_norm(projected.unflatten(-1, (parts.heads, -1)).transpose(1, 2))
