@@ -22,8 +22,8 @@ from titans_pytorch.memory.modules import Gated
 from titans_pytorch.models.base import DecodingState, Transformer, checked_memory_settings, layers_with_memory
 from titans_pytorch.models.block import Block, Parts
 from titans_pytorch.models.feedforward import GEGLU, FeedForward
+from titans_pytorch.models.residual_streams import Streams
 from titans_pytorch.neural_memory import NeuralMemory
-from titans_pytorch.ops.hyper_connection import Streams
 from titans_pytorch.utils.checks import (
     check_flags,
     check_floating,

@@ -148,7 +148,7 @@ def test_each_kind_of_step_always_runs_the_same():
             self.calls.append((func, *(t.shape for t in args if isinstance(t, torch.Tensor))))
             return out
 
-    def no_early_end(log_alpha, iters=20):  # which is for the CPU alone
+    def no_early_end(log_alpha, iters, eps):  # which is for the CPU alone
         return sinkhorn(log_alpha, iters)
 
     for index in (3, 9, 22):
@@ -162,7 +162,7 @@ def test_each_kind_of_step_always_runs_the_same():
             assert runs.setdefault(kind, recorder.calls) == recorder.calls
 
         step._step = recorded
-        with patch('titans_pytorch.ops.hyper_connection.sinkhorn_of_few', no_early_end):
+        with patch('titans_pytorch.ops.token_hyper_connection.reference.loop_in_log_space', no_early_end):
             for token in ids(60).unbind(1):
                 step(token)
         assert 3 <= len(runs) <= 6

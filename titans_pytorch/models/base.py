@@ -24,8 +24,8 @@ from titans_pytorch.generation.stepper import StepKind
 from titans_pytorch.memory.state import NeuralMemState, outside_inference, take_over
 from titans_pytorch.models.block import Block, Carried, LayerBuffers, LayerState, Place
 from titans_pytorch.models.documents import IGNORED, Documents, checked_documents, continues
+from titans_pytorch.models.residual_streams import ExpandStreams, Streams, complete, residual_streams
 from titans_pytorch.neural_memory import NeuralMemory
-from titans_pytorch.ops.hyper_connection import ExpandStreams, Streams, residual_streams, written
 from titans_pytorch.ops.token_attention import Position
 from titans_pytorch.utils.checks import (
     check_flags,
@@ -348,7 +348,7 @@ class Transformer(Resettable):
             call = partial(checkpoint, block, use_reentrant=False) if kept else block
             hidden, carried, layer_state = call(hidden, carried, layer_state, start, store, **attention_kwargs)
             after.append(layer_state)
-        hidden = self._token_rows(self.reduce_streams(written(hidden)), start, num_tokens)
+        hidden = self._token_rows(self.reduce_streams(complete(hidden)), start, num_tokens)
         return hidden, self._model_state(stop, after) if return_state else None
 
     def _attention_kwargs(self, x: Tensor, states: list[LayerState], disable_flex_attn: bool) -> dict[str, Any]:
@@ -486,14 +486,14 @@ class Transformer(Resettable):
 
         carried, memories = Carried(), []
         if isinstance(self.expand_streams, ExpandStreams):
-            x = written(x) + self.expand_streams.stream_embed
+            x = complete(x) + self.expand_streams.stream_embed
         for block, layer in zip(self._blocks, state.layers):
             x, carried, memory = block.step(x, carried, layer, place, num_attentions)
             num_attentions += block.attention is not None
             if layer.memory is not None and memory is not None:
                 memories.append((layer.memory, memory))
         if not kind.is_longterm:
-            state.logits.copy_(self.to_logits(self.norm(written(x).sum(dim=1))))  # type: ignore[misc]
+            state.logits.copy_(self.to_logits(self.norm(complete(x).sum(dim=1))))  # type: ignore[misc]
 
         position.add_(1)
         if kind.ends_chunk:

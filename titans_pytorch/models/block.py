@@ -16,8 +16,15 @@ from titans_pytorch.attention.rotary import KeyValues
 from titans_pytorch.attention.segmented import SegmentedAttention
 from titans_pytorch.generation.stepper import StepKind
 from titans_pytorch.memory.state import NeuralMemState, StepState
+from titans_pytorch.models.residual_streams import (
+    AddResidual,
+    FoldedConnection,
+    Streams,
+    connect,
+    connect_token,
+    folded,
+)
 from titans_pytorch.neural_memory import NeuralMemory
-from titans_pytorch.ops.hyper_connection import AddResidual, FoldedConnection, Streams, connect, connected, folded
 from titans_pytorch.ops.token_attention import Position
 from titans_pytorch.utils.parameters import Resettable
 from titans_pytorch.utils.shapes import Int
@@ -96,7 +103,7 @@ class Block(Resettable):
         """How the parts are put together: the residual stream after this block, from that before it.
 
         It is read and written by `parts.connections` only, which may leave the last branch's output to be added by the
-        next one: `connections.written` adds it.
+        next one: `residual_streams.complete` adds it.
         """
         raise NotImplementedError
 
@@ -141,7 +148,7 @@ class Block(Resettable):
             assert self.memory is not None
             return self.memory.recall(seq, memory_state)
 
-        connections = [partial(connected, connection) for connection in self.connections]  # type: ignore[arg-type]
+        connections = [partial(connect, connection) for connection in self.connections]  # type: ignore[arg-type]
         x = self.arranged(x, Parts(connections, attend, remember, recall, earlier, lambda *t: kept.extend(t), position))
         return x, Carried((*earlier, *kept), values, memory_weights), LayerState(key_values, memory_state)
 
@@ -157,7 +164,7 @@ class Block(Resettable):
         memory_state = buffers.memory
         kept: list[Tensor] = []
         pairs = zip(self.connections, buffers.connections)
-        connections = [partial(connect, own, weights) for own, weights in pairs]  # type: ignore[arg-type]
+        connections = [partial(connect_token, own, weights) for own, weights in pairs]  # type: ignore[arg-type]
 
         def attend(seq: Tensor, **inputs: Any) -> Tensor:
             nonlocal values

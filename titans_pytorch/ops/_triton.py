@@ -32,6 +32,21 @@ def select(which: tl.constexpr, a, b, c, d):  # type: ignore[no-untyped-def]
     return chosen
 
 
+@triton.jit
+def divide_by_sums(x, AXIS: tl.constexpr, EPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Half an iteration of Sinkhorn's: x over its sums along an axis, each taken for `EPS` at least; and the sums."""
+    sums = tl.sum(x, axis=AXIS, keep_dims=True)
+    # a comparison, not a maximum, lets NaN through
+    return x * (1.0 / tl.where(sums < EPS, EPS, sums)), sums
+
+
+@triton.jit
+def divide_by_sums_backward(d_log, y, sums, AXIS: tl.constexpr, EPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Given y = x / sums and the gradient of log y, that of log x; and x, the division undone."""
+    d_log -= y * tl.where(sums < EPS, 0.0, tl.sum(d_log, axis=AXIS, keep_dims=True))
+    return d_log, y * tl.where(sums < EPS, EPS, sums)
+
+
 def tile_size(size: int) -> int:
     """The power of two that holds `size` entries, and at least 16, the shortest side of a product in Triton."""
     return max(16, triton.next_power_of_2(size))
