@@ -1,4 +1,4 @@
-"""Small models of every architecture, and variants of their settings."""
+"""Small models of every architecture, in several variants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configurations of `MemoryAsContextTransformer` that between them take every value of every setting."""
+"""Configurations of `MemoryAsContextTransformer` that together cover every value of every setting."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CHOICES = {
     'neural_memory_layers': [None, (2, 3)],
     'memory': [MemoryMLP, MemoryAttention],
 }
-# one of each value at least, every pair of switches among the first four, the rest drawn
+# every combination of the first four switches, twice; the other settings are drawn at random
 drawn = random.Random(0)
 CONFIGURATIONS = [
     {**dict(zip(CHOICES, first)), **{key: drawn.choice(values) for key, values in [*CHOICES.items()][4:]}}

@@ -1,4 +1,4 @@
-"""Attention whose keys and values are the layers of an MLP. An experiment, not part of the paper."""
+"""Attention whose keys and values act as the layers of an MLP. An experiment of the reference, not of the paper."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from titans_pytorch.utils.checks import (
     check_floating,
     check_positive,
     check_shape,
+    checked_arguments,
     described,
-    flags_among,
 )
 from titans_pytorch.utils.parameters import Resettable
 from titans_pytorch.utils.shapes import Float
@@ -27,7 +27,7 @@ KeyValueCache = tuple[list[Tensor], list[Tensor]]
 
 
 class HeadsMix(nn.Conv2d):
-    """A learned linear map over the heads, (b, h, n, d); starts as the identity."""
+    """A learned linear map over the heads, (b, h, n, d), initially the identity."""
 
     def __init__(self, heads: int):
         super().__init__(heads, heads, 1, bias=False)
@@ -38,11 +38,11 @@ class HeadsMix(nn.Conv2d):
 
 
 class ImplicitMLPAttention(Resettable):
-    """A memory MLP that is never written out: each of its layers is a causal attention.
+    """A memory MLP that is never materialised: each of its layers is a causal attention.
 
-    The keys and values that a sequence gives to one attention are an implicit weight matrix of shape (key dim, value
-    dim), as in linear attention. Chaining several such attentions, with a nonlinearity between them, gives the implicit
-    MLP that TTT and Titans write out and train:
+    The keys and values of one attention are an implicit weight matrix of shape (key dim, value dim), as in linear
+    attention. A chain of such attentions with nonlinearities between them is an implicit form of the MLP that TTT and
+    Titans materialise and train:
 
         o_0 = queries
         o_l = attend(o_{l-1}, keys_l, values_l), then between layers: activation(talking_heads(o_l))
@@ -54,11 +54,11 @@ class ImplicitMLPAttention(Resettable):
         dim: width of the tokens.
         mlp_hiddens: widths per head of the implicit MLP, from its input (the queries) to its output: two or more, so
             that `(64, 128, 128, 64)` has three layers. The smallest is the rotary dimension; wider heads rotate partly.
-        activation: between the layers.
-        heads: number of implicit MLPs, each with its own share of the features.
-        talking_heads: whether a learned linear map mixes the heads between layers; it starts as the identity.
-        prenorm: whether to normalise the tokens.
-        keys_rmsnorm: whether to normalise the keys of each head.
+        activation: applied between the layers.
+        heads: number of implicit MLPs, each over its own part of the features.
+        talking_heads: mix the heads between layers by a learned linear map, initially the identity.
+        prenorm: normalise the tokens.
+        keys_rmsnorm: normalise the keys of each head.
     """
 
     def __init__(
@@ -73,9 +73,8 @@ class ImplicitMLPAttention(Resettable):
         keys_rmsnorm: bool = True,
     ):
         super().__init__()
-        dim, heads = check_positive(dim=dim, heads=heads)
+        dim, heads = checked_arguments(ImplicitMLPAttention, locals(), positive=['dim', 'heads'])
         mlp_hiddens = checked_hiddens(mlp_hiddens)
-        check_flags(**flags_among(locals(), ImplicitMLPAttention))
         check_callable(activation=activation)
 
         self.dim, self.heads = dim, heads
@@ -86,7 +85,7 @@ class ImplicitMLPAttention(Resettable):
         self.rotary_embed = Rotary(min(mlp_hiddens))
 
         self.to_queries = nn.Linear(dim, dim_in * heads, bias=False)
-        # keys and values in turn: the same seed then draws the reference's weights
+        # keys and values alternate, so that a seed draws the same weights as in the reference
         keys, values = zip(*([nn.Linear(dim, d * heads, bias=False) for d in layer] for layer in layers))
         self.keys = nn.ModuleList(keys)
         self.key_norms = nn.ModuleList([nn.RMSNorm(d) if keys_rmsnorm else nn.Identity() for d, _ in layers])
@@ -113,10 +112,10 @@ class ImplicitMLPAttention(Resettable):
         cache: KeyValueCache | None = None,
         return_kv_cache: bool = False,
     ) -> Float[Tensor, 'b n d'] | tuple[Float[Tensor, 'b n d'], KeyValueCache]:
-        """Attend; with the cache of all earlier tokens, as if they stood in front of these.
+        """The output (b, n, d) and, with `return_kv_cache`, the keys and values of all tokens so far.
 
-        Returns the output (b, n, d) and, if `return_kv_cache`, the keys and values of every token so far. A sequence
-        may come in calls of any length: the outputs are those of one call.
+        With the `cache` of all earlier tokens, a sequence may be split into calls of any length; the outputs are those
+        of a single call.
         """
         check_flags(return_kv_cache=return_kv_cache)
         check_floating('tokens', tokens, self.to_queries.weight.dtype)

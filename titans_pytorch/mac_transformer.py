@@ -30,9 +30,8 @@ from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.utils.checks import (
     check_flags,
     check_multiple,
-    check_not_negative,
     check_positive,
-    flags_among,
+    checked_arguments,
 )
 from titans_pytorch.utils.parameters import InReferenceFormat, fill
 from titans_pytorch.utils.shapes import Float, Int, divided
@@ -228,25 +227,18 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         paper_order: bool = False,
         checkpoint_layers: bool = False,
     ):
-        depth, segment_len, dim_head, heads, num_residual_streams = check_positive(
-            depth=depth,
-            segment_len=segment_len,
-            dim_head=dim_head,
-            heads=heads,
-            num_residual_streams=num_residual_streams,
-        )
-        num_longterm_mem_tokens, num_persist_mem_tokens = check_not_negative(
-            num_longterm_mem_tokens=num_longterm_mem_tokens, num_persist_mem_tokens=num_persist_mem_tokens
-        )
+        positive = ['dim', 'depth', 'segment_len', 'dim_head', 'heads', 'num_residual_streams']
+        not_negative = ['num_longterm_mem_tokens', 'num_persist_mem_tokens']
+        sizes = checked_arguments(MemoryAsContextTransformer, locals(), positive, not_negative)
+        dim, depth, segment_len, dim_head, heads, num_residual_streams, *memory_tokens = sizes
+        num_longterm_mem_tokens, num_persist_mem_tokens = memory_tokens
         if neural_memory_segment_len is None:
             neural_memory_segment_len = segment_len + num_longterm_mem_tokens
         neural_memory_segment_len, neural_memory_batch_size = checked_memory_settings(
-            neural_memory_segment_len, neural_memory_batch_size, neural_memory_model, neural_memory_kwargs
+            dim, neural_memory_segment_len, neural_memory_batch_size, neural_memory_model, neural_memory_kwargs
         )
-        check_flags(**flags_among(locals(), MemoryAsContextTransformer))
         memory_layers = layers_with_memory(neural_memory_layers, depth)
         super().__init__(num_tokens=num_tokens, dim=dim, token_emb=token_emb)
-        dim = self.dim
 
         self.segment_len = segment_len
         self.num_longterm_mem_tokens = num_longterm_mem_tokens
@@ -456,4 +448,4 @@ def _view_selector(dim: int, layer: int) -> nn.Sequential:
 def _check_paper_order(**given: Any) -> None:
     for name, value in given.items():
         if value is not None:
-            raise ValueError(f'{name} has no place in paper_order, got {value}')
+            raise ValueError(f'{name} cannot be combined with paper_order=True, got {value}')

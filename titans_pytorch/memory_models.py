@@ -1,12 +1,12 @@
-"""The memory networks: small modules whose weights become the memory of `NeuralMemory`.
+"""Memory networks: small modules whose weights become the memory of `NeuralMemory`.
 
-Each keeps the shape of its input, (..., tokens, dim), and runs on its own like any module. Two things let
-`NeuralMemory` do more with them than with an arbitrary module:
+Each maps (..., tokens, dim) to the same shape, and can be called like any module. Beyond that, two conventions make
+faster implementations possible:
 
-- `forward(x, linear=torch.matmul)`: every product of a row with a weight matrix goes through `linear(row, weight)`,
-  so that a caller can record what a matrix saw, or apply a matrix that changes over time without forming it;
-- `rowwise`: whether a row's output depends on that row alone. A model that does not say so is taken to mix the
-  tokens of a chunk (which must then be causal), and the state carries the queries of the open chunk.
+- `forward(x, linear=torch.matmul)`: every product of a row with a weight matrix is `linear(row, weight)`, so that a
+  caller can record the inputs of a matrix, or apply a matrix that changes over time without materialising it;
+- `rowwise`: true if each row of the output depends on the same row of the input only. Otherwise the network is assumed
+  to mix the tokens of a chunk, which it must do causally, and the state holds the queries of the open chunk.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Linear = Callable[[Tensor, Tensor], Tensor]
 
 
 class Matrices(ParameterSequence):
-    """Matrices for `x @ matrix`, of shapes (dim_in, dim_out), initialised with Xavier-uniform values."""
+    """Matrices of shapes (dim_in, dim_out) for `x @ matrix`, with Xavier-uniform initial values."""
 
     def __init__(self, *shapes: tuple[int, int]):
         super().__init__(torch.empty(shape) for shape in shapes)
@@ -51,7 +51,7 @@ class Layers(ModuleList):
 
 
 class LayerNorm(Module):
-    """Layer norm with a gain of `1 + gamma` and no bias, so that a gain of zero weights is the plain norm."""
+    """Layer norm with a gain of `1 + gamma`, initially 1, and no bias."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -84,7 +84,7 @@ class ResidualNorm(Resettable):
 
 
 class MemoryMLP(Resettable):
-    """`depth` matrices with GELU between them; hidden width `dim * expansion_factor`. `depth=1` is a linear memory."""
+    """`depth` matrices with GELU in between; hidden width `dim * expansion_factor`. `depth=1` is a linear memory."""
 
     rowwise = True
 
@@ -107,9 +107,9 @@ class MemoryMLP(Resettable):
 
 
 def inner_mlp(model: Module) -> MemoryMLP | None:
-    """The MLP that a memory is, alone or inside a `ResidualNorm`; `None` for any other network, with frozen parts, and
-    with hooks."""
-    # subclasses may do otherwise
+    """The `MemoryMLP` of a memory network, bare or inside a `ResidualNorm`; `None` for other networks, and for ones
+    with frozen parts or hooks."""
+    # exact types: subclasses may compute something else
     inner = model.model if type(model) is ResidualNorm else model
     if type(inner) is not MemoryMLP or is_intercepted(model.modules()) or next(model.buffers(), None) is not None:
         return None
@@ -117,12 +117,12 @@ def inner_mlp(model: Module) -> MemoryMLP | None:
 
 
 def mlp_matrices(model: Module, weights: Mapping[str, Tensor]) -> list[Tensor]:
-    """Of the weights of such a memory, by parameter and in any order, its matrices from first to last."""
+    """The matrices of such a network in order, from its weights by parameter name."""
     return [weights[name] for name, parameter in model.named_parameters() if parameter.ndim == 2]
 
 
 class GatedResidualMemoryMLP(Resettable):
-    """`depth` feedforwards, each mixed into the stream by a learned gate per feature, and a final projection."""
+    """`depth` feedforwards, each mixed into the residual stream by a gate per feature, and a final projection."""
 
     rowwise = True
 
@@ -142,12 +142,12 @@ class GatedResidualMemoryMLP(Resettable):
         for to_hidden, to_branch, to_gates in self.weights:
             branch = linear(F.gelu(linear(x, to_hidden)), to_branch)
             gates = linear(torch.cat((branch, x), dim=-1), to_gates).sigmoid()
-            x = x + (branch - x) * gates  # not `lerp`, which takes no two dtypes, as autocast makes them
+            x = x + (branch - x) * gates  # not `lerp`, which does not accept the mixed dtypes of autocast
         return linear(x, self.final_proj)
 
 
 class FactorizedMemoryMLP(Resettable):
-    """`depth` square matrices held as products of rank `k`: less to store per chunk, so chunks can be smaller."""
+    """`depth` square matrices as products of rank `k`: fewer weights per chunk, so that chunks can be smaller."""
 
     rowwise = True
 
@@ -163,10 +163,10 @@ class FactorizedMemoryMLP(Resettable):
 
 
 class MemorySwiGluMLP(Resettable):
-    """`depth` gated feedforwards (GELU gate), each around a residual, then a layer norm.
+    """`depth` gated feedforwards (GELU gate), each with a residual connection, then a layer norm.
 
-    A gated feedforward is two matrices deep, so `depth=1` already matches the two-layer memory of TTT; the 2/3
-    keeps its number of weights that of an ungated feedforward with the same `expansion_factor`.
+    A gated feedforward is two matrices deep, so that `depth=1` corresponds to the two-layer memory of TTT. Its hidden
+    width is 2/3 of that of an ungated feedforward with the same `expansion_factor`, for the same number of weights.
     """
 
     rowwise = True
@@ -187,9 +187,9 @@ class MemorySwiGluMLP(Resettable):
 
 
 class MemoryAttention(Resettable):
-    """Causal attention over the tokens of a chunk and a feedforward, side by side (as in PaLM).
+    """Causal attention over the tokens of a chunk and a feedforward in parallel (as in PaLM).
 
-    Queries and keys are l2-normalised, so their similarity is a cosine; `scale` is its inverse temperature.
+    Queries and keys are l2-normalised, so that their similarity is a cosine; `scale` is the inverse temperature.
     """
 
     rowwise = False
@@ -209,7 +209,7 @@ class MemoryAttention(Resettable):
         queries = l2_norm(linear(x, to_queries))
         keys = l2_norm(linear(x, to_keys))
 
-        # written out: the memory's own gradient is differentiated again, which fused attention kernels cannot
+        # no fused kernel: the inner gradient is differentiated again, which fused attention does not support
         similarity = queries @ keys.mT * self.scale
         length = x.shape[-2]
         future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
@@ -220,4 +220,4 @@ class MemoryAttention(Resettable):
 
 
 NETWORKS = (MemoryMLP, GatedResidualMemoryMLP, FactorizedMemoryMLP, MemorySwiGluMLP, MemoryAttention)
-"""The networks of this module, which the dual engine serves."""
+"""The networks of this module, all of which the dual engine supports."""

@@ -1,4 +1,4 @@
-"""Attention whose queries, keys and values are attentions themselves. An experiment, not part of the paper."""
+"""Attention over the outputs of three inner attentions. An experiment of the reference, not part of the paper."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from titans_pytorch.attention.rotary import (
     flatten_cache,
     rotary_causal_attention,
 )
-from titans_pytorch.utils.checks import check_flags, check_floating, check_positive, check_shape, flags_among
+from titans_pytorch.utils.checks import check_flags, check_floating, check_shape, checked_arguments
 from titans_pytorch.utils.parameters import Resettable
 from titans_pytorch.utils.shapes import Float
 
@@ -26,7 +26,7 @@ class NestedAttention(Resettable):
         q, k, v = attend(queries, keys_i, values_i)  for i = 1, 2, 3
         out     = attend(q, norm(k), v)
 
-    so that what a token offers to later ones depends on all that it has seen itself.
+    so that a token's key and value depend on all earlier tokens.
 
     Normed keys: https://openreview.net/forum?id=HkztQWZfl2
 
@@ -34,8 +34,8 @@ class NestedAttention(Resettable):
         dim: width of the tokens.
         dim_head: width of a head, all of it rotary.
         heads: number of heads.
-        prenorm: whether to normalise the tokens.
-        keys_rmsnorm: without effect, as in the package whose checkpoints this one reads: keys are always normalised.
+        prenorm: normalise the tokens.
+        keys_rmsnorm: without effect, as in the reference: keys are always normalised.
     """
 
     def __init__(
@@ -48,10 +48,8 @@ class NestedAttention(Resettable):
         keys_rmsnorm: bool = True,
     ):
         super().__init__()
-        dim, dim_head, heads = check_positive(dim=dim, dim_head=dim_head, heads=heads)
+        dim, dim_head, heads = checked_arguments(NestedAttention, locals(), positive=['dim', 'dim_head', 'heads'])
         check_rotary_width(dim_head)
-        check_flags(**flags_among(locals(), NestedAttention))
-
         self.dim, self.dim_head, self.heads = dim, dim_head, heads
         dim_inner = dim_head * heads
 
@@ -77,10 +75,10 @@ class NestedAttention(Resettable):
         cache: NestedCache | None = None,
         return_kv_cache: bool = False,
     ) -> Float[Tensor, 'b n d'] | tuple[Float[Tensor, 'b n d'], NestedCache]:
-        """Attend; with the cache of all earlier tokens, as if they stood in front of these.
+        """The output (b, n, d) and, with `return_kv_cache`, inner and outer keys and values of all tokens so far.
 
-        Returns the output (b, n, d) and, if `return_kv_cache`, inner and outer keys and values of every token so far.
-        A sequence may come in calls of any length: the outputs are those of one call.
+        With the `cache` of all earlier tokens, a sequence may be split into calls of any length; the outputs are those
+        of a single call.
         """
         check_flags(return_kv_cache=return_kv_cache)
         check_floating('tokens', tokens, self.to_queries.weight.dtype)
@@ -97,7 +95,7 @@ class NestedAttention(Resettable):
         keys_values = extend_cache(cached and cached[:6], (*keys, *values))
         keys, values = keys_values[:3], keys_values[3:]
 
-        # the inner attentions of earlier tokens are in the cache: only those of the new tokens are computed
+        # inner attentions are computed for new tokens only; those of earlier tokens are cached
 
         q, k, v = (rotary_causal_attention(self.rotary_embed, queries, key, value) for key, value in zip(keys, values))
 

@@ -1,4 +1,4 @@
-"""The two experimental attentions: any split of a sequence into cached calls is one pass, in outputs and gradients."""
+"""The two experimental attentions: cached calls over any split of a sequence equal one pass, with gradients."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ attentions = pytest.mark.parametrize('name', ATTENTIONS)
 
 
 def build(name: str) -> nn.Module:
-    """In float64, with every weight away from where it starts (so that talking heads do talk)."""
+    """An attention in float64, with perturbed weights, so that talking heads are not the identity."""
     torch.manual_seed(0)
     attention = ATTENTIONS[name]().double()
     for parameter in attention.parameters():
@@ -112,19 +112,17 @@ def test_no_token_sees_a_later_one(name: str) -> None:
 
 
 @attentions
-def test_without_return_kv_cache_the_output_alone(name: str) -> None:
+def test_without_return_kv_cache_only_the_output_is_returned(name: str) -> None:
     attention, tokens = build(name), random_tokens()
     out, _ = attention(tokens, return_kv_cache=True)
     assert torch.equal(attention(tokens), out)
 
 
 def test_implicit_mlp_is_a_chain_of_attentions() -> None:
-    """Written out: two layers, one head, positions too few for rotation to matter (one token)."""
+    """With a single token, each attention returns its value, so that only the last layer matters."""
     torch.manual_seed(0)
     attention = ImplicitMLPAttention(DIM, (4, 6, 8), heads=2)
     token = torch.randn(3, 1, DIM)
-
-    # a single key is attended to with weight one, whatever the query: what comes out is its value in the last layer
 
     value = attention.values[-1](F.rms_norm(token, (DIM,)))
     torch.testing.assert_close(attention(token), attention.to_out(value))
@@ -142,7 +140,7 @@ def test_key_norms_can_be_left_out() -> None:
 
 
 def test_rotation_follows_explicit_positions() -> None:
-    """Pairs of neighbouring features turn by position × frequency; features beyond the rotary dimension stay."""
+    """Pairs of adjacent features rotate by position × frequency; features beyond the rotary dimension do not."""
     rotary = RotaryEmbedding(4).double()
     t = torch.randn(2, 3, 5, 6, dtype=torch.float64)
     positions = torch.tensor([0, 7, 3, 3, 1000])
@@ -237,7 +235,7 @@ def test_refuses_bad_tokens(name: str) -> None:
 
 
 @attentions
-def test_refuses_a_cache_that_is_not_its_own(name: str) -> None:
+def test_refuses_a_cache_of_another_attention(name: str) -> None:
     attention, tokens = build(name), random_tokens()
     _, (keys, values) = attention(tokens, return_kv_cache=True)
 

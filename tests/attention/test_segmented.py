@@ -1,4 +1,4 @@
-"""`SegmentedAttention`: three ways to attend, one meaning; and the masks they share."""
+"""`SegmentedAttention`: its three implementations equal the definition, and so do their masks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VARIANTS = [
 ]
 every_variant = pytest.mark.parametrize('variant', VARIANTS)
 LENGTH = 29
-FLOAT32_SOFTMAX = 1e-6  # x-transformers takes its softmax in float32
+FLOAT32_SOFTMAX = 1e-6  # x-transformers computes its softmax in float32
 
 
 def attention(variant, **kwargs) -> SegmentedAttention:
@@ -27,14 +27,14 @@ def attention(variant, **kwargs) -> SegmentedAttention:
 
 
 def sees(query: int, key: int, window: int, sliding: bool) -> bool:
-    """The definition, a pair at a time."""
+    """The definition for one pair of positions."""
     if key > query:
         return False
     return query - key <= window if sliding else query // window == key // window
 
 
 def expected_output(layer: SegmentedAttention, seq: torch.Tensor) -> torch.Tensor:
-    """Attention with a full mask, written out."""
+    """Attention with a dense mask, by definition."""
     queries, keys, values = (
         rearrange(t, 'b n (h d) -> b h n d', h=2) for t in layer.to_qkv(layer.norm(seq)).chunk(3, dim=-1)
     )
@@ -90,7 +90,7 @@ def test_flex_attention_equals_the_definition(variant):
         out = layer.to_out(layer.merge_heads(layer._attend_flex(queries, keys, values, 0, attend)))
         assert_same(out, expected, 1e-5)
 
-        # the last queries, to the keys that they can see
+        # the last queries, with the keys visible to them
         read = 2 * layer.total_segment_len + 3 * layer.sliding
         first = read - layer.total_segment_len * layer.sliding
         keys, values = keys[..., first:, :], values[..., first:, :]

@@ -1,4 +1,4 @@
-"""Decoding by steps: equal to reading the whole sequence, over state of constant size; stop tokens, lengths, caches."""
+"""Decoding steps equal one pass, with state of constant size; stop tokens, prompts of several lengths, caches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from titans_pytorch.generation.stepper import Stepper
 from titans_pytorch.ops.sinkhorn import sinkhorn
 
 GREEDY = {'temperature': 0.0, 'show_progress': False}
-LENGTH = 45  # at 5 tokens to a window, and at most 8 positions to a chunk: several of each, and of memory batches
+LENGTH = 45  # several windows (5 tokens each), chunks (at most 8 positions each) and memory batches
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def stepper(model, tokens) -> Stepper:
 
 
 def steps(model, tokens, start: int) -> torch.Tensor:
-    """Logits from token number `start` on, a step each."""
+    """Logits from token `start` on, one step per token."""
     step = stepper(model, tokens[:, :start])
     return torch.stack([step(token).clone() for token in tokens[:, start:].unbind(1)], dim=1)
 
@@ -112,22 +112,22 @@ def test_a_state_with_a_mask_is_refused():
 
 
 @torch.no_grad()
-def test_memory_stays_constant():
+def test_buffers_stay_in_place_and_keep_their_size():
     model = transformer(11)
     step = stepper(model, ids(7))
-    places = {name: (t.data_ptr(), t.shape) for name, t in leaves(step._state).items()}
+    before = {name: (t.data_ptr(), t.shape) for name, t in leaves(step._state).items()}
     sizes = set()
     for count in range(1, 200):
         step(ids(1)[:, 0])
-        if count % 40 == 0:  # the same place in window, chunk and memory batch
+        if count % 40 == 0:  # the same offset in window, chunk and memory batch
             sizes.add(sum(t.numel() for t in leaves(step.cache()).values()))
-    assert {name: (t.data_ptr(), t.shape) for name, t in leaves(step._state).items()} == places
+    assert {name: (t.data_ptr(), t.shape) for name, t in leaves(step._state).items()} == before
     assert len(sizes) == 1
 
 
 @torch.no_grad()
-def test_each_kind_of_step_always_runs_the_same():
-    """What a captured graph relies on: the operations and their shapes depend on the kind alone."""
+def test_steps_of_one_kind_run_the_same_operations():
+    """Captured graphs rely on this: operations and their shapes depend on the kind only."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Recorder(TorchDispatchMode):
@@ -141,7 +141,7 @@ def test_each_kind_of_step_always_runs_the_same():
             self.calls.append((func, *(t.shape for t in args if isinstance(t, torch.Tensor))))
             return out
 
-    def no_early_end(log_alpha, iters, eps):  # which is for the CPU alone
+    def no_early_end(log_alpha, iters, eps):  # which runs on a CPU only
         return sinkhorn(log_alpha, iters)
 
     for index in (3, 9, 22):
@@ -245,7 +245,7 @@ def test_a_stream_yields_the_same_tokens():
     assert torch.equal(torch.stack(positions[:5], dim=1)[1], prompt[1, 4:])
 
 
-def test_streams_do_not_disturb_each_other():
+def test_streams_are_independent():
     model, prompts = transformer(4), [ids(9), ids(6)]
     streams = [model.stream(prompt, 30, temperature=0.0) for prompt in prompts]
     turns = [next(streams[count % 2]) for count in range(30)]
@@ -255,7 +255,7 @@ def test_streams_do_not_disturb_each_other():
 
 
 @pytest.mark.parametrize('index', [2, 7, 15, 18, 31])
-def test_a_cache_is_handed_on_through_a_file(index, tmp_path):
+def test_a_cache_is_saved_and_loaded(index, tmp_path):
     model, prompt = transformer(index), ids(6)
     expected = model.sample(prompt, 50, **GREEDY)
 
@@ -264,7 +264,7 @@ def test_a_cache_is_handed_on_through_a_file(index, tmp_path):
     loaded = torch.load(tmp_path / 'cache.pt', weights_only=True)
     assert_same(loaded, cache, 0.0)
     so_far = torch.cat((prompt, first), dim=1)
-    # a user's own tokens may come in between; here they are those that the model would have chosen
+    # the user may insert tokens, here the ones that the model would have sampled
     so_far = torch.cat((so_far, expected[:, 17:20]), dim=1)
     second, after = model.sample(so_far, 40, cache=loaded, return_cache=True, **GREEDY)
     assert torch.equal(second, expected[:, 20:34])
@@ -281,7 +281,7 @@ def test_a_cache_is_handed_on_through_a_file(index, tmp_path):
     assert_same(model(tokens, cache=cache, return_cache=True)[0], model(tokens)[:, 22:], 1e-9)
 
 
-def test_a_cache_is_as_a_pass_leaves_it():
+def test_a_cache_equals_that_of_one_pass():
     model, prompt = transformer(18), ids(6)
     added, cache = model.sample(prompt, 33, return_cache=True, **GREEDY)
     with torch.no_grad():
@@ -290,7 +290,7 @@ def test_a_cache_is_as_a_pass_leaves_it():
 
 
 def sampled(model, prompt, length: int, **kwargs):
-    """Tokens, and the logits that they were chosen from."""
+    """Tokens, and the logits they were sampled from."""
     logits = []
 
     def kept(own):
@@ -301,12 +301,12 @@ def sampled(model, prompt, length: int, **kwargs):
     return tokens, torch.stack(logits)
 
 
-def test_compiled_steps_serve_later_calls(steps_compiled_eagerly):
+def test_compiled_steps_are_reused(steps_compiled_eagerly):
     model, prompt = transformer(3), ids(6)
     assert_same(sampled(model, prompt, 22, compiled=True), sampled(model, prompt, 22), 1e-9)
     kinds = len(steps_compiled_eagerly)
 
-    # a stream beside another call, which leaves the model in training mode for a moment
+    # a stream interleaved with another call
     other = model.train().stream(prompt, 30, temperature=0.0, compiled=True)
     begun = [next(other) for _ in range(3)]
     assert_same(sampled(model, prompt, 22, compiled=True), sampled(model, prompt, 22), 1e-9)
@@ -314,7 +314,7 @@ def test_compiled_steps_serve_later_calls(steps_compiled_eagerly):
     assert torch.equal(torch.stack([*begun, *other], dim=1), model.sample(prompt, 30, use_cache=True, **GREEDY))
     assert model.training
 
-    # new values of parameters, in place and in their place
+    # new parameter values, in place and by assignment
     with torch.no_grad():
         model.to_logits.weight.mul_(-1.0)
     assert_same(sampled(model, prompt, 12, compiled=True), sampled(model, prompt, 12), 1e-9)
@@ -323,7 +323,7 @@ def test_compiled_steps_serve_later_calls(steps_compiled_eagerly):
     assert len(steps_compiled_eagerly) == kinds
 
 
-def test_compiled_steps_are_compiled_anew_where_they_have_to_be(steps_compiled_eagerly):
+def test_compiled_steps_are_recompiled_when_necessary(steps_compiled_eagerly):
     model = LongTermMemoryModel(num_tokens=TOKENS, dim=8, depth=1, neural_memory_segment_len=3)
     model, prompt = randomised(model, 0.1).double(), ids(5)
 
@@ -334,7 +334,7 @@ def test_compiled_steps_are_compiled_anew_where_they_have_to_be(steps_compiled_e
 
     kinds = compiles()
     assert kinds == 2 and compiles() == 0
-    with torch.inference_mode():  # whose tensors are not for what is compiled outside
+    with torch.inference_mode():  # compiled steps cannot use inference tensors
         assert compiles() == kinds
     hook = model.to_logits.register_forward_hook(lambda module, args, out: -out)
     assert compiles() == kinds
@@ -363,7 +363,7 @@ def test_compiled_steps():
 @pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
 @pytest.mark.parametrize('pad_token', [-1, -100, TOKENS])
 def test_padding_outside_the_vocabulary(pad_token, device, use_cache):
-    """The model never reads it: rows that go on get what they get beside a pad token of the vocabulary."""
+    """The model never reads it: rows that have not ended get the same tokens as with a pad token in the vocabulary."""
     model, prompt = transformer(0).to(device), ids(6).to(device)
     kwargs = {'prompt_lengths': [6, 3], 'use_cache': use_cache, **GREEDY}
     unstopped = model.sample(prompt, 30, **kwargs)
@@ -371,11 +371,11 @@ def test_padding_outside_the_vocabulary(pad_token, device, use_cache):
     expected = model.sample(prompt, 30, pad_token=0, **kwargs)
     came = model.sample(prompt, 30, pad_token=pad_token, **kwargs)
     ended = [(row == kwargs['stop_tokens']).nonzero()[0].item() for row in expected]
-    assert ended[1] <= 4 and ended[0] != ended[1]  # one ends before the other
+    assert ended[1] <= 4 and ended[0] != ended[1]  # at different positions
     for row, (own, end) in enumerate(zip(came, ended)):
         assert torch.equal(own[: end + 1], expected[row, : end + 1])
         assert (own[end + 1 :] == pad_token).all()
-    prompt[1, 3:] = pad_token  # and where it pads the prompt
+    prompt[1, 3:] = pad_token  # as padding of the prompt too
     assert torch.equal(model.sample(prompt, 30, pad_token=pad_token, **kwargs), came)
 
 
@@ -430,13 +430,13 @@ def test_graphs_give_the_tokens_of_eager_steps(index, monkeypatch):
     step = model.step
 
     def without_gradient(*args):
-        assert not torch.is_grad_enabled()  # with it kernels are passed over
+        assert not torch.is_grad_enabled()  # kernels do not run with gradients
         step(*args)
 
     monkeypatch.setattr(model, 'step', without_gradient)
     results = [model.sample(prompt, 60, use_cache=True, cuda_graphs=graphs, **GREEDY) for graphs in (False, True, True)]
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-    with torch.no_grad():  # in place: the graphs read them where they lie
+    with torch.no_grad():  # in place, as graphs hold the addresses of parameters
         model.to_logits.weight.mul_(-1.0)
     again = [model.sample(prompt, 60, use_cache=True, cuda_graphs=graphs, **GREEDY) for graphs in (False, True)]
     assert torch.equal(*again) and not torch.equal(again[0], results[0])

@@ -1,4 +1,4 @@
-"""Forward hooks act in every way that a module is run: cached and uncached sampling, with and without gradients."""
+"""Forward hooks take effect in cached and uncached sampling, with and without gradients."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_cached_sampling_sees_hooks(name: str, which: str):
         assert not torch.equal(cached, plain.sample(prompt, 40, use_cache=True, **kwargs))
 
 
-def test_hooks_of_all_modules_are_seen():
+def test_global_hooks_are_called():
     with all_in_float64():
         model, prompt, seen = build('MAG').eval(), ids(7), set()
         handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.add(type(module)))
@@ -112,7 +112,7 @@ def test_frozen_memories_build_no_graph():
         assert not state.cache_store_segment.requires_grad
 
 
-def test_a_loss_that_trains_keeps_its_graph_though_the_memory_is_frozen():
+def test_a_trained_loss_has_gradients_with_a_frozen_memory():
     weight = torch.full((8,), 0.5, dtype=torch.float64, requires_grad=True)
 
     def loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -128,7 +128,7 @@ def test_a_loss_that_trains_keeps_its_graph_though_the_memory_is_frozen():
     assert_same(came['dual'], came['dense'])
 
 
-def test_compiled_steps_see_another_hook(steps_compiled_eagerly: list):
+def test_compiled_steps_see_a_changed_hook(steps_compiled_eagerly: list):
     with all_in_float64():
         model, prompt = build('LMM').eval(), ids(5)
         kwargs = {'temperature': 0.0, 'show_progress': False}

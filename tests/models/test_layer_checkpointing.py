@@ -1,4 +1,4 @@
-"""Activation checkpointing of layers: by `checkpoint_layers`, or by hand around a block."""
+"""Activation checkpointing of layers, by `checkpoint_layers` or by wrapping a block."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def test_with_a_state(name: str):
     assert_same(came, gradients(model, model(x[:, 8:], state=state).square().sum()))
 
 
-def test_less_is_kept_for_the_backward():
-    def kept(model: torch.nn.Module) -> int:
+def test_less_is_saved_for_the_backward_pass():
+    def num_saved(model: torch.nn.Module) -> int:
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
             model(ids(40), return_loss=True)
         return sum(sizes)
 
     model = build('MAC', depth=4)
-    everything = kept(model)
+    everything = num_saved(model)
     model.checkpoint_layers = True
-    assert kept(model) < everything / 4
+    assert num_saved(model) < everything / 4

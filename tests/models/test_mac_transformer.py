@@ -87,7 +87,7 @@ def test_positions_of_longterm_memory_tokens():
     assert [model.seq_len_with_longterm_mem(n) for n in (1, 5, 6, 10, 11)] == [1, 5, 9, 13, 17]
 
 
-def test_a_token_embedding_of_ones_own():
+def test_custom_token_embedding():
     model = transformer(3)
     own = transformer(3, token_emb=nn.Sequential(nn.Embedding(TOKENS, 16)))
     state = {name.replace('token_emb.', 'token_emb.0.'): p for name, p in model.state_dict().items()}
@@ -96,7 +96,7 @@ def test_a_token_embedding_of_ones_own():
     assert_same(own(tokens), model(tokens), 1e-12)
 
 
-def test_factorized_positions_change_nothing():
+def test_factorized_positions_do_not_change_results():
     model, tokens = transformer(2), ids(17)
     length = model.seq_len_with_longterm_mem(40)
     outer = model.axial_pos_emb.maybe_derive_outer_dim(length, (model.neural_memory_segment_len,))
@@ -107,13 +107,13 @@ def test_factorized_positions_change_nothing():
     assert_same(model(tokens, factorized_pos_emb=factorized, **following)[0], model(tokens, **following)[0], 1e-12)
 
 
-def test_the_loss_compiles_whole_and_once():
+def test_the_loss_compiles_once_without_graph_breaks():
     torch.compiler.reset()
     model = transformer(3, neural_memory_layers=(1, 3), num_residual_streams=1)
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     for attempt in range(2):
         tokens = ids(12)
-        expected = model(tokens, return_loss=True)  # first: einops fills a table of its own at the first call
+        expected = model(tokens, return_loss=True)  # before the compiled call, as einops fills a table at its first
         of_eager = gradients(model, expected)
         with torch.compiler.set_stance('fail_on_recompile' if attempt else 'default'):
             came = compiled(tokens, return_loss=True)
@@ -123,7 +123,7 @@ def test_the_loss_compiles_whole_and_once():
 # sampling
 
 
-def test_sampling_restores_the_mode_and_leaves_the_prompt():
+def test_sampling_restores_the_mode_and_does_not_modify_the_prompt():
     model, prompt = transformer(0), ids(4)
     kept = prompt.clone()
     model.train()

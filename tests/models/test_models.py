@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_steps_equal_one_pass(name, variant):
         step = Stepper.of(model, state, cuda_graphs=None)
         came = torch.stack([step(token).clone() for token in tokens[:, start:].unbind(1)], dim=1)
         assert_same(came, expected[:, start:], 1e-9)
-        rest, _ = model(tokens[:, -1:], state=step.cache(), return_state=True)  # and the way back
+        rest, _ = model(tokens[:, -1:], state=step.cache(), return_state=True)  # and back to a state
         following = torch.cat((tokens, tokens[:, -1:]), dim=1)
         assert_same(rest, model(following)[:, -1:], 1e-9)
 
@@ -111,7 +112,7 @@ def test_memory_reaches_past_attention(name):
 
 
 @architectures
-def test_the_loss_compiles_whole_and_once(name):
+def test_the_loss_compiles_once_without_graph_breaks(name):
     torch.compiler.reset()
     model = build(name, neural_memory_layers=(2,), num_residual_streams=1)
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
@@ -124,11 +125,11 @@ def test_the_loss_compiles_whole_and_once(name):
             assert_same((came, gradients(model, came)), (expected, of_eager), 1e-7)
 
 
-# rows that are no single sequence
+# padded rows, and rows of several documents
 
 
 def documents_of(lengths, pads_left):
-    """Rows of several documents, 30 tokens long, and each document by itself."""
+    """Rows of 30 tokens that hold several documents, and the location of each document."""
     tokens, mask = ids(30, len(lengths)), torch.zeros(len(lengths), 30, dtype=torch.bool)
     document_ids, alone = torch.zeros(len(lengths), 30, dtype=torch.long), []
     for row, own in enumerate(lengths):
@@ -143,7 +144,7 @@ def documents_of(lengths, pads_left):
 
 @architectures
 @pytest.mark.parametrize('pads_left', [False, True])
-def test_documents_and_padding_change_nothing(name, pads_left):
+def test_documents_and_padding_do_not_change_results(name, pads_left):
     model = build(name)
     tokens, mask, document_ids, alone = documents_of([[4, 11, 8], [17], [1, 2, 20]], pads_left)
     came = model(tokens, mask=mask, document_ids=document_ids)
@@ -159,7 +160,7 @@ def test_documents_and_padding_change_nothing(name, pads_left):
     assert_same(gradients(model, loss), gradients(model, expected), 1e-7)
 
 
-def test_padding_between_documents_parts_them():
+def test_padding_between_documents_separates_them():
     model, tokens = build('MAG'), ids(12, batch=1)
     mask = torch.tensor([[True] * 5 + [False] * 3 + [True] * 4])
     document_ids = torch.tensor([[0] * 5 + [1] * 3 + [0] * 4])
@@ -192,11 +193,11 @@ def test_documents_without_padding_and_padding_without_documents():
     assert_same(model(tokens, mask=mask), model(tokens), 1e-12)
 
 
-# inputs and outputs that are no tokens
+# embeddings and features as input, hidden states as output
 
 
 @architectures
-def test_embeddings_and_features_go_in_and_hidden_states_come_out(name):
+def test_embeddings_features_and_hidden_states(name):
     model, tokens = build(name), ids(20)
     embeddings = model.token_emb(tokens)
     assert_same(model(embeddings), model(tokens), 1e-12)
@@ -238,7 +239,7 @@ def test_a_state_is_saved_moved_detached_and_reordered(name, tmp_path):
 
 
 @torch.no_grad()
-def test_sampling_goes_on_from_a_state():
+def test_sampling_continues_from_a_state():
     model, prompt = build('MAC'), ids(9)
     kwargs = {'temperature': 0.0, 'show_progress': False}
     whole = model.sample(prompt, 30, use_cache=True, **kwargs)
@@ -258,20 +259,22 @@ def test_a_state_does_not_grow(name):
             _, state = model(ids(length), return_state=True)
         return sum(t.numel() for t in torch.utils._pytree.tree_leaves(tuple(state)) if isinstance(t, torch.Tensor))
 
-    assert numbers(120 + 7 * 18) == numbers(120)  # at the same place in a segment, and in a chunk
+    assert numbers(120 + 7 * 18) == numbers(120)  # at the same offset in a segment and in a chunk
 
 
 # arguments
 
 
 BAD = [
-    ('MAC, paper order', {'num_longterm_mem_tokens': 2}, 'num_longterm_mem_tokens has no place in paper_order, got 2'),
-    ('MAC, paper order', {'sliding_window_attn': True}, 'sliding_window_attn has no place in paper_order'),
+    ('MAC, paper order', {'num_longterm_mem_tokens': 2}, 'num_longterm_mem_tokens cannot be combined with paper_order'),
+    ('MAC, paper order', {'sliding_window_attn': True}, 'sliding_window_attn cannot be combined with paper_order=True'),
     ('MAC, paper order', {'neural_memory_segment_len': 4}, 'segment_len must be a multiple of neural_memory_segment'),
     ('MAC, paper order', {'neural_memory_model': MemoryAttention(8)}, 'neural_memory_model mixes them'),
     ('MAG', {'neural_memory_layers': (3,)}, r'neural_memory_layers must be layers from 1 to depth=2, got \[3\]'),
     ('MAL', {'num_tokens': 0}, 'num_tokens must be a positive integer, got 0'),
     ('LMM', {'depth': 0}, 'depth must be a positive integer, got 0'),
+    ('MAG', {'neural_memory_model': nn.Linear(8, 4)}, 'neural_memory_model must keep the shape of its input'),
+    ('MAC', {'neural_memory_model': nn.ReLU()}, 'neural_memory_model must have parameters that are not frozen'),
 ]  # fmt: skip
 
 
@@ -335,3 +338,17 @@ def test_random_pieces_equal_one_pass():
             sizes.append(drawn.randint(1, left))
             left -= sizes[-1]
         assert_same(in_pieces(model, tokens, sizes)[0], whole, 1e-9)
+
+
+@torch.no_grad()
+def test_layers_free_keys_and_values_that_no_later_token_sees():
+    model, keys, alive = build('MAG', depth=3), [], []
+
+    def hook(module, args, out):
+        alive.append(sum(ref() is not None for ref in keys))
+        keys.append(weakref.ref(out[1].cached_key_values[0]))
+
+    for block in model.layers:
+        block.attention.register_forward_hook(hook)
+    model(ids(40), return_state=True)
+    assert alive == [0, 0, 0]

@@ -47,9 +47,9 @@ def ids(length: int, batch: int = 2) -> Tensor:
 
 def loss_and_gradients(model: Module, step: Callable[..., Tensor], *args: Any) -> tuple[Tensor, dict[str, Tensor]]:
     loss = step(*args)
-    # what stores nothing of a short sequence has no gradient, and of its padding one of zeros
-    nothing = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    return loss.detach(), nothing | gradients(model, loss)
+    # parameters that a short sequence does not use have no gradient; with padding, a gradient of zeros
+    zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    return loss.detach(), zeros | gradients(model, loss)
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -63,7 +63,7 @@ def test_padding_to_a_bucket_changes_no_loss_and_no_gradient(name: str, float64:
         assert_same(loss_and_gradients(model, lambda: model(padded, labels=labels)), want)  # noqa: B023
 
 
-def test_labels_of_ones_own_and_embeddings(float64: None):
+def test_custom_labels_and_embeddings(float64: None):
     model = randomised(MODELS['MAG'](), 0.1).double()
     x, labels = torch.randn(2, 7, 8, dtype=torch.float64), ids(7)
     labels[:, 3] = -100
@@ -72,7 +72,7 @@ def test_labels_of_ones_own_and_embeddings(float64: None):
     assert_same(model(padded, labels=padded_labels), model(x, labels=labels))
 
 
-def test_what_cannot_be_padded_is_named():
+def test_invalid_arguments_are_refused():
     with pytest.raises(ValueError, match='buckets must hold a length of at least that of x, 9'):
         pad_to_bucket(ids(9), (4, 8))
     with pytest.raises(ValueError, match='labels must be given'):
@@ -86,7 +86,7 @@ def test_what_cannot_be_padded_is_named():
 
 
 def counted(step: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], list[Any]]:
-    """A step compiled whole, and a list with an entry for each compilation."""
+    """A step compiled without graph breaks, and a list with one entry per compilation."""
     graphs: list[Any] = []
 
     def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:

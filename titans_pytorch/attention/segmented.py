@@ -26,10 +26,9 @@ from titans_pytorch.utils.checks import (
     check_floating,
     check_keywords,
     check_not_negative,
-    check_positive,
     check_shape,
+    checked_arguments,
     checked_key_values,
-    flags_among,
 )
 from titans_pytorch.utils.functional import is_intercepted
 from titans_pytorch.utils.parameters import InReferenceFormat, Resettable
@@ -94,13 +93,12 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         use_flex_attn: bool = False,
     ):
         super().__init__()
-        dim, segment_len, dim_head, heads = check_positive(
-            dim=dim, segment_len=segment_len, dim_head=dim_head, heads=heads
+        dim, segment_len, dim_head, heads, num_persist_mem_tokens, num_longterm_mem_tokens = checked_arguments(
+            SegmentedAttention,
+            locals(),
+            positive=['dim', 'segment_len', 'dim_head', 'heads'],
+            not_negative=['num_persist_mem_tokens', 'num_longterm_mem_tokens'],
         )
-        num_persist_mem_tokens, num_longterm_mem_tokens = check_not_negative(
-            num_persist_mem_tokens=num_persist_mem_tokens, num_longterm_mem_tokens=num_longterm_mem_tokens
-        )
-        check_flags(**flags_among(locals(), SegmentedAttention))
         check_keywords(attend_kwargs=attend_kwargs)
         check_rotary_width(dim_head)
         self.dim = dim

@@ -374,25 +374,25 @@ def check_memory_loss(loss_fn: Callable[[Tensor, Tensor], Any], shape: tuple[int
         )
 
 
-def check_memory_model(model: Module, dim_head: int) -> None:
+def check_memory_model(model: Module, dim_head: int, name: str = 'model') -> None:
     """Check that a memory network keeps the shape of its input, has parameters and has no buffers."""
     if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError('model must be a module of Python code, got a scripted one: pass the module it was made from')
-    buffers = [name for name, _ in model.named_buffers()]
+        raise TypeError(f'{name} must be a module of Python code, got a scripted one: pass the module it was made from')
+    buffers = [buffer for buffer, _ in model.named_buffers()]
     if buffers:
-        raise ValueError(f'model must have no buffers, got {buffers}')
+        raise ValueError(f'{name} must have no buffers, got {buffers}')
     first = next((p for p in model.parameters() if p.requires_grad), None)
     if first is None:
-        raise ValueError('model must have parameters that are not frozen: they are the memory')
+        raise ValueError(f'{name} must have parameters that are not frozen: they are the memory')
 
     rows = torch.zeros(3, 2, dim_head, dtype=first.dtype, device=first.device)
     try:
         with torch.no_grad():
             came = model(rows).shape
     except Exception as cause:
-        raise ValueError(f'model must accept a tensor of shape {tuple(rows.shape)}, it raised: {cause}') from cause
+        raise ValueError(f'{name} must accept a tensor of shape {tuple(rows.shape)}, it raised: {cause}') from cause
     if came != rows.shape:
         raise ValueError(
-            f'model must keep the shape of its input, (…, dim_head={dim_head}): '
+            f'{name} must keep the shape of its input, (…, dim_head={dim_head}): '
             f'it gave {tuple(came)} for {tuple(rows.shape)}'
         )

@@ -15,13 +15,7 @@ from titans_pytorch.models.block import Block
 from titans_pytorch.models.feedforward import FeedForward
 from titans_pytorch.models.validation import checked_memory_settings, layers_with_memory
 from titans_pytorch.neural_memory import NeuralMemory
-from titans_pytorch.utils.checks import (
-    check_flags,
-    check_integer,
-    check_not_negative,
-    check_positive,
-    flags_among,
-)
+from titans_pytorch.utils.checks import check_positive, checked_arguments
 
 
 class HybridBlock(Block):
@@ -102,20 +96,22 @@ class HybridTransformer(Transformer):
         token_emb: Module | None = None,
         checkpoint_layers: bool = False,
     ):
-        depth, num_residual_streams = check_positive(depth=depth, num_residual_streams=num_residual_streams)
-        (num_persist_mem_tokens,) = check_not_negative(num_persist_mem_tokens=num_persist_mem_tokens)
-        if self.has_attention or segment_len is not None:
-            segment_len = check_integer('segment_len', segment_len, 1)
+        dim, depth, num_residual_streams, num_persist_mem_tokens = checked_arguments(
+            HybridTransformer,
+            locals(),
+            positive=['dim', 'depth', 'num_residual_streams'],
+            not_negative=['num_persist_mem_tokens'],
+        )
         if self.has_attention:
-            dim_head, heads = check_positive(dim_head=dim_head, heads=heads)
+            segment_len, dim_head, heads = check_positive(segment_len=segment_len, dim_head=dim_head, heads=heads)
+        elif segment_len is not None:
+            (segment_len,) = check_positive(segment_len=segment_len)
         chunk_size = segment_len if neural_memory_segment_len is None else neural_memory_segment_len
         chunk_size, neural_memory_batch_size = checked_memory_settings(
-            chunk_size, neural_memory_batch_size, neural_memory_model, neural_memory_kwargs
+            dim, chunk_size, neural_memory_batch_size, neural_memory_model, neural_memory_kwargs
         )
-        check_flags(**flags_among(locals(), HybridTransformer))
         memory_layers = layers_with_memory(neural_memory_layers, depth)
         super().__init__(num_tokens=num_tokens, dim=dim, token_emb=token_emb)
-        dim = self.dim
         self.segment_len = segment_len
         self.neural_memory_segment_len = chunk_size
         self.neural_memory_batch_size = neural_memory_batch_size

@@ -10,6 +10,7 @@ from torch.nn import Module
 
 from titans_pytorch.attention.rotary import KeyValues
 from titans_pytorch.memory.state import NeuralMemState
+from titans_pytorch.memory.validation import check_memory_model
 from titans_pytorch.models.block import Block
 from titans_pytorch.models.documents import IGNORED
 from titans_pytorch.models.state import ModelState
@@ -29,7 +30,7 @@ from titans_pytorch.utils.shapes import Int
 
 
 def checked_memory_settings(
-    chunk_size: Any, batch_size: Any, model: Module | None, kwargs: Mapping[str, Any]
+    dim: int, chunk_size: Any, batch_size: Any, model: Module | None, kwargs: Mapping[str, Any]
 ) -> tuple[int, int | None]:
     """Chunk size and memory-batch size of a model's memories, whose network and further arguments are checked too."""
     chunk_size = check_integer('neural_memory_segment_len', chunk_size, 1)
@@ -37,6 +38,10 @@ def checked_memory_settings(
         batch_size = check_multiple('neural_memory_batch_size', batch_size, 'chunk_size', chunk_size)
     check_module(neural_memory_model=model)
     check_keywords(neural_memory_kwargs=kwargs)
+    if model is not None:
+        dim_head = kwargs.get('dim_head')
+        dim_head = dim if dim_head is None else check_integer('dim_head', dim_head, 1)
+        check_memory_model(model, dim_head, 'neural_memory_model')
     return chunk_size, batch_size
 
 

@@ -1,1 +1,1 @@
-"""Argument checks, precision, parameters and calls of modules: helpers that know nothing of memories."""
+"""Helpers independent of memories: argument checks, precision, parameters, functional calls, shapes."""

@@ -1,7 +1,7 @@
-"""Checks of what users pass in. Each error names the argument, what was expected and what came.
+"""Checks of user input. Each error names the argument, the expectation and the value received.
 
-Functions that return a value return the argument in its one normal form: sizes as `int` (NumPy integers, as JSON and
-configuration files give them, included), numbers as `float`, token ids as int64, masks as booleans.
+Functions that return a value return the argument in normal form: sizes as `int` (also from NumPy integers, which occur
+in configuration files), numbers as `float`, token ids as int64, masks as booleans.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import inspect
 import math
 import numbers
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from titans_pytorch.utils.shapes import Bool, Int
 
 
 def described(value: Any) -> str:
-    """A wrong value for an error message: by its shape or its type where its `repr` is long."""
+    """A wrong value for an error message: its `repr`, or its shape or type if that is long."""
     if isinstance(value, Tensor):
         return f'a tensor {tuple(value.shape)} of {value.dtype}'
     if isinstance(value, Module) or len(text := repr(value)) > 60:
@@ -32,7 +32,7 @@ def described(value: Any) -> str:
 
 
 def type_of(value: Any) -> str:
-    """The type of a wrong value, with the cure for a state that was passed as the second positional argument."""
+    """The type of a wrong value, with a hint if it is a state passed as the second positional argument."""
     return type(value).__name__ + ('; pass a state by keyword, as state=' if hasattr(value, 'seq_index') else '')
 
 
@@ -40,7 +40,7 @@ def type_of(value: Any) -> str:
 
 
 def check_integer(name: str, value: Any, at_least: int | None = None) -> int:
-    """`value` as an `int`; neither a boolean is one nor a float that happens to be whole."""
+    """`value` as an `int`; booleans and whole floats are not accepted."""
     wanted = {None: 'an integer', 1: 'a positive integer'}.get(at_least, f'an integer of at least {at_least}')
     if type(value) is not int and not isinstance(value, torch.SymInt):
         is_boolean = isinstance(value, (bool, np.bool_)) or (isinstance(value, Tensor) and value.dtype == torch.bool)
@@ -48,7 +48,7 @@ def check_integer(name: str, value: Any, at_least: int | None = None) -> int:
             raise TypeError(f'{name} must be {wanted}, got {described(value)}')
         try:
             value = operator.index(value)
-        except (TypeError, ValueError, RuntimeError):  # arrays and tensors that are no single integer
+        except (TypeError, ValueError, RuntimeError):  # arrays and tensors other than a single integer
             raise TypeError(f'{name} must be {wanted}, got {described(value)}') from None
     if at_least is not None and value < at_least:
         raise ValueError(f'{name} must be {wanted}, got {value}')
@@ -66,7 +66,7 @@ def check_not_negative(**sizes: Any) -> list[int]:
 
 
 def check_integers(name: str, values: Any) -> list[int]:
-    """Several integers, from any iterable of them or from a tensor or array of one dimension."""
+    """A list of integers, from any iterable or from a tensor or array of one dimension."""
     if isinstance(values, (Tensor, np.ndarray)):
         values = values.tolist()
     if not isinstance(values, Iterable) or isinstance(values, (str, bytes, Mapping)):
@@ -107,7 +107,7 @@ def check_biases(**biases: Any) -> None:
 
 
 def check_hidden_width(name: str, width: int, factor: Any, gated: bool = False) -> int:
-    """The hidden width of a feedforward network `factor` times as wide as its input; two thirds of it if `gated`."""
+    """Hidden width of a feedforward network: `factor` · `width`, or two thirds of that if `gated`."""
     hidden = width * check_number(name, factor, above=0)
     hidden = int(hidden * 2 / 3) if gated else int(hidden)
     if hidden < 1:
@@ -129,9 +129,24 @@ def check_flags(**flags: Any) -> None:
 
 
 def flags_among(arguments: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
-    """Those of a call's `arguments` that are flags of `function`: whose default is a boolean."""
+    """The `arguments` of a call that are flags of `function`, that is, whose default is a boolean."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name: arguments[p.name] for p in parameters if isinstance(p.default, bool)}
+
+
+def checked_arguments(
+    function: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    positive: Sequence[str] = (),
+    not_negative: Sequence[str] = (),
+) -> list[int]:
+    """Sizes among the `arguments` of a call of `function`, given as `locals()`: positive ones, then non-negative ones.
+
+    The flags of `function`, that is, parameters whose default is a boolean, are checked too.
+    """
+    check_flags(**flags_among(arguments, function))
+    sizes = check_positive(**{name: arguments[name] for name in positive})
+    return sizes + check_not_negative(**{name: arguments[name] for name in not_negative})
 
 
 def check_callable(**functions: Any) -> None:
@@ -163,7 +178,7 @@ def check_tensor(name: str, value: Any) -> None:
 
 
 def check_floating(name: str, value: Any, dtype: torch.dtype | None = None) -> None:
-    """`value` must be a floating-point tensor; of `dtype`, if given, unless autocast takes care of that."""
+    """`value` must be a floating-point tensor, of `dtype` if given, unless autocast is enabled."""
     check_tensor(name, value)
     if not value.is_floating_point():
         raise TypeError(f'{name} must be a floating-point tensor, got {value.dtype}')
@@ -172,7 +187,7 @@ def check_floating(name: str, value: Any, dtype: torch.dtype | None = None) -> N
 
 
 def is_integral(value: Tensor) -> bool:
-    """Whether a tensor holds integers; booleans are none."""
+    """True for a tensor of integers; booleans do not count."""
     return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
 
 
@@ -188,7 +203,7 @@ def check_shape(name: str, value: Tensor, **expected: int | None) -> None:
 
 
 def check_broadcasts(name: str, value: Any, to: Tensor) -> None:
-    """`value` must be a floating-point tensor that a product with `to` leaves in the shape of `to`."""
+    """`value` must be a floating-point tensor whose product with `to` has the shape of `to`."""
     check_floating(name, value)
     sizes = [1] * (to.ndim - value.ndim) + [*value.shape]
     if len(sizes) != to.ndim or not all(size == 1 or size == full for size, full in zip(sizes, to.shape)):
@@ -196,21 +211,21 @@ def check_broadcasts(name: str, value: Any, to: Tensor) -> None:
 
 
 def check_not_traced(name: str) -> None:
-    """`torch.jit.trace` writes every length, and every value that a forward computes from it, into its graph."""
+    """`torch.jit.trace` would bake every length, and every value computed from it, into its graph."""
     if torch.jit.is_tracing():
         raise RuntimeError(f'{name} cannot be traced by torch.jit.trace: use torch.export.export')
 
 
 def values_are_at_hand(value: Tensor) -> bool:
-    """Whether the values of a tensor can be read for a check.
+    """True if the values of a tensor can be read for a check.
 
-    On a GPU that would stop the stream, and in a compiled, exported or transformed function there are none.
+    On a GPU, reading synchronises with the device; in a compiled, exported or transformed function there are no values.
     """
     return value.device.type == 'cpu' and not is_traced()
 
 
 def checked_mask(name: str, mask: Any, batch: int, length: int) -> Bool[Tensor, 'b n']:
-    """`mask` (batch, length) as booleans; integers must be 0 or 1, which is checked where `values_are_at_hand`."""
+    """`mask` (batch, length) as booleans; integers must be 0 or 1, which is checked if `values_are_at_hand`."""
     check_tensor(name, mask)
     if mask.dtype != torch.bool and not is_integral(mask):
         raise TypeError(f'{name} must be a boolean tensor, or hold the integers 0 and 1, got {mask.dtype}')
@@ -227,8 +242,7 @@ def checked_token_ids(
 ) -> Int[Tensor, 'b n']:
     """Token ids of any integer dtype, (batch, length), as int64; each in [0, num_tokens) if `num_tokens` is known.
 
-    The range is read where `values_are_at_hand`; on a GPU the embedding kernel's own device-side assertion refuses
-    such ids.
+    The range is checked if `values_are_at_hand`; on a GPU the embedding kernel has a device-side assertion.
     """
     check_tensor(name, ids)
     if not is_integral(ids):
@@ -248,7 +262,7 @@ def _bounds(values: Tensor) -> tuple[int, int]:
 
 
 def checked_entries(entries: Any, batch: int) -> Int[Tensor, ' e']:
-    """Numbers of batch entries as a tensor, negative ones counted from the end."""
+    """Indices of batch entries as a tensor; negative ones count from the end."""
     chosen = check_integers('entries', entries)
     if not all(-batch <= entry < batch for entry in chosen):
         raise ValueError(f'entries must be integers from {-batch} to {batch - 1}, got {chosen}')
@@ -256,7 +270,7 @@ def checked_entries(entries: Any, batch: int) -> Int[Tensor, ' e']:
 
 
 def checked_state(name: str, state: Any, kind: Any) -> Any:
-    """`state` as one of `kind`, a named tuple; any tuple as long will do, as that of the reference."""
+    """`state` as a named tuple of class `kind`; any tuple of its length is accepted, such as the reference's."""
     if not isinstance(state, tuple) or len(state) != len(kind._fields):
         raise TypeError(f'{name} must be a {kind.__name__}, got {type(state).__name__}')
     return kind(*state)

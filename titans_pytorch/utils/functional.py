@@ -1,4 +1,4 @@
-"""How a module is called: with weights given as arguments, traced or transformed, and whether something intercepts."""
+"""Functional calls of modules with weights as arguments, under tracing and `torch.func`, and detection of hooks."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from torch.nn.modules import module as module_hooks
 
 
 def call_with_weights(model: Module, weights: Mapping[str, Tensor], x: Tensor, **kwargs: Any) -> Tensor:
-    """`model(x)` computed with `weights`, by parameter name, in place of the module's own; others keep their value.
+    """`model(x)` with `weights`, by parameter name, in place of its own; other parameters keep their values.
 
-    `torch.func.functional_call` writes the weights into the module while it runs, where another thread meets them. Here
-    the call has modules of its own, which share everything but parameters with `model`: hooks and submodules that keep
-    records work, but attributes that a forward assigns to `self` are gone after the call, as with `nn.DataParallel`.
+    `torch.func.functional_call` writes the weights into the module during the call, where other threads would see them.
+    Here the call uses copies of the modules, which share everything but parameters with `model`: hooks work, but
+    attributes that a forward assigns to `self` are lost after the call, as with `nn.DataParallel`.
     """
     if torch.compiler.is_compiling():
-        # the compiler takes no module that is made while it traces; and what it traces writes to no module
+        # the compiler does not accept modules created during tracing, and functional_call writes to none there
         return functional_call(model, dict(weights), (x,), kwargs)
     return with_tensors(model, {id(p): weights[name] for name, p in model.named_parameters() if name in weights})(
         x, **kwargs
@@ -32,10 +32,10 @@ def call_with_weights(model: Module, weights: Mapping[str, Tensor], x: Tensor, *
 
 
 def transformed(transform: Callable[..., Any], fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """`transform(fn, **options)` for `torch.func.grad` or `vmap`, also where saved tensors pass through hooks.
+    """`transform(fn, **options)` for `torch.func.grad` or `vmap`, also under hooks on saved tensors.
 
-    PyTorch refuses the transforms there, that is, inside `torch.utils.checkpoint` and `save_on_cpu`. Here the hooks are
-    set aside meanwhile: the result is right, and what the transform saves stays where it is.
+    PyTorch refuses the transforms under such hooks, that is, inside `torch.utils.checkpoint` and `save_on_cpu`. Here
+    the hooks are suspended during the call: the result is the same, and tensors saved by the transform are not hooked.
     """
     inner = transform(fn, **options)
     if torch.compiler.is_compiling():
@@ -56,14 +56,14 @@ def transformed(transform: Callable[..., Any], fn: Callable[..., Any], **options
 
 
 def is_traced() -> bool:
-    """Whether tensors belong to a trace of the compiler or to a transform of `torch.func`: they then have no values to
-    read, and do not tell whether they need a gradient."""
+    """True during tracing by the compiler and under transforms of `torch.func`, where tensors have no values to read
+    and `requires_grad` is not reliable."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def is_intercepted(modules: Iterable[Module]) -> bool:
-    """Whether hooks, or a `forward` set on an instance, see calls of one of `modules`: then only a call of that module
-    has its effect, and no shortcut for its class."""
+    """True if one of `modules` has hooks or a `forward` set on the instance, so that only a call of that module, and no
+    shortcut for its class, has the right effect."""
     own = any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or 'forward' in vars(m)
         for m in modules
@@ -72,7 +72,7 @@ def is_intercepted(modules: Iterable[Module]) -> bool:
 
 
 def frozen_as_buffers(model: Module) -> Module:
-    """A copy of a network in which parameters that need no gradient are buffers."""
+    """A copy of a network in which parameters without `requires_grad` are buffers."""
     copy = deepcopy(model)
     for module in copy.modules():
         for name, parameter in [*module._parameters.items()]:
@@ -83,7 +83,7 @@ def frozen_as_buffers(model: Module) -> Module:
 
 
 def on_meta(model: Module) -> Module:
-    """A copy of a network without the values of its tensors. Tied ones stay tied, which `Module.to` would part."""
+    """A copy of a network on the meta device. Tied tensors stay tied, which `Module.to` would separate."""
     empty: dict[int, Any] = {id(p): Parameter(p.detach().to('meta')) for p in model.parameters()}
     return deepcopy(model, empty | {id(buffer): buffer.to('meta') for buffer in model.buffers()})
 
@@ -91,8 +91,8 @@ def on_meta(model: Module) -> Module:
 def with_tensors(model: Module, tensors: dict[int, Any]) -> Module:
     """A shallow copy of a module tree with `tensors` in place of the tensors with these `id`s.
 
-    Modules and tensors are also replaced in lists, tuples and dictionaries that a module keeps, as `nn.LSTM` does, and
-    methods that it keeps are those of the copy.
+    Modules and tensors are also replaced in lists, tuples and dictionaries among a module's attributes, as `nn.LSTM`
+    has, and bound methods among the attributes are bound to the copy.
     """
     replaced = {id(module): object.__new__(type(module)) for module in model.modules()} | tensors
 

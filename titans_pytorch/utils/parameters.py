@@ -1,7 +1,7 @@
-"""Parameters of a module: their initial values, and those that the reference's checkpoints name or shape differently.
+"""Initial values of parameters, and the conversion of state dicts to and from the reference's format.
 
-`reset_parameters()` of a module that holds parameters itself initialises these, as modules of PyTorch do, and its
-constructor calls it. `reset_parameters()` of a `Resettable`, which is made of others, initialises all of them.
+`reset_parameters()` of a module with parameters of its own initialises only those, as in PyTorch's modules, and its
+constructor calls it. `reset_parameters()` of a `Resettable`, a module composed of others, initialises all of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import Module, Parameter
 
 @torch.no_grad()
 def fill(parameter: Tensor, value: Tensor) -> None:
-    """Set a parameter. Of one that is sharded over processes each gets its part of the first process's `value`."""
+    """Set a parameter in place. If it is sharded, each process gets its shard of the first process's `value`."""
     if hasattr(parameter, 'device_mesh'):
         # imported where it is used: few programs are distributed
         from torch.distributed.tensor import DTensor, distribute_tensor
@@ -28,7 +28,7 @@ def fill(parameter: Tensor, value: Tensor) -> None:
 
 
 def reset_parameters(module: Module) -> None:
-    """Initialise all parameters within a module anew, each by the `reset_parameters()` of the module that holds it.
+    """Reinitialise all parameters within a module, each by the `reset_parameters()` of the module that holds it.
 
     Raises:
         TypeError: if one of these modules has no such method.
@@ -48,10 +48,10 @@ def reset_parameters(module: Module) -> None:
 
 
 class Resettable(Module):
-    """A module that initialises all that it is made of anew, in the order of its constructor.
+    """A module that can reinitialise all of its parts, in the order of its constructor.
 
-    With the seeds that the module was built with, that gives the values that it was built with. A subclass with
-    parameters of its own sets them in `_reset_own`, which its constructor calls.
+    With the seeds of its construction, it then has the same values as at construction. A subclass with parameters of
+    its own sets them in `_reset_own`, which its constructor calls.
     """
 
     def reset_parameters(self) -> None:
@@ -65,7 +65,7 @@ class Resettable(Module):
         self._reset_own()
 
     def _parts(self) -> Iterable[Module]:
-        """What the module is made of, in the order in which the constructor builds it."""
+        """The submodules, in the order in which the constructor builds them."""
         return self.children()
 
     def _reset_own(self) -> None:
@@ -110,10 +110,10 @@ class _DependingOn(torch.autograd.Function):
 
 
 def depending_on(parameters: Iterable[Tensor], output: Tensor) -> Tensor:
-    """`output`, with every parameter in its graph, so that `DistributedDataParallel` does not wait for those without a
-    gradient in this call.
+    """`output` with every parameter in its graph, so that `DistributedDataParallel` does not wait for parameters that
+    have no gradient in this call.
 
-    They get none from here: without such a wrapper their `grad` stays `None`. In a single process nothing is added.
+    This adds no gradients: without that wrapper their `grad` stays `None`. In a single process it returns `output`.
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
@@ -122,17 +122,17 @@ def depending_on(parameters: Iterable[Tensor], output: Tensor) -> Tensor:
 
 
 class InReferenceFormat(Module):
-    """A module whose part of a state dict the reference writes differently. It loads both."""
+    """A module whose state-dict entries differ from the reference's. It loads both formats."""
 
     scalars: tuple[str, ...] = ()
-    """Parameters of shape (1,), which the reference has without a dimension."""
+    """Parameters of shape (1,) that are zero-dimensional in the reference."""
 
     def empty_parameters(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the parameters that are none here, as they have no elements."""
+        """Names and shapes of the reference's parameters without elements, which are omitted here."""
         return {}
 
     def write_reference(self, state_dict: dict[str, Tensor], prefix: str) -> None:
-        """Turn the module's entries in a state dict into those of the reference."""
+        """Convert the module's entries in a state dict to the reference's format, in place."""
         for key in self._scalar_keys(state_dict, prefix):
             state_dict[key] = state_dict[key].reshape(())
         own = next(self.parameters())
@@ -140,7 +140,7 @@ class InReferenceFormat(Module):
             state_dict[f'{prefix}{name}'] = own.new_empty(shape, requires_grad=False)
 
     def read_reference(self, state_dict: dict[str, Tensor], prefix: str) -> None:
-        """The inverse of `write_reference`; entries that are none of the reference's stay."""
+        """Inverse of `write_reference`; entries in our own format are left unchanged."""
         for key in self._scalar_keys(state_dict, prefix):
             state_dict[key] = state_dict[key].reshape(1)
         for name in self.empty_parameters():
@@ -159,8 +159,8 @@ class InReferenceFormat(Module):
 def reference_state_dict(module: Module) -> dict[str, Tensor]:
     """The state dict of a module in the format of lucidrains' `titans-pytorch` 0.5.5, which loads it strictly.
 
-    `module.state_dict()` holds each parameter once. The reference also holds every memory network a second time, as
-    `memory_model.*`, which are copies here; parameters without elements; and scalars without a dimension. Modules here
+    `module.state_dict()` holds each parameter once. The reference's also holds every memory network a second time, as
+    `memory_model.*` (copies here), parameters without elements, and zero-dimensional scalars. Modules of this package
     load both formats.
     """
     state_dict = dict(module.state_dict())

@@ -1,4 +1,4 @@
-"""What is computed in which precision: what autocast lowers, and what stays in float32."""
+"""Precision rules: operations that autocast lowers, and those that stay in float32."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def operand_dtype(like: Tensor) -> torch.dtype:
-    """What products are computed in: the precision of `like`, or what autocast lowers it to."""
+    """The dtype of matrix products: that of `like`, or the one to which autocast lowers it."""
     return _lowered(like.dtype, like.device)
 
 
@@ -20,7 +20,7 @@ def _lowered(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def no_autocast(like: Tensor) -> torch.autocast:
-    """Gates and states keep their precision under autocast."""
+    """Context without autocast, for gates and states."""
     return torch.autocast(like.device.type, enabled=False)
 
 
@@ -32,10 +32,10 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def network_autocast(module: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
-    """The precision of a memory network's products on a device, in a module of a precision; weights are in float32.
+    """Autocast context for a memory network, whose weights are float32, in a module of dtype `module`.
 
-    bfloat16, of the module or of autocast: products are in it. float16: they are in float32, as second derivatives of
-    a norm, with up to 1e5 for a small input, are out of its range.
+    With bfloat16, of the module or of autocast, products are in bfloat16. With float16 they are in float32, as second
+    derivatives of a norm, up to 1e5 for a small input, exceed its range.
     """
     dtype = _lowered(module, device)
     if dtype not in HALF:
@@ -44,12 +44,12 @@ def network_autocast(module: torch.dtype, device: torch.device) -> AbstractConte
 
 
 def network_rows(rows: Tensor, module: torch.dtype) -> Tensor:
-    """Inputs of a memory network: in float32 unless autocast lowers a module in float32, and then not to float16."""
+    """Inputs of a memory network: at least float32 in a module of half precision, or under autocast to float16."""
     if module in HALF or _lowered(module, rows.device) == torch.float16:
         return at_least_float32(rows)
     return rows
 
 
 def in_module_precision(t: Tensor, module: torch.dtype) -> Tensor:
-    """What a memory network gives, for a module in half precision to go on with."""
+    """Outputs of a memory network, cast back for a module in half precision."""
     return t.to(module) if module in HALF else t

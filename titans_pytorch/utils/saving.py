@@ -9,10 +9,10 @@ import torch
 
 
 def allow_loading(*constructors: Any, formerly: str) -> None:
-    """Let files saved by `torch.save` name these classes or functions, by their present module or by a former one.
+    """Allow files saved by `torch.save` to refer to classes or functions by their present module or a former one.
 
     Args:
-        formerly: the module, within this package, under which files of version 1.0 name them.
+        formerly: their module within this package in version 1.0.
     """
     former = f'titans_pytorch.{formerly}'
     renamed = [(constructor, f'{former}.{constructor.__qualname__}') for constructor in constructors]

@@ -1,4 +1,4 @@
-"""The letters of every shape in this package, and the three aliases that carry them in signatures; lengths divided.
+"""Shape annotations: the letters of dimensions, and three aliases for tensors; and `divided`, `divmod` of lengths.
 
     b   batch                          h   heads                    bh  batch and heads, merged
     n   tokens of a call, or chunks    c   tokens inside a chunk    m   rows a chunk stores (c tokens × u)
@@ -28,11 +28,11 @@ __all__ = ['Bool', 'Float', 'Int', 'divided']
 def divided(length: int, size: int, offset: int = 0) -> tuple[int, int]:
     """`divmod(offset + length, size)`.
 
-    The length of an exported program is a symbol, n · k + c. Where n is a multiple of `size`, the remainder is known;
-    elsewhere asking for it restricts the program to lengths that leave the same one.
+    Lengths of an exported program are symbolic, n · k + c. If n is a multiple of `size`, the remainder is a constant;
+    otherwise the program is restricted to lengths with the same remainder.
     """
     if not isinstance(length, torch.SymInt):
-        # not `divmod`, which the compiler does not know of lengths that vary
+        # not `divmod`, which the compiler does not support for dynamic lengths
         return (offset + length) // size, (offset + length) % size
     constant = int(length.node.expr.as_coeff_Add()[0])
     multiple = length - constant
