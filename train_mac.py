@@ -1045,7 +1045,7 @@ def training_loop(
     if wandb_run is not None:
         wandb_run.finish()
     if signals.received is not None:
-        say(f'ended by {signals.received.name} after {batch} steps; continue with --resume latest --run-dir {folder}')
+        say(f'ended by {signals.received.name} after {batch} steps; go on with --resume latest --run-dir {folder}')
     else:
         say(f'done: {batch} steps, best validation {best / math.log(2):.4f} bits per byte; everything is in {folder}')
 

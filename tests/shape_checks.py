@@ -16,8 +16,8 @@ import inspect
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from types import CodeType
-from typing import Any, get_args
+from types import CodeType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 import jaxtyping
 import torch
@@ -27,8 +27,18 @@ ALIASES = {'Bool', 'Float', 'Int'}
 DECORATOR = f'__import__({__name__!r}).shape_checked'
 
 
-def is_shape(hint: Any) -> bool:
-    return (inspect.isclass(hint) and issubclass(hint, jaxtyping.AbstractArray)) or any(map(is_shape, get_args(hint)))
+def has_shape(hint: Any) -> bool:
+    return (inspect.isclass(hint) and issubclass(hint, jaxtyping.AbstractArray)) or any(map(has_shape, get_args(hint)))
+
+
+def without_other_types(hint: Any) -> Any:
+    """`hint` with `Any` in place of types without a shape, except in a union, which would then accept everything."""
+    origin = get_origin(hint)
+    if hint is Ellipsis or (has_shape(hint) and origin in (None, Union, UnionType)):
+        return hint
+    if not has_shape(hint) or origin is Callable:
+        return Any
+    return origin[tuple(map(without_other_types, get_args(hint)))]
 
 
 def shapes_alone(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,9 +48,9 @@ def shapes_alone(function: Callable[..., Any]) -> Callable[..., Any]:
     result after it. Only the second is made.
     """
     hints = function.__annotations__
-    if hints['return'] is Any:
+    if hints.get('return', Any) is Any:
         return lambda *args, **kwargs: None
-    function.__annotations__ = {name: hint if is_shape(hint) else Any for name, hint in hints.items()}
+    function.__annotations__ = {name: without_other_types(hint) for name, hint in hints.items()}
     return beartype(function)
 
 
