@@ -118,7 +118,7 @@ def _check_combinations(settings: Settings, arguments: Mapping[str, Any]) -> Non
             f'got momentum={momentum}, momentum_order={settings.momentum_order}'
         )
     if arguments['qk_l2norm'] and arguments['qk_rmsnorm']:
-        raise ValueError('qk_l2norm and qk_rmsnorm are alternatives: choose one of them')
+        raise ValueError('qk_l2norm needs qk_rmsnorm=False: they are alternatives')
     if settings.checkpoint_every is not None and arguments['accept_weight_residual']:
         raise ValueError('checkpoint_every keeps no weights over time, which accept_weight_residual needs')
     if arguments['init_momentum_bias'] is not None and not momentum:
