@@ -1,17 +1,20 @@
-# make train    set up and run train_mac.py; further arguments through ARGS, e.g. make train ARGS="--preset full"
-# make test     set up and run the suite; e.g. make test ARGS="-k neural_memory"
-# make lint     ruff and mypy
-# make docs     build the documentation into site/
-# make bench    benchmarks/, on whatever the machine has
-# make pictures draw docs/assets, e.g. make pictures ARGS="surprise retention"
-# make golden   remake the figures of the reference package that the suite compares with
+# make train      set up and run train_mac.py; pass arguments through ARGS, e.g. make train ARGS="--preset full"
+# make test       set up and run the tests; e.g. make test ARGS="-k neural_memory"
+# make lint       ruff, codespell and mypy
+# make shapes     run the fast tests with the shape annotations checked
+# make coverage   run the tests and print the lines they miss
+# make wheel      build the wheel, install it into an empty folder, and import it from there
+# make docs       build the documentation into site/
+# make bench      run benchmarks/ on this machine
+# make pictures   draw docs/assets, e.g. make pictures ARGS="surprise retention"
+# make golden     regenerate the figures of the reference package that the tests compare with
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: train test lint docs bench pictures golden clean
+.PHONY: train test lint shapes coverage wheel docs bench pictures golden clean
 
 train: $(VENV)/.ready
 	$(BIN)/python train_mac.py $(ARGS)
@@ -22,7 +25,21 @@ test: $(VENV)/.ready
 lint: $(VENV)/.ready-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
+
+shapes: $(VENV)/.ready-lint
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --shapes $(ARGS)
+
+coverage: $(VENV)/.ready-lint
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --cov --cov-report term $(ARGS)
+
+wheel: $(VENV)/.ready
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python -m pip install --quiet --no-deps --target dist/installed dist/*.whl
+	cd dist && PYTHONPATH=installed $(abspath $(BIN))/python -c \
+		"import titans_pytorch as t; print(t.__version__, t.__file__); assert 'installed' in t.__file__"
 
 # the variable silences an advertisement
 docs: $(VENV)/.ready-docs
@@ -37,7 +54,7 @@ pictures: $(VENV)/.ready
 golden: $(VENV)/.ready-reference
 	cd tests/golden && ../../$(VENV)/reference/bin/python make_golden.py
 
-# torch first and alone: what depends on it then takes the build that is there
+# torch first and alone, so that packages that depend on it keep this build
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -60,4 +77,4 @@ $(VENV)/.ready-reference: constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs site .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) dist runs site .coverage .pytest_cache .ruff_cache .mypy_cache

@@ -1,17 +1,17 @@
-"""Does the memory learn? A demonstration, a few seconds on a CPU:
+"""Does the memory learn? A demonstration that takes a few seconds on a CPU:
 
 python test_memory_simple.py
 
-A `NeuralMemory` is shown pairs of random keys and unrelated random values, a few at a time, then all of them again and
-again, and is asked for the values. Nothing is trained: its projections stay as they were initialised, and what changes
-is the state alone, by the gradient steps that the memory itself takes as it stores. Three things must then hold:
+A `NeuralMemory` stores pairs of random keys and unrelated random values, a few at a time and all of them repeatedly,
+and is then queried with the keys. Nothing is trained: the projections keep their initial values, and only the state
+changes, through the gradient steps that the memory takes as it stores. Three things must then hold:
 
-- surprise, the loss on a pair when it comes to be stored, falls from showing to showing;
-- recall, the error of what comes back for the stored keys, falls as pairs are stored;
-- pairs that it was never shown stay unknown, so that recall is memory and not a rule common to all pairs.
+- surprise, the loss on a pair at the time it is stored, falls from showing to showing;
+- the recall error, that of the values retrieved for the stored keys, falls as pairs are stored;
+- pairs that were never stored stay unknown, so that recall is memory and not a rule common to all pairs.
 
-The last line is the verdict. Exit status: 0 if the memory learned, 1 if it did not. `--max-step 0` takes the gradient
-steps away, and the verdict must be that it did not.
+The last line is the verdict. The exit status is 0 if the memory learned, 1 if it did not. With `--max-step 0` there are
+no gradient steps, and the verdict must be that it did not.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ DIM = 32
 NUM_PAIRS = 32
 PAIRS_PER_CALL = 8
 SHOWINGS = 8  # of each pair
-MUCH_SMALLER = 0.25  # what falls must fall to a quarter
+MUCH_SMALLER = 0.25  # a falling quantity must fall to a quarter
 
 
 class Row(NamedTuple):
-    """What is measured after some storing. Errors are relative to answering zero: 1 is to know nothing."""
+    """Measurements after some pairs were stored. Errors are relative to an answer of zero: 1 means nothing is known."""
 
     stored: int
     surprise: float
@@ -54,18 +54,18 @@ def build_memory(max_step: float) -> NeuralMemory:
         init_decay_bias=-10.0,  # forget almost nothing
         mem_model_norm_add_residual=False,
     )
-    memory.to_queries.load_state_dict(memory.to_keys.state_dict())  # ask with the keys that were stored
+    memory.to_queries.load_state_dict(memory.to_keys.state_dict())  # query with the keys that were stored
     return memory
 
 
 def error(memory: NeuralMemory, weights: Mapping[str, Tensor], keys: Tensor, values: Tensor) -> float:
-    """Mean squared difference between what comes back for `keys` and `values`, (1, n, d) each."""
-    wanted = memory.to_values(memory.store_norm(values))
-    return ((memory.retrieve_memories(keys, weights) - wanted).square().mean() / wanted.square().mean()).item()
+    """Relative squared error of the values retrieved for `keys`; `keys` and `values` are (1, n, d)."""
+    target = memory.to_values(memory.store_norm(values))
+    return ((memory.retrieve_memories(keys, weights) - target).square().mean() / target.square().mean()).item()
 
 
 def show_pairs(max_step: float) -> list[Row]:
-    """Store the pairs, several at a time and several times; measure before, and after each call."""
+    """Store all pairs `SHOWINGS` times, a few per call; measure before the first call and after each."""
     torch.manual_seed(0)
     memory = build_memory(max_step)
     keys, values, other_keys, other_values = torch.randn(4, 1, NUM_PAIRS, DIM)
@@ -90,7 +90,7 @@ def show_pairs(max_step: float) -> list[Row]:
 
 
 def judge(rows: list[Row]) -> list[tuple[bool, str]]:
-    """Each thing that must hold: whether it does, and the numbers."""
+    """Whether each of the three conditions holds, with its numbers."""
     before, after = rows[0], rows[-1]
     calls = NUM_PAIRS // PAIRS_PER_CALL
     first_surprise = sum(row.surprise for row in rows[1 : calls + 1]) / calls
@@ -107,7 +107,7 @@ def judge(rows: list[Row]) -> list[tuple[bool, str]]:
         ),
         (
             after.recall < MUCH_SMALLER * after.never_stored,
-            f'what was stored is told from what was not: error {after.recall:.3f} against {after.never_stored:.3f}',
+            f'stored pairs are told from others: error {after.recall:.3f} against {after.never_stored:.3f}',
         ),
     ]
 
@@ -130,8 +130,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     print()
     verdicts = judge(rows)
-    for holds, what in verdicts:
-        print(f'{"yes" if holds else "NO ":3}  {what}')
+    for holds, numbers in verdicts:
+        print(f'{"yes" if holds else "NO ":3}  {numbers}')
 
     learned = all(holds for holds, _ in verdicts)
     print(f'\nThe memory {"learned" if learned else "did NOT learn"}.')

@@ -1,8 +1,8 @@
 """Train a byte-level Titans transformer (memory as context) on enwik8, in one file.
 
-    python train_mac.py                       # what suits this machine: full on a GPU, quick on a CPU
-    python train_mac.py --preset quick        # the whole job in a few minutes on two CPU cores
-    python train_mac.py --resume latest       # go on where the last run of this preset stopped
+    python train_mac.py                       # the preset for this machine: full on a GPU, quick on a CPU
+    python train_mac.py --preset quick        # a complete run in a few minutes on two CPU cores
+    python train_mac.py --resume latest       # continue the last run of this preset
     python train_mac.py --help                # every setting
 
 From top to bottom: settings, machine, data, model, checkpoints, evaluation, training loop, main.
@@ -69,7 +69,7 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None, zero
 
 
 def check_setting(setting: dataclasses.Field[Any], value: Any) -> None:
-    """Refuse values of another type than the default's, and numbers that are not finite and positive (`zero`: or 0)."""
+    """Refuse values whose type is not the default's, and numbers that are not finite and positive (`zero`: or 0)."""
     name, default, zero, choices = setting.name, setting.default, setting.metadata['zero'], setting.metadata['choices']
     kind: type = bool if default is None else type(default)
     if value is None and default is None:
@@ -99,20 +99,20 @@ class Config:
     RUN_DIR: str = option('', 'folder for checkpoints, metrics, samples and the plot; empty: runs/PRESET')
     DATA: str = option('', 'file to train on: raw bytes, .gz, or a .zip of one file; empty: enwik8, downloaded once')
 
-    NUM_BATCHES: int = option(100_000, 'optimizer steps in all')
+    NUM_BATCHES: int = option(100_000, 'total number of optimizer steps')
     BATCH_SIZE: int = option(4, 'windows per micro batch')
     GRADIENT_ACCUMULATE_EVERY: int = option(4, 'micro batches per optimizer step')
     SEQ_LEN: int = option(512, 'bytes per window')
     LEARNING_RATE: float = option(2e-4, 'learning rate of AdamW', zero=True)
-    MAX_GRAD_NORM: float = option(0.5, 'the gradient is scaled down to this norm')
+    MAX_GRAD_NORM: float = option(0.5, 'gradients are clipped to this norm')
     VALIDATE_EVERY: int = option(100, 'steps between validations')
     VALIDATE_BATCHES: int = option(32, 'batches of fixed validation windows')
     GENERATE_EVERY: int = option(500, 'steps between samples')
-    PRIME_LENGTH: int = option(100, 'bytes of validation text that a sample starts from')
-    GENERATE_LENGTH: int = option(512, 'length of a sample in bytes, its start included')
+    PRIME_LENGTH: int = option(100, 'bytes of validation text that a sample continues')
+    GENERATE_LENGTH: int = option(512, 'length of a sample in bytes, including the text that it continues')
     CHECKPOINT_EVERY: int = option(5000, 'steps between checkpoints')
     SEED: int = option(0, 'seed of the initial weights and of the samples', zero=True)
-    DATA_SEED: int = option(0, 'seed of the order of training windows, whatever the model and its weights', zero=True)
+    DATA_SEED: int = option(0, 'seed of the order of training windows, independent of the model', zero=True)
 
     DIM: int = option(384, 'width of the model')
     DEPTH: int = option(8, 'number of layers')
@@ -128,18 +128,18 @@ class Config:
     NEURAL_MEM_DIM_HEAD: int = option(64, 'width of a neural memory head')
     NEURAL_MEMORY_DEPTH: int = option(2, 'depth of the memory MLP')
     NEURAL_MEM_SEGMENT_LEN: int = option(4, 'tokens per memory update (chunk); smaller is finer and slower')
-    NEURAL_MEM_BATCH_SIZE: int = option(128, 'tokens between updates of the weights that gradients are taken at')
+    NEURAL_MEM_BATCH_SIZE: int = option(128, 'tokens per memory batch; gradients are taken at the weights of its start')
     NEURAL_MEM_GATE_ATTN_OUTPUT: bool = option(False, 'let memory gate the attention output instead of adding to it')
     NEURAL_MEM_MOMENTUM: bool = option(True, 'momentum of the surprise')
     NEURAL_MEM_MOMENTUM_ORDER: int = option(1, 'order of the momentum')
     NEURAL_MEM_QK_NORM: bool = option(True, 'normalise the queries and keys of the memory')
     NEURAL_MEM_MAX_LR: float = option(1e-1, 'upper limit of the learned step size of memory updates')
-    NEURAL_MEM_WEIGHT_RESIDUAL: bool = option(True, 'let a memory build on the updates of the memory layer before')
+    NEURAL_MEM_WEIGHT_RESIDUAL: bool = option(True, 'let a memory build on the updates of the preceding memory layer')
     NEURAL_MEM_QKV_RECEIVES_DIFF_VIEW: bool = option(True, 'let queries, keys and values come from different layers')
     NEURAL_MEM_SPEC_NORM_SURPRISES: bool = option(True, 'spectral norm of the surprises (as in Muon)')
     STORE_ATTN_POOL_CHUNKS: bool = option(True, 'pool a chunk by attention for its momentum, decay and step size')
     MEMORY_MODEL_PER_LAYER_LEARNED_LR: bool = option(True, 'a learned step size for each weight matrix of the memory')
-    USE_MEM_ATTENTION_MODEL: bool = option(False, 'a small attention as memory model instead of the MLP')
+    USE_MEM_ATTENTION_MODEL: bool = option(False, 'a small attention network as memory model instead of the MLP')
 
     DEVICE: str = option('auto', 'auto, cpu, cuda, cuda:1, ...')
     PRECISION: str = option(
@@ -148,22 +148,24 @@ class Config:
         'auto: bf16 on a GPU that has it, else fp32',
         ('auto', 'fp32', 'tf32', 'bf16'),
     )
-    USE_ACCELERATED_SCAN: bool | None = option(None, 'accelerated scan in the memory; unset: on a GPU with Triton')
+    USE_ACCELERATED_SCAN: bool | None = option(
+        None, 'accelerated scan of the dense form; no effect here: the memories of this script run in the dual form'
+    )
     USE_FLEX_ATTN: bool | None = option(None, 'FlexAttention; unset: on a GPU with Triton')
     USE_CUDA_GRAPHS: bool | None = option(
-        None, 'record forward and backward once and replay them, so that kernels cost no launches; unset: on a GPU'
+        None, 'capture forward and backward once and replay them, which saves the kernel launches; unset: on a GPU'
     )
     COMPILE: bool | None = option(
-        None, 'compile forward and backward as one, which the first step waits for; unset: on a GPU with Triton'
+        None, 'compile forward and backward together, during the first step; unset: on a GPU with Triton'
     )
-    USE_FAST_INFERENCE: bool = option(True, 'sample with a cache instead of rereading the text for each byte')
+    USE_FAST_INFERENCE: bool = option(True, 'sample with a cache instead of reading the whole text again for each byte')
 
     WANDB: bool = option(False, 'also report to Weights & Biases')
     PROJECT_NAME: str = option('titans-mac-transformer', 'Weights & Biases project')
     RUN_NAME: str = option('', 'Weights & Biases run name')
 
     def __post_init__(self) -> None:
-        if isinstance(self.NEURAL_MEM_LAYERS, list):  # as it comes from the command line
+        if isinstance(self.NEURAL_MEM_LAYERS, list):  # as the command line gives it
             object.__setattr__(self, 'NEURAL_MEM_LAYERS', tuple(self.NEURAL_MEM_LAYERS))
         for setting in dataclasses.fields(self):
             check_setting(setting, getattr(self, setting.name))
@@ -214,7 +216,7 @@ def build_parser() -> argparse.ArgumentParser:
         '--resume',
         metavar='PATH|latest',
         help='continue a run exactly, with the settings in its '
-        'checkpoint; latest: the newest good one in the folder of the run',
+        'checkpoint; latest: the newest valid one in the folder of the run',
     )
     start.add_argument(
         '--init-from', metavar='PATH', help='start a new run from the weights in a checkpoint (or in a bare state dict)'
@@ -225,7 +227,7 @@ def build_parser() -> argparse.ArgumentParser:
             kind = {'type': int, 'nargs': '*', 'metavar': 'N'}
         elif str(setting.type).startswith('bool'):
             kind = {'action': argparse.BooleanOptionalAction}
-        # a default that is suppressed tells options that were given from options that were not
+        # suppressed defaults distinguish options that were given from those that were not
         parser.add_argument(
             '--' + setting.name.lower().replace('_', '-'),
             dest=setting.name,
@@ -237,7 +239,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def config_from_options(given: dict[str, Any]) -> Config:
-    """The preset, with the options that were given laid over it."""
+    """The preset, overridden by the options that were given."""
     preset = given.get('PRESET', 'auto')
     if preset == 'auto':
         device = given.get('DEVICE', 'auto')
@@ -268,8 +270,8 @@ def choose_machine(config: Config) -> Machine:
     cuda = torch.cuda.is_available()
     try:
         device = torch.device(config.DEVICE if config.DEVICE != 'auto' else 'cuda' if cuda else 'cpu')
-        torch.zeros((), device=device).item()  # a device with a name need not be there
-    except Exception as error:  # of a type that depends on the kind of device
+        torch.zeros((), device=device).item()  # a device can have a valid name and be absent
+    except Exception as error:  # its type depends on the kind of device
         sys.exit(f'--device {config.DEVICE} cannot be used here: {one_line(error)}')
     on_gpu = device.type == 'cuda'
     if device.index is not None and on_gpu:
@@ -277,7 +279,7 @@ def choose_machine(config: Config) -> Machine:
     precision = config.PRECISION
     if precision == 'auto':
         precision = 'bf16' if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else 'fp32'
-    torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')  # fp32 is never TF32 in disguise
+    torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')  # fp32 never means TF32
     if config.USE_CUDA_GRAPHS and not on_gpu:
         sys.exit(f'--use-cuda-graphs needs a CUDA device, and this run is on {device}')
     triton = on_gpu and importlib.util.find_spec('triton') is not None
@@ -285,7 +287,7 @@ def choose_machine(config: Config) -> Machine:
         device,
         precision,
         triton if config.USE_FLEX_ATTN is None else config.USE_FLEX_ATTN,
-        triton if config.USE_ACCELERATED_SCAN is None else config.USE_ACCELERATED_SCAN,
+        bool(config.USE_ACCELERATED_SCAN),
         on_gpu if config.USE_CUDA_GRAPHS is None else config.USE_CUDA_GRAPHS,
         triton if config.COMPILE is None else config.COMPILE,
     )
@@ -296,7 +298,7 @@ def choose_machine(config: Config) -> Machine:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Add the file's name to an OSError that lacks it, as those of writes do."""
+    """Add the name of the file to an OSError that lacks it, as errors of writes do."""
     try:
         yield
     except OSError as error:
@@ -306,7 +308,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Write beside `path`, and give the file its name only when all of it is on the disk: a kill leaves the old one."""
+    """Write to a temporary file and rename it once all of it is on disk: a kill leaves the old file."""
     temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     try:
         with naming(path):
@@ -326,7 +328,7 @@ def append(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Make `folder` if need be, and refuse a second run in it. The lock dies with its process."""
+    """Create `folder` if necessary, and refuse a second run in it. The lock ends with its process."""
     new, lock = not folder.exists(), folder / 'lock'
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -388,7 +390,7 @@ def prepare_run_folder(folder: Path, resume: dict[str, Any] | None) -> None:
         return
     names = ('metrics.jsonl', 'samples.txt', 'loss.png')
     earlier = [path for path in folder.iterdir() if path.suffix == '.pt' or path.name in names]
-    if earlier:  # never write over the work of days because --resume was forgotten
+    if earlier:  # never overwrite days of work because --resume was forgotten
         aside = next(path for n in itertools.count(1) if not (path := folder / f'earlier-{n}').exists())
         aside.mkdir()
         for path in earlier:
@@ -445,13 +447,13 @@ def copy_verified(source: IO[bytes], target: IO[bytes] | gzip.GzipFile, size: in
 
 
 def download_enwik8(path: Path) -> bool:
-    """Put enwik8 at `path`. False if the network is out of reach; whatever else goes wrong ends the program."""
+    """Download enwik8 to `path`. False if the network is out of reach; any other failure ends the program."""
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, older_than=3600.0)
     archive = path.with_name(f'enwik8.zip.{os.getpid()}.tmp')
     try:
         response = urllib.request.urlopen(ENWIK8_URL, timeout=30)
-    except urllib.error.HTTPError as error:  # someone answered, so there is a network
+    except urllib.error.HTTPError as error:  # a server answered, so there is a network
         error.close()
         sys.exit(f'the download of {ENWIK8_URL} was refused ({error}); give a file with --data')
     except OSError as error:
@@ -475,7 +477,7 @@ def download_enwik8(path: Path) -> bool:
 
 
 def standard_library_text() -> bytes:
-    """The source of Python's standard library, files ordered by a hash of their names so that the splits are alike."""
+    """The source of Python's standard library, files ordered by a hash of their names to mix the splits."""
     root = Path(sysconfig.get_paths()['stdlib'])
     skip = {'site-packages', 'dist-packages', 'test', 'tests', '__pycache__'}
     names = [path.relative_to(root) for path in root.rglob('*.py')]
@@ -562,7 +564,7 @@ class BadCheckpoint(Exception):
     pass
 
 
-# of each entry that a resumed run needs, its type
+# entries that a resumed run needs, and their types
 RESUMABLE: dict[str, Any] = {
     'batch': int,
     'evaluated': int,
@@ -606,7 +608,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         if digested[-len(DIGEST_MARK) :] == DIGEST_MARK:
             if hashlib.sha256(digested).hexdigest().encode() != digest:
                 raise ValueError('its sha256 is not the stored one')
-        elif zipfile.is_zipfile(io.BytesIO(stored)):  # by torch.save alone: checksums, but not of the archive's headers
+        elif zipfile.is_zipfile(io.BytesIO(stored)):  # torch.save alone: its checksums omit the headers
             with zipfile.ZipFile(io.BytesIO(stored)) as archive:
                 if archive.testzip() is not None or archive.comment:
                     raise ValueError('checksum mismatch')
@@ -636,14 +638,14 @@ def read_resumable(path: Path) -> dict[str, Any]:
 
 
 def latest_checkpoint(folder: Path) -> dict[str, Any]:
-    """The resumable checkpoint in `folder` with the most steps, whatever the times of the files."""
+    """The resumable checkpoint in `folder` with the most steps, regardless of file times."""
 
     def progress(path: Path) -> tuple[float, int]:
         try:
             peek = torch.load(path, map_location='cpu', weights_only=True, mmap=True)  # reads no tensor
             return int(peek['batch']), int(peek['evaluated'])
         except Exception:
-            return math.inf, 0  # tried first, so that the operator learns why it is skipped
+            return math.inf, 0  # tried first, so that the output says why it is skipped
 
     for path in sorted(folder.glob('*.pt'), key=progress, reverse=True):
         try:
@@ -654,7 +656,7 @@ def latest_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """A checkpoint of an earlier version also lists parameters without elements, and scalars without a dimension."""
+    """Restore the optimizer. Earlier versions also saved empty parameters, and scalars as zero-dimensional tensors."""
     (group,), state = saved['param_groups'], saved['state']
     kept = [index for index in group['params'] if index not in state or state[index]['exp_avg'].numel()]
     moments = {
@@ -688,7 +690,7 @@ def printable(content: Tensor) -> str:
 
 
 def generate(model: MemoryAsContextTransformer, data: Tensor, config: Config, machine: Machine, batch: int) -> str:
-    """Continue a piece of validation text; training's random numbers are left as they were."""
+    """A passage of validation text and its continuation. The random state of training does not change."""
     with torch.random.fork_rng(devices=[machine.device] if machine.device.type == 'cuda' else []), machine.autocast():
         torch.manual_seed(config.SEED + batch)
         prompt = windows(data, torch.randint(len(data) - config.PRIME_LENGTH, (1,)), config.PRIME_LENGTH)
@@ -700,7 +702,7 @@ def generate(model: MemoryAsContextTransformer, data: Tensor, config: Config, ma
 
 
 def rehearse(model: MemoryAsContextTransformer, data: Tensor, config: Config, machine: Machine) -> None:
-    """Sample two bytes before training: some sizes can be trained, but not sampled."""
+    """Sample two bytes before training, because some sizes can be trained but not sampled."""
     try:
         generate(model, data, dataclasses.replace(config, GENERATE_LENGTH=config.PRIME_LENGTH + 2), machine, 0)
     except (ValueError, TypeError, RuntimeError) as error:
@@ -746,7 +748,7 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """Ctrl-C and SIGTERM wait for the end of a step or a save, and elsewhere act at once; a second one never waits."""
+    """Ctrl-C and SIGTERM: deferred to the end of a step or a save, immediate elsewhere; a second one never waits."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -767,7 +769,7 @@ class Signals:
 
 
 def train(config: Config, resume: dict[str, Any] | None = None, weights: dict[str, Any] | None = None) -> int:
-    """Train from scratch, from the checkpoint `resume`, or from mere `weights` (a checkpoint or a state dict).
+    """Train from scratch, from the checkpoint `resume`, or from `weights` alone (a checkpoint or a state dict).
 
     Returns the exit status: 0, or 128 + the number of the signal that ended the run.
     """
@@ -780,23 +782,23 @@ def train(config: Config, resume: dict[str, Any] | None = None, weights: dict[st
 
 
 class MicroStep:
-    """Forward and backward over one micro batch, adding to the gradients; compiled, and as a CUDA graph, if the machine
-    has them."""
+    """Forward and backward over one micro batch, adding to the gradients. It is compiled and captured as a CUDA graph
+    where `machine` says so."""
 
     def __init__(self, model: nn.Module, config: Config, machine: Machine):
         self.model = model
-        # of the model as such, so that validation and sampling, with lengths of their own, are not compiled
+        # not the model itself, so that validation and sampling, whose lengths differ, are not compiled
         self.loss_of = torch.compile(self._loss, fullgraph=True, dynamic=False) if machine.compile else self._loss
         self.shares = config.GRADIENT_ACCUMULATE_EVERY
         self.machine = machine
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """The loss, its share in the optimizer step; overwritten by the next call."""
+        """The loss divided by the number of micro batches; overwritten by the next call."""
         if not self.machine.cuda_graphs:
             return self._compute(inputs.to(self.machine.device))
         if self.graph is None:
-            self._record(inputs)
+            self._capture(inputs)
         assert self.graph is not None
         self.inputs.copy_(inputs, non_blocking=True)
         self.graph.replay()
@@ -811,9 +813,9 @@ class MicroStep:
         loss.backward()
         return loss.detach()
 
-    def _record(self, inputs: Tensor) -> None:
+    def _capture(self, inputs: Tensor) -> None:
         self.inputs = inputs.to(self.machine.device)
-        # rehearsals compile what is to be compiled, and make the gradients that the graph adds to
+        # warm-up passes compile the step and allocate the gradients that the graph adds to
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -827,16 +829,16 @@ class MicroStep:
 
         self.model.zero_grad(set_to_none=False)
         self.graph.replay()
-        came = self._outcome(self.loss)
-        if not torch.allclose(came, expected, rtol=0.02):
+        captured = self._outcome(self.loss)
+        if not torch.allclose(captured, expected, rtol=0.02):
             raise RuntimeError(
-                f'the recorded step gives a loss and a norm of the gradient of {came.tolist()}, the step itself '
-                f'{expected.tolist()}: train with --no-use-cuda-graphs, or with --no-compile'
+                f'loss and gradient norm are {captured.tolist()} in the captured step and {expected.tolist()} in the '
+                f'step itself: train with --no-use-cuda-graphs, or with --no-compile'
             )
         self.model.zero_grad(set_to_none=False)
 
     def _outcome(self, loss: Tensor) -> Tensor:
-        """The loss, and the norm of the gradient."""
+        """The loss and the gradient norm."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         return torch.stack((loss.float(), nn.utils.get_total_norm(gradients)))
 
@@ -851,7 +853,8 @@ def training_loop(
     say(
         f'{config.PRESET} preset on {torch.cuda.get_device_name(machine.device) if gpu else machine.device}, '
         f'{machine.precision}, FlexAttention {"on" if machine.flex_attn else "off"}, accelerated scan '
-        f'{"on" if machine.accelerated_scan else "off"}, CUDA graphs {"on" if machine.cuda_graphs else "off"}, '
+        f'{"without effect (dual form)" if machine.accelerated_scan else "off"}, '
+        f'CUDA graphs {"on" if machine.cuda_graphs else "off"}, '
         f'compiled {"yes" if machine.compile else "no"}, '
         f'PyTorch {torch.__version__}'
     )
@@ -906,9 +909,9 @@ def training_loop(
         if wandb_run is not None:
             wandb_run.log(row, step=row['step'])
 
-    def fail(what: str) -> NoReturn:
+    def fail(reason: str) -> NoReturn:
         sys.exit(
-            f'\nstopped after {batch} steps: {what}. Nothing was saved from this state; earlier checkpoints are '
+            f'\nstopped after {batch} steps: {reason}. Nothing was saved from this state; earlier checkpoints are '
             f'good. A lower NEURAL_MEM_MAX_LR (now {config.NEURAL_MEM_MAX_LR:g}) or LEARNING_RATE '
             f'(now {config.LEARNING_RATE:g}) usually helps'
         )
@@ -923,7 +926,7 @@ def training_loop(
             'optimizer_state_dict': optimizer.state_dict(),
             'val_loss': val_loss,
             'config': dataclasses.asdict(config),
-            # and what the resumed run needs to be the same run
+            # the rest makes a resumed run the same as an uninterrupted one
             'best_val_loss': best,
             'evaluated': evaluated,
             'data_sha256': data.sha256,
@@ -946,8 +949,8 @@ def training_loop(
     )
     try:
         while True:
-            # evaluate. This changes nothing that training depends on, so a signal can break it off: it is done again
-            # after the resume. A checkpoint counts as evaluated only when the results are in metrics and samples
+            # evaluate: this changes nothing that training depends on, so a signal may interrupt it, and a resumed run
+            # repeats it. A checkpoint counts as evaluated only once the results are in metrics and samples
 
             last = batch >= config.NUM_BATCHES
             new_loss = sample = None
@@ -991,7 +994,7 @@ def training_loop(
             if stop or last:
                 break
 
-            # one step; the loss and the gradient's norm are read back once, after the optimizer has its work
+            # one step; loss and gradient norm are read back once, after the optimizer step is queued
 
             started, total = time.perf_counter(), torch.zeros((), device=machine.device)
             if gpu:
@@ -1008,7 +1011,7 @@ def training_loop(
 
             seconds = time.perf_counter() - started
             if batch == start + 1 and machine.compile:
-                say(f'the first step, with compiling, took {seconds:.0f} s')
+                say(f'the first step, including compilation, took {seconds:.0f} s')
             speed = config.BATCH_SIZE * config.GRADIENT_ACCUMULATE_EVERY * config.SEQ_LEN / seconds
             bpb = train_loss / math.log(2)
             row = {
@@ -1028,7 +1031,7 @@ def training_loop(
         bar.close()
         if last and not stop:
             save('titans_enwik8.pt')
-    except Exception as error:  # a full disk, say
+    except Exception as error:  # for example, a full disk
         signals.wait = True
         bar.close()
         say(f'stopped after {batch} steps: {one_line(error)}')
@@ -1052,7 +1055,7 @@ def training_loop(
 
 def main(arguments: list[str] | None = None) -> int:
     with contextlib.suppress(AttributeError):
-        # samples can hold what a terminal cannot show, and a log file should be up to date
+        # a terminal may lack characters of a sample, and a log file should be up to date
         sys.stdout.reconfigure(errors='replace', line_buffering=True)  # type: ignore[union-attr]
     options = vars(build_parser().parse_args(arguments))
     resume, init_from = options.pop('resume'), options.pop('init_from')
@@ -1081,7 +1084,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (BadSetting, BadCheckpoint) as error:
         sys.exit(str(error))
     except OSError as error:  # a folder that cannot be written to, a full disk
-        sys.exit(f'the run cannot go on: {error}')
+        sys.exit(f'the run cannot continue: {error}')
 
 
 if __name__ == '__main__':

@@ -1,14 +1,14 @@
-"""Train with `train_mac.py` on whichever `titans_pytorch` can be imported, ours or the reference; compare the runs.
+"""Train with `train_mac.py` on whichever `titans_pytorch` is imported, this one or the reference, and compare the runs.
 
     python benchmarks/beside_reference.py weights init.pt
     python benchmarks/beside_reference.py train --init-from init.pt --run-dir runs/ours …     (train_mac.py's options)
     PYTHONPATH=/path/to/the/reference python -P benchmarks/beside_reference.py train … --run-dir runs/reference
-        --no-compile --no-use-cuda-graphs --no-use-accelerated-scan                 (none of which it stands on a GPU)
+        --no-compile --no-use-cuda-graphs --no-use-accelerated-scan                 (it fails on a GPU with any of them)
     python benchmarks/beside_reference.py report runs/reference-1 runs/reference-2 runs/ours
     python benchmarks/beside_reference.py plot docs/assets/learning.png runs/reference runs/ours
 
-`report` takes two runs of the reference first: their difference is its own run-to-run noise. `plot` draws bits per
-byte against the time that training took, validations and samples left out.
+`report` expects two runs of the reference first: their difference is the run-to-run noise. `plot` draws bits per byte
+against training time, which excludes validation and sampling.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 
 
 def load_train_mac() -> ModuleType:
-    """`train_mac.py` from this repository, without putting the repository's package in the way of another one."""
+    """`train_mac.py` from this repository, without making the package of this repository importable."""
     path = Path(__file__).resolve().parent.parent / 'train_mac.py'
     spec = importlib.util.spec_from_file_location('train_mac', path)
     module = importlib.util.module_from_spec(spec)
@@ -50,7 +50,7 @@ def train(arguments: list[str]) -> int:
 
 
 def initial_weights(path: str) -> None:
-    """By our package, for both."""
+    """Save initial weights, drawn by this package, that both packages load."""
     from titans_pytorch import reference_state_dict
 
     train_mac = load_train_mac()
@@ -104,11 +104,11 @@ def report(folders: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    what, *rest = sys.argv[1:]
+    command, *rest = sys.argv[1:]
     commands = {
         'train': train,
         'report': report,
         'plot': lambda paths: plot(*paths),
         'weights': lambda paths: initial_weights(*paths),
     }
-    sys.exit(commands[what](rest))
+    sys.exit(commands[command](rest))

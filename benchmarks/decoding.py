@@ -1,14 +1,14 @@
-"""Tokens per second of sampling with a cache, ours and the reference's beside it.
+"""Tokens per second of sampling with a cache, beside the reference.
 
-    python benchmarks/decoding.py                                              (ours alone)
+    python benchmarks/decoding.py                                              (this package alone)
     python benchmarks/decoding.py --reference-path /folder/with/the/reference  (a folder to put on PYTHONPATH)
     python benchmarks/decoding.py --repeats 5 --write
 
-On a GPU it is the model of `train_mac.py --preset full` at batch 1 and 64, with and without CUDA graphs; on a CPU that
-of `--preset quick` at batch 1, with compiled steps and without. Before it is timed, decoding is checked in float64 on a
-small model: while a step differs from a pass over the whole sequence there is no figure. Ours and the reference run by
-turns, each in a process of its own. Timed is one call of `sample` after another like it, the reading of the prompt (64
-tokens) included; capturing CUDA graphs and compiling are part of the first call, whose time is given apart.
+On a GPU the model is that of `train_mac.py --preset full`, at batch 1 and 64, with and without CUDA graphs; on a CPU it
+is that of `--preset quick`, at batch 1, with and without compiled steps. Decoding is timed only if it is right: on a
+small model in float64, its steps are compared with one pass over the whole sequence. This package and the reference run
+alternately, each in a new process. A timed call of `sample` includes reading the prompt of 64 tokens. The first call,
+which captures CUDA graphs and compiles, is reported separately.
 
 The last line of output is JSON; `--write` puts the table into docs/benchmarks.md.
 """
@@ -39,7 +39,7 @@ class Case:
 
 CASES = [Case('cpu', 'quick', 1), Case('cuda', 'full', 1), Case('cuda', 'full', 64)]
 
-# how many tokens a call adds: enough to time, and for slow ones no more
+# new tokens per call: fewer in slow modes
 TOKENS = {'ours': 4096, 'ours, no CUDA graphs': 128, 'reference': 48}
 TOKENS_ON_CPU = 128
 
@@ -83,7 +83,7 @@ def check(device: str) -> float:
 
 
 def work(case: dict[str, Any], mode: str, repeats: int) -> dict[str, Any]:
-    """What a worker does, with whichever package its process imports."""
+    """The job of a worker process, with whichever package it imports."""
     import titans_pytorch
 
     device, batch = case['device'], case['batch']
@@ -150,7 +150,7 @@ def _cells(f: dict[str, Any], batch: int, reference: float | None) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--repeats', type=int, default=3, help='timed calls in each process')
-    parser.add_argument('--timeout', type=float, default=600.0, help='seconds that a process may take')
+    parser.add_argument('--timeout', type=float, default=600.0, help='time limit of a process, in seconds')
     options = parsed(parser, work)
 
     sys.path.insert(0, str(ROOT))
@@ -158,7 +158,7 @@ def main() -> None:
     error = check(device)
     print(f'largest error of steps, float64: {error:.1e}', flush=True)
     if not error < 1e-9:
-        raise SystemExit(f'decoding is wrong by {error:.1e}, so there is no figure')
+        raise SystemExit(f'decoding is wrong by {error:.1e}, so nothing is timed')
 
     results = [measure(case, options) for case in CASES if case.device == device]
     threads = '' if device == 'cuda' else f', {torch.get_num_threads()} threads'

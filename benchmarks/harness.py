@@ -1,4 +1,4 @@
-"""Parts shared by the benchmarks: interleaved processes, medians, and the sections of docs/benchmarks.md."""
+"""Shared parts of the benchmarks: interleaved processes, medians, and the sections of docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ GIB = 2**30
 
 
 def own_path() -> str:
-    """PYTHONPATH under which this repository's package is the one imported."""
+    """PYTHONPATH that imports the package of this repository."""
     return f'{ROOT}{os.pathsep}{os.environ.get("PYTHONPATH", "")}'
 
 
 def in_own_process(script: str, path: str, timeout: float | None = None, **job: Any) -> dict[str, Any]:
-    """Run `script --worker <job>` and return the JSON of its last line; `{'failed': why}` where it fails."""
+    """Run `script --worker <job>` and return the JSON of its last line; `{'failed': reason}` if it fails."""
     command = [sys.executable, script, '--worker', json.dumps(job)]
     settings = {'env': {**os.environ, 'PYTHONPATH': path}, 'cwd': Path(script).parent, 'timeout': timeout}
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, **settings)
     except subprocess.TimeoutExpired:
-        return {'failed': f'not done after {timeout:.0f} s'}
+        return {'failed': f'not finished after {timeout:.0f} s'}
     if done.returncode:
         return {'failed': (done.stderr.strip() or f'status {done.returncode}').splitlines()[-1][:200]}
     return json.loads(done.stdout.splitlines()[-1])
@@ -42,7 +42,7 @@ def in_own_process(script: str, path: str, timeout: float | None = None, **job: 
 def by_turns(
     script: str, paths: dict[str, str], rounds: int = 2, timeout: float | None = None, **job: Any
 ) -> dict[str, dict[str, Any]]:
-    """Runs of each mode under its PYTHONPATH, alternating so that a machine's moods meet all of them; summarised."""
+    """Summaries of runs of each mode under its PYTHONPATH, interleaved so that drift affects all equally."""
     runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in paths}
     for _ in range(rounds):
         for mode, path in paths.items():
@@ -52,9 +52,9 @@ def by_turns(
 
 
 def parsed(parser: argparse.ArgumentParser, work: Callable[..., dict[str, Any]]) -> argparse.Namespace:
-    """The options, with those that every benchmark has. A worker does its job instead, and ends here."""
-    parser.add_argument('--reference-path', help='PYTHONPATH that holds the reference package')
-    parser.add_argument('--rounds', type=int, default=2, help='processes that each package gets, by turns')
+    """The options, including those common to all benchmarks. In a worker process it runs the job and exits."""
+    parser.add_argument('--reference-path', help='PYTHONPATH of the reference package')
+    parser.add_argument('--rounds', type=int, default=2, help='processes per package, interleaved')
     parser.add_argument('--write', action='store_true', help='put the tables into docs/benchmarks.md')
     parser.add_argument('--worker', help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -65,7 +65,7 @@ def parsed(parser: argparse.ArgumentParser, work: Callable[..., dict[str, Any]])
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Median, 10 % and 90 % of all seconds of all runs, and the highest peak of memory in bytes."""
+    """Median, 10th and 90th percentile of the seconds of all runs, and the highest peak memory in bytes."""
     for run in runs:
         if 'failed' in run:
             return run
@@ -77,7 +77,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def timed(step: Callable[[], Any], repeats: int, warmup: int = 3) -> list[float]:
-    """Seconds of each of `repeats` steps, the device waited for."""
+    """Seconds of each of `repeats` steps, with the device synchronised."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     for _ in range(warmup):
         step()
@@ -92,7 +92,7 @@ def timed(step: Callable[[], Any], repeats: int, warmup: int = 3) -> list[float]
 
 
 def captured(step: Callable[[], Any]) -> Callable[[], Any]:
-    """`step` as a CUDA graph. It must leave gradients in place, and nothing else."""
+    """`step` as a CUDA graph. It may write gradients, in place, and nothing else."""
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         for _ in range(3):

@@ -1,20 +1,20 @@
-"""Time and memory of one memory layer, forward and backward, ours and the reference's beside it.
+"""Time and memory of one memory layer, forward and backward, beside the reference.
 
-    make bench                                                     (ours alone)
+    make bench                                                     (this package alone)
     make bench ARGS="--reference-path /folder/with/the/reference"  (a folder to put on PYTHONPATH)
     make bench ARGS="--kinds step growth --cases 0 1 --repeats 20 --write"
 
-Before a case is timed its numbers are checked, in float64 against the dense engine in uneven pieces: while they are
-wrong there is no figure. Then ours (on a GPU also as a CUDA graph, eager and compiled) and the reference run by turns,
-each time in a process of its own. Four kinds of measurement:
+A case is timed only if its numbers are right: in float64 they are compared with the dense backend, which reads the
+sequence in uneven pieces. Then this package (on a GPU also as a CUDA graph, eager and compiled) and the reference run
+alternately, each time in a new process. Four kinds of measurement:
 
-    step     a training step; median and range from 10 % to 90 %, peak memory, and the reference's time by ours
-    growth   a training step at the length and at an eighth of it, by turns in one process: time per token
+    step     a training step: median, 10th to 90th percentile, peak memory, and the speed-up over the reference
+    growth   a training step at full length and at an eighth of it, alternately in one process: time per token
     stream   2²⁰ tokens in calls of 4096 without gradients: memory and time per token, at the start and at the end
     longest  a training step on a single sequence: memory per token, and the longest tried that fits
 
-The last line of output is JSON. `--json FILE` notes each case as soon as it is measured, `--report FILE…` makes the
-tables of such notes, and `--write` puts the tables into docs/benchmarks.md.
+The last line of output is JSON. `--json FILE` saves each case as soon as it is measured, `--report FILE…` prints the
+tables of saved cases, and `--write` puts the tables into docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ CASES = [
 
 
 def check(case: Case) -> float:
-    """Largest relative error of a layer in float64, outputs and gradients: one pass against uneven pieces, dense."""
+    """Largest relative error in float64, outputs and gradients: one pass against uneven pieces, dense backend."""
     from titans_pytorch import NeuralMemory
 
     torch.manual_seed(0)
@@ -126,7 +126,7 @@ def check(case: Case) -> float:
     return max(((a - b).abs().max() / b.abs().max().clamp(min=1e-9)).item() for a, b in zip(*results))
 
 
-# what a worker does, with whichever package its process imports
+# the jobs of a worker process, with whichever package it imports
 
 
 def build(case: Case) -> torch.nn.Module:
@@ -135,7 +135,7 @@ def build(case: Case) -> torch.nn.Module:
     torch.manual_seed(0)
     layer = NeuralMemory(**case.kwargs()).to(case.device)
     for parameter in layer.parameters():
-        parameter.data = parameter.data.contiguous()  # the reference's are views of one storage
+        parameter.data = parameter.data.contiguous()  # in the reference they are views of one storage
     return layer
 
 
@@ -144,11 +144,11 @@ def peak_memory(case: Case) -> int | None:
 
 
 def training_step(layer: torch.nn.Module, seq: torch.Tensor, mode: str, precision: str) -> Callable[[], None]:
-    """Forward and backward as `mode` names it; in bf16 under autocast, states and gates in float32."""
+    """Forward and backward in the given mode; bf16 means autocast, with states and gates in float32."""
     graph, compiled = 'graph' in mode, 'compiled' in mode
 
     def loss(seq: torch.Tensor) -> torch.Tensor:
-        # casts of weights are not kept from replay to replay
+        # cached casts of weights would go stale between replays
         with torch.autocast(seq.device.type, torch.bfloat16, enabled=precision == 'bf16', cache_enabled=False):
             out = layer(seq)[0]
         return out.float().pow(2).mean()
@@ -174,7 +174,7 @@ def step(case: Case, repeats: int, mode: str) -> dict[str, Any]:
 
 
 def growth(case: Case, repeats: int, mode: str) -> dict[str, Any]:
-    """By turns, so that a machine's moods meet both lengths; the short one as often as makes the same tokens."""
+    """Lengths interleaved, so that drift affects both equally; the short one repeated for equal numbers of tokens."""
     layer, lengths = build(case), (case.length // 8, case.length)
     seqs = [torch.randn(case.batch, length, DIM, device=case.device) for length in lengths]
     runs = [training_step(layer, seq, mode, case.precision) for seq in seqs]
@@ -211,7 +211,7 @@ def stream(case: Case, repeats: int, mode: str) -> dict[str, Any]:
 
 
 def longest(case: Case, repeats: int, mode: str) -> dict[str, Any]:
-    """Doubling the length until memory or the case's length ends it."""
+    """Double the length until memory runs out or the length of the case is reached."""
     layer, length, tried = build(case), 4096, []
     while length <= case.length:
         torch.cuda.reset_peak_memory_stats()
@@ -245,7 +245,7 @@ def work(case: dict[str, Any], repeats: int, mode: str) -> dict[str, Any]:
 def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     error = check(case)
     if not error < 1e-9:
-        raise SystemExit(f'{case.name}: wrong by {error:.1e}, so there is no figure')
+        raise SystemExit(f'{case.name}: wrong by {error:.1e}, so nothing is timed')
 
     modes = {'ours': own_path()}
     if case.device == 'cuda' and case.kind in ('step', 'growth'):
@@ -262,7 +262,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(results: list[dict[str, Any]]) -> dict[str, str]:
-    """A table for each kind."""
+    """One table per kind of measurement."""
     columns = {
         'step': ('median', '10 % to 90 %', 'peak memory', 'reference / this'),
         'growth': ('per token, an eighth of the length', 'per token', 'growth'),
@@ -321,12 +321,12 @@ def _longest_cells(f: dict[str, Any], _: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--cases', type=int, nargs='*', help='which of the cases; default: those of this machine')
+    parser.add_argument('--cases', type=int, nargs='*', help='indices of the cases; default: all for this device')
     parser.add_argument('--kinds', nargs='*', default=['step'], help='step, growth, stream, longest; default: step')
     parser.add_argument('--repeats', type=int, default=5, help='timed steps in each process')
     parser.add_argument('--no-compile', dest='compile', action='store_false', help='leave out the compiled rows')
-    parser.add_argument('--json', type=Path, help='note each case in this file')
-    parser.add_argument('--report', type=Path, nargs='*', help='tables of figures measured before')
+    parser.add_argument('--json', type=Path, help='append each case to this file')
+    parser.add_argument('--report', type=Path, nargs='*', help='print tables of saved cases')
     options = parsed(parser, work)
 
     sys.path.insert(0, str(ROOT))

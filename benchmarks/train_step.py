@@ -1,15 +1,16 @@
-"""Forward and backward of `train_mac.py`'s model on one micro batch, ours and the reference's beside it.
+"""Forward and backward of the model of `train_mac.py` on one micro batch, beside the reference.
 
     python benchmarks/train_step.py --reference-path /folder/with/the/reference --write
     python benchmarks/train_step.py --batches 4 64 --precisions bf16
 
-On a GPU the full preset: eager, as the CUDA graph that `train_mac.py` records, and compiled before that, as it does by
-default; and the same without memory layers, which tells their share. On a CPU the quick preset, eager. Ours and the
-reference run by turns, each time in a process of its own. `tests/test_golden.py` and `tests/test_gpu.py` compare their
-numbers; here both start from the same seed, and a loss that differs by more than 1 % is no figure.
+On a GPU it runs the full preset: eager, captured as a CUDA graph, and compiled and captured, which is the default of
+`train_mac.py`; and the last once more without memory layers, to show their share. On a CPU it runs the quick preset,
+eager. This package and the reference run alternately, each time in a new process. `tests/test_golden.py` and
+`tests/integration/test_gpu.py` compare their numbers; here both start from the same seed, and the script stops if their
+losses differ by more than 1 %.
 
-The last column is the useful part of what the GPU could compute meanwhile (model FLOP utilisation): products of the
-model as its equations have them, forward and twice that backward, over the tensor cores' rate in bf16 without sparsity.
+The last column is the model FLOP utilisation: the matrix products in the model's equations, forward and twice that for
+backward, over the peak rate of the tensor cores in bf16 without sparsity.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ from harness import by_turns, gibibytes, machine, milliseconds, own_path, parsed
 
 GPU = torch.cuda.is_available()
 PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}
-"""Of dense bf16 products a second, by part of a device's name."""
+"""Peak dense bf16 rate by part of the device name."""
 NO_MEMORY = 'ours, compiled, CUDA graph, no memory layers'
 
 
 def model_flops(model: torch.nn.Module, config: Any) -> float:
-    """Floating-point operations of the products in a forward and a backward: whatever an implementation adds to them,
-    computes twice or leaves out is not counted."""
+    """Floating-point operations of the matrix products in one forward and backward. It depends on the model alone, not
+    on operations that an implementation adds, repeats or saves."""
     positions = config.BATCH_SIZE * model.num_positions(config.SEQ_LEN)
     linear = sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     keys = config.WINDOW_SIZE + config.NUM_LONGTERM_MEM + config.NUM_PERSIST_MEM
     attention = config.DEPTH * 4 * keys * config.HEADS * config.DIM_HEAD
 
-    # a matrix of a memory: a row is multiplied by it to learn, its error with it and with the row, and a query by it
+    # per memory matrix: forward of a row, gradients by input and by weight, and the retrieval of a query
     stored, chunks = 8.0, 1 / config.NEURAL_MEM_SEGMENT_LEN
     matrices = [w[0] for memory in model._memories for w in memory.memory_model_parameters if w.ndim > 2]
     memory = sum(stored * w.numel() for w in matrices) * config.NEURAL_MEM_HEADS
@@ -61,12 +62,12 @@ def work(batch: int, precision: str, repeats: int, mode: str) -> dict[str, Any]:
             'USE_CUDA_GRAPHS': 'graph' in mode,
             'COMPILE': 'compiled' in mode,
             **({'NEURAL_MEM_LAYERS': ()} if mode == NO_MEMORY else {}),
-            'USE_ACCELERATED_SCAN': False,  # the reference's stops with an illegal memory access on an H200
+            'USE_ACCELERATED_SCAN': False,  # in the reference it stops with an illegal memory access on an H200
         }
     )
     model = train_mac.build_model(config)
     for parameter in model.parameters():
-        parameter.data = parameter.data.contiguous()  # the reference's are views of one storage
+        parameter.data = parameter.data.contiguous()  # in the reference they are views of one storage
     step = train_mac.MicroStep(model, config, train_mac.choose_machine(config))
     inputs = torch.randint(0, 256, (batch, config.SEQ_LEN + 1), generator=torch.Generator().manual_seed(0))
 
@@ -88,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--batches', type=int, nargs='*', default=[4])
     parser.add_argument('--precisions', nargs='*', default=['fp32', 'bf16'] if GPU else ['fp32'])
-    parser.add_argument('--modes', nargs='*', help='only these of ours')
+    parser.add_argument('--modes', nargs='*', help='only these modes of this package')
     parser.add_argument('--repeats', type=int, default=5, help='timed steps in each process')
     parser.add_argument('--json', type=Path, help='write the figures to this file')
     options = parsed(parser, work)
@@ -114,7 +115,7 @@ def main() -> None:
                     rows.append([f'{batch}', precision, mode, f'failed: {f["failed"]}', *[''] * 6])
                     continue
                 if mode != NO_MEMORY and abs(f['loss'] / reference.get('loss', f['loss']) - 1) > 0.01:
-                    raise SystemExit(f'{mode}: a loss of {f["loss"]} where the reference has {reference["loss"]}')
+                    raise SystemExit(f'{mode}: the loss is {f["loss"]}, and {reference["loss"]} in the reference')
                 speed = f'{f["tokens"] / f["median"]:,.0f}'
                 ratio = f'{reference["median"] / f["median"]:.1f} ×' if 'median' in reference else '–'
                 peak = next((rate for name, rate in PEAK_FLOPS.items() if GPU and name in machine()), None)

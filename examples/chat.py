@@ -1,9 +1,9 @@
-"""A conversation that goes on: each turn is read after the state that the last one left, which is kept in a file.
+"""A continuing conversation: each turn starts from the state of the previous one, which is saved to a file.
 
     python examples/chat.py --checkpoint model.pt --state chat.pt "What was my name?"
 
-Without a checkpoint the model has learned nothing and answers noise; this shows the mechanism. No turn is ever read
-again: the state has a constant size, and the answer comes byte by byte.
+Without a checkpoint the model is untrained and answers with noise; the example shows the mechanism. No turn is read
+twice, the state has a constant size, and the answer arrives byte by byte.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ def build() -> MemoryAsContextTransformer:
 def main() -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('message')
-    parser.add_argument('--checkpoint', type=Path, help='weights of the model that `build` makes')
-    parser.add_argument('--state', type=Path, default=Path('chat.pt'), help='where the conversation is kept')
-    parser.add_argument('--length', type=int, default=64, help='bytes of the answer')
+    parser.add_argument('--checkpoint', type=Path, help='weights of the model that `build` returns')
+    parser.add_argument(
+        '--state', type=Path, default=Path('chat.pt'), help='file that holds the state of the conversation'
+    )
+    parser.add_argument('--length', type=int, default=64, help='maximum length of the answer in bytes')
     options = parser.parse_args()
 
     model = build()
@@ -61,7 +63,9 @@ def main() -> str:
         print(chr(answer[-1]) if 32 <= answer[-1] < 127 else '·', end='', flush=True)
     print()
 
-    torch.save((torch.tensor([answer[-1:]]), state), options.state)  # the last byte of the answer was not read
+    torch.save(
+        (torch.tensor([answer[-1:]]), state), options.state
+    )  # the model has not read the last byte of the answer
     return bytes(answer).decode('latin1')
 
 

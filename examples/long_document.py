@@ -1,9 +1,9 @@
-"""Training on a document longer than memory allows in one pass: pieces, and a state that is cut from their graphs.
+"""Training on a document that is too long for one pass: pieces, linked by a detached state.
 
     python examples/long_document.py [file]
 
-The model reads the whole document in order, over and over. What a step holds is one piece, however long the document;
-what came before reaches it through the state: the attention's window, and the memories' weights.
+The model reads the whole document in order, several times. A step holds the activations of one piece, however long the
+document is. Earlier text reaches it through the state: the attention window and the weights of the memories.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main() -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('file', type=Path, nargs='?', default=Path(__file__).parent.parent / 'README.md')
     parser.add_argument('--piece', type=int, default=512, help='bytes in a piece')
-    parser.add_argument('--rounds', type=int, default=4, help='how often to read the document')
+    parser.add_argument('--rounds', type=int, default=4, help='number of passes over the document')
     options = parser.parse_args()
 
     document = torch.frombuffer(bytearray(options.file.read_bytes()), dtype=torch.uint8).long().unsqueeze(0)
@@ -42,7 +42,7 @@ def main() -> list[float]:
     bits = []
     for number in range(options.rounds):
         state, losses = None, []
-        # a piece ends with the token that the next one begins with: it is predicted here, and read there
+        # pieces overlap by one token: it is the last target of one piece and the first input of the next
         for start in range(0, document.shape[1] - 1, options.piece):
             piece = document[:, start : start + options.piece + 1]
             loss, state = model(piece, return_loss=True, state=state, return_state=True)

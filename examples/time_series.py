@@ -1,10 +1,10 @@
-"""A memory layer in a model of one's own: the next value of a series, read piece by piece.
+"""A memory layer in a custom model: prediction of the next value of a series, read piece by piece.
 
     python examples/time_series.py
 
-Each series has a period of its own, which no weight can know: it has to be learned from the series, as it is read. The
-model is a linear map, a `NeuralMemory` around a residual, and a linear map. The series never stands in memory whole:
-pieces follow one another, and the memory's state carries what was learned (truncated backpropagation through time).
+Each series has its own periods, which trained weights cannot contain: the model has to learn them from the series while
+it reads. It consists of a linear map, a `NeuralMemory` with a residual connection, and an MLP. The series is read in
+pieces, and the memory state carries over what was learned (truncated backpropagation through time).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Forecaster(nn.Module):
         self.predict = nn.Sequential(nn.RMSNorm(dim), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 1))
 
     def forward(self, values: Tensor, state: NeuralMemState | None = None) -> tuple[Tensor, NeuralMemState]:
-        """Values (batch, length + 3) to a prediction after each but the first three, (batch, length)."""
+        """Predictions (batch, length) of the value after each in `values` (batch, length + 3) but the first three."""
         x = self.embed(values.unfold(1, 4, 1))
         retrieved, state = self.memory(x, state=state)
         return self.predict(x + retrieved).squeeze(-1), state
@@ -45,7 +45,7 @@ def series(batch: int, length: int) -> Tensor:
 
 
 def pieces(values: Tensor, length: int) -> list[tuple[Tensor, Tensor]]:
-    """What the model reads, each piece with the three values before it, and what it is to predict."""
+    """Inputs and targets of each piece; inputs include the three values before it."""
     starts = range(3, values.shape[1] - length, length)
     return [(values[:, start - 3 : start + length], values[:, start + 1 : start + length + 1]) for start in starts]
 

@@ -15,10 +15,29 @@ if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')
 
 
+def pytest_addoption(parser):
+    parser.addoption('--shapes', action='store_true', help='check the shape annotations of the package')
+
+
+def pytest_configure(config):
+    if config.getoption('--shapes'):
+        import shape_checks
+
+        shape_checks.install()
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
     random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def shapes_checked(request):
+    if request.config.getoption('--shapes'):
+        import shape_checks
+
+        shape_checks.enable(True)
 
 
 @pytest.fixture
@@ -40,6 +59,23 @@ def kernels_everywhere(monkeypatch):
     from titans_pytorch.ops import _dispatch  # only now: Triton reads its settings as it is imported
 
     monkeypatch.setattr(_dispatch, 'compute_capability', lambda device: _dispatch.HOPPER)
+
+
+@pytest.fixture
+def switch_kernel(monkeypatch):
+    """`switch_kernel(operation, use)`: the kernel of one operation, given as its module, runs on this device or not."""
+    pytest.importorskip('triton')
+    from titans_pytorch.ops import _dispatch
+
+    def switch(operation, use):
+        def use_kernel(*args, **options):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(_dispatch, 'compute_capability', lambda device: _dispatch.HOPPER)
+                return use and _dispatch.use_kernel(*args, **options)
+
+        monkeypatch.setattr(operation, 'use_kernel', use_kernel)
+
+    return switch
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from compare import randomised
+from compare import leaves, randomised
 from torch import Tensor, nn
 
 from titans_pytorch import (
@@ -15,6 +15,7 @@ from titans_pytorch import (
     MemoryMLP,
     MemorySwiGluMLP,
     NeuralMemory,
+    NeuralMemState,
 )
 
 DIM, HEAD = 8, 8
@@ -110,3 +111,16 @@ def memory(switch: str = 'plain', chunk_size: int = 4, batch_size: int | None = 
 def inputs(mem: NeuralMemory, length: int, batch: int = 2) -> Tensor:
     views = (3,) if mem.qkv_receives_diff_views else ()
     return torch.randn(*views, batch, length, DIM, dtype=torch.float64)
+
+
+def carried(state: NeuralMemState) -> NeuralMemState:
+    """The part of a state that the next call depends on."""
+    return state._replace(updates=None)
+
+
+def scalar(out: Tensor, state: NeuralMemState) -> Tensor:
+    """A number that depends on every entry of the output and of the state, with a weight of its own."""
+    tensors = [out, *leaves(carried(state)).values()]
+    generator = torch.Generator().manual_seed(1)
+    floating = [t for t in tensors if t.dtype.is_floating_point]
+    return sum((t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum() for t in floating)

@@ -17,6 +17,8 @@ from titans_pytorch.neural_memory import NeuralMemory, NeuralMemState, mem_state
 from titans_pytorch.ops._dispatch import without_kernels
 from titans_pytorch.utils.parameters import reference_state_dict
 
+__version__ = '1.0.0'
+
 __all__ = [
     'FactorizedMemoryMLP',
     'GatedResidualMemoryMLP',

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from titans_pytorch.models.block import Parts
 from titans_pytorch.models.hybrid import HybridBlock, HybridTransformer
-from titans_pytorch.ops.hyper_connection import Streams
+from titans_pytorch.models.residual_streams import Streams
 
 
 class LMMBlock(HybridBlock):

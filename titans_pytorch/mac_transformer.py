@@ -23,10 +23,10 @@ from titans_pytorch.models.base import Transformer
 from titans_pytorch.models.block import Block, Parts
 from titans_pytorch.models.decoding import ModelBuffers
 from titans_pytorch.models.feedforward import GEGLU, FeedForward
+from titans_pytorch.models.residual_streams import Streams
 from titans_pytorch.models.state import ModelState
 from titans_pytorch.models.validation import checked_memory_settings, layers_with_memory
 from titans_pytorch.neural_memory import NeuralMemory
-from titans_pytorch.ops.hyper_connection import Streams
 from titans_pytorch.utils.checks import (
     check_flags,
     check_multiple,

@@ -7,7 +7,7 @@ from typing import Any
 from titans_pytorch.memory.modules import Gated
 from titans_pytorch.models.block import Parts
 from titans_pytorch.models.hybrid import HybridBlock, HybridTransformer
-from titans_pytorch.ops.hyper_connection import Streams
+from titans_pytorch.models.residual_streams import Streams
 
 
 class MAGBlock(HybridBlock):

@@ -1,11 +1,11 @@
-"""Bits per byte on text never seen, for all models at equal numbers of parameters and steps.
+"""Bits per byte on unseen text, for all models at equal numbers of parameters and steps.
 
     python benchmarks/tasks/enwik8.py --data enwik8.gz                (all models, three seeds)
     python benchmarks/tasks/enwik8.py --report runs.jsonl --write
 
-Trained on random windows of 1,024 bytes from the first 90 % of the first 4 MB of enwik8, tested on the last 5 % of
-them in windows of 4,096; attention sees 128 bytes back. A second figure is over the last 1,024 bytes of each window,
-where most of what a model can use lies before attention's reach.
+Models train on random windows of 1,024 bytes from the first 90 % of the first 4 MB of enwik8. They are tested on the
+last 5 % in windows of 4,096 bytes; attention sees 128 bytes back. A second figure covers the last 1,024 bytes of each
+window, where most of the useful context lies outside the attention window.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def loss(model: nn.Module, batch: Tensor) -> Tensor:
 
 @torch.no_grad()
 def bits_per_byte(model: nn.Module, text: Tensor, length: int, num_windows: int) -> tuple[float, float]:
-    """Over whole windows that follow one another, and over the last quarter of each."""
+    """Bits per byte over consecutive windows, and over the last quarter of each."""
     rows = text[: num_windows * length + 1]
     rows = rows.unfold(0, length + 1, length)
     losses = []

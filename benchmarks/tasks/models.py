@@ -40,10 +40,10 @@ MODELS = {**ARCHITECTURES, **{f'LMM, {name}': (LongTermMemoryModel, {}, own) for
 
 
 def build(name: str, seed: int, memory_batch: int | None = None, **sizes: Any) -> Transformer:
-    """One of `MODELS`, its feedforwards so wide that all have as many parameters as the largest with common ones.
+    """One of `MODELS`, with feedforwards widened so that all models have as many parameters as the largest.
 
-    Gradients are taken at the initial weights of the memories, but for the paper's order, in which a memory batch is a
-    segment; there steps are smaller. `sizes`: arguments that all have in common.
+    Gradients are taken at the initial weights of the memories, except in the paper's order, where a memory batch is a
+    segment and step sizes are smaller. `sizes` are arguments common to all models.
     """
 
     wanted = _largest(memory_batch, tuple(sizes.items()))

@@ -5,9 +5,10 @@
     python benchmarks/tasks/mqar.py --small                           (two CPU cores, half an hour)
     python benchmarks/tasks/mqar.py --report runs.jsonl --write
 
-A sequence begins with pairs of a key and a value; later keys come again, and the answer to each is its value.
-Vocabulary 8,192, half of it keys. Trained on 64 tokens with 4 pairs to 256 with 64, tested to 1,024 with 256;
-attention sees 64 tokens back. Queries are placed by Zoology's power law (exponent 0.01), the rest is random values.
+A sequence begins with pairs of a key and a value. Each key appears once more later, as a query whose answer is its
+value. Half of the vocabulary of 8,192 is keys. Training goes from 64 tokens with 4 pairs to 256 with 64, tests go up to
+1,024 with 256; attention sees 64 tokens back. Positions of queries follow Zoology's power law (exponent 0.01), and the
+rest of the sequence is random values.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ SMALL = {
 def examples(
     batch: int, length: int, pairs: int, vocabulary: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens (batch, length), where the queries are, and their answers, (batch, pairs) both."""
+    """Tokens (batch, length), positions of the queries (batch, pairs), and their answers (batch, pairs)."""
     device = generator.device
     half = vocabulary // 2
     keys = torch.rand(batch, half - 1, generator=generator, device=device).topk(pairs).indices + 1
@@ -44,7 +45,7 @@ def examples(
     tokens = torch.randint(half, vocabulary, (batch, length), generator=generator, device=device)
     tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
 
-    # places after the pairs, every second one, without replacement, early ones likelier
+    # every second position after the pairs, without replacement, early ones more likely
     num_places = (length - 2 * pairs) // 2
     log_odds = (0.01 - 1) * torch.arange(1, num_places + 1, device=device).log()
     noise = -(-torch.rand(batch, num_places, generator=generator, device=device).log()).log()
@@ -53,7 +54,7 @@ def examples(
 
 
 def answers(model: nn.Module, tokens: Tensor, places: Tensor) -> Tensor:
-    """Logits at the queries; no others are needed, and the vocabulary is large."""
+    """Logits at the queries alone, because the vocabulary is large."""
     hidden = model(tokens, return_hidden=True)
     return model.to_logits(hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])))
 
@@ -65,7 +66,7 @@ def loss(model: nn.Module, tokens: Tensor, places: Tensor, values: Tensor) -> Te
 def batches(
     lengths: list[tuple[int, int]], tokens: int, vocabulary: int, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """By turns of each length, of so many tokens each."""
+    """Batches of each length in turn, of `tokens` tokens each."""
     while True:
         for length, pairs in lengths:
             yield examples(tokens // length, length, pairs, vocabulary, generator)

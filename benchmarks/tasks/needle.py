@@ -1,13 +1,15 @@
-"""A needle in text: a key and a value once in enwik8, and far away the key again. What was the value?
+"""A needle in text: a key and its value hidden in enwik8, and a question for the value far behind them.
 
     python benchmarks/tasks/needle.py --data enwik8.gz                (all models, three seeds)
     python benchmarks/tasks/needle.py --report runs.jsonl --write
 
-A sequence of bytes ends with `[[abcd=`, and somewhere before stands `[[abcd=wxyz]]`, four random letters each. Tested
-at 2K to 16K bytes, the needle anywhere; an answer is right if all four letters are. Attention sees 128 bytes back.
+A sequence of bytes ends with `[[abcd=`, and `[[abcd=wxyz]]` stands at a random position before it; key and value are
+four random letters each. Tests use 2K to 16K bytes; an answer is right if all four letters are. Attention
+sees 128 bytes back.
 
-Trained to continue the text, in which many needles hide, each asked for somewhere behind it, and by turns at 256 to
-2,048 bytes: one answer in two thousand bytes teaches nothing in so few steps. The answers count as much as the text.
+Models train as language models on text with many needles, each asked for at a later position, at lengths of 256 to
+2,048 bytes in turn: one answer in two thousand bytes would teach nothing in so few steps. The loss on the answers has
+the same weight as the loss on the text.
 """
 
 from __future__ import annotations
@@ -46,14 +48,14 @@ def _letters(size: int, count: int, generator: torch.Generator) -> Tensor:
 def _marked(keys: Tensor, values: Tensor) -> Tensor:
     """`[[key=value]]`, bytes (batch, count, NEEDLE)."""
 
-    def fixed(what: bytes) -> Tensor:
-        return torch.tensor([*what], device=keys.device).expand(*keys.shape[:2], -1)
+    def fixed(text: bytes) -> Tensor:
+        return torch.tensor([*text], device=keys.device).expand(*keys.shape[:2], -1)
 
     return torch.cat((fixed(BEFORE), keys, fixed(BETWEEN), values, fixed(AFTER)), dim=-1)
 
 
 def hidden_needle(batch: Tensor, generator: torch.Generator) -> Tensor:
-    """Bytes (batch, length) with a needle put in, a question at the end, and after it the answer."""
+    """Bytes (batch, length) with a needle inserted, and a question with its answer at the end."""
     size, length = batch.shape
     needle = _marked(_letters(size, 1, generator), _letters(size, 1, generator))[:, 0]
     question = needle[:, : -len(AFTER)]
@@ -69,7 +71,7 @@ def hidden_needles(batch: Tensor, count: int, generator: torch.Generator) -> tup
     size, length = batch.shape
     device = batch.device
     needles = _marked(_letters(size, count, generator), _letters(size, count, generator))
-    # in slots, so that none is upon another; of two in one draw the earlier is the needle
+    # slots keep needles from overlapping; the earlier slot of a pair holds the needle, the later its question
     slots = torch.rand(size, length // NEEDLE, generator=generator, device=device).topk(2 * count).indices
     first, again = slots.unflatten(1, (2, count)).sort(dim=1).values.unbind(1)
     within = torch.arange(NEEDLE, device=device)
@@ -83,7 +85,7 @@ def hidden_needles(batch: Tensor, count: int, generator: torch.Generator) -> tup
 def batches(
     text: Tensor, tokens: int, lengths: list[int], generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """By turns of each length, of so many bytes each."""
+    """Batches of each length in turn, of `tokens` bytes each."""
     windows = [texts.windows(text, tokens // length, length, generator) for length in lengths]
     while True:
         for length, given in zip(lengths, windows):
@@ -98,7 +100,7 @@ def loss(model: nn.Module, batch: Tensor, answers: Tensor) -> Tensor:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, text: Tensor, length: int, generator: torch.Generator, examples: int) -> float:
-    """Share of answers right in all letters, each letter predicted after the right ones before it."""
+    """Share of answers with all letters right, each predicted from the correct letters before it."""
     right, size = [], max(1, 2**16 // length)
     windows = texts.windows(text, size, length, generator)
     for _ in range(-(-examples // size)):

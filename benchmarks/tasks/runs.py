@@ -1,4 +1,4 @@
-"""Training and evaluating the models of a task, seed after seed; a table of all runs."""
+"""Training and evaluation of the models of a task over several seeds, and a table of all runs."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
 from harness import captured, machine, table, write_section  # noqa: E402
 
 Loss = Callable[..., Tensor]
-"""(model, *tensors of a batch) to what training lowers."""
+"""The training loss, as a function of the model and the tensors of a batch."""
 
 
 class Trainer:
-    """AdamW with warm-up and a cosine, gradients clipped. On a GPU in bf16, a CUDA graph for each shape of batch."""
+    """AdamW with warm-up, cosine decay and gradient clipping; on a GPU in bf16, with one CUDA graph per batch shape."""
 
     def __init__(self, model: nn.Module, loss: Loss, steps: int, learning_rate: float):
         decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
@@ -44,7 +44,7 @@ class Trainer:
         self.graphs: dict[tuple[torch.Size, ...], tuple[list[Tensor], Callable[[], Any], Tensor]] = {}
 
     def step(self, *batch: Tensor) -> Tensor:
-        """Returns the loss, which the next step overwrites."""
+        """The loss, which the next step overwrites."""
         loss = self._replayed(batch) if self.on_gpu else self._gradients(batch)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
@@ -53,7 +53,7 @@ class Trainer:
         return loss
 
     def _gradients(self, batch: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
-        # what is cast must not outlive a graph
+        # cached casts must not outlive a graph
         with torch.autocast('cuda', torch.bfloat16, enabled=self.on_gpu, cache_enabled=False):
             loss = self.loss(self.model, *batch)
         loss.backward()
@@ -74,7 +74,7 @@ class Trainer:
 
 
 def train(trainer: Trainer, batches: Iterator[tuple[Tensor, ...]], steps: int, seconds: float | None) -> int:
-    """As many steps as asked for, or as the time allows. Returns how many."""
+    """Train for `steps` steps or about `seconds` seconds; returns the number of steps done."""
     started = time.perf_counter()
     for step in range(steps):
         loss = trainer.step(*next(batches))
@@ -87,24 +87,26 @@ def train(trainer: Trainer, batches: Iterator[tuple[Tensor, ...]], steps: int, s
 
 def parser(description: str, models: list[str], steps: int, small_steps: int) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument('--models', nargs='*', default=models, help='which of the models')
+    made.add_argument('--models', nargs='*', default=models, help='models to run')
     made.add_argument('--seeds', type=int, default=3)
     made.add_argument('--first-seed', type=int, default=0)
     made.add_argument('--steps', type=int, help=f'default: {steps}, and {small_steps} if small')
     made.set_defaults(steps_of=(steps, small_steps))
     made.add_argument('--learning-rate', type=float, default=2e-3)
     made.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    made.add_argument('--small', action='store_true', help='sizes for two CPU cores, a section of their own')
-    made.add_argument('--seconds', type=float, help='end the training of each run after so long')
-    made.add_argument('--json', type=Path, help='add each run to this file as soon as it is done')
-    made.add_argument('--report', type=Path, nargs='+', help='only make the tables of runs noted before')
+    made.add_argument(
+        '--small', action='store_true', help='sizes for two CPU cores, with their own section of docs/benchmarks.md'
+    )
+    made.add_argument('--seconds', type=float, help='time limit of the training of each run')
+    made.add_argument('--json', type=Path, help='append each run to this file when it is done')
+    made.add_argument('--report', type=Path, nargs='+', help='print the table of saved runs')
     made.add_argument('--write', action='store_true', help='put the table into docs/benchmarks.md')
-    made.add_argument('--plot', type=Path, help='draw the table: a picture, by its ending (needs matplotlib)')
+    made.add_argument('--plot', type=Path, help='draw the table to this file (needs matplotlib)')
     return made
 
 
 def settings(options: argparse.Namespace, small: dict[str, Any]) -> dict[str, Any]:
-    """What the options say of a run; with `--small` also its sizes, `small`."""
+    """Keyword arguments of a run from the options; with `--small` they include the sizes `small`."""
     named = {name: getattr(options, name) for name in ('device', 'learning_rate', 'seconds')}
     steps = options.steps_of[options.small] if options.steps is None else options.steps
     return {**named, 'steps': steps, **(small if options.small else {})}
@@ -113,12 +115,12 @@ def settings(options: argparse.Namespace, small: dict[str, Any]) -> dict[str, An
 def measured(
     options: argparse.Namespace, run: Callable[[str, int], dict[str, Any]]
 ) -> tuple[str, list[dict[str, Any]]]:
-    """Where, and the result of every model and seed: of this call, or of those noted before."""
+    """The machine, and the result of every model and seed, run now or saved before."""
     if options.report:
         notes = [json.loads(line) for path in options.report for line in path.read_text().splitlines()]
         machines = {note['machine'].rpartition(',')[0] for note in notes}
         if len(machines) > 1:
-            raise SystemExit(f'runs of one machine make a table, got {sorted(machines)}')
+            raise SystemExit(f'a table takes runs of one machine, got {sorted(machines)}')
         last = {(note['result']['model'], note['result']['seed']): note['result'] for note in notes}
         return notes[0]['machine'], [*last.values()]
     torch.set_float32_matmul_precision('high')
@@ -137,7 +139,7 @@ def measured(
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Mean, and standard deviation over the seeds; those that diverged are counted and left out."""
+    """Mean and standard deviation over the seeds; diverged ones are counted and excluded."""
     finite = [value for value in values if math.isfinite(value)]
     diverged = f' ({len(values) - len(finite)} diverged)' if len(finite) < len(values) else ''
     if not finite:
@@ -163,7 +165,7 @@ def report(
     digits: int,
     order: list[str],
 ) -> None:
-    """A row for each model: its parameters, steps, and each column over the seeds."""
+    """One row per model: parameters, steps, and each column over the seeds."""
     grouped = by_model(results)
     rows = []
     for name in sorted(grouped, key=order.index):
@@ -184,14 +186,14 @@ def report(
 def plot(
     picture: Path, grouped: dict[str, list[dict[str, Any]]], columns: dict[str, Callable[[dict[str, Any]], float]]
 ) -> None:
-    """A line for each model over the columns: the mean of its seeds, and a point for each of them."""
+    """One line per model over the columns: the mean of its seeds, with a point for each seed."""
     from matplotlib.figure import Figure
 
     axes = (figure := Figure(figsize=(8, 4.5), layout='constrained')).subplots()
     for index, (name, own) in enumerate(grouped.items()):
         values = [[column(result) for result in own] for column in columns.values()]
         means = [statistics.mean(of) for of in values]
-        # there are ten colours
+        # the colour cycle has ten entries
         (line,) = axes.plot([*columns], means, '-' if index < 10 else '--', label=name)
         for place, of in enumerate(values):
             axes.plot([place] * len(of), of, '.', color=line.get_color(), alpha=0.4)

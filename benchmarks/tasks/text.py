@@ -1,4 +1,4 @@
-"""The bytes that the tasks on text read: the first of enwik8, 90 % to train on, 5 % each for validation and test."""
+"""Text of the language tasks: the first bytes of enwik8, 90 % for training, 5 % each for validation and test."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def load(path: Path | None, num_bytes: int = 4_000_000) -> tuple[Tensor, Tensor,
 
 
 def windows(text: Tensor, batch: int, length: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Random windows (batch, length) without end, where `text` is."""
+    """An endless iterator of random windows (batch, length), on the device of `text`."""
     offsets = torch.arange(length, device=text.device)
     while True:
         starts = torch.randint(0, len(text) - length, (batch, 1), generator=generator, device=text.device)

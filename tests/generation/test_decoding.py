@@ -15,7 +15,7 @@ from memories import SWITCHES, inputs, memory
 
 from titans_pytorch import LongTermMemoryModel, MemoryAsContextTransformer
 from titans_pytorch.generation.stepper import Stepper
-from titans_pytorch.ops.sinkhorn import sinkhorn, sinkhorn_of_few
+from titans_pytorch.ops.sinkhorn import sinkhorn
 
 GREEDY = {'temperature': 0.0, 'show_progress': False}
 LENGTH = 45  # several windows (5 tokens each), chunks (at most 8 positions each) and memory batches
@@ -111,13 +111,6 @@ def test_a_state_with_a_mask_is_refused():
         mem.step_state(state)
 
 
-@pytest.mark.parametrize('size', [1, 2, 4])
-def test_sinkhorn_of_few_is_sinkhorn(size):
-    for scale in (0.1, 1.0, 5.0):
-        log_alpha = torch.randn(7, size, size).double() * scale
-        assert_same(sinkhorn_of_few(log_alpha), sinkhorn(log_alpha), 1e-12)
-
-
 @torch.no_grad()
 def test_buffers_stay_in_place_and_keep_their_size():
     model = transformer(11)
@@ -148,7 +141,7 @@ def test_steps_of_one_kind_run_the_same_operations():
             self.calls.append((func, *(t.shape for t in args if isinstance(t, torch.Tensor))))
             return out
 
-    def no_early_end(log_alpha, iters=20):  # which runs on a CPU only
+    def no_early_end(log_alpha, iters, eps):  # which runs on a CPU only
         return sinkhorn(log_alpha, iters)
 
     for index in (3, 9, 22):
@@ -162,7 +155,7 @@ def test_steps_of_one_kind_run_the_same_operations():
             assert runs.setdefault(kind, recorder.calls) == recorder.calls
 
         step._step = recorded
-        with patch('titans_pytorch.ops.hyper_connection.sinkhorn_of_few', no_early_end):
+        with patch('titans_pytorch.ops.token_hyper_connection.reference.loop_in_log_space', no_early_end):
             for token in ids(60).unbind(1):
                 step(token)
         assert 3 <= len(runs) <= 6

@@ -31,8 +31,8 @@ from titans_pytorch import (
 from titans_pytorch.attention.rotary import Rotary
 from titans_pytorch.attention.segmented import SegmentedAttention
 from titans_pytorch.implicit_mlp_attention import ImplicitMLPAttention
+from titans_pytorch.models.residual_streams import HyperConnection
 from titans_pytorch.nested_attention import NestedAttention
-from titans_pytorch.ops.hyper_connection import HyperConnection
 from titans_pytorch.utils.parameters import ParameterSequence
 from train_mac import load_optimizer
 

@@ -23,7 +23,8 @@ from titans_pytorch import (
     NeuralMemory,
     without_kernels,
 )
-from titans_pytorch.ops import _dispatch, hyper_connection
+from titans_pytorch.models.residual_streams import complete, connect
+from titans_pytorch.ops import _dispatch
 from titans_pytorch.ops.sinkhorn import sinkhorn
 
 
@@ -211,13 +212,12 @@ def streams_and_connection() -> tuple[Module, Tensor]:
 
 
 def gradient_of_connection(connection: Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    branch_in, add = hyper_connection.connected(connection, x)
-    out = hyper_connection.written(add(branch_in.tanh())).square().sum()
+    branch_in, add = connect(connection, x)
+    out = complete(add(branch_in.tanh())).square().sum()
     return out, torch.autograd.grad(out, x, create_graph=True)[0]
 
 
-def test_a_second_derivative_through_a_kernel_names_the_switch(monkeypatch):
-    monkeypatch.setattr(hyper_connection, 'USE_KERNEL', True)
+def test_a_second_derivative_through_a_kernel_names_the_switch(kernels_everywhere):
     connection, x = streams_and_connection()
     _, first = gradient_of_connection(connection, x)
     with pytest.raises(RuntimeError, match='without_kernels'):

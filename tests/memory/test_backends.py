@@ -1,4 +1,4 @@
-"""The dual engine against the dense one: outputs, states and every gradient; and where one cannot serve."""
+"""Backends against each other: outputs, states, surprises and every gradient; and the choice between them."""
 
 from __future__ import annotations
 
@@ -9,31 +9,32 @@ import torch
 from compare import assert_same, gradients, leaves
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memories import HEAD, SWITCHES, inputs, memory
-from test_neural_memory import carried, scalar
+from memories import HEAD, SWITCHES, carried, inputs, memory, scalar
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from titans_pytorch import MemoryMLP, NeuralMemory
-from titans_pytorch.memory.engines import Chunks, DenseEngine, DualEngine, Mixing, soft_clamp_norm
+from titans_pytorch.memory.backends import DenseBackend, DualBackend, SpectralBackend, fused_mlp
+from titans_pytorch.memory.backends import dual as dual_backend
+from titans_pytorch.memory.chunks import Chunks, Coefficients
 from titans_pytorch.memory.fast_weights import FastWeights
-from titans_pytorch.ops import memory_batch_scan, retrieve_sequence
+from titans_pytorch.memory.soft_clamp import soft_clamp_norm
 from titans_pytorch.ops.associative_scan import gate_products
 
 DUAL = [switch for switch in SWITCHES if 'module' not in switch]
 
 
 def pair(switch, *sizes, **kwargs):
-    """The same memory with either engine."""
-    dual, dense = (memory(switch, *sizes, engine=engine, **kwargs) for engine in ('dual', 'dense'))
-    dense.load_state_dict(dual.state_dict())
-    return dual, dense
+    """The same memory with the dual and with the dense backend."""
+    ours, dense = (memory(switch, *sizes, engine=engine, **kwargs) for engine in ('dual', 'dense'))
+    dense.load_state_dict(ours.state_dict())
+    return ours, dense
 
 
-def assert_engines_agree(dual, dense, seq, sizes, mask=None):
+def assert_backends_agree(ours, dense, seq, sizes, mask=None):
     results = []
-    for mem in (dual, dense):
+    for mem in (ours, dense):
         state, outs, surprises, updates = None, [], [], []
         for piece in torch.arange(sum(sizes)).split(sizes):
             some = None if mask is None else mask[:, piece]
@@ -43,55 +44,53 @@ def assert_engines_agree(dual, dense, seq, sizes, mask=None):
             updates.append(dict(state.updates.items()))
         out = torch.cat(outs, dim=1)
         results.append((out, carried(state), surprises, updates, gradients(mem, scalar(out, state))))
-    for came, expected, what in zip(*results, ('output', 'state', 'surprise', 'update', 'gradient')):
-        assert_same(came, expected, 1e-9, f'{what} ')
+    for came, expected, name in zip(*results, ('output', 'state', 'surprise', 'update', 'gradient')):
+        assert_same(came, expected, 1e-9, f'{name} ')
 
 
-FORMED = {'factored': lambda *_: False, 'formed': lambda *_: True, 'the smaller': DualEngine._materialises}
+@pytest.fixture
+def factored(monkeypatch):
+    """All matrices factored, however small."""
+    monkeypatch.setattr(dual_backend, '_is_small', lambda *_: False)
+
+
+@pytest.fixture
+def formed(monkeypatch):
+    """All matrices formed, however large."""
+    monkeypatch.setattr(dual_backend, '_is_small', lambda *_: True)
 
 
 @pytest.mark.parametrize('matrices', ['factored', 'formed'])
 @pytest.mark.parametrize('switch', [switch for switch in DUAL if 'spectral_norm_surprises' not in SWITCHES[switch]])
-def test_engines_agree(switch, matrices, monkeypatch):
-    monkeypatch.setattr(DualEngine, '_materialises', FORMED[matrices])
-    dual, dense = pair(switch)
-    assert_engines_agree(dual, dense, inputs(dual, 29), [29])
+def test_backends_agree(switch, matrices, request):
+    request.getfixturevalue(matrices)
+    pair_of_backends = pair(switch)
+    assert_backends_agree(*pair_of_backends, inputs(pair_of_backends[0], 29), [29])
 
 
-AT_ONCE = [
+STORED_TOGETHER = [
     *('plain', 'no momentum', 'momentum of order 3, combined', 'shared heads', 'two keys per token'),
     *('lookahead values', 'no residual norm', 'linear memory'),
 ]
 
 
 @pytest.mark.parametrize('sizes', [[39], [5, 20, 14]])
-@pytest.mark.parametrize('switch', AT_ONCE)
-def test_several_memory_batches_stored_and_all_queries_retrieved_at_once(switch, sizes, monkeypatch):
-    """What kernels do, by their plain twins."""
-    walked, retrieved, walk, retrieve = [], [], memory_batch_scan.walk, retrieve_sequence.retrieve
-    monkeypatch.setattr(DualEngine, '_materialises', FORMED['factored'])
-    monkeypatch.setattr(memory_batch_scan, 'kernels_serve', lambda *_: True)
-    monkeypatch.setattr(retrieve_sequence, 'kernels_serve', lambda *_: True)
-    monkeypatch.setattr(memory_batch_scan, 'walk', lambda *args: (walked.append(args[-3].shape[1]), walk(*args))[1])
+@pytest.mark.parametrize('switch', STORED_TOGETHER)
+def test_memory_batches_are_stored_and_retrieved_from_together(switch, sizes, factored, monkeypatch):
+    stored, retrieved = [], []
+    scan, retrieve = fused_mlp.memory_batch_scan, fused_mlp.retrieve_sequence
+    monkeypatch.setattr(fused_mlp, 'memory_batch_scan', lambda *args: (stored.append(args[6].shape[1]), scan(*args))[1])
     monkeypatch.setattr(
-        retrieve_sequence, 'retrieve', lambda *args: (retrieved.append(args[0].shape[1]), retrieve(*args))[1]
+        fused_mlp, 'retrieve_sequence', lambda *args: (retrieved.append(args[0].shape[1]), retrieve(*args))[1]
     )
-    dual, dense = pair(switch)
-    assert_engines_agree(dual, dense, inputs(dual, sum(sizes)), sizes)
-    assert max(walked) > 1 and max(retrieved) > 1
-
-
-@pytest.fixture
-def at_once(monkeypatch):
-    """Memory batches in a row, and all queries, by the plain twins of their operations."""
-    monkeypatch.setattr(DualEngine, '_materialises', FORMED['factored'])
-    monkeypatch.setattr(memory_batch_scan, 'kernels_serve', lambda *_: True)
-    monkeypatch.setattr(retrieve_sequence, 'kernels_serve', lambda *_: True)
+    ours, dense = pair(switch)
+    assert_backends_agree(ours, dense, inputs(ours, sum(sizes)), sizes)
+    assert max(stored) > 1 and max(retrieved) > 1
 
 
 @pytest.mark.parametrize(('before', 'after'), [(32, 8), (None, 8), (8, 16)])
-def test_batches_at_once_begin_at_the_base_weights(before, after, at_once):
-    """Which are not the newest ones where the last call ended within a memory batch."""
+def test_memory_batches_together_begin_at_the_base_weights(before, after, factored):
+    """The base weights are not the newest ones if the last call ended within a memory batch."""
     results = []
     for mem in pair('plain'):
         mem.batch_size = before
@@ -104,17 +103,17 @@ def test_batches_at_once_begin_at_the_base_weights(before, after, at_once):
     assert_same(*results, 1e-9)
 
 
-def test_batches_at_once_are_computed_again_in_the_backward(at_once):
-    kept, again = memory(), memory(checkpoint_every=16)
+def test_memory_batches_together_are_recomputed_in_the_backward(factored):
+    kept, recomputed = memory(), memory(checkpoint_every=16)
     seq = inputs(kept, 45)
-    results = [(out, gradients(mem, out.sin().sum())) for mem in (kept, again) for out, _ in [mem(seq)]]
+    results = [(out, gradients(mem, out.sin().sum())) for mem in (kept, recomputed) for out, _ in [mem(seq)]]
     assert_same(*results, 1e-9)
 
 
 @pytest.mark.parametrize('switch', [switch for switch in DUAL if 'spectral_norm_surprises' in SWITCHES[switch]])
-def test_engines_agree_on_orthogonal_momentum(switch):
+def test_backends_agree_on_orthogonal_momentum(switch):
     dual, dense = pair(switch)
-    assert_engines_agree(dual, dense, inputs(dual, 29), [29])
+    assert_backends_agree(dual, dense, inputs(dual, 29), [29])
 
 
 def test_the_smaller_of_matrices_and_rows_is_kept():
@@ -128,7 +127,7 @@ def test_the_smaller_of_matrices_and_rows_is_kept():
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_engines_agree_on_any_configuration(data):
+def test_backends_agree_on_any_configuration(data):
     switches = {}
     for extra in data.draw(st.lists(st.sampled_from(DUAL), max_size=3)):
         switches |= {key: value for key, value in SWITCHES[extra].items() if key != 'model'}
@@ -151,7 +150,7 @@ def test_engines_agree_on_any_configuration(data):
         assert 'needs' in str(error)
         return
     mask = torch.rand(2, sum(sizes)) > 0.4 if masked else None
-    assert_engines_agree(dual, dense, inputs(dual, sum(sizes)), sizes, mask)
+    assert_backends_agree(dual, dense, inputs(dual, sum(sizes)), sizes, mask)
 
 
 @pytest.mark.parametrize('switch', ['plain', 'everything', 'attention memory', 'deep memory', 'soft clamp'])
@@ -175,10 +174,10 @@ def test_weight_residual_agrees(switch):
 
 
 @pytest.mark.parametrize('batch_size', [None, 400])
-def test_long_memory_batches_are_stored_in_runs(batch_size):
+def test_long_memory_batches_are_stored_in_blocks(batch_size):
     dual, dense = pair('plain', 4, batch_size)
-    assert dual._engine.run_length(torch.device('cpu'), rows=4) < 100
-    assert_engines_agree(dual, dense, inputs(dual, 800, batch=1), [333, 467])
+    assert dual._backend.preferred_chunks(Chunks(torch.zeros(1, 1, 4, 8), *[None] * 6)) < 100
+    assert_backends_agree(dual, dense, inputs(dual, 800, batch=1), [333, 467])
 
 
 class NumbersMade(TorchDispatchMode):
@@ -205,11 +204,11 @@ def test_work_grows_with_the_length_and_no_faster(batch_size):
 
 def test_masks_of_whole_chunks_and_steps_of_zero():
     dual, dense = pair('soft clamp', adaptive_step_transform=lambda logits: logits * 0.0)
-    assert_engines_agree(dual, dense, inputs(dual, 17), [17])
+    assert_backends_agree(dual, dense, inputs(dual, 17), [17])
     dual, dense = pair('soft clamp')
     mask = torch.ones(2, 17, dtype=torch.bool)
     mask[:, 4:12] = False
-    assert_engines_agree(dual, dense, inputs(dual, 17), [17], mask)
+    assert_backends_agree(dual, dense, inputs(dual, 17), [17], mask)
 
 
 @pytest.mark.parametrize('logit', [-60.0, 60.0])
@@ -220,7 +219,7 @@ def test_saturated_gates(logit):
         for mem in (dual, dense):
             for gate in (mem.to_decay_factor, mem.to_momentum, mem.to_adaptive_step):
                 gate[0].weight.zero_()
-    assert_engines_agree(dual, dense, inputs(dual, 29), [29])
+    assert_backends_agree(dual, dense, inputs(dual, 29), [29])
 
 
 # with these step sizes neither diverges, whatever the seed; the second fades to zero
@@ -326,7 +325,7 @@ def test_no_weights_per_chunk_are_held():
     with torch.no_grad():
         _, state = mem(seq)
     weights = sum(p.numel() for p in mem.memory_model_parameters)
-    held = sum(t.numel() for t in leaves([state.updates.runs, state.updates.dense, state.updates.end]).values())
+    held = sum(t.numel() for t in leaves([state.updates.blocks, state.updates.dense, state.updates.final]).values())
     assert held < 0.1 * 513 * weights
     assert sum(t.numel() for t in leaves(dict(state.updates.items())).values()) == 513 * weights
 
@@ -387,12 +386,13 @@ def test_an_explicit_choice_never_falls_back(model, why):
     kwargs = {'dim': 8, 'heads': 2, 'dim_head': HEAD, 'model': model}
     with pytest.raises(ValueError, match=f"engine='dual' cannot serve this model: {why}.*use engine='dense'"):
         NeuralMemory(**kwargs, engine='dual')
-    assert NeuralMemory(**kwargs)._engine_class is DenseEngine
+    assert NeuralMemory(**kwargs)._backend_class is DenseBackend
 
 
 def test_choices():
-    assert NeuralMemory(8)._engine_class is DualEngine
-    assert NeuralMemory(8, engine='dense')._engine_class is DenseEngine
+    assert NeuralMemory(8)._backend_class is DualBackend
+    assert NeuralMemory(8, spectral_norm_surprises=True)._backend_class is SpectralBackend
+    assert NeuralMemory(8, engine='dense')._backend_class is DenseBackend
     with pytest.raises(ValueError, match="engine must be 'auto', 'dual' or 'dense', got 'fast'"):
         NeuralMemory(8, engine='fast')
 
@@ -401,7 +401,7 @@ def test_a_users_model_that_speaks_the_protocol():
     torch.manual_seed(3)
     model = OwnProtocol()
     dual, dense = pair('plain', model=model)
-    assert_engines_agree(dual, dense, inputs(dual, 29), [10, 19])
+    assert_backends_agree(dual, dense, inputs(dual, 29), [10, 19])
 
 
 # the pieces
@@ -416,7 +416,7 @@ def test_gate_products_equal_their_definition():
             assert_same(products[:, c, j], expected, 1e-12)
 
 
-def test_mixing_equals_the_recurrences():
+def test_coefficients_solve_the_recurrences():
     torch.manual_seed(0)
     n, orders = 7, 3
     gates = {
@@ -426,35 +426,27 @@ def test_mixing_equals_the_recurrences():
     }
     empty = torch.zeros(2, n, 1, 1)
     chunks = Chunks(empty, empty, empty[..., 0], **{k: v.double() for k, v in gates.items()}, modulation=None)
-    mixing = Mixing.of(chunks.decay, chunks.momentum, chunks.momentum_mix)
+    coefficients = Coefficients.of(chunks.decay, chunks.momentum, chunks.momentum_mix)
     _, *parts = chunks.split([1, 3, 3])
     (_, both) = chunks.split([1, 6])
-    for run, own in zip(Mixing.of_runs(both, 2).unbind(), parts):
-        assert_same(run, Mixing.of(own.decay, own.momentum, own.momentum_mix), 1e-12)
+    for block, own in zip(Coefficients.of_blocks(both, 2).unbind(), parts):
+        assert_same(block, Coefficients.of(own.decay, own.momentum, own.momentum_mix), 1e-12)
 
     u, w0, s0 = torch.randn(2, n).double(), torch.randn(2).double(), torch.randn(2, orders).double()
-
-    starts = torch.cat((w0[:, None], s0), dim=1)
-    # after a chunk there is what stands before the next, or at the end
-    after = torch.cat((mixing.steps[:, 1:], mixing.end[:, :1]), dim=1)
-    starts_after = torch.cat((mixing.step_starts[:, 1:], mixing.end_starts[:, :1]), dim=1)
+    initial = torch.cat((w0[:, None], s0), dim=1)
     weight, states = w0, [*s0.unbind(1)]
     for c in range(n):
-        before = (mixing.steps[:, c] * u).sum(1) + (mixing.step_starts[:, c] * starts).sum(1)
+        before = (coefficients.steps[:, c] * u).sum(1) + (coefficients.initial_steps[:, c] * initial).sum(1)
         assert_same(before, weight, 1e-12)
-        carried_in = u[:, c]
+        surprise = u[:, c]
         for o in range(orders):
-            states[o] = chunks.momentum[:, c, o].sigmoid() * states[o] + carried_in
-            carried_in = states[o]
+            states[o] = chunks.momentum[:, c, o].sigmoid() * states[o] + surprise
+            surprise = states[o]
         terms = torch.stack([u[:, c], *states], dim=1)
         combined = (chunks.momentum_mix[:, c] * terms).sum(dim=1)
         weight = (1 - chunks.decay[:, c].sigmoid()) * weight + combined
-        came = (after[:, c] * u).sum(1) + (starts_after[:, c] * starts).sum(1)
-        assert_same(came, weight, 1e-12)
-        came = (mixing.momentum[:, c] * u).sum(1) + (mixing.momentum_starts[:, c] * s0).sum(1)
-        assert_same(came, combined, 1e-12)
-    ends = (mixing.end * u[:, None]).sum(2) + (mixing.end_starts * starts[:, None]).sum(2)
-    assert_same(ends, torch.stack([weight, *states], dim=1), 1e-12)
+    final = (coefficients.final * u[:, None]).sum(2) + (coefficients.initial_final * initial[:, None]).sum(2)
+    assert_same(final, torch.stack([weight, *states], dim=1), 1e-12)
 
 
 def test_soft_clamp_bounds_the_norm_and_keeps_the_direction():

@@ -10,7 +10,7 @@ from compare import assert_same, gradients, randomised
 from torch import Tensor, nn
 
 from titans_pytorch import MemoryMLP, NeuralMemory, reference_state_dict
-from titans_pytorch.memory.engines import DenseEngine, DualEngine
+from titans_pytorch.memory.backends import DenseBackend, DualBackend
 
 DIM = 8
 
@@ -189,7 +189,7 @@ def results(mem: NeuralMemory) -> tuple:
 def test_networks_that_the_dual_engine_cannot_serve_are_dense(network: type):
     own = network()
     mem = memory(own)
-    assert mem._engine_class is DenseEngine
+    assert mem._backend_class is DenseBackend
     assert_same(results(mem), results(memory(own, engine='dense')))
     with pytest.raises(ValueError, match="engine='dual' cannot serve this model: .*; use engine='dense'"):
         memory(own, engine='dual')
@@ -198,14 +198,14 @@ def test_networks_that_the_dual_engine_cannot_serve_are_dense(network: type):
 def test_a_network_by_the_protocol_is_dual():
     network = Plain()
     mem = memory(network)
-    assert mem._engine_class is DualEngine
+    assert mem._backend_class is DualBackend
     assert_same(results(mem), results(memory(network, engine='dense')))
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
 def test_networks_in_another_precision_are_built(dtype: torch.dtype):
     mem = NeuralMemory(DIM, model=Plain().to(dtype), chunk_size=4)
-    assert mem._engine_class is DualEngine
+    assert mem._backend_class is DualBackend
     assert_same(results(randomised(mem.double(), 0.1))[0].isfinite().double(), torch.ones(2, 19, DIM))
 
 

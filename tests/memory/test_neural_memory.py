@@ -11,7 +11,7 @@ import torch.distributed as dist
 from compare import assert_same, gradients, leaves, randomised
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memories import HEAD, SWITCHES, inputs, memory
+from memories import HEAD, SWITCHES, carried, inputs, memory, scalar
 from torch import nn
 
 from titans_pytorch import MemoryMLP, NeuralMemState, mem_state_detach
@@ -32,19 +32,6 @@ def in_pieces(mem, seq, sizes, **kwargs):
         surprises.append(surprise)
         start += size
     return torch.cat(outs, dim=1), state, [torch.cat(s, dim=-1) for s in zip(*surprises)]
-
-
-def carried(state):
-    """The part of a state that the next call depends on."""
-    return state._replace(updates=None)
-
-
-def scalar(out, state):
-    """A number that depends on the output and on the state, each entry by its own weight."""
-    tensors = [out, *leaves(carried(state)).values()]
-    generator = torch.Generator().manual_seed(1)
-    floating = [t for t in tensors if t.dtype.is_floating_point]
-    return sum((t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum() for t in floating)
 
 
 def assert_pieces_equal_one_pass(mem, seq, sizes, **kwargs):

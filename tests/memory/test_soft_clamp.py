@@ -7,7 +7,7 @@ import torch
 from compare import all_in_float64, assert_same
 
 from titans_pytorch import LongTermMemoryModel, MemoryAttention, NeuralMemory
-from titans_pytorch.memory.engines import ROUNDING_ERRORS, soft_clamp_norm
+from titans_pytorch.memory.soft_clamp import ROUNDING_ERRORS, soft_clamp_norm
 
 
 def clamped_norm(norm: float, max_norm: float) -> float:

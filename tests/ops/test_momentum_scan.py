@@ -9,7 +9,8 @@ import torch
 from compare import assert_same, gradients, randomised
 
 from titans_pytorch import NeuralMemory, without_kernels
-from titans_pytorch.memory import engines
+from titans_pytorch.memory.backends import SpectralBackend, spectral
+from titans_pytorch.memory.soft_clamp import soft_clamp_norm
 from titans_pytorch.ops import _dispatch
 from titans_pytorch.ops.momentum_scan import momentum_scan, reference, vector_scan, weight_scan
 
@@ -57,12 +58,12 @@ def matrices(heads, chunks, rows, dim, width, present=MOMENTA[0]):
     """Of `momenta`, its arguments by name."""
     tensors = {
         'inputs': torch.randn(heads, chunks, rows, dim),
-        'output_gradients': torch.randn(heads, chunks, rows, width),
+        'deltas': torch.randn(heads, chunks, rows, width),
         'scales': torch.randn(heads, chunks),
         'gates': torch.rand(heads, chunks),
         'start': torch.randn(heads, dim, width),
     }
-    return {name: t.to(DEVICE) for name, t in tensors.items() if name in ('inputs', 'output_gradients', *present)}
+    return {name: t.to(DEVICE) for name, t in tensors.items() if name in ('inputs', 'deltas', *present)}
 
 
 def vectors(heads, chunks, features, present=VECTORS[0]):
@@ -82,10 +83,10 @@ def vectors(heads, chunks, features, present=VECTORS[0]):
 # the two recurrences as they stand in the paper
 
 
-def looped_momenta(inputs, output_gradients, scales=None, gates=None, start=None):
+def looped_momenta(inputs, deltas, scales=None, gates=None, start=None):
     state, over_chunks = 0.0 if start is None else start, []
     for chunk in range(inputs.shape[1]):
-        update = inputs[:, chunk].mT @ output_gradients[:, chunk]
+        update = inputs[:, chunk].mT @ deltas[:, chunk]
         if scales is not None:
             update = scales[:, chunk, None, None] * update
         state = update if gates is None else gates[:, chunk, None, None] * state + update
@@ -112,8 +113,8 @@ def log(gates):
     return None if gates is None else gates.log()
 
 
-def our_momenta(inputs, output_gradients, scales=None, gates=None, start=None, out_dtype=None):
-    every, end = momentum_scan(inputs, output_gradients, scales, log(gates), start, out_dtype or inputs.dtype)
+def our_momenta(inputs, deltas, scales=None, gates=None, start=None, out_dtype=None):
+    every, end = momentum_scan(inputs, deltas, scales, log(gates), start, out_dtype or inputs.dtype)
     return {'every': every, 'end': end}
 
 
@@ -225,7 +226,7 @@ def test_kernels_read_views(kernels_everywhere, poisoned):
     longer, changed = matrices(2, 9, 5, 16, 24), vectors(2, 9, 48)
     cut = {
         'inputs': longer['inputs'][:, 2:7, 1:],
-        'output_gradients': longer['output_gradients'][:, 2:7, :-1, ::2],
+        'deltas': longer['deltas'][:, 2:7, :-1, ::2],
         'scales': longer['scales'][:, 2:7],
         'gates': longer['gates'].mT.contiguous().mT[:, 2:7],
         'start': longer['start'].mT.contiguous().mT[..., :12],
@@ -318,7 +319,7 @@ def test_what_the_kernels_do_not_support_takes_the_reference(kernels_everywhere,
         our_vectors(**{name: t.double() for name, t in vectors(1, 2, 4).items()})
 
 
-@pytest.mark.parametrize('rows, sides', [(17, (4, 4)), (1, (132, 132))])
+@pytest.mark.parametrize(('rows', 'sides'), [(17, (4, 4)), (1, (132, 132))])
 def test_matrices_that_no_kernel_supports(kernels_everywhere, rows, sides):
     tensors = matrices(1, 2, rows, *sides)
     assert_same(learned(our_momenta, leaves(tensors)), exactly(looped_momenta, tensors), EXACT)
@@ -334,9 +335,7 @@ def test_operations_keep_the_rules_of_pytorch():
     of_matrices, of_vectors = leaves(matrices(2, 3, 2, 16, 20)), leaves(vectors(2, 3, 20))
     gradients = torch.ops.titans_pytorch
     for present in ((), ('scales', 'gates', 'start', 'momentum_start')):
-        some = {
-            name: t if name in ('inputs', 'output_gradients', *present) else None for name, t in of_matrices.items()
-        }
+        some = {name: t if name in ('inputs', 'deltas', *present) else None for name, t in of_matrices.items()}
         args = (*some.values(), torch.float16)
         torch.library.opcheck(triton.momentum_scan, args, test_utils=CHECKS)
         outputs = [t.detach() for t in triton.momentum_scan(*args)]
@@ -358,8 +357,8 @@ def test_operations_keep_the_rules_of_pytorch():
 def test_a_run_compiles_to_operations(kernels_everywhere, fresh_compiler):
     tensors, seen = matrices(2, 3, 2, 16, 20), []
 
-    def run(inputs, output_gradients, scales, gates, start):
-        every, end = momentum_scan(inputs, output_gradients, scales, gates.log(), start, torch.float32)
+    def run(inputs, deltas, scales, gates, start):
+        every, end = momentum_scan(inputs, deltas, scales, gates.log(), start, torch.float32)
         before, weight = weight_scan(every.tanh(), gates.log(), start, torch.float32)
         return {'before': before, 'weight': weight, 'end': end}
 
@@ -385,13 +384,13 @@ def test_kernels_in_sizes_of_training(kernels_everywhere, poisoned, shape, low):
     tensors = {name: t.bfloat16() if low and t.ndim == 4 else t for name, t in tensors.items()}
     out_dtype = torch.bfloat16 if low else torch.float32
 
-    def ours(inputs, output_gradients, scales, gates, start):
-        every, end = momentum_scan(inputs, output_gradients, scales, gates.log(), start, out_dtype)
+    def ours(inputs, deltas, scales, gates, start):
+        every, end = momentum_scan(inputs, deltas, scales, gates.log(), start, out_dtype)
         before, weight = weight_scan(every, gates.log(), start, out_dtype)
         return {'every': every, 'end': end, 'before': before, 'weight': weight}
 
-    def looped(inputs, output_gradients, scales, gates, start):
-        of_momentum = looped_momenta(inputs, output_gradients, scales, gates, start)
+    def looped(inputs, deltas, scales, gates, start):
+        of_momentum = looped_momenta(inputs, deltas, scales, gates, start)
         own = looped_vectors(of_momentum['every'].flatten(2), gates, start.flatten(1))
         before = own['before'].view_as(of_momentum['every'])
         return {**of_momentum, 'before': before, 'weight': own['weight_end'].view_as(start)}
@@ -411,9 +410,9 @@ def scanned(monkeypatch):
     """The scans of memories, by name."""
     calls = []
     for name in ('momentum_scan', 'weight_scan', 'vector_scan'):
-        operation = getattr(engines, name)
+        operation = getattr(spectral, name)
         noted = lambda *args, name=name, operation=operation: calls.append(name) or operation(*args)  # noqa: E731
-        monkeypatch.setattr(engines, name, noted)
+        monkeypatch.setattr(spectral, name, noted)
     return calls
 
 
@@ -452,9 +451,9 @@ def test_memories_that_scan_equal_the_dense_engine(options, scanned):
     assert scanned
 
 
-def test_momentum_of_several_orders_is_not_scanned(scanned):
+def test_only_weights_are_scanned_with_momentum_of_several_orders(scanned):
     NeuralMemory(8, 2, spectral_norm_surprises=True, momentum_order=2)(torch.randn(1, 6, 8))
-    assert not scanned
+    assert {*scanned} == {'weight_scan'}
 
 
 def test_kernels_store_what_the_reference_stores(kernels_everywhere, scanned, monkeypatch):
@@ -486,12 +485,12 @@ def test_kernels_store_what_the_reference_stores(kernels_everywhere, scanned, mo
 
 @pytest.mark.parametrize('scale', [1.0, 1e-5])
 def test_a_clamp_is_that_of_the_matrix_whatever_its_rows_are_in(scale):
-    engine = engines.DualEngine(None, None, None, 0.5, True)
+    backend = SpectralBackend(None, None, None, 0.5, True)
     rows, deltas = torch.randn(2, 3, 4, 8).half(), (torch.randn(2, 3, 4, 6) * scale).half()
     matrices = rows.float().mT @ deltas.float()
     with torch.autocast(DEVICE, LOW):
-        scales = engine._scales(rows, deltas, None)
-    assert_same(scales[..., None, None] * matrices, engines.soft_clamp_norm(matrices, 0.5), 1e-5)
+        scales = backend._update_factor(rows, deltas, None)
+    assert_same(scales[..., None, None] * matrices, soft_clamp_norm(matrices, 0.5), 1e-5)
 
 
 def test_weights_stored_under_autocast_serve_without_it():

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from titans_pytorch.attention.rotary import KeyValues
-from titans_pytorch.attention.segmented import AttnIntermediates, SegmentedAttention
-from titans_pytorch.ops.token_attention import Position, attend_one, heads_of
+from titans_pytorch.attention.segmented import AttnIntermediates, SegmentedAttention, heads_of
+from titans_pytorch.ops.token_attention import token_attention
+from titans_pytorch.ops.token_attention.cache import Position
 from titans_pytorch.utils.shapes import Float
 
 
@@ -58,7 +59,7 @@ class ContextAttention(SegmentedAttention):
     ) -> tuple[Float[Tensor, 'b 1 d'], Float[Tensor, 'b h 2 d']]:
         """`forward` for one position, which it writes into `buffers`; `layer` is the number of attentions before it."""
         projected = self.to_qkv(self.norm(torch.cat((seq, context), dim=1)))
-        out = self.to_out(attend_one(projected, buffers, self.cache_layout, position, layer))
+        out = self.to_out(token_attention(projected, buffers, self.cache_layout, position, layer))
         return out, heads_of(projected, self.heads)[2]
 
     def _project_pair(self, seq: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:

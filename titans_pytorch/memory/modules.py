@@ -1,4 +1,4 @@
-"""The small learned parts around a memory: norms, pooling of chunks, projections and gates."""
+"""Modules around a memory network: norms, pooling of chunks, projections and gates."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class MultiheadRMSNorm(Module):
 
 
 class AveragePool(Module):
-    """The mean of each chunk."""
+    """Mean of each chunk."""
 
     def __init__(self, chunk_size: int):
         super().__init__()
@@ -40,25 +40,25 @@ class AveragePool(Module):
 
 
 class StartingAt(Linear):
-    """A linear map that at first is `start` for every input."""
+    """A linear map whose initial output is `start` for every input."""
 
     def __init__(self, dim: int, dim_out: int, start: float):
         self.start = start
         super().__init__(dim, dim_out)
 
     def reset_parameters(self) -> None:
-        super().reset_parameters()  # what is drawn after this does not depend on `start`
+        super().reset_parameters()  # so that later random draws do not depend on `start`
         nn.init.zeros_(self.weight)
         nn.init.constant_(self.bias, self.start)
 
 
 def linear_from(dim: int, dim_out: int, start: float | None) -> Linear:
-    """A linear map, initialised at random or, for every input, at `start`."""
+    """A linear map with a random initialisation or, if `start` is given, with that initial output for every input."""
     return Linear(dim, dim_out) if start is None else StartingAt(dim, dim_out, start)
 
 
 class AttentionPool(Resettable):
-    """A weighted mean of each chunk, weights learned per feature (Enformer); starts as the plain mean."""
+    """Weighted mean of each chunk with weights per feature, by learned attention (Enformer); initially the mean."""
 
     def __init__(self, dim: int, chunk_size: int):
         super().__init__()
@@ -71,28 +71,28 @@ class AttentionPool(Resettable):
 
 
 class L2Norm(Module):
-    """Rows of length 1, so that a product of two is their cosine."""
+    """Rows scaled to length 1, so that the product of two rows is the cosine of their angle."""
 
     def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
         return l2_norm(x)
 
 
 class CausalConv(Resettable):
-    """Each feature's own convolution over the tokens up to each one: of k − 1 + n tokens, what the last n give."""
+    """Depthwise causal convolution of width k: n outputs for k − 1 + n tokens, the first k − 1 of which are context."""
 
     def __init__(self, dim: int, kernel_size: int):
         super().__init__()
         self.conv = nn.Conv1d(dim, dim, kernel_size, groups=dim, bias=False)
-        self.reach = kernel_size - 1
+        self.context = kernel_size - 1
 
     def forward(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
-        if x.shape[1] == self.reach:  # which `conv1d` refuses
-            return x[:, self.reach :]
+        if x.shape[1] == self.context:  # `conv1d` refuses an empty output
+            return x[:, self.context :]
         return self.conv(x.transpose(1, 2)).transpose(1, 2)
 
 
 def projection(dim: int, dim_out: int, activation: Module | None, conv_kernel: int | None = None) -> Module:
-    """A bias-free linear map, followed by a `CausalConv` and by `activation`, if there are any."""
+    """A linear map without bias, followed by a `CausalConv` if `conv_kernel` is given, and by `activation` if given."""
     linear = Linear(dim, dim_out, bias=False)
     conv = () if conv_kernel is None else (CausalConv(dim_out, conv_kernel),)
     parts = (linear, *conv, *(() if activation is None else (activation,)))
@@ -107,7 +107,7 @@ def pointwise(projection: Module) -> Module:
 
 
 class Gated(Resettable):
-    """What attention gives, gated by what memory gives, both normalised with learned vectors (Titans, section 4.2)."""
+    """Attention output gated by memory output, both normalised with learned gains (Titans, section 4.2)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -115,12 +115,12 @@ class Gated(Resettable):
         self.memory_norm = nn.RMSNorm(dim)
 
     def forward(self, attended: Float[Tensor, 'b n d'], retrieved: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
-        dtype = self.attention_norm.weight.dtype  # which autocast may have lowered
+        dtype = self.attention_norm.weight.dtype  # autocast may have lowered that of the inputs
         return self.attention_norm(attended.to(dtype)) * self.memory_norm(retrieved.to(dtype)).sigmoid()
 
 
 class PerHead(Module):
-    """(b, n, h · g) to (b · h, n, g). Plain operations: a name of axes to look up takes longer than a small gate."""
+    """Rearrangement of (b, n, h · g) to (b · h, n, g), without einops, whose lookup takes longer than a small gate."""
 
     def __init__(self, heads: int):
         super().__init__()
@@ -131,7 +131,7 @@ class PerHead(Module):
 
 
 class HeadsFirst(Module):
-    """Numbers for each head, (b, n, h · g), to where they scale that head's rows, (b, h, n, g)."""
+    """Rearrangement of gates for each head, (b, n, h · g), to (b, h, n, g), where they scale the rows of the head."""
 
     def __init__(self, heads: int):
         super().__init__()
@@ -144,9 +144,9 @@ class HeadsFirst(Module):
 def gate(
     dim: int, heads: int, per_head: int, activation: Module | None = None, start: float | None = None
 ) -> nn.Sequential:
-    """Chunk representations (b, n, dim) to `per_head` numbers for each head and chunk, (bh, n, per_head).
+    """A module that maps pooled chunks (b, n, dim) to `per_head` gates for each head and chunk, (bh, n, per_head).
 
-    With `start` the gate is the same for every input at first, at this logit.
+    `start`: initial logit of the gate, the same for every input. Default: random initialisation.
     """
     to_gate = linear_from(dim, heads * per_head, start)
     split = PerHead(heads)

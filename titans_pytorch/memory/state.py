@@ -1,4 +1,4 @@
-"""What a neural memory carries from one call to the next."""
+"""State that a neural memory carries from one call to the next."""
 
 from __future__ import annotations
 
@@ -11,52 +11,52 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from titans_pytorch.memory.fast_weights import FastWeights, Weights
+from titans_pytorch.memory.fast_weights import FastWeights, MemoryWeights, Weights
 from titans_pytorch.utils.checks import checked_entries
 from titans_pytorch.utils.saving import allow_loading
 from titans_pytorch.utils.shapes import Bool, Float, Int
 
 
 class PendingSegment(NamedTuple):
-    """The tokens after the last complete chunk, with what else is needed to complete it in a later call."""
+    """The open chunk: the tokens after the last complete chunk, with all that a later call needs to complete it."""
 
     tokens: Float[Tensor, 'b n d'] | Float[Tensor, 'v b n d']
     """Store inputs of the open chunk; two views (keys, values) where the memory receives different views."""
     mask: Bool[Tensor, 'b n'] | None = None
-    """Which of them to store; `None`: all."""
+    """True for the tokens to be stored; `None`: all."""
     queries: Float[Tensor, 'b n d'] | None = None
     """Retrieval inputs before the next token that its result depends on: those that read the same weights, for memory
-    models that mix tokens, and before them those that a convolution reaches."""
+    networks that mix tokens, and before them those that a convolution sees."""
     before: Float[Tensor, 'b k-1 d'] | Float[Tensor, 'v b k-1 d'] | None = None
-    """Store inputs before the open chunk that a convolution reaches."""
+    """Store inputs before the open chunk that a convolution sees."""
 
     def simplified(self) -> Tensor | PendingSegment:
-        """The bare tokens where they are all there is."""
+        """The tokens alone if nothing else is set."""
         return self.tokens if all(other is None for other in self[1:]) else self
 
 
 class NeuralMemState(NamedTuple):
-    """State of a `NeuralMemory` after a call; hand it to the next call to continue as if the two were one.
+    """State of a `NeuralMemory` after a call; pass it to the next call to continue as if both were one.
 
-    It can be detached, moved (`state.to('cuda')`, `state.to(torch.bfloat16)`), saved with `torch.save` and loaded
+    A state can be detached, moved (`state.to('cuda')`, `state.to(torch.bfloat16)`), saved with `torch.save` and loaded
     with `torch.load(..., weights_only=True)` once this package has been imported.
     """
 
     seq_index: int
     """Tokens in complete chunks so far: the position at which `cache_store_segment` begins."""
     weights: TensorDict | None
-    """Base weights of the open memory batch, per parameter (bh, …): where its gradients are taken."""
+    """Base weights of the open memory batch, at which its gradients are taken, per parameter (bh, …)."""
     cache_store_segment: Tensor | PendingSegment | None
-    """Tokens of the chunk that is not complete yet, (b, n, d) or (v, b, n, d); with more, a `PendingSegment`."""
+    """Tokens of the incomplete chunk, (b, n, d) or (v, b, n, d); a `PendingSegment` if there is more to keep."""
     states: tuple[TensorDict, TensorDict] | None
     """Weights after the last complete chunk, per parameter (bh, …), and momentum, per parameter (o, bh, …)."""
     updates: TensorDict | FastWeights | None
-    """Weights over the call, per parameter (bh, chunks + 1, …): before its first chunk, and after each one.
-    The next memory layer's weight residual; not needed to continue. Materialised when its tensors are asked for."""
+    """Weights over the call, per parameter (bh, chunks + 1, …): before its first chunk, and after each one. The weight
+    residual of the next memory layer; not needed to continue. Matrices are formed when they are asked for."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens stored so far, those of the open chunk included."""
+        """Tokens read so far, including those of the open chunk."""
         pending = self.cache_store_segment
         if pending is None:
             return self.seq_index
@@ -64,32 +64,32 @@ class NeuralMemState(NamedTuple):
 
     @property
     def batch_size(self) -> int | None:
-        """Sequences that it is of; `None` for one that holds no open chunk yet."""
+        """Number of sequences; `None` for a state without an open chunk."""
         pending = self.cache_store_segment
         tokens = pending.tokens if isinstance(pending, PendingSegment) else pending
         return tokens.shape[-3] if isinstance(tokens, Tensor) and tokens.ndim > 2 else None
 
     def detach(self) -> NeuralMemState:
-        """The same state, cut from the graph that made it: where truncated backpropagation through time truncates."""
+        """The state, detached from its graph, as for truncated backpropagation through time."""
         return _map_tensors(lambda t: t.detach(), self)
 
     def to(
         self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None
     ) -> NeuralMemState:
-        """The state on another device, in another dtype (of its floating-point tensors), or both."""
+        """The state on another device, with its floating-point tensors in another dtype, or both."""
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         return _map_tensors(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None), self)
 
     def __deepcopy__(self, memo: Any) -> NeuralMemState:
-        """A copy that shares nothing with this state, cut from its graph as by `detach`."""
+        """A detached copy that shares no memory with this state."""
         return _map_tensors(lambda t: t.detach().clone(), self)
 
     def select(self, entries: Int[Tensor, ' e'] | list[int]) -> NeuralMemState:
-        """The state of these batch entries, in this order; an entry may come several times. Without `updates`."""
+        """The state of these batch entries, in this order and with repetitions, but without `updates`."""
         pending = self.cache_store_segment
         if pending is None or self.weights is None or self.states is None:
-            return self  # of no entry in particular yet
+            return self  # it belongs to no batch yet
         tokens = pending.tokens if isinstance(pending, PendingSegment) else pending
         batch = tokens.shape[-3]
         chosen = checked_entries(entries, batch).to(tokens.device)
@@ -118,20 +118,13 @@ class NeuralMemState(NamedTuple):
         return NeuralMemState(self.seq_index, of_heads(self.weights, 0), pending, states, None)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # plain dictionaries in the file: it then loads with `weights_only=True` and does not depend on TensorDict
+        # the file holds plain dictionaries, so that it loads with `weights_only=True` and does not depend on TensorDict
         plain = tree_map(
             lambda t: t.to_dict() if isinstance(t, (TensorDict, FastWeights)) else t,
             tuple(self),
             is_leaf=lambda t: isinstance(t, (TensorDict, FastWeights)),
         )
         return _rebuild_state, plain
-
-
-def outside_inference(t: Tensor) -> Tensor:
-    """A copy, where it was made in inference mode and is used outside: autograd takes no such tensors."""
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not t.is_inference():
-        return t
-    return t.clone()
 
 
 def _map_tensors(fn: Any, state: NeuralMemState) -> NeuralMemState:
@@ -153,103 +146,102 @@ allow_loading(_rebuild_state, PendingSegment, formerly='memory_state')
 
 
 class OpenState(NamedTuple):
-    """A state at work: everything that a first call leaves out is filled in."""
+    """State of a memory within a call: complete, with everything that a first call leaves out."""
 
     seq_index: int
-    base: Weights
-    last: Weights
-    momentum: Weights
+    weights: MemoryWeights
     pending: PendingSegment
 
-    def closed(self, updates: FastWeights) -> NeuralMemState:
-        """The state to hand out, with the weights over the call."""
+    def to_state(self, updates: FastWeights) -> NeuralMemState:
+        """The state to return, with the weights over the call."""
         return NeuralMemState(
             seq_index=self.seq_index,
-            weights=TensorDict(self.base),
+            weights=TensorDict(self.weights.base),
             cache_store_segment=self.pending.simplified(),
-            states=(TensorDict(self.last), TensorDict(self.momentum)),
-            updates=TensorDict(updates.dense) if not updates.runs else updates,
+            states=(TensorDict(self.weights.newest), TensorDict(self.weights.momentum)),
+            updates=updates if updates.blocks else TensorDict(updates.dense),
         )
 
 
-class StepSizes(NamedTuple):
-    """How long the buffers of a `StepState` are."""
+class BufferSizes(NamedTuple):
+    """Lengths of the buffers of `MemoryBuffers`, in tokens."""
 
     chunk: int
-    reach: int
-    """Tokens before a token that a convolution reaches."""
+    conv_context: int
+    """Tokens before a token that a convolution sees."""
     group: int
-    """Tokens that read the same weights, for memory models that mix them; else 0."""
+    """Tokens that read the same weights, for memory networks that mix them; else 0."""
 
-    def queries(self, waiting: int) -> slice:
-        """Where a `StepState` holds the retrieval inputs that the next token depends on: of a group that is full, what
-        a convolution still reaches."""
-        in_group = (waiting + 1) % self.chunk if self.group else 0
+    def queries(self, num_pending: int) -> slice:
+        """Position in the buffer of the retrieval inputs that the next token depends on; of a full group, only those
+        that a convolution still sees."""
+        in_group = (num_pending + 1) % self.chunk if self.group else 0
         start = 0 if in_group else self.group
-        return slice(start, start + self.reach + in_group)
+        return slice(start, start + self.conv_context + in_group)
 
 
-class StepState(NamedTuple):
-    """A state as buffers of constant size, which steps of one token write in place."""
+class MemoryBuffers(NamedTuple):
+    """State of a memory in buffers of constant size, which decoding steps write in place."""
 
-    base: Weights
-    last: Weights
-    momentum: Weights
+    weights: MemoryWeights
     pending: Float[Tensor, 'b c d'] | Float[Tensor, 'v b c d']
-    """Store inputs of the open chunk, but for its last token, which is stored as it comes; before them, those that a
-    convolution reaches."""
+    """Store inputs of the open chunk, except its last token, which is stored on arrival; before them, those that a
+    convolution sees."""
     queries: Float[Tensor, 'b c d'] | None
-    """Retrieval inputs that read the same weights, for memory models that mix tokens; and before them likewise."""
+    """Retrieval inputs that read the same weights, for memory networks that mix tokens, and before them those that a
+    convolution sees; `None` if the next token depends on no earlier ones."""
 
     @classmethod
-    def of(cls, state: OpenState, sizes: StepSizes) -> StepState:
+    def of(cls, state: OpenState, sizes: BufferSizes) -> MemoryBuffers:
+        """Buffers with the contents of `state`; the result does not alias it.
+
+        Raises:
+            ValueError: for a state whose open chunk has a `store_mask`.
+        """
         if state.pending.mask is not None:
-            raise ValueError('a state with a store_mask cannot be gone on from token by token: its chunk is open')
+            raise ValueError('state has an open chunk with a store_mask, which decoding token by token cannot complete')
 
         def in_buffer(rows: Tensor, length: int, start: int = 0) -> Tensor:
             return F.pad(rows, (0, 0, start, length - start - rows.shape[-2])).clone()
 
         tokens, _, queries, before = state.pending
+        context = sizes.conv_context
         if before is None:
-            before = tokens.new_zeros(*tokens.shape[:-2], sizes.reach, tokens.shape[-1])
+            before = tokens.new_zeros(*tokens.shape[:-2], context, tokens.shape[-1])
         if queries is None:
-            queries = tokens.new_zeros(tokens.shape[-3], sizes.reach, tokens.shape[-1])
-        place = sizes.queries(tokens.shape[-2])
-        base, last, momentum = map(_cloned, (state.base, state.last, state.momentum))
-        pending = in_buffer(torch.cat((before, tokens), dim=-2), sizes.reach + sizes.chunk - 1)
-        rows = in_buffer(queries, sizes.reach + sizes.group, place.start) if sizes.reach + sizes.group else None
-        return cls(base, last, momentum, pending, rows)
+            queries = tokens.new_zeros(tokens.shape[-3], context, tokens.shape[-1])
+        weights = MemoryWeights(*map(_cloned, state.weights))
+        pending = in_buffer(torch.cat((before, tokens), dim=-2), context + sizes.chunk - 1)
+        length, start = context + sizes.group, sizes.queries(tokens.shape[-2]).start
+        return cls(weights, pending, in_buffer(queries, length, start) if length else None)
 
-    def take_over(self, after: StepState) -> None:
-        """Write the weights and momentum of `after` into these buffers."""
-        take_over([(self, after)])
-
-    def closed(self, position: int, sizes: StepSizes) -> NeuralMemState:
-        """The state after `position` tokens, to hand out: it shares nothing with the buffers."""
-        waiting = position % sizes.chunk
+    def to_state(self, position: int, sizes: BufferSizes) -> NeuralMemState:
+        """The state after `position` tokens; it does not alias the buffers."""
+        num_pending = position % sizes.chunk
         queries = before = None
         if self.queries is not None:
-            queries = self.queries[:, sizes.queries(waiting)].clone()
-        if sizes.reach:
-            before = self.pending[..., : sizes.reach, :].clone()
-        tokens = self.pending[..., sizes.reach : sizes.reach + waiting, :].clone()
-        base, last, momentum = (TensorDict(_cloned(weights)) for weights in self[:3])
+            queries = self.queries[:, sizes.queries(num_pending)].clone()
+        context = sizes.conv_context
+        if context:
+            before = self.pending[..., :context, :].clone()
+        tokens = self.pending[..., context : context + num_pending, :].clone()
+        base, newest, momentum = (TensorDict(_cloned(weights)) for weights in self.weights)
         pending = PendingSegment(tokens, None, queries, before)
-        return NeuralMemState(position - waiting, base, pending.simplified(), (last, momentum), None)
+        return NeuralMemState(position - num_pending, base, pending.simplified(), (newest, momentum), None)
 
 
-def take_over(states: Iterable[tuple[StepState, StepState]]) -> None:
-    """Write weights and momentum of each second into the buffers of the first: of all at once, which is one launch."""
-    pairs = [
-        (buffers[name], w)
-        for to, after in states
-        for buffers, new in zip(to[:3], after[:3])
-        for name, w in new.items()
-        if w is not buffers[name]
+def copy_weights(pairs: Iterable[tuple[MemoryBuffers, MemoryBuffers]]) -> None:
+    """Copy the weights of the second of each pair into the buffers of the first, all in one launch per dtype."""
+    tensors = [
+        (buffer[name], w)
+        for target, source in pairs
+        for buffer, weights in zip(target.weights, source.weights)
+        for name, w in weights.items()
+        if w is not buffer[name]
     ]
-    for dtypes in dict.fromkeys((buffer.dtype, w.dtype) for buffer, w in pairs):
-        of_these = [pair for pair in pairs if (pair[0].dtype, pair[1].dtype) == dtypes]
-        torch._foreach_copy_([buffer for buffer, _ in of_these], [w for _, w in of_these])
+    for dtypes in dict.fromkeys((buffer.dtype, w.dtype) for buffer, w in tensors):
+        same = [pair for pair in tensors if (pair[0].dtype, pair[1].dtype) == dtypes]
+        torch._foreach_copy_([buffer for buffer, _ in same], [w for _, w in same])
 
 
 def _cloned(weights: Weights) -> Weights:

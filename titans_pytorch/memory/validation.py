@@ -1,7 +1,8 @@
-"""The sizes of a memory, and whether the tensors that a user gives fit them."""
+"""Checks of everything that users pass to a memory: constructor arguments, inputs, states and weights."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -11,49 +12,159 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils._pytree import tree_map
 
-from titans_pytorch.memory.fast_weights import FastWeights
-from titans_pytorch.memory.state import NeuralMemState, OpenState, PendingSegment, outside_inference
+from titans_pytorch.memory.fast_weights import FastWeights, MemoryWeights
+from titans_pytorch.memory.state import NeuralMemState, OpenState, PendingSegment
 from titans_pytorch.utils.checks import (
+    check_biases,
+    check_callable,
+    check_flags,
     check_floating,
+    check_integer,
+    check_keywords,
+    check_module,
     check_multiple,
     check_not_negative,
+    check_number,
+    check_positive,
     check_shape,
     check_tensor,
     checked_mask,
     checked_state,
     described,
+    flags_among,
 )
+from titans_pytorch.utils.functional import outside_inference
 from titans_pytorch.utils.precision import at_least_float32
 from titans_pytorch.utils.shapes import Bool, Float
 
 
+class Settings(NamedTuple):
+    """Checked constructor arguments of `NeuralMemory`, as numbers of one type."""
+
+    dim: int
+    dim_head: int
+    heads: int
+    num_kv_per_token: int
+    momentum_order: int
+    retrieve_chunk_size: int
+    store_chunk_size: int
+    batch_size: int | None
+    max_step_size: float
+    max_modulation: float
+    max_grad_norm: float | None
+    conv_kernel: int | None
+    checkpoint_every: int | None
+
+
+def checked_settings(arguments: Mapping[str, Any], constructor: Callable[..., Any]) -> Settings:
+    """The arguments of a constructor of `NeuralMemory`, by name.
+
+    Raises:
+        ValueError, TypeError: for an argument that is of the wrong kind or contradicts another.
+    """
+
+    def optional(name: str, check: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        value = arguments[name]
+        return None if value is None else check(name, value, *args, **kwargs)
+
+    dim = arguments['dim']
+    sizes = {name: arguments[name] for name in ('dim', 'dim_head', 'heads', 'num_kv_per_token', 'momentum_order')}
+    sizes['dim_head'] = dim if sizes['dim_head'] is None else sizes['dim_head']
+    dim, dim_head, heads, num_kv_per_token, momentum_order = check_positive(**sizes)
+    retrieve_chunk_size, store_chunk_size = _checked_chunk_sizes(arguments['chunk_size'])
+    batch_size = optional('batch_size', check_multiple, 'chunk_size', store_chunk_size)
+
+    check_flags(**flags_among(arguments, constructor))
+    check_module(model=arguments['model'], activation=arguments['activation'])
+    check_callable(store_memory_loss_fn=arguments['store_memory_loss_fn'])
+    if arguments['adaptive_step_transform'] is not None:
+        check_callable(adaptive_step_transform=arguments['adaptive_step_transform'])
+    check_keywords(default_model_kwargs=arguments['default_model_kwargs'])
+    max_step_size, max_modulation = (
+        check_number(name, arguments[name], above=0)
+        for name in ('default_step_transform_max_lr', 'max_mem_layer_modulation')
+    )
+    biases = ('init_adaptive_step_bias', 'init_momentum_bias', 'init_decay_bias')
+    max_grad_norm = optional('max_grad_norm', check_number, above=0)
+    check_biases(**{name: arguments[name] for name in biases})
+    settings = Settings(
+        dim=dim,
+        dim_head=dim_head,
+        heads=heads,
+        num_kv_per_token=num_kv_per_token,
+        momentum_order=momentum_order,
+        retrieve_chunk_size=retrieve_chunk_size,
+        store_chunk_size=store_chunk_size,
+        batch_size=batch_size,
+        max_step_size=max_step_size,
+        max_modulation=max_modulation,
+        max_grad_norm=max_grad_norm,
+        conv_kernel=optional('conv_kernel', check_integer, 1),
+        checkpoint_every=optional('checkpoint_every', check_integer, 1),
+    )
+    _check_combinations(settings, arguments)
+    return settings
+
+
+def _check_combinations(settings: Settings, arguments: Mapping[str, Any]) -> None:
+    if settings.heads == 1 and settings.dim_head != settings.dim:
+        raise ValueError(f'dim_head must equal dim={settings.dim} when heads is 1, got {settings.dim_head}')
+    if arguments['attn_pool_chunks'] and settings.store_chunk_size == 1:
+        raise ValueError('attn_pool_chunks needs a chunk_size above 1: a chunk of one token has nothing to pool')
+    momentum = arguments['momentum']
+    if arguments['learned_momentum_combine'] and not (momentum and settings.momentum_order > 1):
+        raise ValueError(
+            'learned_momentum_combine needs momentum=True and momentum_order of at least 2, '
+            f'got momentum={momentum}, momentum_order={settings.momentum_order}'
+        )
+    if arguments['qk_l2norm'] and arguments['qk_rmsnorm']:
+        raise ValueError('qk_l2norm needs qk_rmsnorm=False: they are alternatives')
+    if settings.checkpoint_every is not None and arguments['accept_weight_residual']:
+        raise ValueError('checkpoint_every keeps no weights over time, which accept_weight_residual needs')
+    if arguments['init_momentum_bias'] is not None and not momentum:
+        raise ValueError('init_momentum_bias needs momentum=True')
+    if arguments['store_with_lookahead_value'] and settings.store_chunk_size * settings.num_kv_per_token == 1:
+        warnings.warn('store_with_lookahead_value with chunks of a single row stores nothing', stacklevel=4)
+
+
+def _checked_chunk_sizes(chunk_size: Any) -> tuple[int, int]:
+    """The chunk sizes for retrieving and storing, from one for both or from a pair."""
+    pair = [*chunk_size] if isinstance(chunk_size, (tuple, list)) else [chunk_size] * 2
+    if len(pair) != 2:
+        raise ValueError(f'chunk_size must be an integer or a pair (retrieve, store), got {described(chunk_size)}')
+    retrieve, store = (check_integer('chunk_size', size, 1) for size in pair)
+    return retrieve, store
+
+
 class Call(NamedTuple):
-    """The inputs of one call, checked and in one layout."""
+    """Inputs of one call, checked and in one layout."""
 
     queries: Float[Tensor, 'b n d']
-    store: Float[Tensor, 'b n d'] | Float[Tensor, 'v b n d']
+    to_store: Float[Tensor, 'b n d'] | Float[Tensor, 'v b n d']
     mask: Bool[Tensor, 'b n'] | None
     batch_size: int | None
+    stores: bool = True
+    """False if the memory is only read; `to_store` is then empty."""
 
     def read_only(self) -> Call:
         """This call with nothing to store."""
-        return self._replace(store=self.store[..., :0, :], mask=None)
+        return self._replace(to_store=self.to_store[..., :0, :], mask=None, stores=False)
 
     def pieces(self, length: int) -> Iterator[Call]:
-        """This call as several, of so many tokens each."""
+        """This call as several calls of `length` tokens each."""
         total = self.queries.shape[1]
-        if self.store.shape[-2] not in (0, total):
+        if self.stores and self.to_store.shape[-2] != total:
             raise ValueError(
-                f'checkpoint_every needs a store_seq as long as seq, {total} tokens, got {self.store.shape[-2]}'
+                f'checkpoint_every needs a store_seq as long as seq, {total} tokens, got {self.to_store.shape[-2]}'
             )
         for start in range(0, max(total, 1), length):
             span = slice(start, start + length)
             mask = None if self.mask is None else self.mask[:, span]
-            yield Call(self.queries[:, span], self.store[..., span, :], mask, self.batch_size)
+            yield self._replace(queries=self.queries[:, span], to_store=self.to_store[..., span, :], mask=mask)
 
 
 class MemoryLayout(NamedTuple):
-    """Sizes of a memory. Every method raises a ValueError or TypeError where something does not fit."""
+    """Sizes of a memory. Methods check tensors against them and raise a ValueError or TypeError if they do not fit."""
 
     dim: int
     heads: int
@@ -61,37 +172,37 @@ class MemoryLayout(NamedTuple):
     momentum_orders: int
     """0 without momentum."""
     different_views: bool
-    """Whether queries, keys and values come from inputs of their own."""
-    conv_reach: int
-    """Tokens before a token that a convolution sees; 0 without one."""
+    """True if queries, keys and values have inputs of their own."""
+    conv_context: int
+    """Tokens before a token that a convolution sees; 0 without convolutions."""
     dtype: torch.dtype
-    """Of the parameters, and so of the inputs."""
+    """Precision of the parameters, and so of the inputs."""
     parameters: Mapping[str, tuple[int, ...]]
     """Shape of each parameter of the memory network, without heads."""
 
     def call(
         self, seq: Any, store_seq: Any, store_mask: Any, ttt_batch_size: int | None, batch_size: int | None
     ) -> Call:
-        """The arguments of a call, a single token given its length axis, queries and what to store told apart."""
+        """The arguments of a call as a `Call`; a single token gets its length axis."""
         seq = self._with_length('seq', seq)
         if self.different_views:
             views = 3 if store_seq is None else max(1, seq.shape[0])
             check_shape('seq', seq, views=views, batch=None, length=None, dim=self.dim)
-            queries, store = seq[0], seq[1:]
+            queries, to_store = seq[0], seq[1:]
         else:
             check_shape('seq', seq, batch=None, length=None, dim=self.dim)
-            queries, store = seq, seq
+            queries, to_store = seq, seq
 
         if store_seq is not None:
-            store = self._with_length('store_seq', store_seq)
-            self.check_store('store_seq', store, queries.shape[0])
-        mask = self.checked_mask('store_mask', store_mask, store)
+            to_store = self._with_length('store_seq', store_seq)
+            self.check_store('store_seq', to_store, queries.shape[0])
+        mask = self.checked_mask('store_mask', store_mask, to_store)
         if ttt_batch_size is not None:
             batch_size = check_multiple('ttt_batch_size', ttt_batch_size, 'chunk_size', self.chunk_size)
-        return Call(queries, store, mask, batch_size)
+        return Call(queries, to_store, mask, batch_size)
 
     def check_rows(self, name: str, seq: Any) -> None:
-        """Of (batch, length, dim)."""
+        """Check a sequence (batch, length, dim)."""
         check_floating(name, seq, self.dtype)
         check_shape(name, seq, batch=None, length=None, dim=self.dim)
 
@@ -115,9 +226,9 @@ class MemoryLayout(NamedTuple):
         init_momentum: Callable[[int], Mapping[str, Tensor]],
         names: tuple[str, str, str] = ('state.seq_index', 'state.weights', 'state.states'),
     ) -> OpenState:
-        """`state` to go on from at `seq`; what it leaves out is made by the two functions, from the batch size.
+        """`state`, to continue from at `seq`, complete: the two functions make what it lacks, from the batch size.
 
-        `names` are those under which a user gave its parts.
+        `names`: the names under which the user passed `seq_index`, `weights` and `states`, for error messages.
         """
         batch = seq.shape[0]
         of_index, of_weights, of_states = names
@@ -130,18 +241,18 @@ class MemoryLayout(NamedTuple):
             )
         base = init_weights(batch) if state.weights is None else state.weights
         self._check_weights(of_weights, base, (batch * self.heads,))
-        last, momentum = base, None
+        newest, momentum = base, None
         if state.states is not None:
             if not isinstance(state.states, (tuple, list)) or len(state.states) != 2:
                 raise TypeError(f'{of_states} must be a pair of weights and momentum, got {described(state.states)}')
-            last, momentum = state.states
-            self._check_weights(f'{of_states}[0]', last, (batch * self.heads,))
+            newest, momentum = state.states
+            self._check_weights(f'{of_states}[0]', newest, (batch * self.heads,))
         if momentum is None or not self.momentum_orders:
             momentum = init_momentum(batch)
         else:
             self._check_weights(f'{of_states}[1]', momentum, (self.momentum_orders, batch * self.heads))
         pending = self._checked_pending(state.cache_store_segment, seq)
-        return OpenState(seq_index, _plain(base), _plain(last), _plain(momentum), pending)
+        return OpenState(seq_index, MemoryWeights(_plain(base), _plain(newest), _plain(momentum)), pending)
 
     def _checked_pending(self, pending: Any, seq: Float[Tensor, 'b n d']) -> PendingSegment:
         """The open chunk of a state."""
@@ -168,7 +279,7 @@ class MemoryLayout(NamedTuple):
                 continue
             check_floating(f'{name}.{part}', rows)
             fits = rows.shape[:-2] == leading and rows.shape[-1] == self.dim
-            if not fits or (part == 'before' and rows.shape[-2] != self.conv_reach):
+            if not fits or (part == 'before' and rows.shape[-2] != self.conv_context):
                 raise ValueError(f'{name}.{part} must be that of a memory like this one, got {tuple(rows.shape)}')
         mask, queries, before = (None if t is None else outside_inference(t) for t in (mask, queries, before))
         return PendingSegment(outside_inference(tokens), mask, queries, before)
@@ -178,29 +289,29 @@ class MemoryLayout(NamedTuple):
         return PendingSegment(torch.stack((tokens, tokens)) if self.different_views else tokens)
 
     def _check_weights(self, name: str, weights: Mapping[str, Tensor], leading: tuple[int, ...]) -> None:
-        """`weights` must be those of this memory's network, each parameter with `leading` sizes in front."""
+        """Check that `weights` belong to this memory's network, each parameter with the axes `leading` in front."""
         expected = {key: (*leading, *shape) for key, shape in self.parameters.items()}
         _check_tensors(name, weights)
         came = {str(key): tuple(t.shape) for key, t in weights.items()}
-        # by key, as the compiler cannot compare dictionaries of shapes
+        # key by key: the compiler cannot compare dictionaries of shapes
         if came.keys() != expected.keys() or any(came[key] != shape for key, shape in expected.items()):
             raise ValueError(f'{name} must hold the weights of this memory, {expected}, got {came}')
 
     def over_time(self, name: str, weights: Mapping[str, Tensor], batch: int) -> FastWeights:
-        """Weights as a user gives them, (bh, n, …), (bh, …) or the initial ones, as weights over time."""
+        """Weights passed by a user, (bh, n, …), (bh, …) or without these axes, as weights over time."""
         _check_tensors(name, weights)
         if {*weights.keys()} != {*self.parameters}:
             raise ValueError(f'{name} must hold the parameters {[*self.parameters]}, got {[*weights.keys()]}')
 
         bh, tensors = batch * self.heads, {}
         if isinstance(weights, FastWeights):
-            came = {key: tuple(w.shape) for key, w in weights.end.items()}
+            came = {key: tuple(w.shape) for key, w in weights.final.items()}
             if came != {key: (bh, *shape) for key, shape in self.parameters.items()}:
                 raise ValueError(f'{name} must be the weights of a memory like this one, got {came}')
             return tree_map(outside_inference, weights)
         for key, shape in self.parameters.items():
             w = weights[key]
-            # the number of axes first: of a dynamic length no size is compared with another axis
+            # the number of axes first, so that a dynamic length is not compared with the size of another axis
             if w.ndim == len(shape) and tuple(w.shape) == shape:
                 w = w.expand(bh, *shape)
             elif w.ndim == len(shape) + 1 and tuple(w.shape) == (self.heads, *shape):
@@ -218,11 +329,11 @@ class MemoryLayout(NamedTuple):
 
     @staticmethod
     def first_step(name: str, weights: FastWeights, first_chunk: int, num_chunks: int) -> int:
-        """The step of `weights` in force before the first chunk of a call, which completes `num_chunks` from
-        `first_chunk` on, counted over all calls.
+        """The step of `weights` before the first chunk of a call.
 
-        Weights of the call itself have a step before each of its chunks and, as `state.updates` does, one after the
-        last. Those of the whole sequence begin before chunk 0 and have a step after each chunk, later ones included.
+        The call completes `num_chunks` chunks, of which the first has number `first_chunk` over all calls. Weights over
+        the call have a step before each of its chunks and, like `state.updates`, one after the last. Weights over the
+        whole sequence begin before chunk 0 and may extend beyond this call.
         """
         if weights.num_steps in (num_chunks, num_chunks + 1):
             return 0
@@ -237,10 +348,10 @@ class MemoryLayout(NamedTuple):
 
 
 def _check_tensors(name: str, weights: Any) -> None:
-    """Any mapping will do, a `TensorDict` among them."""
+    """Check that `weights` map names to tensors; a `TensorDict` does."""
     if not hasattr(weights, 'items'):
         raise TypeError(f'{name} must map the names of parameters to tensors, got {described(weights)}')
-    if not isinstance(weights, FastWeights):  # which would materialise them
+    if not isinstance(weights, FastWeights):  # whose items would be formed
         for key, w in weights.items():
             check_floating(f'{name}[{key!r}]', w)
 
@@ -250,7 +361,7 @@ def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_memory_loss(loss_fn: Callable[[Tensor, Tensor], Any], shape: tuple[int, int]) -> None:
-    """A memory's loss function maps predictions and targets, (rows, dim_head), to one loss a row."""
+    """Check that a memory's loss function maps predictions and targets, (rows, dim_head), to one loss per row."""
     rows = torch.zeros(shape)
     try:
         losses = loss_fn(rows, rows)
@@ -264,7 +375,7 @@ def check_memory_loss(loss_fn: Callable[[Tensor, Tensor], Any], shape: tuple[int
 
 
 def check_memory_model(model: Module, dim_head: int, name: str = 'model') -> None:
-    """A memory network keeps the shape of its input, has parameters and has no buffers."""
+    """Check that a memory network keeps the shape of its input, has parameters and has no buffers."""
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f'{name} must be a module of Python code, got a scripted one: pass the module it was made from')
     buffers = [buffer for buffer, _ in model.named_buffers()]

@@ -20,9 +20,9 @@ from titans_pytorch.attention.segmented import segmented_flex_attention
 from titans_pytorch.models.block import Block, Carried, LayerState
 from titans_pytorch.models.decoding import StepwiseDecoding
 from titans_pytorch.models.documents import IGNORED, Documents, checked_documents, continues
+from titans_pytorch.models.residual_streams import complete, residual_streams
 from titans_pytorch.models.state import ModelState
 from titans_pytorch.models.validation import checked_labels, checked_model_state
-from titans_pytorch.ops.hyper_connection import residual_streams, written
 from titans_pytorch.utils.checks import (
     check_flags,
     check_floating,
@@ -349,7 +349,7 @@ class Transformer(StepwiseDecoding, Resettable):
             call = partial(checkpoint, block, use_reentrant=False) if recomputes else block
             hidden, carried, layer_state = call(hidden, carried, layer_state, start, **kwargs)
             after.append(layer_state)
-        hidden = self._token_rows(self.reduce_streams(written(hidden)), start, num_tokens)
+        hidden = self._token_rows(self.reduce_streams(complete(hidden)), start, num_tokens)
         return hidden, self._model_state(self.num_positions(num_tokens), after) if return_state else None
 
     def _attention_kwargs(self, x: Tensor, states: list[LayerState], disable_flex_attn: bool) -> dict[str, Any]:

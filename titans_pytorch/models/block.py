@@ -16,9 +16,16 @@ from torch.nn import Module
 from titans_pytorch.attention.rotary import KeyValues
 from titans_pytorch.attention.segmented import SegmentedAttention
 from titans_pytorch.generation.decodable import StepKind
-from titans_pytorch.memory.state import NeuralMemState, StepState
+from titans_pytorch.memory.state import MemoryBuffers, NeuralMemState
+from titans_pytorch.models.residual_streams import (
+    AddResidual,
+    FoldedConnection,
+    Streams,
+    connect,
+    connect_token,
+    folded,
+)
 from titans_pytorch.neural_memory import NeuralMemory
-from titans_pytorch.ops.hyper_connection import AddResidual, FoldedConnection, Streams, connect, connected, folded
 from titans_pytorch.ops.token_attention import Position
 from titans_pytorch.utils.parameters import Resettable
 from titans_pytorch.utils.shapes import Int
@@ -49,7 +56,7 @@ class LayerBuffers(NamedTuple):
     """The state of a block as buffers of constant size for steps, and the folded weights of its connections."""
 
     key_values: KeyValues | None
-    memory: StepState | None
+    memory: MemoryBuffers | None
     connections: list[FoldedConnection | None]
 
 
@@ -102,7 +109,7 @@ class Block(Resettable):
         """The residual stream after this block, from the stream before it.
 
         The stream is read and written through `parts.connections` only, which may leave the output of the last branch
-        pending, to be added by the next one; `written` adds it.
+        pending, to be added by the next one; `complete` adds it.
         """
         raise NotImplementedError
 
@@ -155,7 +162,7 @@ class Block(Resettable):
 
         own_views: list[Tensor] = []
         parts = Parts(
-            connections=[partial(connected, connection) for connection in self.connections],  # type: ignore[arg-type]
+            connections=[partial(connect, connection) for connection in self.connections],  # type: ignore[arg-type]
             attend=attend,
             store_and_retrieve=store_and_retrieve,
             retrieve=retrieve,
@@ -175,7 +182,7 @@ class Block(Resettable):
 
     def step(
         self, x: Streams, carried: Carried, buffers: LayerBuffers, here: StepPosition, attention_layer: int
-    ) -> tuple[Streams, Carried, StepState | None]:
+    ) -> tuple[Streams, Carried, MemoryBuffers | None]:
         """`forward` for one position, which it writes into the buffers; the streams have an axis of their own in `x`.
 
         Args:
@@ -199,7 +206,7 @@ class Block(Resettable):
         def store_and_retrieve(seq: Tensor) -> Tensor:
             nonlocal memory_state, memory_weights
             assert self.memory is not None and memory_state is not None
-            before = memory_state.last
+            before = memory_state.weights.newest
             accepts_weights = self.memory.to_learned_weight_residual_mix is not None
             retrieved, memory_state = self.memory.step(
                 seq,
@@ -219,7 +226,7 @@ class Block(Resettable):
         own_views: list[Tensor] = []
         pairs = zip(self.connections, buffers.connections)
         parts = Parts(
-            connections=[partial(connect, own, weights) for own, weights in pairs],  # type: ignore[arg-type]
+            connections=[partial(connect_token, own, weights) for own, weights in pairs],  # type: ignore[arg-type]
             attend=attend,
             store_and_retrieve=store_and_retrieve,
             retrieve=retrieve,
@@ -236,7 +243,7 @@ class Block(Resettable):
         key_values, memory = state
         return LayerBuffers(
             key_values=None if self.attention is None else self.attention.to_buffers(key_values, position),  # type: ignore[arg-type]
-            memory=None if self.memory is None else self.memory.step_state(memory),  # type: ignore[arg-type]
+            memory=None if self.memory is None else self.memory.to_buffers(memory),  # type: ignore[arg-type]
             connections=[folded(connection) for connection in self.connections],
         )
 
@@ -245,5 +252,5 @@ class Block(Resettable):
         key_values, memory = buffers.key_values, buffers.memory
         return LayerState(
             key_values=None if self.attention is None else self.attention.from_buffers(key_values, position),  # type: ignore[arg-type]
-            memory=None if self.memory is None else memory.closed(position, self.memory.step_sizes),  # type: ignore[union-attr]
+            memory=None if self.memory is None else memory.to_state(position, self.memory.buffer_sizes),  # type: ignore[union-attr]
         )

@@ -12,11 +12,11 @@ from titans_pytorch.attention.rotary import frequencies
 from titans_pytorch.attention.segmented import SegmentedAttention
 from titans_pytorch.generation import sampling
 from titans_pytorch.generation.decodable import StepKind
-from titans_pytorch.memory.state import take_over
+from titans_pytorch.memory.state import copy_weights
 from titans_pytorch.models.block import Block, Carried, LayerBuffers, LayerState, StepPosition
+from titans_pytorch.models.residual_streams import ExpandStreams, Streams, complete
 from titans_pytorch.models.state import ModelState
 from titans_pytorch.neural_memory import NeuralMemory
-from titans_pytorch.ops.hyper_connection import ExpandStreams, Streams, written
 from titans_pytorch.ops.token_attention import Position
 from titans_pytorch.utils.functional import is_intercepted
 from titans_pytorch.utils.shapes import Float, Int
@@ -151,20 +151,20 @@ class StepwiseDecoding(Module):
         )
         carried, memories, num_attentions = Carried(), [], 0
         if isinstance(self.expand_streams, ExpandStreams):
-            x = written(x) + self.expand_streams.stream_embed
+            x = complete(x) + self.expand_streams.stream_embed
         for block, layer in zip(self._blocks, state.layers):
             x, carried, memory = block.step(x, carried, layer, here, num_attentions)
             num_attentions += block.attention is not None
             if layer.memory is not None and memory is not None:
                 memories.append((layer.memory, memory))
         if not kind.is_longterm:
-            state.logits.copy_(self.to_logits(self.norm(written(x).sum(dim=1))))  # type: ignore[misc]
+            state.logits.copy_(self.to_logits(self.norm(complete(x).sum(dim=1))))  # type: ignore[misc]
 
         position.add_(1)
         if kind.ends_chunk:
             self._chunk_ended(state)
             # not before: a memory reads the weights that the one before it had at the start of this step
-            take_over(memories)
+            copy_weights(memories)
 
     def _token_embedding(self, x: Tensor) -> Float[Tensor, 'b n d']:
         raise NotImplementedError

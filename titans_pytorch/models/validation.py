@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from titans_pytorch.attention.rotary import KeyValues
-from titans_pytorch.memory.state import NeuralMemState, outside_inference
+from titans_pytorch.memory.state import NeuralMemState
 from titans_pytorch.memory.validation import check_memory_model
 from titans_pytorch.models.block import Block
 from titans_pytorch.models.documents import IGNORED
@@ -25,6 +25,7 @@ from titans_pytorch.utils.checks import (
     described,
     values_are_at_hand,
 )
+from titans_pytorch.utils.functional import outside_inference
 from titans_pytorch.utils.shapes import Int
 
 

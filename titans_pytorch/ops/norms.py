@@ -1,5 +1,8 @@
-"""Normalisation that can be differentiated to any order, at zero too: the memory differentiates its network inside a
-forward, so a training step takes second derivatives of every norm, and meta-learning third ones."""
+"""Norms that can be differentiated to any order, at zero too.
+
+The memory differentiates its network inside a forward pass, so a training step takes second derivatives of every norm,
+and meta-learning takes third ones.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ def layer_norm(x: Float[Tensor, '... d'], eps: float) -> Float[Tensor, '... d']:
     """Rows with mean 0 and variance 1, computed in float32 at least."""
     if not torch.is_grad_enabled():
         return F.layer_norm(at_least_float32(x), x.shape[-1:], eps=eps)
-    # PyTorch's own operation has a wrong third derivative
+    # the third derivative of PyTorch's own operation is wrong
     return standardise(at_least_float32(x), eps)[0]
 
 
 def standardise(x: Float[Tensor, '... d'], eps: float) -> tuple[Float[Tensor, '... d'], Float[Tensor, '... 1']]:
-    """Layer norm of each row, and the inverse standard deviation that it was scaled by."""
+    """Layer norm of each row, and the inverse standard deviation by which it was scaled."""
     centred = x - x.mean(dim=-1, keepdim=True)
     inverse = (centred.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
     return centred * inverse, inverse
@@ -29,8 +32,8 @@ def standardise(x: Float[Tensor, '... d'], eps: float) -> tuple[Float[Tensor, '.
 def l2_norm(x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
     """Rows of length 1, computed in float32 at least.
 
-    A row of zeros stays zero and has no gradient: that of `F.normalize` is 1e12 there, beyond the range of float16, and
-    its second one is not finite.
+    A row of zeros stays zero and has no gradient. The gradient of `F.normalize` is 1e12 there, beyond the range of
+    float16, and its second derivative is not finite.
     """
     full = at_least_float32(x)
     squared = full.square().sum(dim=-1, keepdim=True)
@@ -39,5 +42,5 @@ def l2_norm(x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
 
 
 def inverse_length(squared: Tensor, eps: float) -> Tensor:
-    """1 / max(√`squared`, `eps`), without the square root's derivatives at zero, which are not finite."""
+    """1 / max(√`squared`, `eps`), avoiding the derivatives of the square root at zero, which are not finite."""
     return squared.clamp(min=eps**2).rsqrt()

@@ -9,18 +9,18 @@ from titans_pytorch.utils.shapes import Float, Int
 
 
 def turns(frequencies: Float[Tensor, '... d/2'], position: Int[Tensor, ' 1']) -> Float[Tensor, '... d/2 2']:
-    """By how much `turned` rotates each pair of features at one position: cosines and sines."""
+    """Cosines and sines by which `turned` rotates each pair of features at one position."""
     angles = position * frequencies
     return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
 def turned(t: Float[Tensor, '... d'], by: Float[Tensor, 'd/2 2']) -> Float[Tensor, '... d']:
-    """What `rotate` computes, for a single position: neighbouring features as the two parts of a complex number."""
+    """Features rotated in neighbouring pairs, as complex numbers: `rotate` of a single position."""
     width = 2 * by.shape[-2]
-    if width < t.shape[-1]:  # an odd width has a feature left over
+    if width < t.shape[-1]:  # an odd width leaves one feature unrotated
         return torch.cat((turned(t[..., :width].contiguous(), by), t[..., width:]), dim=-1)
     pairs = t.unflatten(-1, (-1, 2)).to(by.dtype)
-    if torch.compiler.is_compiling():  # which generates no code for complex numbers
+    if torch.compiler.is_compiling():  # the compiler generates no code for complex numbers
         (real, imaginary), (cos, sin) = pairs.unbind(-1), by.unbind(-1)
         pairs = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
     else:

@@ -112,3 +112,10 @@ def with_tensors(model: Module, tensors: dict[int, Any]) -> Module:
     for module in model.modules():
         replaced[id(module)].__dict__.update({name: of(value) for name, value in vars(module).items()})
     return replaced[id(model)]
+
+
+def outside_inference(t: Tensor) -> Tensor:
+    """`t`, or a copy of it if it was made in inference mode and is used outside, where autograd does not accept it."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not t.is_inference():
+        return t
+    return t.clone()

@@ -10,11 +10,17 @@
 readers; nothing checks them at run time (`checks.py` does that, where a user's tensor comes in).
 """
 
-from typing import Annotated as Bool
-from typing import Annotated as Float
-from typing import Annotated as Int
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING or find_spec('jaxtyping') is None:
+    from typing import Annotated as Bool
+    from typing import Annotated as Float
+    from typing import Annotated as Int
+else:
+    from jaxtyping import Bool, Float, Int
 
 __all__ = ['Bool', 'Float', 'Int', 'divided']
 

@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from titans_pytorch.ops._dispatch import LOW_OR_SINGLE, use_kernel
+from titans_pytorch.ops._dispatch import LOW_OR_SINGLE, VOLTA, use_kernel
 from titans_pytorch.ops.associative_scan import reference
 from titans_pytorch.utils.shapes import Float
 
@@ -39,7 +39,8 @@ class AssocScan(reference.AssocScan):
     ) -> Tensor:
         if self.accelerate and not inputs.is_cuda:
             _warn_of_cpu()
-        accelerated = self.accelerate and use_kernel([gates, inputs, prev], dtypes=(*LOW_OR_SINGLE, torch.float64))
+        dtypes = (*LOW_OR_SINGLE, torch.float64)
+        accelerated = self.accelerate and use_kernel([gates, inputs, prev], capability=VOLTA, dtypes=dtypes)
         if not (accelerated and self._supports(gates, inputs)):
             return super().forward(gates, inputs, prev=prev, remove_prev=remove_prev, return_next=return_next)
 

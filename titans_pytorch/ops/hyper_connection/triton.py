@@ -1,14 +1,12 @@
-"""What a hyper-connection does for a sequence: write the last branch's output, read for the next one; and the gradient.
+"""Kernels of a hyper-connection for a sequence: add the last branch's output, read for the next branch; the gradient.
 
 Each program owns some positions, with all their streams. It passes over the features twice, the second time out of a
 cache: first for the products that gates and mix are made of, then for the mixture. In between it iterates on the mix,
 an entry to a thread. The passes hand each other tables of a few numbers per position, through memory.
 
 Tiles of features are (from stream, to stream or gate, feature), the features of the program's positions one after the
-other, so that threads and warps share out this dimension, whatever order Triton gives to the rest: each has some
-features of all streams, sums over streams are its own, and those over features come last.
-The reference implementation is in `titans_pytorch.ops.hyper_connection`, the equations of the iteration in
-`titans_pytorch.ops.sinkhorn`.
+other, so that threads and warps divide this dimension, whatever order Triton gives to the rest: each has some features
+of all streams, sums over streams are its own, and those over features come last.
 """
 
 from __future__ import annotations
@@ -20,22 +18,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# positions of a program, and its warps. Those of the backward go on to further positions, as each program has sums
-# of its own for the gradients of the weights
+from titans_pytorch.ops._registration import register_kernel
+from titans_pytorch.ops._triton import divide_by_sums, divide_by_sums_backward
+
+# positions of a program, and its warps. Programs of the backward go on to further positions, as each has its own sums
+# for the gradients of the weights
 FORWARD = (4, 4)
 BACKWARD = (2, 2)
 MOST_PROGRAMS = 528
-# threads that share out the features of a position, and how many of them one reads at once; half as many where there
-# are more streams than `FEW`, as all must fit its registers
-LANES, WIDTH, FEW = 32, 4, 4
-# steps of the iteration's backward whose notes are read together
+# threads that divide the features of a position, and how many each reads at once; half as many where there are more
+# streams than `FEW`, as all must fit its registers
+THREADS, WIDTH, FEW = 32, 4, 4
+# steps of the iteration's backward whose sinkhorn_sums are read together
 UNROLLED = 4
-# what sums the programs' sums: features and programs at a time
+# the kernel that adds the programs' sums: features and programs at a time
 SUMMED_FEATURES, SUMMED_PROGRAMS = 8, 64
 # features of a program that folds the weights
 FOLDED = 64
-# streams of which a thread can hold some features
-LARGEST = 8
 
 
 @triton.jit
@@ -57,11 +56,11 @@ def _fold_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _streams(  # type: ignore[no-untyped-def]
     from_rows, from_branch, share, stream, feature,
-    STREAMS: tl.constexpr, DIM: tl.constexpr, UNWRITTEN: tl.constexpr,
+    STREAMS: tl.constexpr, DIM: tl.constexpr, PENDING: tl.constexpr,
 ):  # fmt: skip
-    """These features of all streams (i, 1, f), with what is still to be written to them; 0 outside."""
+    """These features of all streams (i, 1, f), with the pending branch output added; 0 outside."""
     rows = tl.load(from_rows + feature, mask=(stream < STREAMS) & (feature < DIM), other=0.0).to(tl.float32)
-    if UNWRITTEN:
+    if PENDING:
         rows += share * tl.load(from_branch + feature, mask=feature < DIM, other=0.0).to(tl.float32)
     return rows
 
@@ -71,7 +70,7 @@ def _weights(  # type: ignore[no-untyped-def]
     to_logits, feature, j, gate,
     STREAMS: tl.constexpr, DIM: tl.constexpr, LOGITS: tl.constexpr,
 ):  # fmt: skip
-    """What is multiplied with these features for the mix (1, j, f), and for the gates."""
+    """The weights of these features for the mix (1, j, f), and for the gates."""
     inside = feature < DIM
     to_mix = tl.load(to_logits + (1 + j) * DIM + feature, mask=inside & (j < STREAMS) & (LOGITS > 1), other=0.0)
     of_gate = (STREAMS + 1) * gate
@@ -80,52 +79,52 @@ def _weights(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _products(  # type: ignore[no-untyped-def]
-    x, FROM: tl.constexpr, TO: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr
+    x, FROM: tl.constexpr, TO: tl.constexpr, POSITIONS: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
     """Each thread's sums, (i, j, f) to (i, j, t)"""
-    return tl.sum(tl.reshape(x, (FROM, TO, POSITIONS * LANES, WIDTH)), axis=3)
+    return tl.sum(tl.reshape(x, (FROM, TO, POSITIONS * THREADS, WIDTH)), axis=3)
 
 
 @triton.jit
-def _over_lanes(  # type: ignore[no-untyped-def]
-    x, FROM: tl.constexpr, TO: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr
+def _over_threads(  # type: ignore[no-untyped-def]
+    x, FROM: tl.constexpr, TO: tl.constexpr, POSITIONS: tl.constexpr, THREADS: tl.constexpr
 ):  # fmt: skip
     """Their sums, (i, j, t) to (i, j, p)"""
-    return tl.sum(tl.reshape(x, (FROM, TO, POSITIONS, LANES)), axis=3)
+    return tl.sum(tl.reshape(x, (FROM, TO, POSITIONS, THREADS)), axis=3)
 
 
 @triton.jit
 def _over_positions(  # type: ignore[no-untyped-def]
-    x, TO: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr
+    x, TO: tl.constexpr, POSITIONS: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
     """(i, j, f) to (j, feature of a position)"""
-    return tl.sum(tl.reshape(tl.sum(x, axis=0), (TO, POSITIONS, LANES * WIDTH)), axis=1)
+    return tl.sum(tl.reshape(tl.sum(x, axis=0), (TO, POSITIONS, THREADS * WIDTH)), axis=1)
 
 
 @triton.jit
 def _spread(  # type: ignore[no-untyped-def]
-    x, FROM: tl.constexpr, TO: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr
+    x, FROM: tl.constexpr, TO: tl.constexpr, POSITIONS: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
     """A number for each position, (i, j, p), for each of its features, (i, j, f)"""
-    x = tl.broadcast_to(x[:, :, :, None], (FROM, TO, POSITIONS, LANES * WIDTH))
-    return tl.reshape(x, (FROM, TO, POSITIONS * LANES * WIDTH))
+    x = tl.broadcast_to(x[:, :, :, None], (FROM, TO, POSITIONS, THREADS * WIDTH))
+    return tl.reshape(x, (FROM, TO, POSITIONS * THREADS * WIDTH))
 
 
 @triton.jit
-def _own_features(POSITIONS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _own_features(POSITIONS: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
     """Position and feature of each place f. A thread has `WIDTH` of them at once, in any precision."""
-    place = tl.arange(0, POSITIONS * LANES * WIDTH)
-    feature = tl.max_contiguous(place % (LANES * WIDTH), WIDTH)
-    return (place // (LANES * WIDTH))[None, None, :], feature[None, None, :]
+    place = tl.arange(0, POSITIONS * THREADS * WIDTH)
+    feature = tl.max_contiguous(place % (THREADS * WIDTH), WIDTH)
+    return (place // (THREADS * WIDTH))[None, None, :], feature[None, None, :]
 
 
 @triton.jit
 def _add_up(  # type: ignore[no-untyped-def]
     sums, start, logit, x, done,
-    LOGITS: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    LOGITS: tl.constexpr, DIM: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Adds x (j, feature) to a program's sums for these logits, or begins them if it has `done` nothing yet."""
-    feature, logit = start + tl.arange(0, LANES * WIDTH)[None, :], logit[:, None]
+    feature, logit = start + tl.arange(0, THREADS * WIDTH)[None, :], logit[:, None]
     inside = (logit < LOGITS) & (feature < DIM)
     at = sums + logit * DIM + feature
     before = tl.load(at, mask=inside, other=0.0)
@@ -148,20 +147,20 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     branch_in, mixed, next_write, saved,
     positions, tokens, stride_row, stride_token, branch_row, branch_token, root_of_dim, iters,
     STREAMS: tl.constexpr, DIM: tl.constexpr, LOGITS: tl.constexpr, PADDED: tl.constexpr, EPS: tl.constexpr,
-    UNWRITTEN: tl.constexpr, ADDS: tl.constexpr,
-    POSITIONS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    PENDING: tl.constexpr, ADDS: tl.constexpr,
+    POSITIONS: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     # of a stream's row in `saved`: products for the logits, the norm's scale, the mix
     ROW: tl.constexpr = LOGITS + 1 + (STREAMS if ADDS else 0)
     first = tl.program_id(0) * POSITIONS
 
-    # places outside name the last one inside: no address is out of bounds
+    # indices beyond the last are clamped to it: no address is out of bounds
     i, j, gate = (
         tl.arange(0, PADDED)[:, None, None],
         tl.arange(0, PADDED)[None, :, None],
         tl.arange(0, 2)[None, :, None],
     )
-    own_position, own_feature = _own_features(POSITIONS, LANES, WIDTH)
+    own_position, own_feature = _own_features(POSITIONS, THREADS, WIDTH)
     position = tl.minimum(first + own_position, positions - 1)
     there = first + own_position < positions
     entry, token = (position // tokens).to(tl.int64), (position % tokens).to(tl.int64)
@@ -169,37 +168,37 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     from_rows = residual + (entry * STREAMS + i) * stride_row + token * stride_token
     from_branch = branch_out + entry * branch_row + token * branch_token
     share = 0.0
-    if UNWRITTEN:
+    if PENDING:
         at = tl.minimum(first + tl.arange(0, POSITIONS)[None, None, :], positions - 1)
         from_write = write + ((at // tokens).to(tl.int64) * STREAMS + i) * tokens + at % tokens
         share = 2.0 * tl.load(from_write, mask=i < STREAMS, other=0.0).to(tl.float32)
-        share = _spread(share, PADDED, 1, POSITIONS, LANES, WIDTH)
+        share = _spread(share, PADDED, 1, POSITIONS, THREADS, WIDTH)
 
-    squares = tl.zeros((PADDED, 1, POSITIONS * LANES), tl.float32)
-    mix = tl.zeros((PADDED, PADDED, POSITIONS * LANES), tl.float32)
-    gates = tl.zeros((PADDED, 2, POSITIONS * LANES), tl.float32)
-    for start in range(0, DIM, LANES * WIDTH):
+    squares = tl.zeros((PADDED, 1, POSITIONS * THREADS), tl.float32)
+    mix = tl.zeros((PADDED, PADDED, POSITIONS * THREADS), tl.float32)
+    gates = tl.zeros((PADDED, 2, POSITIONS * THREADS), tl.float32)
+    for start in range(0, DIM, THREADS * WIDTH):
         feature = start + own_feature
-        rows = _streams(from_rows, from_branch, share, i, feature, STREAMS, DIM, UNWRITTEN)
+        rows = _streams(from_rows, from_branch, share, i, feature, STREAMS, DIM, PENDING)
         to_mix, to_gates = _weights(to_logits, feature, j, gate, STREAMS, DIM, LOGITS)
-        squares += _products(rows * rows, PADDED, 1, POSITIONS, LANES, WIDTH)
-        gates += _products(rows * to_gates, PADDED, 2, POSITIONS, LANES, WIDTH)
+        squares += _products(rows * rows, PADDED, 1, POSITIONS, THREADS, WIDTH)
+        gates += _products(rows * to_gates, PADDED, 2, POSITIONS, THREADS, WIDTH)
         if ADDS:
-            mix += _products(rows * to_mix, PADDED, PADDED, POSITIONS, LANES, WIDTH)
+            mix += _products(rows * to_mix, PADDED, PADDED, POSITIONS, THREADS, WIDTH)
 
-    # normalising comes last: it is a factor on the products. A comparison, not a maximum, lets NaN through
+    # normalisation comes last, as a factor on the products. A comparison, not a maximum, lets NaN through
     of_row, to = tl.arange(0, PADDED)[:, None, None], tl.arange(0, PADDED)[None, :, None]
     of_gate = (STREAMS + 1) * tl.arange(0, 2)[None, :, None]
     own = tl.arange(0, POSITIONS)[None, None, :]
     table = saved + ((first + own).to(tl.int64) * STREAMS + of_row) * ROW
     inside = (of_row < STREAMS) & (first + own < positions)
-    norm = tl.sqrt(_over_lanes(squares, PADDED, 1, POSITIONS, LANES))
+    norm = tl.sqrt(_over_threads(squares, PADDED, 1, POSITIONS, THREADS))
     scale = root_of_dim / tl.where(norm < EPS, EPS, norm)
     tl.store(table + LOGITS, scale, mask=inside)
-    gates = _over_lanes(gates, PADDED, 2, POSITIONS, LANES) * scale
+    gates = _over_threads(gates, PADDED, 2, POSITIONS, THREADS) * scale
     tl.store(table + of_gate, gates, mask=inside & (of_gate < LOGITS))
     if ADDS:
-        mix = _over_lanes(mix, PADDED, PADDED, POSITIONS, LANES) * scale
+        mix = _over_threads(mix, PADDED, PADDED, POSITIONS, THREADS) * scale
         tl.store(table + 1 + to, mix, mask=inside & (to < STREAMS))
     tl.debug_barrier()
 
@@ -218,10 +217,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
         x, _ = _first_mix(table, row, column, static_alpha, tl.load(mix_scale).to(tl.float32), STREAMS)
         for _ in range(iters):
-            of_columns = tl.sum(x, axis=1, keep_dims=True)
-            x *= 1.0 / tl.where(of_columns < EPS, EPS, of_columns)
-            of_rows = tl.sum(x, axis=2, keep_dims=True)
-            x *= 1.0 / tl.where(of_rows < EPS, EPS, of_rows)
+            x, _ = divide_by_sums(x, 1, EPS)
+            x, _ = divide_by_sums(x, 2, EPS)
         tl.store(table + LOGITS + 1 + column, x, mask=inside & (column < STREAMS))
         tl.debug_barrier()
 
@@ -230,13 +227,13 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     table = saved + (at.to(tl.int64) * STREAMS + stream) * ROW
     read = tl.load(table) * tl.load(read_scale).to(tl.float32)
     read = tl.sigmoid(read + tl.load(static_alpha + stream * (STREAMS + 1)).to(tl.float32))
-    read = _spread(read, PADDED, 1, POSITIONS, LANES, WIDTH)
+    read = _spread(read, PADDED, 1, POSITIONS, THREADS, WIDTH)
     if ADDS:
-        mix = _spread(tl.load(table + LOGITS + 1 + to), PADDED, PADDED, POSITIONS, LANES, WIDTH)
-    for start in range(0, DIM, LANES * WIDTH):
+        mix = _spread(tl.load(table + LOGITS + 1 + to), PADDED, PADDED, POSITIONS, THREADS, WIDTH)
+    for start in range(0, DIM, THREADS * WIDTH):
         feature = start + own_feature
         is_feature = there & (feature < DIM)
-        rows = _streams(from_rows, from_branch, share, i, feature, STREAMS, DIM, UNWRITTEN)
+        rows = _streams(from_rows, from_branch, share, i, feature, STREAMS, DIM, PENDING)
         to_branch = branch_in + position.to(tl.int64) * DIM + feature
         tl.store(to_branch, tl.sum(rows * read, axis=0, keep_dims=True), mask=is_feature)
         if ADDS:
@@ -248,12 +245,12 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 def _backward_kernel(  # type: ignore[no-untyped-def]
     d_branch_in, d_mixed, d_next_write,
     residual, write, branch_out, to_logits, static_alpha, read_scale, mix_scale, static_beta, write_scale, saved,
-    d_residual, d_write, d_branch_out, work, notes, sums,
+    d_residual, d_write, d_branch_out, work, sinkhorn_sums, sums,
     positions, tokens, stride_row, stride_token, branch_row, branch_token,
     d_in_row, d_in_token, d_mixed_row, d_mixed_token, root_of_dim, iters,
     STREAMS: tl.constexpr, DIM: tl.constexpr, LOGITS: tl.constexpr, PADDED: tl.constexpr, EPS: tl.constexpr,
-    UNWRITTEN: tl.constexpr, ADDS: tl.constexpr,
-    POSITIONS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, UNROLLED: tl.constexpr,
+    PENDING: tl.constexpr, ADDS: tl.constexpr,
+    POSITIONS: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr, UNROLLED: tl.constexpr,
 ):  # fmt: skip
     ROW: tl.constexpr = LOGITS + 1 + (STREAMS if ADDS else 0)
     # of a stream's row in `work`: gradients of read and mix; those of the streams' products with the weights; the
@@ -264,7 +261,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     STEP: tl.constexpr = 2 * POSITIONS * PADDED * PADDED
     program = tl.program_id(0)
     work += program * POSITIONS * STREAMS * WORK
-    notes += program.to(tl.int64) * iters * STEP
+    sinkhorn_sums += program.to(tl.int64) * iters * STEP
     sums += program.to(tl.int64) * (LOGITS * DIM + 2 * STREAMS * LOGITS)
     by_read, by_mix, by_write = tl.load(read_scale).to(tl.float32), 0.0, 0.0
     if ADDS:
@@ -283,7 +280,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
             tl.arange(0, PADDED)[None, :, None],
             tl.arange(0, 2)[None, :, None],
         )
-        own_position, own_feature = _own_features(POSITIONS, LANES, WIDTH)
+        own_position, own_feature = _own_features(POSITIONS, THREADS, WIDTH)
         position = tl.minimum(first + own_position, positions - 1)
         there = first + own_position < positions
         entry, token = (position // tokens).to(tl.int64), (position % tokens).to(tl.int64)
@@ -293,28 +290,28 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         from_in = d_branch_in + entry * d_in_row + token * d_in_token
         from_mixed = d_mixed + (entry * STREAMS + j) * d_mixed_row + token * d_mixed_token
         share = 0.0
-        if UNWRITTEN:
+        if PENDING:
             at = tl.minimum(first + tl.arange(0, POSITIONS)[None, None, :], positions - 1)
             from_write = write + ((at // tokens).to(tl.int64) * STREAMS + i) * tokens + at % tokens
             share = 2.0 * tl.load(from_write, mask=i < STREAMS, other=0.0).to(tl.float32)
-            share = _spread(share, PADDED, 1, POSITIONS, LANES, WIDTH)
+            share = _spread(share, PADDED, 1, POSITIONS, THREADS, WIDTH)
 
-        d_read = tl.zeros((PADDED, 1, POSITIONS * LANES), tl.float32)
-        d_mix = tl.zeros((PADDED, PADDED, POSITIONS * LANES), tl.float32)
-        for start in range(0, DIM, LANES * WIDTH):
+        d_read = tl.zeros((PADDED, 1, POSITIONS * THREADS), tl.float32)
+        d_mix = tl.zeros((PADDED, PADDED, POSITIONS * THREADS), tl.float32)
+        for start in range(0, DIM, THREADS * WIDTH):
             feature = start + own_feature
-            rows = _streams(from_rows, from_branch, share, i, feature, STREAMS, DIM, UNWRITTEN)
+            rows = _streams(from_rows, from_branch, share, i, feature, STREAMS, DIM, PENDING)
             d_in = tl.load(from_in + feature, mask=feature < DIM, other=0.0).to(tl.float32)
-            d_read += _products(rows * d_in, PADDED, 1, POSITIONS, LANES, WIDTH)
+            d_read += _products(rows * d_in, PADDED, 1, POSITIONS, THREADS, WIDTH)
             if ADDS:
                 d_out = tl.load(from_mixed + feature, mask=(j < STREAMS) & (feature < DIM), other=0.0).to(tl.float32)
-                d_mix += _products(rows * d_out, PADDED, PADDED, POSITIONS, LANES, WIDTH)
+                d_mix += _products(rows * d_out, PADDED, PADDED, POSITIONS, THREADS, WIDTH)
 
         of_row, to = tl.arange(0, PADDED)[:, None, None], tl.arange(0, PADDED)[None, :, None]
         table = work + (tl.arange(0, POSITIONS)[None, None, :] * STREAMS + of_row) * WORK
-        tl.store(table, _over_lanes(d_read, PADDED, 1, POSITIONS, LANES), mask=of_row < STREAMS)
+        tl.store(table, _over_threads(d_read, PADDED, 1, POSITIONS, THREADS), mask=of_row < STREAMS)
         if ADDS:
-            d_mix = _over_lanes(d_mix, PADDED, PADDED, POSITIONS, LANES)
+            d_mix = _over_threads(d_mix, PADDED, PADDED, POSITIONS, THREADS)
             tl.store(table + 1 + to, d_mix, mask=(of_row < STREAMS) & (to < STREAMS))
         tl.debug_barrier()
 
@@ -348,17 +345,15 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
             along += by_write * d_logit * projected
             tl.store(table + OF_PRODUCTS + STREAMS + 1, by_write * d_logit * scale, mask=is_row)
 
-            # the iteration again, its sums noted; then it is undone by multiplying
+            # the iteration again, its sums stored; then it is undone by multiplying
             x, projected = _first_mix(from_saved, row, column, static_alpha, by_mix, STREAMS)
-            # the dimensions in their order, also to the compiler
+            # tells the compiler the order of the dimensions
             entries = tl.max_contiguous((own * PADDED + row) * PADDED + column, [1, min(2, PADDED), PADDED])
-            of_columns, of_rows = notes + entries, notes + POSITIONS * PADDED * PADDED + entries
+            of_columns, of_rows = sinkhorn_sums + entries, sinkhorn_sums + POSITIONS * PADDED * PADDED + entries
             for step in range(iters):
-                columns = tl.sum(x, axis=1, keep_dims=True)
-                x *= 1.0 / tl.where(columns < EPS, EPS, columns)
-                rows = tl.sum(x, axis=2, keep_dims=True)
-                x *= 1.0 / tl.where(rows < EPS, EPS, rows)
-                # for each entry again: threads keep to their own
+                x, columns = divide_by_sums(x, 1, EPS)
+                x, rows = divide_by_sums(x, 2, EPS)
+                # once for each entry, so that threads keep to their own
                 tl.store(of_columns + step * STEP, tl.broadcast_to(columns, (POSITIONS, PADDED, PADDED)))
                 tl.store(of_rows + step * STEP, tl.broadcast_to(rows, (POSITIONS, PADDED, PADDED)))
             tl.debug_barrier()
@@ -368,10 +363,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                 step = iters - 1 - back
                 rows = tl.load(of_rows + step * STEP)
                 columns = tl.load(of_columns + step * STEP)
-                d_logit -= x * tl.where(rows < EPS, 0.0, tl.sum(d_logit, axis=2, keep_dims=True))
-                x *= tl.where(rows < EPS, EPS, rows)
-                d_logit -= x * tl.where(columns < EPS, 0.0, tl.sum(d_logit, axis=1, keep_dims=True))
-                x *= tl.where(columns < EPS, EPS, columns)
+                d_logit, x = divide_by_sums_backward(d_logit, x, rows, 2, EPS)
+                d_logit, x = divide_by_sums_backward(d_logit, x, columns, 1, EPS)
             of_mix += d_logit
             of_mix_scale += d_logit * projected
             along += by_mix * tl.sum(d_logit * projected, axis=2, keep_dims=True)
@@ -385,22 +378,22 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         stream, to = tl.minimum(i, STREAMS - 1), tl.minimum(j, STREAMS - 1)
         own = tl.arange(0, POSITIONS)[None, None, :]
         table = work + (own * STREAMS + stream) * WORK
-        read = _spread(tl.load(table + READ), PADDED, 1, POSITIONS, LANES, WIDTH)
-        along = _spread(tl.load(table + READ + 1), PADDED, 1, POSITIONS, LANES, WIDTH)
+        read = _spread(tl.load(table + READ), PADDED, 1, POSITIONS, THREADS, WIDTH)
+        along = _spread(tl.load(table + READ + 1), PADDED, 1, POSITIONS, THREADS, WIDTH)
         of_gate = (STREAMS + 1) * gate
         from_gates = tl.load(table + OF_PRODUCTS + of_gate, mask=of_gate < LOGITS, other=0.0)
-        from_gates = _spread(from_gates, PADDED, 2, POSITIONS, LANES, WIDTH)
+        from_gates = _spread(from_gates, PADDED, 2, POSITIONS, THREADS, WIDTH)
         if ADDS:
-            from_mix = _spread(tl.load(table + OF_PRODUCTS + 1 + to), PADDED, PADDED, POSITIONS, LANES, WIDTH)
+            from_mix = _spread(tl.load(table + OF_PRODUCTS + 1 + to), PADDED, PADDED, POSITIONS, THREADS, WIDTH)
             at = tl.minimum(first + own, positions - 1)
             from_saved = saved + (at.to(tl.int64) * STREAMS + stream) * ROW + LOGITS + 1 + to
-            mix = _spread(tl.load(from_saved), PADDED, PADDED, POSITIONS, LANES, WIDTH)
+            mix = _spread(tl.load(from_saved), PADDED, PADDED, POSITIONS, THREADS, WIDTH)
 
-        d_share = tl.zeros((PADDED, 1, POSITIONS * LANES), tl.float32)
-        for start in range(0, DIM, LANES * WIDTH):
+        d_share = tl.zeros((PADDED, 1, POSITIONS * THREADS), tl.float32)
+        for start in range(0, DIM, THREADS * WIDTH):
             feature = start + own_feature
             is_feature = there & (feature < DIM)
-            rows = _streams(from_rows, from_branch, share, i, feature, STREAMS, DIM, UNWRITTEN)
+            rows = _streams(from_rows, from_branch, share, i, feature, STREAMS, DIM, PENDING)
             to_mix, to_gates = _weights(to_logits, feature, j, gate, STREAMS, DIM, LOGITS)
             d_in = tl.load(from_in + feature, mask=feature < DIM, other=0.0).to(tl.float32)
             d_rows = read * d_in - along * rows + tl.sum(from_gates * to_gates, axis=1, keep_dims=True)
@@ -409,24 +402,26 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                 d_rows += tl.sum(mix * d_out + from_mix * to_mix, axis=1, keep_dims=True)
             to_rows = d_residual + ((entry * STREAMS + i) * tokens + token) * DIM + feature
             tl.store(to_rows, d_rows, mask=is_feature & (i < STREAMS))
-            if UNWRITTEN:
+            if PENDING:
                 out = tl.load(from_branch + feature, mask=feature < DIM, other=0.0).to(tl.float32)
-                d_share += _products(2.0 * d_rows * out, PADDED, 1, POSITIONS, LANES, WIDTH)
+                d_share += _products(2.0 * d_rows * out, PADDED, 1, POSITIONS, THREADS, WIDTH)
                 to_branch = d_branch_out + position.to(tl.int64) * DIM + feature
                 tl.store(to_branch, tl.sum(share * d_rows, axis=0, keep_dims=True), mask=is_feature)
 
-            of_gates = _over_positions(from_gates * rows, 2, POSITIONS, LANES, WIDTH)
-            _add_up(sums, start, (STREAMS + 1) * tl.arange(0, 2), of_gates, group - program, LOGITS, DIM, LANES, WIDTH)
+            of_gates = _over_positions(from_gates * rows, 2, POSITIONS, THREADS, WIDTH)
+            _add_up(
+                sums, start, (STREAMS + 1) * tl.arange(0, 2), of_gates, group - program, LOGITS, DIM, THREADS, WIDTH
+            )
             if ADDS:
-                of_mixes = _over_positions(from_mix * rows, PADDED, POSITIONS, LANES, WIDTH)
+                of_mixes = _over_positions(from_mix * rows, PADDED, POSITIONS, THREADS, WIDTH)
                 row_of_mix = 1 + tl.arange(0, PADDED)
-                _add_up(sums, start, row_of_mix, of_mixes, group - program, STREAMS + 1, DIM, LANES, WIDTH)
+                _add_up(sums, start, row_of_mix, of_mixes, group - program, STREAMS + 1, DIM, THREADS, WIDTH)
 
-        if UNWRITTEN:
+        if PENDING:
             of_row, own = tl.arange(0, PADDED)[:, None, None], tl.arange(0, POSITIONS)[None, None, :]
             at = first + own
             to_write = d_write + ((at // tokens).to(tl.int64) * STREAMS + of_row) * tokens + at % tokens
-            d_share = _over_lanes(d_share, PADDED, 1, POSITIONS, LANES)
+            d_share = _over_threads(d_share, PADDED, 1, POSITIONS, THREADS)
             tl.store(to_write, d_share, mask=(of_row < STREAMS) & (at < positions))
 
     row, column = tl.arange(0, PADDED)[:, None], tl.arange(0, PADDED)[None, :]
@@ -517,33 +512,33 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-def forward(
+def _outputs(x: list[Tensor], weights: list[Tensor], iters: int, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    streams, dim, adds, batch, tokens = _sizes(x, weights)
+    return (
+        x[0].new_empty(batch, tokens, dim),
+        x[0].new_empty((batch * streams, tokens, dim) if adds else (0,)),
+        x[0].new_empty((batch * streams, tokens, 1) if adds else (0,), dtype=torch.float32),
+        x[0].new_empty(batch, tokens, streams, 2 * streams + 3 if adds else 2, dtype=torch.float32),
+    )
+
+
+def _forward(
     x: list[Tensor], weights: list[Tensor], iters: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # b n d, (b s) n d, (b s) n 1, b n s r
-    """What the branch reads, what stays of the streams, the gates to write by, and a table for the backward.
-
-    `x` are the streams (b s) n d, or residual, gates and output of the branch before; `weights` the parameters of a
-    connection, as `titans_pytorch.ops.hyper_connection` lists them.
-    """
+    """The results of `titans_pytorch.ops.hyper_connection`, and a table for the gradient: for each stream of a position
+    its products with the weights, the factor √d / ‖x_s‖, and its row of the mix."""
+    branch_in, mixed, write, saved = _outputs(x, weights, iters, eps)
     streams, dim, adds, batch, tokens = _sizes(x, weights)
-    x = _on_rows(x)
-    full = x[0].new_empty(0, dtype=torch.float32)
-    branch_in = x[0].new_empty(batch, tokens, dim)
-    mixed = x[0].new_empty((batch * streams, tokens, dim) if adds else 0)
-    write = full.new_empty((batch * streams, tokens, 1) if adds else 0)
-    saved = full.new_empty(batch, tokens, streams, 2 * streams + 3 if adds else 2)
     positions, (block, warps) = batch * tokens, FORWARD
     if positions:
-        with torch.cuda.device_of(x[0]):
-            _forward_kernel[(triton.cdiv(positions, block),)](
-                *_unwritten(x), _folded(weights), *_of_logits(weights), branch_in, mixed, write, saved,
-                positions, tokens, *_strides(x[0], x[-1]), dim**0.5, iters,
-                EPS=eps, UNWRITTEN=len(x) > 1, POSITIONS=block, num_warps=warps, **_constants(streams, dim, adds),
-            )  # fmt: skip
+        _forward_kernel[(triton.cdiv(positions, block),)](
+            **_arguments(x, weights), branch_in=branch_in, mixed=mixed, next_write=write, saved=saved,
+            iters=iters, EPS=eps, POSITIONS=block, num_warps=warps,
+        )  # fmt: skip
     return branch_in, mixed, write, saved
 
 
-def backward(
+def _backward(
     d_branch_in: Tensor,  # b n d
     d_mixed: Tensor,  # (b s) n d
     d_write: Tensor,  # (b s) n 1
@@ -553,7 +548,6 @@ def backward(
     iters: int,
     eps: float,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients of `x` and of `weights`, given those of what `forward` returns."""
     streams, dim, adds, batch, tokens = _sizes(x, weights)
     logits = streams + 2 if adds else 1
     d_x, d_weights = [t.new_empty(t.shape) for t in x], [t.new_empty(t.shape) for t in weights]
@@ -561,31 +555,37 @@ def backward(
         # nothing is mixed
         for t in d_weights[1:3] + d_weights[4:]:
             t.zero_()
-    x, (d_branch_in, d_mixed) = _on_rows(x), _on_rows([d_branch_in, d_mixed if adds else d_branch_in])
+    d_branch_in, d_mixed = _dense_rows([d_branch_in, d_mixed if adds else d_branch_in])
     positions, (block, warps) = batch * tokens, BACKWARD
     programs = min(triton.cdiv(positions, block), MOST_PROGRAMS)
     padded = triton.next_power_of_2(streams)
-    full = x[0].new_empty(0, dtype=torch.float32)
-    work = full.new_empty(programs, block, streams, 2 * streams + 5)
-    notes = full.new_empty(programs, iters if adds else 0, 2, block, padded, padded)
-    sums = full.new_empty(programs, logits * (dim + 2 * streams))
-    sizes = dict(STREAMS=streams, DIM=dim, LOGITS=logits)
-    with torch.cuda.device_of(x[0]):
-        if positions:
-            _backward_kernel[(programs,)](
-                d_branch_in, d_mixed, d_write.contiguous(), *_unwritten(x), _folded(weights), *_of_logits(weights),
-                saved, *(d_x if len(d_x) > 1 else (*d_x, *d_x, *d_x)), work, notes, sums,
-                positions, tokens, *_strides(x[0], x[-1]), *_strides(d_branch_in, d_mixed), dim**0.5, iters,
-                EPS=eps, UNWRITTEN=len(x) > 1, POSITIONS=block, num_warps=warps, UNROLLED=UNROLLED,
-                **_constants(streams, dim, adds),
-            )  # fmt: skip
-        gamma, _, alpha_fn, *_ = weights
-        _sum_kernel[(1 + triton.cdiv(dim, SUMMED_FEATURES),)](
-            sums, gamma.contiguous(), alpha_fn.contiguous(), _beta_fn(weights), *(*d_weights, *d_weights[-3:])[:8],
-            programs, **sizes, PADDED=triton.next_power_of_2(logits),
-            SMALL=triton.next_power_of_2(2 * streams * logits), FEATURES=SUMMED_FEATURES, ROWS=SUMMED_PROGRAMS,
+    work = saved.new_empty(programs, block, streams, 2 * streams + 5)
+    sinkhorn_sums = saved.new_empty(programs, iters if adds else 0, 2, block, padded, padded)
+    sums = saved.new_empty(programs, logits * (dim + 2 * streams))
+    if positions:
+        d_residual, d_old_write, d_branch_out = d_x if len(d_x) > 1 else d_x * 3
+        _backward_kernel[(programs,)](
+            **_arguments(x, weights), d_branch_in=d_branch_in, d_mixed=d_mixed, d_next_write=d_write.contiguous(),
+            saved=saved, d_residual=d_residual, d_write=d_old_write, d_branch_out=d_branch_out,
+            work=work, sinkhorn_sums=sinkhorn_sums, sums=sums,
+            d_in_row=d_branch_in.stride(0), d_in_token=d_branch_in.stride(1),
+            d_mixed_row=d_mixed.stride(0), d_mixed_token=d_mixed.stride(1),
+            iters=iters, EPS=eps, POSITIONS=block, UNROLLED=UNROLLED, num_warps=warps,
         )  # fmt: skip
+    names = ('gamma', 'static_alpha', 'alpha_fn', 'read_scale', 'mix_scale', 'static_beta', 'beta_fn', 'write_scale')
+    gamma, _, alpha_fn, *_ = weights
+    _sum_kernel[(1 + triton.cdiv(dim, SUMMED_FEATURES),)](
+        sums=sums, gamma=gamma.contiguous(), alpha_fn=alpha_fn.contiguous(), beta_fn=_beta_fn(weights),
+        **{f'd_{name}': t for name, t in zip(names, (*d_weights, *d_weights[-3:]))},
+        programs=programs, STREAMS=streams, DIM=dim, LOGITS=logits, PADDED=triton.next_power_of_2(logits),
+        SMALL=triton.next_power_of_2(2 * streams * logits), FEATURES=SUMMED_FEATURES, ROWS=SUMMED_PROGRAMS,
+    )  # fmt: skip
     return d_x, d_weights
+
+
+hyper_connection = register_kernel(
+    'hyper_connection', _forward, _backward, outputs=_outputs, saved=(3,), not_differentiable=(3,)
+)
 
 
 def _sizes(x: list[Tensor], weights: list[Tensor]) -> tuple[int, int, bool, int, int]:
@@ -594,35 +594,32 @@ def _sizes(x: list[Tensor], weights: list[Tensor]) -> tuple[int, int, bool, int,
     return streams, dim, len(weights) == 8, rows // streams, tokens
 
 
-def _constants(streams: int, dim: int, adds: bool) -> dict[str, Any]:
+def _arguments(x: list[Tensor], weights: list[Tensor]) -> dict[str, Any]:
+    """Arguments of both kernels."""
+    streams, dim, adds, batch, tokens = _sizes(x, weights)
+    x = _dense_rows(x)
+    residual, write, branch_out = x if len(x) > 1 else x * 3
+    _, static_alpha, _, read_scale, mix_scale, *for_writing = weights
+    static_beta, _, write_scale = for_writing or (static_alpha,) * 3
     return dict(
+        residual=residual, write=write, branch_out=branch_out, to_logits=_folded(weights),
+        static_alpha=static_alpha.contiguous(), read_scale=read_scale, mix_scale=mix_scale,
+        static_beta=static_beta.contiguous(), write_scale=write_scale,
+        positions=batch * tokens, tokens=tokens, root_of_dim=dim**0.5,
+        stride_row=residual.stride(0), stride_token=residual.stride(1),
+        branch_row=branch_out.stride(0), branch_token=branch_out.stride(1),
         STREAMS=streams, DIM=dim, LOGITS=streams + 2 if adds else 1, PADDED=triton.next_power_of_2(streams),
-        ADDS=adds, LANES=LANES, WIDTH=WIDTH if streams <= FEW else WIDTH // 2,
+        PENDING=len(x) > 1, ADDS=adds, THREADS=THREADS, WIDTH=WIDTH if streams <= FEW else WIDTH // 2,
     )  # fmt: skip
 
 
-def _on_rows(x: list[Tensor]) -> list[Tensor]:
-    """With the features of a row next to each other; gates, of which there is one in a row, in full."""
+def _dense_rows(x: list[Tensor]) -> list[Tensor]:
+    """The same with the features of a row contiguous; gates, of which there is one in a row, wholly contiguous."""
     return [t if t.stride(-1) == 1 and t.shape[-1] > 1 else t.contiguous() for t in x]
-
-
-def _unwritten(x: list[Tensor]) -> list[Tensor]:
-    return x if len(x) > 1 else x * 3
-
-
-def _strides(x: Tensor, y: Tensor) -> tuple[int, int, int, int]:
-    return x.stride(0), x.stride(1), y.stride(0), y.stride(1)
 
 
 def _beta_fn(weights: list[Tensor]) -> Tensor:
     return weights[6 if len(weights) > 6 else 0].contiguous()
-
-
-def _of_logits(weights: list[Tensor]) -> tuple[Tensor, ...]:
-    """static_alpha, pre_branch_scale, residual_scale, static_beta, h_post_scale"""
-    _, static_alpha, _, read_scale, mix_scale, *of_write = weights
-    static_beta, _, write_scale = of_write or (static_alpha,) * 3
-    return static_alpha.contiguous(), read_scale, mix_scale, static_beta.contiguous(), write_scale
 
 
 def _folded(weights: list[Tensor]) -> Tensor:  # l d
@@ -631,7 +628,7 @@ def _folded(weights: list[Tensor]) -> Tensor:  # l d
     logits = streams + 2 if len(weights) == 8 else 1
     to_logits = gamma.new_empty(logits, dim, dtype=torch.float32)
     _fold_kernel[(triton.cdiv(dim, FOLDED),)](
-        gamma.contiguous(), alpha_fn.contiguous(), _beta_fn(weights), to_logits,
+        gamma=gamma.contiguous(), alpha_fn=alpha_fn.contiguous(), beta_fn=_beta_fn(weights), to_logits=to_logits,
         STREAMS=streams, DIM=dim, LOGITS=logits, PADDED=triton.next_power_of_2(logits), BLOCK=FOLDED, num_warps=1,
     )  # fmt: skip
     return to_logits

@@ -1,8 +1,8 @@
 """Momentum and weights over a block of chunks that need a matrix for each chunk, as with spectral norm: three scans.
 
 With spectral norm the momentum is orthogonalised before it enters the weights, so each chunk's matrix must be formed.
-That makes two recurrences (Titans eq. 10, 13) around Newton–Schulz, for inputs X_c and negative output gradients Δ_c of
-the rows of chunk c, momentum gates η, retention κ = 1 − α, and a scale s:
+That makes two recurrences (Titans eq. 10, 13) around Newton–Schulz. For the rows of chunk c, the inputs X_c of a matrix
+and the negative gradients Δ_c of its outputs, momentum gates η, retention κ = 1 − α, and a scale s:
 
     S_c = η_c S_{c−1} + s_c · X_cᵀ Δ_c        `momentum_scan`
     O_c = newton_schulz(S_c)
@@ -29,7 +29,7 @@ _WIDEST, _MOST_ROWS, _MOST_ENTRIES = 128, 16, 2**31
 
 def momentum_scan(
     inputs: Float[Tensor, 'bh n m d'],
-    output_gradients: Float[Tensor, 'bh n m e'],
+    deltas: Float[Tensor, 'bh n m e'],
     scales: Float[Tensor, 'bh n'] | None,
     log_gates: Float[Tensor, 'bh n'] | None,
     start: Float[Tensor, 'bh d e'] | None,
@@ -38,7 +38,8 @@ def momentum_scan(
     """The momentum after each chunk, S_c = η_c S_{c−1} + s_c · X_cᵀ Δ_c, and the last one in float32 at least.
 
     Args:
-        output_gradients: Δ.
+        inputs: X, the rows that went through the matrix.
+        deltas: Δ, the negative gradients of its outputs.
         scales: s; `None` for 1.
         log_gates: log η; `None` without momentum, which is S_c = s_c · X_cᵀ Δ_c.
         start: S_{−1}; `None` for 0.
@@ -46,12 +47,12 @@ def momentum_scan(
             products are in this precision too, or in that of the rows if it is lower.
     """
     states = (scales, log_gates, start)
-    if use_kernel([inputs, output_gradients], states) and _supports_matrices(inputs, output_gradients):
+    if use_kernel([inputs, deltas], states) and _supports_matrices(inputs, deltas):
         from titans_pytorch.ops.momentum_scan import triton
 
         gates = None if log_gates is None else log_gates.exp()
-        return triton.momentum_scan(inputs, output_gradients, scales, gates, start, out_dtype)
-    return reference.momentum_scan(inputs, output_gradients, scales, log_gates, start, out_dtype)
+        return triton.momentum_scan(inputs, deltas, scales, gates, start, out_dtype)
+    return reference.momentum_scan(inputs, deltas, scales, log_gates, start, out_dtype)
 
 
 def weight_scan(
@@ -110,9 +111,9 @@ def _scan(
     return reference.vector_scan(*(updates, *states), out_dtype)
 
 
-def _supports_matrices(inputs: Tensor, output_gradients: Tensor) -> bool:
+def _supports_matrices(inputs: Tensor, deltas: Tensor) -> bool:
     _, chunks, rows, dim = inputs.shape
-    width = output_gradients.shape[-1]
+    width = deltas.shape[-1]
     narrow = 0 < min(dim, width) <= _WIDEST
     return narrow and 0 < rows <= _MOST_ROWS and len(inputs) > 0 and 0 < chunks * dim * width < _MOST_ENTRIES
 

@@ -13,14 +13,14 @@ from titans_pytorch.utils.shapes import Float
 
 def momentum_scan(
     inputs: Float[Tensor, 'bh n m d'],
-    output_gradients: Float[Tensor, 'bh n m e'],
+    deltas: Float[Tensor, 'bh n m e'],
     scales: Float[Tensor, 'bh n'] | None,
     log_gates: Float[Tensor, 'bh n'] | None,
     start: Float[Tensor, 'bh d e'] | None,
     out_dtype: torch.dtype,
 ) -> tuple[Float[Tensor, 'bh n d e'], Float[Tensor, 'bh d e']]:
     with no_autocast(inputs):
-        momenta = at_least_float32(inputs).mT @ at_least_float32(output_gradients)
+        momenta = at_least_float32(inputs).mT @ at_least_float32(deltas)
         if scales is not None:
             momenta = scales[..., None, None] * momenta
         if log_gates is not None:

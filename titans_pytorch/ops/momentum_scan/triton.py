@@ -36,9 +36,9 @@ FLOAT32_PRECISION = 'tf32x3'
 
 @triton.jit
 def _momentum_kernel(  # type: ignore[no-untyped-def]
-    inputs, output_gradients, scales, gates, start, momenta, end,
+    inputs, deltas, scales, gates, start, momenta, end,
     chunks, blocks_out, blocks,
-    input_head, input_chunk, input_row, gradient_head, gradient_chunk, gradient_row,
+    input_head, input_chunk, input_row, delta_head, delta_chunk, delta_row,
     scale_head, scale_chunk, gate_head, gate_chunk, start_head,
     dim: tl.constexpr, width: tl.constexpr, rows: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, TENSOR_CORES: tl.constexpr, STAGES: tl.constexpr,
@@ -51,7 +51,7 @@ def _momentum_kernel(  # type: ignore[no-untyped-def]
     offset = own_in[:, None] * width + own_out[None, :]
     inside = (own_in < dim)[:, None] & (own_out < width)[None, :]
     inputs += head * input_head
-    output_gradients += head * gradient_head
+    deltas += head * delta_head
     momenta += head * chunks * dim * width
 
     state = tl.zeros((DIM, WIDTH), tl.float32)
@@ -59,19 +59,19 @@ def _momentum_kernel(  # type: ignore[no-untyped-def]
         state = tl.load(start + head * start_head + offset, mask=inside, other=0.0).to(tl.float32)
     for chunk in tl.range(0, chunks, num_stages=STAGES):
         from_inputs = inputs + chunk * input_chunk
-        from_gradients = output_gradients + chunk * gradient_chunk
+        from_deltas = deltas + chunk * delta_chunk
         if TENSOR_CORES:
             row = tl.arange(0, ROWS)[:, None]
             from_inputs += row * input_row + own_in[None, :]
-            from_gradients += row * gradient_row + own_out[None, :]
+            from_deltas += row * delta_row + own_out[None, :]
             x = tl.load(from_inputs, mask=(row < rows) & (own_in < dim)[None, :], other=0.0)
-            delta = tl.load(from_gradients, mask=(row < rows) & (own_out < width)[None, :], other=0.0)
+            delta = tl.load(from_deltas, mask=(row < rows) & (own_out < width)[None, :], other=0.0)
             update = tl.dot(tl.trans(x), delta)
         else:
             update = tl.zeros((DIM, WIDTH), tl.float32)
             for row in tl.static_range(rows):
                 x = tl.load(from_inputs + row * input_row + own_in, mask=own_in < dim, other=0.0).to(tl.float32)
-                delta = tl.load(from_gradients + row * gradient_row + own_out, mask=own_out < width, other=0.0)
+                delta = tl.load(from_deltas + row * delta_row + own_out, mask=own_out < width, other=0.0)
                 update += x[:, None] * delta.to(tl.float32)[None, :]
         if scales is not None:
             update *= tl.load(scales + head * scale_head + chunk * scale_chunk)
@@ -84,10 +84,10 @@ def _momentum_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _momentum_backward_kernel(  # type: ignore[no-untyped-def]
-    d_momenta, d_end, inputs, output_gradients, scales, gates, start, momenta, d_inputs, d_output_gradients,
+    d_momenta, d_end, inputs, deltas, scales, gates, start, momenta, d_inputs, d_deltas,
     d_scales, d_gates, d_start,
     heads, chunks, rows, blocks_out, blocks,
-    input_head, input_chunk, input_row, gradient_head, gradient_chunk, gradient_row,
+    input_head, input_chunk, input_row, delta_head, delta_chunk, delta_row,
     scale_head, scale_chunk, gate_head, gate_chunk, start_head,
     dim: tl.constexpr, width: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr, STAGES: tl.constexpr,
@@ -105,11 +105,11 @@ def _momentum_backward_kernel(  # type: ignore[no-untyped-def]
     row_in = (row < rows) & (own_in < dim)[None, :]
     row_out = (row < rows) & (own_out < width)[None, :]
     inputs += head * input_head + row * input_row + own_in[None, :]
-    output_gradients += head * gradient_head + row * gradient_row + own_out[None, :]
+    deltas += head * delta_head + row * delta_row + own_out[None, :]
     momenta += head * chunks * dim * width
     # this block's part of sums over the other side
     d_inputs += (block_out * heads + head) * chunks * rows * dim + row * dim + own_in[None, :]
-    d_output_gradients += (block_in * heads + head) * chunks * rows * width + row * width + own_out[None, :]
+    d_deltas += (block_in * heads + head) * chunks * rows * width + row * width + own_out[None, :]
     partial = head * chunks * blocks + block
 
     h = tl.zeros((DIM, WIDTH), tl.float32)
@@ -132,7 +132,7 @@ def _momentum_backward_kernel(  # type: ignore[no-untyped-def]
 
         # u = s · Xᵀ Δ: the gradient of X is s · Δ Hᵀ, that of Δ is s · X H, and that of s is Σ X ∘ Δ Hᵀ
         x = tl.load(inputs + chunk * input_chunk, mask=row_in, other=0.0)
-        delta = tl.load(output_gradients + chunk * gradient_chunk, mask=row_out, other=0.0)
+        delta = tl.load(deltas + chunk * delta_chunk, mask=row_out, other=0.0)
         # rounded before it is transposed, so that one copy in shared memory serves both layouts
         low = h.to(OPERAND)
         d_x = multiply_add(tl.zeros((ROWS, DIM), tl.float32), delta, tl.trans(low), PRECISION, OPERAND)
@@ -144,7 +144,7 @@ def _momentum_backward_kernel(  # type: ignore[no-untyped-def]
             d_x *= scale
             d_delta *= scale
         tl.store(d_inputs + chunk * (rows * dim), d_x, mask=row_in)
-        tl.store(d_output_gradients + chunk * (rows * width), d_delta, mask=row_out)
+        tl.store(d_deltas + chunk * (rows * width), d_delta, mask=row_out)
 
     if gates is not None:
         gate = tl.load(gates + head * gate_head)
@@ -251,29 +251,29 @@ def _vector_backward_kernel(  # type: ignore[no-untyped-def]
 
 
 def _momentum_outputs(
-    inputs: Tensor, output_gradients: Tensor, scales: Any, gates: Any, start: Any, out_dtype: torch.dtype
+    inputs: Tensor, deltas: Tensor, scales: Any, gates: Any, start: Any, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     heads, chunks, _, dim = inputs.shape
-    width = output_gradients.shape[-1]
+    width = deltas.shape[-1]
     momenta = inputs.new_empty(heads, chunks, dim, width, dtype=out_dtype)
     return momenta, inputs.new_empty(heads, dim, width, dtype=torch.float32)
 
 
 def _momentum_forward(
     inputs: Tensor,  # bh n m d
-    output_gradients: Tensor,  # bh n m e
+    deltas: Tensor,  # bh n m e
     scales: Tensor | None,  # bh n
     gates: Tensor | None,  # bh n
     start: Tensor | None,  # bh d e
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # bh n d e, and bh d e
     """The momentum after each chunk, and the last one in float32."""
-    momenta, end = _momentum_outputs(inputs, output_gradients, scales, gates, start, out_dtype)
-    arguments = _momentum_arguments(inputs, output_gradients, scales, gates, start)
+    momenta, end = _momentum_outputs(inputs, deltas, scales, gates, start, out_dtype)
+    arguments = _momentum_arguments(inputs, deltas, scales, gates, start)
     heads, chunks, rows, dim = inputs.shape
-    width = output_gradients.shape[-1]
+    width = deltas.shape[-1]
     # tensor cores multiply rows in half precision exactly; in float32 they would not, and rows are few
-    in_half = inputs.dtype == output_gradients.dtype != torch.float32
+    in_half = inputs.dtype == deltas.dtype != torch.float32
     own_in, own_out, warps = _block(heads, dim, width, FORWARD)
     blocks_in, blocks_out = triton.cdiv(dim, own_in), triton.cdiv(width, own_out)
     _momentum_kernel[(heads * blocks_in * blocks_out,)](
@@ -289,24 +289,24 @@ def _momentum_backward(
     d_end: Tensor | None,  # bh d e
     momenta: Tensor,  # bh n d e
     inputs: Tensor,  # bh n m d
-    output_gradients: Tensor,  # bh n m e
+    deltas: Tensor,  # bh n m e
     scales: Tensor | None,  # bh n
     gates: Tensor | None,  # bh n
     start: Tensor | None,  # bh d e
     out_dtype: torch.dtype,
 ) -> list[Tensor | None]:
-    arguments = _momentum_arguments(inputs, output_gradients, scales, gates, start)
+    arguments = _momentum_arguments(inputs, deltas, scales, gates, start)
     heads, chunks, rows, dim = inputs.shape
-    width = output_gradients.shape[-1]
+    width = deltas.shape[-1]
     # products are as precise as the least precise of their factors and results
-    operand = next((t.dtype for t in (momenta, inputs, output_gradients) if t.dtype.itemsize == 2), torch.float32)
+    operand = next((t.dtype for t in (momenta, inputs, deltas) if t.dtype.itemsize == 2), torch.float32)
     setting = BACKWARD_IN_FULL if operand == torch.float32 else BACKWARD
     own_in, own_out, warps = _block(heads, dim, width, setting)
     blocks_in, blocks_out = triton.cdiv(dim, own_in), triton.cdiv(width, own_out)
     blocks = blocks_in * blocks_out
 
     # sums over the blocks of the other side come in parts
-    d_inputs, d_output_gradients = _parts(inputs, blocks_out), _parts(output_gradients, blocks_in)
+    d_inputs, d_deltas = _parts(inputs, blocks_out), _parts(deltas, blocks_in)
     d_scales, d_gates = _partial_sums(scales, blocks), _partial_sums(gates, blocks)
     d_start = None
     if start is not None:
@@ -316,14 +316,14 @@ def _momentum_backward(
         **arguments, momenta=momenta.contiguous(),
         d_momenta=None if d_momenta is None else d_momenta.contiguous(),
         d_end=None if d_end is None else d_end.contiguous(),
-        d_inputs=d_inputs, d_output_gradients=d_output_gradients, d_scales=d_scales, d_gates=d_gates, d_start=d_start,
+        d_inputs=d_inputs, d_deltas=d_deltas, d_scales=d_scales, d_gates=d_gates, d_start=d_start,
         heads=heads, chunks=chunks, rows=rows, blocks_out=blocks_out, blocks=blocks,
         DIM=own_in, WIDTH=own_out, PRECISION=FLOAT32_PRECISION, OPERAND=TRITON_DTYPES[operand],
         STAGES=BACKWARD_STAGES, num_warps=warps,
     )  # fmt: skip
     return [
         _summed(d_inputs, inputs.dtype),
-        _summed(d_output_gradients, output_gradients.dtype),
+        _summed(d_deltas, deltas.dtype),
         *(None if parts is None else parts.sum(dim=-1) for parts in (d_scales, d_gates)),
         d_start,
     ]
@@ -340,17 +340,17 @@ momentum_scan = register_kernel(
 
 
 def _momentum_arguments(
-    inputs: Tensor, output_gradients: Tensor, scales: Tensor | None, gates: Tensor | None, start: Tensor | None
+    inputs: Tensor, deltas: Tensor, scales: Tensor | None, gates: Tensor | None, start: Tensor | None
 ) -> dict[str, Any]:
-    inputs, output_gradients = contiguous_inside(inputs, 1), contiguous_inside(output_gradients, 1)
+    inputs, deltas = contiguous_inside(inputs, 1), contiguous_inside(deltas, 1)
     start = None if start is None else contiguous_inside(start, 2)
     return dict(
-        inputs=inputs, output_gradients=output_gradients, scales=scales, gates=gates, start=start,
+        inputs=inputs, deltas=deltas, scales=scales, gates=gates, start=start,
         **named_strides('input', inputs, 'head chunk row'),
-        **named_strides('gradient', output_gradients, 'head chunk row'),
+        **named_strides('delta', deltas, 'head chunk row'),
         **named_strides('scale', scales, 'head chunk'), **named_strides('gate', gates, 'head chunk'),
         **named_strides('start', start, 'head'),
-        dim=inputs.shape[-1], width=output_gradients.shape[-1], ROWS=tile_size(inputs.shape[2]),
+        dim=inputs.shape[-1], width=deltas.shape[-1], ROWS=tile_size(inputs.shape[2]),
     )  # fmt: skip
 
 

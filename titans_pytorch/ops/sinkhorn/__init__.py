@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from titans_pytorch.ops._dispatch import use_kernel
+from titans_pytorch.ops._dispatch import VOLTA, use_kernel
 from titans_pytorch.ops.sinkhorn import reference
 from titans_pytorch.utils.checks import check_floating
 from titans_pytorch.utils.shapes import Float
@@ -30,7 +30,7 @@ def sinkhorn(log_alpha: Float[Tensor, '... s s'], iters: int = 20) -> Float[Tens
     if iters <= 0:
         return log_alpha
     full = log_alpha.float()
-    if use_kernel([full]) and full.shape[-1] <= _LARGEST:
+    if use_kernel([full], capability=VOLTA) and full.shape[-1] <= _LARGEST:
         from titans_pytorch.ops.sinkhorn import triton
 
         return triton.sinkhorn(full, iters=iters, eps=EPS).to(log_alpha.dtype)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from titans_pytorch.ops._registration import register_kernel
+from titans_pytorch.ops._triton import divide_by_sums, divide_by_sums_backward
 
 # entries a program owns: 16 a thread
 TILE = 512
@@ -52,11 +53,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     x = tl.load(log_alpha + n * stride_n + i * stride_i + j * stride_j)
     x = tl.where(inside, tl.exp(x - tl.max(x, axis=0, keep_dims=True)), 0.0)
     for step in range(iters):
-        # a comparison, not a maximum, lets NaN through
-        columns = tl.sum(x, axis=0, keep_dims=True)
-        x *= 1.0 / tl.where(columns < EPS, EPS, columns)
-        rows = tl.sum(x, axis=1, keep_dims=True)
-        x *= 1.0 / tl.where(rows < EPS, EPS, rows)
+        x, columns = divide_by_sums(x, 0, EPS)
+        x, rows = divide_by_sums(x, 1, EPS)
         if STORE_SUMS:
             tl.store(column_sums + step * 2 * PADDED * BLOCK, columns)
             tl.store(row_sums + step * 2 * PADDED * BLOCK, rows)
@@ -77,11 +75,9 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     for back in range(iters):
         step = iters - 1 - back
         rows = tl.load(row_sums + step * 2 * PADDED * BLOCK)
-        d_log -= x * tl.where(rows < EPS, 0.0, tl.sum(d_log, axis=1, keep_dims=True))
-        x *= tl.where(rows < EPS, EPS, rows)
+        d_log, x = divide_by_sums_backward(d_log, x, rows, 1, EPS)
         columns = tl.load(column_sums + step * 2 * PADDED * BLOCK)
-        d_log -= x * tl.where(columns < EPS, 0.0, tl.sum(d_log, axis=0, keep_dims=True))
-        x *= tl.where(columns < EPS, EPS, columns)
+        d_log, x = divide_by_sums_backward(d_log, x, columns, 0, EPS)
     tl.store(d_log_alpha + (n * SIZE + i) * SIZE + j, d_log, mask=inside)
 
 

@@ -1,8 +1,7 @@
-"""What a hyper-connection does for one token, in one launch: write the last branch's output, read for the next one.
+"""Kernel of a hyper-connection for one token, in one launch: add the last branch's output, read for the next branch.
 
 Each program owns the streams of one batch entry. All tiles are (from stream, to stream or gate, feature): with the
-features across the threads, each thread holds the whole mix of streams and iterates on it alone. The plain twin is in
-`titans_pytorch.ops.hyper_connection`, the equations of the iteration in `titans_pytorch.ops.sinkhorn`.
+features across the threads, each thread holds the whole mix of streams and iterates on it alone.
 """
 
 from __future__ import annotations
@@ -12,24 +11,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from titans_pytorch.ops._triton import contiguous_inside, divide_by_sums
+
 # features at a time, at most
 BLOCK = 512
-# four to a thread, which loads them at once; with fewer, warps would share out the streams, and wait for each other
+# four to a thread, which loads them at once; with fewer, warps would divide the streams and wait for each other
 FEATURES_PER_WARP = 128
-# streams whose mix fits a thread
-LARGEST = 8
 
 
 @triton.jit
 def _streams(  # type: ignore[no-untyped-def]
     x, write, branch_out, feature, stride_s,
-    STREAMS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, UNWRITTEN: tl.constexpr,
+    STREAMS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, PENDING: tl.constexpr,
 ):  # fmt: skip
-    """These features of all streams (i, 1, d), with what is still to be written to them; 0 outside."""
+    """These features of all streams (i, 1, d), with the pending branch output added; 0 outside."""
     stream = tl.arange(0, PADDED)[:, None, None]
     rows = tl.load(x + stream * stride_s + feature, mask=(stream < STREAMS) & (feature < DIM), other=0.0)
     rows = rows.to(tl.float32)
-    if UNWRITTEN:
+    if PENDING:
         share = tl.load(write + stream, mask=stream < STREAMS, other=0.0).to(tl.float32)
         rows += 2.0 * share * tl.load(branch_out + feature, mask=feature < DIM, other=0.0).to(tl.float32)
     return rows
@@ -40,14 +39,14 @@ def _kernel(  # type: ignore[no-untyped-def]
     x, write, branch_out, to_logits, bias, branch_in, residual, next_write,
     stride_b, stride_s, branch_stride_b, root_of_dim, iters,
     STREAMS: tl.constexpr, DIM: tl.constexpr, LOGITS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
-    EPS: tl.constexpr, UNWRITTEN: tl.constexpr,
+    EPS: tl.constexpr, PENDING: tl.constexpr,
 ):  # fmt: skip
     entry = tl.program_id(0).to(tl.int64)
     x += entry * stride_b
     write += entry * STREAMS
     branch_out += entry * branch_stride_b
 
-    # of a stream's logits the first is to read and the last, if there is one, to write; those between are its mix
+    # of a stream's logits the first is for reading, the last, if present, for writing, and those between for mixing
     i, j, gate = tl.arange(0, PADDED)[:, None], tl.arange(0, PADDED)[None, :], tl.arange(0, 2)[None, :]
     of_mix, of_gate = 1 + j, (STREAMS + 1) * gate
     is_mix, is_gate = (i < STREAMS) & (j < STREAMS), (i < STREAMS) & (of_gate < LOGITS)
@@ -57,16 +56,16 @@ def _kernel(  # type: ignore[no-untyped-def]
     gates = tl.zeros((PADDED, 2), tl.float32)
     for start in range(0, DIM, BLOCK):
         feature = start + tl.arange(0, BLOCK)[None, None, :]
-        rows = _streams(x, write, branch_out, feature, stride_s, STREAMS, DIM, PADDED, UNWRITTEN)
-        there = (j < STREAMS)[:, :, None] & (feature < DIM)
-        to_mix = tl.load(to_logits + of_mix[:, :, None] * DIM + feature, mask=there, other=0.0)
-        there = (of_gate < LOGITS)[:, :, None] & (feature < DIM)
-        to_gates = tl.load(to_logits + of_gate[:, :, None] * DIM + feature, mask=there, other=0.0)
+        rows = _streams(x, write, branch_out, feature, stride_s, STREAMS, DIM, PADDED, PENDING)
+        present = (j < STREAMS)[:, :, None] & (feature < DIM)
+        to_mix = tl.load(to_logits + of_mix[:, :, None] * DIM + feature, mask=present, other=0.0)
+        present = (of_gate < LOGITS)[:, :, None] & (feature < DIM)
+        to_gates = tl.load(to_logits + of_gate[:, :, None] * DIM + feature, mask=present, other=0.0)
         squares += tl.sum(rows * rows, axis=2)
         mix += tl.sum(rows * to_mix, axis=2)
         gates += tl.sum(rows * to_gates, axis=2)
 
-    # normalising comes last: it is a factor on the logits. A comparison, not a maximum, lets NaN through
+    # normalisation comes last, as a factor on the logits. A comparison, not a maximum, lets NaN through
     norm = tl.sqrt(squares)
     scale = root_of_dim / tl.where(norm < EPS, EPS, norm)
     mix = mix * scale + tl.load(bias + i * LOGITS + of_mix, mask=is_mix, other=0.0)
@@ -77,37 +76,30 @@ def _kernel(  # type: ignore[no-untyped-def]
     mix = tl.exp(mix - tl.max(tl.where(is_mix, mix, -float('inf')), axis=0, keep_dims=True))
     mix = tl.where(is_mix, mix, 0.0)
     for _ in range(iters):
-        of_columns = tl.sum(mix, axis=0, keep_dims=True)
-        mix *= 1.0 / tl.where(of_columns < EPS, EPS, of_columns)
-        of_rows = tl.sum(mix, axis=1, keep_dims=True)
-        mix *= 1.0 / tl.where(of_rows < EPS, EPS, of_rows)
+        mix, _ = divide_by_sums(mix, 0, EPS)
+        mix, _ = divide_by_sums(mix, 1, EPS)
 
     for start in range(0, DIM, BLOCK):
         feature = start + tl.arange(0, BLOCK)[None, None, :]
-        rows = _streams(x, write, branch_out, feature, stride_s, STREAMS, DIM, PADDED, UNWRITTEN)
+        rows = _streams(x, write, branch_out, feature, stride_s, STREAMS, DIM, PADDED, PENDING)
         for_branch, mixed = tl.sum(rows * read[:, :, None], axis=0), tl.sum(rows * mix[:, :, None], axis=0)
         feature = start + tl.arange(0, BLOCK)[None, :]
         tl.store(branch_in + entry * DIM + feature, for_branch, mask=feature < DIM)
         tl.store(residual + (entry * STREAMS + i) * DIM + feature, mixed, mask=(i < STREAMS) & (feature < DIM))
 
 
-def read(
+def token_hyper_connection(
     x: Tensor,  # b s d
-    unwritten: tuple[Tensor, Tensor] | None,  # b s 1, b 1 d
+    pending: tuple[Tensor, Tensor] | None,  # b s 1, b 1 d
     to_logits: Tensor,  # l d
     bias: Tensor,  # s l
     iters: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # b 1 d, b s d, b s 1
-    """What the branch reads of the streams, what stays of them, and the gates by which its output is written to them.
-
-    `unwritten` are gates and output of the branch before, which `x` does not have yet. With l = s + 1 there are no
-    gates to write by, and those returned are empty.
-    """
     batch, streams, dim = x.shape
     logits = to_logits.shape[0]
-    write, branch_out = (x, x) if unwritten is None else (unwritten[0].contiguous(), unwritten[1])
-    x, branch_out = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, branch_out))
+    write, branch_out = (x, x) if pending is None else (pending[0].contiguous(), contiguous_inside(pending[1], 1))
+    x = contiguous_inside(x, 1)
     branch_in, residual = x.new_empty(batch, 1, dim), x.new_empty(batch, streams, dim)
     next_write = x.new_empty(batch, streams, logits - streams - 1)
 
@@ -115,9 +107,11 @@ def read(
     if batch:
         with torch.cuda.device_of(x):
             _kernel[(batch,)](
-                x, write, branch_out, to_logits, bias, branch_in, residual, next_write,
-                x.stride(0), x.stride(1), branch_out.stride(0), dim**0.5, iters,
+                x=x, write=write, branch_out=branch_out, to_logits=to_logits, bias=bias,
+                branch_in=branch_in, residual=residual, next_write=next_write,
+                stride_b=x.stride(0), stride_s=x.stride(1), branch_stride_b=branch_out.stride(0),
+                root_of_dim=dim**0.5, iters=iters,
                 STREAMS=streams, DIM=dim, LOGITS=logits, PADDED=triton.next_power_of_2(streams), BLOCK=block,
-                EPS=eps, UNWRITTEN=unwritten is not None, num_warps=max(1, block // FEATURES_PER_WARP),
+                EPS=eps, PENDING=pending is not None, num_warps=max(1, block // FEATURES_PER_WARP),
             )  # fmt: skip
     return branch_in, residual, next_write

@@ -1,0 +1,106 @@
+"""Run-time checks of the shape annotations in the package, for `pytest --shapes`.
+
+Every function with a `Float`, `Int` or `Bool` in its signature is decorated as its module is imported. jaxtyping gives
+each letter of an annotation one size per call, and beartype compares the tensors with it. Three things go unchecked:
+
+- arguments of a call that raises: refusing wrong input is the job of the package, and its error is what a test expects;
+- types other than shapes, which mypy checks;
+- the rest of a test once it compiles or exports something, because the compiler cannot trace the checks.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from types import CodeType, UnionType
+from typing import Any, Union, get_args, get_origin
+
+import jaxtyping
+import torch
+from beartype import beartype
+
+ALIASES = {'Bool', 'Float', 'Int'}
+DECORATOR = f'__import__({__name__!r}).shape_checked'
+
+
+def has_shape(hint: Any) -> bool:
+    return (inspect.isclass(hint) and issubclass(hint, jaxtyping.AbstractArray)) or any(map(has_shape, get_args(hint)))
+
+
+def without_other_types(hint: Any) -> Any:
+    """`hint` with `Any` in place of types without a shape, except in a union, which would then accept everything."""
+    origin = get_origin(hint)
+    if hint is Ellipsis or (has_shape(hint) and origin in (None, Union, UnionType)):
+        return hint
+    if not has_shape(hint) or origin is Callable:
+        return Any
+    return origin[tuple(map(without_other_types, get_args(hint)))]
+
+
+def shapes_alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A check of the shapes in the signature of `function`.
+
+    jaxtyping asks for two: one of the arguments before the call, whose return type is `Any`, and one of arguments and
+    result after it. Only the second is made.
+    """
+    hints = function.__annotations__
+    if hints.get('return', Any) is Any:
+        return lambda *args, **kwargs: None
+    function.__annotations__ = {name: without_other_types(hint) for name, hint in hints.items()}
+    return beartype(function)
+
+
+shape_checked = jaxtyping.jaxtyped(typechecker=shapes_alone)
+
+
+class Loader(SourceFileLoader):
+    def get_code(self, fullname: str) -> CodeType:
+        tree = ast.parse(self.get_data(self.path))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and _has_shape(node):
+                # innermost, so that the others, such as `property`, get the checked function
+                node.decorator_list.append(ast.parse(DECORATOR, mode='eval').body)
+        return compile(ast.fix_missing_locations(tree), self.path, 'exec', dont_inherit=True)
+
+
+def _has_shape(node: ast.FunctionDef) -> bool:
+    arguments = node.args
+    declared = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    annotations = [node.returns, *(argument.annotation for argument in declared)]
+    names = {inner.id for hint in annotations if hint for inner in ast.walk(hint) if isinstance(inner, ast.Name)}
+    return bool(names & ALIASES)
+
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname.split('.')[0] != 'titans_pytorch':
+            return None
+        spec = super().find_spec(fullname, path, target)
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            spec.loader = Loader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+def enable(yes: bool) -> None:
+    jaxtyping.config.update('jaxtyping_disable', not yes)
+
+
+def _unchecked_from_here(trace: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(trace)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        enable(False)
+        return trace(*args, **kwargs)
+
+    return traced
+
+
+def install() -> None:
+    """Check the modules of the package, which must not have been imported yet."""
+    sys.meta_path.insert(0, Finder)
+    torch.compile = _unchecked_from_here(torch.compile)
+    torch.export.export = _unchecked_from_here(torch.export.export)

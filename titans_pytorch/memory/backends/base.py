@@ -1,0 +1,168 @@
+"""The interface of a backend: storing chunks in the weights of a memory network, and retrieving from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import accumulate
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from titans_pytorch.memory.chunks import Chunks, WeightResidual, beside
+from titans_pytorch.memory.fast_weights import FastWeights, MemoryWeights, StoredBatches, StoredBlock, Weights
+from titans_pytorch.memory.reference import LossFn, one_chunk, surprise
+from titans_pytorch.memory.schedule import Schedule
+from titans_pytorch.ops.associative_scan import AssocScan
+from titans_pytorch.utils.shapes import Float
+
+Transition = Callable[[Weights, Weights], Weights]
+"""Maps the base weights of a memory batch and the newest weights to the base weights of the next memory batch."""
+
+
+class Gradients(NamedTuple):
+    """Negative gradients of a block of chunks, those of matrices in two factors."""
+
+    inputs: Weights
+    """For each matrix the rows X that it was applied to, (bh, n, m, d)."""
+    deltas: Weights
+    """For each matrix Δ = −∂loss / ∂(X W), (bh, n, m, e): minus the gradient of a chunk is Xᵀ Δ."""
+    vectors: Weights
+    """For each vector minus its gradient, (bh, n, d)."""
+    losses: Float[Tensor, 'bh n m']
+    """Losses of the rows, unweighted."""
+
+    def dense(self, name: str) -> Float[Tensor, 'bh n ...']:
+        """Minus the gradient of a parameter, formed."""
+        return self.inputs[name].mT @ self.deltas[name] if name in self.inputs else self.vectors[name]
+
+
+class Stored(NamedTuple):
+    """Result of storing one block."""
+
+    over_time: StoredBlock | StoredBatches
+    momentum: Weights
+    """After the last chunk, (o, bh, …); empty without momentum."""
+    losses: Float[Tensor, 'bh n m']
+    """‖M(k) − v‖² of each row before it is stored, unweighted: the surprise of the row."""
+
+
+class BlockStep(NamedTuple):
+    """One block of a call, ready to be stored."""
+
+    store: Callable[[MemoryWeights], Stored]
+    ends_batch: bool
+
+
+class Backend:
+    """Stores chunks in the weights of `network`, and applies the network with weights over time.
+
+    Args:
+        network: the memory network, a template whose own weights are not used.
+        loss_fn: the loss that storing lowers.
+        scan: solves linear recurrences over chunks.
+        max_grad_norm: soft bound of a gradient's norm.
+        spectral_norm: orthogonalise the momentum.
+    """
+
+    def __init__(
+        self, network: Module, loss_fn: LossFn, scan: AssocScan, max_grad_norm: float | None, spectral_norm: bool
+    ):
+        self.network = network
+        self.loss_fn = loss_fn
+        self.scan = scan
+        self.max_grad_norm = max_grad_norm
+        self.spectral_norm = spectral_norm
+
+    def store(
+        self,
+        chunks: Chunks,
+        residual: WeightResidual | None,
+        schedule: Schedule,
+        weights: MemoryWeights,
+        transition: Transition | None,
+    ) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m']]:
+        """The weights over all steps, those to go on from, and the loss of each row, after storing `chunks`.
+
+        `transition`: `None` if the base weights of a memory batch are the newest weights.
+        """
+        if isinstance(schedule.num_chunks, torch.SymInt):
+            refuse_dynamic_length()
+        stored, losses = [], [torch.zeros_like(chunks.step_sizes[:, :0])]
+        for step in self.block_steps(chunks, residual, schedule, weights, transition):
+            block = step.store(weights)
+            stored.append(block.over_time)
+            losses.append(block.losses)
+            base, newest = weights.base, block.over_time.final
+            if step.ends_batch:
+                base = newest = newest if transition is None else transition(base, newest)
+            weights = MemoryWeights(base, newest, block.momentum)
+        return FastWeights.joined(stored, weights.newest), weights, torch.cat(losses, dim=1)
+
+    def block_steps(
+        self,
+        chunks: Chunks,
+        residual: WeightResidual | None,
+        schedule: Schedule,
+        weights: MemoryWeights,
+        transition: Transition | None,
+    ) -> Iterable[BlockStep]:
+        """The blocks of a call in order, each to be stored in the weights that the one before leaves."""
+        raise NotImplementedError
+
+    def over_chunks(self, gates: Tensor, inputs: Tensor, initial: Tensor) -> Tensor:
+        """`Recurrence` of all chunks of a block: its states after each of them."""
+        return self.scan(gates.unsqueeze(-1), inputs, prev=initial)
+
+    def retrieve(self, weights: FastWeights, rows: Float[Tensor, 'bh n c d'], first: int) -> Float[Tensor, 'bh n c d']:
+        """Group k of `rows` through the network with the weights of step `first + k`."""
+        lengths = weights.lengths(first, rows.shape[1])
+        if len(lengths) == 1:
+            return self.apply_over_time(weights, rows, first)
+        first_steps = accumulate(lengths[:-1], initial=first)
+        parts = zip(rows.split(lengths, dim=1), first_steps)
+        return torch.cat([self.apply_over_time(weights, part, start) for part, start in parts], dim=1)
+
+    def apply_over_time(
+        self, weights: FastWeights, rows: Float[Tensor, 'bh n c d'], first: int
+    ) -> Float[Tensor, 'bh n c d']:
+        """`retrieve` for steps within one of the factored blocks."""
+        raise NotImplementedError
+
+    # one chunk at a time, as in decoding
+
+    def apply(self, weights: Weights, rows: Float[Tensor, 'bh m d']) -> Float[Tensor, 'bh m d']:
+        """Rows through the network with weights (bh, …)."""
+        raise NotImplementedError
+
+    def negative_gradients(self, chunk: Chunks, at: Weights) -> Weights:
+        """Minus the gradient of the loss of a block of one chunk at weights (bh, …)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def store_chunk(self, chunk: Chunks, at: Weights, weights: MemoryWeights) -> MemoryWeights:
+        """The weights after a block of one chunk, whose gradient is taken at `at`."""
+        gates = chunk.at(0).update_gates()
+        gradients = self.negative_gradients(chunk, at)
+        updates, orders = surprise(
+            gradients, gates, weights.momentum, one_chunk, self.max_grad_norm, self.spectral_norm
+        )
+        # Titans eq. 13: M_t = (1 − α_t) M_{t−1} + S_t, laid out as M is, whose buffer takes it over
+        newest = {
+            name: torch.addcmul(updates[name], beside(gates.retention, w), w, out=torch.empty_like(w))
+            for name, w in weights.newest.items()
+        }
+        return MemoryWeights(weights.base, newest, {name: stacked(own) for name, own in orders.items()})
+
+
+def stacked(orders: list[Tensor]) -> Float[Tensor, 'o bh ...']:
+    """The momentum of each order as one tensor, without a copy if there is only one."""
+    return orders[0].unsqueeze(0) if len(orders) == 1 else torch.stack(orders)
+
+
+def refuse_dynamic_length() -> NoReturn:
+    raise ValueError(
+        "a length that is dynamic in torch.export needs torch.no_grad(), engine='dual', the default loss and a "
+        'MemoryMLP of one or two matrices: export this for a fixed length'
+    )

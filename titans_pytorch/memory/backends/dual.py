@@ -1,0 +1,329 @@
+"""The dual backend: rows and output gradients instead of a gradient matrix for every chunk.
+
+The gradient of a matrix W over a chunk is Xᵀ Δ, where X are the rows that W was applied to and Δ the gradients of their
+products. Kept as these two factors, chunks can be stored and retrieved from without a matrix per chunk (see
+`titans_pytorch.memory.fast_weights`). It serves networks that send every product of a row with a matrix through
+`linear`, as those of `titans_pytorch.memory_models` do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+from torch.nn import Module
+from torch.utils._pytree import tree_leaves
+
+from titans_pytorch.memory.backends.base import (
+    Backend,
+    BlockStep,
+    Gradients,
+    Stored,
+    Transition,
+    refuse_dynamic_length,
+    stacked,
+)
+from titans_pytorch.memory.backends.exported import scan_chunks
+from titans_pytorch.memory.backends.fused_mlp import FusedMLP
+from titans_pytorch.memory.chunks import Chunks, Coefficients, WeightResidual, scaled
+from titans_pytorch.memory.fast_weights import Factors, FastWeights, MemoryWeights, StoredBlock, Weights
+from titans_pytorch.memory.reference import LossFn, default_loss_fn
+from titans_pytorch.memory.schedule import Block, Schedule
+from titans_pytorch.memory.soft_clamp import soft_clamp_factor, soft_clamp_norm
+from titans_pytorch.memory_models import ResidualNorm, inner_mlp, mlp_matrices
+from titans_pytorch.ops.associative_scan import AssocScan
+from titans_pytorch.ops.final_state import final_state
+from titans_pytorch.ops.norms import layer_norm
+from titans_pytorch.utils.functional import call_with_weights, is_traced, outside_inference, transformed
+from titans_pytorch.utils.precision import at_least_float32, no_autocast
+from titans_pytorch.utils.shapes import Float
+
+
+class DualBackend(Backend):
+    """Factored matrices, unless a matrix has no more entries than the rows of a chunk; vectors are dense."""
+
+    def __init__(
+        self, network: Module, loss_fn: LossFn, scan: AssocScan, max_grad_norm: float | None, spectral_norm: bool
+    ):
+        super().__init__(network, loss_fn, scan, max_grad_norm, spectral_norm)
+        self.fused = FusedMLP.of(network) if loss_fn is default_loss_fn else None
+
+    def store(
+        self,
+        chunks: Chunks,
+        residual: WeightResidual | None,
+        schedule: Schedule,
+        weights: MemoryWeights,
+        transition: Transition | None,
+    ) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m']]:
+        if isinstance(schedule.num_chunks, torch.SymInt):
+            # the gradients of other networks, and of the scan itself, need transforms that the scan does not support
+            if torch.is_grad_enabled() or self.fused is None:
+                refuse_dynamic_length()
+            return scan_chunks(self, chunks, residual, schedule, weights, transition)
+        return super().store(chunks, residual, schedule, weights, transition)
+
+    def block_steps(
+        self,
+        chunks: Chunks,
+        residual: WeightResidual | None,
+        schedule: Schedule,
+        weights: MemoryWeights,
+        transition: Transition | None,
+    ) -> Iterator[BlockStep]:
+        # a memory batch whose gradients are taken at the newest weights can be stored together with its neighbours
+        at_newest = all(weights.base[name] is w for name, w in weights.newest.items())
+        blocks = schedule.blocks(self.preferred_chunks(chunks))
+        groups = [[*same] for _, same in groupby(blocks, key=lambda block: block.num_chunks)]
+        lengths = [sum(block.num_chunks for block in group) for group in groups]
+        residuals = [None] * len(groups) if residual is None else residual.split(lengths)
+        for group, own, own_residual in zip(groups, chunks.split(lengths), residuals):
+            # the recurrences of neighbours of one length are solved together
+            coefficients = Coefficients.of_blocks(own, len(group))
+            in_batches = transition is None and at_newest and all(block.is_batch for block in group)
+            if in_batches and own_residual is None and self._scans_batches(own, weights):
+                yield BlockStep(partial(self._store_batches, own, coefficients), ends_batch=True)
+            else:
+                yield from self._separately(group, own, own_residual, coefficients)
+            at_newest = True
+
+    def preferred_chunks(self, chunks: Chunks) -> int:
+        """Chunks of a block, where the schedule leaves the choice."""
+        # work inside a block grows with its square, launches with the number of blocks: a GPU would rather work.
+        # Where chunks are so long that their matrices are formed, the square is that of the number of chunks
+        return max((128 if chunks.keys.device.type == 'cpu' else 512) // chunks.keys.shape[2], 8)
+
+    def _scans_batches(self, chunks: Chunks, weights: MemoryWeights) -> bool:
+        """True if whole memory batches of these chunks can be stored by one operation."""
+        if self.fused is None or self.max_grad_norm is not None or chunks.modulation is not None:
+            return False
+        return not any(_is_small(chunks, w) for w in weights.newest.values() if w.ndim > 2)
+
+    def _store_batches(self, chunks: Chunks, coefficients: Coefficients, weights: MemoryWeights) -> Stored:
+        assert self.fused is not None
+        return self.fused.store_batches(chunks, coefficients, weights)
+
+    def _separately(
+        self, blocks: list[Block], chunks: Chunks, residual: WeightResidual | None, coefficients: Coefficients
+    ) -> Iterator[BlockStep]:
+        lengths = [block.num_chunks for block in blocks]
+        residuals = [None] * len(blocks) if residual is None else residual.split(lengths)
+        parts = zip(blocks, chunks.split(lengths), residuals, coefficients.unbind())
+        for block, own, own_residual, solved in parts:
+            yield BlockStep(partial(self._store_block, own, own_residual, solved), block.ends_batch)
+
+    def _store_block(
+        self, chunks: Chunks, residual: WeightResidual | None, coefficients: Coefficients, weights: MemoryWeights
+    ) -> Stored:
+        gradients = self.gradients(chunks, weights.base, residual)
+        coefficients = coefficients.to(next(iter(weights.newest.values())).dtype)
+        dense, factors, final, momentum = {}, {}, {}, {}
+        for index, (name, newest) in enumerate(weights.newest.items()):
+            modulation = None if chunks.modulation is None else chunks.modulation[..., index]
+            initial = [newest, *weights.momentum.get(name, ())]
+            if name in gradients.inputs and not _is_small(chunks, newest):
+                inputs, deltas = gradients.inputs[name], gradients.deltas[name]
+                factor = self._update_factor(inputs, deltas, modulation)
+                deltas = deltas if factor is None else scaled(factor, deltas)
+                factors[name] = Factors(initial, inputs.flatten(1, 2), deltas.flatten(1, 2))
+                states = final_state(coefficients.final, coefficients.initial_final, initial, inputs, deltas)
+            else:
+                update = self._dense_update(gradients.dense(name).to(newest.dtype), modulation)
+                dense[name], states = _dense_states(coefficients, initial, update)
+            final[name] = states[0]
+            if len(states) > 1:
+                momentum[name] = stacked(states[1:])
+        steps, initial_steps = coefficients.steps, coefficients.initial_steps
+        return Stored(StoredBlock(dense, final, factors, steps, initial_steps), momentum, gradients.losses)
+
+    # gradients
+
+    def gradients(self, chunks: Chunks, base: Weights, residual: WeightResidual | None) -> Gradients:
+        """Negative gradients of each chunk at `base`, plus the residual."""
+        # a frozen memory builds no graph, although the gradient that it stores comes from one
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._needs_graph(chunks, base, residual)):
+            if self.fused is not None and (residual is None or residual.dense.keys() == base.keys()):
+                return self.fused.gradients(chunks, base, residual)
+            return self.traced_gradients(chunks, base, residual)
+
+    def _needs_graph(self, chunks: Chunks, base: Weights, residual: WeightResidual | None) -> bool:
+        """True if an input of the gradients can have a gradient itself."""
+        if is_traced():
+            return True
+        tensors = [*chunks, *base.values(), *tree_leaves(residual)]
+        if any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+            return True
+        if self.loss_fn is default_loss_fn:
+            return False
+        row = chunks.keys[0, 0, :1].detach()
+        return self.loss_fn(row, row).requires_grad
+
+    def traced_gradients(self, chunks: Chunks, base: Weights, residual: WeightResidual | None) -> Gradients:
+        """`gradients` of any network, by autograd."""
+        names = _parameter_names(self.network)
+        bh, n, m, _ = chunks.keys.shape
+        vectors = {name: base[name].unsqueeze(1).expand(-1, n, -1) for name in _vectors(self.network)}
+        if residual is not None:
+            vectors = {name: v + residual.steps(name) for name, v in vectors.items()}
+        inputs: Weights = {}
+
+        def negative_loss(probe: Callable[[str, Tensor], Tensor], vectors: Weights) -> tuple[Tensor, Tensor]:
+            def linear(x: Tensor, weight: Tensor) -> Tensor:
+                name = names.get(id(weight))
+                if name is None:  # a constant of the network
+                    return x @ weight
+                inputs[name] = x
+                out = (x.flatten(1, 2) @ base[name]).unflatten(1, (n, m))
+                if residual is not None:
+                    out = out + residual.linear(name, x)
+                return probe(name, out)
+
+            prediction = call_with_weights(self.network, vectors, chunks.keys, linear=linear)
+            losses = _batched(self.loss_fn, 2)(prediction, chunks.values)
+            return -(losses * chunks.step_sizes).sum(), losses
+
+        if torch.is_grad_enabled() and not is_traced():
+            deltas, of_vectors, losses = _gradients_of_products(negative_loss, vectors)
+        else:
+            widths = {name: w.shape[-1] for name, w in base.items() if name not in vectors}
+            zeros = {name: chunks.keys.new_zeros(bh, n, m, width) for name, width in widths.items()}
+            deltas, of_vectors, losses = _gradients_of_added_zeros(negative_loss, vectors, zeros)
+        return Gradients({name: x.to(deltas[name].dtype) for name, x in inputs.items()}, deltas, of_vectors, losses)
+
+    def _update_factor(self, inputs: Tensor, deltas: Tensor, modulation: Tensor | None) -> Float[Tensor, 'bh n'] | None:
+        """Factor that clamp and modulation put on the update of each chunk, given in its two factors."""
+        if self.max_grad_norm is None:
+            return modulation
+        # ‖XᵀΔ‖² = Σ (X Xᵀ) ∘ (Δ Δᵀ), without the matrix
+        with no_autocast(inputs):
+            rows, own = at_least_float32(inputs), at_least_float32(deltas)
+            squared = ((rows @ rows.mT) * (own @ own.mT)).sum(dim=(-2, -1))
+        clamp = soft_clamp_factor(squared, self.max_grad_norm)
+        return clamp if modulation is None else clamp * modulation
+
+    def _dense_update(self, gradient: Tensor, modulation: Tensor | None) -> Tensor:
+        if self.max_grad_norm is not None:
+            gradient = soft_clamp_norm(gradient, self.max_grad_norm, 2)
+        return gradient if modulation is None else scaled(modulation, gradient)
+
+    # applying the network
+
+    def retrieve(self, weights: FastWeights, rows: Float[Tensor, 'bh n c d'], first: int) -> Float[Tensor, 'bh n c d']:
+        if self.fused is not None and self.fused.is_factored_in(weights):
+            return self.fused.retrieve(weights, rows, first, self.apply_over_time)
+        return super().retrieve(weights, rows, first)
+
+    def apply_over_time(
+        self, weights: FastWeights, rows: Float[Tensor, 'bh n c d'], first: int
+    ) -> Float[Tensor, 'bh n c d']:
+        names = _parameter_names(self.network)
+
+        def linear(x: Tensor, weight: Tensor) -> Tensor:
+            name = names.get(id(weight))
+            return x @ weight if name is None else weights.linear(name, x, first)  # none: a constant of the network
+
+        vectors = {name: weights.steps(name, first, rows.shape[1]) for name in _vectors(self.network)}
+        return call_with_weights(self.network, vectors, rows, linear=linear)
+
+    def apply(self, weights: Weights, rows: Float[Tensor, 'bh m d']) -> Float[Tensor, 'bh m d']:
+        mlp = inner_mlp(self.network)
+        if mlp is None:
+            return call_with_weights(self.network, weights, rows)
+        # for so few rows, calling the modules would take longer than the products
+        out = mlp.through(mlp_matrices(self.network, weights), rows, torch.bmm)
+        if self.network is mlp:
+            return out
+        assert isinstance(self.network, ResidualNorm)
+        normed = layer_norm(out, self.network.norm.eps)
+        return torch.addcmul(rows, normed, weights['norm.gamma'].unsqueeze(-2) + 1.0)
+
+    def negative_gradients(self, chunk: Chunks, at: Weights) -> Weights:
+        if self.fused is not None:
+            gradients = self.fused.gradients(chunk, at, None)
+            return {name: gradients.dense(name)[:, 0].to(w.dtype) for name, w in at.items()}
+        with torch.inference_mode(False):
+            keys, values, step_sizes = (outside_inference(t.squeeze(1)) for t in chunk[:3])
+
+            def negative_loss(at: Weights) -> Tensor:
+                # Titans eq. 12: ‖M(k) − v‖²
+                losses = _batched(self.loss_fn, 1)(self.apply(at, keys), values)
+                return -(losses * step_sizes.to(losses.dtype)).sum()
+
+            return transformed(grad, negative_loss)({name: outside_inference(w) for name, w in at.items()})
+
+
+def _is_small(chunks: Chunks, weight: Float[Tensor, 'bh d e']) -> bool:
+    """True if a matrix has no more entries than the factors of its gradient over one chunk: it is then formed."""
+    rows, (dim_in, dim_out) = chunks.keys.shape[2], weight.shape[1:]
+    return rows * (dim_in + dim_out) >= dim_in * dim_out
+
+
+def _dense_states(
+    coefficients: Coefficients, initial: list[Tensor], update: Float[Tensor, 'bh n ...']
+) -> tuple[Float[Tensor, 'bh n ...'], list[Tensor]]:
+    """The weights before each chunk, and each state after the last."""
+    with no_autocast(update):
+        flat, flat_initial = update.flatten(2), torch.stack(initial, dim=1).flatten(2)
+        final = coefficients.final @ flat + coefficients.initial_final @ flat_initial
+        weights = _combined(coefficients.steps, flat) + coefficients.initial_steps @ flat_initial
+    return weights.view_as(update), [*final.unflatten(2, update.shape[2:]).unbind(1)]
+
+
+def _combined(coefficients: Float[Tensor, 'bh s n'], updates: Float[Tensor, 'bh n f']) -> Float[Tensor, 'bh s f']:
+    features = updates.shape[2]
+    if not updates.is_cuda or features % 512:
+        return coefficients @ updates
+    # the gradient of the coefficients is few numbers, each a sum over all features: in parts, a GPU is kept busy
+    parts = updates.unflatten(2, (-1, 512)).transpose(1, 2)
+    return (coefficients.unsqueeze(1) @ parts).transpose(1, 2).flatten(2)
+
+
+ProbedLoss = Callable[[Callable[[str, Tensor], Tensor], Weights], tuple[Tensor, Tensor]]
+"""Maps a probe and vectors to minus the loss, and the losses of rows. `probe(name, product)` returns the product that
+the rest is computed from, and with respect to which the gradient is taken."""
+
+
+def _gradients_of_products(fn: ProbedLoss, vectors: Weights) -> tuple[Weights, Weights, Tensor]:
+    """Gradients of `fn` with respect to its products and to `vectors`, differentiable again; and the losses."""
+    products: Weights = {}
+
+    def probe(name: str, product: Tensor) -> Tensor:
+        products[name] = product if product.requires_grad else product.requires_grad_()
+        return product
+
+    vectors = {name: v if v.requires_grad else v.detach().requires_grad_() for name, v in vectors.items()}
+    total, losses = fn(probe, vectors)
+    gradients = iter(torch.autograd.grad(total, [*products.values(), *vectors.values()], create_graph=True))
+    return dict(zip(products, gradients)), dict(zip(vectors, gradients)), losses
+
+
+def _gradients_of_added_zeros(fn: ProbedLoss, vectors: Weights, zeros: Weights) -> tuple[Weights, Weights, Tensor]:
+    """The same as a pure function, which the compiler can trace and which needs no graph around it: a zero is added to
+    every product, and the gradient with respect to it is that with respect to the product."""
+
+    def of_zeros(zeros: Weights, vectors: Weights) -> tuple[Tensor, Tensor]:
+        return fn(lambda name, product: product + zeros[name], vectors)
+
+    (deltas, of_vectors), losses = transformed(grad, of_zeros, argnums=(0, 1), has_aux=True)(zeros, vectors)
+    return deltas, of_vectors, losses
+
+
+def _batched(loss_fn: LossFn, axes: int) -> LossFn:
+    """`loss_fn` of tensors with this many axes in front; the default one takes any."""
+    if loss_fn is default_loss_fn:
+        return loss_fn
+    for _ in range(axes):
+        loss_fn = transformed(vmap, loss_fn)
+    return loss_fn
+
+
+def _parameter_names(network: Module) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in network.named_parameters()}
+
+
+def _vectors(network: Module) -> list[str]:
+    return [name for name, parameter in network.named_parameters() if parameter.ndim == 1]

@@ -1,0 +1,78 @@
+"""Storing chunk after chunk by one operation of the graph, for `torch.export` with a dynamic length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from titans_pytorch.memory.backends.base import Backend, Transition
+from titans_pytorch.memory.chunks import Chunks, WeightResidual
+from titans_pytorch.memory.fast_weights import FastWeights, MemoryWeights, StoredBlock
+from titans_pytorch.memory.schedule import Schedule
+from titans_pytorch.utils.shapes import Float
+
+
+def scan_chunks(
+    backend: Backend,
+    chunks: Chunks,
+    residual: WeightResidual | None,
+    schedule: Schedule,
+    weights: MemoryWeights,
+    transition: Transition | None,
+) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m']]:
+    """`Backend.store` as a graph that does not grow with the number of chunks, which is symbolic."""
+    # imported where it is used: PyTorch may yet move it
+    from torch._higher_order_ops.scan import scan
+
+    given = [index for index, t in enumerate(chunks) if t is not None]
+    added: Any = ()
+    if residual is not None:
+        shares, names = residual.shares, weights.newest
+        steps = {name: residual.weights.steps(name, residual.first_step, shares.shape[1]) for name in names}
+        added = shares, steps
+    ends_batch = schedule.ends_batch(chunks.keys.device).unsqueeze(0)
+
+    def store_one(carry: Any, of_chunk: Any) -> Any:
+        weights = MemoryWeights(*carry)
+        tensors, added, ends = of_chunk
+        fields: list[Any] = [None] * len(Chunks._fields)
+        for index, t in zip(given, tensors):
+            fields[index] = t.unsqueeze(1)
+        own_residual = None
+        if added:
+            share, dense = added
+            dense = {name: w.unsqueeze(1) for name, w in dense.items()}
+            own_residual = WeightResidual(FastWeights.of(dense), dense, share.unsqueeze(1), 0)
+
+        (step,) = backend.block_steps(Chunks(*fields), own_residual, Schedule(0, 1, None), weights, transition)
+        stored = step.store(weights)
+        final = stored.over_time.final
+        moved = final if transition is None else transition(weights.base, final)
+        newest = {name: torch.where(ends, moved[name], w) for name, w in final.items()}
+        base = {name: torch.where(ends, moved[name], w) for name, w in weights.base.items()}
+        carried = _unaliased((base, newest, stored.momentum))
+        return carried, _unaliased((weights.newest, stored.losses[:, 0]))
+
+    carry = _unaliased(tuple(weights))
+    every = _unaliased(_chunks_first(([chunks[index] for index in given], added, ends_batch)))
+    for t in tree_leaves((carry, every)):
+        # all sizes but the number of chunks are known while a step is traced, as `torch.func` requires for networks of
+        # a user; `torch._dynamo.mark_static`, which sets this, does something else within an export
+        t._dynamo_static_indices = {axis for axis, size in enumerate(t.shape) if isinstance(size, int)}
+    carry, by_chunk = scan(store_one, carry, every)
+    before, losses = _chunks_first(by_chunk)
+    weights = MemoryWeights(*carry)
+    return FastWeights.joined([StoredBlock(before, weights.newest)], weights.newest), weights, losses
+
+
+def _chunks_first(tensors: Any) -> Any:
+    """The first two axes of tensors exchanged."""
+    return tree_map(lambda t: t.transpose(0, 1), tensors)
+
+
+def _unaliased(tensors: Any) -> Any:
+    # the operation accepts no two tensors that share memory, and wants the strides of every step alike
+    return tree_map(lambda t: t.clone(memory_format=torch.contiguous_format), tensors)

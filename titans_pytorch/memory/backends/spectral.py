@@ -1,0 +1,81 @@
+"""The dual backend with spectral norm: momentum is orthogonalised before it is added to the weights.
+
+Newton–Schulz of a sum of products Xᵀ Δ is no such sum, so the matrix of every chunk is formed (Titans eq. 10, 13):
+
+    S_c = η_c S_{c−1} + s_c · X_cᵀ Δ_c    O_c = newton_schulz(S_c)    M_c = (1 − α_c) M_{c−1} + O_c
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from titans_pytorch.memory.backends.base import BlockStep, Gradients, Stored, Transition, stacked
+from titans_pytorch.memory.backends.dual import DualBackend
+from titans_pytorch.memory.chunks import Chunks, WeightResidual
+from titans_pytorch.memory.fast_weights import MemoryWeights, StoredBlock
+from titans_pytorch.memory.reference import surprise
+from titans_pytorch.memory.schedule import Schedule
+from titans_pytorch.ops.momentum_scan import momentum_scan, vector_scan, weight_scan
+from titans_pytorch.ops.newton_schulz import newton_schulz
+from titans_pytorch.utils.precision import at_least_float32, operand_dtype
+
+
+class SpectralBackend(DualBackend):
+    """Gradients as in the dual backend; momentum and weights of every chunk by scans."""
+
+    def block_steps(
+        self,
+        chunks: Chunks,
+        residual: WeightResidual | None,
+        schedule: Schedule,
+        weights: MemoryWeights,
+        transition: Transition | None,
+    ) -> Iterator[BlockStep]:
+        blocks = schedule.blocks(self.preferred_chunks(chunks))
+        lengths = [block.num_chunks for block in blocks]
+        residuals = [None] * len(blocks) if residual is None else residual.split(lengths)
+        for block, own, own_residual in zip(blocks, chunks.split(lengths), residuals):
+            yield BlockStep(partial(self._store_spectral, own, own_residual), block.ends_batch)
+
+    def _store_spectral(self, chunks: Chunks, residual: WeightResidual | None, weights: MemoryWeights) -> Stored:
+        gradients = self.gradients(chunks, weights.base, residual)
+        log_retention = F.logsigmoid(-at_least_float32(chunks.decay))
+        if chunks.momentum is not None and chunks.momentum.shape[-1] > 1:
+            return self._store_several_orders(chunks, gradients, log_retention, weights)
+        operands = operand_dtype(next(iter(weights.newest.values())))
+        log_gate = None if chunks.momentum is None else F.logsigmoid(at_least_float32(chunks.momentum.squeeze(-1)))
+        dense, final, momentum = {}, {}, {}
+        last: Tensor | None
+        for index, (name, newest) in enumerate(weights.newest.items()):
+            modulation = None if chunks.modulation is None else at_least_float32(chunks.modulation[..., index])
+            initial = None if log_gate is None else weights.momentum[name][0]
+            if name in gradients.inputs:
+                inputs, deltas = gradients.inputs[name], gradients.deltas[name]
+                factor = self._update_factor(inputs, deltas, modulation)
+                every, last = momentum_scan(inputs, deltas, factor, log_gate, initial, operands)
+                dense[name], final[name] = weight_scan(newton_schulz(every), log_retention, newest, operands)
+            else:
+                update = self._dense_update(gradients.vectors[name].to(newest.dtype), None)
+                dense[name], final[name], last = vector_scan(
+                    update, modulation, log_gate, log_retention, initial, newest
+                )
+            if log_gate is not None and last is not None:
+                momentum[name] = last.unsqueeze(0)
+        return Stored(StoredBlock(dense, final), momentum, gradients.losses)
+
+    def _store_several_orders(
+        self, chunks: Chunks, gradients: Gradients, log_retention: Tensor, weights: MemoryWeights
+    ) -> Stored:
+        formed = {name: gradients.dense(name).to(newest.dtype) for name, newest in weights.newest.items()}
+        updates, orders = surprise(
+            formed, chunks.update_gates(), weights.momentum, self.over_chunks, self.max_grad_norm, True
+        )
+        dense, final = {}, {}
+        for name, newest in weights.newest.items():
+            dense[name], final[name] = weight_scan(updates[name], log_retention, newest, newest.dtype)
+        momentum = {name: stacked([order[:, -1] for order in own]) for name, own in orders.items()}
+        return Stored(StoredBlock(dense, final), momentum, gradients.losses)

@@ -1,0 +1,161 @@
+"""A trial of a user's memory network on random numbers, in both backends."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from titans_pytorch.memory.backends.base import Backend
+from titans_pytorch.memory.backends.dense import DenseBackend
+from titans_pytorch.memory.backends.dual import DualBackend
+from titans_pytorch.memory.chunks import Chunks
+from titans_pytorch.memory.fast_weights import FastWeights, Weights
+from titans_pytorch.memory.reference import default_loss_fn
+from titans_pytorch.memory_models import NETWORKS, ResidualNorm
+from titans_pytorch.ops.associative_scan import AssocScan
+from titans_pytorch.utils.functional import call_with_weights, is_intercepted, on_meta, with_tensors
+
+
+def is_built_in(network: Module) -> bool:
+    """True for an unmodified network of this package, which needs no trial."""
+    return type(_inner(network)) in NETWORKS and not is_intercepted(network.modules())
+
+
+def _inner(network: Module) -> Module:
+    return network.model if isinstance(network, ResidualNorm) else network
+
+
+class Trial(NamedTuple):
+    """A memory network with random weights and rows in float64."""
+
+    network: Module
+    base: Weights
+    over_time: Weights
+    chunks: Chunks
+
+    @classmethod
+    def of(cls, network: Module, dim: int) -> Trial:
+        """Trial of a copy of a network. Its random numbers leave the global random state as it is."""
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64, device='cpu')
+
+        # without values, as a memory holds it
+        copy = on_meta(network)
+        pairs = zip(copy.buffers(), network.buffers())
+        constants = {id(e): draw(*b.shape) if b.is_meta else b.to('cpu', torch.float64) for e, b in pairs}
+        copy = with_tensors(copy, constants) if constants else copy
+        shapes = {name: p.shape for name, p in copy.named_parameters()}
+        base, over_time = (
+            {name: draw(*leading, *shape) for name, shape in shapes.items()} for leading in ((2,), (2, 3))
+        )
+        keys, values, step_sizes = draw(2, 3, 4, dim), draw(2, 3, 4, dim), draw(2, 3, 4).sigmoid()
+        return cls(copy, base, over_time, Chunks(keys, values, step_sizes, draw(2, 3), None, None, None))
+
+    def obstacle_to_dense(self, network: Module) -> str | None:
+        """The reason why a network does not run with weights that differ from chunk to chunk; `None` if it does."""
+        try:
+            self._dense_gradients()
+            if not self._is_random() and not self._uses_given_weights(network):
+                return 'its result depends on weights that it does not reach through `self`'
+        except Exception as cause:
+            return _first_line(cause)
+        return None
+
+    def obstacle_to_dual(self, network: Module) -> str | None:
+        """The reason why the dual form cannot serve a network, or `None` if it can."""
+        inner = _inner(network)
+        if 'linear' not in inspect.signature(inner.forward).parameters:
+            return 'its forward takes no `linear`'
+        names = {id(p): name for name, p in network.named_parameters()}
+        constants = {id(buffer) for buffer in network.buffers()}
+        used: list[str] = []
+
+        def linear(x: Tensor, weight: Tensor) -> Tensor:
+            if id(weight) not in constants:
+                used.append(names.get(id(weight), 'a tensor that is no parameter'))
+            return x @ weight
+
+        first = next(inner.parameters())
+        with torch.no_grad():
+            network(self.chunks.keys[0, 0].to(first.device, first.dtype), linear=linear)
+        matrices = [name for name, p in network.named_parameters() if p.ndim > 1]
+        if sorted(used) != sorted(matrices):
+            return f'it must use each of its matrices {matrices} once through `linear`, and used {used}'
+        return next(filter(None, (self._difference(training) for training in (True, False))), None)
+
+    def _difference(self, training: bool) -> str | None:
+        """How the dual backend's results differ from the dense one's; `None` if they are equal."""
+        self.network.train(training)
+        try:
+            expected, dense_gradients = self._retrieved(DenseBackend), self._dense_gradients()
+            if self._is_random():
+                return None  # nothing to compare
+            try:
+                broadcasts = torch.allclose(self._retrieved(DualBackend), expected)
+            except RuntimeError:
+                broadcasts = False
+            if not broadcasts:
+                return 'its vectors must broadcast over rows, as `vector.unsqueeze(-2)` does'
+            for grad_enabled in (True, False):
+                with torch.set_grad_enabled(grad_enabled):
+                    dual_gradients = self._dual_gradients()
+                if not all(torch.allclose(dual_gradients[name], dense_gradients[name]) for name in self.base):
+                    return 'its gradients by its products are not those by its weights, as with operations in place'
+        except Exception as cause:
+            return f'it fails there: {_first_line(cause)}'
+        return None
+
+    def _backend(self, kind: type[Backend]) -> Any:
+        return kind(self.network, default_loss_fn, AssocScan(), None, False)
+
+    def _retrieved(self, kind: type[Backend]) -> Tensor:
+        with _on_cpu():
+            return self._backend(kind).apply_over_time(FastWeights.of(self.over_time), self.chunks.keys, 0)
+
+    def _dense_gradients(self) -> Weights:
+        with _on_cpu():
+            return self._backend(DenseBackend).gradients_of_chunks(self.chunks, self.base, None)[0]
+
+    def _dual_gradients(self) -> Weights:
+        with _on_cpu():
+            gradients = self._backend(DualBackend).traced_gradients(self.chunks, self.base, None)
+        return {name: gradients.dense(name) for name in self.base}
+
+    def _is_random(self) -> bool:
+        """True if equal rows are treated differently, as by dropout."""
+        return not torch.equal(self._output(self.network), self._output(self.network))
+
+    def _uses_given_weights(self, network: Module) -> bool:
+        """True if given weights replace all weights that the network has."""
+        if any(t.is_meta for t in (*network.parameters(), *network.buffers())):
+            return True  # it has no others
+        other = deepcopy(network).to('cpu', torch.float64)
+        with torch.no_grad():
+            for name, parameter in other.named_parameters():
+                parameter.copy_(self.base[name][0])
+        return torch.allclose(self._output(self.network), self._output(other))
+
+    def _output(self, network: Module) -> Tensor:
+        weights = {name: w[0] for name, w in self.base.items()}
+        with _on_cpu(), torch.no_grad():
+            return call_with_weights(network, weights, self.chunks.keys[0, 0])
+
+
+@contextmanager
+def _on_cpu() -> Iterator[None]:
+    """Work on the CPU that leaves its random state as it is."""
+    with torch.random.fork_rng(devices=[]), torch.device('cpu'):
+        yield
+
+
+def _first_line(cause: Exception) -> str:
+    return [*str(cause).splitlines(), type(cause).__name__][0]

@@ -1,0 +1,209 @@
+"""Chunks as a memory stores them: keys, values and gates, and the gates as coefficient matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titans_pytorch.memory.fast_weights import FastWeights, Weights, matmul
+from titans_pytorch.ops.associative_scan import gate_products
+from titans_pytorch.utils.precision import at_least_float32, no_autocast
+from titans_pytorch.utils.shapes import Float
+
+
+class Chunks(NamedTuple):
+    """Keys, values and gates of consecutive chunks."""
+
+    keys: Float[Tensor, 'bh n m d']
+    values: Float[Tensor, 'bh n m d']
+    step_sizes: Float[Tensor, 'bh n m']
+    """θ, the weight of a row's loss; 0 for rows that are not stored."""
+    decay: Float[Tensor, 'bh n']
+    """Logits of α, the share of the memory forgotten."""
+    momentum: Float[Tensor, 'bh n o'] | None
+    """Logits of η, the share of the past surprise carried over, for each order of momentum."""
+    momentum_mix: Float[Tensor, 'bh n o'] | None
+    """Weights that combine the orders; one more than there are orders if the surprise itself takes part. `None`: only
+    the last order counts."""
+    modulation: Float[Tensor, 'bh n w'] | None
+    """Factors on the update of each parameter."""
+
+    def split(self, lengths: list[int]) -> list[Chunks]:
+        """Blocks of these lengths."""
+        return [Chunks(*block) for block in zip(*_split(self, lengths))]
+
+    def at(self, index: int) -> Chunks:
+        """One chunk, without the axis of chunks."""
+        fields: Any = (None if t is None else t[:, index] for t in self)
+        return Chunks(*fields)
+
+    def update_gates(self) -> UpdateGates:
+        """The gates of each chunk's update, as factors."""
+        retention = (-at_least_float32(self.decay)).sigmoid()
+        momentum = () if self.momentum is None else at_least_float32(self.momentum).sigmoid().unbind(-1)
+        mix = None if self.momentum_mix is None else self.momentum_mix.unbind(-1)
+        return UpdateGates(retention, momentum, mix, None if self.modulation is None else self.modulation.unbind(-1))
+
+
+class UpdateGates(NamedTuple):
+    """Gates of the update of one chunk, (bh,) each, or of consecutive chunks, (bh, n)."""
+
+    retention: Tensor
+    """1 − α"""
+    momentum: Sequence[Tensor]
+    """η of each order; empty without momentum."""
+    momentum_mix: Sequence[Tensor] | None
+    modulation: Sequence[Tensor] | None
+
+
+def _split(tensors: Iterable[Tensor | None], lengths: list[int]) -> list[Sequence[Any]]:
+    # not by slices: the gradient of each would be as long as the whole
+    return [[None] * len(lengths) if t is None else t.split(lengths, dim=1) for t in tensors]
+
+
+class WeightResidual(NamedTuple):
+    """Another memory's weights, a learned share of which is added to the base weights before gradients are taken."""
+
+    weights: FastWeights
+    dense: Weights
+    """Those held densely, before each chunk, (bh, n, …)."""
+    shares: Float[Tensor, 'bh n']
+    first_step: int
+    """Step of `weights` that belongs to the first chunk."""
+
+    @classmethod
+    def of(cls, weights: FastWeights, shares: Float[Tensor, 'bh n'], first_step: int) -> WeightResidual:
+        """Weight residual of consecutive chunks."""
+        dense = {name: weights.steps(name, first_step, shares.shape[1]) for name in weights.dense}
+        return cls(weights, dense, shares, first_step)
+
+    def split(self, lengths: list[int]) -> list[WeightResidual]:
+        """Blocks of these lengths."""
+        dense = {name: w.split(lengths, dim=1) for name, w in self.dense.items()}
+        first_steps = accumulate(lengths[:-1], initial=self.first_step)
+        return [
+            WeightResidual(self.weights, {name: parts[index] for name, parts in dense.items()}, shares, first_step)
+            for index, (shares, first_step) in enumerate(zip(self.shares.split(lengths, dim=1), first_steps))
+        ]
+
+    def steps(self, name: str) -> Float[Tensor, 'bh n ...']:
+        """The share of a parameter that is added before each chunk."""
+        w = self.dense.get(name)
+        return scaled(self.shares, self.weights.steps(name, self.first_step, self.shares.shape[1]) if w is None else w)
+
+    def linear(self, name: str, x: Float[Tensor, 'bh n m d']) -> Float[Tensor, 'bh n m e']:
+        """Rows of each chunk times the share of a matrix that is added before it."""
+        in_dense = name in self.dense
+        out = matmul(x, self.dense[name]) if in_dense else self.weights.linear(name, x, self.first_step)
+        return scaled(self.shares, out)
+
+
+class Coefficients(NamedTuple):
+    """The recurrences of momentum and decay over a block of n chunks, solved.
+
+    Both are linear (Titans eq. 10, 13), so every state is a combination of the updates u_j of the chunks and of the k
+    initial states, the weights and the momentum of each order. The coefficients depend on the gates alone.
+    """
+
+    steps: Float[Tensor, 'bh n n']
+    """Of update j, in the weights before chunk c."""
+    initial_steps: Float[Tensor, 'bh n k']
+    """Of each initial state, in the weights before chunk c."""
+    final: Float[Tensor, 'bh k n']
+    """Of update j, in each state after the last chunk."""
+    initial_final: Float[Tensor, 'bh k k']
+    """Of each initial state, in each state after the last chunk."""
+
+    @classmethod
+    def of_blocks(cls, chunks: Chunks, num_blocks: int) -> Coefficients:
+        """Coefficients of blocks of equal length, which become the second axis of every tensor."""
+
+        def by_block(gates: Tensor) -> Tensor:
+            return gates.unflatten(1, (num_blocks, -1)).flatten(0, 1)
+
+        momentum, mix = (None if gates is None else by_block(gates) for gates in (chunks.momentum, chunks.momentum_mix))
+        with no_autocast(chunks.decay):
+            coefficients = cls.of(by_block(chunks.decay), momentum, mix)
+        return cls(*(t.unflatten(0, (-1, num_blocks)) for t in coefficients))
+
+    def unbind(self) -> list[Coefficients]:
+        """Coefficients of each block."""
+        return [Coefficients(*block) for block in zip(*(t.unbind(1) for t in self))]
+
+    def to(self, dtype: torch.dtype) -> Coefficients:
+        """The same in another precision."""
+        return Coefficients(*(t.to(dtype) for t in self))
+
+    @classmethod
+    def of(
+        cls,
+        decay: Float[Tensor, 'bh n'],
+        momentum: Float[Tensor, 'bh n o'] | None,
+        momentum_mix: Float[Tensor, 'bh n o'] | None,
+    ) -> Coefficients:
+        """Coefficients from the gates of `Chunks`."""
+
+        # in log space and at least float32: saturated gates stay finite
+        def log_gate(logits: Tensor) -> Tensor:
+            return F.logsigmoid(at_least_float32(logits))
+
+        log_retention = log_gate(-decay)
+        retention = gate_products(log_retention)
+        initial_weights = log_retention.cumsum(dim=-1).exp().unsqueeze(-1)
+        if momentum is None:
+            return cls._shifted(retention, initial_weights, [], [])
+
+        log_gates = log_gate(momentum)
+        num_orders = log_gates.shape[-1]
+        orders: list[Tensor] = []  # of update j, in the momentum after chunk c
+        initial: list[Tensor] = []  # of each order's initial momentum, in the momentum after chunk c
+        for order in range(num_orders):
+            products = gate_products(log_gates[..., order])
+            own = F.pad(log_gates[..., order : order + 1].cumsum(dim=1).exp(), (order, num_orders - order - 1))
+            orders.append(products @ orders[-1] if order else products)
+            initial.append(products @ initial[-1] + own if order else own)
+
+        combined, combined_initial = orders[-1], initial[-1]
+        if momentum_mix is not None:
+            mix = momentum_mix.to(retention.dtype)
+            with_surprise = mix.shape[-1] > num_orders
+            surprise = torch.eye(mix.shape[1], dtype=mix.dtype, device=mix.device).expand_as(retention)
+            nothing = torch.zeros_like(initial[-1])
+            terms = zip(mix.split(1, dim=-1), [surprise] * with_surprise + orders, [nothing] * with_surprise + initial)
+            weighted = [(share * matrix, share * start) for share, matrix, start in terms]
+            combined, combined_initial = (sum(own[1:], own[0]) for own in zip(*weighted))
+
+        initial_weights = torch.cat((initial_weights, retention @ combined_initial), dim=-1)
+        return cls._shifted(retention @ combined, initial_weights, orders, initial)
+
+    @classmethod
+    def _shifted(
+        cls, weights: Tensor, initial: Tensor, orders: list[Tensor], initial_orders: list[Tensor]
+    ) -> Coefficients:
+        """Coefficients from those of the weights and of each momentum after every chunk."""
+        # the weights before chunk c + 1 are those after chunk c; before chunk 0 they are the initial ones
+        at_first = F.pad(torch.ones_like(initial[:, :1, :1]), (0, initial.shape[2] - 1))
+        # a momentum has no share of the weights
+        final_orders = [F.pad(own[:, -1], (1, 0)) for own in initial_orders]
+        return cls(
+            steps=F.pad(weights[:, :-1], (0, 0, 1, 0)),
+            initial_steps=torch.cat((at_first, initial[:, :-1]), dim=1),
+            final=torch.stack([weights[:, -1], *(order[:, -1] for order in orders)], dim=1),
+            initial_final=torch.stack([initial[:, -1], *final_orders], dim=1),
+        )
+
+
+def beside(factors: Tensor, tensors: Tensor) -> Tensor:
+    """`factors`, whose axes are the first of `tensors`, with axes of length 1 for the rest."""
+    return factors.reshape(*factors.shape, *(1,) * (tensors.ndim - factors.ndim))
+
+
+def scaled(factors: Tensor, tensors: Tensor) -> Tensor:
+    """Factors times tensors with further axes."""
+    # a plain product: einsum would lower its precision under autocast
+    return tensors * beside(factors, tensors)

@@ -1,0 +1,61 @@
+"""The learned initial weights of a memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from titans_pytorch.utils.functional import on_meta, with_tensors
+from titans_pytorch.utils.parameters import ParameterSequence, fill, reset_parameters
+from titans_pytorch.utils.precision import at_least_float32
+
+
+class InitialWeights(ParameterSequence):
+    """The learned initial weights of a memory, in the order of its network's parameters.
+
+    Their shapes are (heads, …), or (…) if the heads share them. Buffers of the network are constants and registered
+    beside them.
+
+    Args:
+        network: the memory network, initialised.
+        heads: number of heads with weights of their own, all equal at first; `None` if heads share their weights.
+    """
+
+    def __init__(self, network: Module, heads: int | None):
+        leading = () if heads is None else (heads,)
+        weights = [p.detach().expand(*leading, *p.shape) for p in network.parameters()]
+        super().__init__(w.clone(memory_format=torch.contiguous_format) for w in weights)
+        self.names = [name for name, _ in network.named_parameters()]
+        # in a tuple, it is not registered; on the meta device, it holds no weights
+        self.template = (on_meta(network),)
+        for index, constant in enumerate(network.buffers()):
+            self.register_buffer(f'constant_{index}', constant)
+
+    @property
+    def network(self) -> Module:
+        """The memory network as a template: with its constants, without weights."""
+        template = self.template[0]
+        constants = {id(empty): at_least_float32(own) for empty, own in zip(template.buffers(), self.buffers())}
+        return with_tensors(template, constants) if constants else template
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Module:
+        """The memory network with these weights, by name."""
+        return with_tensors(self.network, {id(p): weights[name] for name, p in self.template[0].named_parameters()})
+
+    def forward(self) -> dict[str, Tensor]:
+        """The weights by name. Called rather than read, so that hooks bring in parameters that are offloaded."""
+        return dict(zip(self.names, self))
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew, by the `reset_parameters()` of the network's modules."""
+        network = deepcopy(self.template[0]).to_empty(device=self[0].device)
+        reset_parameters(network)
+        drawn = dict(network.named_parameters())
+        for name, weight in zip(self.names, self):
+            fill(weight, drawn[name])
+        for constant, value in zip(self.buffers(), network.buffers()):
+            fill(constant, value)

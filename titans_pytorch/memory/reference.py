@@ -1,0 +1,168 @@
+"""Reference implementation of a neural memory: one loop over chunks, to be read beside the paper (arXiv 2501.00663).
+
+Everything faster is tested against it. `surprise`, the part of an update before it is added to the weights, is also
+what the backends compute where they form the gradient of a chunk, and what a decoding step computes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+from torch.nn import Module
+
+from titans_pytorch.memory.chunks import Chunks, UpdateGates, WeightResidual, beside, scaled
+from titans_pytorch.memory.fast_weights import MemoryWeights, Weights
+from titans_pytorch.memory.soft_clamp import soft_clamp_norm
+from titans_pytorch.ops.newton_schulz import newton_schulz
+from titans_pytorch.utils.functional import call_with_weights, transformed
+from titans_pytorch.utils.shapes import Float
+
+LossFn = Callable[[Tensor, Tensor], Tensor]
+"""Maps predictions and targets, (m, d) both, to a loss for each row, (m,)."""
+
+Recurrence = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Maps gates g, inputs x and an initial state to g · initial + x; for several chunks to h_c = g_c · h_{c−1} + x_c."""
+
+
+def default_loss_fn(pred: Float[Tensor, '... d'], target: Float[Tensor, '... d']) -> Float[Tensor, ...]:
+    """‖M(k) − v‖², averaged over features (Titans eq. 12)."""
+    return (pred - target).pow(2).mean(dim=-1)
+
+
+def store_and_retrieve(
+    network: Module,
+    loss_fn: LossFn,
+    queries: Float[Tensor, 'bh t d'],
+    chunks: Chunks,
+    weights: MemoryWeights,
+    *,
+    chunk_size: int,
+    batch_size: int | None,
+    max_grad_norm: float | None = None,
+    spectral_norm: bool = False,
+    transition: Callable[[Weights, Weights], Weights] = lambda base, newest: newest,
+    residual: WeightResidual | None = None,
+    leading: int = 0,
+) -> tuple[Float[Tensor, 'bh t d'], MemoryWeights, Float[Tensor, 'bh n m']]:
+    """Retrieved values for the queries of a sequence, from its first token on, while its chunks are stored.
+
+    Args:
+        network: the memory network M, called with weights in place of its own.
+        queries: one for each token.
+        chunks: the complete chunks of these tokens.
+        weights: those before the first token.
+        transition: base weights of the next memory batch, from those of this one and the newest.
+        residual: weights of another memory, of which a share is added before gradients are taken.
+        leading: rows of `queries` before the first token's, in its group: 1 for a network that mixes the rows of a
+            group, so that every group has as many rows as a chunk.
+
+    Returns:
+        the retrieved values, the weights after the last token, and the losses of the rows stored, unweighted.
+    """
+    gradient = transformed(vmap, gradient_of_chunk(network, loss_fn), randomness='different')
+    base, newest, momentum = weights
+    retrieved, losses = [], []
+    for step, rows in groupby(range(queries.shape[1]), key=lambda row: (row - leading + 1) // chunk_size):
+        if step > 0:
+            # chunk number step − 1 is complete
+            chunk = chunks.at(step - 1)
+            at = base if residual is None else {name: w + residual.steps(name)[:, step - 1] for name, w in base.items()}
+            gradients, loss = gradient(at, chunk.keys, chunk.values, chunk.step_sizes)
+            losses.append(loss)
+
+            # Titans eq. 10, then eq. 13: M_t = (1 − α_t) M_{t−1} + S_t
+            gates = chunk.update_gates()
+            surprises, orders = surprise(gradients, gates, momentum, one_chunk, max_grad_norm, spectral_norm)
+            newest = {name: one_chunk(gates.retention, surprises[name], w) for name, w in newest.items()}
+            momentum = {name: torch.stack(own) for name, own in orders.items()}
+            if batch_size is not None and step * chunk_size % batch_size == 0:
+                base = newest = transition(base, newest)
+        retrieved.append(apply_network(network, newest, queries[:, [*rows]]))
+    return (
+        torch.cat(retrieved, dim=1),
+        MemoryWeights(base, newest, momentum),
+        torch.stack(losses, dim=1) if losses else chunks.step_sizes,
+    )
+
+
+def apply_network(network: Module, weights: Weights, rows: Float[Tensor, 'bh m d']) -> Float[Tensor, 'bh m d']:
+    """Rows through a memory network, those of each batch entry and head with their own weights (bh, …)."""
+
+    def forward(weights: Weights, rows: Tensor) -> Tensor:
+        return call_with_weights(network, weights, rows)
+
+    return transformed(vmap, forward, randomness='different')(weights, rows)
+
+
+def gradient_of_chunk(network: Module, loss_fn: LossFn) -> Callable[..., tuple[Weights, Float[Tensor, ' m']]]:
+    """A function of the weights, keys, values and step sizes of one chunk: minus the gradient of the chunk's loss at
+    the weights, and the loss of each row, unweighted."""
+
+    def negative_loss(weights: Weights, keys: Tensor, values: Tensor, step_sizes: Tensor) -> tuple[Tensor, Tensor]:
+        # Titans eq. 12, the associative memory loss: ‖M(k) − v‖², weighted by θ
+        losses = loss_fn(call_with_weights(network, weights, keys), values)
+        return -(losses * step_sizes).sum(), losses
+
+    return grad(negative_loss, has_aux=True)
+
+
+def one_chunk(gates: Tensor, inputs: Tensor, initial: Tensor) -> Tensor:
+    """`Recurrence` of a single chunk."""
+    return torch.addcmul(inputs, beside(gates, initial), initial)
+
+
+def surprise(
+    gradients: Weights,
+    gates: UpdateGates,
+    momentum: Weights,
+    recurrence: Recurrence,
+    max_grad_norm: float | None = None,
+    spectral_norm: bool = False,
+) -> tuple[Weights, dict[str, list[Tensor]]]:
+    """The update S of the weights, from negative gradients and the momentum before them, (o, bh, …).
+
+    Titans eq. 10, S_t = η_t S_{t−1} + u_t with u_t = −θ_t ∇ℓ_t, whose θ is in the gradients already. The momentum of an
+    order is the input of the next one.
+
+    Returns:
+        S for each parameter, and the momentum of each order; without momentum, no orders.
+    """
+    batch_axes = gates.retention.ndim
+    updates: Weights = {}
+    new_momentum: dict[str, list[Tensor]] = {}
+    for index, (name, gradient) in enumerate(gradients.items()):
+        if max_grad_norm is not None:
+            gradient = soft_clamp_norm(gradient, max_grad_norm, batch_axes)
+        surprises = [gradient if gates.modulation is None else scaled(gates.modulation[index], gradient)]
+        for gate, initial in zip(gates.momentum, momentum.get(name, ())):
+            surprises.append(recurrence(gate, surprises[-1], initial))
+        if gates.momentum:
+            new_momentum[name] = surprises[1:]
+        updates[name] = surprises[-1] if gates.momentum_mix is None else _mixed(surprises, gates.momentum_mix)
+    if spectral_norm:
+        updates |= _orthogonalised({name: update for name, update in updates.items() if update.ndim > batch_axes + 1})
+    return updates, new_momentum
+
+
+def _mixed(surprises: list[Tensor], mix: Sequence[Tensor]) -> Tensor:
+    # with one weight more than there are orders, the surprise itself takes part
+    terms = [scaled(share.to(order.dtype), order) for share, order in zip(mix, surprises[-len(mix) :])]
+    return sum(terms[1:], terms[0])
+
+
+def _orthogonalised(matrices: Weights) -> Weights:
+    """Matrices by Newton–Schulz; those of one shape, or of its transpose, in one call."""
+    by_shape: defaultdict[torch.Size, list[str]] = defaultdict(list)
+    wide = {name: m if m.shape[-2] <= m.shape[-1] else m.mT for name, m in matrices.items()}
+    for name, m in wide.items():
+        by_shape[m.shape].append(name)
+    orthogonal: Weights = {}
+    for names in by_shape.values():
+        stacked = torch.stack([wide[name] for name in names])
+        orthogonal |= zip(names, newton_schulz(stacked).to(stacked.dtype).unbind(0))
+    return {name: orthogonal[name] if wide[name] is m else orthogonal[name].mT for name, m in matrices.items()}

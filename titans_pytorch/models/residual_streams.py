@@ -1,0 +1,217 @@
+"""Residual streams of a model: hyper-connections of its branches, for sequences and for single tokens.
+
+The modules are those of the `hyper_connections` package, as parameters and state-dict keys go. Their computation is an
+operation each, `hyper_connection` and `token_hyper_connection`.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from hyper_connections.manifold_constrained_hyper_connections import (
+    ManifoldConstrainedHyperConnections,
+    Residual,
+    RMSNorm,
+    StreamEmbed,
+    add,
+    get_expand_reduce_stream_functions,
+)
+from torch import Tensor, nn
+from torch.nn import Identity, Module, Parameter
+
+from titans_pytorch.ops.hyper_connection import hyper_connection
+from titans_pytorch.ops.sinkhorn import sinkhorn
+from titans_pytorch.ops.token_hyper_connection import token_hyper_connection
+from titans_pytorch.utils.parameters import InReferenceFormat, Resettable, fill
+from titans_pytorch.utils.shapes import Float
+
+
+class StreamNorm(RMSNorm):
+    """Norm of a hyper-connection."""
+
+    gamma: Tensor
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.gamma)
+
+
+class HyperConnection(Resettable, InReferenceFormat, ManifoldConstrainedHyperConnections):
+    """Connection of a branch to `streams` residual streams of width `dim`, without a scalar parameter.
+
+    The stream that the branch reads at first is drawn from Python's `random`.
+    """
+
+    static_alpha: Tensor
+    dynamic_alpha_fn: Tensor
+    pre_branch_scale: Tensor
+    residual_scale: Tensor
+    static_beta: Tensor
+    dynamic_beta_fn: Tensor
+    num_residual_streams: int
+
+    scalars = ('h_post_scale',)
+
+    def __init__(self, streams: int, dim: int, add_branch_out_to_residual: bool = True):
+        before = random.getstate()
+        super().__init__(
+            streams,
+            dim=dim,
+            add_branch_out_to_residual=add_branch_out_to_residual,
+            residual_mix_constraint_fn=sinkhorn,
+        )
+        random.setstate(before)  # the stream is drawn once, below
+        self.norm = StreamNorm(dim)
+        if add_branch_out_to_residual:
+            self.h_post_scale = Parameter(torch.empty(1))
+        self._reset_own()
+
+    def _reset_own(self) -> None:
+        streams = self.num_residual_streams
+        mix = torch.eye(streams, device=self.static_alpha.device)
+        read = mix[:, [random.randrange(streams)]]
+        fill(self.static_alpha, torch.cat((read, mix), dim=1))
+        nn.init.zeros_(self.dynamic_alpha_fn)
+        scales = [self.pre_branch_scale, self.residual_scale]
+        if self.add_branch_out_to_residual:
+            nn.init.ones_(self.static_beta)
+            nn.init.zeros_(self.dynamic_beta_fn)
+            scales.append(self.h_post_scale)
+        for scale in scales:
+            nn.init.constant_(scale, 1e-2)
+
+
+class ExpandStreams(Resettable, StreamEmbed):
+    """Copies of a sequence as `streams` streams, each with a learned vector added: (b, n, d) to (b · s, n, d)."""
+
+    stream_embed: Tensor
+
+    def __init__(self, streams: int, dim: int):
+        super().__init__(streams, dim, expand_to_streams=True)
+
+    def _reset_own(self) -> None:
+        nn.init.zeros_(self.stream_embed)
+
+
+def residual_streams(streams: int, dim: int) -> tuple[Callable[..., Module], Module, Module]:
+    """A function that makes connections of branches; and modules from one stream to several, and back to one.
+
+    With a single stream connections are plain residuals, and the modules do nothing.
+    """
+    expand, reduce = get_expand_reduce_stream_functions(streams, disable=streams == 1)
+    if streams == 1:
+        return Residual, expand, reduce
+    return functools.partial(HyperConnection, streams, dim), ExpandStreams(streams, dim), reduce
+
+
+class FoldedConnection(NamedTuple):
+    """Weights of a connection for one token: from a normalised stream to the logits to read, mix and write by."""
+
+    to_logits: Float[Tensor, 'l d']
+    bias: Float[Tensor, 's l']
+
+
+class Pending(NamedTuple):
+    """Streams to which a branch's output has still to be added, which the next connection does as it reads them.
+
+    For one token (b, s, d), (b, s, 1) and (b, 1, d); for a sequence (b · s, n, d), (b · s, n, 1) and (b, n, d).
+    """
+
+    residual: Float[Tensor, 'b s d']
+    write: Float[Tensor, 'b s 1']
+    branch_out: Float[Tensor, 'b 1 d']
+
+
+Streams = Float[Tensor, 'b s d'] | Pending
+AddResidual = Callable[[Tensor], Any]
+
+
+def complete(x: Streams) -> Float[Tensor, 'b s d']:
+    """The streams with pending output added: of one token (b, s, d), or of a sequence (b · s, n, d)."""
+    if not isinstance(x, Pending):
+        return x
+    residual, write, branch_out = x
+    branch_out = branch_out.to(residual.dtype)
+    if len(residual) == len(branch_out):
+        return torch.addcmul(residual, write, branch_out, value=2.0)
+    by_entry = (len(branch_out), -1)
+    write = write.to(residual.dtype).unflatten(0, by_entry)
+    return torch.addcmul(residual.unflatten(0, by_entry), write, branch_out.unsqueeze(1), value=2.0).flatten(0, 1)
+
+
+# a sequence
+
+
+def connect(connection: Module, x: Streams) -> tuple[Float[Tensor, 'b n d'], AddResidual]:
+    """`connection(x)` of a sequence's streams (b · s, n, d): the branch's input, and the function that adds its output.
+
+    Adding is left to the next connection: the function returns `Pending`, which this one takes.
+    """
+    if not _is_plain(connection):
+        return connection(complete(x))
+    branch_in, mixed, write = hyper_connection([*x] if isinstance(x, Pending) else [x], _weights(connection))
+    if not connection.add_branch_out_to_residual:
+        return branch_in, _unchanged
+    return branch_in, functools.partial(Pending, mixed, write)
+
+
+def _unchanged(branch_out: Tensor) -> Tensor:
+    return branch_out
+
+
+def _weights(connection: Any) -> list[Tensor]:
+    """Parameters in the order of the operation; the last three are there if the branch's output is added."""
+    c = connection
+    weights = [c.norm.gamma, c.static_alpha, c.dynamic_alpha_fn, c.pre_branch_scale, c.residual_scale]
+    return weights + [c.static_beta, c.dynamic_beta_fn, c.h_post_scale] if c.add_branch_out_to_residual else weights
+
+
+def _is_plain(connection: Any) -> bool:
+    """True for a connection that the operation computes: in its plain settings, and without hooks."""
+    # other subclasses may compute otherwise
+    if type(connection) not in (ManifoldConstrainedHyperConnections, HyperConnection):
+        return False
+    one_each = connection.num_fracs == connection.num_input_views == connection.num_dynamic_alpha_proposals == 1
+    return (
+        one_each
+        and not (connection._forward_hooks or connection._forward_pre_hooks)
+        and connection.branch is None
+        and not connection.channel_first
+        and connection.dropout.p == 0
+        and isinstance(connection.residual_transform, Identity)
+        and connection.depth_residual_fn is add
+        and connection.residual_mix_constraint_fn is sinkhorn
+    )
+
+
+# one token
+
+
+def folded(connection: Any) -> FoldedConnection | None:
+    """The connection's weights as they are now, for tokens; `None` for a plain residual, which has none."""
+    if not hasattr(connection, 'static_alpha'):
+        return None
+    assert connection.num_fracs == connection.num_input_views == len(connection.dynamic_alpha_fn) == 1
+    streams, dim = len(connection.static_alpha), connection.norm.gamma.shape[0]
+
+    scales = (connection.pre_branch_scale, connection.residual_scale.expand(streams))
+    to_logits = connection.dynamic_alpha_fn[0] * torch.cat(scales)
+    bias = connection.static_alpha
+    if connection.add_branch_out_to_residual:
+        to_write = connection.dynamic_beta_fn.reshape(dim, 1) * connection.h_post_scale
+        to_logits = torch.cat((to_logits, to_write), dim=1)
+        bias = torch.cat((bias, connection.static_beta.reshape(streams, 1)), dim=1)
+    gain = connection.norm.gamma.unsqueeze(1) + 1.0
+    return FoldedConnection((to_logits * gain).float().mT.contiguous(), bias.float().contiguous())
+
+
+def connect_token(connection: Module, weights: FoldedConnection | None, x: Streams) -> tuple[Tensor, AddResidual]:
+    """The branch's input for one token, (b, 1, d), and the function that adds its output to the streams (b, s, d)."""
+    if weights is None:
+        return connection(x)
+    streams, *pending = x if isinstance(x, Pending) else (x,)
+    branch_in, residual, write = token_hyper_connection(streams, (*pending,) if pending else None, *weights)  # type: ignore[arg-type]
+    return branch_in, functools.partial(Pending, residual, write)
