@@ -15,6 +15,7 @@ from memories import SWITCHES, inputs, memory
 
 from titans_pytorch import LongTermMemoryModel, MemoryAsContextTransformer
 from titans_pytorch.generation.stepper import Stepper
+from titans_pytorch.memory.state import copy_weights
 from titans_pytorch.ops.sinkhorn import sinkhorn
 
 GREEDY = {'temperature': 0.0, 'show_progress': False}
@@ -77,16 +78,16 @@ def test_steps_of_a_memory_equal_one_call(switch, chunk_size):
     seq = inputs(mem, 17)
     expected, end = mem(seq)
     _, state = mem(seq[..., :4, :])
-    buffers, outs = mem.step_state(state), []
+    buffers, outs = mem.to_buffers(state), []
     for position in range(4, 17):
         following = position + 1
         ends = following % chunk_size == 0, following % (2 * chunk_size) == 0
         in_chunk = torch.tensor([position % chunk_size])
         out, after = mem.step(seq[..., position:following, :], buffers, in_chunk, *ends)
-        buffers.take_over(after)
+        copy_weights([(buffers, after)])
         outs.append(out)
     assert_same(torch.cat(outs, dim=1), expected[:, 4:], 1e-9)
-    assert_same(buffers.closed(17, mem.step_sizes), end._replace(updates=None), 1e-9)
+    assert_same(buffers.to_state(17, mem.buffer_sizes), end._replace(updates=None), 1e-9)
 
 
 @torch.no_grad()
@@ -97,7 +98,7 @@ def test_weights_may_come_in_any_order():
     sorted_last = {name: state.states[0][name] for name in sorted(state.states[0].keys(), reverse=True)}
     again = state._replace(states=(sorted_last, *state.states[1:]))
     assert_same(mem.recall(seq, again), mem.recall(seq, state), 0.0)
-    buffers = [mem.step_state(own) for own in (state, again)]
+    buffers = [mem.to_buffers(own) for own in (state, again)]
     outs = [mem.step(seq[:, :1], own, torch.tensor([1]), False, False)[0] for own in buffers]
     assert_same(*outs, 0.0)
 
@@ -107,8 +108,8 @@ def test_a_state_with_a_mask_is_refused():
     mem = memory('plain', 4)
     seq = inputs(mem, 6)
     _, state = mem(seq, store_mask=torch.ones(2, 6, dtype=torch.bool))
-    with pytest.raises(ValueError, match='a state with a store_mask cannot be gone on from token by token'):
-        mem.step_state(state)
+    with pytest.raises(ValueError, match='state has an open chunk with a store_mask'):
+        mem.to_buffers(state)
 
 
 @torch.no_grad()
