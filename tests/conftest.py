@@ -43,6 +43,23 @@ def kernels_everywhere(monkeypatch):
 
 
 @pytest.fixture
+def switch_kernel(monkeypatch):
+    """`switch_kernel(operation, use)`: the kernel of one operation, given as its module, runs on this device or not."""
+    pytest.importorskip('triton')
+    from titans_pytorch.ops import _dispatch
+
+    def switch(operation, use):
+        def use_kernel(*args, **options):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(_dispatch, 'compute_capability', lambda device: _dispatch.HOPPER)
+                return use and _dispatch.use_kernel(*args, **options)
+
+        monkeypatch.setattr(operation, 'use_kernel', use_kernel)
+
+    return switch
+
+
+@pytest.fixture
 def steps_compiled_eagerly(monkeypatch):
     """Compiled decoding steps are traced whole, but run operation by operation; the list has one entry for each."""
     compiled, real = [], torch.compile

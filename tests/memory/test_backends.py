@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from titans_pytorch import MemoryMLP, NeuralMemory
+from titans_pytorch.memory import engines
 from titans_pytorch.memory.engines import Chunks, DenseEngine, DualEngine, Mixing, soft_clamp_norm
 from titans_pytorch.memory.fast_weights import FastWeights
-from titans_pytorch.ops import memory_batch_scan, retrieve_sequence
 from titans_pytorch.ops.associative_scan import gate_products
 
 DUAL = [switch for switch in SWITCHES if 'module' not in switch]
@@ -66,27 +66,24 @@ AT_ONCE = [
 
 @pytest.mark.parametrize('sizes', [[39], [5, 20, 14]])
 @pytest.mark.parametrize('switch', AT_ONCE)
-def test_several_memory_batches_stored_and_all_queries_retrieved_at_once(switch, sizes, monkeypatch):
-    """What kernels do, by their plain twins."""
-    walked, retrieved, walk, retrieve = [], [], memory_batch_scan.walk, retrieve_sequence.retrieve
+def test_several_memory_batches_are_one_scan_and_all_queries_one_retrieval(switch, sizes, monkeypatch):
+    scanned, retrieved = [], []
+
+    def noted(sizes, operation, argument):
+        return lambda *args: (sizes.append(args[argument].shape[1]), operation(*args))[1]
+
     monkeypatch.setattr(DualEngine, '_materialises', FORMED['factored'])
-    monkeypatch.setattr(memory_batch_scan, 'kernels_serve', lambda *_: True)
-    monkeypatch.setattr(retrieve_sequence, 'kernels_serve', lambda *_: True)
-    monkeypatch.setattr(memory_batch_scan, 'walk', lambda *args: (walked.append(args[-3].shape[1]), walk(*args))[1])
-    monkeypatch.setattr(
-        retrieve_sequence, 'retrieve', lambda *args: (retrieved.append(args[0].shape[1]), retrieve(*args))[1]
-    )
+    monkeypatch.setattr(engines, 'memory_batch_scan', noted(scanned, engines.memory_batch_scan, -3))
+    monkeypatch.setattr(engines, 'retrieve_sequence', noted(retrieved, engines.retrieve_sequence, 0))
     dual, dense = pair(switch)
     assert_engines_agree(dual, dense, inputs(dual, sum(sizes)), sizes)
-    assert max(walked) > 1 and max(retrieved) > 1
+    assert max(scanned) > 1 and max(retrieved) > 1
 
 
 @pytest.fixture
 def at_once(monkeypatch):
-    """Memory batches in a row, and all queries, by the plain twins of their operations."""
+    """Matrices are factored, so that memory batches are scanned by one operation."""
     monkeypatch.setattr(DualEngine, '_materialises', FORMED['factored'])
-    monkeypatch.setattr(memory_batch_scan, 'kernels_serve', lambda *_: True)
-    monkeypatch.setattr(retrieve_sequence, 'kernels_serve', lambda *_: True)
 
 
 @pytest.mark.parametrize(('before', 'after'), [(32, 8), (None, 8), (8, 16)])

@@ -6,11 +6,11 @@ import pytest
 import torch
 from compare import assert_same
 
+from titans_pytorch.memory import engines
 from titans_pytorch.memory.engines import Chunks, default_loss_fn
 from titans_pytorch.memory.state import StepState, take_over
 from titans_pytorch.memory.token_step import descents, store_one_chunk
 from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
-from titans_pytorch.ops import _dispatch, inner_gradient
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -28,12 +28,10 @@ def problem(depth, norm, dim=16):
 
 @pytest.mark.parametrize('depth', [1, 2])
 @pytest.mark.parametrize('norm', [True, False])
-def test_fused_descents_are_those_of_autograd(depth, norm, monkeypatch):
-    pytest.importorskip('triton')
+def test_fused_descents_are_those_of_autograd(kernels_everywhere, depth, norm, monkeypatch):
     model, chunk, at = problem(depth, norm)
-    calls, record = [], inner_gradient.record
-    monkeypatch.setattr(inner_gradient, 'record', lambda *args: (calls.append(None), record(*args))[1])
-    monkeypatch.setattr(_dispatch, 'kernels_run_on', lambda device: True)
+    calls, gradient = [], engines.inner_gradient
+    monkeypatch.setattr(engines, 'inner_gradient', lambda *args: (calls.append(None), gradient(*args))[1])
     came = descents(model, default_loss_fn, chunk, at, broadcasts=True)
     assert len(calls) == 1
     expected = descents(model, default_loss_fn, chunk, at, broadcasts=False)

@@ -1,4 +1,4 @@
-"""Memory batches in a row by one operation: plain and by Triton kernels, against a loop over those of a run."""
+"""Scan over memory batches: the reference and the kernels against a loop over the operations on a single one."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 from compare import assert_same
 
-from titans_pytorch.ops import _dispatch, inner_gradient, memory_batch_scan
-from titans_pytorch.ops.memory_batch_scan import Walked, walk
+from titans_pytorch.ops.final_state import final_state
+from titans_pytorch.ops.inner_gradient import inner_gradient
+from titans_pytorch.ops.memory_batch_scan import MemoryBatches, memory_batch_scan
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 # Triton's interpreter multiplies no bfloat16
@@ -28,13 +29,11 @@ CHECKS = ('test_schema', 'test_autograd_registration', 'test_faketensor', 'test_
 
 
 @pytest.fixture
-def kernels(monkeypatch):
+def kernels(kernels_everywhere):
     """Kernels run on this device too; their module."""
-    pytest.importorskip('triton')
-    from titans_pytorch.ops.memory_batch_scan import triton as batch_walk
+    from titans_pytorch.ops.memory_batch_scan import triton as kernels
 
-    monkeypatch.setattr(_dispatch, 'kernels_run_on', lambda device: True)
-    return batch_walk
+    return kernels
 
 
 @pytest.fixture
@@ -45,7 +44,7 @@ def fresh_compiler():
 
 
 def problem(heads, batches, chunks, rows, dim, width, states, depth=2, norm=True):
-    """The arguments of `walk` by name. Steps are small: a memory batch starts with what the one before made of it."""
+    """The arguments of the operation by name. Steps are small, as each memory batch builds on the one before."""
 
     def draw(*shape, scale=1.0):
         return (torch.randn(heads, *shape) * scale).to(DEVICE)
@@ -59,8 +58,8 @@ def problem(heads, batches, chunks, rows, dim, width, states, depth=2, norm=True
         'keys': draw(batches * chunks, rows, dim),
         'values': draw(batches * chunks, rows, dim),
         'step_sizes': draw(batches * chunks, rows).abs() * 0.3,
-        'end': draw(batches, states, chunks) / chunks**0.5,
-        'end_starts': draw(batches, states, states) / states,
+        'coefficients': draw(batches, states, chunks) / chunks**0.5,
+        'initial_coefficients': draw(batches, states, states) / states,
     }
     for name, shape in shapes.items():
         scale = shape[0] ** -0.5 if len(shape) > 1 else 0.3
@@ -72,36 +71,49 @@ def states_of(tensors):
     return [[t for name, t in tensors.items() if name.startswith(parameter)] for parameter in PARAMETERS]
 
 
-def walked(tensors):
+def structured(initial_coefficients):
+    """Without the weights in any momentum, and without a momentum in one of an earlier order."""
+    states = initial_coefficients.shape[-1]
+    read = torch.ones(states, states, device=DEVICE).tril()
+    read[0], read[1:, 0] = 1, 0
+    return initial_coefficients * read.to(initial_coefficients.dtype)
+
+
+def scanned(tensors):
     first, last, gamma = states_of(tensors)
     rows = (tensors[name] for name in ('keys', 'values', 'step_sizes'))
-    return walk(*rows, first or None, last, gamma or None, tensors['end'], tensors['end_starts'], 1e-5)._asdict()
+    coefficients = tensors['coefficients'], structured(tensors['initial_coefficients'])
+    return present(memory_batch_scan(*rows, first or None, last, gamma or None, *coefficients, 1e-5)._asdict())
+
+
+def present(fields):
+    return {name: t for name, t in fields.items() if t is not None}
 
 
 def looped(tensors):
-    """A memory batch after the other, by the operations of one."""
-    states, out = states_of(tensors), {name: [] for name in Walked._fields}
-    runs = [tensors[name].unflatten(1, tensors['end'].shape[1::2]) for name in ('keys', 'values', 'step_sizes')]
-    gates = (tensors['end'], tensors['end_starts'])
-    for keys, values, step_sizes, end, mix in zip(*(t.unbind(1) for t in (*runs, *gates))):
-        for name, own in zip(PARAMETERS, states):
-            out[f'{name}_starts'] += [torch.stack(own, dim=1)] if own else []
+    """A memory batch after the other, by the operations on one."""
+    states, out = states_of(tensors), {name: [] for name in MemoryBatches._fields}
+    rows = [
+        tensors[name].unflatten(1, tensors['coefficients'].shape[1::2]) for name in ('keys', 'values', 'step_sizes')
+    ]
+    coefficients = tensors['coefficients'], structured(tensors['initial_coefficients'])
+    for keys, values, step_sizes, own, own_initial in zip(*(t.unbind(1) for t in (*rows, *coefficients))):
+        for name, one in zip(PARAMETERS, states):
+            out[f'{name}_initial'] += [torch.stack(one, dim=1)] if one else []
         first, last, gamma = states
         weights = first[0] if first else None, last[0], gamma[0] if gamma else None
-        hidden, hidden_errors, errors, descent, losses = inner_gradient.record(keys, values, step_sizes, *weights, 1e-5)
-        of_rows = {'hidden': hidden, 'hidden_errors': hidden_errors, 'errors': errors}
-        for name, t in (of_rows | {'descent': descent, 'losses': losses}).items():
-            out[name].append(t.flatten(1, 2) if name in of_rows and t.numel() else t)
-        seen = keys.to(errors.dtype)
+        gradient = inner_gradient(keys, values, step_sizes, *weights, 1e-5)
+        for name, t in present(gradient._asdict()).items():
+            out[name].append(t.flatten(1, 2) if name in ('hidden', 'hidden_deltas', 'deltas') else t)
+        k, negative = keys.to(gradient.deltas.dtype), gradient.negative_gamma_gradient
         states = [
-            inner_gradient.ends(end, mix, first, seen, hidden_errors) if first else [],
-            inner_gradient.ends(end, mix, last, hidden if first else seen, errors),
-            [*(end @ descent + mix @ torch.stack(gamma, dim=1)).unbind(1)] if gamma else [],
+            final_state(own, own_initial, first, k, gradient.hidden_deltas) if first else [],
+            final_state(own, own_initial, last, gradient.hidden if first else k, gradient.deltas),
+            [*(own @ negative + own_initial @ torch.stack(gamma, dim=1)).unbind(1)] if gamma else [],
         ]
-    ended = {f'{name}_end': torch.stack(own, dim=1) for name, own in zip(PARAMETERS, states) if own}
-    over_batches = {name: torch.stack(own, dim=1) for name, own in out.items() if own}
-    none = {name: tensors['end'].new_empty(0) for name in out}
-    return none | {name: t if t.numel() else t.flatten() for name, t in over_batches.items()} | ended
+    final = {f'{name}_final': torch.stack(one, dim=1) for name, one in zip(PARAMETERS, states) if one}
+    stacked = {name: torch.stack(own, dim=1) for name, own in out.items() if own} | final
+    return {name: stacked[name] for name in MemoryBatches._fields if name in stacked}
 
 
 def leaves(tensors, dtype=None):
@@ -131,9 +143,9 @@ def exactly(tensors, *args):
 @pytest.mark.parametrize('states', [1, 3])
 @pytest.mark.parametrize('rows', [1, 3])
 @pytest.mark.parametrize('depth, norm', NETWORKS)
-def test_a_walk_is_written_out_rightly(depth, norm, rows, states):
+def test_the_reference_is_a_loop(depth, norm, rows, states):
     tensors = leaves(problem(2, 3, 4, rows, 5, 7, states, depth, norm), torch.float64)
-    assert_same(learned(walked, tensors), learned(looped, tensors), 1e-12)
+    assert_same(learned(scanned, tensors), learned(looped, tensors), 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +155,7 @@ def test_a_walk_is_written_out_rightly(depth, norm, rows, states):
 )
 def test_kernels_equal_a_loop(kernels, poisoned, depth, norm, shape):
     tensors = problem(*shape, depth, norm)
-    came = learned(walked, leaves(tensors))
+    came = learned(scanned, leaves(tensors))
     assert_same(came, exactly(tensors), EXACT)
     assert all(t.dtype == torch.float32 for own in came for t in own.values())
 
@@ -153,7 +165,7 @@ def test_phases_can_be_launched_one_by_one(kernels, poisoned, programs, depth, n
     # several blocks of rows, which cut chunks, and of hidden features, so that each program has some
     monkeypatch.setattr(kernels, '_programs', lambda *_: (programs, False))
     tensors = problem(1, 2, 2, 19, 20, 70, 2, depth, norm)
-    assert_same(learned(walked, leaves(tensors)), exactly(tensors), EXACT)
+    assert_same(learned(scanned, leaves(tensors)), exactly(tensors), EXACT)
 
 
 @pytest.mark.parametrize('programs', [1, 2, 3])
@@ -163,7 +175,7 @@ def test_how_the_work_is_shared_changes_nothing(kernels, programs, monkeypatch):
     came = []
     for own in ((1, True), (programs, False)):
         monkeypatch.setattr(kernels, '_programs', lambda *_, own=own: own)
-        came.append(learned(walked, leaves(tensors)))
+        came.append(learned(scanned, leaves(tensors)))
     assert_same(*came, 0.0)
 
 
@@ -174,23 +186,22 @@ def test_blocks_of_other_sizes(kernels, poisoned, rows, monkeypatch):
     monkeypatch.setattr(kernels, 'STATE_BLOCK_IN_FULL', (32, 16))
     monkeypatch.setattr(kernels, 'UNITS', 16)
     tensors = problem(1, 2, 2, 20, 20, 40, 2)
-    assert_same(learned(walked, leaves(tensors)), exactly(tensors), EXACT)
+    assert_same(learned(scanned, leaves(tensors)), exactly(tensors), EXACT)
 
 
 @pytest.mark.parametrize('depth, norm', [(2, True), (1, False)])
 def test_only_one_output_is_used(kernels, poisoned, depth, norm):
     tensors = problem(1, 2, 2, 2, 16, 16, 1, depth, norm)
-    for name, t in looped(tensors).items():
-        if t.numel():
-            came, expected = learned(walked, leaves(tensors), [name]), exactly(tensors, [name])
-            assert_same(came, expected, EXACT, f'of {name} ')
+    for name in looped(tensors):
+        came, expected = learned(scanned, leaves(tensors), [name]), exactly(tensors, [name])
+        assert_same(came, expected, EXACT, f'of {name} ')
 
 
-def test_a_walk_reads_views(kernels, poisoned):
+def test_kernels_read_views(kernels, poisoned):
     # memory batches out of a longer sequence, keys without the last row and values without the first, heads side by
     # side; states of all heads, and one held transposed; gradients that come transposed
     longer = problem(2, 4, 3, 4, 16, 20, 2)
-    cut = {name: t[:, 1:3] for name, t in longer.items() if name.startswith('end')}
+    cut = {name: t[:, 1:3] for name, t in longer.items() if name.endswith('coefficients')}
     cut |= {'keys': longer['keys'][:, 3:9, :-1], 'values': longer['values'][:, 3:9, 1:]}
     cut |= {'step_sizes': longer['step_sizes'][:, 3:9, :-1]}
     cut |= {name: t[:1].expand(t.shape) for name, t in longer.items() if ' ' in name}
@@ -198,21 +209,24 @@ def test_a_walk_reads_views(kernels, poisoned):
     cut['last 1'] = longer['last 1'].mT.contiguous().mT
     cut = {name: t.requires_grad_() for name, t in cut.items()}
     assert not any(t.is_contiguous() for t in cut.values())
-    assert_same(learned(walked, cut, None, True), exactly(cut, None, True), EXACT)
+    assert_same(learned(scanned, cut, None, True), exactly(cut, None, True), EXACT)
 
 
 def test_not_all_inputs_learn(kernels, poisoned):
     tensors = problem(1, 2, 3, 2, 16, 20, 2)
-    _, all_of_them = learned(walked, leaves(tensors))
-    for frozen in (('keys', 'end', 'first 0'), ('values', 'step_sizes', 'end_starts', 'last 0', 'last 1', 'gamma 1')):
+    _, all_of_them = learned(scanned, leaves(tensors))
+    for frozen in (
+        ('keys', 'coefficients', 'first 0'),
+        ('values', 'step_sizes', 'initial_coefficients', 'last 0', 'last 1', 'gamma 1'),
+    ):
         some = {name: t if name in frozen else t.clone().requires_grad_() for name, t in tensors.items()}
-        _, came = learned(walked, some)
+        _, came = learned(scanned, some)
         assert_same(came, {name: t for name, t in all_of_them.items() if name not in frozen}, 0.0)
 
 
 @pytest.mark.parametrize('depth, norm', NETWORKS)
 @pytest.mark.parametrize('dtype', [torch.float32, LOW])
-def test_a_walk_is_as_exact_under_autocast_as_the_plain_one(kernels, poisoned, depth, norm, dtype, monkeypatch):
+def test_kernels_are_as_exact_under_autocast_as_the_reference(kernels, poisoned, depth, norm, dtype, monkeypatch):
     tensors = lowered(problem(2, 2, 4, 4, 16, 32, 2, depth, norm), dtype)
     assert_no_worse(tensors, LOW, monkeypatch)
 
@@ -223,75 +237,58 @@ def lowered(tensors, dtype):
 
 
 def assert_no_worse(tensors, low, monkeypatch, floor=0.0):
-    """Than the plain twin in the same precision; `floor`: what full float32 may differ by for order alone."""
-    exact, came = exactly(tensors), []
-    for runs in (True, False):
-        monkeypatch.setattr(_dispatch, 'kernels_run_on', lambda device, runs=runs: runs)
+    """Than the reference in the same precision; `floor`: what full float32 may differ by for order alone."""
+    from titans_pytorch.ops import _dispatch
+
+    exact, came, enabled = exactly(tensors), [], _dispatch.kernels_enabled
+    for use in (True, False):
+        monkeypatch.setattr(_dispatch, 'kernels_enabled', lambda use=use: use and enabled())
         with torch.autocast(DEVICE, low, enabled=low is not None):
-            came.append(learned(walked, leaves(tensors)))
+            came.append(learned(scanned, leaves(tensors)))
     for ours, theirs, want in zip(*came, exact):
         assert ours.keys() == theirs.keys() == want.keys()
         for name, t in want.items():
             assert ours[name].dtype == theirs[name].dtype, name
             error, budget = ((own[name].double() - t).norm() for own in (ours, theirs))
-            assert error <= max(2 * budget, floor * t.norm()), f'{name}: {error:.2e}, plain {budget:.2e}'
+            assert error <= max(2 * budget, floor * t.norm()), f'{name}: {error:.2e}, reference {budget:.2e}'
 
 
-# which of the two is taken
+def test_inputs_that_the_kernels_do_not_support(kernels, monkeypatch):
+    monkeypatch.setattr(kernels, 'memory_batch_scan', None)
+    for shape in ((1, 1, 1, 1, 136, 4, 1), (1, 1, 2, 1, 4, 4, 5)):
+        tensors = problem(*shape)
+        assert_same(learned(scanned, leaves(tensors)), exactly(tensors), EXACT)
 
 
-def test_what_kernels_serve(kernels):
-    tensors = problem(1, 2, 2, 2, 8, 12, 2)
-
-    def serve(tensors, count=2):
-        rows = [tensors[name] for name in ('keys', 'values', 'step_sizes')]
-        return memory_batch_scan.kernels_serve(*rows, [t for name, t in tensors.items() if ' ' in name], count)
-
-    assert serve(tensors)
-    assert not serve(leaves(tensors, torch.float64)) and not serve(tensors, 5)
-    assert not serve(problem(1, 1, 1, 1, 136, 4, 1), 1) and not serve(lowered(tensors, LOW))
-    with torch.autocast(DEVICE, LOW):
-        assert serve(lowered(tensors, LOW))
-
-
-def test_without_gpu_the_walk_is_plain():
-    if DEVICE == 'cpu':
-        tensors = problem(1, 2, 2, 2, 8, 12, 2)
-        rows = [tensors[name] for name in ('keys', 'values', 'step_sizes')]
-        assert not memory_batch_scan.kernels_serve(*rows, [], 2)
+# to the compiler
 
 
 @pytest.mark.parametrize('depth, norm', [(2, True), (1, False)])
-def test_operations_are_what_they_say(kernels, depth, norm):
+def test_the_operation_is_registered_correctly(kernels, depth, norm):
     tensors = leaves(problem(1, 2, 2, 2, 16, 16, 1 + norm, depth, norm))
-    first, last, gamma = states_of(tensors)
-    rows, gates = ([tensors[name] for name in own] for own in (('keys', 'values', 'step_sizes'), ('end', 'end_starts')))
-    args = (*rows, first, last, gamma, *gates, 1e-5, torch.float32)
-    torch.library.opcheck(memory_batch_scan._walk, args, test_utils=CHECKS)
-    outputs = [t.detach() for t in memory_batch_scan._walk(*args)]
-    d_outputs = [t.clone() if t.numel() else None for t in outputs]
-    saved = (*(t.detach() for t in (*rows, *gates)), *outputs[:3], *outputs[6:10])
-    of_backward = (*d_outputs, *saved, 1e-5, torch.float32)
-    torch.library.opcheck(memory_batch_scan._walk_backward, of_backward, test_utils=CHECKS[:3])
+    rows = (tensors[name] for name in ('keys', 'values', 'step_sizes'))
+    coefficients = (tensors[name] for name in ('coefficients', 'initial_coefficients'))
+    args = (*rows, *states_of(tensors), *coefficients, 1e-5, torch.float32)
+    torch.library.opcheck(kernels.memory_batch_scan, args, test_utils=CHECKS)
 
 
-def test_a_walk_compiles_to_one_operation(kernels, fresh_compiler):
+def test_it_compiles_to_one_operation(kernels, fresh_compiler):
     tensors, seen = leaves(problem(1, 2, 3, 2, 16, 20, 2)), []
 
     def loss(tensors):
-        return sum(t.square().sum() for t in walked(tensors).values())
+        return sum(t.square().sum() for t in scanned(tensors).values())
 
     def backend(graph, inputs):
         seen.extend(str(node.target) for node in graph.graph.nodes)
         return torch._dynamo.lookup_backend('aot_eager')(graph, inputs)
 
     compiled = torch.compile(loss, fullgraph=True, backend=backend)(tensors)
-    assert sum('walk' in name for name in seen) == 1
+    assert sum('titans_pytorch' in name for name in seen) == 1
     came = torch.autograd.grad(compiled, [*tensors.values()])
     assert_same(came, torch.autograd.grad(loss(tensors), [*tensors.values()]), 1e-6)
 
 
-# on a GPU, where the programs of a lane wait for each other, in the sizes of training
+# on a GPU, where the programs of a head wait for each other, in the sizes of training
 
 
 @pytest.mark.gpu
@@ -308,7 +305,7 @@ def test_a_walk_compiles_to_one_operation(kernels, fresh_compiler):
         (2, 3, 32, 1, 16, 32, 4),
     ],
 )
-def test_a_walk_in_sizes_of_training(kernels, poisoned, shape, depth, norm, low, monkeypatch):
+def test_kernels_in_sizes_of_training(kernels, poisoned, shape, depth, norm, low, monkeypatch):
     tensors = problem(*shape, depth, norm)
     tensors['step_sizes'] = tensors['step_sizes'] * 0.03
     assert_no_worse(tensors if low is None else lowered(tensors, low), low, monkeypatch, 1e-5)
@@ -321,17 +318,17 @@ def test_programs_that_wait_do_what_one_does(kernels, monkeypatch):
     expected = None
     for own in ((1, True), (4, False), (4, True), (16, True), (16, True)):
         monkeypatch.setattr(kernels, '_programs', lambda *_, own=own: own)
-        came = learned(walked, leaves(tensors))
+        came = learned(scanned, leaves(tensors))
         expected = expected or came
         assert_same(came, expected, 1e-5)
 
 
 @pytest.mark.gpu
-def test_a_walk_is_captured(kernels):
+def test_a_step_is_captured(kernels):
     tensors = leaves(problem(8, 3, 8, 4, 64, 128, 2))
 
     def step():
-        total = sum(t.square().sum() for t in walked(tensors).values())
+        total = sum(t.square().sum() for t in scanned(tensors).values())
         return torch.autograd.grad(total, [*tensors.values()])
 
     stream = torch.cuda.Stream()

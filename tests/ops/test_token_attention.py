@@ -1,25 +1,23 @@
-"""Attention of one position: its Triton kernel equals plain operations, and both equal a pass over the sequence."""
+"""Attention of a single position: the kernel equals the reference, and both equal a pass over the sequence."""
 
 from __future__ import annotations
 
-from copy import deepcopy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from compare import assert_same, randomised
-from torch import nn
 
-from titans_pytorch import MemoryAsContextTransformer, MemoryAsGateTransformer
+from titans_pytorch import MemoryAsContextTransformer, MemoryAsGateTransformer, without_kernels
 from titans_pytorch.attention.rotary import frequencies
-from titans_pytorch.attention.segmented import ContextAttention, SegmentedAttention
+from titans_pytorch.attention.segmented import ContextAttention, SegmentedAttention, heads_of
 from titans_pytorch.generation.stepper import Stepper
-from titans_pytorch.memory.modules import HeadsFirst
-from titans_pytorch.ops import token_attention
-from titans_pytorch.ops.token_attention import Position, Ring, ValueMix, attend_one, plain_attend_one
+from titans_pytorch.ops import token_attention as token_attention_ops
+from titans_pytorch.ops.token_attention import WIDEST, Position, RingLayout, ValueMix, token_attention
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 RINGS = [
-    Ring(num_persistent, num_positions, keys_per_position, slides)
+    RingLayout(num_persistent, num_positions, keys_per_position, slides)
     for num_persistent in (0, 3)
     for num_positions, keys_per_position in ((6, 1), (1, 1), (5, 2))
     for slides in (False, True)
@@ -33,8 +31,9 @@ def no_gradient():
 
 
 @pytest.fixture
-def kernel():
-    pytest.importorskip('triton')
+def kernel(switch_kernel):
+    """The kernel runs on this device too; its module."""
+    switch_kernel(token_attention_ops, True)
     from titans_pytorch.ops.token_attention import triton as kernel
 
     return kernel
@@ -50,33 +49,32 @@ def at(number: int, frequencies=None, dim_head: int = 8) -> Position:
     return Position(torch.tensor([number], device=DEVICE), frequencies)
 
 
-def problem(ring: Ring, heads: int, dim_head: int, dtype: torch.dtype, mixes: bool, batch: int = 2):
-    """Arguments of `attend_one` up to the position, and the mix. Nothing but the buffers is dense."""
+def problem(ring: RingLayout, heads: int, dim_head: int, dtype: torch.dtype, mixes: bool, batch: int = 2):
+    """Arguments of `token_attention` up to the position, and the mix. Nothing but the buffers is contiguous."""
     num_slots = ring.num_persistent + ring.num_positions * ring.keys_per_position
     buffers = tuple(random(batch, heads, num_slots, dim_head, dtype=dtype) for _ in range(2))
     projected = random(ring.keys_per_position, batch, 3 * heads * dim_head + 2, dtype=dtype).transpose(0, 1)[..., :-2]
     mix = None
     if mixes:
-        to_shares = nn.Sequential(nn.Linear(20, heads), HeadsFirst(heads), nn.Sigmoid()).to(DEVICE, dtype)
         first_layer = random(batch, 1, 3 * heads * dim_head, dtype=dtype)
-        residual = token_attention.heads_of(first_layer, heads)[2]
-        mix = ValueMix(to_shares, random(batch, 1, 21, dtype=dtype)[..., 1:], residual)
+        weight, bias = random(heads, 20, dtype=dtype) * 0.2, random(heads, dtype=dtype)
+        mix = ValueMix(random(batch, 1, 21, dtype=dtype)[..., 1:], weight, bias, heads_of(first_layer, heads)[2])
     return projected, buffers, ring, mix
 
 
 def both(projected, buffers, ring, mix, position, layer=1):
-    """Output and buffers, by the kernel and by plain operations."""
+    """Output and buffers, by the kernel and by the reference."""
     results = []
-    for attend in (attend_one, plain_attend_one):
+    for context in (nullcontext, without_kernels):
         own = tuple(buffer.clone() for buffer in buffers)
-        results.append((attend(projected, own, ring, position, layer, mix), own))
+        with context():
+            results.append((token_attention(projected, own, ring, position, layer, mix), own))
     return results
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
 @pytest.mark.parametrize('ring', RINGS, ids=str)
-def test_kernel_equals_plain_operations(ring, dtype, kernel, poisoned, monkeypatch):
-    monkeypatch.setattr(token_attention, 'USE_KERNEL', True)
+def test_the_kernel_equals_the_reference(ring, dtype, kernel, poisoned):
     given = problem(ring, 3, 8, dtype, mixes=ring.keys_per_position == 1)
     for number in (0, 1, ring.num_positions - 1, ring.num_positions, 3 * ring.num_positions + 2):
         came, expected = both(*given, at(number))
@@ -87,18 +85,16 @@ def test_kernel_equals_plain_operations(ring, dtype, kernel, poisoned, monkeypat
 @pytest.mark.parametrize('dim_head', [2, 16, 24, 64, 128])
 @pytest.mark.parametrize('tile, block', [(4096, 512), (256, 8)])
 def test_any_width_and_blocks_of_slots(dim_head, tile, block, kernel, poisoned, monkeypatch):
-    monkeypatch.setattr(token_attention, 'USE_KERNEL', True)
     monkeypatch.setattr(kernel, 'TILE', tile)
     monkeypatch.setattr(kernel, 'BLOCK', block)
     for number in (7, 40, 200):
-        given = problem(Ring(4, 37, 1, True), 2, dim_head, torch.float32, mixes=True, batch=3)
+        given = problem(RingLayout(4, 37, 1, True), 2, dim_head, torch.float32, mixes=True, batch=3)
         assert_same(*both(*given, at(number, dim_head=dim_head)), 1e-5)
 
 
-def test_slots_that_are_not_seen_may_hold_anything(kernel, monkeypatch):
-    monkeypatch.setattr(token_attention, 'USE_KERNEL', True)
+def test_slots_that_are_not_seen_may_hold_anything(kernel):
     for slides in (False, True):
-        projected, buffers, ring, mix = problem(Ring(2, 9, 1, slides), 2, 8, torch.float32, mixes=True)
+        projected, buffers, ring, mix = problem(RingLayout(2, 9, 1, slides), 2, 8, torch.float32, mixes=True)
         (expected, _), _ = both(projected, buffers, ring, mix, position := at(3))
         for buffer in buffers:
             buffer[:, :, 5:] = float('nan')  # its own slot, and those after
@@ -107,12 +103,11 @@ def test_slots_that_are_not_seen_may_hold_anything(kernel, monkeypatch):
         assert keys[:, :, :6].isfinite().all() and keys[:, :, 6:].isnan().all() and values[:, :, 5].isfinite().all()
 
 
-def test_other_precision_in_the_buffers(kernel, monkeypatch):
-    monkeypatch.setattr(token_attention, 'USE_KERNEL', True)
-    projected, buffers, ring, mix = problem(Ring(2, 9, 1, True), 2, 8, torch.float32, mixes=True)
+def test_other_precision_in_the_buffers(kernel):
+    projected, buffers, ring, mix = problem(RingLayout(2, 9, 1, True), 2, 8, torch.float32, mixes=True)
     (expected, written), _ = both(projected, buffers, ring, mix, position := at(12))
     low = tuple(buffer.half() for buffer in buffers)
-    assert_same(attend_one(projected, low, ring, position, 1, mix), expected, 4e-3)
+    assert_same(token_attention(projected, low, ring, position, 1, mix), expected, 4e-3)
     assert_same(low, written, 4e-3)
 
 
@@ -142,8 +137,8 @@ def step_by_step(layer, seq, start, **inputs):
 
 @pytest.mark.parametrize('use', [False, True])
 @pytest.mark.parametrize('kwargs', [{}, {'sliding': True, 'num_longterm_mem_tokens': 1}], ids=str)
-def test_steps_of_a_layer_equal_one_pass(kwargs, use, kernel, monkeypatch):
-    monkeypatch.setattr(token_attention, 'USE_KERNEL', use)
+def test_steps_of_a_layer_equal_one_pass(kwargs, use, switch_kernel):
+    switch_kernel(token_attention_ops, use)
     one, seq = layer(accept_value_residual=True, **kwargs), random(2, 23, 24)
     inputs = {'value_residual': random(2, 2, 23, 8), 'output_gating': random(2, 23, 24)}
     expected, (_, cache) = one(seq, **inputs)
@@ -155,8 +150,8 @@ def test_steps_of_a_layer_equal_one_pass(kwargs, use, kernel, monkeypatch):
 
 
 @pytest.mark.parametrize('use', [False, True])
-def test_steps_with_contexts_equal_whole_segments(use, kernel, monkeypatch):
-    monkeypatch.setattr(token_attention, 'USE_KERNEL', use)
+def test_steps_with_contexts_equal_whole_segments(use, switch_kernel):
+    switch_kernel(token_attention_ops, use)
     one, seq, context = layer(ContextAttention), random(2, 13, 24), random(2, 13, 24)
     segments = zip(seq.split(5, dim=1), context.split(5, dim=1), (0, 5, 10))
     expected = torch.cat([one(*segment, position=start)[0] for *segment, start in segments], dim=1)
@@ -182,14 +177,14 @@ KWARGS = dict(
         (MemoryAsGateTransformer, {}),
     ],
 )
-def test_a_transformer_decodes_by_the_kernel(kind, changes, kernel, monkeypatch):
+def test_a_transformer_decodes_by_the_kernel(kind, changes, kernel, switch_kernel, monkeypatch):
     model = randomised(kind(**{**KWARGS, **changes}), 0.1).to(DEVICE)
     tokens = torch.randint(0, 16, (2, 11), device=DEVICE)
-    launches, attend = [], kernel.attend
-    monkeypatch.setattr(kernel, 'attend', lambda *args: (launches.append(None), attend(*args))[1])
+    launches, attend = [], kernel.token_attention
+    monkeypatch.setattr(kernel, 'token_attention', lambda *args: (launches.append(None), attend(*args))[1])
     results = []
     for use in (False, True):
-        monkeypatch.setattr(token_attention, 'USE_KERNEL', use)
+        switch_kernel(token_attention_ops, use)
         _, state = model(tokens[:, :3], return_state=True)
         step = Stepper.of(model, state, cuda_graphs=False)
         results.append(torch.stack([step(token).clone() for token in tokens[:, 3:].unbind(1)]))
@@ -198,31 +193,30 @@ def test_a_transformer_decodes_by_the_kernel(kind, changes, kernel, monkeypatch)
 
 
 def test_the_kernel_is_for_no_gradient_and_float32_at_most(kernel, monkeypatch):
-    monkeypatch.setattr(token_attention, 'USE_KERNEL', True)
-    monkeypatch.setattr(kernel, 'attend', None)
-    projected, buffers, ring, mix = problem(Ring(2, 9, 1, True), 2, 8, torch.float32, mixes=False)
+    monkeypatch.setattr(kernel, 'token_attention', None)
+    projected, buffers, ring, mix = problem(RingLayout(2, 9, 1, True), 2, 8, torch.float32, mixes=False)
     double = tuple(buffer.double() for buffer in buffers)
-    attend_one(projected.double(), double, ring, at(5), 1)
+    token_attention(projected.double(), double, ring, at(5), 1)
     with torch.enable_grad():
-        out = attend_one(projected.requires_grad_(), buffers, ring, at(5), 1)
+        out = token_attention(projected.requires_grad_(), buffers, ring, at(5), 1)
     assert out.requires_grad
-    dim_head = 2 * kernel.LARGEST
-    projected, buffers, ring, mix = problem(Ring(2, 9, 1, True), 1, dim_head, torch.float32, mixes=False)
-    attend_one(projected, buffers, ring, at(5, dim_head=dim_head), 1)
+    dim_head = 2 * WIDEST
+    projected, buffers, ring, mix = problem(RingLayout(2, 9, 1, True), 1, dim_head, torch.float32, mixes=False)
+    token_attention(projected, buffers, ring, at(5, dim_head=dim_head), 1)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize('keys_per_position', [1, 2])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_kernel_in_a_cuda_graph(dtype, keys_per_position, kernel):
-    ring = Ring(4, 37, keys_per_position, keys_per_position == 1)
+    ring = RingLayout(4, 37, keys_per_position, keys_per_position == 1)
     projected, buffers, ring, mix = problem(ring, 8, 64, dtype, mixes=keys_per_position == 1)
     position, expected_buffers = at(0, dim_head=64), tuple(buffer.clone().float() for buffer in buffers)
 
     def step():
         # a position of its own: it keeps what it has computed from its number
         here = Position(position.number, position.frequencies)
-        out = attend_one(projected, buffers, ring, here, 1, mix)
+        out = token_attention(projected, buffers, ring, here, 1, mix)
         position.number.add_(1)
         return out
 
@@ -235,13 +229,12 @@ def test_kernel_in_a_cuda_graph(dtype, keys_per_position, kernel):
     with torch.cuda.graph(graph):
         came = step()
     position.number.zero_()
-    exact = None
-    if mix is not None:
-        exact = ValueMix(deepcopy(mix.to_shares).float(), mix.seq.float(), mix.residual.float())
+    exact = None if mix is None else ValueMix(*(t.float() for t in mix))
     for number in range(50):
         projected.normal_()
         graph.replay()
         here = at(number, position.frequencies)
-        expected = plain_attend_one(projected.float(), expected_buffers, ring, here, 1, exact)
+        with without_kernels():
+            expected = token_attention(projected.float(), expected_buffers, ring, here, 1, exact)
         tolerance = 1e-5 if dtype == torch.float32 else 3e-2
         assert_same((came, buffers), (expected, expected_buffers), tolerance)

@@ -1,4 +1,4 @@
-"""What a memory retrieves for one token: its Triton kernel equals plain operations, and both equal a whole call."""
+"""Retrieval for a single token: the kernel equals the reference, and both equal a whole call."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 from compare import assert_same, randomised
 from torch import nn
 
-from titans_pytorch import MemoryAsContextTransformer, NeuralMemory
+from titans_pytorch import MemoryAsContextTransformer, NeuralMemory, without_kernels
 from titans_pytorch.generation.stepper import Stepper
-from titans_pytorch.memory import token_retrieval
+from titans_pytorch.memory import token_retrieval as adapter
 from titans_pytorch.memory.modules import HeadsFirst, L2Norm, MultiheadRMSNorm
-from titans_pytorch.memory.token_retrieval import Retrieval, plain_retrieve_one, retrieve_one
+from titans_pytorch.memory.token_retrieval import Retrieval, retrieve_one
 from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
+from titans_pytorch.ops import token_retrieval as token_retrieval_ops
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -26,19 +27,19 @@ def no_gradient():
 
 
 @pytest.fixture
-def kernel(monkeypatch):
-    pytest.importorskip('triton')
+def kernel(switch_kernel):
+    """The kernel runs on this device too; its module."""
+    switch_kernel(token_retrieval_ops, True)
     from titans_pytorch.ops.token_retrieval import triton as kernel
 
-    monkeypatch.setattr(token_retrieval, 'USE_KERNEL', True)
     return kernel
 
 
 @pytest.fixture
 def launches(kernel, monkeypatch):
     """Grows with each launch."""
-    launches, retrieve = [], kernel.retrieve
-    monkeypatch.setattr(kernel, 'retrieve', lambda *args: (launches.append(None), retrieve(*args))[1])
+    launches, retrieve = [], kernel.token_retrieval
+    monkeypatch.setattr(kernel, 'token_retrieval', lambda *args: (launches.append(None), retrieve(*args))[1])
     return launches
 
 
@@ -70,23 +71,30 @@ def problem(dim_head, hidden=None, heads=3, query_norm=True, norm=True, gate=Tru
 
 
 def exact(parts, weights, projected, normed):
-    """The same in float64."""
+    """The same in float64, module by module."""
     parts = parts._replace(query_norm=deepcopy(parts.query_norm).double(), gate=deepcopy(parts.gate))
     if parts.gate is not None:
         parts.gate.double()
     doubled = {name: w.double() for name, w in weights.items()}
-    return plain_retrieve_one(parts, doubled, projected.double(), normed.double())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapter, '_is_plain', lambda parts: False)
+        return retrieve_one(parts, doubled, projected.double(), normed.double())
+
+
+def by_reference(*given):
+    with without_kernels():
+        return retrieve_one(*given)
 
 
 @pytest.mark.parametrize('gate', [True, False])
 @pytest.mark.parametrize('norm', [True, False])
 @pytest.mark.parametrize('query_norm', [True, False])
 @pytest.mark.parametrize('hidden', [None, 32])
-def test_kernel_equals_plain_operations(hidden, query_norm, norm, gate, launches, poisoned):
+def test_the_kernel_equals_the_reference(hidden, query_norm, norm, gate, launches, poisoned):
     given = problem(16, hidden, query_norm=query_norm, norm=norm, gate=gate)
     came = retrieve_one(*given)
     assert len(launches) == 1 and came.is_contiguous()
-    assert_same(came, plain_retrieve_one(*given), 1e-5)
+    assert_same(came, by_reference(*given), 1e-5)
     assert_same(came, exact(*given), 1e-5)
 
 
@@ -129,7 +137,7 @@ def test_queries_in_low_precision(dtype, launches):
 
 
 def test_what_the_kernel_is_not_for(kernel, monkeypatch):
-    monkeypatch.setattr(kernel, 'retrieve', None)
+    monkeypatch.setattr(kernel, 'token_retrieval', None)
     parts, weights, projected, normed = problem(16, 32)
 
     class Changed(MemoryMLP):
@@ -153,8 +161,25 @@ def test_what_the_kernel_is_not_for(kernel, monkeypatch):
         assert retrieve_one(parts, weights, projected.clone().requires_grad_(), normed).requires_grad
     double = {name: w.double() for name, w in weights.items()}
     retrieve_one(parts._replace(query_norm=nn.Identity(), gate=None), double, projected.double(), normed)
-    monkeypatch.setattr(kernel, 'LARGEST', 16 * 32 - 1)
+    monkeypatch.setattr(token_retrieval_ops, 'LARGEST', 16 * 32 - 1)
     retrieve_one(parts, weights, projected, normed)
+
+
+@pytest.mark.parametrize('gate', [True, False])
+@pytest.mark.parametrize('norm', [True, False])
+@pytest.mark.parametrize('query_norm', [True, False])
+@pytest.mark.parametrize('hidden', [None, 24])
+def test_the_reference_equals_the_modules(hidden, query_norm, norm, gate):
+    given = problem(12, hidden, query_norm=query_norm, norm=norm, gate=gate)
+    parts, weights, projected, normed = given
+    doubled = {name: w.double() for name, w in weights.items()}
+    of_doubles = parts._replace(
+        query_norm=deepcopy(parts.query_norm).double(),
+        gate=None if parts.gate is None else deepcopy(parts.gate).double(),
+        dtype=torch.float64,
+    )
+    came = retrieve_one(of_doubles, doubled, projected.double(), normed.double())
+    assert_same(came, exact(*given), 1e-12)
 
 
 # a memory
@@ -203,18 +228,18 @@ def test_steps_equal_one_pass(kwargs, launches):
 
 
 @pytest.mark.parametrize('kwargs', SERVED, ids=str)
-def test_steps_under_autocast(kwargs, launches, monkeypatch):
+def test_steps_under_autocast(kwargs, launches, switch_kernel):
     one, seq = memory(**kwargs), random(2, 8, 24)
     results = []
     for use in (True, False):
-        monkeypatch.setattr(token_retrieval, 'USE_KERNEL', use)
+        switch_kernel(token_retrieval_ops, use)
         with torch.autocast(DEVICE, torch.bfloat16):
             results.append(token_by_token(one, seq, 4).float())
     assert len(launches) == 4
     assert_same(*results, 2e-2)
 
 
-def test_a_transformer_decodes_by_the_kernel(launches, monkeypatch):
+def test_a_transformer_decodes_by_the_kernel(launches, switch_kernel):
     model = MemoryAsContextTransformer(
         num_tokens=16, dim=24, depth=2, segment_len=4, heads=2, dim_head=8, num_persist_mem_tokens=2,
         num_longterm_mem_tokens=1, neural_memory_layers=(1, 2), neural_memory_segment_len=2,
@@ -223,7 +248,7 @@ def test_a_transformer_decodes_by_the_kernel(launches, monkeypatch):
     model = randomised(model, 0.1).to(DEVICE)
     tokens, results = torch.randint(0, 16, (2, 11), device=DEVICE), []
     for use in (False, True):
-        monkeypatch.setattr(token_retrieval, 'USE_KERNEL', use)
+        switch_kernel(token_retrieval_ops, use)
         _, state = model(tokens[:, :3], return_state=True)
         step = Stepper.of(model, state, cuda_graphs=False)
         results.append(torch.stack([step(token).clone() for token in tokens[:, 3:].unbind(1)]))

@@ -18,7 +18,7 @@ from x_transformers.attend import Attend
 from titans_pytorch.attention.masks import after_persistent, over_positions, segmented, segmented_block_mask
 from titans_pytorch.attention.rotary import KeyValues, Rotary, check_rotary_width, rotate
 from titans_pytorch.memory.modules import HeadsFirst
-from titans_pytorch.ops.token_attention import Position, Ring, ValueMix, attend_one, heads_of
+from titans_pytorch.ops.token_attention import Position, RingLayout, ValueMix, token_attention
 from titans_pytorch.utils.checks import (
     check_broadcasts,
     check_callable,
@@ -31,6 +31,7 @@ from titans_pytorch.utils.checks import (
     checked_key_values,
     flags_among,
 )
+from titans_pytorch.utils.functional import is_intercepted
 from titans_pytorch.utils.parameters import InReferenceFormat, Resettable
 from titans_pytorch.utils.shapes import Float, divided
 
@@ -224,9 +225,9 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         return self.total_segment_len + self.sliding
 
     @property
-    def ring(self) -> Ring:
-        """How the buffers are laid out."""
-        return Ring(self.num_persist_mem_tokens, self.num_slots, self.keys_per_position, self.sliding)
+    def ring(self) -> RingLayout:
+        """The layout of the buffers."""
+        return RingLayout(self.num_persist_mem_tokens, self.num_slots, self.keys_per_position, self.sliding)
 
     def to_ring(self, key_values: KeyValues, position: int) -> KeyValues:
         """Keys and values that tokens from `position` on can see, (b, h, persistent + `num_slots`, d).
@@ -267,11 +268,16 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         """
         seq = self.norm(seq)
         projected = self.to_qkv(seq)
-        mix = None
+        values, mix = heads_of(projected, self.heads)[2], None
         if self.to_learned_v_mix is not None and value_residual is not None:
-            mix = ValueMix(self.to_learned_v_mix, seq, value_residual)
-        out = self.to_out(attend_one(projected, buffers, self.ring, position, layer, mix))
-        return out if output_gating is None else out * output_gating, heads_of(projected, self.heads)[2]
+            to_shares = self.to_learned_v_mix[0]
+            if type(to_shares) is Linear and not is_intercepted(self.to_learned_v_mix.modules()):
+                mix = ValueMix(seq, to_shares.weight, to_shares.bias, value_residual)
+            else:
+                mixed = self._mixed(values, value_residual, seq).transpose(1, 2).flatten(2)
+                projected = torch.cat((projected[..., : -mixed.shape[-1]], mixed), dim=-1)
+        out = self.to_out(token_attention(projected, buffers, self.ring, position, layer, mix))
+        return out if output_gating is None else out * output_gating, values
 
     # parts
 
@@ -374,6 +380,11 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         return after_persistent(self.num_persist_mem_tokens, segmented(self.total_segment_len, self.sliding))
 
 
+def heads_of(projected: Float[Tensor, 'b n 3hd'], heads: int) -> Float[Tensor, '3 b h n d']:
+    """Queries, keys and values of each head."""
+    return projected.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+
+
 def _shifted(windows: Float[Tensor, 'b w h n d']) -> Tensor:
     """The window before each; zeros before the first."""
     return F.pad(windows, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
@@ -423,7 +434,7 @@ class ContextAttention(SegmentedAttention):
     ) -> tuple[Float[Tensor, 'b 1 d'], Float[Tensor, 'b h 2 d']]:
         """`forward` for one position, which it writes into `buffers`; `layer` counts the attentions before this one."""
         projected = self.to_qkv(self.norm(torch.cat((seq, context), dim=1)))
-        out = self.to_out(attend_one(projected, buffers, self.ring, position, layer))
+        out = self.to_out(token_attention(projected, buffers, self.ring, position, layer))
         return out, heads_of(projected, self.heads)[2]
 
     def _two_keys(self, seq: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:

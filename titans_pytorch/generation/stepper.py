@@ -306,7 +306,7 @@ def _signature(model: Any, state: Any) -> Hashable:
     )
     tensors = (*_parameters(model), *_tensors(state))
     kinds = tuple((t.shape, t.stride(), t.dtype, t.device, t.is_inference()) for t in tensors)
-    return modules, kinds, _dispatch.kernels_are_on()
+    return modules, kinds, _dispatch.kernels_enabled()
 
 
 def _parameters(model: Any) -> list[Tensor]:

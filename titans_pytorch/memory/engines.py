@@ -23,10 +23,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from titans_pytorch.memory.fast_weights import Factors, FastWeights, Piece, Runs, Stretch, Weights, times
 from titans_pytorch.memory_models import NETWORKS, ResidualNorm, inner_mlp
-from titans_pytorch.ops import _dispatch, inner_gradient, memory_batch_scan, retrieve_sequence
 from titans_pytorch.ops.associative_scan import AssocScan, coefficient_product, gate_products
+from titans_pytorch.ops.final_state import final_state
+from titans_pytorch.ops.inner_gradient import ResidualWeights, inner_gradient
+from titans_pytorch.ops.memory_batch_scan import memory_batch_scan
 from titans_pytorch.ops.momentum_scan import momentum_scan, vector_scan, weight_scan
 from titans_pytorch.ops.newton_schulz import newton_schulz
+from titans_pytorch.ops.retrieve_sequence import FactoredMatrix, retrieve_sequence
 from titans_pytorch.utils.checks import described
 from titans_pytorch.utils.functional import (
     call_with_weights,
@@ -626,13 +629,9 @@ class RunParts(NamedTuple):
 
     mix: Float[Tensor, 'bh r n n']
     shares: Float[Tensor, 'bh r n k']
-    first: retrieve_sequence.Matrix | None
-    last: retrieve_sequence.Matrix
+    first: FactoredMatrix | None
+    last: FactoredMatrix
     gamma: Float[Tensor, 'bh r n d'] | None
-
-    def some_of(self, rows: Float[Tensor, 'bh s c d']) -> Float[Tensor, 'bh 1 n c d']:
-        """Rows as many as a run has at most."""
-        return rows[:, : self.mix.shape[2]].unsqueeze(1)
 
 
 class DualEngine(Engine):
@@ -686,7 +685,7 @@ class DualEngine(Engine):
             if name in inputs and not self._materialises(chunks.keys.shape[2], *base[name].shape[1:]):
                 update = self._factored_update(inputs[name], errors[name], modulation)
                 factors[name] = Factors(starts, inputs[name].flatten(1, 2), update.flatten(1, 2))
-                ends = _ends(mixing, starts, inputs[name], update)
+                ends = final_state(mixing.end, mixing.end_starts, starts, inputs[name], update)
             else:
                 descent = inputs[name].mT @ errors[name] if name in inputs else vectors[name]
                 update = self._dense_update(descent.to(dtype), modulation)
@@ -699,7 +698,7 @@ class DualEngine(Engine):
 
     def retrieve(self, weights: FastWeights, rows: Float[Tensor, 'bh n c d'], first: int) -> Float[Tensor, 'bh n c d']:
         parts = self._parts(weights) if is_plain_mlp(self.model, self.loss_fn) else []
-        if not parts or not all(retrieve_sequence.kernels_serve(own.some_of(rows), *own) for own in parts):
+        if not parts:
             return super().retrieve(weights, rows, first)
 
         _, eps = _norm(self.model)
@@ -712,7 +711,7 @@ class DualEngine(Engine):
                 within = rows[:, low - first : high - first]
                 if (low, high) != (start, end):  # runs are read as a whole
                     within = F.pad(within, (0, 0, 0, 0, low - start, end - high))
-                retrieved = retrieve_sequence.retrieve(within.unflatten(1, steps), *own, eps)
+                retrieved = retrieve_sequence(within.unflatten(1, steps), *own, eps)
                 out.append(retrieved.flatten(1, 2)[:, low - start : high - start])
             start = end
         if stop > start:
@@ -733,8 +732,8 @@ class DualEngine(Engine):
             RunParts(
                 run.mix,
                 run.shares,
-                None if first_name is None else retrieve_sequence.Matrix(*run.matrices[first_name]),
-                retrieve_sequence.Matrix(*run.matrices[last_name]),
+                None if first_name is None else FactoredMatrix(*run.matrices[first_name]),
+                FactoredMatrix(*run.matrices[last_name]),
                 None if gamma is None else gamma.unflatten(1, run.mix.shape[1:3]),
             )
             for run, gamma in zip(weights.runs, gammas)
@@ -864,10 +863,9 @@ class DualEngine(Engine):
     def _takes_batches(self, chunks: Chunks, weights: Weights) -> bool:
         if self.max_grad_norm is not None or chunks.modulation is not None:
             return False
-        rows, states = chunks.keys.shape[2], 1 + (0 if chunks.momentum is None else chunks.momentum.shape[-1])
+        rows = chunks.keys.shape[2]
         forms = any(self._materialises(rows, *w.shape[1:]) for w in weights.values() if w.ndim > 2)
-        plain = is_plain_mlp(self.model, self.loss_fn) and not forms
-        return plain and memory_batch_scan.kernels_serve(*chunks[:3], [*weights.values()], states)
+        return is_plain_mlp(self.model, self.loss_fn) and not forms
 
     def _stored_batches(self, chunks: Chunks, mixing: Mixing, last: Weights, last_momentum: Momentum) -> Stored:
         """Memory batches whose gradients are taken at the newest weights: the first at `last`."""
@@ -875,27 +873,29 @@ class DualEngine(Engine):
         gamma_name, eps = _norm(self.model)
         starts = {name: [w, *last_momentum.get(name, [])] for name, w in last.items()}
         first, gamma = (None if name is None else starts[name] for name in (first_name, gamma_name))
-        walked = memory_batch_scan.walk(
-            *chunks[:3], first, starts[last_name], gamma, mixing.end, mixing.end_starts, eps
-        )
+        stored = memory_batch_scan(*chunks[:3], first, starts[last_name], gamma, mixing.end, mixing.end_starts, eps)
 
         batches, length = mixing.steps.shape[1:3]
-        keys = chunks.keys.to(walked.errors.dtype).unflatten(1, (batches, length)).flatten(2, 3)
-        matrices = {last_name: (walked.last_starts, keys if first_name is None else walked.hidden, walked.errors)}
-        ends, dense = {last_name: walked.last_end}, {}
+        keys = chunks.keys.to(stored.deltas.dtype).unflatten(1, (batches, length)).flatten(2, 3)
+        matrices: dict[str, Any] = {
+            last_name: (stored.last_initial, keys if stored.hidden is None else stored.hidden, stored.deltas)
+        }
+        ends: dict[str, Any] = {last_name: stored.last_final}
+        dense: Weights = {}
         if first_name is not None:
-            matrices[first_name] = (walked.first_starts, keys, walked.hidden_errors)
-            ends[first_name] = walked.first_end
+            matrices[first_name] = (stored.first_initial, keys, stored.hidden_deltas)
+            ends[first_name] = stored.first_final
         if gamma_name is not None:
-            with no_autocast(walked.descent):
-                every = mixing.steps @ walked.descent + mixing.step_starts @ walked.gamma_starts
-            dense[gamma_name], ends[gamma_name] = every.flatten(1, 2), walked.gamma_end
+            assert stored.negative_gamma_gradient is not None and stored.gamma_initial is not None
+            with no_autocast(keys):
+                every = mixing.steps @ stored.negative_gamma_gradient + mixing.step_starts @ stored.gamma_initial
+            dense[gamma_name], ends[gamma_name] = every.flatten(1, 2), stored.gamma_final
 
         states = {name: [*ends[name].unbind(1)] for name in last}
         end = {name: own[0] for name, own in states.items()}
         momentum = {name: states[name][1:] for name in last_momentum}
         stretch = Stretch(dense, Runs(mixing.steps, mixing.step_starts, matrices), end)
-        return Stored(stretch, momentum, walked.losses.flatten(1, 2))
+        return Stored(stretch, momentum, stored.losses.flatten(1, 2))
 
     # with spectral norm, one scan for each recurrence
 
@@ -974,17 +974,9 @@ def is_plain_mlp(model: Module, loss_fn: LossFn) -> bool:
 def fused_record_serves(
     model: Module, loss_fn: LossFn, chunks: Chunks, base: Weights, residual: Residual | None
 ) -> bool:
-    """Whether `inner_gradient.record` computes `_factors`: where it is one operation, and without a gradient, for which
-    operations written out are fewer than those of autograd."""
-    if not is_plain_mlp(model, loss_fn) or _dispatch.is_transformed():
-        return False
-    if residual is not None and residual.dense.keys() != base.keys():
-        return False
-    if not torch.is_grad_enabled():
-        # lower ones as autograd has them, whose norm is more precise than its input
-        return all(w.dtype in (torch.float32, torch.float64) for w in base.values())
-    added = None if residual is None else _added(model, residual)
-    return inner_gradient.kernels_serve_record(chunks.keys, chunks.values, chunks.step_sizes, [*base.values()], added)
+    """Whether `inner_gradient` computes `_factors`."""
+    dense = residual is None or residual.dense.keys() == base.keys()
+    return dense and is_plain_mlp(model, loss_fn)
 
 
 def recorded(
@@ -996,22 +988,22 @@ def recorded(
     gamma_name, eps = _norm(model)
     gamma = None if gamma_name is None else base[gamma_name]
     added = None if residual is None else _added(model, residual)
-    hidden, hidden_errors, errors, descent, losses = inner_gradient.record(
+    hidden, hidden_deltas, deltas, negative_gamma_gradient, losses = inner_gradient(
         chunks.keys, chunks.values, chunks.step_sizes, first, base[last_name], gamma, eps, added
     )
-    keys = chunks.keys.to(errors.dtype)
-    of_vectors = {} if gamma is None else {'norm.gamma': descent}
-    if first_name is None:
-        return {last_name: keys}, {last_name: errors}, of_vectors, losses
+    keys = chunks.keys.to(deltas.dtype)
+    of_vectors = {} if negative_gamma_gradient is None else {'norm.gamma': negative_gamma_gradient}
+    if first_name is None or hidden is None or hidden_deltas is None:
+        return {last_name: keys}, {last_name: deltas}, of_vectors, losses
     inputs = {first_name: keys, last_name: hidden}
-    return inputs, {first_name: hidden_errors, last_name: errors}, of_vectors, losses
+    return inputs, {first_name: hidden_deltas, last_name: deltas}, of_vectors, losses
 
 
-def _added(model: Module, residual: Residual) -> inner_gradient.Added:
+def _added(model: Module, residual: Residual) -> ResidualWeights:
     first_name, last_name = _matrix_names(model)
     dense = residual.dense
     first = None if first_name is None else dense[first_name]
-    return inner_gradient.Added(residual.shares, first, dense[last_name], dense.get('norm.gamma'))
+    return ResidualWeights(residual.shares, first, dense[last_name], dense.get('norm.gamma'))
 
 
 def _matrix_names(model: Module) -> tuple[str | None, str]:
@@ -1023,35 +1015,6 @@ def _matrix_names(model: Module) -> tuple[str | None, str]:
 def _norm(model: Module) -> tuple[str | None, float]:
     """Of a memory MLP: the name of its norm's γ, and its eps."""
     return ('norm.gamma', model.norm.eps) if isinstance(model, ResidualNorm) else (None, 0.0)
-
-
-def _ends(mixing: Mixing, starts: list[Tensor], inputs: Tensor, errors: Tensor) -> list[Tensor]:
-    """Each state of a matrix after the last chunk, (bh, d, e): its weights, then each order's momentum."""
-    if inner_gradient.kernels_serve_ends(mixing.end, mixing.end_starts, starts, inputs, errors):
-        return inner_gradient.ends(mixing.end, mixing.end_starts, starts, inputs, errors)
-    # one product for all states; what a row has in each goes to the shorter rows
-    shares = _of_rows(mixing.end, inputs.shape[2]).mT.unsqueeze(3)
-    inputs, errors = inputs.flatten(1, 2), errors.flatten(1, 2)
-    if inputs.shape[2] <= errors.shape[2]:
-        weighted = (shares * inputs.unsqueeze(2)).flatten(2)
-        changes = (weighted.mT @ errors).unflatten(1, (len(starts), -1)).unbind(1)
-    else:
-        weighted = (shares * errors.unsqueeze(2)).flatten(2)
-        changes = (inputs.mT @ weighted).unflatten(2, (len(starts), -1)).unbind(2)
-
-    ends, of_starts = [], mixing.end_starts[..., None, None]
-    with no_autocast(errors):
-        for state, change in enumerate(changes):
-            # the weights are in no momentum, and no momentum is in one of an earlier order
-            for start in range(len(starts)) if state == 0 else range(1, state + 1):
-                change = torch.addcmul(change, of_starts[:, state, start], starts[start])
-            ends.append(change)
-    return ends
-
-
-def _of_rows(of_chunks: Float[Tensor, 'bh s n'], rows: int) -> Float[Tensor, 'bh s nm']:
-    """What holds for a chunk, for each of its rows."""
-    return of_chunks.unsqueeze(-1).expand(-1, -1, -1, rows).flatten(2)
 
 
 def _vectors(model: Module) -> list[str]:

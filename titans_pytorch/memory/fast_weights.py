@@ -24,6 +24,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from titans_pytorch.ops.retrieve_sequence.reference import factored_linear
 from titans_pytorch.utils.shapes import Float
 
 ROWS_IN_CACHE = 2048
@@ -96,14 +97,7 @@ class Runs(NamedTuple):
         batch, runs, n, _ = self.mix.shape
         mix, shares, starts, inputs, errors = (t.flatten(0, 1) for t in (*self[:2], *self.matrices[name]))
         x = x.unflatten(1, (runs, n)).flatten(0, 1)
-
-        out = _shared_linear(x, shares, starts)
-        if n > 1:  # nothing is stored before step 0
-            # the same for all rows of a chunk; written out, as products over so short an axis are slow on a CPU
-            of_rows = mix.unsqueeze(-1).expand(-1, -1, -1, inputs.shape[1] // n).flatten(2)
-            scores = (x.flatten(1, 2) @ inputs.mT).unflatten(1, x.shape[1:3]) * of_rows.unsqueeze(2)
-            out = torch.baddbmm(out, scores.flatten(1, 2), errors)
-        return out.view(batch, runs * n, -1, errors.shape[-1])
+        return factored_linear(x, mix, shares, starts, inputs, errors).view(batch, runs * n, -1, errors.shape[-1])
 
     def materialise(self, name: str) -> Float[Tensor, 'bh n d e']:
         starts, inputs, errors = self.matrices[name]
@@ -111,21 +105,6 @@ class Runs(NamedTuple):
         changes = inputs.unflatten(2, chunks).mT @ errors.unflatten(2, chunks)
         weights = torch.einsum('brij, brjde -> bride', self.mix.to(changes.dtype), changes)
         return (weights + torch.einsum('brik, brkde -> bride', self.shares, starts)).flatten(1, 2)
-
-
-def _shared_linear(
-    x: Float[Tensor, 'b n c d'], shares: Float[Tensor, 'b n k'], starts: Float[Tensor, 'b k d e']
-) -> Float[Tensor, 'b nc e']:
-    """Rows times Σ_k share_k · start_k, never formed: the shares go to `x` or to the products, whichever is shorter."""
-    shares = shares.to(x.dtype)
-    if starts.shape[2] <= starts.shape[3]:
-        shared = x.unsqueeze(3) * shares[:, :, None, :, None]
-        return shared.flatten(3).flatten(1, 2) @ starts.flatten(1, 2)
-
-    rows = x.flatten(1, 2)
-    products = ((rows @ start).view(*x.shape[:3], -1) for start in starts.unbind(1))
-    parts = [product * share[:, :, None, None] for product, share in zip(products, shares.unbind(2))]
-    return sum(parts[1:], parts[0]).flatten(1, 2)
 
 
 def _runs(pieces: Sequence[Piece | Stretch]) -> Iterator[Runs]:

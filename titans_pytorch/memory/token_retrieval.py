@@ -1,13 +1,8 @@
-"""What a memory retrieves for a single token, as decoding does it, between the projections before and after its heads.
-
-On a GPU it is one kernel for a `MemoryMLP` of one or two matrices; elsewhere, and for all others, there are plain
-operations.
-"""
+"""Retrieval for a single token from any memory, as decoding does it, between the projections around the heads."""
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +12,10 @@ from titans_pytorch.memory.fast_weights import Weights
 from titans_pytorch.memory.modules import MultiheadRMSNorm
 from titans_pytorch.memory.token_step import predict
 from titans_pytorch.memory_models import ResidualNorm, inner_mlp, mlp_matrices
-from titans_pytorch.ops import _dispatch
+from titans_pytorch.ops.token_retrieval import token_retrieval
+from titans_pytorch.utils.functional import is_intercepted
 from titans_pytorch.utils.precision import in_module_precision, network_autocast, network_rows
 from titans_pytorch.utils.shapes import Float
-
-USE_KERNEL: bool | None = None
-"""Whether the Triton kernel retrieves. Default: on CUDA devices, where there is Triton."""
 
 
 class Retrieval(NamedTuple):
@@ -50,59 +43,21 @@ def retrieve_one(
         projected: the query of each head, not normalised yet.
         normed: the input, which the gate looks at.
     """
-    kernel = _kernel_for(parts, weights, projected)
-    if kernel is None:
-        return plain_retrieve_one(parts, weights, projected, normed)
-    norm = parts.model.norm if isinstance(parts.model, ResidualNorm) else None
-    return kernel.retrieve(
-        projected,
-        mlp_matrices(parts.model, weights),
-        _gain_and_eps(parts.query_norm),
-        None if norm is None else (weights['norm.gamma'], norm.eps),
-        None if parts.gate is None else (normed, parts.gate[0].weight),
-        parts.heads,
-    )
-
-
-def _kernel_for(parts: Retrieval, weights: Weights, projected: Tensor) -> Any:
-    """The kernel, if it is to be used and computes this: in float32, and without a gradient."""
-    asked = projected.is_cuda if USE_KERNEL is None else USE_KERNEL
-    if not (asked and _dispatch.kernels_are_on()) or torch.is_grad_enabled():
-        return None
-    kernel = _kernel()
-    mlp = inner_mlp(parts.model)
-    if kernel is None or mlp is None or len(mlp.weights) > 2:
-        return None
-    if type(parts.query_norm) not in (nn.Identity, MultiheadRMSNorm) or type(parts.value_norm) is not nn.Identity:
-        return None
-    if parts.gate is not None and (type(parts.gate[0]) is not nn.Linear or parts.gate[0].out_features != parts.heads):
-        return None
-    if parts.dtype != torch.float32 or any(w.dtype != torch.float32 or not w.is_contiguous() for w in weights.values()):
-        return None
-    fits = all(matrix.numel() <= kernel.LARGEST for matrix in mlp.weights)
-    return kernel if fits else None
-
-
-@functools.cache
-def _kernel() -> Any:
-    """Imported where it is used: without a GPU there need be no Triton."""
-    try:
-        from titans_pytorch.ops.token_retrieval import triton as kernel
-    except ImportError:
-        return None
-    return kernel
-
-
-def _gain_and_eps(norm: Module) -> tuple[Float[Tensor, 'h 1 d'], float] | None:
-    if not isinstance(norm, MultiheadRMSNorm):
-        return None
-    eps = norm.rmsnorm.eps
-    return norm.gamma, torch.finfo(torch.float32).eps if eps is None else eps
-
-
-def plain_retrieve_one(
-    parts: Retrieval, weights: Weights, projected: Float[Tensor, 'b 1 hd'], normed: Float[Tensor, 'b 1 d']
-) -> Float[Tensor, 'b 1 hd']:
+    if _is_plain(parts):
+        norm, query_norm = parts.model.norm if isinstance(parts.model, ResidualNorm) else None, parts.query_norm
+        gate = None
+        if parts.gate is not None:
+            to_gate = parts.gate[0]
+            assert isinstance(to_gate, nn.Linear)
+            gate = normed, to_gate.weight
+        return token_retrieval(
+            projected,
+            mlp_matrices(parts.model, weights),
+            (query_norm.gamma, query_norm.rmsnorm.eps) if isinstance(query_norm, MultiheadRMSNorm) else None,
+            None if norm is None else (weights['norm.gamma'], norm.eps),
+            gate,
+            parts.heads,
+        )
     queries = parts.query_norm(projected.unflatten(-1, (parts.heads, -1)).transpose(1, 2))
     with network_autocast(parts.dtype, projected.device):
         rows = network_rows(queries.flatten(0, 1), parts.dtype)
@@ -111,3 +66,17 @@ def plain_retrieve_one(
     if parts.gate is not None:
         values = values * parts.gate(normed)
     return values.transpose(1, 2).flatten(2)
+
+
+def _is_plain(parts: Retrieval) -> bool:
+    """True if `token_retrieval` computes all of it: a memory MLP of one or two matrices, the default norms and gate,
+    and no hooks."""
+    mlp, gate = inner_mlp(parts.model), parts.gate
+    if mlp is None or len(mlp.weights) > 2 or parts.dtype not in (torch.float32, torch.float64):
+        return False
+    if type(parts.query_norm) not in (nn.Identity, MultiheadRMSNorm) or type(parts.value_norm) is not nn.Identity:
+        return False
+    if gate is not None and (type(gate[0]) is not nn.Linear or gate[0].out_features != parts.heads):
+        return False
+    around = (parts.query_norm, parts.value_norm) if gate is None else (parts.query_norm, parts.value_norm, *gate)
+    return not is_intercepted(around)

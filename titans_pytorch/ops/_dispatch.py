@@ -17,7 +17,6 @@ import importlib.util
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,30 +105,3 @@ def is_transformed() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-# former names, while operations move to `use_kernel`
-
-
-HAS_TRITON = _HAS_TRITON
-kernels_are_on = kernels_enabled
-
-
-def kernels_run_on(device: torch.device) -> bool:
-    return kernels_are_on() and compute_capability(device) >= AMPERE
-
-
-def kernels_take(rows: list[Tensor], states: list[Tensor]) -> bool:
-    device = rows[0].device
-    if not kernels_run_on(device) or any(t.dtype != torch.float32 for t in states):
-        return False
-    if not torch.is_autocast_enabled(device.type):
-        return all(t.dtype == torch.float32 for t in rows)
-    return all(t.dtype in LOW_OR_SINGLE for t in rows)
-
-
-def differentiated_once(*backwards: Any) -> None:
-    from titans_pytorch.ops._registration import refuse_second_derivatives
-
-    for backward in backwards:
-        backward.register_autograd(refuse_second_derivatives(backward._qualname.removesuffix('_backward')))

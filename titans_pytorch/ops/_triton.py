@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -64,3 +67,93 @@ def named_strides(name: str, t: Tensor | None, axes: str) -> dict[str, int]:
     """A tensor's first strides as keyword arguments, `<name>_<axis>`; 0 for an absent one, which no kernel reads."""
     names = [f'{name}_{axis}' for axis in axes.split()]
     return dict.fromkeys(names, 0) if t is None else dict(zip(names, t.stride()))
+
+
+def taken_by(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of `arguments` that a kernel takes."""
+    return {name: value for name, value in arguments.items() if name in kernel.arg_names}
+
+
+def numbered(name: str, values: Sequence[Any]) -> dict[str, Any]:
+    """Up to four values as arguments of a kernel, `<name>_0` to `<name>_3`, for `select`; missing ones are not read."""
+    return {f'{name}_{index}': values[index] if index < len(values) else values[0] for index in range(4)}
+
+
+def product_precision(operands: torch.dtype) -> dict[str, Any]:
+    """Constants of `multiply_add`. Products of float32 are in full also where PyTorch may use TF32: in a recurrence
+    rounding errors accumulate."""
+    return {'PRECISION': 'tf32x3', 'OPERAND': TRITON_DTYPES[operands]}
+
+
+# rows of a program: the more, the less often weights are read. With fewer than 64, Triton takes the tensor cores' older
+# instructions, which read matrices either way round
+MOST_ROWS = 32
+# where there would be fewer programs than these, each gets 16 rows
+ENOUGH_PROGRAMS = 128
+# entries of a program's rows that eight warps hold; in float32 in full, products take twice the registers
+ENTRIES, ENTRIES_IN_FULL = 4096, 2048
+
+
+def rows_per_program(heads: int, rows: int, columns: int, in_full: bool) -> tuple[int, int]:
+    """Rows and warps of a program that holds so many columns of each row on chip; `in_full`: float32 without TF32."""
+    entries = ENTRIES_IN_FULL if in_full else ENTRIES
+    own = max(16, min(MOST_ROWS, entries // columns))
+    own = own if heads * triton.cdiv(rows, own) >= ENOUGH_PROGRAMS else 16
+    return own, 4 if 2 * own * columns <= entries else 8
+
+
+# a memory MLP
+
+
+@triton.jit
+def normal_cdf(h):  # type: ignore[no-untyped-def]
+    """Φ, the normal distribution"""
+    return 0.5 * (1.0 + tl.erf(h * 0.7071067811865476))
+
+
+@triton.jit
+def normal_pdf(h):  # type: ignore[no-untyped-def]
+    """φ, its density"""
+    return 0.3989422804014327 * tl.exp(-0.5 * h * h)
+
+
+@triton.jit
+def gelu_derivative(h):  # type: ignore[no-untyped-def]
+    """gelu = h Φ, so gelu′ = Φ + h φ"""
+    return normal_cdf(h) + h * normal_pdf(h)
+
+
+@triton.jit
+def gelu_second_derivative(h):  # type: ignore[no-untyped-def]
+    """gelu″ = (2 − h²) φ"""
+    return (2.0 - h * h) * normal_pdf(h)
+
+
+@triton.jit
+def row_mean(x, dim: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.sum(x, axis=1)[:, None] / dim
+
+
+@triton.jit
+def standardize(y, inside, eps, dim: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x̂ and r"""
+    centred = tl.where(inside, y - row_mean(y, dim), 0.0)
+    inverse = 1.0 / tl.sqrt(row_mean(centred * centred, dim) + eps)
+    return centred * inverse, inverse
+
+
+@triton.jit
+def project_out(u, x, inside, dim: tl.constexpr):  # type: ignore[no-untyped-def]
+    """P(u) = u − mean u − x̂ · mean(u ∘ x̂)"""
+    return tl.where(inside, u - row_mean(u, dim) - x * row_mean(u * x, dim), 0.0)
+
+
+@triton.jit
+def sum_rows(start, count, feature, dim: tl.constexpr, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sum of `count` rows."""
+    total = tl.zeros((DIM,), tl.float32)
+    for first_row in range(0, count, 16):
+        row = first_row + tl.arange(0, 16)
+        inside = (row < count)[:, None] & (feature < dim)[None, :]
+        total += tl.sum(tl.load(start + row[:, None] * dim + feature[None, :], mask=inside, other=0.0), axis=0)
+    return total

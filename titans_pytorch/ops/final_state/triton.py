@@ -1,44 +1,46 @@
-"""What a run of chunks leaves in a matrix and in its momentum, and the way back.
+"""Kernels of the final state.
 
-    state_k = Σ_t share[k, t] · X_tᵀ Δ_t + Σ_j end_starts[k, j] · start_j
-
-with share[k, t] = end[k, chunk of t]. Forward, a program owns a block of all states; backward, one kernel owns rows
-and another a block of all starts. The plain twins are in `titans_pytorch.ops.inner_gradient`.
+Forward, a program owns a block of all states; backward, one kernel owns rows and another a block of all initial states.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans_pytorch.ops._triton import TRITON_DTYPES, contiguous_inside, multiply_add, select, tile_size
+from titans_pytorch.ops._registration import register_kernel
+from titans_pytorch.ops._triton import (
+    contiguous_inside,
+    multiply_add,
+    named_strides,
+    numbered,
+    product_precision,
+    rows_per_program,
+    select,
+    tile_size,
+)
 
-# of a state, what a forward program owns, and the rows that it reads at a time. With fewer than 64, Triton takes the
+# of a state, the block of a forward program, and the rows that it reads at a time. With fewer than 64, Triton takes the
 # tensor cores' older instructions, which read matrices either way round
 STATE_BLOCK, STATE_ROWS = (32, 64), 32
-# rows of a backward program; where there would be fewer programs than these, each gets 16
-MOST_ROWS = 32
-ENOUGH_PROGRAMS = 128
-# entries of its rows that eight warps hold; in float32 in full, products take twice the registers
-ENTRIES, ENTRIES_IN_FULL = 4096, 2048
 # entries and columns of the block of a state's gradient that is on chip at a time
 BLOCK, MOST_COLUMNS = 4096, 64
-# entries that a program of the starts' gradients owns
-STARTS_BLOCK = 1024
+# entries that a program of the initial states' gradients owns
+INITIAL_BLOCK = 1024
 STAGES = 2
 
 
 @triton.jit
 def _forward_kernel(  # type: ignore[no-untyped-def]
-    end, end_starts, inputs, errors, start_0, start_1, start_2, start_3, state_0, state_1, state_2, state_3,
+    coefficients, initial_coefficients, inputs, deltas,
+    initial_0, initial_1, initial_2, initial_3, state_0, state_1, state_2, state_3,
     chunks, rows, blocks_in, blocks_out,
-    end_head, end_state, end_chunk, mix_head, mix_state, mix_start,
-    input_head, input_chunk, input_row, error_head, error_chunk, error_row,
-    start_head_0, start_head_1, start_head_2, start_head_3,
+    coefficient_head, coefficient_state, coefficient_chunk,
+    initial_coefficient_head, initial_coefficient_state, initial_coefficient_initial,
+    input_head, input_chunk, input_row, delta_head, delta_chunk, delta_row,
+    initial_head_0, initial_head_1, initial_head_2, initial_head_3,
     dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
@@ -47,51 +49,61 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     head = (program // (blocks_in * blocks_out)).to(tl.int64)
     own_in = (block // blocks_out) * DIM + tl.arange(0, DIM)
     own_out = (block % blocks_out) * WIDTH + tl.arange(0, WIDTH)
-    place = own_in[:, None] * width + own_out[None, :]
+    offset = own_in[:, None] * width + own_out[None, :]
     inside = (own_in < dim)[:, None] & (own_out < width)[None, :]
     inputs += head * input_head
-    errors += head * error_head
+    deltas += head * delta_head
 
     for k in tl.static_range(STATES):
         state = tl.zeros((DIM, WIDTH), tl.float32)
         for first_row in range(0, chunks * rows, ROWS):
             index = first_row + tl.arange(0, ROWS)
-            chunk, row, there = index // rows, index % rows, index < chunks * rows
-            share = tl.load(end + head * end_head + k * end_state + chunk * end_chunk, mask=there, other=0.0)
+            chunk, row, valid = index // rows, index % rows, index < chunks * rows
+            coefficient = tl.load(
+                coefficients + head * coefficient_head + k * coefficient_state + chunk * coefficient_chunk,
+                mask=valid,
+                other=0.0,
+            )
             # loaded as it stands in the product, rows across
             from_inputs = inputs + (chunk * input_chunk + row * input_row)[None, :] + own_in[:, None]
-            x = tl.load(from_inputs, mask=there[None, :] & (own_in < dim)[:, None], other=0.0).to(tl.float32)
-            from_errors = errors + (chunk * error_chunk + row * error_row)[:, None] + own_out[None, :]
-            delta = tl.load(from_errors, mask=there[:, None] & (own_out < width)[None, :], other=0.0)
-            state = multiply_add(state, x * share[None, :], delta, PRECISION, OPERAND)
+            x = tl.load(from_inputs, mask=valid[None, :] & (own_in < dim)[:, None], other=0.0).to(tl.float32)
+            from_deltas = deltas + (chunk * delta_chunk + row * delta_row)[:, None] + own_out[None, :]
+            delta = tl.load(from_deltas, mask=valid[:, None] & (own_out < width)[None, :], other=0.0)
+            state = multiply_add(state, x * coefficient[None, :], delta, PRECISION, OPERAND)
         for j in tl.static_range(STATES):
-            start = select(j, start_0, start_1, start_2, start_3)
-            start_head = select(j, start_head_0, start_head_1, start_head_2, start_head_3)
-            of_start = tl.load(end_starts + head * mix_head + k * mix_state + j * mix_start)
-            state += of_start * tl.load(start + head * start_head + place, mask=inside, other=0.0)
+            initial = select(j, initial_0, initial_1, initial_2, initial_3)
+            initial_head = select(j, initial_head_0, initial_head_1, initial_head_2, initial_head_3)
+            initial_coefficient = tl.load(
+                initial_coefficients
+                + head * initial_coefficient_head
+                + k * initial_coefficient_state
+                + j * initial_coefficient_initial
+            )
+            state += initial_coefficient * tl.load(initial + head * initial_head + offset, mask=inside, other=0.0)
         to_state = select(k, state_0, state_1, state_2, state_3)
-        tl.store(to_state + head * dim * width + place, state, mask=inside)
+        tl.store(to_state + head * dim * width + offset, state, mask=inside)
 
 
 @triton.jit
 def _rows_kernel(  # type: ignore[no-untyped-def]
-    end, short, long, d_state_0, d_state_1, d_state_2, d_state_3, d_shares, d_short, d_long,
+    coefficients, short, long, d_state_0, d_state_1, d_state_2, d_state_3, d_coefficients, d_short, d_long,
     chunks, rows, blocks,
-    end_head, end_state, end_chunk, short_head, short_chunk, short_row, long_head, long_chunk, long_row,
+    coefficient_head, coefficient_state, coefficient_chunk,
+    short_head, short_chunk, short_row, long_head, long_chunk, long_row,
     dim: tl.constexpr, width: tl.constexpr, short_stride: tl.constexpr, long_stride: tl.constexpr,
     STATES: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Of inputs and errors, the shorter rows (`dim`) are on chip whole, the longer ones (`width`) in blocks; a state's
+    """Of inputs and deltas, the shorter rows (`dim`) are on chip whole, the longer ones (`width`) in blocks; a state's
     gradient G is turned so that it leads from the shorter to the longer."""
     program = tl.program_id(0)
     head = (program // blocks).to(tl.int64)
     index = (program % blocks) * ROWS + tl.arange(0, ROWS)
-    chunk, row, there = index // rows, index % rows, index < chunks * rows
+    chunk, row, valid = index // rows, index % rows, index < chunks * rows
     feature = tl.arange(0, DIM)
-    inside = there[:, None] & (feature < dim)[None, :]
+    inside = valid[:, None] & (feature < dim)[None, :]
     start = head * chunks * rows
-    end += head * end_head
+    coefficients += head * coefficient_head
 
     from_short = short + head * short_head + (chunk * short_chunk + row * short_row)[:, None] + feature[None, :]
     x = tl.load(from_short, mask=inside, other=0.0).to(tl.float32)
@@ -99,44 +111,52 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
     d_long += start * width
     nothing = tl.zeros((ROWS, BLOCK), tl.float32)
     state = tl.arange(0, PADDED)[None, :]
-    of_shares = tl.zeros((ROWS, PADDED), tl.float32)
+    of_coefficients = tl.zeros((ROWS, PADDED), tl.float32)
 
-    # state = Σ share · xᵀ y, so that of y is Σ share · x G, and that of the share x G ∘ y
+    # state = Σ coefficient · xᵀ y, so that of y is Σ coefficient · x G, and that of the coefficient x G ∘ y
     for first_unit in range(0, width, BLOCK):
         unit = first_unit + tl.arange(0, BLOCK)
-        present = there[:, None] & (unit < width)[None, :]
+        present = valid[:, None] & (unit < width)[None, :]
         y = tl.load(from_long + unit[None, :], mask=present, other=0.0).to(tl.float32)
         d_y = tl.zeros((ROWS, BLOCK), tl.float32)
         for k in tl.static_range(STATES):
             d_state = select(k, d_state_0, d_state_1, d_state_2, d_state_3) + head * dim * width
-            place = feature[:, None] * short_stride + unit[None, :] * long_stride
-            g = tl.load(d_state + place, mask=(feature < dim)[:, None] & (unit < width)[None, :], other=0.0)
+            offset = feature[:, None] * short_stride + unit[None, :] * long_stride
+            g = tl.load(d_state + offset, mask=(feature < dim)[:, None] & (unit < width)[None, :], other=0.0)
             product = multiply_add(nothing, x, g, PRECISION, OPERAND)
-            of_shares += tl.where(state == k, tl.sum(product * y, axis=1)[:, None], 0.0)
-            d_y += tl.load(end + k * end_state + chunk * end_chunk, mask=there, other=0.0)[:, None] * product
+            of_coefficients += tl.where(state == k, tl.sum(product * y, axis=1)[:, None], 0.0)
+            d_y += (
+                tl.load(coefficients + k * coefficient_state + chunk * coefficient_chunk, mask=valid, other=0.0)[
+                    :, None
+                ]
+                * product
+            )
         tl.store(d_long + index[:, None] * width + unit[None, :], d_y, mask=present)
-    to_shares = d_shares + start * STATES + state * (chunks * rows) + index[:, None]
-    tl.store(to_shares, of_shares, mask=there[:, None] & (state < STATES))
+    to_coefficients = d_coefficients + start * STATES + state * (chunks * rows) + index[:, None]
+    tl.store(to_coefficients, of_coefficients, mask=valid[:, None] & (state < STATES))
 
-    # and that of x is Σ share · y Gᵀ
+    # and that of x is Σ coefficient · y Gᵀ
     d_x = tl.zeros((ROWS, DIM), tl.float32)
     for first_unit in range(0, width, BLOCK):
         unit = first_unit + tl.arange(0, BLOCK)
-        y = tl.load(from_long + unit[None, :], mask=there[:, None] & (unit < width)[None, :], other=0.0).to(tl.float32)
+        y = tl.load(from_long + unit[None, :], mask=valid[:, None] & (unit < width)[None, :], other=0.0).to(tl.float32)
         for k in tl.static_range(STATES):
             d_state = select(k, d_state_0, d_state_1, d_state_2, d_state_3) + head * dim * width
-            place = feature[None, :] * short_stride + unit[:, None] * long_stride
-            g = tl.load(d_state + place, mask=(feature < dim)[None, :] & (unit < width)[:, None], other=0.0)
-            share = tl.load(end + k * end_state + chunk * end_chunk, mask=there, other=0.0)[:, None]
-            d_x = multiply_add(d_x, share * y, g, PRECISION, OPERAND)
+            offset = feature[None, :] * short_stride + unit[:, None] * long_stride
+            g = tl.load(d_state + offset, mask=(feature < dim)[None, :] & (unit < width)[:, None], other=0.0)
+            coefficient = tl.load(
+                coefficients + k * coefficient_state + chunk * coefficient_chunk, mask=valid, other=0.0
+            )[:, None]
+            d_x = multiply_add(d_x, coefficient * y, g, PRECISION, OPERAND)
     tl.store(d_short + start * dim + index[:, None] * dim + feature[None, :], d_x, mask=inside)
 
 
 @triton.jit
-def _starts_kernel(  # type: ignore[no-untyped-def]
-    end_starts, d_state_0, d_state_1, d_state_2, d_state_3, start_0, start_1, start_2, start_3,
-    d_start_0, d_start_1, d_start_2, d_start_3, d_mix,
-    blocks, mix_head, mix_state, mix_start, start_head_0, start_head_1, start_head_2, start_head_3,
+def _initial_kernel(  # type: ignore[no-untyped-def]
+    initial_coefficients, d_state_0, d_state_1, d_state_2, d_state_3, initial_0, initial_1, initial_2, initial_3,
+    d_initial_0, d_initial_1, d_initial_2, d_initial_3, d_initial_coefficients,
+    blocks, initial_coefficient_head, initial_coefficient_state, initial_coefficient_initial,
+    initial_head_0, initial_head_1, initial_head_2, initial_head_3,
     SIZE: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -144,107 +164,113 @@ def _starts_kernel(  # type: ignore[no-untyped-def]
     block = program % blocks
     entry = block * BLOCK + tl.arange(0, BLOCK)
     for j in tl.static_range(STATES):
-        from_start = select(j, start_0, start_1, start_2, start_3)
-        start_head = select(j, start_head_0, start_head_1, start_head_2, start_head_3)
-        start = tl.load(from_start + head * start_head + entry, mask=entry < SIZE, other=0.0)
-        d_start = tl.zeros((BLOCK,), tl.float32)
+        from_initial = select(j, initial_0, initial_1, initial_2, initial_3)
+        initial_head = select(j, initial_head_0, initial_head_1, initial_head_2, initial_head_3)
+        initial = tl.load(from_initial + head * initial_head + entry, mask=entry < SIZE, other=0.0)
+        d_initial = tl.zeros((BLOCK,), tl.float32)
         for k in tl.static_range(STATES):
             d_state = select(k, d_state_0, d_state_1, d_state_2, d_state_3)
             g = tl.load(d_state + head * SIZE + entry, mask=entry < SIZE, other=0.0)
-            d_start += g * tl.load(end_starts + head * mix_head + k * mix_state + j * mix_start)
+            d_initial += g * tl.load(
+                initial_coefficients
+                + head * initial_coefficient_head
+                + k * initial_coefficient_state
+                + j * initial_coefficient_initial
+            )
             # this block's part of the sum
-            to_mix = d_mix + ((head * STATES + k) * STATES + j) * blocks + block
-            tl.store(to_mix, tl.sum(g * start, axis=0))
-        to_start = select(j, d_start_0, d_start_1, d_start_2, d_start_3)
-        tl.store(to_start + head * SIZE + entry, d_start, mask=entry < SIZE)
+            to_initial_coefficients = d_initial_coefficients + ((head * STATES + k) * STATES + j) * blocks + block
+            tl.store(to_initial_coefficients, tl.sum(g * initial, axis=0))
+        to_initial = select(j, d_initial_0, d_initial_1, d_initial_2, d_initial_3)
+        tl.store(to_initial + head * SIZE + entry, d_initial, mask=entry < SIZE)
 
 
-def forward(
-    end: Tensor,  # bh k n
-    end_starts: Tensor,  # bh k k
-    starts: list[Tensor],  # k of bh d e
-    inputs: Tensor,  # bh n m d
-    errors: Tensor,  # bh n m e
+def _outputs(
+    coefficients: Tensor,
+    initial_coefficients: Tensor,
+    initial_states: list[Tensor],
+    inputs: Tensor,
+    deltas: Tensor,
     operands: torch.dtype,
-    precision: str,
+) -> list[Tensor]:
+    return [initial.new_empty(initial.shape) for initial in initial_states]
+
+
+def _forward(
+    coefficients: Tensor,  # bh k n
+    initial_coefficients: Tensor,  # bh k k
+    initial_states: list[Tensor],  # k of bh d e
+    inputs: Tensor,  # bh n m d
+    deltas: Tensor,  # bh n m e
+    operands: torch.dtype,
 ) -> list[Tensor]:  # k of bh d e
-    """Each state after the run."""
-    inputs, errors = contiguous_inside(inputs, 1), contiguous_inside(errors, 1)
-    starts = [contiguous_inside(start, 2) for start in starts]
+    states = _outputs(coefficients, initial_coefficients, initial_states, inputs, deltas, operands)
+    inputs, deltas = contiguous_inside(inputs, 1), contiguous_inside(deltas, 1)
+    initial_states = [contiguous_inside(initial, 2) for initial in initial_states]
     heads, chunks, rows, dim = inputs.shape
-    width = errors.shape[-1]
-    states = [start.new_empty(start.shape) for start in starts]
+    width = deltas.shape[-1]
     own_in, own_out = (min(tile_size(size), most) for size, most in zip((dim, width), STATE_BLOCK))
     blocks_in, blocks_out = triton.cdiv(dim, own_in), triton.cdiv(width, own_out)
-    with torch.cuda.device_of(inputs):
-        _forward_kernel[(heads * blocks_in * blocks_out,)](
-            end, end_starts, inputs, errors, *_four(starts), *_four(states),
-            chunks, rows, blocks_in, blocks_out,
-            *end.stride(), *end_starts.stride(), *inputs.stride()[:3], *errors.stride()[:3],
-            *_four([start.stride(0) for start in starts]),
-            dim=dim, width=width, STATES=len(starts), DIM=own_in, WIDTH=own_out,
-            ROWS=STATE_ROWS, PRECISION=precision, OPERAND=TRITON_DTYPES[operands], num_warps=4, num_stages=STAGES,
-        )  # fmt: skip
+    _forward_kernel[(heads * blocks_in * blocks_out,)](
+        coefficients=coefficients, **named_strides('coefficient', coefficients, 'head state chunk'),
+        initial_coefficients=initial_coefficients,
+        **named_strides('initial_coefficient', initial_coefficients, 'head state initial'),
+        inputs=inputs, **named_strides('input', inputs, 'head chunk row'),
+        deltas=deltas, **named_strides('delta', deltas, 'head chunk row'),
+        **numbered('initial', initial_states), **numbered('initial_head', [t.stride(0) for t in initial_states]),
+        **numbered('state', states), chunks=chunks, rows=rows, blocks_in=blocks_in, blocks_out=blocks_out,
+        dim=dim, width=width, STATES=len(states), DIM=own_in, WIDTH=own_out, ROWS=STATE_ROWS,
+        **product_precision(operands), num_warps=4, num_stages=STAGES,
+    )  # fmt: skip
     return states
 
 
-def backward(
+def _backward(
     d_states: list[Tensor],  # k of bh d e
-    end: Tensor,  # bh k n
-    end_starts: Tensor,  # bh k k
-    starts: list[Tensor],  # k of bh d e
+    coefficients: Tensor,  # bh k n
+    initial_coefficients: Tensor,  # bh k k
+    initial_states: list[Tensor],  # k of bh d e
     inputs: Tensor,  # bh n m d
-    errors: Tensor,  # bh n m e
+    deltas: Tensor,  # bh n m e
     operands: torch.dtype,
-    precision: str,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor]:
-    """Gradients of `end`, `end_starts`, `starts`, `inputs` and `errors`."""
     d_states = [d_state.contiguous() for d_state in d_states]
-    inputs, errors = contiguous_inside(inputs, 1), contiguous_inside(errors, 1)
+    inputs, deltas = contiguous_inside(inputs, 1), contiguous_inside(deltas, 1)
     heads, chunks, rows, dim = inputs.shape
-    width, count = errors.shape[-1], len(starts)
+    width, count = deltas.shape[-1], len(initial_states)
 
-    d_inputs, d_errors = inputs.new_empty(inputs.shape), errors.new_empty(errors.shape)
-    d_shares = end.new_empty(heads, count, chunks, rows)
+    d_inputs, d_deltas = inputs.new_empty(inputs.shape), deltas.new_empty(deltas.shape)
+    d_coefficients = coefficients.new_empty(heads, count, chunks, rows)
     # the shorter rows are on chip whole
-    ways = [(inputs, dim, width, d_inputs), (errors, width, 1, d_errors)]
+    ways = [(inputs, dim, width, d_inputs), (deltas, width, 1, d_deltas)]
     (short, least, short_stride, d_short), (long, most, long_stride, d_long) = ways if dim <= width else ways[::-1]
     padded = tile_size(least)
     block = min(tile_size(most), MOST_COLUMNS, BLOCK // padded, max(32, padded))
-    in_full = precision == 'tf32x3' and operands == torch.float32
-    own, warps = _tile(heads, chunks * rows, max(padded, block), in_full)
+    own, warps = rows_per_program(heads, chunks * rows, max(padded, block), in_full=operands == torch.float32)
     blocks = triton.cdiv(chunks * rows, own)
-    with torch.cuda.device_of(inputs):
-        _rows_kernel[(heads * blocks,)](
-            end, short, long, *_four(d_states), d_shares, d_short, d_long,
-            chunks, rows, blocks, *end.stride(), *short.stride()[:3], *long.stride()[:3],
-            dim=least, width=most, short_stride=short_stride, long_stride=long_stride,
-            STATES=count, PADDED=triton.next_power_of_2(count),
-            ROWS=own, DIM=padded, BLOCK=block,
-            PRECISION=precision, OPERAND=TRITON_DTYPES[operands], num_warps=warps, num_stages=STAGES,
-        )  # fmt: skip
+    _rows_kernel[(heads * blocks,)](
+        coefficients=coefficients, **named_strides('coefficient', coefficients, 'head state chunk'),
+        short=short, **named_strides('short', short, 'head chunk row'),
+        long=long, **named_strides('long', long, 'head chunk row'),
+        **numbered('d_state', d_states), d_coefficients=d_coefficients, d_short=d_short, d_long=d_long,
+        chunks=chunks, rows=rows, blocks=blocks,
+        dim=least, width=most, short_stride=short_stride, long_stride=long_stride,
+        STATES=count, PADDED=triton.next_power_of_2(count), ROWS=own, DIM=padded, BLOCK=block,
+        **product_precision(operands), num_warps=warps, num_stages=STAGES,
+    )  # fmt: skip
 
-    starts = [contiguous_inside(start, 2) for start in starts]
-    d_starts = [start.new_empty(start.shape) for start in starts]
-    blocks = triton.cdiv(dim * width, STARTS_BLOCK)
-    d_end_starts = end_starts.new_empty(heads, count, count, blocks)
-    with torch.cuda.device_of(inputs):
-        _starts_kernel[(heads * blocks,)](
-            end_starts, *_four(d_states), *_four(starts), *_four(d_starts), d_end_starts,
-            blocks, *end_starts.stride(), *_four([start.stride(0) for start in starts]),
-            SIZE=dim * width, STATES=count, BLOCK=STARTS_BLOCK, num_warps=4,
-        )  # fmt: skip
-    return d_shares.sum(dim=-1), d_end_starts.sum(dim=-1), d_starts, d_inputs, d_errors
-
-
-def _four(few: list[Any]) -> list[Any]:
-    """Kernels take four of each; those that there are not stay unread."""
-    return few + few[:1] * (4 - len(few))
+    initial_states = [contiguous_inside(initial, 2) for initial in initial_states]
+    d_initial = [initial.new_empty(initial.shape) for initial in initial_states]
+    blocks = triton.cdiv(dim * width, INITIAL_BLOCK)
+    d_initial_coefficients = initial_coefficients.new_empty(heads, count, count, blocks)
+    _initial_kernel[(heads * blocks,)](
+        initial_coefficients=initial_coefficients,
+        **named_strides('initial_coefficient', initial_coefficients, 'head state initial'),
+        **numbered('initial', initial_states), **numbered('initial_head', [t.stride(0) for t in initial_states]),
+        **numbered('d_state', d_states), **numbered('d_initial', d_initial),
+        d_initial_coefficients=d_initial_coefficients, blocks=blocks,
+        SIZE=dim * width, STATES=count, BLOCK=INITIAL_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return d_coefficients.sum(dim=-1), d_initial_coefficients.sum(dim=-1), d_initial, d_inputs, d_deltas
 
 
-def _tile(heads: int, rows: int, columns: int, in_full: bool) -> tuple[int, int]:
-    """Rows and warps of a program that has so many columns of each on chip; `in_full`: float32 without TF32."""
-    entries = ENTRIES_IN_FULL if in_full else ENTRIES
-    own = max(16, min(MOST_ROWS, entries // columns))
-    own = own if heads * triton.cdiv(rows, own) >= ENOUGH_PROGRAMS else 16
-    return own, 4 if 2 * own * columns <= entries else 8
+final_state = register_kernel('final_state', _forward, _backward, outputs=_outputs)

@@ -1,114 +1,77 @@
-"""One forward, one gradient and one second derivative of a memory MLP for many rows, at one set of weights a head.
+"""Kernels of the inner gradient: one forward, one gradient and one second derivative of a memory MLP for many rows.
 
-A program owns some rows of one head: whole chunks, or a part of one. It walks over the hidden features in blocks and
-computes what it needs of them again rather than keep it. What is summed over rows to be a weight's gradient it
-writes row by row, and another kernel sums it. The equations, and the plain twins, are in
-`titans_pytorch.ops.inner_gradient`.
+A program owns some rows of one head: whole chunks, or a part of one. It loops over blocks of hidden features and
+recomputes rather than keeps them. For the gradients of weights, which are sums over rows, it writes the factors of each
+row, and another kernel sums their products.
 
-With something ADDED each chunk has weights of its own. Then reading matrices is what takes time, and rows are few: a
-program owns rows of one chunk and, if its matrices fit on chip, keeps them (KEEPS).
+With RESIDUAL weights each chunk has weights of its own. Then reading matrices takes most of the time, and rows are few:
+a program owns rows of one chunk and, if its matrices fit on chip, keeps them (KEEPS).
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans_pytorch.ops._triton import TRITON_DTYPES, multiply_add
+from titans_pytorch.ops._registration import register_kernel
+from titans_pytorch.ops._triton import (
+    MOST_ROWS,
+    contiguous_inside,
+    gelu_derivative,
+    gelu_second_derivative,
+    multiply_add,
+    named_strides,
+    normal_cdf,
+    product_precision,
+    project_out,
+    row_mean,
+    rows_per_program,
+    standardize,
+    sum_rows,
+    taken_by,
+    tile_size,
+)
 
-# shares, and what is added to the first matrix, the last one and γ
-Added = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
-# rows of a program: the more, the less often weights are read. With fewer than 64, Triton takes the tensor cores'
-# older instructions, which read matrices either way round
-MOST_ROWS = 32
-# where there would be fewer programs than these, each gets 16 rows
-ENOUGH_PROGRAMS = 128
-# entries of a program's rows that eight warps hold; in float32 in full, products take twice the registers
-ENTRIES, ENTRIES_IN_FULL = 4096, 2048
 # entries and columns of the block of a matrix that is on chip at a time
 BLOCK, MOST_COLUMNS = 4096, 64
 # hidden features of a program that sums weights' gradients, and the rows that it reads at a time
 UNITS, ROWS_AT_A_TIME = 32, 32
 STAGES = 2
-# where chunks have matrices of their own: entries of each that a program keeps on chip. Matrices that are read but
-# once need no stages
-KEPT, KEPT_IN_FULL, ADDED_STAGES = 8192, 4096, 1
-# there, the warps of a program, and registers of a thread in the backward, so that a multiprocessor holds two programs
-# or three; the latter where there are so many
-ADDED_WARPS, ADDED_REGISTERS, MANY_PROGRAMS = (8, 4), (128, 168), 4096
-# there, what sums weights' gradients: hidden features and warps of a program, and programs to share the chunks out to
-ADDED_UNITS, ADDED_SUM_WARPS, ENOUGH_SUMS = 16, 4, 512
+# with residual weights: entries of each matrix that a program keeps on chip. Matrices that are read once need no stages
+KEPT, KEPT_IN_FULL, RESIDUAL_STAGES = 8192, 4096, 1
+# the warps of a program, and the registers of a thread in the backward, for two programs on a multiprocessor, or three;
+# the latter where there are MANY_PROGRAMS
+RESIDUAL_WARPS, RESIDUAL_REGISTERS, MANY_PROGRAMS = (8, 4), (128, 168), 4096
+# to sum weights' gradients: hidden features and warps of a program, and programs that share the chunks
+RESIDUAL_UNITS, RESIDUAL_SUM_WARPS, ENOUGH_SUMS = 16, 4, 512
 
 
 @triton.jit
-def _below(h):  # type: ignore[no-untyped-def]
-    """Φ, the normal distribution"""
-    return 0.5 * (1.0 + tl.erf(h * 0.7071067811865476))
-
-
-@triton.jit
-def _density(h):  # type: ignore[no-untyped-def]
-    """φ, its density"""
-    return 0.3989422804014327 * tl.exp(-0.5 * h * h)
-
-
-@triton.jit
-def _gelu_slope(h):  # type: ignore[no-untyped-def]
-    """gelu = h Φ, so gelu′ = Φ + h φ"""
-    return _below(h) + h * _density(h)
-
-
-@triton.jit
-def _gelu_curvature(h):  # type: ignore[no-untyped-def]
-    """gelu″ = (2 − h²) φ"""
-    return (2.0 - h * h) * _density(h)
-
-
-@triton.jit
-def _mean(x, dim: tl.constexpr):  # type: ignore[no-untyped-def]
-    return tl.sum(x, axis=1)[:, None] / dim
-
-
-@triton.jit
-def _normalised(y, inside, eps, dim: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x̂ and r"""
-    centred = tl.where(inside, y - _mean(y, dim), 0.0)
-    inverse = 1.0 / tl.sqrt(_mean(centred * centred, dim) + eps)
-    return centred * inverse, inverse
-
-
-@triton.jit
-def _tangent(u, x, inside, dim: tl.constexpr):  # type: ignore[no-untyped-def]
-    """P(u) = u − mean u − x̂ · mean(u ∘ x̂)"""
-    return tl.where(inside, u - _mean(u, dim) - x * _mean(u * x, dim), 0.0)
-
-
-@triton.jit
-def _parameter(base, added, share, head, chunk, base_head, added_head, added_chunk):  # type: ignore[no-untyped-def]
+def _parameter(base, residual, share, head, chunk, base_head, residual_head, residual_chunk):  # type: ignore[no-untyped-def]
     """Where a head's W is, what a chunk adds to it, and the share of that."""
-    return base + head * base_head, added + head * added_head + chunk * added_chunk, share
+    return base + head * base_head, residual + head * residual_head + chunk * residual_chunk, share
 
 
 @triton.jit
 def _block(  # type: ignore[no-untyped-def]
-    parameter, rows, columns, height: tl.constexpr, width: tl.constexpr, ADDED: tl.constexpr, OPERAND: tl.constexpr
+    parameter, rows, columns, height: tl.constexpr, width: tl.constexpr, RESIDUAL: tl.constexpr, OPERAND: tl.constexpr
 ):
     """A block of a (height, width) matrix. As `columns` may be down and `rows` across, it may come transposed."""
-    base, added, share = parameter
+    base, residual, share = parameter
     inside = (rows < height) & (columns < width)
     w = tl.load(base + rows * width + columns, mask=inside, other=0.0)
-    if ADDED:
-        w += share * tl.load(added + rows * width + columns, mask=inside, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        w += share * tl.load(residual + rows * width + columns, mask=inside, other=0.0).to(tl.float32)
     return w.to(OPERAND)
 
 
 @triton.jit
-def _rows_of(block, parts, chunks, rows, CHUNKS: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of each of a block's rows its chunk, its place in that, and whether it is there."""
+def rows_of_block(block, parts, chunks, rows, CHUNKS: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of each of a block's rows its chunk, its offset in that, and whether it is valid."""
     index = tl.arange(0, CHUNKS * ROWS)
     chunk = (block // parts) * CHUNKS + index // ROWS
     row = (block % parts) * ROWS + index % ROWS
@@ -116,7 +79,7 @@ def _rows_of(block, parts, chunks, rows, CHUNKS: tl.constexpr, ROWS: tl.constexp
 
 
 @triton.jit
-def _sum_of_chunks(of_rows, CHUNKS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def sum_rows_of_chunks(of_rows, CHUNKS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
     """Of a block's rows, those of each chunk summed."""
     if ROWS > 1:
         of_chunks = tl.sum(tl.reshape(of_rows, (CHUNKS, ROWS, WIDTH)), axis=1)
@@ -126,58 +89,58 @@ def _sum_of_chunks(of_rows, CHUNKS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.
 
 
 @triton.jit
-def _forward_of_rows(  # type: ignore[no-untyped-def]
-    keys, key_place, values, value_place, step_sizes, step_place, w_first, w_last, w_gamma,
-    hidden, hidden_errors, errors, losses, row_place, there, feature, eps,
+def forward_of_rows(  # type: ignore[no-untyped-def]
+    keys, key_offset, values, value_offset, step_sizes, step_offset, w_first, w_last, w_gamma,
+    hidden, hidden_deltas, deltas, losses, row_offset, valid, feature, eps,
     dim: tl.constexpr, width: tl.constexpr, HIDDEN: tl.constexpr, NORM: tl.constexpr,
-    ADDED: tl.constexpr, KEEPS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+    RESIDUAL: tl.constexpr, KEEPS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Rows forward, and back to the errors. What is read has places of its own, what is written those of whole
+    """Rows forward, and back to the deltas. What is read has places of its own, what is written those of whole
     outputs. Returns what γ is to descend by each row."""
-    inside = there[:, None] & (feature < dim)[None, :]
-    k = tl.load(keys + key_place[:, None] + feature[None, :], mask=inside, other=0.0).to(tl.float32)
+    inside = valid[:, None] & (feature < dim)[None, :]
+    k = tl.load(keys + key_offset[:, None] + feature[None, :], mask=inside, other=0.0).to(tl.float32)
     y = tl.zeros((ROWS, DIM), tl.float32)
     if HIDDEN:
         nothing = tl.zeros((ROWS, BLOCK), tl.float32)
         kept_h, kept_last = nothing, tl.zeros((BLOCK, DIM), OPERAND)
         for first_unit in range(0, width, BLOCK):
             unit = first_unit + tl.arange(0, BLOCK)
-            from_keys = _block(w_first, feature[:, None], unit[None, :], dim, width, ADDED, OPERAND)
+            from_keys = _block(w_first, feature[:, None], unit[None, :], dim, width, RESIDUAL, OPERAND)
             if KEEPS:
                 # both matrices are on their way at once
-                kept_last = _block(w_last, unit[:, None], feature[None, :], width, dim, ADDED, OPERAND)
+                kept_last = _block(w_last, unit[:, None], feature[None, :], width, dim, RESIDUAL, OPERAND)
             h = multiply_add(nothing, k, from_keys, PRECISION, OPERAND)
-            a = h * _below(h)
-            units, present = row_place[:, None] * width + unit[None, :], there[:, None] & (unit < width)[None, :]
+            a = h * normal_cdf(h)
+            units, present = row_offset[:, None] * width + unit[None, :], valid[:, None] & (unit < width)[None, :]
             tl.store(hidden + units, a, mask=present)
             if KEEPS:
                 kept_h, from_hidden = h, kept_last
             else:
-                from_hidden = _block(w_last, unit[:, None], feature[None, :], width, dim, ADDED, OPERAND)
+                from_hidden = _block(w_last, unit[:, None], feature[None, :], width, dim, RESIDUAL, OPERAND)
             y = multiply_add(y, a, from_hidden, PRECISION, OPERAND)
     else:
-        from_keys = _block(w_last, feature[:, None], feature[None, :], dim, dim, ADDED, OPERAND)
+        from_keys = _block(w_last, feature[:, None], feature[None, :], dim, dim, RESIDUAL, OPERAND)
         y = multiply_add(y, k, from_keys, PRECISION, OPERAND)
 
-    v = tl.load(values + value_place[:, None] + feature[None, :], mask=inside, other=0.0).to(tl.float32)
-    theta = tl.load(step_sizes + step_place, mask=there, other=0.0).to(tl.float32)[:, None]
+    v = tl.load(values + value_offset[:, None] + feature[None, :], mask=inside, other=0.0).to(tl.float32)
+    theta = tl.load(step_sizes + step_offset, mask=valid, other=0.0).to(tl.float32)[:, None]
 
     # s = −(2θ/d) (p − v)
     if NORM:
-        x, inverse = _normalised(y, inside, eps, dim)
-        gain = 1.0 + _block(w_gamma, 0, feature[None, :], 1, dim, ADDED, tl.float32)
+        x, inverse = standardize(y, inside, eps, dim)
+        gain = 1.0 + _block(w_gamma, 0, feature[None, :], 1, dim, RESIDUAL, tl.float32)
         difference = x * gain + k - v
-        descent = theta * difference * (-2.0 / dim)
+        s = theta * difference * (-2.0 / dim)
         # Δ₂ = r · P(s ∘ (1 + γ))
-        delta = inverse * _tangent(descent * gain, x, inside, dim)
-        of_rows = descent * x
+        delta = inverse * project_out(s * gain, x, inside, dim)
+        of_rows = s * x
     else:
         difference = y - v
         delta = theta * difference * (-2.0 / dim)
         of_rows = delta
-    tl.store(losses + row_place, tl.sum(difference * difference, axis=1) / dim, mask=there)
-    tl.store(errors + row_place[:, None] * dim + feature[None, :], delta, mask=inside)
+    tl.store(losses + row_offset, tl.sum(difference * difference, axis=1) / dim, mask=valid)
+    tl.store(deltas + row_offset[:, None] * dim + feature[None, :], delta, mask=inside)
 
     if HIDDEN:
         # Δ₁ = (Δ₂ W₂ᵀ) ∘ gelu′(h)
@@ -186,122 +149,122 @@ def _forward_of_rows(  # type: ignore[no-untyped-def]
             if KEEPS:
                 h, from_last = kept_h, tl.trans(kept_last)
             else:
-                from_keys = _block(w_first, feature[:, None], unit[None, :], dim, width, ADDED, OPERAND)
+                from_keys = _block(w_first, feature[:, None], unit[None, :], dim, width, RESIDUAL, OPERAND)
                 h = multiply_add(nothing, k, from_keys, PRECISION, OPERAND)
-                from_last = _block(w_last, unit[None, :], feature[:, None], width, dim, ADDED, OPERAND)
+                from_last = _block(w_last, unit[None, :], feature[:, None], width, dim, RESIDUAL, OPERAND)
             g = multiply_add(nothing, delta, from_last, PRECISION, OPERAND)
-            units, present = row_place[:, None] * width + unit[None, :], there[:, None] & (unit < width)[None, :]
-            tl.store(hidden_errors + units, g * _gelu_slope(h), mask=present)
+            units, present = row_offset[:, None] * width + unit[None, :], valid[:, None] & (unit < width)[None, :]
+            tl.store(hidden_deltas + units, g * gelu_derivative(h), mask=present)
     return of_rows
 
 
 @triton.jit
 def _forward_kernel(  # type: ignore[no-untyped-def]
-    keys, values, step_sizes, first, last, gamma, shares, add_first, add_last, add_gamma,
-    hidden, hidden_errors, errors, of_gamma, losses,
+    keys, values, step_sizes, first, last, gamma, shares, residual_first, residual_last, residual_gamma,
+    hidden, hidden_deltas, deltas, of_gamma, losses,
     blocks, parts, chunks, rows, eps,
     key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
     first_head, last_head, gamma_head,
-    share_head, share_chunk, add_first_head, add_first_chunk,
-    add_last_head, add_last_chunk, add_gamma_head, add_gamma_chunk,
+    share_head, share_chunk, residual_first_head, residual_first_chunk,
+    residual_last_head, residual_last_chunk, residual_gamma_head, residual_gamma_chunk,
     dim: tl.constexpr, width: tl.constexpr, HIDDEN: tl.constexpr, NORM: tl.constexpr,
-    ADDED: tl.constexpr, KEEPS: tl.constexpr,
+    RESIDUAL: tl.constexpr, KEEPS: tl.constexpr,
     CHUNKS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     block, head = program % blocks, (program // blocks).to(tl.int64)
-    chunk, row, there = _rows_of(block, parts, chunks, rows, CHUNKS, ROWS)
+    chunk, row, valid = rows_of_block(block, parts, chunks, rows, CHUNKS, ROWS)
     feature = tl.arange(0, DIM)
     # outputs are whole; places count from the head's first row, so that they need no 64 bits
-    start, row_place = head * chunks * rows, chunk * rows + row
+    start, row_offset = head * chunks * rows, chunk * rows + row
     share, own = 0.0, block // parts
-    if ADDED:
+    if RESIDUAL:
         share = tl.load(shares + head * share_head + own * share_chunk).to(tl.float32)
-    w_first = _parameter(first, add_first, share, head, own, first_head, add_first_head, add_first_chunk)
-    w_last = _parameter(last, add_last, share, head, own, last_head, add_last_head, add_last_chunk)
-    w_gamma = _parameter(gamma, add_gamma, share, head, own, gamma_head, add_gamma_head, add_gamma_chunk)
-    of_rows = _forward_of_rows(
+    w_first = _parameter(first, residual_first, share, head, own, first_head, residual_first_head, residual_first_chunk)
+    w_last = _parameter(last, residual_last, share, head, own, last_head, residual_last_head, residual_last_chunk)
+    w_gamma = _parameter(gamma, residual_gamma, share, head, own, gamma_head, residual_gamma_head, residual_gamma_chunk)
+    of_rows = forward_of_rows(
         keys + head * key_head, chunk * key_chunk + row * key_row,
         values + head * value_head, chunk * value_chunk + row * value_row,
         step_sizes + head * step_head, chunk * step_chunk + row * step_row, w_first, w_last, w_gamma,
-        hidden + start * width, hidden_errors + start * width, errors + start * dim, losses + start,
-        row_place, there, feature, eps,
-        dim, width, HIDDEN, NORM, ADDED, KEEPS, CHUNKS * ROWS, DIM, BLOCK, PRECISION, OPERAND,
+        hidden + start * width, hidden_deltas + start * width, deltas + start * dim, losses + start,
+        row_offset, valid, feature, eps,
+        dim, width, HIDDEN, NORM, RESIDUAL, KEEPS, CHUNKS * ROWS, DIM, BLOCK, PRECISION, OPERAND,
     )  # fmt: skip
     if NORM:
-        of_chunks = _sum_of_chunks(of_rows, CHUNKS, ROWS, DIM)
+        of_chunks = sum_rows_of_chunks(of_rows, CHUNKS, ROWS, DIM)
         summed = (block // parts) * CHUNKS + tl.arange(0, CHUNKS)
         to_chunks = of_gamma + ((head * chunks + summed) * parts + block % parts)[:, None] * dim + feature[None, :]
         tl.store(to_chunks, of_chunks, mask=(summed < chunks)[:, None] & (feature < dim)[None, :])
 
 
 @triton.jit
-def _backward_of_rows(  # type: ignore[no-untyped-def]
-    d_hidden, d_hidden_place, d_hidden_unit, d_hidden_errors, d_errors, d_of_gamma, gamma_place, d_losses,
-    keys, key_place, values, value_place, step_sizes, step_place, w_first, w_last, w_gamma,
-    d_values, d_step_sizes, d_products, d_y, d_h, row_place, there, feature, eps,
+def backward_of_rows(  # type: ignore[no-untyped-def]
+    d_hidden, d_hidden_offset, d_hidden_unit, d_hidden_deltas, d_deltas, d_of_gamma, gamma_offset, d_losses,
+    keys, key_offset, values, value_offset, step_sizes, step_offset, w_first, w_last, w_gamma,
+    d_values, d_step_sizes, d_products, d_y, d_h, row_offset, valid, feature, eps,
     dim: tl.constexpr, width: tl.constexpr, HIDDEN: tl.constexpr, NORM: tl.constexpr, LOSSES: tl.constexpr,
-    ADDED: tl.constexpr, KEEPS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+    RESIDUAL: tl.constexpr, KEEPS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """The way back through `_forward_of_rows`. Returns the gradients of the keys, and of γ."""
-    inside = there[:, None] & (feature < dim)[None, :]
-    features = row_place[:, None] * dim + feature[None, :]
-    k = tl.load(keys + key_place[:, None] + feature[None, :], mask=inside, other=0.0).to(tl.float32)
-    # D, the gradient of Δ₂, of which there is more through g = Δ₂ W₂ᵀ and Δ₁ = g ∘ gelu′(h)
-    d_delta = tl.load(d_errors + features, mask=inside, other=0.0).to(tl.float32)
+    """The way back through `forward_of_rows`. Returns the gradients of the keys, and of γ."""
+    inside = valid[:, None] & (feature < dim)[None, :]
+    features = row_offset[:, None] * dim + feature[None, :]
+    k = tl.load(keys + key_offset[:, None] + feature[None, :], mask=inside, other=0.0).to(tl.float32)
+    # D, the gradient of Δ₂, of which valid is more through g = Δ₂ W₂ᵀ and Δ₁ = g ∘ gelu′(h)
+    d_delta = tl.load(d_deltas + features, mask=inside, other=0.0).to(tl.float32)
     y = tl.zeros((ROWS, DIM), tl.float32)
     if HIDDEN:
         nothing = tl.zeros((ROWS, BLOCK), tl.float32)
         kept_h, kept_first, kept_last = nothing, tl.zeros((DIM, BLOCK), OPERAND), tl.zeros((BLOCK, DIM), OPERAND)
         for first_unit in range(0, width, BLOCK):
             unit = first_unit + tl.arange(0, BLOCK)
-            units, present = row_place[:, None] * width + unit[None, :], there[:, None] & (unit < width)[None, :]
-            from_keys = _block(w_first, feature[:, None], unit[None, :], dim, width, ADDED, OPERAND)
-            from_hidden = _block(w_last, unit[:, None], feature[None, :], width, dim, ADDED, OPERAND)
+            units, present = row_offset[:, None] * width + unit[None, :], valid[:, None] & (unit < width)[None, :]
+            from_keys = _block(w_first, feature[:, None], unit[None, :], dim, width, RESIDUAL, OPERAND)
+            from_hidden = _block(w_last, unit[:, None], feature[None, :], width, dim, RESIDUAL, OPERAND)
             h = multiply_add(nothing, k, from_keys, PRECISION, OPERAND)
-            d_g = tl.load(d_hidden_errors + units, mask=present, other=0.0).to(tl.float32) * _gelu_slope(h)
+            d_g = tl.load(d_hidden_deltas + units, mask=present, other=0.0).to(tl.float32) * gelu_derivative(h)
             tl.store(d_products + units, d_g, mask=present)
-            y = multiply_add(y, h * _below(h), from_hidden, PRECISION, OPERAND)
+            y = multiply_add(y, h * normal_cdf(h), from_hidden, PRECISION, OPERAND)
             d_delta = multiply_add(d_delta, d_g, from_hidden, PRECISION, OPERAND)
             if KEEPS:
                 kept_h, kept_first, kept_last = h, from_keys, from_hidden
     else:
-        from_keys = _block(w_last, feature[:, None], feature[None, :], dim, dim, ADDED, OPERAND)
+        from_keys = _block(w_last, feature[:, None], feature[None, :], dim, dim, RESIDUAL, OPERAND)
         y = multiply_add(y, k, from_keys, PRECISION, OPERAND)
 
-    v = tl.load(values + value_place[:, None] + feature[None, :], mask=inside, other=0.0).to(tl.float32)
-    theta = tl.load(step_sizes + step_place, mask=there, other=0.0).to(tl.float32)[:, None]
+    v = tl.load(values + value_offset[:, None] + feature[None, :], mask=inside, other=0.0).to(tl.float32)
+    theta = tl.load(step_sizes + step_offset, mask=valid, other=0.0).to(tl.float32)[:, None]
 
     if NORM:
-        x, inverse = _normalised(y, inside, eps, dim)
-        gain = 1.0 + _block(w_gamma, 0, feature[None, :], 1, dim, ADDED, tl.float32)
+        x, inverse = standardize(y, inside, eps, dim)
+        gain = 1.0 + _block(w_gamma, 0, feature[None, :], 1, dim, RESIDUAL, tl.float32)
         difference = x * gain + k - v
-        descent = theta * difference * (-2.0 / dim)
+        s = theta * difference * (-2.0 / dim)
         # Δ₂ = r · P(u) with u = s ∘ (1 + γ); P is symmetric, and made of x̂
-        tangent = _tangent(descent * gain, x, inside, dim)
+        tangent = project_out(s * gain, x, inside, dim)
         delta = inverse * tangent
         d_inverse = tl.sum(d_delta * tangent, axis=1)[:, None]
         d_delta *= inverse
-        d_u = _tangent(d_delta, x, inside, dim)
-        d_x = -_mean(descent * gain * x, dim) * d_delta - _mean(d_delta * x, dim) * (descent * gain)
+        d_u = project_out(d_delta, x, inside, dim)
+        d_x = -row_mean(s * gain * x, dim) * d_delta - row_mean(d_delta * x, dim) * (s * gain)
         # and minus the gradient of γ is Σ s ∘ x̂
-        from_chunks = d_of_gamma + gamma_place[:, None] * dim + feature[None, :]
+        from_chunks = d_of_gamma + gamma_offset[:, None] * dim + feature[None, :]
         d_chunk = tl.load(from_chunks, mask=inside, other=0.0)
-        d_descent = d_u * gain + d_chunk * x
-        d_x += d_chunk * descent
-        of_gamma = d_u * descent
+        d_s = d_u * gain + d_chunk * x
+        d_x += d_chunk * s
+        of_gamma = d_u * s
     else:
         difference = y - v
         delta = theta * difference * (-2.0 / dim)
-        d_descent = d_delta
+        d_s = d_delta
 
     # s = −(2θ/d) (p − v), loss = mean (p − v)²
-    tl.store(d_step_sizes + row_place, tl.sum(d_descent * difference, axis=1) * (-2.0 / dim), mask=there)
-    d_prediction = d_descent * theta * (-2.0 / dim)
+    tl.store(d_step_sizes + row_offset, tl.sum(d_s * difference, axis=1) * (-2.0 / dim), mask=valid)
+    d_prediction = d_s * theta * (-2.0 / dim)
     if LOSSES:
-        d_loss = tl.load(d_losses + row_place, mask=there, other=0.0)[:, None]
+        d_loss = tl.load(d_losses + row_offset, mask=valid, other=0.0)[:, None]
         d_prediction += d_loss * difference * (2.0 / dim)
     tl.store(d_values + features, -d_prediction, mask=inside)
 
@@ -311,7 +274,7 @@ def _backward_of_rows(  # type: ignore[no-untyped-def]
         of_gamma = tl.sum(of_gamma + d_prediction * x, axis=0)
         d_x += d_prediction * gain
         # x̂ = (y − mean y) · r, and ∂r/∂y = −r² x̂ / d
-        d_product = inverse * (_tangent(d_x, x, inside, dim) - d_inverse * inverse * x / dim)
+        d_product = inverse * (project_out(d_x, x, inside, dim) - d_inverse * inverse * x / dim)
     else:
         d_k = tl.zeros((ROWS, DIM), tl.float32)
         d_product, of_gamma = d_prediction, 0.0
@@ -320,75 +283,75 @@ def _backward_of_rows(  # type: ignore[no-untyped-def]
     if HIDDEN:
         for first_unit in range(0, width, BLOCK):
             unit = first_unit + tl.arange(0, BLOCK)
-            units, present = row_place[:, None] * width + unit[None, :], there[:, None] & (unit < width)[None, :]
+            units, present = row_offset[:, None] * width + unit[None, :], valid[:, None] & (unit < width)[None, :]
             if KEEPS:
                 h, from_h, from_last = kept_h, tl.trans(kept_first), tl.trans(kept_last)
             else:
-                from_keys = _block(w_first, feature[:, None], unit[None, :], dim, width, ADDED, OPERAND)
-                from_h = _block(w_first, feature[None, :], unit[:, None], dim, width, ADDED, OPERAND)
-                from_last = _block(w_last, unit[None, :], feature[:, None], width, dim, ADDED, OPERAND)
+                from_keys = _block(w_first, feature[:, None], unit[None, :], dim, width, RESIDUAL, OPERAND)
+                from_h = _block(w_first, feature[None, :], unit[:, None], dim, width, RESIDUAL, OPERAND)
+                from_last = _block(w_last, unit[None, :], feature[:, None], width, dim, RESIDUAL, OPERAND)
                 h = multiply_add(nothing, k, from_keys, PRECISION, OPERAND)
-            from_rows = d_hidden + d_hidden_place[:, None]
+            from_rows = d_hidden + d_hidden_offset[:, None]
             d_a = tl.load(from_rows + (unit * d_hidden_unit)[None, :], mask=present, other=0.0).to(tl.float32)
             d_a = multiply_add(d_a, d_product, from_last, PRECISION, OPERAND)
             g = multiply_add(nothing, delta, from_last, PRECISION, OPERAND)
-            d_slope = g * tl.load(d_hidden_errors + units, mask=present, other=0.0).to(tl.float32)
-            of_h = d_a * _gelu_slope(h) + d_slope * _gelu_curvature(h)
+            d_slope = g * tl.load(d_hidden_deltas + units, mask=present, other=0.0).to(tl.float32)
+            of_h = d_a * gelu_derivative(h) + d_slope * gelu_second_derivative(h)
             tl.store(d_h + units, of_h, mask=present)
             d_k = multiply_add(d_k, of_h, from_h, PRECISION, OPERAND)
     else:
-        from_last = _block(w_last, feature[None, :], feature[:, None], dim, dim, ADDED, OPERAND)
+        from_last = _block(w_last, feature[None, :], feature[:, None], dim, dim, RESIDUAL, OPERAND)
         d_k = multiply_add(d_k, d_product, from_last, PRECISION, OPERAND)
     return d_k, of_gamma
 
 
 @triton.jit
 def _backward_kernel(  # type: ignore[no-untyped-def]
-    d_hidden, d_hidden_errors, d_errors, d_of_gamma, d_losses,
-    keys, values, step_sizes, first, last, gamma, shares, add_first, add_last, add_gamma,
+    d_hidden, d_hidden_deltas, d_deltas, d_of_gamma, d_losses,
+    keys, values, step_sizes, first, last, gamma, shares, residual_first, residual_last, residual_gamma,
     d_keys, d_values, d_step_sizes, d_gamma, d_products, d_y, d_h,
     d_hidden_head, d_hidden_chunk, d_hidden_row, d_hidden_unit, blocks, parts, chunks, rows, eps,
     key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
     first_head, last_head, gamma_head,
-    share_head, share_chunk, add_first_head, add_first_chunk,
-    add_last_head, add_last_chunk, add_gamma_head, add_gamma_chunk,
+    share_head, share_chunk, residual_first_head, residual_first_chunk,
+    residual_last_head, residual_last_chunk, residual_gamma_head, residual_gamma_chunk,
     dim: tl.constexpr, width: tl.constexpr, HIDDEN: tl.constexpr, NORM: tl.constexpr, LOSSES: tl.constexpr,
-    ADDED: tl.constexpr, KEEPS: tl.constexpr,
+    RESIDUAL: tl.constexpr, KEEPS: tl.constexpr,
     CHUNKS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     block, head = program % blocks, (program // blocks).to(tl.int64)
-    chunk, row, there = _rows_of(block, parts, chunks, rows, CHUNKS, ROWS)
+    chunk, row, valid = rows_of_block(block, parts, chunks, rows, CHUNKS, ROWS)
     feature = tl.arange(0, DIM)
-    start, row_place = head * chunks * rows, chunk * rows + row
+    start, row_offset = head * chunks * rows, chunk * rows + row
     share, own = 0.0, block // parts
-    if ADDED:
+    if RESIDUAL:
         share = tl.load(shares + head * share_head + own * share_chunk).to(tl.float32)
-    w_first = _parameter(first, add_first, share, head, own, first_head, add_first_head, add_first_chunk)
-    w_last = _parameter(last, add_last, share, head, own, last_head, add_last_head, add_last_chunk)
-    w_gamma = _parameter(gamma, add_gamma, share, head, own, gamma_head, add_gamma_head, add_gamma_chunk)
-    d_k, of_gamma = _backward_of_rows(
+    w_first = _parameter(first, residual_first, share, head, own, first_head, residual_first_head, residual_first_chunk)
+    w_last = _parameter(last, residual_last, share, head, own, last_head, residual_last_head, residual_last_chunk)
+    w_gamma = _parameter(gamma, residual_gamma, share, head, own, gamma_head, residual_gamma_head, residual_gamma_chunk)
+    d_k, of_gamma = backward_of_rows(
         # often the gradient of what was transposed
         d_hidden + head * d_hidden_head, chunk * d_hidden_chunk + row * d_hidden_row, d_hidden_unit,
-        d_hidden_errors + start * width, d_errors + start * dim, d_of_gamma + head * chunks * dim, chunk,
+        d_hidden_deltas + start * width, d_deltas + start * dim, d_of_gamma + head * chunks * dim, chunk,
         d_losses + start, keys + head * key_head, chunk * key_chunk + row * key_row,
         values + head * value_head, chunk * value_chunk + row * value_row,
         step_sizes + head * step_head, chunk * step_chunk + row * step_row, w_first, w_last, w_gamma,
         d_values + start * dim, d_step_sizes + start,
-        d_products + start * width, d_y + start * dim, d_h + start * width, row_place, there, feature, eps,
-        dim, width, HIDDEN, NORM, LOSSES, ADDED, KEEPS, CHUNKS * ROWS, DIM, BLOCK, PRECISION, OPERAND,
+        d_products + start * width, d_y + start * dim, d_h + start * width, row_offset, valid, feature, eps,
+        dim, width, HIDDEN, NORM, LOSSES, RESIDUAL, KEEPS, CHUNKS * ROWS, DIM, BLOCK, PRECISION, OPERAND,
     )  # fmt: skip
-    inside = there[:, None] & (feature < dim)[None, :]
-    tl.store(d_keys + start * dim + row_place[:, None] * dim + feature[None, :], d_k, mask=inside)
+    inside = valid[:, None] & (feature < dim)[None, :]
+    tl.store(d_keys + start * dim + row_offset[:, None] * dim + feature[None, :], d_k, mask=inside)
     if NORM:
         to_gamma = d_gamma + (head * blocks + block) * dim + feature
         tl.store(to_gamma, of_gamma, mask=feature < dim)
 
 
 @triton.jit
-def _outer_products(  # type: ignore[no-untyped-def]
-    keys, hidden, errors, d_products, d_y, d_h, first_row, last_row, steps, unit, feature, rows, key_chunk, key_row,
+def outer_products(  # type: ignore[no-untyped-def]
+    keys, hidden, deltas, d_products, d_y, d_h, first_row, last_row, steps, unit, feature, rows, key_chunk, key_row,
     dim: tl.constexpr, width: tl.constexpr, HIDDEN: tl.constexpr,
     UNITS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
@@ -398,11 +361,11 @@ def _outer_products(  # type: ignore[no-untyped-def]
     of_last = tl.zeros((UNITS, DIM), tl.float32)
     for step in range(0, steps):
         index = first_row + step * ROWS + tl.arange(0, ROWS)
-        there = index < last_row
-        key_place = (index // rows) * key_chunk + (index % rows) * key_row
+        valid = index < last_row
+        key_offset = (index // rows) * key_chunk + (index % rows) * key_row
         # what stands on the left is loaded turned, rows across
-        across = there[None, :] & (unit < width)[:, None]
-        inside = there[:, None] & (feature < dim)[None, :]
+        across = valid[None, :] & (unit < width)[:, None]
+        inside = valid[:, None] & (feature < dim)[None, :]
         features = index[:, None] * dim + feature[None, :]
         d_product = tl.load(d_y + features, mask=inside, other=0.0)
         if HIDDEN:
@@ -411,36 +374,25 @@ def _outer_products(  # type: ignore[no-untyped-def]
             a = tl.load(hidden + units, mask=across, other=0.0)
             of_last = multiply_add(of_last, a, d_product, PRECISION, OPERAND)
             d_g = tl.load(d_products + units, mask=across, other=0.0)
-            delta = tl.load(errors + features, mask=inside, other=0.0)
+            delta = tl.load(deltas + features, mask=inside, other=0.0)
             of_last = multiply_add(of_last, d_g, delta, PRECISION, OPERAND)
             of_h = tl.load(d_h + units, mask=across, other=0.0)
-            k = tl.load(keys + key_place[:, None] + feature[None, :], mask=inside, other=0.0)
+            k = tl.load(keys + key_offset[:, None] + feature[None, :], mask=inside, other=0.0)
             of_first = multiply_add(of_first, of_h, k, PRECISION, OPERAND)
         else:
-            k = tl.load(keys + key_place[None, :] + unit[:, None], mask=across, other=0.0)
+            k = tl.load(keys + key_offset[None, :] + unit[:, None], mask=across, other=0.0)
             of_last = multiply_add(of_last, k, d_product, PRECISION, OPERAND)
     return of_first, of_last
 
 
 @triton.jit
-def _summed(start, count, feature, dim: tl.constexpr, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The sum of `count` rows."""
-    total = tl.zeros((DIM,), tl.float32)
-    for first_row in range(0, count, 16):
-        row = first_row + tl.arange(0, 16)
-        inside = (row < count)[:, None] & (feature < dim)[None, :]
-        total += tl.sum(tl.load(start + row[:, None] * dim + feature[None, :], mask=inside, other=0.0), axis=0)
-    return total
-
-
-@triton.jit
 def _weights_kernel(  # type: ignore[no-untyped-def]
-    keys, hidden, errors, d_products, d_y, d_h, of_gamma, shares, add_first, add_last, add_gamma,
-    d_first, d_last, d_gamma, d_shares, d_add_first, d_add_last, d_add_gamma,
+    keys, hidden, deltas, d_products, d_y, d_h, of_gamma, shares, residual_first, residual_last, residual_gamma,
+    d_first, d_last, d_gamma, d_shares, d_residual_first, d_residual_last, d_residual_gamma,
     blocks, groups, group_chunks, steps, parts, row_blocks, chunks, rows, key_head, key_chunk, key_row,
-    share_head, share_chunk, add_first_head, add_first_chunk,
-    add_last_head, add_last_chunk, add_gamma_head, add_gamma_chunk,
-    dim: tl.constexpr, width: tl.constexpr, HIDDEN: tl.constexpr, NORM: tl.constexpr, ADDED: tl.constexpr,
+    share_head, share_chunk, residual_first_head, residual_first_chunk,
+    residual_last_head, residual_last_chunk, residual_gamma_head, residual_gamma_chunk,
+    dim: tl.constexpr, width: tl.constexpr, HIDDEN: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
     UNITS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """A program owns a block of hidden features of a head; where chunks have weights of their own, in some chunks."""
@@ -454,47 +406,47 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
     hidden += start * width
     d_products += start * width
     d_h += start * width
-    errors += start * dim
+    deltas += start * dim
     d_y += start * dim
     present = (unit < width)[:, None] & (feature < dim)[None, :]
     in_last, in_first = unit[:, None] * dim + feature[None, :], feature[None, :] * width + unit[:, None]
 
-    if ADDED:
+    if RESIDUAL:
         of_first = tl.zeros((UNITS, DIM), tl.float32)
         of_last = tl.zeros((UNITS, DIM), tl.float32)
         first_chunk = group * group_chunks
         for chunk in range(first_chunk, tl.minimum(first_chunk + group_chunks, chunks)):
             share = tl.load(shares + head * share_head + chunk * share_chunk).to(tl.float32)
-            place = head * chunks + chunk
+            offset = head * chunks + chunk
             # long before they are needed
-            from_last = add_last + head * add_last_head + chunk * add_last_chunk + in_last
+            from_last = residual_last + head * residual_last_head + chunk * residual_last_chunk + in_last
             other_last = tl.load(from_last, mask=present, other=0.0).to(tl.float32)
             if HIDDEN:
-                from_first = add_first + head * add_first_head + chunk * add_first_chunk + in_first
+                from_first = residual_first + head * residual_first_head + chunk * residual_first_chunk + in_first
                 other_first = tl.load(from_first, mask=present, other=0.0).to(tl.float32)
-            own_first, own_last = _outer_products(
-                keys, hidden, errors, d_products, d_y, d_h, chunk * rows, (chunk + 1) * rows, steps, unit, feature,
+            own_first, own_last = outer_products(
+                keys, hidden, deltas, d_products, d_y, d_h, chunk * rows, (chunk + 1) * rows, steps, unit, feature,
                 rows, key_chunk, key_row, dim, width, HIDDEN, UNITS, ROWS, DIM, PRECISION, OPERAND,
             )  # fmt: skip
             of_last += own_last
-            tl.store(d_add_last + place * width * dim + in_last, share * own_last, mask=present)
+            tl.store(d_residual_last + offset * width * dim + in_last, share * own_last, mask=present)
             of_share = tl.sum(own_last * other_last)
             if HIDDEN:
                 of_first += own_first
-                tl.store(d_add_first + place * width * dim + in_first, share * own_first, mask=present)
+                tl.store(d_residual_first + offset * width * dim + in_first, share * own_first, mask=present)
                 of_share += tl.sum(own_first * other_first)
             if NORM:
                 # the first block's
                 with_gamma = feature < tl.where(block == 0, dim, 0)
-                from_gamma = add_gamma + head * add_gamma_head + chunk * add_gamma_chunk + feature
+                from_gamma = residual_gamma + head * residual_gamma_head + chunk * residual_gamma_chunk + feature
                 other_gamma = tl.load(from_gamma, mask=with_gamma, other=0.0).to(tl.float32)
-                own_gamma = _summed(of_gamma + place * parts * dim, parts, feature, dim, DIM)
-                tl.store(d_add_gamma + place * dim + feature, share * own_gamma, mask=with_gamma)
+                own_gamma = sum_rows(of_gamma + offset * parts * dim, parts, feature, dim, DIM)
+                tl.store(d_residual_gamma + offset * dim + feature, share * own_gamma, mask=with_gamma)
                 of_share += tl.sum(own_gamma * other_gamma)
-            tl.store(d_shares + place * blocks + block, of_share)
+            tl.store(d_shares + offset * blocks + block, of_share)
     else:
-        of_first, of_last = _outer_products(
-            keys, hidden, errors, d_products, d_y, d_h, 0, chunks * rows, steps, unit, feature,
+        of_first, of_last = outer_products(
+            keys, hidden, deltas, d_products, d_y, d_h, 0, chunks * rows, steps, unit, feature,
             rows, key_chunk, key_row, dim, width, HIDDEN, UNITS, ROWS, DIM, PRECISION, OPERAND,
         )  # fmt: skip
 
@@ -504,205 +456,230 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
         tl.store(d_first + to_base + in_first, of_first, mask=present)
     if NORM:
         if (block == 0) & (group == 0):
-            of_head = _summed(of_gamma + head * row_blocks * dim, row_blocks, feature, dim, DIM)
+            of_head = sum_rows(of_gamma + head * row_blocks * dim, row_blocks, feature, dim, DIM)
             tl.store(d_gamma + head * dim + feature, of_head, mask=feature < dim)
 
 
-def forward(
-    keys: Tensor,  # bh n m d
-    values: Tensor,  # bh n m d
-    step_sizes: Tensor,  # bh n m
-    first: Tensor | None,  # bh d e
-    last: Tensor,  # bh e d
-    gamma: Tensor | None,  # bh d
-    added: Added | None,  # bh n; bh n d e, bh n e d, bh n d
+def _outputs(
+    keys: Tensor,
+    values: Tensor,
+    step_sizes: Tensor,
+    first: Tensor | None,
+    last: Tensor,
+    gamma: Tensor | None,
+    shares: Tensor | None,
+    residual_first: Tensor | None,
+    residual_last: Tensor | None,
+    residual_gamma: Tensor | None,
     eps: float,
     operands: torch.dtype,
-    precision: str,
-) -> tuple[Tensor, ...]:
-    """What the last matrix saw, errors of both products (bh, n, m, ·), descent of γ (bh, n, d), losses (bh, n, m)."""
-    call = _Call.of(keys, values, step_sizes, first, last, gamma, added, operands, precision)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `InnerGradient`; absent ones are empty."""
     heads, chunks, rows, dim = keys.shape
-    none = keys.new_empty(0, dtype=operands)
-    hidden, hidden_errors = none, keys.new_empty(0, dtype=operands)
-    if first is not None:
-        hidden, hidden_errors = (keys.new_empty(heads, chunks, rows, call.width, dtype=operands) for _ in range(2))
-    errors = keys.new_empty(keys.shape, dtype=operands)
-    of_gamma = last.new_empty((0,) if gamma is None else (heads, chunks, call.parts, dim))
-    losses = last.new_empty(heads, chunks, rows)
-    with torch.cuda.device_of(keys):
-        _forward_kernel[(heads * call.blocks,)](
-            *call.tensors, hidden, hidden_errors, errors, of_gamma, losses,
-            *call.numbers(eps), **call.constants,
-        )  # fmt: skip
-    if gamma is not None:
-        of_gamma = of_gamma.sum(dim=2) if call.parts > 1 else of_gamma.view(heads, chunks, dim)
-    return hidden, hidden_errors, errors, of_gamma, losses
+    of_hidden = (0,) if first is None else (heads, chunks, rows, first.shape[-1])
+    return (
+        keys.new_empty(of_hidden, dtype=operands),
+        keys.new_empty(of_hidden, dtype=operands),
+        keys.new_empty(keys.shape, dtype=operands),
+        last.new_empty((0,) if gamma is None else (heads, chunks, dim)),
+        last.new_empty(heads, chunks, rows),
+    )
 
 
-def backward(
-    d_outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
+def _forward(
     keys: Tensor,  # bh n m d
     values: Tensor,  # bh n m d
     step_sizes: Tensor,  # bh n m
     first: Tensor | None,  # bh d e
     last: Tensor,  # bh e d
     gamma: Tensor | None,  # bh d
-    added: Added | None,  # bh n; bh n d e, bh n e d, bh n d
+    shares: Tensor | None,  # bh n
+    residual_first: Tensor | None,  # bh n d e
+    residual_last: Tensor | None,  # bh n e d
+    residual_gamma: Tensor | None,  # bh n d
+    eps: float,
+    operands: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given = (keys, values, step_sizes, first, last, gamma, shares, residual_first, residual_last, residual_gamma)
+    hidden, hidden_deltas, deltas, of_gamma, losses = _outputs(*given, eps, operands)
+    heads, chunks, rows, dim = keys.shape
+    tiles = _tiles(keys, first, last, shares, operands)
+    blocks, parts = _blocks(chunks, rows, tiles)
+    gamma_parts = of_gamma if gamma is None or parts == 1 else of_gamma.new_empty(heads, chunks, parts, dim)
+    _forward_kernel[(heads * blocks,)](
+        **_arguments(*given, eps=eps), **_sizes(keys, first, last, gamma, shares, operands), **tiles,
+        hidden=hidden, hidden_deltas=hidden_deltas, deltas=deltas, of_gamma=gamma_parts, losses=losses,
+        blocks=blocks, parts=parts,
+    )  # fmt: skip
+    if gamma_parts is not of_gamma:
+        of_gamma = gamma_parts.sum(dim=2)
+    return hidden, hidden_deltas, deltas, of_gamma, losses
+
+
+def _backward(
+    d_hidden: Tensor | None,  # bh n m e
+    d_hidden_deltas: Tensor | None,  # bh n m e
+    d_deltas: Tensor | None,  # bh n m d
+    d_of_gamma: Tensor | None,  # bh n d
+    d_losses: Tensor | None,  # bh n m
     hidden: Tensor,  # bh n m e
-    errors: Tensor,  # bh n m d
+    deltas: Tensor,  # bh n m d
+    keys: Tensor,
+    values: Tensor,
+    step_sizes: Tensor,
+    first: Tensor | None,
+    last: Tensor,
+    gamma: Tensor | None,
+    shares: Tensor | None,
+    residual_first: Tensor | None,
+    residual_last: Tensor | None,
+    residual_gamma: Tensor | None,
     eps: float,
     operands: torch.dtype,
-    precision: str,
-) -> list[Tensor]:
-    """Gradients of `keys`, `values`, `step_sizes`, `first`, `last`, `gamma` and all in `added`."""
-    call = _Call.of(keys, values, step_sizes, first, last, gamma, added, operands, precision)
+) -> list[Tensor | None]:
+    given = (keys, values, step_sizes, first, last, gamma, shares, residual_first, residual_last, residual_gamma)
+    arguments, sizes = _arguments(*given, eps=eps), _sizes(keys, first, last, gamma, shares, operands)
     heads, chunks, rows, dim = keys.shape
+    width, residual = last.shape[1], shares is not None
+    tiles = _tiles(keys, first, last, shares, operands)
+    blocks, parts = _blocks(chunks, rows, tiles)
+    absent = last.new_empty(0)
+    if d_hidden is None:
+        d_hidden = torch.zeros_like(hidden)
+    d_hidden_deltas = torch.zeros_like(hidden) if d_hidden_deltas is None else d_hidden_deltas.contiguous()
+    d_deltas = torch.zeros_like(deltas) if d_deltas is None else d_deltas.contiguous()
+    if gamma is None:
+        d_of_gamma = absent
+    else:
+        d_of_gamma = last.new_zeros(heads, chunks, dim) if d_of_gamma is None else d_of_gamma.contiguous()
+
     d_keys, d_values, d_step_sizes = (t.new_empty(t.shape) for t in (keys, values, step_sizes))
-    # of each row, what weights' gradients are made of; that of γ is summed over a program's rows
+    # the factors of the weights' gradients, for each row; that of γ is summed over a program's rows
     d_y = keys.new_empty(keys.shape, dtype=operands)
     d_products, d_h = (keys.new_empty(hidden.shape, dtype=operands) for _ in range(2))
-    of_gamma = last.new_empty((0,) if gamma is None else (heads, call.blocks, dim))
-    d_hidden, *others = d_outputs
-    incoming = [d_hidden, *(d_values if t is None else t.contiguous() for t in others)]
-    d_hidden_strides = (0,) * 4 if first is None else d_hidden.stride()
-    # more rows, or float32 in full, need all there are
-    few = added is not None and operands != torch.float32 and call.constants['ROWS'] == 16
-    at_most = {'maxnreg': ADDED_REGISTERS[call.many]} if few else {}
-    with torch.cuda.device_of(keys):
-        _backward_kernel[(heads * call.blocks,)](
-            *incoming, *call.tensors, d_keys, d_values, d_step_sizes, of_gamma, d_products, d_y, d_h,
-            *d_hidden_strides, *call.numbers(eps), **call.constants, **at_most, LOSSES=d_outputs[-1] is not None,
-        )  # fmt: skip
+    gamma_parts = last.new_empty((0,) if gamma is None else (heads, blocks, dim))
+    registers = None
+    if residual and operands != torch.float32 and tiles['ROWS'] == 16:  # other programs need all that there are
+        registers = RESIDUAL_REGISTERS[heads * chunks * parts >= MANY_PROGRAMS]
+    # `d_hidden` is often the gradient of a transposed tensor
+    _backward_kernel[(heads * blocks,)](
+        **arguments, **sizes, **tiles, maxnreg=registers,
+        d_hidden=d_hidden,
+        **named_strides('d_hidden', None if first is None else d_hidden, 'head chunk row unit'),
+        d_hidden_deltas=d_hidden_deltas, d_deltas=d_deltas, d_of_gamma=d_of_gamma,
+        d_losses=absent if d_losses is None else d_losses.contiguous(), LOSSES=d_losses is not None,
+        d_keys=d_keys, d_values=d_values, d_step_sizes=d_step_sizes,
+        d_gamma=gamma_parts, d_products=d_products, d_y=d_y, d_h=d_h, blocks=blocks, parts=parts,
+    )  # fmt: skip
 
-    units = min(UNITS if added is None else ADDED_UNITS, max(16, triton.next_power_of_2(call.width)))
-    blocks, groups, at_a_time, summed = triton.cdiv(call.width, units), 1, ROWS_AT_A_TIME, chunks * rows
-    warps = 4
-    if added is not None:
-        groups = min(chunks, triton.cdiv(ENOUGH_SUMS, heads * blocks))
-        at_a_time, summed, warps = min(at_a_time, max(16, triton.next_power_of_2(rows))), rows, ADDED_SUM_WARPS
+    units = min(RESIDUAL_UNITS if residual else UNITS, tile_size(width))
+    unit_blocks, groups, at_a_time, summed, warps = triton.cdiv(width, units), 1, ROWS_AT_A_TIME, chunks * rows, 4
+    if residual:
+        groups = min(chunks, triton.cdiv(ENOUGH_SUMS, heads * unit_blocks))
+        at_a_time, summed, warps = min(at_a_time, tile_size(rows)), rows, RESIDUAL_SUM_WARPS
     group_chunks = triton.cdiv(chunks, groups)
     groups = triton.cdiv(chunks, group_chunks)
     d_first, d_last = (
-        last.new_empty((0,) if w is None else (heads, groups, *w.shape[1:]) if groups > 1 else w.shape)
+        None if w is None else last.new_empty((heads, groups, *w.shape[1:]) if groups > 1 else w.shape)
         for w in (first, last)
     )
-    d_gamma = last.new_empty((0,) if gamma is None else gamma.shape)
-    d_others = [last.new_empty(0) if t is None else t.new_empty(t.shape) for t in (added or (None,) * 4)[1:]]
-    of_shares = last.new_empty((0,) if added is None else (heads, chunks, blocks))
-    with torch.cuda.device_of(keys):
-        _weights_kernel[(heads * groups * blocks,)](
-            call.tensors[0], hidden, errors, d_products, d_y, d_h, of_gamma, *call.tensors[6:],
-            d_first, d_last, d_gamma, of_shares, *d_others,
-            blocks, groups, group_chunks, triton.cdiv(summed, at_a_time), call.parts, call.blocks, chunks, rows,
-            *call.strides[:3], *call.strides[12:],
-            dim=dim, width=call.width, HIDDEN=first is not None, NORM=gamma is not None, ADDED=added is not None,
-            UNITS=units, ROWS=at_a_time, DIM=call.constants['DIM'],
-            PRECISION=precision, OPERAND=TRITON_DTYPES[operands],
-            num_warps=warps if call.constants['DIM'] <= 64 else 2 * warps, num_stages=STAGES,
-        )  # fmt: skip
+    assert d_last is not None
+    d_gamma = None if gamma is None else last.new_empty(gamma.shape)
+    d_residual = [None if t is None else t.new_empty(t.shape) for t in (residual_first, residual_last, residual_gamma)]
+    d_shares = last.new_empty((heads, chunks, unit_blocks) if residual else (0,))
+    d_residual_first, d_residual_last, d_residual_gamma = (absent if t is None else t for t in d_residual)
+    _weights_kernel[(heads * groups * unit_blocks,)](
+        **taken_by(_weights_kernel, arguments | sizes),
+        hidden=hidden, deltas=deltas, d_products=d_products, d_y=d_y, d_h=d_h, of_gamma=gamma_parts,
+        d_first=absent if d_first is None else d_first, d_last=d_last, d_gamma=absent if d_gamma is None else d_gamma,
+        d_shares=d_shares, d_residual_first=d_residual_first, d_residual_last=d_residual_last,
+        d_residual_gamma=d_residual_gamma,
+        blocks=unit_blocks, groups=groups, group_chunks=group_chunks, steps=triton.cdiv(summed, at_a_time),
+        parts=parts, row_blocks=blocks, UNITS=units, ROWS=at_a_time,
+        num_warps=warps if sizes['DIM'] <= 64 else 2 * warps, num_stages=STAGES,
+    )  # fmt: skip
     if groups > 1:
-        d_first, d_last = (d if d.ndim == 1 else d.sum(dim=1) for d in (d_first, d_last))
-    d_shares = of_shares if added is None else of_shares.sum(dim=-1).to(added[0].dtype)
-    return [d_keys, d_values, d_step_sizes, d_first, d_last, d_gamma, d_shares, *d_others]
+        d_first, d_last = None if d_first is None else d_first.sum(dim=1), d_last.sum(dim=1)
+    of_shares = None if shares is None else d_shares.sum(dim=-1).to(shares.dtype)
+    return [d_keys, d_values, d_step_sizes, d_first, d_last, d_gamma, of_shares, *d_residual]
 
 
-class _Call(NamedTuple):
-    """What the kernels are launched with."""
-
-    tensors: tuple[Tensor, ...]
-    blocks: int
-    parts: int
-    width: int
-    many: bool
-    strides: tuple[int, ...]
-    constants: dict[str, Any]
-
-    @classmethod
-    def of(
-        cls,
-        keys: Tensor,
-        values: Tensor,
-        step_sizes: Tensor,
-        first: Tensor | None,
-        last: Tensor,
-        gamma: Tensor | None,
-        added: Added | None,
-        operands: torch.dtype,
-        precision: str,
-    ) -> _Call:
-        absent = last.new_empty(0)
-        # chunks may be cut out of a longer sequence, and weights shared by heads, but features are whole
-        keys, values = (_whole(t, 1, absent) for t in (keys, values))
-        shares, *others = added or (None,) * 4
-        matrices = [_whole(t, 2, absent) for t in (first, last, *others[:2])]
-        vectors = [_whole(t, 1, absent) for t in (gamma, others[2])]
-        base = (*matrices[:2], vectors[0])
-        chunked = (absent if shares is None else shares, *matrices[2:], vectors[1])
-
-        heads, chunks, rows, dim = keys.shape
-        width = last.shape[1]
-        padded, wide = max(16, triton.next_power_of_2(dim)), max(16, triton.next_power_of_2(width))
-        in_full = precision == 'tf32x3' and operands == torch.float32
-        block = min(wide, MOST_COLUMNS, BLOCK // padded, max(32, padded))
-        if added is None:
-            keeps = False
-            own, warps = _tile(heads, chunks * rows, max(padded, block), in_full)
-            of_chunk = min(triton.next_power_of_2(rows), own)
-            # two take more memory than a multiprocessor of compute capability 8.6 has, in full and so wide
-            options = {'num_warps': warps, 'num_stages': 1 if in_full and padded > 64 else STAGES}
-        else:
-            keeps = first is not None and wide * padded <= (KEPT_IN_FULL if in_full else KEPT)
-            block = wide if keeps else block
-            own = of_chunk = min(MOST_ROWS, max(16, triton.next_power_of_2(rows)))
-            options = {'num_stages': ADDED_STAGES}
-        parts = triton.cdiv(rows, of_chunk)
-        many = heads * chunks * parts >= MANY_PROGRAMS
-        if added is not None:
-            options['num_warps'] = ADDED_WARPS[many]
-        constants = {
-            'dim': dim,
-            'width': width,
-            'HIDDEN': first is not None,
-            'NORM': gamma is not None,
-            'ADDED': added is not None,
-            'KEEPS': keeps,
-            'CHUNKS': own // of_chunk,
-            'ROWS': of_chunk,
-            'DIM': padded,
-            'BLOCK': block,
-            'PRECISION': precision,
-            'OPERAND': TRITON_DTYPES[operands],
-            **options,
-        }
-        strides = (*keys.stride()[:3], *values.stride()[:3], *step_sizes.stride(), *(t.stride(0) for t in base))
-        of_chunks = (0,) * 8 if added is None else [n for t in chunked for n in (*t.stride(), 0)[:2]]
-        return cls(
-            (keys, values, step_sizes, *base, *chunked),
-            triton.cdiv(chunks, own // of_chunk) * parts,
-            parts,
-            width,
-            many,
-            (*strides, *of_chunks),
-            constants,
-        )
-
-    def numbers(self, eps: float) -> tuple[Any, ...]:
-        chunks, rows = self.tensors[0].shape[1:3]
-        return self.blocks, self.parts, chunks, rows, eps, *self.strides
+inner_gradient = register_kernel(
+    'inner_gradient', _forward, _backward, outputs=_outputs, saved=(0, 2), materialize_grads=False
+)
 
 
-def _whole(t: Tensor | None, axes: int, absent: Tensor) -> Tensor:
-    """With its last axes in one piece; `absent` for nothing."""
-    if t is None:
-        return absent
-    lengths = (t.shape[-1], 1)
-    return t if t.stride()[-axes:] == lengths[-axes:] else t.contiguous()
+def _arguments(
+    keys: Tensor,
+    values: Tensor,
+    step_sizes: Tensor,
+    first: Tensor | None,
+    last: Tensor,
+    gamma: Tensor | None,
+    shares: Tensor | None,
+    residual_first: Tensor | None,
+    residual_last: Tensor | None,
+    residual_gamma: Tensor | None,
+    eps: float,
+) -> dict[str, Any]:
+    """Tensors, their strides and numbers of rows. Chunks may be slices of a longer sequence, and heads may share
+    weights, but features are contiguous."""
+    tensors: dict[str, tuple[Tensor | None, int, str, str]] = {
+        'keys': (keys, 1, 'key', 'head chunk row'),
+        'values': (values, 1, 'value', 'head chunk row'),
+        'step_sizes': (step_sizes, 0, 'step', 'head chunk row'),
+        'first': (first, 2, 'first', 'head'),
+        'last': (last, 2, 'last', 'head'),
+        'gamma': (gamma, 1, 'gamma', 'head'),
+        'shares': (shares, 0, 'share', 'head chunk'),
+        'residual_first': (residual_first, 2, 'residual_first', 'head chunk'),
+        'residual_last': (residual_last, 2, 'residual_last', 'head chunk'),
+        'residual_gamma': (residual_gamma, 1, 'residual_gamma', 'head chunk'),
+    }
+    arguments: dict[str, Any] = {'chunks': keys.shape[1], 'rows': keys.shape[2], 'eps': eps}
+    for name, (t, contiguous, prefix, axes) in tensors.items():
+        t = t if t is None or not contiguous else contiguous_inside(t, contiguous)
+        arguments |= {name: last.new_empty(0) if t is None else t, **named_strides(prefix, t, axes)}
+    return arguments
 
 
-def _tile(heads: int, rows: int, columns: int, in_full: bool) -> tuple[int, int]:
-    """Rows and warps of a program that has so many columns of each on chip; `in_full`: float32 without TF32."""
-    entries = ENTRIES_IN_FULL if in_full else ENTRIES
-    own = max(16, min(MOST_ROWS, entries // columns))
-    own = own if heads * triton.cdiv(rows, own) >= ENOUGH_PROGRAMS else 16
-    return own, 4 if 2 * own * columns <= entries else 8
+def _sizes(
+    keys: Tensor,
+    first: Tensor | None,
+    last: Tensor,
+    gamma: Tensor | None,
+    shares: Tensor | None,
+    operands: torch.dtype,
+) -> dict[str, Any]:
+    """Constants of all kernels."""
+    return dict(
+        dim=keys.shape[-1], width=last.shape[1], DIM=tile_size(keys.shape[-1]),
+        HIDDEN=first is not None, NORM=gamma is not None, RESIDUAL=shares is not None, **product_precision(operands),
+    )  # fmt: skip
+
+
+def _tiles(
+    keys: Tensor, first: Tensor | None, last: Tensor, shares: Tensor | None, operands: torch.dtype
+) -> dict[str, Any]:
+    """The cut of the kernels of rows, and their launch options."""
+    heads, chunks, rows, dim = keys.shape
+    padded, wide = tile_size(dim), tile_size(last.shape[1])
+    in_full = operands == torch.float32
+    block = min(wide, MOST_COLUMNS, BLOCK // padded, max(32, padded))
+    if shares is None:
+        own, warps = rows_per_program(heads, chunks * rows, max(padded, block), in_full)
+        of_chunk = min(triton.next_power_of_2(rows), own)
+        # two stages take more memory than a multiprocessor of compute capability 8.6 has, in full and so wide
+        options = {'num_warps': warps, 'num_stages': 1 if in_full and padded > 64 else STAGES}
+        return dict(KEEPS=False, CHUNKS=own // of_chunk, ROWS=of_chunk, BLOCK=block, **options)
+    keeps = first is not None and wide * padded <= (KEPT_IN_FULL if in_full else KEPT)
+    own = min(MOST_ROWS, tile_size(rows))
+    many = heads * chunks * triton.cdiv(rows, own) >= MANY_PROGRAMS
+    options = {'num_warps': RESIDUAL_WARPS[many], 'num_stages': RESIDUAL_STAGES}
+    return dict(KEEPS=keeps, CHUNKS=1, ROWS=own, BLOCK=wide if keeps else block, **options)
+
+
+def _blocks(chunks: int, rows: int, tiles: dict[str, Any]) -> tuple[int, int]:
+    """Programs of a head, and parts of a chunk."""
+    parts = triton.cdiv(rows, tiles['ROWS'])
+    return triton.cdiv(chunks, tiles['CHUNKS']) * parts, parts

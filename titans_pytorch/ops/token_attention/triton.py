@@ -1,10 +1,9 @@
-"""What attention does for one position between its two projections, in one launch.
+"""Kernel of the attention of a single position, in one launch.
 
-Each program owns a head of a batch entry: it rotates the query and the key, mixes the value, writes both into the
-buffers, and attends with a running softmax over blocks of slots. The position's own keys and values are taken from
-where they were computed and not from the buffers, so that nothing in a launch waits for what it writes. Loads stand
-before the first sum over threads, which they would wait for; and which slots are seen decides nothing about them. The
-plain twin is in `titans_pytorch.ops.token_attention`.
+Each program owns a head of a batch entry and attends with a running softmax over blocks of slots. It takes the
+position's own keys and values from where they were computed and not from the buffers, so that nothing in a launch waits
+for its writes. Loads stand before the first sum over threads, which they would wait for; and no load depends on which
+slots are seen.
 """
 
 from __future__ import annotations
@@ -14,29 +13,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# features of a head, at most
-LARGEST = 256
-# numbers of keys at a time, and as many of values
+from titans_pytorch.ops._triton import contiguous_inside
+
+# entries of keys at a time, and as many of values
 TILE = 4096
 WARPS = 4
-# features at a time, of those that shares are computed from
+# features at a time, of the input of the shares
 BLOCK = 512
 # below every score; −∞ less itself would not be a number
 LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
-def _rotated(x, feature, there, cos, sin):  # type: ignore[no-untyped-def]
+def _rotated(x, feature, valid, cos, sin):  # type: ignore[no-untyped-def]
     """Neighbouring features are the two parts of a complex number."""
-    own = tl.load(x + feature, mask=there, other=0.0).to(tl.float32)
-    other = tl.load(x + (feature ^ 1), mask=there, other=0.0).to(tl.float32)
+    own = tl.load(x + feature, mask=valid, other=0.0).to(tl.float32)
+    other = tl.load(x + (feature ^ 1), mask=valid, other=0.0).to(tl.float32)
     return own * cos + tl.where(feature % 2 == 0, -other, other) * sin
 
 
 @triton.jit
 def _kernel(  # type: ignore[no-untyped-def]
-    projected, keys, values, out, position, turn, seq, to_share, bias, residual,
-    stride_b, stride_r, seq_stride_b, residual_stride_b, residual_stride_h, scale,
+    projected, keys, values, out, position, rotation, inputs, to_share, bias, first_values,
+    stride_b, stride_r, input_stride_b, first_stride_b, first_stride_h, scale,
     HEADS: tl.constexpr, DIM_HEAD: tl.constexpr, SLOTS: tl.constexpr, PERSISTENT: tl.constexpr, ROWS: tl.constexpr,
     DIM: tl.constexpr, SLIDES: tl.constexpr, MIXES: tl.constexpr,
     PADDED: tl.constexpr, BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr,
@@ -44,38 +43,38 @@ def _kernel(  # type: ignore[no-untyped-def]
     entry, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     feature = tl.arange(0, PADDED)[None, :]
     row = tl.arange(0, ROWS)[:, None]
-    there = feature < DIM_HEAD
+    valid = feature < DIM_HEAD
     projected += entry * stride_b + head * DIM_HEAD
     keys += (entry * HEADS + head) * SLOTS * DIM_HEAD
     values += (entry * HEADS + head) * SLOTS * DIM_HEAD
 
     number = tl.load(position)
-    cos = tl.load(turn + feature // 2 * 2, mask=there, other=0.0)
-    sin = tl.load(turn + feature // 2 * 2 + 1, mask=there, other=0.0)
-    query = _rotated(projected, feature, there, cos, sin) * scale
-    key = _rotated(projected + HEADS * DIM_HEAD + row * stride_r, feature, there, cos, sin)
-    value = tl.load(projected + 2 * HEADS * DIM_HEAD + row * stride_r + feature, mask=there, other=0.0).to(tl.float32)
+    cos = tl.load(rotation + feature // 2 * 2, mask=valid, other=0.0)
+    sin = tl.load(rotation + feature // 2 * 2 + 1, mask=valid, other=0.0)
+    query = _rotated(projected, feature, valid, cos, sin) * scale
+    key = _rotated(projected + HEADS * DIM_HEAD + row * stride_r, feature, valid, cos, sin)
+    value = tl.load(projected + 2 * HEADS * DIM_HEAD + row * stride_r + feature, mask=valid, other=0.0).to(tl.float32)
     if MIXES:
-        of_first = residual + entry * residual_stride_b + head * residual_stride_h + feature
-        of_first_layer = tl.load(of_first, mask=there, other=0.0).to(tl.float32)
+        from_first = first_values + entry * first_stride_b + head * first_stride_h + feature
+        first_value = tl.load(from_first, mask=valid, other=0.0).to(tl.float32)
         logit = tl.load(bias + head).to(tl.float32)
         terms = tl.zeros((1, DIM_BLOCK), tl.float32)
         for start in range(0, DIM, DIM_BLOCK):
             i = start + tl.arange(0, DIM_BLOCK)[None, :]
-            x = tl.load(seq + entry * seq_stride_b + i, mask=i < DIM, other=0.0).to(tl.float32)
+            x = tl.load(inputs + entry * input_stride_b + i, mask=i < DIM, other=0.0).to(tl.float32)
             terms += x * tl.load(to_share + head * DIM + i, mask=i < DIM, other=0.0).to(tl.float32)
 
     # slots from `first` on are the position's own; the newest one that it sees is the last
-    place = number % ((SLOTS - PERSISTENT) // ROWS)
-    first = PERSISTENT + place * ROWS
-    last = PERSISTENT + (number if SLIDES else place) * ROWS + ROWS - 1
+    offset = number % ((SLOTS - PERSISTENT) // ROWS)
+    first = PERSISTENT + offset * ROWS
+    last = PERSISTENT + (number if SLIDES else offset) * ROWS + ROWS - 1
 
     top = tl.full((1, 1), LOWEST, tl.float32)
     total = tl.zeros((1, 1), tl.float32)
     seen = tl.zeros((1, PADDED), tl.float32)
     for start in range(0, SLOTS, BLOCK):
         slot = start + tl.arange(0, BLOCK)[:, None]
-        inside = (slot < SLOTS) & there
+        inside = (slot < SLOTS) & valid
         k = tl.load(keys + slot * DIM_HEAD + feature, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(values + slot * DIM_HEAD + feature, mask=inside, other=0.0).to(tl.float32)
         visible = (slot < SLOTS) & (slot <= last) & ((slot < first) | (slot >= first + ROWS))
@@ -89,54 +88,50 @@ def _kernel(  # type: ignore[no-untyped-def]
 
     if MIXES:
         share = tl.sigmoid(tl.sum(terms, axis=1, keep_dims=True) + logit)
-        value += share * (of_first_layer - value)
+        value += share * (first_value - value)
     # later positions see them in the precision of the buffers, and so does this one
     key, value = key.to(keys.dtype.element_ty), value.to(values.dtype.element_ty)
-    tl.store(keys + (first + row) * DIM_HEAD + feature, key, mask=there & (row < ROWS))
-    tl.store(values + (first + row) * DIM_HEAD + feature, value, mask=there & (row < ROWS))
+    tl.store(keys + (first + row) * DIM_HEAD + feature, key, mask=valid & (row < ROWS))
+    tl.store(values + (first + row) * DIM_HEAD + feature, value, mask=valid & (row < ROWS))
 
     scores = tl.sum(key.to(tl.float32) * query, axis=1, keep_dims=True)
     new_top = tl.maximum(top, tl.max(scores, axis=0, keep_dims=True))
     weights, shrink = tl.exp(scores - new_top), tl.exp(top - new_top)
     total = total * shrink + tl.sum(weights, axis=0, keep_dims=True)
     seen = seen * shrink + tl.sum(weights * value.to(tl.float32), axis=0, keep_dims=True)
-    tl.store(out + (entry * HEADS + head) * DIM_HEAD + feature, seen / total, mask=there)
+    tl.store(out + (entry * HEADS + head) * DIM_HEAD + feature, seen / total, mask=valid)
 
 
-def attend(
+def token_attention(
     projected: Tensor,  # b r 3hd
     keys: Tensor,  # b h j d
     values: Tensor,  # b h j d
-    num_persistent: int,
-    slides: bool,
+    layout: tuple[int, int, int, bool],
     position: Tensor,  # 1
-    turn: Tensor,  # d/2 2
+    rotation: Tensor,  # d/2 2
     mix: tuple[Tensor, Tensor, Tensor, Tensor] | None,  # b 1 e, h e, h, b h 1 d
 ) -> Tensor:  # b 1 hd
-    """What a position sees, itself included: its r keys and values are written into `keys` and `values`.
-
-    `turn` has cosines and sines of how far its pairs of features are rotated. `mix` is for r = 1: the input, weights
-    and biases of each head's share, and the values of which it is the share.
-    """
+    num_persistent, _, _, slides = layout
     batch, rows, _ = projected.shape
     _, heads, slots, dim_head = keys.shape
-    assert keys.is_contiguous() and values.is_contiguous() and (mix is None or rows == 1)
-    seq, to_share, bias, residual = (projected,) * 4 if mix is None else mix
-    turn, to_share, bias = turn.contiguous(), to_share.contiguous(), bias.contiguous()
-    projected, seq, residual = (t if t.stride(-1) == 1 else t.contiguous() for t in (projected, seq, residual))
+    assert mix is None or rows == 1
+    inputs, to_share, bias, first_values = (projected,) * 4 if mix is None else mix
+    projected, inputs, first_values = (contiguous_inside(t, 1) for t in (projected, inputs, first_values))
     out = projected.new_empty(batch, 1, heads * dim_head)
+    if not batch:
+        return out
 
-    padded = triton.next_power_of_2(dim_head)
-    dim = 1 if mix is None else seq.shape[-1]
-    if batch:
-        with torch.cuda.device_of(projected):
-            _kernel[(batch, heads)](
-                projected, keys, values, out, position, turn, seq, to_share, bias, residual,
-                projected.stride(0), projected.stride(1), seq.stride(0), residual.stride(0), residual.stride(1),
-                dim_head**-0.5,
-                HEADS=heads, DIM_HEAD=dim_head, SLOTS=slots, PERSISTENT=num_persistent, ROWS=rows,
-                DIM=dim, SLIDES=slides, MIXES=mix is not None,
-                PADDED=padded, BLOCK=max(1, min(triton.next_power_of_2(slots), TILE // padded)),
-                DIM_BLOCK=min(BLOCK, triton.next_power_of_2(dim)), num_warps=WARPS,
-            )  # fmt: skip
+    padded, dim = triton.next_power_of_2(dim_head), 1 if mix is None else inputs.shape[-1]
+    with torch.cuda.device_of(projected):
+        _kernel[(batch, heads)](
+            projected=projected, stride_b=projected.stride(0), stride_r=projected.stride(1),
+            keys=keys, values=values, out=out, position=position, rotation=rotation.contiguous(),
+            inputs=inputs, input_stride_b=inputs.stride(0), to_share=to_share.contiguous(), bias=bias.contiguous(),
+            first_values=first_values, first_stride_b=first_values.stride(0), first_stride_h=first_values.stride(1),
+            scale=dim_head**-0.5,
+            HEADS=heads, DIM_HEAD=dim_head, SLOTS=slots, PERSISTENT=num_persistent, ROWS=rows,
+            DIM=dim, SLIDES=slides, MIXES=mix is not None,
+            PADDED=padded, BLOCK=max(1, min(triton.next_power_of_2(slots), TILE // padded)),
+            DIM_BLOCK=min(BLOCK, triton.next_power_of_2(dim)), num_warps=WARPS,
+        )  # fmt: skip
     return out

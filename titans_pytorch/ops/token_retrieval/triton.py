@@ -1,12 +1,7 @@
-"""What a memory's heads answer for one token, in one launch.
+"""Kernel of retrieval for a single token, in one launch.
 
-Each program owns a head of a batch entry, and walks over blocks of its hidden units; most memories are a single block.
-With query q, matrices W₁ (d, e) and W₂ (e, d), gains 1 + g and 1 + γ of the norms, the gate's input x and weights w:
-
-    k = q / rms(q) ∘ (1 + g)    y = gelu(k W₁) W₂    p = LN(y) ∘ (1 + γ) + k    out = p · sigmoid(⟨w, x⟩)
-
-With one matrix y = k W₂; norms and gate that there are not are left out. Nearly all the time goes to waiting for the
-matrices, so both are asked for before anything else. The plain twin is in `titans_pytorch.memory.token_retrieval`.
+Each program owns a head of a batch entry, and loops over blocks of its hidden units; most memories are a single block.
+Nearly all the time goes to waiting for the matrices, so both are asked for before anything else.
 """
 
 from __future__ import annotations
@@ -16,23 +11,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# numbers of each matrix at a time, which are in registers
+from titans_pytorch.ops._triton import contiguous_inside
+
+# entries of each matrix at a time, which are in registers
 TILE = 8192
 # of them, those of a warp: 64 of each matrix to a thread
 TILE_PER_WARP = 2048
 MOST_WARPS = 16
-# numbers of a matrix, at most: one multiprocessor reads all of it, and of larger ones several would be faster
-LARGEST = 65536
 # features at a time, of those that the gate is computed from
 BLOCK = 512
 
 
 @triton.jit
-def _query(projected, gain, feature, there, NORMS_QUERY: tl.constexpr):  # type: ignore[no-untyped-def]
+def _query(projected, gain, feature, valid, NORMS_QUERY: tl.constexpr):  # type: ignore[no-untyped-def]
     """These features of the query, with the gain of its norm."""
-    query = tl.load(projected + feature, mask=there, other=0.0).to(tl.float32)
+    query = tl.load(projected + feature, mask=valid, other=0.0).to(tl.float32)
     if NORMS_QUERY:
-        query *= tl.load(gain + feature, mask=there, other=0.0).to(tl.float32) + 1.0
+        query *= tl.load(gain + feature, mask=valid, other=0.0).to(tl.float32) + 1.0
     return query
 
 
@@ -42,18 +37,18 @@ def _units(  # type: ignore[no-untyped-def]
     DIM_HEAD: tl.constexpr, HIDDEN: tl.constexpr, HAS_FIRST: tl.constexpr, NORMS_QUERY: tl.constexpr,
     PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What leads to hidden units from `start` on, (d, e), and what leads on from them, (e, d); 0 outside.
+    """The weights that lead to hidden units from `start` on, (d, e), and on from them, (e, d); 0 outside.
 
     With one matrix the query itself, (e), is the hidden units.
     """
     unit, feature = start + tl.arange(0, BLOCK), tl.arange(0, PADDED)
     if HAS_FIRST:
-        there = (feature < DIM_HEAD)[:, None] & (unit < HIDDEN)[None, :]
-        to_units = tl.load(first + feature[:, None] * HIDDEN + unit[None, :], mask=there, other=0.0)
+        valid = (feature < DIM_HEAD)[:, None] & (unit < HIDDEN)[None, :]
+        to_units = tl.load(first + feature[:, None] * HIDDEN + unit[None, :], mask=valid, other=0.0)
     else:
         to_units = _query(projected, query_gain, unit, unit < HIDDEN, NORMS_QUERY)
-    there = (unit < HIDDEN)[:, None] & (feature < DIM_HEAD)[None, :]
-    from_units = tl.load(last + unit[:, None] * DIM_HEAD + feature[None, :], mask=there, other=0.0)
+    valid = (unit < HIDDEN)[:, None] & (feature < DIM_HEAD)[None, :]
+    from_units = tl.load(last + unit[:, None] * DIM_HEAD + feature[None, :], mask=valid, other=0.0)
     return to_units, from_units
 
 
@@ -72,7 +67,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     first += memory * DIM_HEAD * HIDDEN
     last += memory * HIDDEN * DIM_HEAD
     feature = tl.arange(0, PADDED)
-    row, there = feature[None, :], (feature < DIM_HEAD)[None, :]
+    row, valid = feature[None, :], (feature < DIM_HEAD)[None, :]
 
     to_units, from_units = _units(
         projected, query_gain, first, last, 0, DIM_HEAD, HIDDEN, HAS_FIRST, NORMS_QUERY, PADDED, BLOCK
@@ -83,7 +78,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     if NORMS_QUERY:
         raw = tl.load(projected + feature, mask=feature < DIM_HEAD, other=0.0).to(tl.float32)
     if HAS_NORM:
-        of_norm = tl.load(gain + memory * DIM_HEAD + row, mask=there, other=0.0) + 1.0
+        of_norm = tl.load(gain + memory * DIM_HEAD + row, mask=valid, other=0.0) + 1.0
     if HAS_GATE:
         terms = tl.zeros((DIM_BLOCK,), tl.float32)
         for start in range(0, DIM, DIM_BLOCK):
@@ -110,49 +105,45 @@ def _kernel(  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
     if HAS_NORM:
-        centred = tl.where(there, y - tl.sum(y, axis=1, keep_dims=True) / DIM_HEAD, 0.0)
+        centred = tl.where(valid, y - tl.sum(y, axis=1, keep_dims=True) / DIM_HEAD, 0.0)
         variance = tl.sum(centred * centred, axis=1, keep_dims=True) / DIM_HEAD
         y = centred * tl.rsqrt(variance + eps) * of_norm + query[None, :]
     if HAS_GATE:
         y *= tl.sigmoid(tl.sum(terms))
-    tl.store(out + memory * DIM_HEAD + row, y, mask=there)
+    tl.store(out + memory * DIM_HEAD + row, y, mask=valid)
 
 
-def retrieve(
+def token_retrieval(
     projected: Tensor,  # b 1 hd
     matrices: list[Tensor],  # bh d e, bh e d; or one, bh d d
-    query_norm: tuple[Tensor, float] | None,  # h 1 d
-    norm: tuple[Tensor, float] | None,  # bh d
-    gate: tuple[Tensor, Tensor] | None,  # b 1 d', h d'
+    query_norm: tuple[Tensor, float | None] | None,  # h 1 d
+    norm: tuple[Tensor, float | None] | None,  # bh d
+    gate: tuple[Tensor, Tensor] | None,  # b 1 x, h x
     heads: int,
 ) -> Tensor:  # b 1 hd
-    """What memories of weights in float32 answer, in float32.
-
-    The norms, of queries and with the residual, are given by gain − 1 and eps; the gate by its input and weights.
-    """
-    assert all(w.is_contiguous() and w.dtype == torch.float32 for w in matrices)
+    """The answers, in float32."""
     first, last = matrices[0], matrices[-1]
     hidden, dim_head = last.shape[-2:]
     query_gain, query_eps = (projected, 0.0) if query_norm is None else query_norm
     gain, eps = (projected, 0.0) if norm is None else norm
     normed, to_gate = (projected, projected) if gate is None else gate
-    projected, normed = (t if t.stride(-1) == 1 else t.contiguous() for t in (projected, normed))
-    query_gain, gain, to_gate = query_gain.contiguous(), gain.contiguous(), to_gate.contiguous()
-    batch = projected.shape[0]
+    batch, dim = projected.shape[0], 1 if gate is None else normed.shape[-1]
     out = projected.new_empty(batch, 1, heads * dim_head, dtype=torch.float32)
+    if not batch:
+        return out
 
     padded = triton.next_power_of_2(dim_head)
     block = max(1, min(triton.next_power_of_2(hidden), TILE // padded))
-    dim = 1 if gate is None else normed.shape[-1]
-    if batch:
-        with torch.cuda.device_of(projected):
-            _kernel[(batch, heads)](
-                projected, query_gain, first, last, gain, normed, to_gate, out,
-                projected.stride(0), normed.stride(0), query_eps, eps,
-                HEADS=heads, DIM_HEAD=dim_head, HIDDEN=hidden, DIM=dim,
-                HAS_FIRST=len(matrices) > 1, NORMS_QUERY=query_norm is not None, HAS_NORM=norm is not None,
-                HAS_GATE=gate is not None,
-                PADDED=padded, BLOCK=block, DIM_BLOCK=min(BLOCK, triton.next_power_of_2(dim)),
-                num_warps=max(1, min(MOST_WARPS, padded * block // TILE_PER_WARP)),
-            )  # fmt: skip
+    projected, normed = contiguous_inside(projected, 1), contiguous_inside(normed, 1)
+    with torch.cuda.device_of(projected):
+        _kernel[(batch, heads)](
+            projected=projected, stride_b=projected.stride(0), normed=normed, normed_stride_b=normed.stride(0),
+            query_gain=query_gain.contiguous(), first=first, last=last, gain=gain.contiguous(),
+            to_gate=to_gate.contiguous(), out=out,
+            query_eps=torch.finfo(torch.float32).eps if query_eps is None else query_eps, eps=eps,
+            HEADS=heads, DIM_HEAD=dim_head, HIDDEN=hidden, DIM=dim, HAS_FIRST=len(matrices) > 1,
+            NORMS_QUERY=query_norm is not None, HAS_NORM=norm is not None, HAS_GATE=gate is not None,
+            PADDED=padded, BLOCK=block, DIM_BLOCK=min(BLOCK, triton.next_power_of_2(dim)),
+            num_warps=max(1, min(MOST_WARPS, padded * block // TILE_PER_WARP)),
+        )  # fmt: skip
     return out

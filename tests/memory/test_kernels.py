@@ -1,0 +1,105 @@
+"""A whole memory whose operations run as kernels: against the dense engine, compiled, and in a CUDA graph."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from compare import assert_same, gradients
+from memories import inputs, memory
+
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+OPERATIONS = ('inner_gradient', 'final_state', 'memory_batch_scan', 'retrieve_sequence')
+# matrices are no larger than a chunk's rows, and are formed; or are factored, but not stored by a scan
+FORMED = ['spectral norm', 'two keys per token', 'linear memory']
+BY_BATCH = ['soft clamp']
+SCANNED = ['plain', 'no momentum', 'momentum of order 3, combined', 'no residual norm', 'lookahead values']
+
+
+@pytest.fixture
+def launched(kernels_everywhere, monkeypatch):
+    """Kernels run on this device too; the names of those that ran."""
+    launched = set()
+
+    def noted(name, operation):
+        return lambda *args: (launched.add(name), operation(*args))[1]
+
+    for name in OPERATIONS:
+        kernels = importlib.import_module(f'titans_pytorch.ops.{name}.triton')
+        monkeypatch.setattr(kernels, name, noted(name, getattr(kernels, name)))
+    return launched
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize('switch', FORMED + BY_BATCH + SCANNED)
+def test_a_memory_equals_the_dense_engine(launched, switch):
+    dual = memory(switch, engine='dual').float().to(DEVICE)
+    dense = memory(switch, engine='dense').to(DEVICE)
+    dense.load_state_dict(dual.state_dict())
+    seq = inputs(dense, 17).to(DEVICE)
+    results = []
+    for mem in (dual, dense):
+        out, state = mem(seq.to(next(mem.parameters()).dtype))
+        loss = out.double().sin().sum() + sum(w.double().sum() for w in state.states[0].values())
+        results.append((out, state.states, gradients(mem, loss)))
+    assert_same(*results, 3e-4)
+    assert ('memory_batch_scan' in launched) == (switch in SCANNED)
+    assert ('inner_gradient' in launched) == (switch not in SCANNED)
+    assert ('retrieve_sequence' in launched) == ('final_state' in launched or switch in SCANNED)
+    assert ('final_state' in launched) == (switch in BY_BATCH)
+
+
+def test_a_memory_compiles_to_few_operations(kernels_everywhere, fresh_compiler):
+    mem, seen = memory().float().to(DEVICE), []
+    seq = inputs(mem, 9).float().to(DEVICE)
+
+    def loss(seq):
+        out, state = mem(seq)
+        return out.pow(2).sum() + sum(w.sum() for w in state.states[0].values())
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return torch._dynamo.lookup_backend('aot_eager')(graph, inputs)
+
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)(seq)
+    counts = [sum(f'titans_pytorch.{name}' in target for target in seen) for name in OPERATIONS]
+    assert counts == [0, 0, 1, 1], seen
+    expected = loss(seq)
+    assert_same((compiled, gradients(mem, compiled)), (expected, gradients(mem, expected)), 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('low', [None, torch.bfloat16])
+def test_a_step_of_a_memory_is_captured(low):
+    mem = memory().float().cuda()
+    seq = torch.empty_like(inputs(mem, 29)).float().cuda()
+
+    def step():
+        with torch.autocast('cuda', torch.bfloat16, enabled=low is not None, cache_enabled=False):
+            out, state = mem(seq)
+            loss = out.pow(2).sum() + sum(w.sum() for w in state.states[0].values())
+        loss.backward()
+        return loss.detach()
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    mem.zero_grad(set_to_none=False)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step()
+    for _ in range(2):
+        seq.copy_(torch.randn_like(seq))
+        mem.zero_grad(set_to_none=False)
+        graph.replay()
+        came = replayed.clone(), [p.grad.clone() for p in mem.parameters()]
+        mem.zero_grad(set_to_none=False)
+        assert_same(came, (step(), [p.grad.clone() for p in mem.parameters()]), 1e-5)

@@ -1,0 +1,81 @@
+"""Reference implementation of the inner gradient: the gradient is written out, its own derivatives are autograd's."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titans_pytorch.ops.norms import standardise
+from titans_pytorch.utils.shapes import Float
+
+
+def inner_gradient(
+    keys: Float[Tensor, 'bh n m d'],
+    values: Float[Tensor, 'bh n m d'],
+    step_sizes: Float[Tensor, 'bh n m'],
+    first: Float[Tensor, 'bh d e'] | None,
+    last: Float[Tensor, 'bh e d'],
+    gamma: Float[Tensor, 'bh d'] | None,
+    shares: Float[Tensor, 'bh n'] | None,
+    residual_first: Float[Tensor, 'bh n d e'] | None,
+    residual_last: Float[Tensor, 'bh n e d'] | None,
+    residual_gamma: Float[Tensor, 'bh n d'] | None,
+    eps: float,
+    operands: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor]:
+    """The fields of `InnerGradient`."""
+    dtype, dim = last.dtype, keys.shape[-1]
+    k, share = keys.to(dtype), None if shares is None else shares.to(dtype)[..., None, None]
+
+    def linear(x: Tensor, matrix: Tensor, residual: Tensor | None) -> Tensor:
+        # x (W + share_c · P_c), in the precision of products
+        x = x.to(operands)
+        out = (x.flatten(1, 2) @ matrix).to(dtype).unflatten(1, x.shape[1:3])
+        if share is None or residual is None:
+            return out
+        return torch.addcmul(out, share, (x @ residual.to(operands)).to(dtype))
+
+    h, hidden = None, k
+    if first is not None:
+        h = linear(k, first.to(operands), residual_first)
+        hidden = F.gelu(h)
+    last = last.to(operands)
+    y = linear(hidden, last, residual_last)
+
+    # s = −(2θ/d) (p − v)
+    scale = (step_sizes.to(dtype) * (-2 / dim)).unsqueeze(-1)
+    negative_gamma_gradient = None
+    if gamma is None:
+        difference = y - values.to(dtype)
+        deltas = scale * difference
+    else:
+        gain = (gamma + 1)[:, None, None]
+        if share is not None and residual_gamma is not None:
+            gain = torch.addcmul(gain, share, residual_gamma.unsqueeze(2))
+        unit, inverse = standardise(y, eps)
+        difference = torch.addcmul(k, unit, gain) - values.to(dtype)
+        descent = scale * difference
+        negative_gamma_gradient = (descent * unit).sum(dim=2)
+        # Δ₂ = r · P(s ∘ (1 + γ))
+        deltas = inverse * project_out(descent * gain, unit)
+
+    hidden_deltas = None
+    if h is not None:
+        # Δ₁ = (Δ₂ W₂ᵀ) ∘ gelu′(h)
+        back = linear(deltas, last.mT, None if residual_last is None else residual_last.mT)
+        hidden_deltas = torch.ops.aten.gelu_backward(back, h).to(operands)
+    losses = difference.square().mean(dim=-1)
+    return (
+        None if h is None else hidden.to(operands),
+        hidden_deltas,
+        deltas.to(operands),
+        negative_gamma_gradient,
+        losses,
+    )
+
+
+def project_out(u: Float[Tensor, '... d'], unit: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
+    """P(u) = u − mean u − x̂ · mean(u ∘ x̂), the derivative of a layer norm but for its scale."""
+    along = (u * unit).mean(dim=-1, keepdim=True)
+    return torch.addcmul(u - u.mean(dim=-1, keepdim=True), unit, along, value=-1)

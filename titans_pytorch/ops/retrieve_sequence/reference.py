@@ -1,0 +1,102 @@
+"""Reference implementation of retrieval over a sequence, and the linear map of a factored matrix that it is made of."""
+
+from __future__ import annotations
+
+from itertools import repeat
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from titans_pytorch.ops.norms import layer_norm
+from titans_pytorch.utils.shapes import Float
+
+ROWS_IN_CACHE = 2048
+"""Stored rows of the blocks that are read at once on a CPU."""
+
+
+def retrieve_sequence(
+    queries: Float[Tensor, 'bh r n c d'],
+    coefficients: Float[Tensor, 'bh r n n'],
+    initial_coefficients: Float[Tensor, 'bh r n k'],
+    first_initial_states: Float[Tensor, 'bh r k d e'] | None,
+    first_inputs: Float[Tensor, 'bh r t d'] | None,
+    first_deltas: Float[Tensor, 'bh r t e'] | None,
+    last_initial_states: Float[Tensor, 'bh r k e d'],
+    last_inputs: Float[Tensor, 'bh r t e'],
+    last_deltas: Float[Tensor, 'bh r t d'],
+    gamma: Float[Tensor, 'bh r n d'] | None,
+    eps: float,
+) -> Float[Tensor, 'bh r n c d']:
+    first = (first_initial_states, first_inputs, first_deltas)
+    last = (last_initial_states, last_inputs, last_deltas)
+    given: tuple[Any, ...] = (queries, coefficients.tril(-1), initial_coefficients, first, last, gamma)
+    heads, num_blocks, stored = last_inputs.shape[:3]
+    at_once = num_blocks
+    if not queries.is_cuda:
+        at_once = min(num_blocks, max(1, ROWS_IN_CACHE // max(1, heads * stored)))
+    if at_once == num_blocks:
+        return _retrieve(eps, *given)
+    # not by slices, whose gradients would each be as long as the whole
+    leaves, spec = tree_flatten(given)
+    parts = zip(*(repeat(None) if t is None else t.split(at_once, dim=1) for t in leaves))
+    return torch.cat([_retrieve(eps, *tree_unflatten(part, spec)) for part in parts], dim=1)
+
+
+Matrix = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _retrieve(
+    eps: float,
+    queries: Tensor,
+    coefficients: Tensor,
+    initial_coefficients: Tensor,
+    first: Matrix,
+    last: Matrix,
+    gamma: Tensor | None,
+) -> Tensor:
+    """All blocks at once."""
+
+    def linear(x: Tensor, matrix: Matrix) -> Tensor:
+        given = (t.flatten(0, 1) for t in (x, coefficients, initial_coefficients, *matrix) if t is not None)
+        return factored_linear(*given).unflatten(0, queries.shape[:2])
+
+    hidden = queries if first[0] is None else F.gelu(linear(queries, first))
+    y = linear(hidden, last)
+    return y if gamma is None else layer_norm(y, eps) * (gamma.unsqueeze(3) + 1) + queries
+
+
+def factored_linear(
+    x: Float[Tensor, 'b n c d'],
+    coefficients: Float[Tensor, 'b n n'],
+    initial_coefficients: Float[Tensor, 'b n k'],
+    initial_states: Float[Tensor, 'b k d e'],
+    inputs: Float[Tensor, 'b t d'],
+    deltas: Float[Tensor, 'b t e'],
+) -> Float[Tensor, 'b n c e']:
+    """Rows of every step times the matrix of that step, x W_i."""
+    n = x.shape[1]
+    out = _combined_linear(x, initial_coefficients, initial_states)
+    if n > 1:  # nothing is stored before step 0
+        # the same for all rows of a chunk; written out, as products over so short an axis are slow on a CPU
+        of_rows = coefficients.unsqueeze(-1).expand(-1, -1, -1, inputs.shape[1] // n).flatten(2)
+        scores = (x.flatten(1, 2) @ inputs.mT).unflatten(1, x.shape[1:3]) * of_rows.unsqueeze(2)
+        out = torch.baddbmm(out, scores.flatten(1, 2), deltas)
+    return out.view(*x.shape[:3], deltas.shape[-1])
+
+
+def _combined_linear(
+    x: Float[Tensor, 'b n c d'], coefficients: Float[Tensor, 'b n k'], states: Float[Tensor, 'b k d e']
+) -> Float[Tensor, 'b nc e']:
+    """Rows times Σ_k coefficient_k · state_k, never formed: the shorter of rows and products are scaled."""
+    coefficients = coefficients.to(x.dtype)
+    if states.shape[2] <= states.shape[3]:
+        scaled = x.unsqueeze(3) * coefficients[:, :, None, :, None]
+        return scaled.flatten(3).flatten(1, 2) @ states.flatten(1, 2)
+
+    rows = x.flatten(1, 2)
+    products = ((rows @ state).view(*x.shape[:3], -1) for state in states.unbind(1))
+    parts = [product * share[:, :, None, None] for product, share in zip(products, coefficients.unbind(2))]
+    return sum(parts[1:], parts[0]).flatten(1, 2)

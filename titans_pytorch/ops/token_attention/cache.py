@@ -1,0 +1,72 @@
+"""Ring-buffer cache of keys and values: its layout, and the slots of a position, which all layers share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from titans_pytorch.ops.rotation import turns
+from titans_pytorch.utils.shapes import Float, Int
+
+
+class RingLayout(NamedTuple):
+    """The layout of buffers of keys and of values, (b, h, j, d).
+
+    Persistent ones come first, then positions, of which number p has offset p modulo `num_positions`.
+    """
+
+    num_persistent: int
+    num_positions: int
+    keys_per_position: int
+    slides: bool
+    """True if all positions in the buffers are seen, false if those from offset 0 on: a block."""
+
+    def slots(self, positions: Int[Tensor, ' n']) -> Int[Tensor, ' nr']:
+        """The slots of the keys of these positions, persistent ones not counted."""
+        first = positions % self.num_positions * self.keys_per_position
+        if self.keys_per_position == 1:
+            return first
+        return (first.unsqueeze(1) + torch.arange(self.keys_per_position, device=positions.device)).flatten()
+
+
+class CacheSlots(NamedTuple):
+    """The slots of one position in such buffers."""
+
+    indices: Int[Tensor, ' r']
+    bias: Float[Tensor, '1 1 1 j']
+    """Added to its scores: 0 for the slots that it sees, −∞ for the others."""
+
+
+class Position:
+    """A position, for the attention of all layers. Tables are made once, on request: the kernel needs no slots.
+
+    Args:
+        number: of the position.
+        frequencies: of each layer's rotary embedding.
+    """
+
+    def __init__(self, number: Int[Tensor, ' 1'], frequencies: Float[Tensor, 'layers d/2']):
+        self.number = number
+        self.frequencies = frequencies
+        self._slots: dict[tuple[RingLayout, torch.dtype], CacheSlots] = {}
+        self._rotations: Tensor | None = None
+
+    @property  # the compiler does not support `cached_property`
+    def rotations(self) -> Tensor:
+        """The rotation of each layer: (layers, d/2, 2), cosines and sines."""
+        if self._rotations is None:
+            self._rotations = turns(self.frequencies, self.number)
+        return self._rotations
+
+    def slots(self, layout: RingLayout, dtype: torch.dtype) -> CacheSlots:
+        if (layout, dtype) not in self._slots:
+            indices = layout.slots(self.number) + layout.num_persistent
+            num_keys = layout.num_persistent + layout.num_positions * layout.keys_per_position
+            newest = self.number * layout.keys_per_position + layout.num_persistent if layout.slides else indices
+            seen = newest[:1] + layout.keys_per_position
+            slots = torch.arange(num_keys, device=self.number.device)
+            bias = torch.zeros(1, 1, 1, num_keys, dtype=dtype, device=self.number.device)
+            self._slots[layout, dtype] = CacheSlots(indices, bias.masked_fill_(slots >= seen, float('-inf')))
+        return self._slots[layout, dtype]
