@@ -45,7 +45,8 @@ class ContextAttention(SegmentedAttention):
             first = position - cache[0].shape[-2] // self.keys_per_position
             keys, values = torch.cat((cache[0], keys), dim=-2), torch.cat((cache[1], values), dim=-2)
         out = self._attend_at_once(queries, keys, values, first)
-        return self.to_out(self.merge_heads(out)), AttnIntermediates(own_values, (keys, values))
+        intermediates = AttnIntermediates(value_residual=own_values, cached_key_values=(keys, values))
+        return self.to_out(self.merge_heads(out)), intermediates
 
     def step(  # type: ignore[override]
         self,

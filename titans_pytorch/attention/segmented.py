@@ -196,7 +196,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         out = self.to_out(self.merge_heads(out))
         if output_gating is not None:
             out = out * output_gating
-        return out, AttnIntermediates(own_values, (keys, values))
+        return out, AttnIntermediates(value_residual=own_values, cached_key_values=(keys, values))
 
     def checked_cache(self, name: str, cache: Any, position: Any, batch: int | None) -> tuple[KeyValues, int | None]:
         """`cache`, which must hold keys and values of this attention from before `position`; and the position."""

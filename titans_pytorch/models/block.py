@@ -181,7 +181,7 @@ class Block(Resettable):
         return LayerState(key_values=key_values, memory=None if memory is None else memory._replace(updates=None))
 
     def step(
-        self, x: Streams, carried: Carried, buffers: LayerBuffers, place: StepPosition, attention_layer: int
+        self, x: Streams, carried: Carried, buffers: LayerBuffers, here: StepPosition, attention_layer: int
     ) -> tuple[Streams, Carried, MemoryBuffers | None]:
         """`forward` for one position, which it writes into the buffers; the streams have an axis of their own in `x`.
 
@@ -199,7 +199,7 @@ class Block(Resettable):
             assert self.attention is not None and buffers.key_values is not None
             if self.attention.to_learned_v_mix is not None:
                 inputs['value_residual'] = values
-            out, own_values = self.attention.step(seq, buffers.key_values, place.position, attention_layer, **inputs)
+            out, own_values = self.attention.step(seq, buffers.key_values, here.position, attention_layer, **inputs)
             values = own_values if values is None else values
             return out
 
@@ -211,9 +211,9 @@ class Block(Resettable):
             retrieved, memory_state = self.memory.step(
                 seq,
                 memory_state,
-                place.chunk_offset,
-                place.kind.ends_chunk,
-                place.kind.ends_batch,
+                here.chunk_offset,
+                here.kind.ends_chunk,
+                here.kind.ends_batch,
                 memory_weights if accepts_weights else None,  # type: ignore[arg-type]
             )
             memory_weights = before

@@ -144,14 +144,16 @@ class StepwiseDecoding(Module):
         """
         position = state.position
         x: Streams = self._embedded_one(state, kind)
-        chunk_offset = position % self.neural_memory_segment_len
-        place, num_attentions = StepPosition(Position(position, state.frequencies), chunk_offset, kind), 0
-
-        carried, memories = Carried(), []
+        here = StepPosition(
+            position=Position(position, state.frequencies),
+            chunk_offset=position % self.neural_memory_segment_len,
+            kind=kind,
+        )
+        carried, memories, num_attentions = Carried(), [], 0
         if isinstance(self.expand_streams, ExpandStreams):
             x = complete(x) + self.expand_streams.stream_embed
         for block, layer in zip(self._blocks, state.layers):
-            x, carried, memory = block.step(x, carried, layer, place, num_attentions)
+            x, carried, memory = block.step(x, carried, layer, here, num_attentions)
             num_attentions += block.attention is not None
             if layer.memory is not None and memory is not None:
                 memories.append((layer.memory, memory))
