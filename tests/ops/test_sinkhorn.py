@@ -156,3 +156,10 @@ def test_every_hyper_connection_of_a_transformer_uses_it():
     model = MemoryAsContextTransformer(num_tokens=8, dim=8, depth=2, segment_len=4, heads=1, dim_head=8)
     used = [part.residual_mix_constraint_fn for part in model.modules() if hasattr(part, 'residual_mix_constraint_fn')]
     assert len(used) == 6 and all(function is sinkhorn for function in used)
+
+
+@pytest.mark.parametrize('size', [1, 2, 4])
+def test_the_loop_in_log_space_gives_the_same_matrices(size):
+    for scale in (0.1, 1.0, 5.0):
+        log_alpha = torch.randn(7, size, size).double() * scale
+        assert_same(reference.loop_in_log_space(log_alpha, 20, EPS), sinkhorn(log_alpha), 1e-12)

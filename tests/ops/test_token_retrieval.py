@@ -12,10 +12,14 @@ from torch import nn
 from titans_pytorch import MemoryAsContextTransformer, NeuralMemory, without_kernels
 from titans_pytorch.generation.stepper import Stepper
 from titans_pytorch.memory import token_retrieval as adapter
+from titans_pytorch.memory.backends import DualBackend
 from titans_pytorch.memory.modules import HeadsFirst, L2Norm, MultiheadRMSNorm
+from titans_pytorch.memory.reference import default_loss_fn
+from titans_pytorch.memory.state import copy_weights
 from titans_pytorch.memory.token_retrieval import Retrieval, retrieve_one
 from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
 from titans_pytorch.ops import token_retrieval as token_retrieval_ops
+from titans_pytorch.ops.associative_scan import AssocScan
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -47,6 +51,10 @@ def random(*shape, dtype=torch.float32):
     return torch.randn(*shape, device=DEVICE).to(dtype)
 
 
+def backend_of(model):
+    return DualBackend(model, default_loss_fn, AssocScan(), None, False)
+
+
 def problem(dim_head, hidden=None, heads=3, query_norm=True, norm=True, gate=True, batch=2, dtype=torch.float32):
     """Arguments of `retrieve_one`, of which queries and input are not dense; one matrix without `hidden`."""
     depth, factor = (1, 1.0) if hidden is None else (2, hidden / dim_head)
@@ -59,8 +67,7 @@ def problem(dim_head, hidden=None, heads=3, query_norm=True, norm=True, gate=Tru
     to_gates = nn.Sequential(nn.Linear(21, heads, bias=False), HeadsFirst(heads), nn.Sigmoid())
     parts = Retrieval(
         heads=heads,
-        model=model,
-        broadcasts=True,
+        backend=backend_of(model),
         query_norm=randomised(MultiheadRMSNorm(dim_head, heads)).to(DEVICE) if query_norm else nn.Identity(),
         value_norm=nn.Identity(),
         gate=to_gates.to(DEVICE) if gate else None,
@@ -148,15 +155,14 @@ def test_what_the_kernel_is_not_for(kernel, monkeypatch):
         {'gate': channels},
         {'query_norm': L2Norm()},
         {'value_norm': MultiheadRMSNorm(16, 3).to(DEVICE)},
-        {'model': ResidualNorm(16, Changed(16, 2))},
+        {'backend': backend_of(ResidualNorm(16, Changed(16, 2)))},
     ):
         retrieve_one(parts._replace(**changes), weights, projected, normed)
     transposed = {name: w.mT.contiguous().mT if w.ndim > 2 else w for name, w in weights.items()}
     retrieve_one(parts, transposed, projected, normed)
-    parts_of_deep, weights_of_deep = parts._replace(model=MemoryMLP(16, 3)), {}
-    for name, p in parts_of_deep.model.named_parameters():
-        weights_of_deep[name] = random(6, *p.shape)
-    retrieve_one(parts_of_deep, weights_of_deep, projected, normed)
+    deep = MemoryMLP(16, 3)
+    weights_of_deep = {name: random(6, *p.shape) for name, p in deep.named_parameters()}
+    retrieve_one(parts._replace(backend=backend_of(deep)), weights_of_deep, projected, normed)
     with torch.enable_grad():
         assert retrieve_one(parts, weights, projected.clone().requires_grad_(), normed).requires_grad
     double = {name: w.double() for name, w in weights.items()}
@@ -193,12 +199,12 @@ def memory(dim=24, heads=2, **kwargs):
 def token_by_token(memory, seq, start):
     """What is retrieved from `start` on."""
     _, state = memory(seq[:, :start])
-    buffers, outs = memory.step_state(state), []
+    buffers, outs = memory.to_buffers(state), []
     for number in range(start, seq.shape[1]):
         in_chunk = torch.tensor([number % 3], device=DEVICE)
         ends_chunk, ends_batch = (number + 1) % 3 == 0, (number + 1) % 6 == 0
         out, after = memory.step(seq[:, number : number + 1], buffers, in_chunk, ends_chunk, ends_batch)
-        buffers.take_over(after)
+        copy_weights([(buffers, after)])
         outs.append(out)
     return torch.cat(outs, dim=1)
 

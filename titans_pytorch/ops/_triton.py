@@ -58,11 +58,6 @@ def contiguous_inside(t: Tensor, axes: int) -> Tensor:
     return t if t.stride()[-axes:] == strides else t.contiguous()
 
 
-def strides_of(t: Tensor | None, axes: int) -> tuple[int, ...]:
-    """The first strides of a tensor, and zeros for an absent one, whose pointer a kernel does not read."""
-    return (0,) * axes if t is None else t.stride()[:axes]
-
-
 def named_strides(name: str, t: Tensor | None, axes: str) -> dict[str, int]:
     """A tensor's first strides as keyword arguments, `<name>_<axis>`; 0 for an absent one, which no kernel reads."""
     names = [f'{name}_{axis}' for axis in axes.split()]

@@ -140,20 +140,22 @@ class Backend:
         """Minus the gradient of the loss of a block of one chunk at weights (bh, …)."""
         raise NotImplementedError
 
-    @torch.no_grad()
     def store_chunk(self, chunk: Chunks, at: Weights, weights: MemoryWeights) -> MemoryWeights:
-        """The weights after a block of one chunk, whose gradient is taken at `at`."""
-        gates = chunk.at(0).update_gates()
-        gradients = self.negative_gradients(chunk, at)
-        updates, orders = surprise(
-            gradients, gates, weights.momentum, one_chunk, self.max_grad_norm, self.spectral_norm
+        """The weights after a block of one chunk, whose gradient is taken at `at`; without a graph."""
+        with torch.no_grad():
+            gates = chunk.at(0).update_gates()
+            gradients = self.negative_gradients(chunk, at)
+            updates, orders = surprise(
+                gradients, gates, weights.momentum, one_chunk, self.max_grad_norm, self.spectral_norm
+            )
+            # Titans eq. 13: M_t = (1 − α_t) M_{t−1} + S_t, laid out as M is, whose buffer takes it over
+            newest = {
+                name: torch.addcmul(updates[name], beside(gates.retention, w), w, out=torch.empty_like(w))
+                for name, w in weights.newest.items()
+            }
+        return MemoryWeights(
+            base=weights.base, newest=newest, momentum={name: stacked(own) for name, own in orders.items()}
         )
-        # Titans eq. 13: M_t = (1 − α_t) M_{t−1} + S_t, laid out as M is, whose buffer takes it over
-        newest = {
-            name: torch.addcmul(updates[name], beside(gates.retention, w), w, out=torch.empty_like(w))
-            for name, w in weights.newest.items()
-        }
-        return MemoryWeights(weights.base, newest, {name: stacked(own) for name, own in orders.items()})
 
 
 def stacked(orders: list[Tensor]) -> Float[Tensor, 'o bh ...']:

@@ -90,7 +90,7 @@ class FusedMLP(NamedTuple):
 
     def is_factored_in(self, weights: FastWeights) -> bool:
         """True if all matrices of the network are factored."""
-        return bool(weights.blocks) and not any(name in weights.dense for name in (self.first, self.last))
+        return len(weights.blocks) > 0 and not any(name in weights.dense for name in (self.first, self.last))
 
     def retrieve(
         self,

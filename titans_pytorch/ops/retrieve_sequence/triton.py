@@ -469,7 +469,7 @@ def _stored_kernel(  # type: ignore[no-untyped-def]
         unit = piece * BLOCK + tl.arange(0, BLOCK)
         has_unit = _within(unit, width, width % BLOCK == 0)
         of_inputs = tl.zeros((STORED, BLOCK), tl.float32)
-        of_deltas = tl.zeros((STORED, BLOCK), tl.float32)
+        of_first_deltas = tl.zeros((STORED, BLOCK), tl.float32)
         for at in range(first_row, end, ROWS):
             offset = at + tl.arange(0, ROWS)
             # the left operand is loaded transposed
@@ -483,13 +483,13 @@ def _stored_kernel(  # type: ignore[no-untyped-def]
             of_inputs = multiply_add(of_inputs, g, a, PRECISION, OPERAND)
             s = tl.load(first_scores + scores, mask=below, other=0.0)
             of_h = tl.load(d_hidden + units, mask=present, other=0.0)
-            of_deltas = multiply_add(of_deltas, s, of_h, PRECISION, OPERAND)
+            of_first_deltas = multiply_add(of_first_deltas, s, of_h, PRECISION, OPERAND)
         to_units, in_block = index[:, None] * width + unit[None, :], stored_valid[:, None] & has_unit[None, :]
         tl.store(d_last_inputs + to_units, of_inputs, mask=in_block)
-        tl.store(d_first_deltas + to_units, of_deltas, mask=in_block)
+        tl.store(d_first_deltas + to_units, of_first_deltas, mask=in_block)
     else:
         of_rows = tl.zeros((STORED, DIM), tl.float32)
-        of_deltas = tl.zeros((STORED, DIM), tl.float32)
+        of_last_deltas = tl.zeros((STORED, DIM), tl.float32)
         for at in range(first_row, end, ROWS):
             offset = at + tl.arange(0, ROWS)
             chunk, row, valid = offset // rows, offset % rows, _within(offset, end, WHOLE)
@@ -501,7 +501,7 @@ def _stored_kernel(  # type: ignore[no-untyped-def]
             from_coefficients = coefficients + chunk[None, :] * coefficient_chunk
             s *= tl.load(from_coefficients + stored_chunk[:, None] * coefficient_other, mask=below, other=0.0)
             d_y = tl.load(d_product + features, mask=inside, other=0.0)
-            of_deltas = multiply_add(of_deltas, s, d_y, PRECISION, OPERAND)
+            of_last_deltas = multiply_add(of_last_deltas, s, d_y, PRECISION, OPERAND)
             if HIDDEN:
                 g = tl.load(d_first_scores + scores, mask=below, other=0.0)
             else:
@@ -510,7 +510,7 @@ def _stored_kernel(  # type: ignore[no-untyped-def]
             q = tl.load(from_queries, mask=inside, other=0.0)
             of_rows = multiply_add(of_rows, g, q, PRECISION, OPERAND)
         to_features, both = index[:, None] * dim + feature[None, :], stored_valid[:, None] & has_feature[None, :]
-        tl.store(d_last_deltas + to_features, of_deltas, mask=both)
+        tl.store(d_last_deltas + to_features, of_last_deltas, mask=both)
         if HIDDEN:
             tl.store(d_first_inputs + to_features, of_rows, mask=both)
         else:
