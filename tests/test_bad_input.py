@@ -127,7 +127,7 @@ BAD_CALLS = [
     ('plain', dict(seq=SEQ, return_surprises=1), TypeError, 'return_surprises must be True or False, got 1'),
     ('plain', dict(seq=SEQ, detach_mem_state=SEQ), TypeError, 'detach_mem_state must be True or False, got a tensor'),
     ('plain', dict(seq=SEQ, ttt_batch_size=6), ValueError, 'ttt_batch_size must be a multiple of chunk_size=4, got 6'),
-    ('plain', dict(seq=SEQ, prev_weights={}), ValueError, 'prev_weights must be given exactly where'),
+    ('plain', dict(seq=SEQ, prev_weights={}), ValueError, 'prev_weights must be given if, and only if'),
     ('plain', dict(seq=SEQ, state='state'), TypeError, 'state must be a NeuralMemState, got str'),
 ]  # fmt: skip
 
@@ -159,7 +159,7 @@ def test_states_of_another_kind():
 def test_weights_of_another_kind():
     mem, accepts = memory(), memory(accept_weight_residual=True)
     _, state = mem(SEQ)
-    with pytest.raises(ValueError, match='prev_weights must be given exactly where .* got none'):
+    with pytest.raises(ValueError, match='prev_weights must be given if, and only if, .*got none'):
         accepts(SEQ)
     with pytest.raises(ValueError, match='prev_weights must hold weights for each of the 2 chunks .* got 1'):
         accepts(SEQ, prev_weights=state.weights)

@@ -22,7 +22,7 @@ def test_the_memory_stays_and_answers_as_its_newest_weights_do(switch: str):
     assert_same(after.weights, state.weights, 0.0)
     assert_same(after.states, state.states, 0.0)
     assert after.num_tokens == state.num_tokens == 11
-    if not (mem.mixes_tokens or mem.conv_reach):
+    if not (mem.mixes_tokens or mem.conv_context):
         queries = seq[0] if mem.qkv_receives_diff_views else seq
         assert_same(answer, mem.retrieve_memories(queries[:, 11:], state.states[0]))
 
