@@ -50,8 +50,7 @@ def momentum_scan(
     if use_kernel([inputs, deltas], states) and _supports_matrices(inputs, deltas):
         from titans_pytorch.ops.momentum_scan import triton
 
-        gates = None if log_gates is None else log_gates.exp()
-        return triton.momentum_scan(inputs, deltas, scales, gates, start, out_dtype)
+        return triton.momentum_scan(inputs, deltas, scales, log_gates, start, out_dtype)
     return reference.momentum_scan(inputs, deltas, scales, log_gates, start, out_dtype)
 
 
@@ -103,11 +102,8 @@ def _scan(
     if use_kernel([updates], states) and _supports_vectors(updates):
         from titans_pytorch.ops.momentum_scan import triton
 
-        gates, retention = None if log_gates is None else log_gates.exp(), log_retention.exp()
-        before, weight_end, momentum_end, _ = triton.vector_scan(
-            updates, scales, gates, retention, momentum_start, weight_start, out_dtype
-        )
-        return before, weight_end, None if gates is None else momentum_end
+        before, weight_end, momentum_end, _ = triton.vector_scan(updates, *states, out_dtype)
+        return before, weight_end, None if log_gates is None else momentum_end
     return reference.vector_scan(*(updates, *states), out_dtype)
 
 

@@ -36,7 +36,7 @@ FLOAT32_PRECISION = 'tf32x3'
 
 @triton.jit
 def _momentum_kernel(  # type: ignore[no-untyped-def]
-    inputs, deltas, scales, gates, start, momenta, end,
+    inputs, deltas, scales, log_gates, start, momenta, end,
     chunks, blocks_out, blocks,
     input_head, input_chunk, input_row, delta_head, delta_chunk, delta_row,
     scale_head, scale_chunk, gate_head, gate_chunk, start_head,
@@ -75,8 +75,8 @@ def _momentum_kernel(  # type: ignore[no-untyped-def]
                 update += x[:, None] * delta.to(tl.float32)[None, :]
         if scales is not None:
             update *= tl.load(scales + head * scale_head + chunk * scale_chunk)
-        if gates is not None:
-            update += tl.load(gates + head * gate_head + chunk * gate_chunk) * state
+        if log_gates is not None:
+            update += tl.exp(tl.load(log_gates + head * gate_head + chunk * gate_chunk)) * state
         state = update
         tl.store(momenta + chunk * (dim * width) + offset, state, mask=inside)
     tl.store(end + head * dim * width + offset, state, mask=inside)
@@ -84,8 +84,8 @@ def _momentum_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _momentum_backward_kernel(  # type: ignore[no-untyped-def]
-    d_momenta, d_end, inputs, deltas, scales, gates, start, momenta, d_inputs, d_deltas,
-    d_scales, d_gates, d_start,
+    d_momenta, d_end, inputs, deltas, scales, log_gates, start, momenta, d_inputs, d_deltas,
+    d_scales, d_log_gates, d_start,
     heads, chunks, rows, blocks_out, blocks,
     input_head, input_chunk, input_row, delta_head, delta_chunk, delta_row,
     scale_head, scale_chunk, gate_head, gate_chunk, start_head,
@@ -120,10 +120,11 @@ def _momentum_backward_kernel(  # type: ignore[no-untyped-def]
         chunk_offset = chunk * (dim * width)
         # h belongs to the next chunk, whose gate leads to this one; the gradient of the end has passed through no gate
         later = back > 0
-        if gates is not None:
+        if log_gates is not None:
             state = tl.load(momenta + chunk_offset + offset, mask=inside & later, other=0.0).to(tl.float32)
-            tl.store(d_gates + partial + (chunk + 1) * blocks, tl.sum(tl.sum(h * state, axis=1), axis=0), mask=later)
-            h *= tl.load(gates + head * gate_head + (chunk + 1) * gate_chunk, mask=later, other=1.0)
+            h *= tl.exp(tl.load(log_gates + head * gate_head + (chunk + 1) * gate_chunk, mask=later, other=0.0))
+            of_gate = tl.sum(tl.sum(h * state, axis=1), axis=0)
+            tl.store(d_log_gates + partial + (chunk + 1) * blocks, of_gate, mask=later)
         else:
             h = tl.where(later, 0.0, h)
         if d_momenta is not None:
@@ -146,14 +147,14 @@ def _momentum_backward_kernel(  # type: ignore[no-untyped-def]
         tl.store(d_inputs + chunk * (rows * dim), d_x, mask=row_in)
         tl.store(d_deltas + chunk * (rows * width), d_delta, mask=row_out)
 
-    if gates is not None:
-        gate = tl.load(gates + head * gate_head)
-        of_gate = 0.0
+    if log_gates is not None:
+        h *= tl.exp(tl.load(log_gates + head * gate_head))
+        of_first_gate = 0.0
         if start is not None:
             before = tl.load(start + head * start_head + offset, mask=inside, other=0.0).to(tl.float32)
-            of_gate = tl.sum(tl.sum(h * before, axis=1), axis=0)
-            tl.store(d_start + head * dim * width + offset, gate * h, mask=inside)
-        tl.store(d_gates + partial, of_gate)
+            of_first_gate = tl.sum(tl.sum(h * before, axis=1), axis=0)
+            tl.store(d_start + head * dim * width + offset, h, mask=inside)
+        tl.store(d_log_gates + partial, of_first_gate)
 
 
 @triton.jit
@@ -167,7 +168,7 @@ def _sum_kernel(parts, sums, count, PARTS: tl.constexpr, BLOCK: tl.constexpr):  
 
 @triton.jit
 def _vector_kernel(  # type: ignore[no-untyped-def]
-    updates, scales, gates, retention, momentum_start, weight_start, before, momenta, weight_end, momentum_end,
+    updates, scales, log_gates, log_retention, momentum_start, weight_start, before, momenta, weight_end, momentum_end,
     chunks, features, strips,
     update_head, update_chunk, scale_head, scale_chunk, gate_head, gate_chunk, retention_head, retention_chunk,
     momentum_head, weight_head,
@@ -189,20 +190,20 @@ def _vector_kernel(  # type: ignore[no-untyped-def]
         if scales is not None:
             update *= tl.load(scales + head * scale_head + chunk * scale_chunk)
         tl.store(before + offset + chunk * features, weight, mask=inside)
-        if gates is not None:
+        if log_gates is not None:
             tl.store(momenta + offset + chunk * features, momentum, mask=inside)
-            momentum = tl.load(gates + head * gate_head + chunk * gate_chunk) * momentum + update
+            momentum = tl.exp(tl.load(log_gates + head * gate_head + chunk * gate_chunk)) * momentum + update
             update = momentum
-        weight = tl.load(retention + head * retention_head + chunk * retention_chunk) * weight + update
+        weight = tl.exp(tl.load(log_retention + head * retention_head + chunk * retention_chunk)) * weight + update
     tl.store(weight_end + head * features + feature, weight, mask=inside)
-    if gates is not None:
+    if log_gates is not None:
         tl.store(momentum_end + head * features + feature, momentum, mask=inside)
 
 
 @triton.jit
 def _vector_backward_kernel(  # type: ignore[no-untyped-def]
-    d_before, d_weight_end, d_momentum_end, updates, scales, gates, retention, before, momenta,
-    d_updates, d_scales, d_gates, d_retention, d_momentum_start, d_weight_start,
+    d_before, d_weight_end, d_momentum_end, updates, scales, log_gates, log_retention, before, momenta,
+    d_updates, d_scales, d_log_gates, d_log_retention, d_momentum_start, d_weight_start,
     chunks, features, strips,
     update_head, update_chunk, scale_head, scale_chunk, gate_head, gate_chunk, retention_head, retention_chunk,
     d_before_head, d_before_chunk,
@@ -227,21 +228,21 @@ def _vector_backward_kernel(  # type: ignore[no-untyped-def]
     for back in tl.range(0, chunks, num_stages=STAGES):
         chunk = chunks - 1 - back
         weight = tl.load(before + offset + chunk * features, mask=inside, other=0.0).to(tl.float32)
-        tl.store(d_retention + partial + chunk * strips, tl.sum(g * weight, axis=0))
         d_update = g
-        if gates is not None:
+        if log_gates is not None:
             h += g
             d_update = h
             momentum = tl.load(momenta + offset + chunk * features, mask=inside, other=0.0)
-            tl.store(d_gates + partial + chunk * strips, tl.sum(h * momentum, axis=0))
-            h *= tl.load(gates + head * gate_head + chunk * gate_chunk)
+            h *= tl.exp(tl.load(log_gates + head * gate_head + chunk * gate_chunk))
+            tl.store(d_log_gates + partial + chunk * strips, tl.sum(h * momentum, axis=0))
         if scales is not None:
             from_update = updates + head * update_head + chunk * update_chunk + feature
             update = tl.load(from_update, mask=inside, other=0.0).to(tl.float32)
             tl.store(d_scales + partial + chunk * strips, tl.sum(d_update * update, axis=0))
             d_update *= tl.load(scales + head * scale_head + chunk * scale_chunk)
         tl.store(d_updates + offset + chunk * features, d_update, mask=inside)
-        g *= tl.load(retention + head * retention_head + chunk * retention_chunk)
+        g *= tl.exp(tl.load(log_retention + head * retention_head + chunk * retention_chunk))
+        tl.store(d_log_retention + partial + chunk * strips, tl.sum(g * weight, axis=0))
         if d_before is not None:
             from_before = d_before + head * d_before_head + chunk * d_before_chunk + feature
             g += tl.load(from_before, mask=inside, other=0.0).to(tl.float32)
@@ -251,7 +252,7 @@ def _vector_backward_kernel(  # type: ignore[no-untyped-def]
 
 
 def _momentum_outputs(
-    inputs: Tensor, deltas: Tensor, scales: Any, gates: Any, start: Any, out_dtype: torch.dtype
+    inputs: Tensor, deltas: Tensor, scales: Any, log_gates: Any, start: Any, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     heads, chunks, _, dim = inputs.shape
     width = deltas.shape[-1]
@@ -263,13 +264,13 @@ def _momentum_forward(
     inputs: Tensor,  # bh n m d
     deltas: Tensor,  # bh n m e
     scales: Tensor | None,  # bh n
-    gates: Tensor | None,  # bh n
+    log_gates: Tensor | None,  # bh n
     start: Tensor | None,  # bh d e
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # bh n d e, and bh d e
     """The momentum after each chunk, and the last one in float32."""
-    momenta, end = _momentum_outputs(inputs, deltas, scales, gates, start, out_dtype)
-    arguments = _momentum_arguments(inputs, deltas, scales, gates, start)
+    momenta, end = _momentum_outputs(inputs, deltas, scales, log_gates, start, out_dtype)
+    arguments = _momentum_arguments(inputs, deltas, scales, log_gates, start)
     heads, chunks, rows, dim = inputs.shape
     width = deltas.shape[-1]
     # tensor cores multiply rows in half precision exactly; in float32 they would not, and rows are few
@@ -291,11 +292,11 @@ def _momentum_backward(
     inputs: Tensor,  # bh n m d
     deltas: Tensor,  # bh n m e
     scales: Tensor | None,  # bh n
-    gates: Tensor | None,  # bh n
+    log_gates: Tensor | None,  # bh n
     start: Tensor | None,  # bh d e
     out_dtype: torch.dtype,
 ) -> list[Tensor | None]:
-    arguments = _momentum_arguments(inputs, deltas, scales, gates, start)
+    arguments = _momentum_arguments(inputs, deltas, scales, log_gates, start)
     heads, chunks, rows, dim = inputs.shape
     width = deltas.shape[-1]
     # products are as precise as the least precise of their factors and results
@@ -307,16 +308,16 @@ def _momentum_backward(
 
     # sums over the blocks of the other side come in parts
     d_inputs, d_deltas = _parts(inputs, blocks_out), _parts(deltas, blocks_in)
-    d_scales, d_gates = _partial_sums(scales, blocks), _partial_sums(gates, blocks)
+    d_scales, d_log_gates = _partial_sums(scales, blocks), _partial_sums(log_gates, blocks)
     d_start = None
     if start is not None:
-        # without gates no chunk depends on the start
-        d_start = (start.new_zeros if gates is None else start.new_empty)(start.shape)
+        # without log_gates no chunk depends on the start
+        d_start = (start.new_zeros if log_gates is None else start.new_empty)(start.shape)
     _momentum_backward_kernel[(heads * blocks,)](
         **arguments, momenta=momenta.contiguous(),
         d_momenta=None if d_momenta is None else d_momenta.contiguous(),
         d_end=None if d_end is None else d_end.contiguous(),
-        d_inputs=d_inputs, d_deltas=d_deltas, d_scales=d_scales, d_gates=d_gates, d_start=d_start,
+        d_inputs=d_inputs, d_deltas=d_deltas, d_scales=d_scales, d_log_gates=d_log_gates, d_start=d_start,
         heads=heads, chunks=chunks, rows=rows, blocks_out=blocks_out, blocks=blocks,
         DIM=own_in, WIDTH=own_out, PRECISION=FLOAT32_PRECISION, OPERAND=TRITON_DTYPES[operand],
         STAGES=BACKWARD_STAGES, num_warps=warps,
@@ -324,7 +325,7 @@ def _momentum_backward(
     return [
         _summed(d_inputs, inputs.dtype),
         _summed(d_deltas, deltas.dtype),
-        *(None if parts is None else parts.sum(dim=-1) for parts in (d_scales, d_gates)),
+        *(None if parts is None else parts.sum(dim=-1) for parts in (d_scales, d_log_gates)),
         d_start,
     ]
 
@@ -340,15 +341,15 @@ momentum_scan = register_kernel(
 
 
 def _momentum_arguments(
-    inputs: Tensor, deltas: Tensor, scales: Tensor | None, gates: Tensor | None, start: Tensor | None
+    inputs: Tensor, deltas: Tensor, scales: Tensor | None, log_gates: Tensor | None, start: Tensor | None
 ) -> dict[str, Any]:
     inputs, deltas = contiguous_inside(inputs, 1), contiguous_inside(deltas, 1)
     start = None if start is None else contiguous_inside(start, 2)
     return dict(
-        inputs=inputs, deltas=deltas, scales=scales, gates=gates, start=start,
+        inputs=inputs, deltas=deltas, scales=scales, log_gates=log_gates, start=start,
         **named_strides('input', inputs, 'head chunk row'),
         **named_strides('delta', deltas, 'head chunk row'),
-        **named_strides('scale', scales, 'head chunk'), **named_strides('gate', gates, 'head chunk'),
+        **named_strides('scale', scales, 'head chunk'), **named_strides('gate', log_gates, 'head chunk'),
         **named_strides('start', start, 'head'),
         dim=inputs.shape[-1], width=deltas.shape[-1], ROWS=tile_size(inputs.shape[2]),
     )  # fmt: skip
@@ -357,8 +358,8 @@ def _momentum_arguments(
 def _vector_outputs(
     updates: Tensor,
     scales: Any,
-    gates: Tensor | None,
-    retention: Any,
+    log_gates: Tensor | None,
+    log_retention: Any,
     momentum_start: Any,
     weight_start: Any,
     out_dtype: torch.dtype,
@@ -367,26 +368,26 @@ def _vector_outputs(
     return (
         updates.new_empty(updates.shape, dtype=out_dtype),
         updates.new_empty(heads, features, dtype=torch.float32),
-        updates.new_empty((0,) if gates is None else (heads, features), dtype=torch.float32),
-        updates.new_empty((0,) if gates is None else updates.shape, dtype=torch.float32),
+        updates.new_empty((0,) if log_gates is None else (heads, features), dtype=torch.float32),
+        updates.new_empty((0,) if log_gates is None else updates.shape, dtype=torch.float32),
     )
 
 
 def _vector_forward(
     updates: Tensor,  # bh n f
     scales: Tensor | None,  # bh n
-    gates: Tensor | None,  # bh n
-    retention: Tensor,  # bh n
+    log_gates: Tensor | None,  # bh n
+    log_retention: Tensor,  # bh n
     momentum_start: Tensor | None,  # bh f
     weight_start: Tensor,  # bh f
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # bh n f, bh f, bh f, bh n f
     """Weights before each chunk, weights and momentum at the end, and for the gradient the momentum before each chunk;
-    without gates momenta are empty."""
+    without log_gates momenta are empty."""
     before, weight_end, momentum_end, momenta = _vector_outputs(
-        updates, scales, gates, retention, momentum_start, weight_start, out_dtype
+        updates, scales, log_gates, log_retention, momentum_start, weight_start, out_dtype
     )
-    arguments = _vector_arguments(updates, scales, gates, retention)
+    arguments = _vector_arguments(updates, scales, log_gates, log_retention)
     weight_start = contiguous_inside(weight_start, 1)
     momentum_start = None if momentum_start is None else contiguous_inside(momentum_start, 1)
     _vector_kernel[(len(updates) * arguments['strips'],)](
@@ -405,17 +406,17 @@ def _vector_backward(
     momenta: Tensor,  # bh n f
     updates: Tensor,  # bh n f
     scales: Tensor | None,  # bh n
-    gates: Tensor | None,  # bh n
-    retention: Tensor,  # bh n
+    log_gates: Tensor | None,  # bh n
+    log_retention: Tensor,  # bh n
     momentum_start: Tensor | None,  # bh f
     weight_start: Tensor,  # bh f
     out_dtype: torch.dtype,
 ) -> list[Tensor | None]:
     # the gradient of a block's weights is a slice of that of all blocks' weights
     d_before = None if d_before is None else contiguous_inside(d_before, 1)
-    arguments = _vector_arguments(updates, scales, gates, retention)
-    d_scales, d_gates, d_retention = (
-        _partial_sums(factor, arguments['strips']) for factor in (scales, gates, retention)
+    arguments = _vector_arguments(updates, scales, log_gates, log_retention)
+    d_scales, d_log_gates, d_log_retention = (
+        _partial_sums(factor, arguments['strips']) for factor in (scales, log_gates, log_retention)
     )
     d_updates = updates.new_empty(updates.shape)
     d_weight_start = weight_start.new_empty(weight_start.shape)
@@ -423,12 +424,12 @@ def _vector_backward(
     _vector_backward_kernel[(len(updates) * arguments['strips'],)](
         **arguments, before=before.contiguous(), momenta=momenta.contiguous(), d_before=d_before,
         d_weight_end=None if d_weight_end is None else d_weight_end.contiguous(),
-        d_momentum_end=None if d_momentum_end is None or gates is None else d_momentum_end.contiguous(),
-        d_updates=d_updates, d_scales=d_scales, d_gates=d_gates, d_retention=d_retention,
+        d_momentum_end=None if d_momentum_end is None or log_gates is None else d_momentum_end.contiguous(),
+        d_updates=d_updates, d_scales=d_scales, d_log_gates=d_log_gates, d_log_retention=d_log_retention,
         d_momentum_start=d_momentum_start, d_weight_start=d_weight_start,
         **named_strides('d_before', d_before, 'head chunk'),
     )  # fmt: skip
-    sums = [None if parts is None else parts.sum(dim=-1) for parts in (d_scales, d_gates, d_retention)]
+    sums = [None if parts is None else parts.sum(dim=-1) for parts in (d_scales, d_log_gates, d_log_retention)]
     return [d_updates, *sums, d_momentum_start, d_weight_start]
 
 
@@ -444,16 +445,16 @@ vector_scan = register_kernel(
 
 
 def _vector_arguments(
-    updates: Tensor, scales: Tensor | None, gates: Tensor | None, retention: Tensor
+    updates: Tensor, scales: Tensor | None, log_gates: Tensor | None, log_retention: Tensor
 ) -> dict[str, Any]:
     updates = contiguous_inside(updates, 1)
     _, chunks, features = updates.shape
     block = min(STRIP, tile_size(features))
     return dict(
-        updates=updates, scales=scales, gates=gates, retention=retention,
+        updates=updates, scales=scales, log_gates=log_gates, log_retention=log_retention,
         chunks=chunks, features=features, strips=triton.cdiv(features, block),
         **named_strides('update', updates, 'head chunk'), **named_strides('scale', scales, 'head chunk'),
-        **named_strides('gate', gates, 'head chunk'), **named_strides('retention', retention, 'head chunk'),
+        **named_strides('gate', log_gates, 'head chunk'), **named_strides('retention', log_retention, 'head chunk'),
         BLOCK=block, STAGES=STRIP_STAGES, num_warps=STRIP_WARPS,
     )  # fmt: skip
 
