@@ -100,7 +100,7 @@ __all__ = [
 
 EMPTY = NeuralMemState(0, None, None, None, None)
 
-Surprises = tuple[Float[Tensor, 'b h n'], Float[Tensor, 'b h n']]
+Surprises = tuple[Float[Tensor, 'b h rows'], Float[Tensor, 'b h rows']]
 """Unweighted losses and step sizes of the rows stored, (batch, heads, rows)."""
 
 
@@ -528,12 +528,12 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
     def forward(
         self,
-        seq: Float[Tensor, 'b n d'] | Float[Tensor, 'v b n d'],
+        seq: Float[Tensor, 'b n d'] | Float[Tensor, 'v b n d'] | Float[Tensor, 'b d'],
         store_seq: Tensor | None = None,
         state: NeuralMemState | None = None,
         detach_mem_state: bool = False,
         prev_weights: Mapping[str, Tensor] | None = None,
-        store_mask: Bool[Tensor, 'b n'] | None = None,
+        store_mask: Bool[Tensor, 'b _n'] | None = None,
         return_surprises: bool = False,
         ttt_batch_size: int | None = None,
         *,
@@ -834,7 +834,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         stacked = {name: torch.stack(orders) for name, orders in momentum.items()}
         after = OpenState(state.seq_index + complete, base, last, stacked, rest)
 
-        def by_row(t: Float[Tensor, 'bh n m']) -> Float[Tensor, 'b h n']:
+        def by_row(t: Float[Tensor, 'bh n m']) -> Float[Tensor, 'b h rows']:
             return rearrange(t[..., :rows_stored], '(b h) n m -> b h (n m)', h=self.heads)
 
         rows_stored = self.store_chunk_size * self.num_kv_per_token - self.store_with_lookahead_value
@@ -871,7 +871,9 @@ class NeuralMemory(Resettable, InReferenceFormat):
         ends = torch.arange(1, num_chunks + 1, device=device) * self.store_chunk_size + seq_index
         return (ends % batch_size == 0).unsqueeze(0)
 
-    def _normed_chunks(self, tokens: Tensor, mask: Bool[Tensor, 'b n'] | None) -> tuple[Chunks, Float[Tensor, 'b n d']]:
+    def _normed_chunks(
+        self, tokens: Tensor, mask: Bool[Tensor, 'b _t'] | None
+    ) -> tuple[Chunks, Float[Tensor, 'b n d']]:
         """What complete chunks ask to be learned, and a row for each; before them are tokens for the convolution."""
         normed = self.store_norm(tokens)
         keys_seq, values_seq = normed if self.qkv_receives_diff_views else (normed, normed)
@@ -880,10 +882,10 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
     def _chunks(
         self,
-        seq: Float[Tensor, 'b n d'],
-        values_seq: Float[Tensor, 'b n d'],
+        seq: Float[Tensor, 'b t d'],
+        values_seq: Float[Tensor, 'b t d'],
         pooled: Float[Tensor, 'b n d'],
-        mask: Bool[Tensor, 'b n'] | None,
+        mask: Bool[Tensor, 'b _t'] | None,
     ) -> Chunks:
         """Keys, values and gates of complete chunks; `pooled` has a row for each chunk."""
         chunk_size, rows = self.store_chunk_size, self.store_chunk_size * self.num_kv_per_token
@@ -953,7 +955,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
     def _query_rows(
         self, seq: Float[Tensor, 'b n d'], pending: PendingSegment, num_pending: int
-    ) -> tuple[Float[Tensor, 'b n d'], Tensor | None]:
+    ) -> tuple[Float[Tensor, 'b t d'], Tensor | None]:
         """Retrieval inputs from the first that reads the same weights as `seq` begins with; and those to carry on.
 
         The group of tokens that read one set of weights starts on the last token of a chunk; before the first token
@@ -972,7 +974,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
     def _retrieve(
         self,
         length: int,
-        rows: Float[Tensor, 'b n d'],
+        rows: Float[Tensor, 'b t d'],
         weights: FastWeights,
         num_pending: int,
     ) -> Float[Tensor, 'b n d']:
@@ -1001,16 +1003,16 @@ class NeuralMemory(Resettable, InReferenceFormat):
         values = values[:, values.shape[1] - trail - length : values.shape[1] - trail]
         return self._combined(values, normed[:, -length:])
 
-    def _queries(self, rows: Float[Tensor, 'b n d']) -> tuple[Float[Tensor, 'b n d'], Float[Tensor, 'bh n d']]:
+    def _queries(self, rows: Float[Tensor, 'b t d']) -> tuple[Float[Tensor, 'b n d'], Float[Tensor, 'bh n e']]:
         """Rows normalised, and what the memory is asked for them, but for those at the front for the convolution."""
         normed = self.retrieve_norm(rows)
         queries = self._queries_of(self.to_queries(normed))
         return normed[:, self.conv_reach :], network_rows(queries, self._dtype)
 
-    def _queries_of(self, projected: Float[Tensor, 'b n d']) -> Float[Tensor, 'bh n d']:
+    def _queries_of(self, projected: Float[Tensor, 'b n d']) -> Float[Tensor, 'bh n e']:
         return self.q_norm(projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)).flatten(0, 1)
 
-    def _combined(self, values: Float[Tensor, 'bh n d'], normed: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
+    def _combined(self, values: Float[Tensor, 'bh n e'], normed: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
         """The heads' answers as one."""
         values = in_module_precision(values, self._dtype)
         values = self.multihead_rmsnorm(values.unflatten(0, (-1, self.heads)))
@@ -1042,7 +1044,7 @@ def _joined_masks(pending: PendingSegment, call: Call) -> Bool[Tensor, 'b n'] | 
     return torch.cat(masks, dim=-1)
 
 
-def _last_rows(rows: Tensor | None, like: Float[Tensor, 'b n d'], count: int) -> Float[Tensor, 'b n d']:
+def _last_rows(rows: Tensor | None, like: Float[Tensor, 'b n d'], count: int) -> Float[Tensor, 'b m d']:
     """The last `count` rows, preceded by rows of zeros where there are fewer."""
     rows = like[:, :0] if rows is None else rows
     missing = max(0, count - rows.shape[1])

@@ -43,7 +43,7 @@ LossFn = Callable[[Tensor, Tensor], Tensor]
 """(prediction, target), both (m, d), to one loss a row, (m,)."""
 
 
-def default_loss_fn(pred: Float[Tensor, '... d'], target: Float[Tensor, '... d']) -> Float[Tensor, ...]:
+def default_loss_fn(pred: Float[Tensor, '... d'], target: Float[Tensor, '... d']) -> Float[Tensor, ' ...']:
     """‖M(k) − v‖², a mean over features (Titans eq. 12)."""
     return (pred - target).pow(2).mean(dim=-1)
 
@@ -559,7 +559,7 @@ class Mixing(NamedTuple):
         cls,
         decay: Float[Tensor, 'bh n'],
         momentum: Float[Tensor, 'bh n o'] | None,
-        momentum_mix: Float[Tensor, 'bh n o'] | None,
+        momentum_mix: Float[Tensor, 'bh n _o'] | None,
     ) -> Mixing:
         """From the logits of α and η, and how the orders combine."""
 

@@ -158,7 +158,7 @@ def times(x: Float[Tensor, 'bh n c d'], weights: Float[Tensor, 'bh n d e']) -> F
     return x @ (weights if torch.is_autocast_enabled(x.device.type) else weights.to(x.dtype))
 
 
-def _in_a_row(pieces: list[Float[Tensor, 'bh n ...']], end: Float[Tensor, 'bh ...']) -> Float[Tensor, 'bh n ...']:
+def _in_a_row(pieces: list[Float[Tensor, 'bh _n ...']], end: Float[Tensor, 'bh ...']) -> Float[Tensor, 'bh n ...']:
     end = end.unsqueeze(1)
     return torch.cat([*pieces, end.to(pieces[0].dtype)], dim=1) if pieces else end
 

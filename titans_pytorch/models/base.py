@@ -60,7 +60,7 @@ class DecodingState(NamedTuple):
     logits: Float[Tensor, 'b l']
     """What the last step of a token gave."""
     layers: list[LayerBuffers]
-    frequencies: Float[Tensor, 'layers d/2']
+    frequencies: Float[Tensor, 'layers half']
     """Of the rotary embeddings of the layers that have attention."""
     embedding: Any
     """What the model's position embedding needs, if it has one."""
@@ -147,7 +147,7 @@ class Transformer(Resettable):
         """The positions from `start` on that the tokens `x` make, embedded."""
         return self._token_embedding(x)
 
-    def _token_rows(self, hidden: Float[Tensor, 'b n d'], start: int, num_tokens: int) -> Float[Tensor, 'b n d']:
+    def _token_rows(self, hidden: Float[Tensor, 'b _n d'], start: int, num_tokens: int) -> Float[Tensor, 'b n d']:
         """Of the positions from `start` on, those that hold tokens, of which there then are `num_tokens`."""
         return hidden
 

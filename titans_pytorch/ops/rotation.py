@@ -8,13 +8,13 @@ from torch import Tensor
 from titans_pytorch.utils.shapes import Float, Int
 
 
-def turns(frequencies: Float[Tensor, '... d/2'], position: Int[Tensor, ' 1']) -> Float[Tensor, '... d/2 2']:
+def turns(frequencies: Float[Tensor, '... half'], position: Int[Tensor, ' 1']) -> Float[Tensor, '... half 2']:
     """By how much `turned` rotates each pair of features at one position: cosines and sines."""
     angles = position * frequencies
     return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
-def turned(t: Float[Tensor, '... d'], by: Float[Tensor, 'd/2 2']) -> Float[Tensor, '... d']:
+def turned(t: Float[Tensor, '... d'], by: Float[Tensor, 'half 2']) -> Float[Tensor, '... d']:
     """What `rotate` computes, for a single position: neighbouring features as the two parts of a complex number."""
     width = 2 * by.shape[-2]
     if width < t.shape[-1]:  # an odd width has a feature left over

@@ -236,7 +236,7 @@ def plain_read(
 # a sequence
 
 
-def connected(connection: Module, x: Streams) -> tuple[Float[Tensor, 'b n d'], AddResidual]:
+def connected(connection: Module, x: Float[Tensor, 'bs n d'] | Unwritten) -> tuple[Float[Tensor, 'b n d'], AddResidual]:
     """`connection(x)` of a sequence's streams (b · s, n, d): what the branch reads, and what adds its output to them.
 
     Where the kernels serve, adding is left to the next connection: it gives `Unwritten`, which this function takes.

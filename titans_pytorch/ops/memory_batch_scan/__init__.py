@@ -51,9 +51,9 @@ class Walked(NamedTuple):
 
 
 def walk(
-    keys: Float[Tensor, 'bh r*n m d'],
-    values: Float[Tensor, 'bh r*n m d'],
-    step_sizes: Float[Tensor, 'bh r*n m'],
+    keys: Float[Tensor, 'bh rn m d'],
+    values: Float[Tensor, 'bh rn m d'],
+    step_sizes: Float[Tensor, 'bh rn m'],
     first: list[Tensor] | None,
     last: list[Tensor],
     gamma: list[Tensor] | None,
@@ -240,9 +240,9 @@ _dispatch.differentiated_once(_walk_backward)
 
 
 def plain_walk(
-    keys: Float[Tensor, 'bh r*n m d'],
-    values: Float[Tensor, 'bh r*n m d'],
-    step_sizes: Float[Tensor, 'bh r*n m'],
+    keys: Float[Tensor, 'bh rn m d'],
+    values: Float[Tensor, 'bh rn m d'],
+    step_sizes: Float[Tensor, 'bh rn m'],
     first: list[Tensor],
     last: list[Tensor],
     gamma: list[Tensor],
@@ -276,9 +276,9 @@ def plain_walk(
 
 def plain_walk_backward(
     d_outputs: tuple[Tensor | None, ...],
-    keys: Float[Tensor, 'bh r*n m d'],
-    values: Float[Tensor, 'bh r*n m d'],
-    step_sizes: Float[Tensor, 'bh r*n m'],
+    keys: Float[Tensor, 'bh rn m d'],
+    values: Float[Tensor, 'bh rn m d'],
+    step_sizes: Float[Tensor, 'bh rn m'],
     end: Float[Tensor, 'bh r k n'],
     end_starts: Float[Tensor, 'bh r k k'],
     starts: tuple[Tensor, Tensor, Tensor],

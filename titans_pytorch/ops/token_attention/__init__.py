@@ -56,7 +56,7 @@ class Position:
         frequencies: of each layer's rotary embedding.
     """
 
-    def __init__(self, number: Int[Tensor, ' 1'], frequencies: Float[Tensor, 'layers d/2']):
+    def __init__(self, number: Int[Tensor, ' 1'], frequencies: Float[Tensor, 'layers half']):
         self.number = number
         self.frequencies = frequencies
         self._slots: dict[tuple[Ring, torch.dtype], Slot] = {}
@@ -91,7 +91,7 @@ class ValueMix(NamedTuple):
 
 
 def attend_one(
-    projected: Float[Tensor, 'b r 3hd'],
+    projected: Float[Tensor, 'b r qkv'],
     buffers: tuple[Float[Tensor, 'b h j d'], Float[Tensor, 'b h j d']],
     ring: Ring,
     position: Position,
@@ -139,7 +139,7 @@ def _kernel() -> Any:
 
 
 def plain_attend_one(
-    projected: Float[Tensor, 'b r 3hd'],
+    projected: Float[Tensor, 'b r qkv'],
     buffers: tuple[Float[Tensor, 'b h j d'], Float[Tensor, 'b h j d']],
     ring: Ring,
     position: Position,
@@ -159,6 +159,6 @@ def plain_attend_one(
     return out.transpose(1, 2).flatten(2)
 
 
-def heads_of(projected: Float[Tensor, 'b n 3hd'], heads: int) -> Float[Tensor, '3 b h n d']:
+def heads_of(projected: Float[Tensor, 'b n qkv'], heads: int) -> Float[Tensor, '3 b h n d']:
     """Queries, keys and values of each head."""
     return projected.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
