@@ -79,13 +79,16 @@ def switch_kernel(monkeypatch):
 
 
 @pytest.fixture
-def steps_compiled_eagerly(monkeypatch):
-    """Compiled decoding steps are traced whole, but run operation by operation; the list has one entry for each."""
-    compiled, real = [], torch.compile
+def steps_compiled_eagerly(monkeypatch, request):
+    """Compiled decoding steps are traced whole, but run operation by operation; the list has one entry for each.
+
+    An indirect parameter 'aot_eager' also makes in-place writes functional, as a compiler for a device does.
+    """
+    compiled, real, backend = [], torch.compile, getattr(request, 'param', 'eager')
 
     def traced(step, options, **kwargs):
         compiled.append(step)
-        return real(step, backend='aot_eager', options={'guard_filter_fn': options['guard_filter_fn']}, **kwargs)
+        return real(step, backend=backend, options={'guard_filter_fn': options['guard_filter_fn']}, **kwargs)
 
     monkeypatch.setattr(torch, 'compile', traced)
     return compiled

@@ -133,7 +133,7 @@ def test_a_model_learns(cls: type, dtype: torch.dtype, autocast: bool):
     model = cls(
         num_tokens=16,
         dim=16,
-        depth=2,
+        depth=1,
         segment_len=8,
         heads=2,
         dim_head=8,

@@ -18,6 +18,7 @@ def float64():
 
 
 @every_configuration
+@torch.no_grad()
 def test_cached_logits_equal_one_pass(index):
     model, tokens = transformer(index), ids(26)
     whole = model(tokens)
@@ -33,9 +34,9 @@ def test_cached_logits_equal_one_pass(index):
 def test_cached_samples_equal_uncached(index):
     model, prompt = transformer(index), ids(7)
     kwargs = {'temperature': 0.0, 'show_progress': False}
-    cached = model.sample(prompt, 29, use_cache=True, **kwargs)
-    assert cached.shape == (2, 22)
-    assert torch.equal(cached, model.sample(prompt, 29, use_cache=False, **kwargs))
+    cached = model.sample(prompt, 20, use_cache=True, **kwargs)
+    assert cached.shape == (2, 13)
+    assert torch.equal(cached, model.sample(prompt, 20, use_cache=False, **kwargs))
 
 
 @every_configuration
@@ -109,10 +110,10 @@ def test_factorized_positions_do_not_change_results():
 
 def test_the_loss_compiles_once_without_graph_breaks():
     torch.compiler.reset()
-    model = transformer(3, neural_memory_layers=(1, 3), num_residual_streams=1)
+    model = transformer(3, depth=2, neural_memory_layers=(2,))
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     for attempt in range(2):
-        tokens = ids(12)
+        tokens = ids(10)
         expected = model(tokens, return_loss=True)  # before the compiled call, as einops fills a table at its first
         of_eager = gradients(model, expected)
         with torch.compiler.set_stance('fail_on_recompile' if attempt else 'default'):
