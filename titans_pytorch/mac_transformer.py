@@ -17,12 +17,12 @@ from titans_pytorch.attention.masks import create_mac_block_mask
 from titans_pytorch.attention.segmented import AttnIntermediates, SegmentedAttention, flex_attention
 from titans_pytorch.generation.decodable import StepKind
 from titans_pytorch.generation.logits import gumbel_noise, gumbel_sample, min_p_filter
-from titans_pytorch.memory.modules import Gated
 from titans_pytorch.models.axial_positions import AxialPositions, AxialTables
 from titans_pytorch.models.base import Transformer
 from titans_pytorch.models.block import Block, Parts
 from titans_pytorch.models.decoding import ModelBuffers
 from titans_pytorch.models.feedforward import GEGLU, FeedForward
+from titans_pytorch.models.gating import Gated
 from titans_pytorch.models.residual_streams import Streams
 from titans_pytorch.models.state import ModelState
 from titans_pytorch.models.validation import checked_memory_settings, layers_with_memory

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from titans_pytorch.memory.modules import Gated
 from titans_pytorch.models.block import Parts
+from titans_pytorch.models.gating import Gated
 from titans_pytorch.models.hybrid import HybridBlock, HybridTransformer
 from titans_pytorch.models.residual_streams import Streams
 

@@ -231,7 +231,6 @@ class NeuralMemory(Resettable, InReferenceFormat):
         self.max_mem_layer_modulation = settings.max_modulation
         self.max_grad_norm = settings.max_grad_norm
         self.spectral_norm_surprises = spectral_norm_surprises
-        self.use_accelerated_scan = use_accelerated_scan
         self.per_head_learned_parameters = per_head_learned_parameters
         self.store_memory_loss_fn = store_memory_loss_fn
         self.adaptive_step_transform = adaptive_step_transform or partial(

@@ -51,13 +51,13 @@ def assert_backends_agree(ours, dense, seq, sizes, mask=None):
 @pytest.fixture
 def factored(monkeypatch):
     """All matrices factored, however small."""
-    monkeypatch.setattr(dual_backend, '_is_small', lambda *_: False)
+    monkeypatch.setattr(dual_backend, '_forms_matrix', lambda *_: False)
 
 
 @pytest.fixture
 def formed(monkeypatch):
     """All matrices formed, however large."""
-    monkeypatch.setattr(dual_backend, '_is_small', lambda *_: True)
+    monkeypatch.setattr(dual_backend, '_forms_matrix', lambda *_: True)
 
 
 @pytest.mark.parametrize('matrices', ['factored', 'formed'])

@@ -253,7 +253,7 @@ def test_networks_that_cannot_be_differentiated_by_chunks_are_refused(engine: st
 
 
 def test_networks_that_reach_themselves_through_a_closure_are_refused():
-    with pytest.raises(ValueError, match='with weights that it reaches through `self`'):
+    with pytest.raises(ValueError, match='with weights that it accesses through `self`'):
         NeuralMemory(DIM, model=Closed())
 
 

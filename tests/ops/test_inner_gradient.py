@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from compare import assert_same
 
-from titans_pytorch.ops.inner_gradient import InnerGradient, ResidualWeights, inner_gradient
+from titans_pytorch.ops.inner_gradient import InnerGradient, PreviousWeights, inner_gradient
 from titans_pytorch.ops.norms import standardise
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -61,7 +61,7 @@ def ours(tensors):
     rows = (tensors[name] for name in ('keys', 'values', 'step_sizes'))
     residual = None
     if 'shares' in tensors:
-        residual = ResidualWeights(tensors['shares'], *(tensors.get(f'residual {name}') for name in WEIGHTS))
+        residual = PreviousWeights(tensors['shares'], *(tensors.get(f'residual {name}') for name in WEIGHTS))
     return inner_gradient(*rows, *(tensors.get(name) for name in WEIGHTS), EPS, residual)
 
 

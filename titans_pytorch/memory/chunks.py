@@ -103,6 +103,14 @@ class WeightResidual(NamedTuple):
         return scaled(self.shares, out)
 
 
+def split_inputs(
+    chunks: Chunks, residual: WeightResidual | None, lengths: list[int]
+) -> list[tuple[Chunks, WeightResidual | None]]:
+    """Chunks and their weight residual in blocks of these lengths."""
+    residuals = [None] * len(lengths) if residual is None else residual.split(lengths)
+    return [*zip(chunks.split(lengths), residuals)]
+
+
 class Coefficients(NamedTuple):
     """The recurrences of momentum and decay over a block of n chunks, solved.
 
@@ -111,13 +119,13 @@ class Coefficients(NamedTuple):
     """
 
     steps: Float[Tensor, 'bh n n']
-    """Of update j, in the weights before chunk c."""
+    """Coefficient of update j in the weights before chunk c."""
     initial_steps: Float[Tensor, 'bh n k']
-    """Of each initial state, in the weights before chunk c."""
+    """Coefficient of each initial state in the weights before chunk c."""
     final: Float[Tensor, 'bh k n']
-    """Of update j, in each state after the last chunk."""
+    """Coefficient of update j in each state after the last chunk."""
     initial_final: Float[Tensor, 'bh k k']
-    """Of each initial state, in each state after the last chunk."""
+    """Coefficient of each initial state in each state after the last chunk."""
 
     @classmethod
     def of_blocks(cls, chunks: Chunks, num_blocks: int) -> Coefficients:
@@ -164,9 +172,10 @@ class Coefficients(NamedTuple):
         initial: list[Tensor] = []  # of each order's initial momentum, in the momentum after chunk c
         for order in range(num_orders):
             products = gate_products(log_gates[..., order])
-            own = F.pad(log_gates[..., order : order + 1].cumsum(dim=1).exp(), (order, num_orders - order - 1))
+            from_start = log_gates[..., order : order + 1].cumsum(dim=1).exp()
+            from_start = F.pad(from_start, (order, num_orders - order - 1))
             orders.append(products @ orders[-1] if order else products)
-            initial.append(products @ initial[-1] + own if order else own)
+            initial.append(products @ initial[-1] + from_start if order else from_start)
 
         combined, combined_initial = orders[-1], initial[-1]
         if momentum_mix is not None:
@@ -188,7 +197,7 @@ class Coefficients(NamedTuple):
         """Coefficients from those of the weights and of each momentum after every chunk."""
         # the weights before chunk c + 1 are those after chunk c; before chunk 0 they are the initial ones
         at_first = F.pad(torch.ones_like(initial[:, :1, :1]), (0, initial.shape[2] - 1))
-        # a momentum has no share of the weights
+        # momentum does not depend on the initial weights
         final_orders = [F.pad(own[:, -1], (1, 0)) for own in initial_orders]
         return cls(
             steps=F.pad(weights[:, :-1], (0, 0, 1, 0)),

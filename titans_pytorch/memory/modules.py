@@ -106,19 +106,6 @@ def pointwise(projection: Module) -> Module:
     return nn.Sequential(*(part for part in projection if not isinstance(part, CausalConv)))
 
 
-class Gated(Resettable):
-    """Attention output gated by memory output, both normalised with learned gains (Titans, section 4.2)."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(dim)
-        self.memory_norm = nn.RMSNorm(dim)
-
-    def forward(self, attended: Float[Tensor, 'b n d'], retrieved: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
-        dtype = self.attention_norm.weight.dtype  # autocast may have lowered that of the inputs
-        return self.attention_norm(attended.to(dtype)) * self.memory_norm(retrieved.to(dtype)).sigmoid()
-
-
 class PerHead(Module):
     """Rearrangement of (b, n, h · g) to (b · h, n, g), without einops, whose lookup takes longer than a small gate."""
 

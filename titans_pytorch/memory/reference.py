@@ -1,7 +1,8 @@
 """Reference implementation of a neural memory: one loop over chunks, to be read beside the paper (arXiv 2501.00663).
 
-Everything faster is tested against it. `surprise`, the part of an update before it is added to the weights, is also
-what the backends compute where they form the gradient of a chunk, and what a decoding step computes.
+Everything faster is tested against it. `surprise` computes S, the update of the weights; the dense backend, momentum of
+several orders under spectral norm, and decoding steps call it too. The paper takes the gradient of a chunk at the
+newest weights. Here it is taken at the base weights, which are the newest ones if a memory batch is a single chunk.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ def store_and_retrieve(
         weights: those before the first token.
         transition: base weights of the next memory batch, from those of this one and the newest.
         residual: weights of another memory, of which a share is added before gradients are taken.
-        leading: rows of `queries` before the first token's, in its group: 1 for a network that mixes the rows of a
-            group, so that every group has as many rows as a chunk.
+        leading: padding rows in front of the first query, counted in the first group: 1 if the network mixes rows,
+            because the first group otherwise has one row fewer than a chunk.
 
     Returns:
         the retrieved values, the weights after the last token, and the losses of the rows stored, unweighted.
@@ -79,7 +80,7 @@ def store_and_retrieve(
             gates = chunk.update_gates()
             surprises, orders = surprise(gradients, gates, momentum, one_chunk, max_grad_norm, spectral_norm)
             newest = {name: one_chunk(gates.retention, surprises[name], w) for name, w in newest.items()}
-            momentum = {name: torch.stack(own) for name, own in orders.items()}
+            momentum = {name: torch.stack(by_order) for name, by_order in orders.items()}
             if batch_size is not None and step * chunk_size % batch_size == 0:
                 base = newest = transition(base, newest)
         retrieved.append(apply_network(network, newest, queries[:, [*rows]]))
@@ -91,7 +92,7 @@ def store_and_retrieve(
 
 
 def apply_network(network: Module, weights: Weights, rows: Float[Tensor, 'bh m d']) -> Float[Tensor, 'bh m d']:
-    """Rows through a memory network, those of each batch entry and head with their own weights (bh, …)."""
+    """Output of a memory network for rows; each batch entry and head has weights of its own, (bh, …)."""
 
     def forward(weights: Weights, rows: Tensor) -> Tensor:
         return call_with_weights(network, weights, rows)
@@ -156,7 +157,7 @@ def _mixed(surprises: list[Tensor], mix: Sequence[Tensor]) -> Tensor:
 
 
 def _orthogonalised(matrices: Weights) -> Weights:
-    """Matrices by Newton–Schulz; those of one shape, or of its transpose, in one call."""
+    """Matrices orthogonalised by Newton–Schulz; those of equal shape, or equal after transposition, share one call."""
     by_shape: defaultdict[torch.Size, list[str]] = defaultdict(list)
     wide = {name: m if m.shape[-2] <= m.shape[-1] else m.mT for name, m in matrices.items()}
     for name, m in wide.items():

@@ -226,31 +226,32 @@ class MemoryLayout(NamedTuple):
         init_momentum: Callable[[int], Mapping[str, Tensor]],
         names: tuple[str, str, str] = ('state.seq_index', 'state.weights', 'state.states'),
     ) -> OpenState:
-        """`state`, to continue from at `seq`, complete: the two functions make what it lacks, from the batch size.
+        """`state` with missing parts filled in, to continue from at `seq`; the two functions create initial weights and
+        momentum for a batch size.
 
         `names`: the names under which the user passed `seq_index`, `weights` and `states`, for error messages.
         """
         batch = seq.shape[0]
-        of_index, of_weights, of_states = names
+        index_name, weights_name, states_name = names
         state = checked_state('state', state, NeuralMemState)
-        (seq_index,) = check_not_negative(**{of_index: state.seq_index})
+        (seq_index,) = check_not_negative(**{index_name: state.seq_index})
         if seq_index % self.chunk_size:
             raise ValueError(
                 f'state must come from a memory of chunk_size={self.chunk_size}: '
                 f'its seq_index must be a multiple of it, got {seq_index}'
             )
         base = init_weights(batch) if state.weights is None else state.weights
-        self._check_weights(of_weights, base, (batch * self.heads,))
+        self._check_weights(weights_name, base, (batch * self.heads,))
         newest, momentum = base, None
         if state.states is not None:
             if not isinstance(state.states, (tuple, list)) or len(state.states) != 2:
-                raise TypeError(f'{of_states} must be a pair of weights and momentum, got {described(state.states)}')
+                raise TypeError(f'{states_name} must be a pair of weights and momentum, got {described(state.states)}')
             newest, momentum = state.states
-            self._check_weights(f'{of_states}[0]', newest, (batch * self.heads,))
+            self._check_weights(f'{states_name}[0]', newest, (batch * self.heads,))
         if momentum is None or not self.momentum_orders:
             momentum = init_momentum(batch)
         else:
-            self._check_weights(f'{of_states}[1]', momentum, (self.momentum_orders, batch * self.heads))
+            self._check_weights(f'{states_name}[1]', momentum, (self.momentum_orders, batch * self.heads))
         pending = self._checked_pending(state.cache_store_segment, seq)
         return OpenState(seq_index, MemoryWeights(_plain(base), _plain(newest), _plain(momentum)), pending)
 
@@ -280,7 +281,9 @@ class MemoryLayout(NamedTuple):
             check_floating(f'{name}.{part}', rows)
             fits = rows.shape[:-2] == leading and rows.shape[-1] == self.dim
             if not fits or (part == 'before' and rows.shape[-2] != self.conv_context):
-                raise ValueError(f'{name}.{part} must be that of a memory like this one, got {tuple(rows.shape)}')
+                raise ValueError(
+                    f'{name}.{part} must come from a memory with the same settings, got {tuple(rows.shape)}'
+                )
         mask, queries, before = (None if t is None else outside_inference(t) for t in (mask, queries, before))
         return PendingSegment(outside_inference(tokens), mask, queries, before)
 

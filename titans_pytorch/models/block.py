@@ -239,7 +239,7 @@ class Block(Resettable):
         return x, carried, memory_state
 
     def to_buffers(self, state: LayerState, position: int) -> LayerBuffers:
-        """`state` after `position` positions as buffers for steps, valid until the weights change, which are read."""
+        """`state` after `position` positions as buffers for steps, valid until parameters change."""
         key_values, memory = state
         return LayerBuffers(
             key_values=None if self.attention is None else self.attention.to_buffers(key_values, position),  # type: ignore[arg-type]

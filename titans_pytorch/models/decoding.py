@@ -84,7 +84,7 @@ class StepwiseDecoding(Module):
         return None
 
     def decoding_state(self, state: ModelState) -> ModelBuffers:
-        """`state` as buffers for `step`, valid until the weights change, some of which are copied."""
+        """`state` as buffers for `step`; they hold values derived from parameters, and are valid until these change."""
         assert self.to_logits is not None
         start = state.seq_index
         layers = [block.to_buffers(own, start) for block, own in zip(self._blocks, self._layer_states(state))]

@@ -2,13 +2,13 @@
 
 The public function of each operation chooses once per call, and nothing beneath or above it asks again:
 
-    if use_kernel(inputs) and supports(…):
+    if use_kernel(inputs) and _supports(…):
         from titans_pytorch.ops.<name> import triton  # Triton need not be installed where no kernel runs
         return triton.<name>(…)
     return reference.<name>(…)
 
-`use_kernel` is the part that all operations share. `supports`, beside the public function, states the limits of that
-operation's kernel: shapes and sizes.
+`use_kernel` is the part that all operations share. `_supports`, or a comparison of sizes in its place, states the
+limits of that operation's kernel.
 """
 
 from __future__ import annotations

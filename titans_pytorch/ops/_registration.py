@@ -34,7 +34,7 @@ def register_kernel(
         outputs: the outputs, uninitialised, given the arguments of `forward`: shapes and dtypes for tracing. `forward`
             allocates by the same function.
         saved: indices of the outputs that the gradient needs, beside all arguments.
-        not_differentiable: indices of outputs that exist for the gradient's sake.
+        not_differentiable: indices of outputs that are needed only by the gradient.
         materialize_grads: whether `backward` gets zeros for an output without a gradient; else it gets `None`.
 
     A second derivative is an error that names `without_kernels`.

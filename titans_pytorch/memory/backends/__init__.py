@@ -33,7 +33,7 @@ def choose_backend(requested: str, network: Module, dim: int, spectral_norm: boo
     if obstacle_to_all is not None:
         raise ValueError(
             'model must run under torch.func.vmap and torch.func.grad, by which the memory is computed, with weights '
-            'that it reaches through `self`: write what fails there as plain operations on tensors, such as products '
+            'that it accesses through `self`: write what fails there as plain operations on tensors, such as products '
             f'of matrices. It failed: {obstacle_to_all}'
         )
     if requested == 'dense':

@@ -22,7 +22,7 @@ Transition = Callable[[Weights, Weights], Weights]
 
 
 class Gradients(NamedTuple):
-    """Negative gradients of a block of chunks, those of matrices in two factors."""
+    """Negative gradients of a block of chunks; gradients of matrices are kept as two factors."""
 
     inputs: Weights
     """For each matrix the rows X that it was applied to, (bh, n, m, d)."""
@@ -48,8 +48,8 @@ class Stored(NamedTuple):
     """‖M(k) − v‖² of each row before it is stored, unweighted: the surprise of the row."""
 
 
-class BlockStep(NamedTuple):
-    """One block of a call, ready to be stored."""
+class PreparedBlock(NamedTuple):
+    """One block of a call, with everything that storing it needs but the weights."""
 
     store: Callable[[MemoryWeights], Stored]
     ends_batch: bool
@@ -60,7 +60,7 @@ class Backend:
 
     Args:
         network: the memory network, a template whose own weights are not used.
-        loss_fn: the loss that storing lowers.
+        loss_fn: the loss that storing minimises.
         scan: solves linear recurrences over chunks.
         max_grad_norm: soft bound of a gradient's norm.
         spectral_norm: orthogonalise the momentum.
@@ -90,24 +90,24 @@ class Backend:
         if isinstance(schedule.num_chunks, torch.SymInt):
             refuse_dynamic_length()
         stored, losses = [], [torch.zeros_like(chunks.step_sizes[:, :0])]
-        for step in self.block_steps(chunks, residual, schedule, weights, transition):
-            block = step.store(weights)
+        for prepared in self.prepare(chunks, residual, schedule, weights, transition):
+            block = prepared.store(weights)
             stored.append(block.over_time)
             losses.append(block.losses)
             base, newest = weights.base, block.over_time.final
-            if step.ends_batch:
+            if prepared.ends_batch:
                 base = newest = newest if transition is None else transition(base, newest)
             weights = MemoryWeights(base, newest, block.momentum)
         return FastWeights.joined(stored, weights.newest), weights, torch.cat(losses, dim=1)
 
-    def block_steps(
+    def prepare(
         self,
         chunks: Chunks,
         residual: WeightResidual | None,
         schedule: Schedule,
         weights: MemoryWeights,
         transition: Transition | None,
-    ) -> Iterable[BlockStep]:
+    ) -> Iterable[PreparedBlock]:
         """The blocks of a call in order, each to be stored in the weights that the one before leaves."""
         raise NotImplementedError
 
@@ -148,14 +148,19 @@ class Backend:
             updates, orders = surprise(
                 gradients, gates, weights.momentum, one_chunk, self.max_grad_norm, self.spectral_norm
             )
-            # Titans eq. 13: M_t = (1 − α_t) M_{t−1} + S_t, laid out as M is, whose buffer takes it over
+            # Titans eq. 13: M_t = (1 − α_t) M_{t−1} + S_t, in the memory layout of M, into whose buffer it is copied
             newest = {
                 name: torch.addcmul(updates[name], beside(gates.retention, w), w, out=torch.empty_like(w))
                 for name, w in weights.newest.items()
             }
         return MemoryWeights(
-            base=weights.base, newest=newest, momentum={name: stacked(own) for name, own in orders.items()}
+            base=weights.base, newest=newest, momentum={name: stacked(by_order) for name, by_order in orders.items()}
         )
+
+
+def final_momentum(orders: dict[str, list[Tensor]]) -> Weights:
+    """The momentum after the last chunk, from that after each chunk, (bh, n, …) for each order."""
+    return {name: stacked([order[:, -1] for order in by_order]) for name, by_order in orders.items()}
 
 
 def stacked(orders: list[Tensor]) -> Float[Tensor, 'o bh ...']:

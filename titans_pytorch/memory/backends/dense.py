@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
-from titans_pytorch.memory.backends.base import Backend, BlockStep, Stored, Transition, stacked
-from titans_pytorch.memory.chunks import Chunks, WeightResidual
+from titans_pytorch.memory.backends.base import Backend, PreparedBlock, Stored, Transition, final_momentum
+from titans_pytorch.memory.chunks import Chunks, WeightResidual, split_inputs
 from titans_pytorch.memory.fast_weights import FastWeights, MemoryWeights, StoredBlock, Weights
 from titans_pytorch.memory.reference import apply_network, gradient_of_chunk, surprise
 from titans_pytorch.memory.schedule import Schedule
@@ -20,28 +21,21 @@ from titans_pytorch.utils.shapes import Float
 class DenseBackend(Backend):
     """Gradients by `torch.func`, all chunks of a block at once; momentum and decay by scans over chunks."""
 
-    def block_steps(
+    def prepare(
         self,
         chunks: Chunks,
         residual: WeightResidual | None,
         schedule: Schedule,
         weights: MemoryWeights,
         transition: Transition | None,
-    ) -> Iterator[BlockStep]:
+    ) -> Iterator[PreparedBlock]:
         if torch.compiler.is_exporting():
             # its tracer takes no gradients under `vmap`
             raise ValueError("torch.export needs engine='dual', and this memory is dense")
         blocks = schedule.blocks(preferred=None)
         lengths = [block.num_chunks for block in blocks]
-        residuals = [None] * len(blocks) if residual is None else residual.split(lengths)
-        for block, own, own_residual in zip(blocks, chunks.split(lengths), residuals):
-
-            def store(
-                weights: MemoryWeights, own: Chunks = own, residual: WeightResidual | None = own_residual
-            ) -> Stored:
-                return self._store_block(own, residual, weights)
-
-            yield BlockStep(store, block.ends_batch)
+        for block, inputs in zip(blocks, split_inputs(chunks, residual, lengths)):
+            yield PreparedBlock(partial(self._store_block, *inputs), block.ends_batch)
 
     def _store_block(self, chunks: Chunks, residual: WeightResidual | None, weights: MemoryWeights) -> Stored:
         gradients, losses = self.gradients_of_chunks(chunks, weights.base, residual)
@@ -54,8 +48,7 @@ class DenseBackend(Backend):
             # Titans eq. 13: M_t = (1 − α_t) M_{t−1} + S_t, with M before the first chunk in front
             every = self.scan(gates.retention.unsqueeze(-1), update, prev=weights.newest[name], remove_prev=False)
             dense[name], final[name] = every[:, :-1], every[:, -1]
-        momentum = {name: stacked([order[:, -1] for order in own]) for name, own in orders.items()}
-        return Stored(StoredBlock(dense, final), momentum, losses)
+        return Stored(StoredBlock(dense, final), final_momentum(orders), losses)
 
     def gradients_of_chunks(
         self, chunks: Chunks, base: Weights, residual: WeightResidual | None

@@ -20,22 +20,22 @@ from torch.utils._pytree import tree_leaves
 
 from titans_pytorch.memory.backends.base import (
     Backend,
-    BlockStep,
     Gradients,
+    PreparedBlock,
     Stored,
     Transition,
     refuse_dynamic_length,
     stacked,
 )
-from titans_pytorch.memory.backends.exported import scan_chunks
+from titans_pytorch.memory.backends.export_scan import scan_chunks
 from titans_pytorch.memory.backends.fused_mlp import FusedMLP
-from titans_pytorch.memory.chunks import Chunks, Coefficients, WeightResidual, scaled
+from titans_pytorch.memory.chunks import Chunks, Coefficients, WeightResidual, scaled, split_inputs
 from titans_pytorch.memory.fast_weights import Factors, FastWeights, MemoryWeights, StoredBlock, Weights
 from titans_pytorch.memory.reference import LossFn, default_loss_fn
 from titans_pytorch.memory.schedule import Block, Schedule
 from titans_pytorch.memory.soft_clamp import soft_clamp_factor, soft_clamp_norm
 from titans_pytorch.memory_models import ResidualNorm, inner_mlp, mlp_matrices
-from titans_pytorch.ops.associative_scan import AssocScan
+from titans_pytorch.ops.associative_scan import AssocScan, coefficient_product
 from titans_pytorch.ops.final_state import final_state
 from titans_pytorch.ops.norms import layer_norm
 from titans_pytorch.utils.functional import call_with_weights, is_traced, outside_inference, transformed
@@ -67,41 +67,40 @@ class DualBackend(Backend):
             return scan_chunks(self, chunks, residual, schedule, weights, transition)
         return super().store(chunks, residual, schedule, weights, transition)
 
-    def block_steps(
+    def prepare(
         self,
         chunks: Chunks,
         residual: WeightResidual | None,
         schedule: Schedule,
         weights: MemoryWeights,
         transition: Transition | None,
-    ) -> Iterator[BlockStep]:
+    ) -> Iterator[PreparedBlock]:
         # a memory batch whose gradients are taken at the newest weights can be stored together with its neighbours
         at_newest = all(weights.base[name] is w for name, w in weights.newest.items())
         blocks = schedule.blocks(self.preferred_chunks(chunks))
         groups = [[*same] for _, same in groupby(blocks, key=lambda block: block.num_chunks)]
         lengths = [sum(block.num_chunks for block in group) for group in groups]
-        residuals = [None] * len(groups) if residual is None else residual.split(lengths)
-        for group, own, own_residual in zip(groups, chunks.split(lengths), residuals):
+        for group, (group_chunks, group_residual) in zip(groups, split_inputs(chunks, residual, lengths)):
             # the recurrences of neighbours of one length are solved together
-            coefficients = Coefficients.of_blocks(own, len(group))
+            coefficients = Coefficients.of_blocks(group_chunks, len(group))
             in_batches = transition is None and at_newest and all(block.is_batch for block in group)
-            if in_batches and own_residual is None and self._scans_batches(own, weights):
-                yield BlockStep(partial(self._store_batches, own, coefficients), ends_batch=True)
+            if in_batches and group_residual is None and self._scans_batches(group_chunks, weights):
+                yield PreparedBlock(partial(self._store_batches, group_chunks, coefficients), ends_batch=True)
             else:
-                yield from self._separately(group, own, own_residual, coefficients)
+                yield from self._separately(group, group_chunks, group_residual, coefficients)
             at_newest = True
 
     def preferred_chunks(self, chunks: Chunks) -> int:
         """Chunks of a block, where the schedule leaves the choice."""
-        # work inside a block grows with its square, launches with the number of blocks: a GPU would rather work.
-        # Where chunks are so long that their matrices are formed, the square is that of the number of chunks
+        # work inside a block grows with the square of its rows, launches with the number of blocks. On a GPU launches
+        # cost more. If matrices are formed, work grows with the square of the number of chunks
         return max((128 if chunks.keys.device.type == 'cpu' else 512) // chunks.keys.shape[2], 8)
 
     def _scans_batches(self, chunks: Chunks, weights: MemoryWeights) -> bool:
         """True if whole memory batches of these chunks can be stored by one operation."""
         if self.fused is None or self.max_grad_norm is not None or chunks.modulation is not None:
             return False
-        return not any(_is_small(chunks, w) for w in weights.newest.values() if w.ndim > 2)
+        return not any(_forms_matrix(chunks, w) for w in weights.newest.values() if w.ndim > 2)
 
     def _store_batches(self, chunks: Chunks, coefficients: Coefficients, weights: MemoryWeights) -> Stored:
         assert self.fused is not None
@@ -109,12 +108,11 @@ class DualBackend(Backend):
 
     def _separately(
         self, blocks: list[Block], chunks: Chunks, residual: WeightResidual | None, coefficients: Coefficients
-    ) -> Iterator[BlockStep]:
+    ) -> Iterator[PreparedBlock]:
         lengths = [block.num_chunks for block in blocks]
-        residuals = [None] * len(blocks) if residual is None else residual.split(lengths)
-        parts = zip(blocks, chunks.split(lengths), residuals, coefficients.unbind())
-        for block, own, own_residual, solved in parts:
-            yield BlockStep(partial(self._store_block, own, own_residual, solved), block.ends_batch)
+        parts = zip(blocks, split_inputs(chunks, residual, lengths), coefficients.unbind())
+        for block, inputs, block_coefficients in parts:
+            yield PreparedBlock(partial(self._store_block, *inputs, block_coefficients), block.ends_batch)
 
     def _store_block(
         self, chunks: Chunks, residual: WeightResidual | None, coefficients: Coefficients, weights: MemoryWeights
@@ -125,7 +123,7 @@ class DualBackend(Backend):
         for index, (name, newest) in enumerate(weights.newest.items()):
             modulation = None if chunks.modulation is None else chunks.modulation[..., index]
             initial = [newest, *weights.momentum.get(name, ())]
-            if name in gradients.inputs and not _is_small(chunks, newest):
+            if name in gradients.inputs and not _forms_matrix(chunks, newest):
                 inputs, deltas = gradients.inputs[name], gradients.deltas[name]
                 factor = self._update_factor(inputs, deltas, modulation)
                 deltas = deltas if factor is None else scaled(factor, deltas)
@@ -256,8 +254,8 @@ class DualBackend(Backend):
             return transformed(grad, negative_loss)({name: outside_inference(w) for name, w in at.items()})
 
 
-def _is_small(chunks: Chunks, weight: Float[Tensor, 'bh d e']) -> bool:
-    """True if a matrix has no more entries than the factors of its gradient over one chunk: it is then formed."""
+def _forms_matrix(chunks: Chunks, weight: Float[Tensor, 'bh d e']) -> bool:
+    """True if a matrix has no more entries than the factors of its gradient over one chunk, so that it is formed."""
     rows, (dim_in, dim_out) = chunks.keys.shape[2], weight.shape[1:]
     return rows * (dim_in + dim_out) >= dim_in * dim_out
 
@@ -269,17 +267,8 @@ def _dense_states(
     with no_autocast(update):
         flat, flat_initial = update.flatten(2), torch.stack(initial, dim=1).flatten(2)
         final = coefficients.final @ flat + coefficients.initial_final @ flat_initial
-        weights = _combined(coefficients.steps, flat) + coefficients.initial_steps @ flat_initial
+        weights = coefficient_product(coefficients.steps, flat) + coefficients.initial_steps @ flat_initial
     return weights.view_as(update), [*final.unflatten(2, update.shape[2:]).unbind(1)]
-
-
-def _combined(coefficients: Float[Tensor, 'bh s n'], updates: Float[Tensor, 'bh n f']) -> Float[Tensor, 'bh s f']:
-    features = updates.shape[2]
-    if not updates.is_cuda or features % 512:
-        return coefficients @ updates
-    # the gradient of the coefficients is few numbers, each a sum over all features: in parts, a GPU is kept busy
-    parts = updates.unflatten(2, (-1, 512)).transpose(1, 2)
-    return (coefficients.unsqueeze(1) @ parts).transpose(1, 2).flatten(2)
 
 
 ProbedLoss = Callable[[Callable[[str, Tensor], Tensor], Weights], tuple[Tensor, Tensor]]

@@ -13,7 +13,7 @@ from titans_pytorch.memory.backends.base import Gradients, Stored, stacked
 from titans_pytorch.memory.chunks import Chunks, Coefficients, WeightResidual
 from titans_pytorch.memory.fast_weights import FactoredBlocks, FastWeights, MemoryWeights, StoredBatches, Weights
 from titans_pytorch.memory_models import ResidualNorm, inner_mlp
-from titans_pytorch.ops.inner_gradient import ResidualWeights, inner_gradient
+from titans_pytorch.ops.inner_gradient import PreviousWeights, inner_gradient
 from titans_pytorch.ops.memory_batch_scan import memory_batch_scan
 from titans_pytorch.ops.retrieve_sequence import FactoredMatrix, retrieve_sequence
 from titans_pytorch.utils.precision import no_autocast
@@ -48,7 +48,7 @@ class FusedMLP(NamedTuple):
 
     def gradients(self, chunks: Chunks, base: Weights, residual: WeightResidual | None) -> Gradients:
         """Negative gradients of each chunk at `base`, plus the residual, which is dense."""
-        added = None if residual is None else ResidualWeights(residual.shares, *self.of_parameters(residual.dense))
+        added = None if residual is None else PreviousWeights(residual.shares, *self.of_parameters(residual.dense))
         out = inner_gradient(*chunks[:3], *self.of_parameters(base), self.eps, added)
         keys = chunks.keys.to(out.deltas.dtype)
         vectors = _present({self.gamma: out.negative_gamma_gradient})

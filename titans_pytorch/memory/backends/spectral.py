@@ -13,9 +13,9 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
-from titans_pytorch.memory.backends.base import BlockStep, Gradients, Stored, Transition, stacked
+from titans_pytorch.memory.backends.base import Gradients, PreparedBlock, Stored, Transition, final_momentum
 from titans_pytorch.memory.backends.dual import DualBackend
-from titans_pytorch.memory.chunks import Chunks, WeightResidual
+from titans_pytorch.memory.chunks import Chunks, WeightResidual, split_inputs
 from titans_pytorch.memory.fast_weights import MemoryWeights, StoredBlock
 from titans_pytorch.memory.reference import surprise
 from titans_pytorch.memory.schedule import Schedule
@@ -28,25 +28,24 @@ from titans_pytorch.utils.shapes import Float
 class SpectralBackend(DualBackend):
     """Gradients as in the dual backend; momentum and weights of every chunk by scans."""
 
-    def block_steps(
+    def prepare(
         self,
         chunks: Chunks,
         residual: WeightResidual | None,
         schedule: Schedule,
         weights: MemoryWeights,
         transition: Transition | None,
-    ) -> Iterator[BlockStep]:
+    ) -> Iterator[PreparedBlock]:
         blocks = schedule.blocks(self.preferred_chunks(chunks))
         lengths = [block.num_chunks for block in blocks]
-        residuals = [None] * len(blocks) if residual is None else residual.split(lengths)
         # gates of all blocks at once, which are fewer launches than block by block
         log_retention = F.logsigmoid(-at_least_float32(chunks.decay)).split(lengths, dim=1)
         log_gates: Sequence[Tensor | None] = [None] * len(blocks)
         if chunks.momentum is not None:
             log_gates = F.logsigmoid(at_least_float32(chunks.momentum)).split(lengths, dim=1)
-        parts = zip(blocks, chunks.split(lengths), residuals, log_retention, log_gates)
-        for block, own, own_residual, retention, gates in parts:
-            yield BlockStep(partial(self._store_spectral, own, own_residual, retention, gates), block.ends_batch)
+        inputs = split_inputs(chunks, residual, lengths)
+        for block, own_inputs, retention, gates in zip(blocks, inputs, log_retention, log_gates):
+            yield PreparedBlock(partial(self._store_spectral, *own_inputs, retention, gates), block.ends_batch)
 
     def _store_spectral(
         self,
@@ -85,10 +84,9 @@ class SpectralBackend(DualBackend):
     ) -> Stored:
         formed = {name: gradients.dense(name).to(newest.dtype) for name, newest in weights.newest.items()}
         updates, orders = surprise(
-            formed, chunks.update_gates(), weights.momentum, self.over_chunks, self.max_grad_norm, True
+            formed, chunks.update_gates(), weights.momentum, self.over_chunks, self.max_grad_norm, self.spectral_norm
         )
         dense, final = {}, {}
         for name, newest in weights.newest.items():
             dense[name], final[name] = weight_scan(updates[name], log_retention, newest, newest.dtype)
-        momentum = {name: stacked([order[:, -1] for order in own]) for name, own in orders.items()}
-        return Stored(StoredBlock(dense, final), momentum, gradients.losses)
+        return Stored(StoredBlock(dense, final), final_momentum(orders), gradients.losses)

@@ -61,7 +61,10 @@ class Trial(NamedTuple):
         return cls(copy, base, over_time, Chunks(keys, values, step_sizes, draw(2, 3), None, None, None))
 
     def obstacle_to_dense(self, network: Module) -> str | None:
-        """The reason why a network does not run with weights that differ from chunk to chunk; `None` if it does."""
+        """The reason why the network does not run with weights that differ from chunk to chunk; `None` if it does.
+
+        `network`: the module of the user, with its weights; the trial itself runs a copy without.
+        """
         try:
             self._dense_gradients()
             if not self._is_random() and not self._uses_given_weights(network):
@@ -109,7 +112,9 @@ class Trial(NamedTuple):
                 with torch.set_grad_enabled(grad_enabled):
                     dual_gradients = self._dual_gradients()
                 if not all(torch.allclose(dual_gradients[name], dense_gradients[name]) for name in self.base):
-                    return 'its gradients by its products are not those by its weights, as with operations in place'
+                    return (
+                        'gradients through its products differ from those of its weights, as with operations in place'
+                    )
         except Exception as cause:
             return f'it fails there: {_first_line(cause)}'
         return None

@@ -42,7 +42,7 @@ class InnerGradient(NamedTuple):
     """Unweighted."""
 
 
-class ResidualWeights(NamedTuple):
+class PreviousWeights(NamedTuple):
     """Another memory's weights P_c before each chunk c, for gradients at W + share_c · P_c instead of W."""
 
     shares: Float[Tensor, 'bh n']
@@ -59,7 +59,7 @@ def inner_gradient(
     last: Float[Tensor, 'bh e d'],
     gamma: Float[Tensor, 'bh d'] | None,
     eps: float,
-    residual: ResidualWeights | None = None,
+    residual: PreviousWeights | None = None,
 ) -> InnerGradient:
     """The inner gradient of every row, all at the same weights, or with `residual` at those of its chunk.
 
@@ -72,7 +72,7 @@ def inner_gradient(
 
     Sums and norms are in the precision of the weights, products in that of autocast or of the keys.
     """
-    added = ResidualWeights(None, None, None, None) if residual is None else residual  # type: ignore[arg-type]
+    added = PreviousWeights(None, None, None, None) if residual is None else residual  # type: ignore[arg-type]
     tensors = (keys, values, step_sizes, first, last, gamma, *added)
     operands = operand_dtype(keys)
     rows = (keys, values, step_sizes, *added)

@@ -47,8 +47,8 @@ def scan_chunks(
             dense = {name: w.unsqueeze(1) for name, w in dense.items()}
             own_residual = WeightResidual(FastWeights.of(dense), dense, share.unsqueeze(1), 0)
 
-        (step,) = backend.block_steps(Chunks(*fields), own_residual, Schedule(0, 1, None), weights, transition)
-        stored = step.store(weights)
+        (prepared,) = backend.prepare(Chunks(*fields), own_residual, Schedule(0, 1, None), weights, transition)
+        stored = prepared.store(weights)
         final = stored.over_time.final
         moved = final if transition is None else transition(weights.base, final)
         newest = {name: torch.where(ends, moved[name], w) for name, w in final.items()}
