@@ -29,7 +29,8 @@ lint: $(VENV)/.ready-lint
 	$(BIN)/mypy
 
 shapes: $(VENV)/.ready-lint
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --shapes $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --shapes \
+		tests/attention tests/generation tests/memory tests/models tests/ops $(ARGS)
 
 coverage: $(VENV)/.ready-lint
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --cov --cov-report term $(ARGS)

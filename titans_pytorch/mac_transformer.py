@@ -370,7 +370,7 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         chunk = self.neural_memory_segment_len
         return x + self.axial_pos_emb.span(start, stop, chunk, factorized_pos_emb, x.device)
 
-    def _token_rows(self, hidden: Float[Tensor, 'b n d'], start: int, num_tokens: int) -> Float[Tensor, 'b n d']:
+    def _token_rows(self, hidden: Float[Tensor, 'b _n d'], start: int, num_tokens: int) -> Float[Tensor, 'b n d']:
         tokens = torch.arange(self.num_tokens_until(start), num_tokens, device=hidden.device)
         positions = tokens // self.segment_len * self.attn_window_size + tokens % self.segment_len
         return hidden.index_select(1, positions - start)

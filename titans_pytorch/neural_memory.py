@@ -75,7 +75,7 @@ __all__ = [
 
 EMPTY = NeuralMemState(0, None, None, None, None)
 
-Surprises = tuple[Float[Tensor, 'b h n'], Float[Tensor, 'b h n']]
+Surprises = tuple[Float[Tensor, 'b h rows'], Float[Tensor, 'b h rows']]
 """Losses, unweighted, and step sizes of the stored rows, (batch, heads, rows) each."""
 
 
@@ -416,12 +416,12 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
     def forward(
         self,
-        seq: Float[Tensor, 'b n d'] | Float[Tensor, 'v b n d'],
+        seq: Float[Tensor, 'b n d'] | Float[Tensor, 'v b n d'] | Float[Tensor, 'b d'],
         store_seq: Tensor | None = None,
         state: NeuralMemState | None = None,
         detach_mem_state: bool = False,
         prev_weights: Mapping[str, Tensor] | None = None,
-        store_mask: Bool[Tensor, 'b n'] | None = None,
+        store_mask: Bool[Tensor, 'b _n'] | None = None,
         return_surprises: bool = False,
         ttt_batch_size: int | None = None,
         *,
@@ -702,14 +702,14 @@ class NeuralMemory(Resettable, InReferenceFormat):
         )
         after = OpenState(state.seq_index + complete, weights, rest)
 
-        def by_row(t: Float[Tensor, 'bh n m']) -> Float[Tensor, 'b h n']:
+        def by_row(t: Float[Tensor, 'bh n m']) -> Float[Tensor, 'b h rows']:
             return rearrange(t[..., :rows_stored], '(b h) n m -> b h (n m)', h=self.heads)
 
         rows_stored = chunk_size * self.num_kv_per_token - self.store_with_lookahead_value
         return over_time, after, (by_row(losses), by_row(chunks.step_sizes))
 
     def _project_chunks(
-        self, tokens: Tensor, mask: Bool[Tensor, 'b n'] | None
+        self, tokens: Tensor, mask: Bool[Tensor, 'b _t'] | None
     ) -> tuple[Chunks, Float[Tensor, 'b n d']]:
         """Complete chunks, and one pooled row for each. In front of `tokens` is the context of the convolutions."""
         normed = self.store_norm(tokens)
@@ -784,7 +784,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
     def _query_rows(
         self, seq: Float[Tensor, 'b n d'], pending: PendingSegment, position: int
-    ) -> tuple[Float[Tensor, 'b n d'], Tensor | None]:
+    ) -> tuple[Float[Tensor, 'b t d'], Tensor | None]:
         """`seq`, preceded by the retrieval inputs that its results depend on; and those that the next call needs.
 
         The group of tokens that read one set of weights starts with the last token of a chunk; before the very first
@@ -801,7 +801,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         return rows, _last_rows(rows, seq, needed(position + seq.shape[1])).clone()
 
     def _retrieve(
-        self, length: int, rows: Float[Tensor, 'b n d'], weights: FastWeights, position: int
+        self, length: int, rows: Float[Tensor, 'b t d'], weights: FastWeights, position: int
     ) -> Float[Tensor, 'b n d']:
         """Retrieved values for the last `length` of `rows`, the first of which has number `position` in its chunk.
 
@@ -816,16 +816,16 @@ class NeuralMemory(Resettable, InReferenceFormat):
         end = values.shape[1] - groups.padding[1]
         return self._combine(values[:, end - length : end], normed[:, -length:])
 
-    def _queries(self, rows: Float[Tensor, 'b n d']) -> tuple[Float[Tensor, 'b n d'], Float[Tensor, 'bh n d']]:
+    def _queries(self, rows: Float[Tensor, 'b t d']) -> tuple[Float[Tensor, 'b n d'], Float[Tensor, 'bh n e']]:
         """Normalised rows and their queries, without those in front that are context of the convolutions."""
         normed = self.retrieve_norm(rows)
         queries = self._queries_of(self.to_queries(normed))
         return normed[:, self.conv_context :], network_rows(queries, self._dtype)
 
-    def _queries_of(self, projected: Float[Tensor, 'b n d']) -> Float[Tensor, 'bh n d']:
+    def _queries_of(self, projected: Float[Tensor, 'b n d']) -> Float[Tensor, 'bh n e']:
         return self.q_norm(projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)).flatten(0, 1)
 
-    def _combine(self, values: Float[Tensor, 'bh n d'], normed: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
+    def _combine(self, values: Float[Tensor, 'bh n e'], normed: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
         """Retrieved values of all heads, gated and combined."""
         values = in_module_precision(values, self._dtype)
         values = self.multihead_rmsnorm(values.unflatten(0, (-1, self.heads)))
@@ -848,7 +848,7 @@ def _joined_masks(pending: PendingSegment, call: Call) -> Bool[Tensor, 'b n'] | 
     return torch.cat(masks, dim=-1)
 
 
-def _last_rows(rows: Tensor | None, like: Float[Tensor, 'b n d'], count: int) -> Float[Tensor, 'b n d']:
+def _last_rows(rows: Tensor | None, like: Float[Tensor, 'b n d'], count: int) -> Float[Tensor, 'b m d']:
     """The last `count` rows, preceded by rows of zeros where there are fewer."""
     rows = like[:, :0] if rows is None else rows
     missing = max(0, count - rows.shape[1])

@@ -56,7 +56,7 @@ class ContextAttention(SegmentedAttention):
         layer: int,
         context: Float[Tensor, 'b 1 d'],
         **_: Any,
-    ) -> tuple[Float[Tensor, 'b 1 d'], Float[Tensor, 'b h 2 d']]:
+    ) -> tuple[Float[Tensor, 'b 1 d'], Float[Tensor, 'b h 2 e']]:
         """`forward` for one position, which it writes into `buffers`; `layer` is the number of attentions before it."""
         projected = self.to_qkv(self.norm(torch.cat((seq, context), dim=1)))
         out = self.to_out(token_attention(projected, buffers, self.cache_layout, position, layer))

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from titans_pytorch.utils.parameters import fill
 from titans_pytorch.utils.shapes import Float, Int
 
-KeyValues = tuple[Float[Tensor, 'b h n d'], Float[Tensor, 'b h n d']]
+KeyValues = tuple[Float[Tensor, 'b h _j e'], Float[Tensor, 'b h _j e']]
 
 
 class Rotary(RotaryEmbedding):
@@ -75,7 +75,7 @@ def rotate(
     return apply_rotary_emb(rotary(positions.to(dtype) / rotary.interpolate_factor), t)
 
 
-def frequencies(rotary: RotaryEmbedding) -> Float[Tensor, ' d/2']:
+def frequencies(rotary: RotaryEmbedding) -> Float[Tensor, ' half']:
     """Angle per position of each pair of features, in the precision of `rotate`."""
     dtype = torch.promote_types(rotary.freqs.dtype, torch.float32)
     return rotary.freqs.detach().to(dtype) / rotary.interpolate_factor
@@ -132,8 +132,8 @@ def flatten_cache(
 
 
 def extend_cache(
-    cached: Sequence[Float[Tensor, 'b h m d']] | None, new: Sequence[Float[Tensor, 'b h n d']]
-) -> list[Float[Tensor, 'b h (m n) d']]:
+    cached: Sequence[Float[Tensor, 'b h m _d']] | None, new: Sequence[Float[Tensor, 'b h n _d']]
+) -> list[Float[Tensor, 'b h _j _d']]:
     """Cached keys and values followed by the new ones, tensor by tensor; without a cache, the new ones."""
     if cached is None:
         return list(new)

@@ -38,7 +38,7 @@ from titans_pytorch.utils.shapes import Float, divided
 class AttnIntermediates(NamedTuple):
     """Results of an attention layer besides its output."""
 
-    value_residual: Float[Tensor, 'b h n d']
+    value_residual: Float[Tensor, 'b h n e']
     """Values before any residual; later layers mix in those of the first."""
     cached_key_values: KeyValues
     """Keys (not rotated) and values of the cache and of this call."""
@@ -137,7 +137,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
     def forward(
         self,
         seq: Float[Tensor, 'b n d'],
-        value_residual: Float[Tensor, 'b h n d'] | None = None,
+        value_residual: Float[Tensor, 'b h n e'] | None = None,
         flex_attn_fn: Callable[..., Tensor] | None = None,
         disable_flex_attn: bool = False,
         output_gating: Float[Tensor, 'b n d'] | None = None,
@@ -258,9 +258,9 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         buffers: KeyValues,
         position: Position,
         layer: int,
-        value_residual: Float[Tensor, 'b h 1 d'] | None = None,
+        value_residual: Float[Tensor, 'b h 1 e'] | None = None,
         output_gating: Float[Tensor, 'b 1 d'] | None = None,
-    ) -> tuple[Float[Tensor, 'b 1 d'], Float[Tensor, 'b h 1 d']]:
+    ) -> tuple[Float[Tensor, 'b 1 d'], Float[Tensor, 'b h 1 e']]:
         """`forward` for one position, which it writes into `buffers`; `layer` is the number of attentions before this
         one. Returns the output, and the values before any residual."""
         seq = self.norm(seq)
@@ -283,10 +283,10 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         queries, keys, values = self._queries_keys_values(seq)
         return queries, keys, self._mixed(values, value_residual, seq), values
 
-    def _queries_keys_values(self, seq: Float[Tensor, 'b n d']) -> Float[Tensor, '3 b h n d']:
+    def _queries_keys_values(self, seq: Float[Tensor, 'b n d']) -> Float[Tensor, '3 b h n e']:
         return heads_of(self.to_qkv(seq), self.heads)
 
-    def _mixed(self, values: Tensor, value_residual: Tensor | None, seq: Tensor) -> Float[Tensor, 'b h n d']:
+    def _mixed(self, values: Tensor, value_residual: Tensor | None, seq: Tensor) -> Float[Tensor, 'b h n e']:
         if self.to_learned_v_mix is None or value_residual is None:
             return values
         return values.lerp(value_residual.to(values.dtype), self.to_learned_v_mix(seq).to(values.dtype))
@@ -377,7 +377,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         return after_persistent(self.num_persist_mem_tokens, segmented(self.total_segment_len, self.sliding))
 
 
-def heads_of(projected: Float[Tensor, 'b n 3hd'], heads: int) -> Float[Tensor, '3 b h n d']:
+def heads_of(projected: Float[Tensor, 'b n qkv'], heads: int) -> Float[Tensor, '3 b h n d']:
     """Queries, keys and values of each head."""
     return projected.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
 

@@ -26,7 +26,7 @@ def min_p_filter(logits: Float[Tensor, '... l'], min_p: float = 0.1) -> Float[Te
     return logits.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), float('-inf'))
 
 
-def gumbel_noise(t: Float[Tensor, ...]) -> Float[Tensor, ...]:
+def gumbel_noise(t: Float[Tensor, ' ...']) -> Float[Tensor, ' ...']:
     """Standard Gumbel noise of the shape of `t`, in float32 at least: −log(−log u) of uniform u."""
     tiny = 1e-20
     return -torch.log((-torch.log(torch.rand_like(at_least_float32(t)).clamp(min=tiny))).clamp(min=tiny))
@@ -47,7 +47,7 @@ def gumbel_sample(logits: Float[Tensor, '... l'], temperature: float = 1.0) -> I
     return tokens.unsqueeze(-1)
 
 
-def sampled(logits: Float[Tensor, '... l'], temperature: float) -> tuple[Int[Tensor, ...], Float[Tensor, ...]]:
+def sampled(logits: Float[Tensor, '... l'], temperature: float) -> tuple[Int[Tensor, ' ...'], Float[Tensor, ' ...']]:
     """A token for each row, and its logit with the noise added, which is NaN or −inf if no token was valid."""
     if temperature > 0.0:
         logits = logits / temperature + gumbel_noise(logits)
@@ -55,7 +55,7 @@ def sampled(logits: Float[Tensor, '... l'], temperature: float) -> tuple[Int[Ten
     return tokens, best
 
 
-def check_best(best: Float[Tensor, ...]) -> None:
+def check_best(best: Float[Tensor, ' ...']) -> None:
     """Refuse rows without a valid token, by the logits of the tokens sampled."""
     if not (best > float('-inf')).all():  # NaN compares false too
         raise ValueError(

@@ -144,7 +144,7 @@ class Coefficients(NamedTuple):
         cls,
         decay: Float[Tensor, 'bh n'],
         momentum: Float[Tensor, 'bh n o'] | None,
-        momentum_mix: Float[Tensor, 'bh n o'] | None,
+        momentum_mix: Float[Tensor, 'bh n _o'] | None,
     ) -> Coefficients:
         """Coefficients from the gates of `Chunks`."""
 

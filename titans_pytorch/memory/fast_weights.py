@@ -147,7 +147,7 @@ def matmul(x: Float[Tensor, 'bh n c d'], weights: Float[Tensor, 'bh n d e']) -> 
     return x @ (weights if torch.is_autocast_enabled(x.device.type) else weights.to(x.dtype))
 
 
-def _joined(parts: list[Float[Tensor, 'bh n ...']], final: Float[Tensor, 'bh ...']) -> Float[Tensor, 'bh n ...']:
+def _joined(parts: list[Float[Tensor, 'bh _n ...']], final: Float[Tensor, 'bh ...']) -> Float[Tensor, 'bh n ...']:
     final = final.unsqueeze(1)
     return torch.cat([*parts, final.to(parts[0].dtype)], dim=1) if parts else final
 

@@ -35,7 +35,7 @@ class AveragePool(Module):
         super().__init__()
         self.chunk_size = chunk_size
 
-    def forward(self, x: Float[Tensor, 'b n d'], chunk_size: int | None = None) -> Float[Tensor, 'b n d']:
+    def forward(self, x: Float[Tensor, 'b t d'], chunk_size: int | None = None) -> Float[Tensor, 'b n d']:
         return reduce(x, 'b (n c) d -> b n d', 'mean', c=chunk_size or self.chunk_size)
 
 
@@ -65,7 +65,7 @@ class AttentionPool(Resettable):
         self.chunk_size = chunk_size
         self.to_attn_logits = StartingAt(dim, dim, 0.0)
 
-    def forward(self, x: Float[Tensor, 'b n d'], chunk_size: int | None = None) -> Float[Tensor, 'b n d']:
+    def forward(self, x: Float[Tensor, 'b t d'], chunk_size: int | None = None) -> Float[Tensor, 'b n d']:
         x = rearrange(x, 'b (n c) d -> b n c d', c=chunk_size or self.chunk_size)
         return (x * self.to_attn_logits(x).softmax(dim=-2)).sum(dim=-2)
 
@@ -85,7 +85,7 @@ class CausalConv(Resettable):
         self.conv = nn.Conv1d(dim, dim, kernel_size, groups=dim, bias=False)
         self.context = kernel_size - 1
 
-    def forward(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
+    def forward(self, x: Float[Tensor, 'b t d']) -> Float[Tensor, 'b n d']:
         if x.shape[1] == self.context:  # `conv1d` refuses an empty output
             return x[:, self.context :]
         return self.conv(x.transpose(1, 2)).transpose(1, 2)

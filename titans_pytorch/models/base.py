@@ -111,7 +111,7 @@ class Transformer(StepwiseDecoding, Resettable):
         """Embeddings of the positions from `start` on that the tokens `x` occupy."""
         return self._token_embedding(x)
 
-    def _token_rows(self, hidden: Float[Tensor, 'b n d'], start: int, num_tokens: int) -> Float[Tensor, 'b n d']:
+    def _token_rows(self, hidden: Float[Tensor, 'b _n d'], start: int, num_tokens: int) -> Float[Tensor, 'b n d']:
         """Hidden states of tokens only, among the positions from `start` on; `num_tokens` is the total after them."""
         return hidden
 

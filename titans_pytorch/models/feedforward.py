@@ -13,7 +13,7 @@ from titans_pytorch.utils.shapes import Float
 class GEGLU(Module):
     """One half of the features gated by SiLU of the other: a SwiGLU, under the reference's name."""
 
-    def forward(self, x: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
+    def forward(self, x: Float[Tensor, '... e']) -> Float[Tensor, '... e//2']:
         x, gate = x.chunk(2, dim=-1)
         return F.silu(gate) * x
 

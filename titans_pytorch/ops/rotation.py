@@ -8,13 +8,13 @@ from torch import Tensor
 from titans_pytorch.utils.shapes import Float, Int
 
 
-def turns(frequencies: Float[Tensor, '... d/2'], position: Int[Tensor, ' 1']) -> Float[Tensor, '... d/2 2']:
+def turns(frequencies: Float[Tensor, '... half'], position: Int[Tensor, ' 1']) -> Float[Tensor, '... half 2']:
     """Cosines and sines by which `turned` rotates each pair of features at one position."""
     angles = position * frequencies
     return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
-def turned(t: Float[Tensor, '... d'], by: Float[Tensor, 'd/2 2']) -> Float[Tensor, '... d']:
+def turned(t: Float[Tensor, '... d'], by: Float[Tensor, 'half 2']) -> Float[Tensor, '... d']:
     """Features rotated in neighbouring pairs, as complex numbers: `rotate` of a single position."""
     width = 2 * by.shape[-2]
     if width < t.shape[-1]:  # an odd width leaves one feature unrotated

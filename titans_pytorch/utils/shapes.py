@@ -5,9 +5,13 @@
     d   features                       w   parameter tensors of the memory network
     o   momentum orders                u   keys/values per token    v   views (keys, values)
     i   query positions                j   key positions            p   persistent memory tokens
+    r   blocks of chunks               t   rows of a block          e   features of a head, or hidden features
+    s   residual streams               k   states of a parameter: its weights, and its momentum of each order
+    half  pairs of features that rotate together                    qkv  queries, keys and values, merged
 
-`Float[Tensor, 'b n d']` reads: a floating-point tensor of shape (batch, tokens, features). The letters are for
-readers; nothing checks them at run time (`checks.py` does that, where a user's tensor comes in).
+`Float[Tensor, 'b n d']` reads: a floating-point tensor of shape (batch, tokens, features). A name that begins with `_`
+stands for any size. `make shapes` runs tests with these annotations checked; otherwise only `checks.py` looks at a
+tensor, when a user passes it.
 """
 
 from importlib.util import find_spec

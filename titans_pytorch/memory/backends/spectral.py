@@ -7,7 +7,7 @@ Newton–Schulz of a sum of products Xᵀ Δ is no such sum, so the matrix of ev
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from titans_pytorch.memory.schedule import Schedule
 from titans_pytorch.ops.momentum_scan import momentum_scan, vector_scan, weight_scan
 from titans_pytorch.ops.newton_schulz import newton_schulz
 from titans_pytorch.utils.precision import at_least_float32, operand_dtype
+from titans_pytorch.utils.shapes import Float
 
 
 class SpectralBackend(DualBackend):
@@ -38,16 +39,28 @@ class SpectralBackend(DualBackend):
         blocks = schedule.blocks(self.preferred_chunks(chunks))
         lengths = [block.num_chunks for block in blocks]
         residuals = [None] * len(blocks) if residual is None else residual.split(lengths)
-        for block, own, own_residual in zip(blocks, chunks.split(lengths), residuals):
-            yield BlockStep(partial(self._store_spectral, own, own_residual), block.ends_batch)
+        # gates of all blocks at once, which are fewer launches than block by block
+        log_retention = F.logsigmoid(-at_least_float32(chunks.decay)).split(lengths, dim=1)
+        log_gates: Sequence[Tensor | None] = [None] * len(blocks)
+        if chunks.momentum is not None:
+            log_gates = F.logsigmoid(at_least_float32(chunks.momentum)).split(lengths, dim=1)
+        parts = zip(blocks, chunks.split(lengths), residuals, log_retention, log_gates)
+        for block, own, own_residual, retention, gates in parts:
+            yield BlockStep(partial(self._store_spectral, own, own_residual, retention, gates), block.ends_batch)
 
-    def _store_spectral(self, chunks: Chunks, residual: WeightResidual | None, weights: MemoryWeights) -> Stored:
+    def _store_spectral(
+        self,
+        chunks: Chunks,
+        residual: WeightResidual | None,
+        log_retention: Float[Tensor, 'bh n'],
+        log_gates: Float[Tensor, 'bh n o'] | None,
+        weights: MemoryWeights,
+    ) -> Stored:
         gradients = self.gradients(chunks, weights.base, residual)
-        log_retention = F.logsigmoid(-at_least_float32(chunks.decay))
-        if chunks.momentum is not None and chunks.momentum.shape[-1] > 1:
+        if log_gates is not None and log_gates.shape[-1] > 1:
             return self._store_several_orders(chunks, gradients, log_retention, weights)
         operands = operand_dtype(next(iter(weights.newest.values())))
-        log_gate = None if chunks.momentum is None else F.logsigmoid(at_least_float32(chunks.momentum.squeeze(-1)))
+        log_gate = None if log_gates is None else log_gates.squeeze(-1)
         dense, final, momentum = {}, {}, {}
         last: Tensor | None
         for index, (name, newest) in enumerate(weights.newest.items()):

@@ -46,9 +46,9 @@ class MemoryBatches(NamedTuple):
 
 
 def memory_batch_scan(
-    keys: Float[Tensor, 'bh r*n m d'],
-    values: Float[Tensor, 'bh r*n m d'],
-    step_sizes: Float[Tensor, 'bh r*n m'],
+    keys: Float[Tensor, 'bh rn m d'],
+    values: Float[Tensor, 'bh rn m d'],
+    step_sizes: Float[Tensor, 'bh rn m'],
     first: list[Float[Tensor, 'bh d e']] | None,
     last: list[Float[Tensor, 'bh e d']],
     gamma: list[Float[Tensor, 'bh d']] | None,

@@ -53,7 +53,7 @@ def _states(
     updates: Float[Tensor, 'bh n f'],
     start: Float[Tensor, 'bh f'] | None,
     keep_start: bool = False,
-) -> Float[Tensor, 'bh n f']:
+) -> Float[Tensor, 'bh _n f']:
     """h_c = g_c h_{c−1} + u_c after each chunk; with `keep_start`, n + 1 states, of which `start` is the first."""
     coefficients, of_start = gate_products(log_gates), log_gates.cumsum(dim=-1)
     if keep_start:

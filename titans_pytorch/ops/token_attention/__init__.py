@@ -33,7 +33,7 @@ class ValueMix(NamedTuple):
 
 
 def token_attention(
-    projected: Float[Tensor, 'b r 3hd'],
+    projected: Float[Tensor, 'b r qkv'],
     buffers: tuple[Float[Tensor, 'b h j d'], Float[Tensor, 'b h j d']],
     layout: RingLayout,
     position: Position,

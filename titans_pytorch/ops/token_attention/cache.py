@@ -47,7 +47,7 @@ class Position:
         frequencies: of each layer's rotary embedding.
     """
 
-    def __init__(self, number: Int[Tensor, ' 1'], frequencies: Float[Tensor, 'layers d/2']):
+    def __init__(self, number: Int[Tensor, ' 1'], frequencies: Float[Tensor, 'layers half']):
         self.number = number
         self.frequencies = frequencies
         self._slots: dict[tuple[RingLayout, torch.dtype], CacheSlots] = {}

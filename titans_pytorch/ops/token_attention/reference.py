@@ -11,10 +11,10 @@ from titans_pytorch.utils.shapes import Float
 
 
 def token_attention(
-    projected: Float[Tensor, 'b r 3hd'],
+    projected: Float[Tensor, 'b r qkv'],
     buffers: tuple[Float[Tensor, 'b h j d'], Float[Tensor, 'b h j d']],
     slots: CacheSlots,
-    rotation: Float[Tensor, 'd/2 2'],
+    rotation: Float[Tensor, 'half 2'],
     mix: tuple[Tensor, Tensor, Tensor, Tensor] | None,
 ) -> Float[Tensor, 'b 1 hd']:
     by_head = projected.unflatten(-1, (3, buffers[0].shape[1], -1)).permute(2, 0, 3, 1, 4)
