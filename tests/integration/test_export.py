@@ -30,15 +30,17 @@ MODELS: dict[str, Callable[[], Module]] = {
         neural_memory_segment_len=3,
         num_longterm_mem_tokens=2,
         num_persist_mem_tokens=2,
+        num_residual_streams=1,
     ),
     'MAC, sliding': lambda: MemoryAsContextTransformer(
         **SMALL | HEADS | {'depth': 2},
         neural_memory_segment_len=4,
         sliding_window_attn=True,
         neural_mem_weight_residual=True,
+        num_residual_streams=1,
     ),
     'MAG': lambda: MemoryAsGateTransformer(**SMALL | HEADS, num_residual_streams=2, num_persist_mem_tokens=1),
-    'MAL': lambda: MemoryAsLayerTransformer(**SMALL | HEADS),
+    'MAL': lambda: MemoryAsLayerTransformer(**SMALL | HEADS, num_residual_streams=1),
     'LMM': lambda: LongTermMemoryModel(**SMALL),
 }
 
