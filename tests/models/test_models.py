@@ -115,7 +115,7 @@ def test_memory_reaches_past_attention(name):
 @architectures
 def test_the_loss_compiles_once_without_graph_breaks(name):
     torch.compiler.reset()
-    model = build(name, neural_memory_layers=(2,), num_residual_streams=1)
+    model = build(name, depth=1, num_residual_streams=1)
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     for attempt in range(2):
         tokens = ids(13)
