@@ -326,9 +326,7 @@ def test_compiled_steps_are_reused(steps_compiled_eagerly):
 
 @pytest.mark.parametrize('steps_compiled_eagerly', ['aot_eager'], indirect=True)
 def test_compiled_steps_are_recompiled_when_necessary(steps_compiled_eagerly):
-    model = LongTermMemoryModel(
-        num_tokens=TOKENS, dim=8, depth=1, neural_memory_segment_len=3, num_residual_streams=1
-    )
+    model = LongTermMemoryModel(num_tokens=TOKENS, dim=8, depth=1, neural_memory_segment_len=3, num_residual_streams=1)
     model, prompt = randomised(model, 0.1).double(), ids(6)
     in_chunk, both_kinds = 9, 10  # lengths: the steps stay inside a chunk, or go on to its end
 
