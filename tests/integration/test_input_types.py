@@ -299,7 +299,7 @@ def test_heads_of_odd_width_decode(dim_head):
 
 def test_calls_of_these_types_compile_whole_for_any_length():
     model = build(LongTermMemoryModel, depth=1, neural_memory_segment_len=4, num_residual_streams=1)
-    mem = memory()
+    mem = memory(batch_size=None)
     compiled = torch.compile(
         lambda x, labels, state: model(x, labels=labels, state=state, return_state=True),
         fullgraph=True,

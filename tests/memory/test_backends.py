@@ -297,7 +297,7 @@ def test_a_memory_compiles_whole_and_once(switch, fresh_compiler):
 
     compiled = torch.compile(loss, fullgraph=True, backend='aot_eager')
     for attempt in range(2):
-        seq = inputs(mem, 13)  # a whole memory batch and a part of one, with an open chunk
+        seq = inputs(mem, 9)  # a whole memory batch, and an open chunk
         with torch.compiler.set_stance('fail_on_recompile' if attempt else 'default'):
             came = compiled(seq)
             of_compiled = gradients(mem, came)

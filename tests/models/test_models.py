@@ -70,7 +70,7 @@ def test_steps_equal_one_pass(name, variant):
 @architectures
 @pytest.mark.parametrize('steps_compiled_eagerly', ['aot_eager'], indirect=True)
 def test_compiled_steps_are_the_same(name, steps_compiled_eagerly):
-    model, prompt = build(name, num_residual_streams=4 if name == 'LMM' else 1), ids(5)
+    model, prompt = build(name, depth=1, num_residual_streams=4 if name == 'LMM' else 1), ids(5)
     runs, following = [], ids(14)
     for compiled in (True, False):
         with torch.no_grad():
@@ -115,7 +115,7 @@ def test_memory_reaches_past_attention(name):
 @architectures
 def test_the_loss_compiles_once_without_graph_breaks(name):
     torch.compiler.reset()
-    model = build(name, neural_memory_layers=(2,), num_residual_streams=1)
+    model = build(name, depth=1, num_residual_streams=1)
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     for attempt in range(2):
         tokens = ids(13)
