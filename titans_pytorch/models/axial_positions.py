@@ -37,7 +37,9 @@ class AxialPositions(ContinuousAxialPositionalEmbedding):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.mlps[0][0].weight.dtype
+        weight = self.mlps[0][0].weight
+        # a quantised linear map takes float32; its `weight` is a method
+        return weight.dtype if isinstance(weight, Tensor) else torch.float32
 
     def axis(self, axis: int, indices: Int[Tensor, ' n']) -> Float[Tensor, 'n d']:
         """Embeddings of indices along one axis: 0 for chunks, 1 for offsets in a chunk."""
