@@ -1,4 +1,4 @@
-"""Comparing numbers: what every test of equality uses."""
+"""Comparison of numbers, for every test of equality."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def leaves(value: Any, name: str = '') -> dict[str, Tensor]:
     return {path: t for key, item in items for path, t in leaves(item, f'{name}.{key}').items()}
 
 
-def assert_same(came: Any, expected: Any, tolerance: float = 1e-9, what: str = '') -> None:
+def assert_same(came: Any, expected: Any, tolerance: float = 1e-9, label: str = '') -> None:
     """Equal structure, shapes and values: |a − b| ≤ tolerance · max(1, max |b|)."""
     came, expected = leaves(came), leaves(expected)
-    assert came.keys() == expected.keys(), f'{what}: {sorted(came)} and {sorted(expected)}'
+    assert came.keys() == expected.keys(), f'{label}: {sorted(came)} and {sorted(expected)}'
     for path, want in expected.items():
         have = came[path]
-        assert have.shape == want.shape, f'{what}{path}: {tuple(have.shape)} and {tuple(want.shape)}'
+        assert have.shape == want.shape, f'{label}{path}: {tuple(have.shape)} and {tuple(want.shape)}'
         if want.numel() == 0:
             continue
-        assert torch.isfinite(have.double()).all(), f'{what}{path}: not finite'
+        assert torch.isfinite(have.double()).all(), f'{label}{path}: not finite'
         error = (have.double() - want.double()).abs().max().item()
         bound = tolerance * max(1.0, want.double().abs().max().item())
-        assert error <= bound, f'{what}{path}: differs by {error:.2e}, at most {bound:.2e} is allowed'
+        assert error <= bound, f'{label}{path}: differs by {error:.2e}, at most {bound:.2e} is allowed'
 
 
 def randomised(module: torch.nn.Module, scale: float = 0.3) -> torch.nn.Module:

@@ -97,7 +97,7 @@ def steps_compiled_eagerly(monkeypatch, request):
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker('gpu'):
-            # what compilers warn of on one machine or another is not ours
+            # compilers' warnings depend on the machine
             item.add_marker(pytest.mark.filterwarnings('default'))
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason='needs a CUDA device'))

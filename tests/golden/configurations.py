@@ -1,4 +1,4 @@
-"""What is compared with the reference: one entry per configuration, by kind.
+"""Configurations compared with the reference, by kind.
 
 Sizes are tiny and as different from each other as the switches allow, so that no two axes can be exchanged unnoticed.
 Left out are only the cases in which the reference itself is wrong: unequal retrieve and store chunk sizes, pieces that
@@ -183,7 +183,7 @@ MEMORY = {
     'lookahead_chunk_4': memory(
         store_with_lookahead_value=True, chunk_size=4, batch_size=4, shape=(1, 14, 8), of=SURPRISES
     ),
-    # what happens to the update
+    # options that change the update
     'spectral': memory(spectral_norm_surprises=True),
     'spectral_batched': memory(spectral_norm_surprises=True, batch_size=4, momentum_order=2),
     'spectral_no_momentum': memory(spectral_norm_surprises=True, momentum=False, chunk_size=4, shape=(1, 10, 8)),

@@ -20,11 +20,11 @@ from titans_pytorch.implicit_mlp_attention import ImplicitMLPAttention
 from titans_pytorch.mac_transformer import MemoryAsContextTransformer, SegmentedAttention
 from titans_pytorch.nested_attention import NestedAttention
 
-# arguments that were given another value than their default, per public function: what the configurations cover
+# arguments that some configuration sets to another value than their default, per public function
 
 arguments_set: dict[str, set[str]] = defaultdict(set)
 
-# the public functions, by the name of what one calls: constructors by their class
+# the public functions by name; constructors by their class
 
 PUBLIC_CLASSES = [
     titans_pytorch.NeuralMemory,
@@ -432,7 +432,7 @@ def construct(name: str) -> nn.Module:
 
 
 def relative_error(ours: np.ndarray, golden: np.ndarray) -> float:
-    """Largest difference relative to the largest value, or to 1e-5: what is smaller may be zero but for rounding."""
+    """Largest difference relative to the largest value, or to 1e-5, below which values may be rounding errors."""
     if ours.shape != golden.shape:
         raise AssertionError(f'shape {ours.shape}, where the reference has {golden.shape}')
     if golden.size == 0:

@@ -1,4 +1,4 @@
-"""Beside classes: the helpers that the reference's modules offer, the names in them, and what a seed draws.
+"""Helpers of the reference's modules, the public names in them, and the random draws of a seed.
 
 As `harness`, it runs on whichever `titans_pytorch` is imported.
 """
@@ -88,7 +88,7 @@ def figures() -> dict[str, list[Any]]:
     return {name: helper().tolist() for name, helper in HELPERS.items()}
 
 
-# what a seed draws
+# random draws of a seed
 
 SMALL = dict(dim=8, dim_head=4, heads=2)
 MAC = dict(num_tokens=8, depth=2, segment_len=4, num_longterm_mem_tokens=1, **SMALL)

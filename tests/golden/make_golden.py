@@ -1,7 +1,7 @@
-"""Stores what the reference computes for every configuration. Run it with a Python that has the reference:
+"""Stores the reference's results for every configuration. Run it with a Python that has the reference:
 
 python tests/golden/make_golden.py            # writes the figures
-python tests/golden/make_golden.py --check    # runs the reference again and compares with what is stored
+python tests/golden/make_golden.py --check    # runs the reference again and compares with the stored results
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PACKAGE, VERSION = 'titans-pytorch', '0.5.5'
 
 
 def import_reference() -> None:
-    """Make the reference what `titans_pytorch` means, or stop: ours must not be compared with itself."""
+    """Import the reference as `titans_pytorch`, or stop: this package must not be compared with itself."""
     sys.path = [path for path in sys.path if path and Path(path).resolve() != REPOSITORY]
     sys.path.insert(0, str(REPOSITORY / 'tests'))
 

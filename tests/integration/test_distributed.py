@@ -139,7 +139,7 @@ PIECES = (6, 1, 9, 2)
 
 
 def model_gradients(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
-    """Truncated backpropagation: the loss of each piece, with what earlier ones left in memory."""
+    """Truncated backpropagation: the loss of each piece, with the memory of earlier pieces."""
     state, start = None, 0
     for length in PIECES:
         loss, state = model(ids[:, start : start + length + 1], return_loss=True, state=state, return_state=True)

@@ -1,4 +1,4 @@
-"""What holds on the CPU holds on a GPU: numbers, gradients, scans, states, sampling, training in bfloat16."""
+"""Numbers, gradients, scans, states, sampling and bfloat16 training on a GPU, as on the CPU."""
 
 from __future__ import annotations
 

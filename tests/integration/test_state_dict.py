@@ -1,4 +1,4 @@
-"""What modules register: each trained tensor once, nothing empty, no scalars, no buffers; and how it is initialised."""
+"""Registered tensors: each trained tensor once, none empty, no scalars, no buffers; and their initialisation."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def out_of(module: nn.Module) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-# what is registered
+# registered tensors
 
 
 @every_module
@@ -286,7 +286,7 @@ def test_reset_from_meta_gives_what_the_constructor_does(name: str) -> None:
 
 @every_module
 def test_each_module_resets_its_own_parameters(name: str) -> None:
-    """As what walks over `modules()` expects; in any order, gates that start constant stay so."""
+    """As code that iterates over `modules()` expects; in any order, gates that start constant stay so."""
     module = seeded(MODULES[name])
     constant = {key: p for key, p in values(module).items() if p.numel() > 1 and (p == p.flatten()[0]).all()}
     spoil(module)

@@ -1,4 +1,4 @@
-"""Memory networks of a user: what the dual engine cannot serve, the dense one does; and frozen parts stay frozen."""
+"""Memory networks of a user: dense if the dual engine cannot serve them; frozen parts stay frozen."""
 
 from __future__ import annotations
 

@@ -37,10 +37,10 @@ def in_pieces(mem, seq, sizes, **kwargs):
 def assert_pieces_equal_one_pass(mem, seq, sizes, **kwargs):
     whole_out, whole_state, whole_surprises = in_pieces(mem, seq, [seq.shape[-2]], **kwargs)
     out, state, surprises = in_pieces(mem, seq, sizes, **kwargs)
-    assert_same(out, whole_out, what='output ')
+    assert_same(out, whole_out, label='output ')
     assert state.seq_index == whole_state.seq_index
-    assert_same(carried(state), carried(whole_state), what='state ')
-    assert_same(surprises, whole_surprises, what='surprise ')
+    assert_same(carried(state), carried(whole_state), label='state ')
+    assert_same(surprises, whole_surprises, label='surprise ')
     assert_same(gradients(mem, scalar(out, state)), gradients(mem, scalar(whole_out, whole_state)), 1e-8, 'gradient ')
 
 
@@ -215,7 +215,7 @@ def test_weight_residual_in_pieces_equals_one_pass():
     assert (whole[0] - alone(first(seq)[0])[0]).abs().max() > 1e-4
 
 
-# what is registered
+# registered tensors
 
 
 def test_optimizer_step_and_loading_with_several_heads():
@@ -342,7 +342,7 @@ def test_checkpointing_changes_no_number(switch):
 
 def test_checkpointing_bounds_what_a_step_holds():
     def held(length, **kwargs):
-        """Bytes kept for the backward, less what is as long as the input and as wide."""
+        """Bytes kept for the backward, without tensors of the size of the input."""
         storages = {}
 
         def pack(t):
@@ -354,7 +354,7 @@ def test_checkpointing_bounds_what_a_step_holds():
             out, _ = mem(inputs(mem, length))
         return sum(s.nbytes() for s in storages.values())
 
-    # what each further token costs
+    # bytes per further token
     kept, recomputed = ((held(512, **kw) - held(256, **kw)) / 256 for kw in ({}, {'checkpoint_every': 128}))
     assert recomputed < kept / 8
 

@@ -42,7 +42,7 @@ def connection(streams, dim, adds=True, device=DEVICE, constraint=sinkhorn_knopp
 
 
 def chain(through, x, branches):
-    """What each of some connections in a row reads, their branches' outputs given; and the streams at the end."""
+    """Branch inputs of consecutive connections, for given branch outputs; and the streams after the last."""
     read = []
     for connection, branch_out in zip(through, branches):
         branch_in, add_residual = connection(x)
@@ -142,7 +142,7 @@ def sequence(batch, tokens, streams, dim, dtype=torch.float32, device=DEVICE):
 
 @torch.enable_grad()
 def with_gradients(some, x, branches, through, of=slice(None), run=chain):
-    """What a chain of connections reads and ends with; gradients of the streams, branches' outputs and parameters."""
+    """Branch inputs and final streams of a chain of connections, and gradients of all that enters it."""
     x, *branches = (t.detach().requires_grad_() for t in (x, *branches))
     read, end = run([partial(through, one) for one in some], x, branches)
     results = [*read, complete(end)]
@@ -174,7 +174,7 @@ def test_sequences_equal_the_package(streams):
     [
         (2, 3, 4, 36, slice(None)),
         (3, 1, 3, 130, slice(None)),
-        # only what the third reads, and only the streams at the end
+        # only the third branch input, and only the final streams
         (1, 3, 4, 20, slice(2, 3)),
         (1, 3, 4, 20, slice(3, 4)),
     ],

@@ -114,7 +114,7 @@ def test_kernels_read_views(launches, poisoned):
 
 
 def assert_no_worse(tensors, launches, monkeypatch, low, floor):
-    """Than the reference in the same precision; `floor`: what full float32 may differ by for order alone."""
+    """Than the reference in the same precision; `floor`: the difference made by the order of sums in float32."""
     from titans_pytorch.ops import _dispatch
 
     exact, came, enabled = exactly(tensors), [], _dispatch.kernels_enabled

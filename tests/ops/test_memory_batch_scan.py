@@ -121,7 +121,7 @@ def leaves(tensors, dtype=None):
 
 
 def learned(function, tensors, used=None, turned=False):
-    """What `function` gives, and the gradient of a linear function of it, or of what is `used`, by every tensor."""
+    """Results of `function`, and gradients of a linear function of them, or of those in `used`, for every tensor."""
     generator, total = torch.Generator().manual_seed(1), 0.0
     out = function(tensors)
     for name, t in out.items():
