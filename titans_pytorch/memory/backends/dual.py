@@ -35,7 +35,7 @@ from titans_pytorch.memory.reference import LossFn, default_loss_fn
 from titans_pytorch.memory.schedule import Block, Schedule
 from titans_pytorch.memory.soft_clamp import soft_clamp_factor, soft_clamp_norm
 from titans_pytorch.memory_models import ResidualNorm, inner_mlp, mlp_matrices
-from titans_pytorch.ops.associative_scan import AssocScan, coefficient_product
+from titans_pytorch.ops.associative_scan import coefficient_product
 from titans_pytorch.ops.final_state import final_state
 from titans_pytorch.ops.norms import layer_norm
 from titans_pytorch.utils.functional import call_with_weights, is_traced, outside_inference, transformed
@@ -46,11 +46,15 @@ from titans_pytorch.utils.shapes import Float
 class DualBackend(Backend):
     """Factored matrices, unless a matrix has no more entries than the rows of a chunk; vectors are dense."""
 
-    def __init__(
-        self, network: Module, loss_fn: LossFn, scan: AssocScan, max_grad_norm: float | None, spectral_norm: bool
-    ):
-        super().__init__(network, loss_fn, scan, max_grad_norm, spectral_norm)
-        self.fused = FusedMLP.of(network) if loss_fn is default_loss_fn else None
+    _fused: tuple[FusedMLP | None] | None = None
+
+    @property
+    def fused(self) -> FusedMLP | None:
+        """The network as a memory MLP under the default loss, for which there are fused operations; else `None`."""
+        # computed on first use, as decoding makes a backend per token; the compiler traces no `cached_property`
+        if self._fused is None:
+            self._fused = (FusedMLP.of(self.network) if self.loss_fn is default_loss_fn else None,)
+        return self._fused[0]
 
     def store(
         self,

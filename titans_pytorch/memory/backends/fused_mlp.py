@@ -37,9 +37,8 @@ class FusedMLP(NamedTuple):
         if mlp is None or len(mlp.weights) > 2:
             return None
         *first, last = [name for name, p in network.named_parameters() if p.ndim > 1]
-        has_norm = isinstance(network, ResidualNorm)
-        eps = network.norm.eps if isinstance(network, ResidualNorm) else 0.0
-        return cls(first[0] if first else None, last, 'norm.gamma' if has_norm else None, eps)
+        gamma, eps = ('norm.gamma', network.norm.eps) if isinstance(network, ResidualNorm) else (None, 0.0)
+        return cls(first[0] if first else None, last, gamma, eps)
 
     def of_parameters(self, weights: Weights) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """W₁, W₂ and γ; `None` for those that the network lacks."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -57,7 +58,7 @@ class SpectralBackend(DualBackend):
     ) -> Stored:
         gradients = self.gradients(chunks, weights.base, residual)
         if log_gates is not None and log_gates.shape[-1] > 1:
-            return self._store_several_orders(chunks, gradients, log_retention, weights)
+            return self._store_several_orders(chunks, gradients, log_retention, log_gates, weights)
         operands = operand_dtype(next(iter(weights.newest.values())))
         log_gate = None if log_gates is None else log_gates.squeeze(-1)
         dense, final, momentum = {}, {}, {}
@@ -80,13 +81,25 @@ class SpectralBackend(DualBackend):
         return Stored(StoredBlock(dense, final), momentum, gradients.losses)
 
     def _store_several_orders(
-        self, chunks: Chunks, gradients: Gradients, log_retention: Tensor, weights: MemoryWeights
+        self,
+        chunks: Chunks,
+        gradients: Gradients,
+        log_retention: Float[Tensor, 'bh n'],
+        log_gates: Float[Tensor, 'bh n o'],
+        weights: MemoryWeights,
     ) -> Stored:
         formed = {name: gradients.dense(name).to(newest.dtype) for name, newest in weights.newest.items()}
+        gates = chunks.update_gates()._replace(momentum=log_gates.unbind(-1))
         updates, orders = surprise(
-            formed, chunks.update_gates(), weights.momentum, self.over_chunks, self.max_grad_norm, self.spectral_norm
+            formed, gates, weights.momentum, _momentum_after, self.max_grad_norm, self.spectral_norm
         )
         dense, final = {}, {}
         for name, newest in weights.newest.items():
             dense[name], final[name] = weight_scan(updates[name], log_retention, newest, newest.dtype)
         return Stored(StoredBlock(dense, final), final_momentum(orders), gradients.losses)
+
+
+def _momentum_after(log_gates: Tensor, inputs: Tensor, initial: Tensor) -> Tensor:
+    """`Recurrence` of all chunks of a block, for gates given as logarithms."""
+    before, last = weight_scan(inputs, log_gates, initial, inputs.dtype)
+    return torch.cat((before[:, 1:], last.unsqueeze(1)), dim=1)
