@@ -639,7 +639,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
         with network_autocast(self._dtype, tokens.device):
             after = self._backend.store_chunk(chunk, at, weights)
         if ends_batch:
-            base = after.newest if self._transition is None else self._transition(after.base, after.newest)
+            transition = self._transition
+            base = after.newest if transition is None else transition(after.base, after.newest)
             after = after._replace(base=base, newest=base)
         return after
 

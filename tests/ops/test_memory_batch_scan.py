@@ -237,7 +237,7 @@ def lowered(tensors, dtype):
 
 
 def assert_no_worse(tensors, low, monkeypatch, floor=0.0):
-    """Than the reference in the same precision; `floor`: what full float32 may differ by for order alone."""
+    """Than the reference in the same precision; `floor`: the difference made by the order of sums in float32."""
     from titans_pytorch.ops import _dispatch
 
     exact, came, enabled = exactly(tensors), [], _dispatch.kernels_enabled

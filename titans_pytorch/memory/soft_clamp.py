@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from titans_pytorch.memory.chunks import scaled
 from titans_pytorch.utils.precision import at_least_float32
 from titans_pytorch.utils.shapes import Float
 
@@ -33,8 +34,7 @@ def soft_clamp_norm(gradients: Tensor, max_norm: float, batch_axes: int = 2) -> 
     """Gradients scaled by `soft_clamp_factor` of their norm over all axes but the first `batch_axes`, here heads and
     chunks."""
     squared = at_least_float32(gradients).flatten(batch_axes).square().sum(dim=-1)
-    factor = soft_clamp_factor(squared, max_norm)
-    return (gradients * factor.reshape(*factor.shape, *(1,) * (gradients.ndim - batch_axes))).to(gradients.dtype)
+    return scaled(soft_clamp_factor(squared, max_norm), gradients).to(gradients.dtype)
 
 
 def softclamp_grad_norm(t: Float[Tensor, 'bn ...'], max_value: float) -> Float[Tensor, 'bn ...']:
