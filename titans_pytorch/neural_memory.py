@@ -41,7 +41,7 @@ from titans_pytorch.memory.state import (
     PendingSegment,
     mem_state_detach,
 )
-from titans_pytorch.memory.token_retrieval import Retrieval, retrieve_one
+from titans_pytorch.memory.token_retrieval import PlainRetrieval
 from titans_pytorch.memory.validation import (
     Call,
     MemoryLayout,
@@ -395,6 +395,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
     def _backend(self) -> Backend:
         return self._backend_class(
             self._network,
+            self.memory_model_parameters.mlp,
             self.store_memory_loss_fn,
             self.assoc_scan,
             self.max_grad_norm,
@@ -653,10 +654,18 @@ class NeuralMemory(Resettable, InReferenceFormat):
             if buffers.queries is not None:
                 buffers.queries.copy_(rows[:, 1:])
             normed = self.retrieve_norm(rows)
-            parts = Retrieval(
-                self.heads, self._backend, self.q_norm, self.multihead_rmsnorm, self.retrieve_gate, self._dtype
+            projected, normed = self.to_queries(normed), normed[:, context:]
+            plain = PlainRetrieval.of(
+                self.heads,
+                self.memory_model_parameters.mlp,
+                self.q_norm,
+                self.multihead_rmsnorm,
+                self.retrieve_gate,
+                self._dtype,
             )
-            return self.combine_heads(retrieve_one(parts, newest, self.to_queries(normed), normed[:, context:]))
+            if plain is None:
+                return self._combine(self._apply_network(newest, self._queries_of(projected)), normed)
+            return self.combine_heads(plain(newest, projected, normed))
 
         assert buffers.queries is not None
         if begins_group and context:

@@ -14,6 +14,7 @@ from titans_pytorch.memory.chunks import Chunks, WeightResidual, beside
 from titans_pytorch.memory.fast_weights import FastWeights, MemoryWeights, StoredBatches, StoredBlock, Weights
 from titans_pytorch.memory.reference import LossFn, one_chunk, surprise
 from titans_pytorch.memory.schedule import Schedule
+from titans_pytorch.memory_models import PlainMLP
 from titans_pytorch.ops.associative_scan import AssocScan
 from titans_pytorch.utils.shapes import Float
 
@@ -60,6 +61,7 @@ class Backend:
 
     Args:
         network: the memory network, a template whose own weights are not used.
+        mlp: the same network, if it is a plain MLP.
         loss_fn: the loss that storing minimises.
         scan: solves linear recurrences over chunks.
         max_grad_norm: soft bound of a gradient's norm.
@@ -67,9 +69,16 @@ class Backend:
     """
 
     def __init__(
-        self, network: Module, loss_fn: LossFn, scan: AssocScan, max_grad_norm: float | None, spectral_norm: bool
+        self,
+        network: Module,
+        mlp: PlainMLP | None,
+        loss_fn: LossFn,
+        scan: AssocScan,
+        max_grad_norm: float | None,
+        spectral_norm: bool,
     ):
         self.network = network
+        self.mlp = mlp
         self.loss_fn = loss_fn
         self.scan = scan
         self.max_grad_norm = max_grad_norm

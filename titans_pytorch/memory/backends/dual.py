@@ -34,10 +34,8 @@ from titans_pytorch.memory.fast_weights import Factors, FastWeights, MemoryWeigh
 from titans_pytorch.memory.reference import LossFn, default_loss_fn
 from titans_pytorch.memory.schedule import Block, Schedule
 from titans_pytorch.memory.soft_clamp import soft_clamp_factor, soft_clamp_norm
-from titans_pytorch.memory_models import ResidualNorm, inner_mlp, mlp_matrices
 from titans_pytorch.ops.associative_scan import coefficient_product
 from titans_pytorch.ops.final_state import final_state
-from titans_pytorch.ops.norms import layer_norm
 from titans_pytorch.utils.functional import call_with_weights, is_traced, outside_inference, transformed
 from titans_pytorch.utils.precision import at_least_float32, no_autocast
 from titans_pytorch.utils.shapes import Float
@@ -46,15 +44,10 @@ from titans_pytorch.utils.shapes import Float
 class DualBackend(Backend):
     """Factored matrices, unless a matrix has no more entries than the rows of a chunk; vectors are dense."""
 
-    _fused: tuple[FusedMLP | None] | None = None
-
     @property
     def fused(self) -> FusedMLP | None:
         """The network as a memory MLP under the default loss, for which there are fused operations; else `None`."""
-        # computed on first use, as decoding makes a backend per token; the compiler traces no `cached_property`
-        if self._fused is None:
-            self._fused = (FusedMLP.of(self.network) if self.loss_fn is default_loss_fn else None,)
-        return self._fused[0]
+        return FusedMLP.of(self.mlp) if self.loss_fn is default_loss_fn else None
 
     def store(
         self,
@@ -232,16 +225,8 @@ class DualBackend(Backend):
         return call_with_weights(self.network, vectors, rows, linear=linear)
 
     def apply(self, weights: Weights, rows: Float[Tensor, 'bh m d']) -> Float[Tensor, 'bh m d']:
-        mlp = inner_mlp(self.network)
-        if mlp is None:
-            return call_with_weights(self.network, weights, rows)
         # for so few rows, calling the modules would take longer than the products
-        out = mlp.through(mlp_matrices(self.network, weights), rows, torch.bmm)
-        if self.network is mlp:
-            return out
-        assert isinstance(self.network, ResidualNorm)
-        normed = layer_norm(out, self.network.norm.eps)
-        return torch.addcmul(rows, normed, weights['norm.gamma'].unsqueeze(-2) + 1.0)
+        return call_with_weights(self.network, weights, rows) if self.mlp is None else self.mlp(weights, rows)
 
     def negative_gradients(self, chunk: Chunks, at: Weights) -> Weights:
         if self.fused is not None:
