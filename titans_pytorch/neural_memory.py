@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Linear, Module, Parameter
 from torch.utils.checkpoint import checkpoint
 
-from titans_pytorch.memory.backends import Backend, DenseBackend, Transition, choose_backend
+from titans_pytorch.memory.backends import Backend, DenseBackend, StoreInputs, Transition, choose_backend
 from titans_pytorch.memory.chunks import Chunks, WeightResidual, beside
 from titans_pytorch.memory.fast_weights import FastWeights, MemoryWeights, Weights
 from titans_pytorch.memory.initial_weights import InitialWeights
@@ -699,9 +699,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
         chunks, pooled = self._project_chunks(rows, None if mask is None else mask[:, :complete])
         residual = self._weight_residual(prev_weights, pooled, schedule.first_chunk)
         with network_autocast(self._dtype, tokens.device):
-            over_time, weights, losses = self._backend.store(
-                chunks, residual, schedule, state.weights, self._transition
-            )
+            inputs = StoreInputs(chunks, residual, schedule, state.weights, self._transition)
+            over_time, weights, losses = self._backend.store(inputs)
 
         # copied, so that a kept state does not keep the whole input
         rest = PendingSegment(

@@ -22,6 +22,18 @@ Transition = Callable[[Weights, Weights], Weights]
 """Maps the base weights of a memory batch and the newest weights to the base weights of the next memory batch."""
 
 
+class StoreInputs(NamedTuple):
+    """Inputs of `Backend.store`."""
+
+    chunks: Chunks
+    residual: WeightResidual | None
+    schedule: Schedule
+    weights: MemoryWeights
+    """Before the first chunk."""
+    transition: Transition | None
+    """`None` if the base weights of a memory batch are the newest weights."""
+
+
 class Gradients(NamedTuple):
     """Negative gradients of a block of chunks; gradients of matrices are kept as two factors."""
 
@@ -84,22 +96,13 @@ class Backend:
         self.max_grad_norm = max_grad_norm
         self.spectral_norm = spectral_norm
 
-    def store(
-        self,
-        chunks: Chunks,
-        residual: WeightResidual | None,
-        schedule: Schedule,
-        weights: MemoryWeights,
-        transition: Transition | None,
-    ) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m']]:
-        """The weights over all steps, those to go on from, and the loss of each row, after storing `chunks`.
-
-        `transition`: `None` if the base weights of a memory batch are the newest weights.
-        """
-        if isinstance(schedule.num_chunks, torch.SymInt):
+    def store(self, inputs: StoreInputs) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m']]:
+        """The weights over all steps, those to go on from, and the loss of each row."""
+        if isinstance(inputs.schedule.num_chunks, torch.SymInt):
             refuse_dynamic_length()
-        stored, losses = [], [torch.zeros_like(chunks.step_sizes[:, :0])]
-        for prepared in self.prepare(chunks, residual, schedule, weights, transition):
+        weights, transition = inputs.weights, inputs.transition
+        stored, losses = [], [torch.zeros_like(inputs.chunks.step_sizes[:, :0])]
+        for prepared in self.prepare(inputs):
             block = prepared.store(weights)
             stored.append(block.over_time)
             losses.append(block.losses)
@@ -109,14 +112,7 @@ class Backend:
             weights = MemoryWeights(base, newest, block.momentum)
         return FastWeights.joined(stored, weights.newest), weights, torch.cat(losses, dim=1)
 
-    def prepare(
-        self,
-        chunks: Chunks,
-        residual: WeightResidual | None,
-        schedule: Schedule,
-        weights: MemoryWeights,
-        transition: Transition | None,
-    ) -> Iterable[PreparedBlock]:
+    def prepare(self, inputs: StoreInputs) -> Iterable[PreparedBlock]:
         """The blocks of a call in order, each to be stored in the weights that the one before leaves."""
         raise NotImplementedError
 

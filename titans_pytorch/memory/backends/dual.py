@@ -23,7 +23,7 @@ from titans_pytorch.memory.backends.base import (
     Gradients,
     PreparedBlock,
     Stored,
-    Transition,
+    StoreInputs,
     refuse_dynamic_length,
     stacked,
 )
@@ -32,7 +32,7 @@ from titans_pytorch.memory.backends.fused_mlp import FusedMLP
 from titans_pytorch.memory.chunks import Chunks, Coefficients, WeightResidual, scaled, split_inputs
 from titans_pytorch.memory.fast_weights import Factors, FastWeights, MemoryWeights, StoredBlock, Weights
 from titans_pytorch.memory.reference import LossFn, default_loss_fn
-from titans_pytorch.memory.schedule import Block, Schedule
+from titans_pytorch.memory.schedule import Block
 from titans_pytorch.memory.soft_clamp import soft_clamp_factor, soft_clamp_norm
 from titans_pytorch.ops.associative_scan import coefficient_product
 from titans_pytorch.ops.final_state import final_state
@@ -49,38 +49,25 @@ class DualBackend(Backend):
         """The network as a memory MLP under the default loss, for which there are fused operations; else `None`."""
         return FusedMLP.of(self.mlp) if self.loss_fn is default_loss_fn else None
 
-    def store(
-        self,
-        chunks: Chunks,
-        residual: WeightResidual | None,
-        schedule: Schedule,
-        weights: MemoryWeights,
-        transition: Transition | None,
-    ) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m']]:
-        if isinstance(schedule.num_chunks, torch.SymInt):
+    def store(self, inputs: StoreInputs) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m']]:
+        if isinstance(inputs.schedule.num_chunks, torch.SymInt):
             # the gradients of other networks, and of the scan itself, need transforms that the scan does not support
             if torch.is_grad_enabled() or self.fused is None:
                 refuse_dynamic_length()
-            return scan_chunks(self, chunks, residual, schedule, weights, transition)
-        return super().store(chunks, residual, schedule, weights, transition)
+            return scan_chunks(self, inputs)
+        return super().store(inputs)
 
-    def prepare(
-        self,
-        chunks: Chunks,
-        residual: WeightResidual | None,
-        schedule: Schedule,
-        weights: MemoryWeights,
-        transition: Transition | None,
-    ) -> Iterator[PreparedBlock]:
+    def prepare(self, inputs: StoreInputs) -> Iterator[PreparedBlock]:
+        chunks, weights = inputs.chunks, inputs.weights
         # a memory batch whose gradients are taken at the newest weights can be stored together with its neighbours
         at_newest = all(weights.base[name] is w for name, w in weights.newest.items())
-        blocks = schedule.blocks(self.preferred_chunks(chunks))
+        blocks = inputs.schedule.blocks(self.preferred_chunks(chunks))
         groups = [[*same] for _, same in groupby(blocks, key=lambda block: block.num_chunks)]
         lengths = [sum(block.num_chunks for block in group) for group in groups]
-        for group, (group_chunks, group_residual) in zip(groups, split_inputs(chunks, residual, lengths)):
+        for group, (group_chunks, group_residual) in zip(groups, split_inputs(chunks, inputs.residual, lengths)):
             # the recurrences of neighbours of one length are solved together
             coefficients = Coefficients.of_blocks(group_chunks, len(group))
-            in_batches = transition is None and at_newest and all(block.is_batch for block in group)
+            in_batches = inputs.transition is None and at_newest and all(block.is_batch for block in group)
             if in_batches and group_residual is None and self._scans_batches(group_chunks, weights):
                 yield PreparedBlock(partial(self._store_batches, group_chunks, coefficients), ends_batch=True)
             else:
