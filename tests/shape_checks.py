@@ -17,11 +17,13 @@ import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import CodeType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import jaxtyping
 import torch
 from beartype import beartype
+from beartype.door import is_bearable
+from beartype.vale import Is
 
 ALIASES = {'Bool', 'Float', 'Int'}
 DECORATOR = f'__import__({__name__!r}).shape_checked'
@@ -38,6 +40,10 @@ def without_other_types(hint: Any) -> Any:
         return hint
     if not has_shape(hint) or origin is Callable:
         return Any
+    if origin is list:
+        (item,) = map(without_other_types, get_args(hint))
+        # beartype compares a single item
+        return Annotated[list, Is[lambda items: all(is_bearable(each, item) for each in items)]]
     return origin[tuple(map(without_other_types, get_args(hint)))]
 
 

@@ -23,7 +23,7 @@ class RingLayout(NamedTuple):
     slides: bool
     """True if all positions in the buffers are seen, false if those from offset 0 on: a block."""
 
-    def slots(self, positions: Int[Tensor, ' n']) -> Int[Tensor, ' nr']:
+    def slots(self, positions: Int[Tensor, ' n']) -> Int[Tensor, ' nu']:
         """The slots of the keys of these positions, persistent ones not counted."""
         first = positions % self.num_positions * self.keys_per_position
         if self.keys_per_position == 1:
@@ -34,7 +34,7 @@ class RingLayout(NamedTuple):
 class CacheSlots(NamedTuple):
     """The slots of one position in such buffers."""
 
-    indices: Int[Tensor, ' r']
+    indices: Int[Tensor, ' u']
     bias: Float[Tensor, '1 1 1 j']
     """Added to its scores: 0 for the slots that it sees, −∞ for the others."""
 

@@ -11,7 +11,7 @@ from titans_pytorch.utils.shapes import Float
 
 
 def token_attention(
-    projected: Float[Tensor, 'b r qkv'],
+    projected: Float[Tensor, 'b u qkv'],
     buffers: tuple[Float[Tensor, 'b h j d'], Float[Tensor, 'b h j d']],
     slots: CacheSlots,
     rotation: Float[Tensor, 'half 2'],
