@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from titans_pytorch.ops.rotation import turns
+from titans_pytorch.ops.rotation import rotation_at
 from titans_pytorch.utils.shapes import Float, Int
 
 
@@ -54,10 +54,10 @@ class Position:
         self._rotations: Tensor | None = None
 
     @property  # the compiler does not support `cached_property`
-    def rotations(self) -> Tensor:
-        """The rotation of each layer: (layers, d/2, 2), cosines and sines."""
+    def rotations(self) -> Float[Tensor, 'layers half 2']:
+        """The rotation of each layer, cosines and sines."""
         if self._rotations is None:
-            self._rotations = turns(self.frequencies, self.number)
+            self._rotations = rotation_at(self.frequencies, self.number)
         return self._rotations
 
     def slots(self, layout: RingLayout, dtype: torch.dtype) -> CacheSlots:
