@@ -26,7 +26,7 @@ LAYERS = [
     {'generation'},
     {'models'},
     {'mac_transformer', 'mag_transformer', 'mal_transformer', 'lmm', 'implicit_mlp_attention', 'nested_attention'},
-    {'presets'},
+    {'configuration', 'presets'},
     {'titans_pytorch'},
 ]
 LAYER = {name: index for index, names in enumerate(LAYERS) for name in names}

@@ -485,7 +485,7 @@ def test_kernels_store_what_the_reference_stores(kernels_everywhere, scanned, mo
 
 @pytest.mark.parametrize('scale', [1.0, 1e-5])
 def test_a_clamp_is_that_of_the_matrix_whatever_its_rows_are_in(scale):
-    backend = SpectralBackend(None, None, None, 0.5, True)
+    backend = SpectralBackend(None, None, None, None, 0.5, True)
     rows, deltas = torch.randn(2, 3, 4, 8).half(), (torch.randn(2, 3, 4, 6) * scale).half()
     matrices = rows.float().mT @ deltas.float()
     with torch.autocast(DEVICE, LOW):

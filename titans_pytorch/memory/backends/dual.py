@@ -23,7 +23,7 @@ from titans_pytorch.memory.backends.base import (
     Gradients,
     PreparedBlock,
     Stored,
-    Transition,
+    StoreInputs,
     refuse_dynamic_length,
     stacked,
 )
@@ -32,12 +32,10 @@ from titans_pytorch.memory.backends.fused_mlp import FusedMLP
 from titans_pytorch.memory.chunks import Chunks, Coefficients, WeightResidual, scaled, split_inputs
 from titans_pytorch.memory.fast_weights import Factors, FastWeights, MemoryWeights, StoredBlock, Weights
 from titans_pytorch.memory.reference import LossFn, default_loss_fn
-from titans_pytorch.memory.schedule import Block, Schedule
+from titans_pytorch.memory.schedule import Block
 from titans_pytorch.memory.soft_clamp import soft_clamp_factor, soft_clamp_norm
-from titans_pytorch.memory_models import ResidualNorm, inner_mlp, mlp_matrices
 from titans_pytorch.ops.associative_scan import coefficient_product
 from titans_pytorch.ops.final_state import final_state
-from titans_pytorch.ops.norms import layer_norm
 from titans_pytorch.utils.functional import call_with_weights, is_traced, outside_inference, transformed
 from titans_pytorch.utils.precision import at_least_float32, no_autocast
 from titans_pytorch.utils.shapes import Float
@@ -46,48 +44,30 @@ from titans_pytorch.utils.shapes import Float
 class DualBackend(Backend):
     """Factored matrices, unless a matrix has no more entries than the rows of a chunk; vectors are dense."""
 
-    _fused: tuple[FusedMLP | None] | None = None
-
     @property
     def fused(self) -> FusedMLP | None:
         """The network as a memory MLP under the default loss, for which there are fused operations; else `None`."""
-        # computed on first use, as decoding makes a backend per token; the compiler traces no `cached_property`
-        if self._fused is None:
-            self._fused = (FusedMLP.of(self.network) if self.loss_fn is default_loss_fn else None,)
-        return self._fused[0]
+        return FusedMLP.of(self.mlp) if self.loss_fn is default_loss_fn else None
 
-    def store(
-        self,
-        chunks: Chunks,
-        residual: WeightResidual | None,
-        schedule: Schedule,
-        weights: MemoryWeights,
-        transition: Transition | None,
-    ) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m']]:
-        if isinstance(schedule.num_chunks, torch.SymInt):
+    def store(self, inputs: StoreInputs) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m']]:
+        if isinstance(inputs.schedule.num_chunks, torch.SymInt):
             # the gradients of other networks, and of the scan itself, need transforms that the scan does not support
             if torch.is_grad_enabled() or self.fused is None:
                 refuse_dynamic_length()
-            return scan_chunks(self, chunks, residual, schedule, weights, transition)
-        return super().store(chunks, residual, schedule, weights, transition)
+            return scan_chunks(self, inputs)
+        return super().store(inputs)
 
-    def prepare(
-        self,
-        chunks: Chunks,
-        residual: WeightResidual | None,
-        schedule: Schedule,
-        weights: MemoryWeights,
-        transition: Transition | None,
-    ) -> Iterator[PreparedBlock]:
+    def prepare(self, inputs: StoreInputs) -> Iterator[PreparedBlock]:
+        chunks, weights = inputs.chunks, inputs.weights
         # a memory batch whose gradients are taken at the newest weights can be stored together with its neighbours
         at_newest = all(weights.base[name] is w for name, w in weights.newest.items())
-        blocks = schedule.blocks(self.preferred_chunks(chunks))
+        blocks = inputs.schedule.blocks(self.preferred_chunks(chunks))
         groups = [[*same] for _, same in groupby(blocks, key=lambda block: block.num_chunks)]
         lengths = [sum(block.num_chunks for block in group) for group in groups]
-        for group, (group_chunks, group_residual) in zip(groups, split_inputs(chunks, residual, lengths)):
+        for group, (group_chunks, group_residual) in zip(groups, split_inputs(chunks, inputs.residual, lengths)):
             # the recurrences of neighbours of one length are solved together
             coefficients = Coefficients.of_blocks(group_chunks, len(group))
-            in_batches = transition is None and at_newest and all(block.is_batch for block in group)
+            in_batches = inputs.transition is None and at_newest and all(block.is_batch for block in group)
             if in_batches and group_residual is None and self._scans_batches(group_chunks, weights):
                 yield PreparedBlock(partial(self._store_batches, group_chunks, coefficients), ends_batch=True)
             else:
@@ -232,16 +212,8 @@ class DualBackend(Backend):
         return call_with_weights(self.network, vectors, rows, linear=linear)
 
     def apply(self, weights: Weights, rows: Float[Tensor, 'bh m d']) -> Float[Tensor, 'bh m d']:
-        mlp = inner_mlp(self.network)
-        if mlp is None:
-            return call_with_weights(self.network, weights, rows)
         # for so few rows, calling the modules would take longer than the products
-        out = mlp.through(mlp_matrices(self.network, weights), rows, torch.bmm)
-        if self.network is mlp:
-            return out
-        assert isinstance(self.network, ResidualNorm)
-        normed = layer_norm(out, self.network.norm.eps)
-        return torch.addcmul(rows, normed, weights['norm.gamma'].unsqueeze(-2) + 1.0)
+        return call_with_weights(self.network, weights, rows) if self.mlp is None else self.mlp(weights, rows)
 
     def negative_gradients(self, chunk: Chunks, at: Weights) -> Weights:
         if self.fused is not None:

@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 
 from titans_pytorch.memory.backends.base import Gradients, Stored, stacked
 from titans_pytorch.memory.chunks import Chunks, Coefficients, WeightResidual
 from titans_pytorch.memory.fast_weights import FactoredBlocks, FastWeights, MemoryWeights, StoredBatches, Weights
-from titans_pytorch.memory_models import ResidualNorm, inner_mlp
+from titans_pytorch.memory_models import PlainMLP
 from titans_pytorch.ops.inner_gradient import PreviousWeights, inner_gradient
 from titans_pytorch.ops.memory_batch_scan import memory_batch_scan
 from titans_pytorch.ops.retrieve_sequence import FactoredMatrix, retrieve_sequence
@@ -31,14 +30,12 @@ class FusedMLP(NamedTuple):
     eps: float
 
     @classmethod
-    def of(cls, network: Module) -> FusedMLP | None:
+    def of(cls, mlp: PlainMLP | None) -> FusedMLP | None:
         """`None` for any other network."""
-        mlp = inner_mlp(network)
-        if mlp is None or len(mlp.weights) > 2:
+        if mlp is None or len(mlp.matrices) > 2:
             return None
-        *first, last = [name for name, p in network.named_parameters() if p.ndim > 1]
-        gamma, eps = ('norm.gamma', network.norm.eps) if isinstance(network, ResidualNorm) else (None, 0.0)
-        return cls(first[0] if first else None, last, gamma, eps)
+        *first, last = mlp.matrices
+        return cls(first[0] if first else None, last, mlp.gamma, mlp.eps)
 
     def of_parameters(self, weights: Weights) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """W₁, W₂ and γ; `None` for those that the network lacks."""
