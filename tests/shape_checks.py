@@ -44,7 +44,8 @@ def without_other_types(hint: Any) -> Any:
     if not inner:
         return hint
     if origin in (Union, UnionType):
-        return functools.reduce(operator.or_, (without_other_types(each) if has_shape(each) else each for each in inner))
+        options = (without_other_types(option) if has_shape(option) else option for option in inner)
+        return functools.reduce(operator.or_, options)
     if origin is list:
         (item,) = map(without_other_types, inner)
         # beartype compares a single item
