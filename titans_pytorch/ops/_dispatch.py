@@ -99,7 +99,7 @@ def kernels_enabled() -> bool:
 
 @torch.compiler.assume_constant_result
 def is_exporting() -> bool:
-    """True while `torch.export` traces. PyTorch's own function is true inside `torch.compile` too, up to 2.11 at least."""
+    """True while `torch.export` traces. Traced itself, PyTorch's function is always true, up to 2.11 at least."""
     return torch.compiler.is_exporting()
 
 
