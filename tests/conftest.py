@@ -32,14 +32,6 @@ def seeded():
     random.seed(0)
 
 
-@pytest.fixture(autouse=True)
-def shapes_checked(request):
-    if request.config.getoption('--shapes'):
-        import shape_checks
-
-        shape_checks.enable(True)
-
-
 @pytest.fixture
 def poisoned(monkeypatch):
     """Outputs that a kernel leaves unwritten show as NaN."""
