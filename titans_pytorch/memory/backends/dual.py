@@ -43,7 +43,7 @@ from titans_pytorch.utils.shapes import Float
 
 
 class DualBackend(Backend):
-    """Factored matrices, unless a matrix has no more entries than the rows of a chunk; vectors are dense."""
+    """Factored matrices, unless a matrix has no more entries than its factors over a chunk; vectors are dense."""
 
     @property
     def fused(self) -> FusedMLP | None:
@@ -62,19 +62,20 @@ class DualBackend(Backend):
         chunks, weights = inputs.chunks, inputs.weights
         # a memory batch whose gradients are taken at the newest weights can be stored together with its neighbours
         at_newest = all(weights.base[name] is w for name, w in weights.newest.items())
-        in_blocks = self._solves(inputs)
+        solves, scans = self._solves(inputs), self._scans(inputs)
+        formed = set() if solves else self._formed(inputs, scans)
         blocks = inputs.schedule.blocks(self.preferred_chunks(chunks))
         groups = [[*same] for _, same in groupby(blocks, key=lambda block: block.num_chunks)]
         lengths = [sum(block.num_chunks for block in group) for group in groups]
         for group, (group_chunks, group_residual) in zip(groups, split_inputs(chunks, inputs.residual, lengths)):
-            in_batches = inputs.transition is None and at_newest and all(block.is_batch for block in group)
-            if in_batches and in_blocks:
+            in_batches = at_newest and all(block.is_batch for block in group)
+            if in_batches and solves:
                 yield from self._in_blocks(group, group_chunks, group_residual)
-            elif in_batches and group_residual is None and self._scans_batches(group_chunks, weights):
+            elif in_batches and scans and not formed:
                 coefficients = Coefficients.of_blocks(group_chunks, len(group))
                 yield PreparedBlock(partial(self._store_batches, group_chunks, coefficients), ends_batch=True)
             else:
-                yield from self._separately(group, group_chunks, group_residual, forms_matrices=not in_blocks)
+                yield from self._separately(group, group_chunks, group_residual, formed)
             at_newest = True
 
     def preferred_chunks(self, chunks: Chunks) -> int:
@@ -83,11 +84,18 @@ class DualBackend(Backend):
         # cost more. If matrices are formed, work grows with the square of the number of chunks
         return max((128 if chunks.keys.device.type == 'cpu' else 512) // chunks.keys.shape[2], 8)
 
-    def _scans_batches(self, chunks: Chunks, weights: MemoryWeights) -> bool:
-        """True if whole memory batches of these chunks can be stored by one operation."""
-        if self.fused is None or self.max_grad_norm is not None or chunks.modulation is not None:
-            return False
-        return not any(_forms_matrix(chunks, w) for w in weights.newest.values() if w.ndim > 2)
+    def _formed(self, inputs: StoreInputs, scans: bool) -> set[str]:
+        """Names of the matrices that are formed for every chunk of a call."""
+        chunks, per_batch = inputs.chunks, inputs.schedule.chunks_per_batch
+        # measured: on a GPU, all memory batches in one operation outweigh factors larger than the matrix
+        if scans and chunks.keys.is_cuda and per_batch is not None and per_batch * chunks.keys.shape[2] <= 128:
+            return set()
+        return {name for name, w in inputs.weights.newest.items() if w.ndim > 2 and _forms_matrix(chunks, w)}
+
+    def _scans(self, inputs: StoreInputs) -> bool:
+        """True if whole memory batches can be stored by one operation, in factored matrices."""
+        without_options = inputs.residual is None and inputs.transition is None and inputs.chunks.modulation is None
+        return self.fused is not None and self.max_grad_norm is None and without_options
 
     def _store_batches(self, chunks: Chunks, coefficients: Coefficients, weights: MemoryWeights) -> Stored:
         assert self.fused is not None
@@ -132,14 +140,14 @@ class DualBackend(Backend):
         return self.fused.store_linear(chunks, coefficients, chunks_per_batch, weights)
 
     def _separately(
-        self, blocks: list[Block], chunks: Chunks, residual: WeightResidual | None, forms_matrices: bool
+        self, blocks: list[Block], chunks: Chunks, residual: WeightResidual | None, formed: set[str]
     ) -> Iterator[PreparedBlock]:
         # the recurrences of neighbours of one length are solved together
         coefficients = Coefficients.of_blocks(chunks, len(blocks))
         lengths = [block.num_chunks for block in blocks]
         parts = zip(blocks, split_inputs(chunks, residual, lengths), coefficients.unbind())
         for block, inputs, block_coefficients in parts:
-            store = partial(self._store_block, *inputs, block_coefficients, forms_matrices)
+            store = partial(self._store_block, *inputs, block_coefficients, formed)
             yield PreparedBlock(store, block.ends_batch)
 
     def _store_block(
@@ -147,7 +155,7 @@ class DualBackend(Backend):
         chunks: Chunks,
         residual: WeightResidual | None,
         coefficients: Coefficients,
-        forms_matrices: bool,
+        formed: set[str],
         weights: MemoryWeights,
     ) -> Stored:
         gradients = self.gradients(chunks, weights.base, residual)
@@ -156,7 +164,7 @@ class DualBackend(Backend):
         for index, (name, newest) in enumerate(weights.newest.items()):
             modulation = None if chunks.modulation is None else chunks.modulation[..., index]
             initial = [newest, *weights.momentum.get(name, ())]
-            if name in gradients.inputs and not (forms_matrices and _forms_matrix(chunks, newest)):
+            if name in gradients.inputs and name not in formed:
                 inputs, deltas = gradients.inputs[name], gradients.deltas[name]
                 factor = self._update_factor(inputs, deltas, modulation)
                 deltas = deltas if factor is None else scaled(factor, deltas)
