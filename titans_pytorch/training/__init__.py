@@ -1,0 +1,1 @@
+"""The parts that training scripts and commands share: vocabularies, data, checkpoints and runs."""
