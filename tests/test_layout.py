@@ -27,10 +27,12 @@ LAYERS = [
     {'models'},
     {'mac_transformer', 'mag_transformer', 'mal_transformer', 'lmm', 'implicit_mlp_attention', 'nested_attention'},
     {'configuration', 'presets'},
-    {'titans_pytorch'},
+    {'training'},
+    {'commands'},
+    {'titans_pytorch', '__main__'},
 ]
 LAYER = {name: index for index, names in enumerate(LAYERS) for name in names}
-OPTIONAL = ('triton', 'transformers', 'matplotlib', 'wandb')
+OPTIONAL = ('triton', 'transformers', 'tokenizers', 'matplotlib', 'wandb')
 
 
 def modules() -> dict[str, Path]:

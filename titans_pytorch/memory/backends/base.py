@@ -141,15 +141,18 @@ class Backend:
         """Rows through the network with weights (bh, …)."""
         raise NotImplementedError
 
-    def negative_gradients(self, chunk: Chunks, at: Weights) -> Weights:
-        """Minus the gradient of the loss of a block of one chunk at weights (bh, …)."""
+    def negative_gradients(self, chunk: Chunks, at: Weights) -> tuple[Weights, Float[Tensor, 'bh m']]:
+        """Minus the gradient of the loss of a block of one chunk at weights (bh, …), and the losses of its rows."""
         raise NotImplementedError
 
-    def store_chunk(self, chunk: Chunks, at: Weights, weights: MemoryWeights) -> MemoryWeights:
-        """The weights after a block of one chunk, whose gradient is taken at `at`; without a graph."""
+    def store_chunk(
+        self, chunk: Chunks, at: Weights, weights: MemoryWeights
+    ) -> tuple[MemoryWeights, Float[Tensor, 'bh m']]:
+        """The weights after a block of one chunk, whose gradient is taken at `at`, and the losses of its rows; without
+        a graph."""
         with torch.no_grad():
             gates = chunk.at(0).update_gates()
-            gradients = self.negative_gradients(chunk, at)
+            gradients, losses = self.negative_gradients(chunk, at)
             updates, orders = surprise(
                 gradients, gates, weights.momentum, one_chunk, self.max_grad_norm, self.spectral_norm
             )
@@ -158,9 +161,8 @@ class Backend:
                 name: torch.addcmul(updates[name], beside(gates.retention, w), w, out=torch.empty_like(w))
                 for name, w in weights.newest.items()
             }
-        return MemoryWeights(
-            base=weights.base, newest=newest, momentum={name: stacked(by_order) for name, by_order in orders.items()}
-        )
+        momentum = {name: stacked(by_order) for name, by_order in orders.items()}
+        return MemoryWeights(weights.base, newest, momentum), losses
 
 
 def final_momentum(orders: dict[str, list[Tensor]]) -> Weights:

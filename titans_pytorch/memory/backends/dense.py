@@ -70,9 +70,9 @@ class DenseBackend(Backend):
     def apply(self, weights: Weights, rows: Float[Tensor, 'bh m d']) -> Float[Tensor, 'bh m d']:
         return apply_network(self.network, weights, rows)
 
-    def negative_gradients(self, chunk: Chunks, at: Weights) -> Weights:
+    def negative_gradients(self, chunk: Chunks, at: Weights) -> tuple[Weights, Float[Tensor, 'bh m']]:
         with torch.inference_mode(False):
             keys, values, step_sizes = (outside_inference(t.squeeze(1)) for t in chunk[:3])
             at = {name: outside_inference(w) for name, w in at.items()}
             gradient = transformed(vmap, gradient_of_chunk(self.network, self.loss_fn), randomness='different')
-            return gradient(at, keys, values, step_sizes)[0]
+            return gradient(at, keys, values, step_sizes)

@@ -272,19 +272,21 @@ class DualBackend(Backend):
         # for so few rows, calling the modules would take longer than the products
         return call_with_weights(self.network, weights, rows) if self.mlp is None else self.mlp(weights, rows)
 
-    def negative_gradients(self, chunk: Chunks, at: Weights) -> Weights:
+    def negative_gradients(self, chunk: Chunks, at: Weights) -> tuple[Weights, Float[Tensor, 'bh m']]:
         if self.fused is not None:
             gradients = self.fused.gradients(chunk, at, None)
-            return {name: gradients.dense(name)[:, 0].to(w.dtype) for name, w in at.items()}
+            formed = {name: gradients.dense(name)[:, 0].to(w.dtype) for name, w in at.items()}
+            return formed, gradients.losses[:, 0]
         with torch.inference_mode(False):
             keys, values, step_sizes = (outside_inference(t.squeeze(1)) for t in chunk[:3])
 
-            def negative_loss(at: Weights) -> Tensor:
+            def negative_loss(at: Weights) -> tuple[Tensor, Tensor]:
                 # Titans eq. 12: ‖M(k) − v‖²
                 losses = _batched(self.loss_fn, 1)(self.apply(at, keys), values)
-                return -(losses * step_sizes.to(losses.dtype)).sum()
+                return -(losses * step_sizes.to(losses.dtype)).sum(), losses
 
-            return transformed(grad, negative_loss)({name: outside_inference(w) for name, w in at.items()})
+            gradient = transformed(grad, negative_loss, has_aux=True)
+            return gradient({name: outside_inference(w) for name, w in at.items()})
 
 
 class SolvedRows(NamedTuple):
