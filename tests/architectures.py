@@ -11,12 +11,15 @@ from titans_pytorch import (
     MemoryAsContextTransformer,
     MemoryAsGateTransformer,
     MemoryAsLayerTransformer,
+    MemoryMLP,
 )
 from titans_pytorch.presets import memory_settings
 
 TOKENS, DIM = 16, 16
 MEMORY = {'dim_head': 8, 'heads': 2, 'default_step_transform_max_lr': 0.3}
 PAPER_MEMORY = {'neural_memory_kwargs': memory_settings(dim_head=8, heads=2, default_step_transform_max_lr=0.3)}
+# one matrix without momentum, where a compiler traces the model around the memory
+SMALLEST_MEMORY = {'neural_memory_kwargs': {**MEMORY, 'momentum': False}, 'neural_memory_model': MemoryMLP(8, depth=1)}
 CLASSES = {
     'MAC': MemoryAsContextTransformer,
     'MAC, paper order': MemoryAsContextTransformer,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,17 +62,19 @@ class DualBackend(Backend):
         chunks, weights = inputs.chunks, inputs.weights
         # a memory batch whose gradients are taken at the newest weights can be stored together with its neighbours
         at_newest = all(weights.base[name] is w for name, w in weights.newest.items())
+        in_blocks = self._solves(inputs)
         blocks = inputs.schedule.blocks(self.preferred_chunks(chunks))
         groups = [[*same] for _, same in groupby(blocks, key=lambda block: block.num_chunks)]
         lengths = [sum(block.num_chunks for block in group) for group in groups]
         for group, (group_chunks, group_residual) in zip(groups, split_inputs(chunks, inputs.residual, lengths)):
-            # the recurrences of neighbours of one length are solved together
-            coefficients = Coefficients.of_blocks(group_chunks, len(group))
             in_batches = inputs.transition is None and at_newest and all(block.is_batch for block in group)
-            if in_batches and group_residual is None and self._scans_batches(group_chunks, weights):
+            if in_batches and in_blocks:
+                yield from self._in_blocks(group, group_chunks, group_residual)
+            elif in_batches and group_residual is None and self._scans_batches(group_chunks, weights):
+                coefficients = Coefficients.of_blocks(group_chunks, len(group))
                 yield PreparedBlock(partial(self._store_batches, group_chunks, coefficients), ends_batch=True)
             else:
-                yield from self._separately(group, group_chunks, group_residual, coefficients)
+                yield from self._separately(group, group_chunks, group_residual, forms_matrices=not in_blocks)
             at_newest = True
 
     def preferred_chunks(self, chunks: Chunks) -> int:
@@ -90,16 +93,62 @@ class DualBackend(Backend):
         assert self.fused is not None
         return self.fused.store_batches(chunks, coefficients, weights)
 
-    def _separately(
-        self, blocks: list[Block], chunks: Chunks, residual: WeightResidual | None, coefficients: Coefficients
+    def _solves(self, inputs: StoreInputs) -> bool:
+        """True for a linear memory whose memory batches are so short that several are solved together."""
+        fused, per_batch = self.fused, inputs.schedule.chunks_per_batch
+        if fused is None or fused.first is not None or fused.gamma is not None or self.max_grad_norm is not None:
+            return False
+        if inputs.transition is not None or per_batch is None:
+            return False
+        return per_batch * inputs.chunks.keys.shape[2] <= _solved_together(inputs.chunks).in_batch
+
+    def _in_blocks(
+        self, batches: list[Block], chunks: Chunks, residual: WeightResidual | None
     ) -> Iterator[PreparedBlock]:
+        """Memory batches of one length in a linear memory, several in each block."""
+        per_batch = batches[0].num_chunks
+        together = _solved_together(chunks).in_block // (per_batch * chunks.keys.shape[2])
+        whole, rest = divmod(len(batches), together)
+        counts = [(blocks, length) for blocks, length in ((whole, together), (1, rest)) if blocks * length]
+        lengths = [blocks * length * per_batch for blocks, length in counts]
+        for (blocks, _), inputs in zip(counts, split_inputs(chunks, residual, lengths)):
+            yield PreparedBlock(partial(self._store_linear, *inputs, blocks, per_batch), ends_batch=True)
+
+    def _store_linear(
+        self,
+        chunks: Chunks,
+        residual: WeightResidual | None,
+        num_blocks: int,
+        chunks_per_batch: int,
+        weights: MemoryWeights,
+    ) -> Stored:
+        assert self.fused is not None
+        if residual is not None:
+            # k (W + W') − v = k W − (v − k W')
+            chunks = chunks._replace(values=chunks.values - residual.linear(self.fused.last, chunks.keys))
+        if chunks.modulation is not None:
+            chunks = chunks._replace(step_sizes=chunks.step_sizes * chunks.modulation)
+        coefficients = Coefficients.of_blocks(chunks, num_blocks)
+        return self.fused.store_linear(chunks, coefficients, chunks_per_batch, weights)
+
+    def _separately(
+        self, blocks: list[Block], chunks: Chunks, residual: WeightResidual | None, forms_matrices: bool
+    ) -> Iterator[PreparedBlock]:
+        # the recurrences of neighbours of one length are solved together
+        coefficients = Coefficients.of_blocks(chunks, len(blocks))
         lengths = [block.num_chunks for block in blocks]
         parts = zip(blocks, split_inputs(chunks, residual, lengths), coefficients.unbind())
         for block, inputs, block_coefficients in parts:
-            yield PreparedBlock(partial(self._store_block, *inputs, block_coefficients), block.ends_batch)
+            store = partial(self._store_block, *inputs, block_coefficients, forms_matrices)
+            yield PreparedBlock(store, block.ends_batch)
 
     def _store_block(
-        self, chunks: Chunks, residual: WeightResidual | None, coefficients: Coefficients, weights: MemoryWeights
+        self,
+        chunks: Chunks,
+        residual: WeightResidual | None,
+        coefficients: Coefficients,
+        forms_matrices: bool,
+        weights: MemoryWeights,
     ) -> Stored:
         gradients = self.gradients(chunks, weights.base, residual)
         coefficients = coefficients.to(next(iter(weights.newest.values())).dtype)
@@ -107,7 +156,7 @@ class DualBackend(Backend):
         for index, (name, newest) in enumerate(weights.newest.items()):
             modulation = None if chunks.modulation is None else chunks.modulation[..., index]
             initial = [newest, *weights.momentum.get(name, ())]
-            if name in gradients.inputs and not _forms_matrix(chunks, newest):
+            if name in gradients.inputs and not (forms_matrices and _forms_matrix(chunks, newest)):
                 inputs, deltas = gradients.inputs[name], gradients.deltas[name]
                 factor = self._update_factor(inputs, deltas, modulation)
                 deltas = deltas if factor is None else scaled(factor, deltas)
@@ -228,6 +277,19 @@ class DualBackend(Backend):
                 return -(losses * step_sizes.to(losses.dtype)).sum()
 
             return transformed(grad, negative_loss)({name: outside_inference(w) for name, w in at.items()})
+
+
+class SolvedRows(NamedTuple):
+    """Rows of a linear memory that are stored together."""
+
+    in_block: int
+    in_batch: int
+    """At most; longer memory batches are stored one after the other."""
+
+
+def _solved_together(chunks: Chunks) -> SolvedRows:
+    # measured: work in a block grows with the square of its rows, and the number of launches with the number of blocks
+    return SolvedRows(32, 16) if chunks.keys.device.type == 'cpu' else SolvedRows(128, 8)
 
 
 def _forms_matrix(chunks: Chunks, weight: Float[Tensor, 'bh d e']) -> bool:

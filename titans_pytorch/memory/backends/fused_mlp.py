@@ -13,6 +13,7 @@ from titans_pytorch.memory.chunks import Chunks, Coefficients, WeightResidual
 from titans_pytorch.memory.fast_weights import FactoredBlocks, FastWeights, MemoryWeights, StoredBatches, Weights
 from titans_pytorch.memory_models import PlainMLP
 from titans_pytorch.ops.inner_gradient import PreviousWeights, inner_gradient
+from titans_pytorch.ops.linear_memory_scan import linear_memory_scan
 from titans_pytorch.ops.memory_batch_scan import memory_batch_scan
 from titans_pytorch.ops.retrieve_sequence import FactoredMatrix, retrieve_sequence
 from titans_pytorch.utils.precision import no_autocast
@@ -83,6 +84,21 @@ class FusedMLP(NamedTuple):
         blocks = FactoredBlocks(coefficients.steps, coefficients.initial_steps, matrices)
         stored = StoredBatches(dense, {name: own[0] for name, own in states.items()}, blocks)
         return Stored(stored, momentum, out.losses.flatten(1, 2))
+
+    def store_linear(
+        self, chunks: Chunks, coefficients: Coefficients, chunks_per_batch: int, weights: MemoryWeights
+    ) -> Stored:
+        """Whole memory batches in a row, several in each block of `coefficients`, in a memory of one matrix."""
+        name = self.last
+        states = [weights.newest[name], *weights.momentum.get(name, ())]
+        out = linear_memory_scan(*chunks[:3], states, *coefficients, chunks_per_batch)
+        inputs = chunks.keys.to(out.deltas.dtype).unflatten(1, coefficients.steps.shape[1:3]).flatten(2, 3)
+        matrices = {name: FactoredMatrix(out.initial, inputs, out.deltas)}
+        final, *orders = out.final.unbind(1)
+        stored = StoredBatches(
+            {}, {name: final}, FactoredBlocks(coefficients.steps, coefficients.initial_steps, matrices)
+        )
+        return Stored(stored, {name: stacked(orders)} if orders else {}, out.losses.flatten(1, 2))
 
     def is_factored_in(self, weights: FastWeights) -> bool:
         """True if all matrices of the network are factored."""
