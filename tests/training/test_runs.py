@@ -44,7 +44,7 @@ def test_the_best_checkpoint_is_chosen_or_else_the_latest(tmp_path: Path, capsys
     (folder / 'titans_enwik8_best.pt').write_bytes(damaged)
     (folder / 'checkpoint_batch_99.pt').write_bytes(b'not a checkpoint')
     assert open_run(folder).steps == 20
-    assert 'skipped: ' in capsys.readouterr().out
+    assert 'skipped: ' in capsys.readouterr().err
 
 
 def no_folder(folder: Path) -> None:

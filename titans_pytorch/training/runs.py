@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from titans_pytorch.models.base import Transformer
 from titans_pytorch.training import enwik8
 from titans_pytorch.training.checkpoints import CONTENT, BadCheckpoint, read_checkpoint
 from titans_pytorch.training.data import BadData, load_data
-from titans_pytorch.training.files import RunError, one_line, say
+from titans_pytorch.training.files import RunError, one_line
 from titans_pytorch.training.machine import Machine, choose_machine
 from titans_pytorch.training.run_folder import DESCRIPTION
 from titans_pytorch.training.vocabulary import Vocabulary, vocabulary_from_dict
@@ -102,7 +103,7 @@ def latest_run(folder: str | Path = 'runs') -> Path:
     return max(described, key=lambda path: path.stat().st_mtime).parent
 
 
-def unseen_text(run: Run, paths: list[Path] = []) -> tuple[Int[Tensor, ' n'], str]:
+def unseen_text(run: Run, paths: Sequence[str | Path] = ()) -> tuple[Int[Tensor, ' n'], str]:
     """Tokens that the model was not trained on, memory-mapped where possible, and where they are from.
 
     Of the text that the run was trained on these are the test split, the last 5 %; of any other text, all tokens.
@@ -161,7 +162,7 @@ def _chosen(folder: Path) -> tuple[Path, dict[str, Any]]:
         try:
             return path, _weights(path)
         except BadCheckpoint as error:
-            say(f'skipped: {error}')
+            print(f'skipped: {error}', file=sys.stderr)
     sharded = [content.parent for content in folder.glob(f'*/{CONTENT}')]
     hint = f'; python -m titans_pytorch.training.checkpoints {sharded[-1]} makes one' if sharded else ''
     raise BadCheckpoint(f'there is no checkpoint in {folder}{hint}')
