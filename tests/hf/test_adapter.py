@@ -123,6 +123,14 @@ def test_a_new_memory_changes_no_logit_and_no_gradient_of_the_backbone(backbone,
     assert all(gate.grad.abs().min() > 0 for gate in gates(model))
 
 
+def test_memories_of_a_backbone_in_half_precision_can_be_converted_too():
+    model = add_memory(BACKBONES['llama'](), **MEMORY).to(torch.bfloat16)
+    ids = tokens(2, 9)
+    model(ids, labels=ids).loss.backward()
+    assert all(gate.grad.dtype == torch.bfloat16 for gate in gates(model))
+    assert model.generate(ids, max_new_tokens=3).shape == (2, 12)
+
+
 def test_gates_learn_from_the_first_step_and_memories_from_the_second():
     model = add_memory(BACKBONES['llama'](), **MEMORY)
     optimizer = torch.optim.AdamW(memory_parameters(model), lr=1e-2)
@@ -472,8 +480,11 @@ def test_save_pretrained_holds_both_and_from_pretrained_reads_the_backbone(tmp_p
     add_memory(loaded, **MEMORY)
     loaded.load_state_dict(model.state_dict())
     assert torch.equal(loaded(ids).logits, model(ids).logits)
+    save_memory(model, tmp_path)
     plain = LlamaForCausalLM.from_pretrained(tmp_path)
+    expected = model(ids).logits
     assert torch.equal(plain(ids).logits, remove_memory(model)(ids).logits)
+    assert torch.equal(load_memory(plain, tmp_path)(ids).logits, expected)
 
 
 @pytest.mark.parametrize('duplicate', [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

@@ -176,9 +176,9 @@ class Memories(ModuleDict):
         As an argument it is there, too, when checkpointing runs a layer again.
         """
         inputs = args[0] if args else kwargs.get('input_ids')
-        inputs = kwargs['inputs_embeds'] if inputs is None else inputs
+        inputs = kwargs.get('inputs_embeds') if inputs is None else inputs
         mask = args[1] if len(args) > 1 else kwargs.get('attention_mask')
-        if mask is not None:
+        if mask is not None and inputs is not None:
             if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
                 got = f'{tuple(mask.shape)}' if isinstance(mask, torch.Tensor) else type(mask).__name__
                 raise ValueError(
@@ -223,12 +223,12 @@ def _arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
         if arguments.get(name):
             raise ValueError(f'neural_memory_kwargs must leave out {name}, got {arguments[name]!r}')
     if (activation := arguments.get('activation')) is not None:
-        if activation not in ACTIVATIONS:
+        if activation not in [*ACTIVATIONS]:
             raise ValueError(f"neural_memory_kwargs['activation'] must be one of {[*ACTIVATIONS]}, got {activation!r}")
         arguments['activation'] = ACTIVATIONS[activation]()
     if (network := arguments.get('model')) is not None:
         kind = network.pop('type', None) if isinstance(network, dict) else network
-        if kind not in MEMORY_NETWORKS:
+        if kind not in [*MEMORY_NETWORKS]:
             raise ValueError(f"neural_memory_kwargs['model']['type'] must be one of {[*MEMORY_NETWORKS]}, got {kind!r}")
         arguments['model'] = MEMORY_NETWORKS[kind](**network)
     return arguments

@@ -90,6 +90,8 @@ class Rows(NamedTuple):
     """Of these rows, in their order; `None` before the first token."""
 
     def select(self, entries: list[int]) -> Rows:
+        if entries == [*range(len(self.numbers))]:
+            return self
         numbers = [self.numbers[entry] for entry in entries]
         return Rows(numbers, None if self.state is None else self.state.select(entries))
 
@@ -117,9 +119,8 @@ class MemoryStates:
         batch, length = x.shape[:2]
         counts = [length] * batch if real is None else real.sum(dim=1).tolist()
         retrieved = torch.zeros_like(x)
-        groups = self.groups or [Rows(range(batch), None)]
-        self.groups = []
-        for group in groups:
+        groups: list[Rows] = []
+        for group in self.groups or [Rows(range(batch), None)]:
             for count in dict.fromkeys(counts[number] for number in group.numbers):
                 rows = group.select([entry for entry, number in enumerate(group.numbers) if counts[number] == count])
                 if count:
@@ -127,7 +128,8 @@ class MemoryStates:
                     values, state = memory(x[at], state=rows.state)
                     retrieved[at] = values.to(x.dtype)
                     rows = Rows(rows.numbers, state._replace(updates=None))
-                self.groups.append(rows)
+                groups.append(rows)
+        self.groups = groups
         return retrieved
 
     @staticmethod
