@@ -94,7 +94,7 @@ def test_kernels_import_only_kernels(name):
 
 @pytest.mark.parametrize('name', MODULES)
 def test_optional_packages_are_imported_where_they_are_used(name):
-    if name.split('.')[-1] in ('_triton', 'triton') or layer(name) == 'hf':  # which `import titans_pytorch` leaves out
+    if name.split('.')[-1] in ('_triton', 'triton') or layer(name) == 'hf':
         return
     found = {*imports(MODULES[name], nested=False)}
     assert not [module for module in found if module.split('.')[0] in OPTIONAL or module.endswith('triton')], name
