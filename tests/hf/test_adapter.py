@@ -255,12 +255,14 @@ def test_rows_of_a_cache_are_reordered_repeated_selected_copied_and_reset():
     def after(change, rows):
         cache = DynamicCache(config=model.config)
         model(prompt, attention_mask=mask, position_ids=positions(mask), **{CACHE: cache})
+        full = torch.cat((mask, torch.ones_like(following)), dim=1)
+        step = dict(attention_mask=full[:, :9], position_ids=positions(full)[:, 8:9])
+        model(following[:, :1], **step, **{CACHE: cache})
         cache = change(cache) or cache
-        ids = torch.cat((prompt[rows], following[: len(rows)]), dim=1)
-        full = torch.cat((mask[rows], torch.ones_like(following[: len(rows)])), dim=1)
+        ids, full = torch.cat((prompt, following), dim=1)[rows], full[rows]
         place = positions(full)
-        out = model(ids[:, 8:], attention_mask=full, position_ids=place[:, 8:], **{CACHE: cache}).logits
-        assert_close(out, model(ids, attention_mask=full, position_ids=place, use_cache=False).logits[:, 8:])
+        out = model(ids[:, 9:], attention_mask=full, position_ids=place[:, 9:], **{CACHE: cache}).logits
+        assert_close(out, model(ids, attention_mask=full, position_ids=place, use_cache=False).logits[:, 9:])
 
     after(lambda cache: cache.reorder_cache(torch.tensor([2, 2, 0])), [2, 2, 0])
     after(lambda cache: cache.batch_select_indices(torch.tensor([1])), [1])

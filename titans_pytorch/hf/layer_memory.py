@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,18 +82,53 @@ class LayerMemory(nn.Module):
         return states
 
 
-class Rows(NamedTuple):
+class DecodingSteps:
+    """A memory that reads one token at a time, without gradients, in buffers of constant size."""
+
+    def __init__(self, memory: NeuralMemory, state: NeuralMemState):
+        self.position = state.num_tokens
+        self.buffers = memory.to_buffers(state)
+        self.sizes = memory.buffer_sizes
+
+    def read(self, memory: NeuralMemory, token: Float[Tensor, 'r 1 d']) -> Float[Tensor, 'r 1 d']:
+        """The value retrieved for the next token, which is stored."""
+        in_chunk = torch.tensor([self.position % self.sizes.chunk], device=token.device)
+        self.position += 1
+        ends_chunk = self.position % self.sizes.chunk == 0
+        ends_batch = memory.batch_size is not None and self.position % memory.batch_size == 0
+        retrieved, self.buffers = memory.step(token, self.buffers, in_chunk, ends_chunk, ends_batch)
+        return retrieved
+
+    @property
+    def state(self) -> NeuralMemState:
+        """The state after the tokens read so far."""
+        return self.buffers.to_state(self.position, self.sizes)
+
+
+class Rows:
     """Rows of a batch that have read the same number of tokens, and so can share a state."""
 
-    numbers: Sequence[int]
-    state: NeuralMemState | None
-    """Of these rows, in their order; `None` before the first token."""
+    def __init__(self, numbers: Sequence[int], state: NeuralMemState | DecodingSteps | None = None):
+        self.numbers = numbers
+        self.state = state
+        """Of these rows, in their order; `None` before the first token."""
+
+    def read(self, memory: NeuralMemory, tokens: Float[Tensor, 'r n d']) -> Float[Tensor, 'r n d']:
+        """The values retrieved for the next tokens, which are stored."""
+        if tokens.shape[1] == 1 and self.state is not None and not torch.is_grad_enabled():
+            if not isinstance(self.state, DecodingSteps):
+                self.state = DecodingSteps(memory, self.state)
+            return self.state.read(memory, tokens)
+        state = self.state.state if isinstance(self.state, DecodingSteps) else self.state
+        retrieved, state = memory(tokens, state=state)
+        self.state = state._replace(updates=None)
+        return retrieved
 
     def select(self, entries: list[int]) -> Rows:
         if entries == [*range(len(self.numbers))]:
             return self
-        numbers = [self.numbers[entry] for entry in entries]
-        return Rows(numbers, None if self.state is None else self.state.select(entries))
+        state = self.state.state if isinstance(self.state, DecodingSteps) else self.state
+        return Rows([self.numbers[entry] for entry in entries], None if state is None else state.select(entries))
 
 
 class MemoryStates:
@@ -125,9 +160,7 @@ class MemoryStates:
                 rows = group.select([entry for entry, number in enumerate(group.numbers) if counts[number] == count])
                 if count:
                     at = self._positions(rows.numbers, count, x.device, real)
-                    values, state = memory(x[at], state=rows.state)
-                    retrieved[at] = values.to(x.dtype)
-                    rows = Rows(rows.numbers, state._replace(updates=None))
+                    retrieved[at] = rows.read(memory, x[at]).to(x.dtype)
                 groups.append(rows)
         self.groups = groups
         return retrieved
@@ -149,7 +182,8 @@ class MemoryStates:
             entry = {number: index for index, number in enumerate(group.numbers)}
             kept = [new for new, old in enumerate(rows) if old in entry]
             if kept:
-                self.groups.append(group.select([entry[rows[new]] for new in kept])._replace(numbers=kept))
+                chosen = group.select([entry[rows[new]] for new in kept])
+                self.groups.append(Rows(kept, chosen.state))
 
     # called by transformers for every entry of a cache
 
