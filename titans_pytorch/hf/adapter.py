@@ -49,32 +49,32 @@ def add_memory(
         add_memory(model, layers=[8, 16, 24], freeze_backbone=True)
         optimizer = torch.optim.AdamW(memory_parameters(model), lr=1e-3)
 
-    A memory reads the input x of its layer and adds to it: x + gate · memory(x). So the attention and the feedforward
-    of that layer, and all later layers, see what was retrieved, much as attention does in memory as context; and any
-    decoder layer will do, because nothing inside it is touched. There is one gate per channel, zero at first: the model
-    starts unchanged, to the last bit. The gates receive gradients from the first step on, the memories behind them from
-    the second.
+    A memory reads the input x of its layer and adds the retrieved values to it: x + gate · memory(x). As in memory as
+    context, attention sees them, in that layer and in all later ones; and since nothing inside a layer changes, any
+    kind of layer will do. There is one gate per channel, zero at first: the model starts unchanged, to the last bit.
+    The gates receive gradients from the first step on, the memories behind them from the second.
 
     Forward, `labels`, gradient checkpointing, `generate` (sampling, beams, padded batches) and `Trainer` work as
     before. The state of the memories is part of the call's cache, beside its keys and values; without a cache, every
     call starts from an empty memory. Padding in `attention_mask`, which must be (batch, length), is neither stored nor
-    counted. Assisted decoding is refused, as a memory cannot take tokens back.
+    counted. With a cache, rows of different lengths are read one after another: train on padded batches with
+    `use_cache=False`, as `Trainer` does. Assisted decoding is refused, as a memory cannot take tokens back.
 
-    Parameters and computation of the memories are in float32 if the backbone is in half precision (whose steps are too
-    coarse for small updates), and their output is rounded to the precision of the hidden states. A later `model.to`
-    converts them with the rest.
+    If the backbone is in half precision, which is too coarse for the updates of an optimizer, the memories are in
+    float32 all the same, and their output is rounded to the precision of the hidden states. A later `model.to` converts
+    them with the rest.
 
     Args:
         model: a decoder-only model of transformers, or a peft model around one.
-        layers: the layers to put a memory in front of, counted from 0. Default: the three at a quarter, half and three
-            quarters of the depth, as few memories are usually enough. (A guess.)
-        heads: memories side by side. With `dim_head`, it sets the size of the adapter: about 5 · width · heads ·
-            dim_head parameters per layer. (A guess: as in `train_mac.py`.)
-        dim_head: width of each.
-        chunk_size: tokens per update of a memory. Smaller is finer and slower. (A guess.)
+        layers: the layers that get a memory in front, counted from 0. Default: those at a quarter, half and three
+            quarters of the depth; a guess, as a few memories are usually enough.
+        heads: independent memories side by side. The default is a guess, as are the next three. With `dim_head`, it
+            sets the size of the adapter: about 5 · width · heads · dim_head parameters per layer.
+        dim_head: width of a head.
+        chunk_size: tokens per update of a memory. Smaller is finer and slower.
         memory_batch: tokens whose gradients are taken at the same weights, a multiple of `chunk_size`. The step sizes
-            follow it; see `presets.memory_settings`, whose settings are the defaults for everything else.
-        freeze_backbone: stop gradients of all present parameters. `remove_memory` restores them.
+            follow from it, see `presets.memory_settings`; its settings are the defaults for everything else.
+        freeze_backbone: train the memories alone. `remove_memory` undoes this.
         neural_memory_kwargs: further arguments of `NeuralMemory`, as JSON values: `activation` is a name of
             `configuration.ACTIVATIONS`, and `model` is a dict such as `{'type': 'MemoryMLP', 'dim': 64, 'depth': 2}`.
 
@@ -153,7 +153,7 @@ def load_memory(model: M, folder: str | Path, *, freeze_backbone: bool = False) 
 
 
 class Memories(ModuleDict):
-    """The memories of a decoder, by the number of their layer, and what it takes to save and to remove them."""
+    """The memories of a decoder by the number of their layer, with all that is needed to save and to remove them."""
 
     def __init__(self, settings: Mapping[str, Any]):
         super().__init__()
@@ -171,9 +171,9 @@ class Memories(ModuleDict):
         self.hooks = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks.items()]
 
     def before_decoder(self, decoder: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook of the decoder, which hands the padding mask to its layers.
+        """Forward pre-hook of the decoder, which passes the padding mask on to its layers.
 
-        As an argument it is there, too, when checkpointing runs a layer again.
+        It is an argument so that a layer still has it when checkpointing runs the layer again.
         """
         inputs = args[0] if args else kwargs.get('input_ids')
         inputs = kwargs.get('inputs_embeds') if inputs is None else inputs
