@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Linear, Module, Parameter
 from torch.utils.checkpoint import checkpoint
 
-from titans_pytorch.memory.backends import Backend, DenseBackend, Transition, choose_backend
+from titans_pytorch.memory.backends import Backend, DenseBackend, StoreInputs, Transition, choose_backend
 from titans_pytorch.memory.chunks import Chunks, WeightResidual, beside
 from titans_pytorch.memory.fast_weights import FastWeights, MemoryWeights, Weights
 from titans_pytorch.memory.initial_weights import InitialWeights
@@ -41,7 +41,7 @@ from titans_pytorch.memory.state import (
     PendingSegment,
     mem_state_detach,
 )
-from titans_pytorch.memory.token_retrieval import Retrieval, retrieve_one
+from titans_pytorch.memory.token_retrieval import PlainRetrieval
 from titans_pytorch.memory.validation import (
     Call,
     MemoryLayout,
@@ -395,6 +395,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
     def _backend(self) -> Backend:
         return self._backend_class(
             self._network,
+            self.memory_model_parameters.mlp,
             self.store_memory_loss_fn,
             self.assoc_scan,
             self.max_grad_norm,
@@ -653,10 +654,18 @@ class NeuralMemory(Resettable, InReferenceFormat):
             if buffers.queries is not None:
                 buffers.queries.copy_(rows[:, 1:])
             normed = self.retrieve_norm(rows)
-            parts = Retrieval(
-                self.heads, self._backend, self.q_norm, self.multihead_rmsnorm, self.retrieve_gate, self._dtype
+            projected, normed = self.to_queries(normed), normed[:, context:]
+            plain = PlainRetrieval.of(
+                self.heads,
+                self.memory_model_parameters.mlp,
+                self.q_norm,
+                self.multihead_rmsnorm,
+                self.retrieve_gate,
+                self._dtype,
             )
-            return self.combine_heads(retrieve_one(parts, newest, self.to_queries(normed), normed[:, context:]))
+            if plain is None:
+                return self._combine(self._apply_network(newest, self._queries_of(projected)), normed)
+            return self.combine_heads(plain(newest, projected, normed))
 
         assert buffers.queries is not None
         if begins_group and context:
@@ -690,9 +699,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
         chunks, pooled = self._project_chunks(rows, None if mask is None else mask[:, :complete])
         residual = self._weight_residual(prev_weights, pooled, schedule.first_chunk)
         with network_autocast(self._dtype, tokens.device):
-            over_time, weights, losses = self._backend.store(
-                chunks, residual, schedule, state.weights, self._transition
-            )
+            inputs = StoreInputs(chunks, residual, schedule, state.weights, self._transition)
+            over_time, weights, losses = self._backend.store(inputs)
 
         # copied, so that a kept state does not keep the whole input
         rest = PendingSegment(

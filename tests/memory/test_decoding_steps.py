@@ -11,7 +11,7 @@ from titans_pytorch.memory.chunks import Chunks
 from titans_pytorch.memory.fast_weights import MemoryWeights
 from titans_pytorch.memory.reference import default_loss_fn
 from titans_pytorch.memory.state import MemoryBuffers, copy_weights
-from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
+from titans_pytorch.memory_models import MemoryMLP, PlainMLP, ResidualNorm
 from titans_pytorch.ops.associative_scan import AssocScan
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -28,7 +28,7 @@ def problem(depth, norm, dim=16):
 
 
 def backend(kind, network):
-    return kind(network, default_loss_fn, AssocScan(), None, True)
+    return kind(network, PlainMLP.of(network), default_loss_fn, AssocScan(), None, True)
 
 
 @pytest.mark.parametrize('depth', [1, 2, 3])

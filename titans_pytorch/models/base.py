@@ -284,11 +284,16 @@ class Transformer(StepwiseDecoding, Resettable):
 
     def _with_labels(
         self,
-        x: Tensor,
+        x: Int[Tensor, 'b n'] | Float[Tensor, 'b n d'],
         labels: Int[Tensor, 'b n'] | None,
         mask: Bool[Tensor, 'b n'] | None,
         document_ids: Int[Tensor, 'b n'] | None,
-    ) -> tuple[Tensor, Int[Tensor, 'b n'], Bool[Tensor, 'b n'] | None, Int[Tensor, 'b n'] | None]:
+    ) -> tuple[
+        Int[Tensor, 'b n-1'] | Float[Tensor, 'b n-1 d'],
+        Int[Tensor, 'b n-1'],
+        Bool[Tensor, 'b n-1'] | None,
+        Int[Tensor, 'b n-1'] | None,
+    ]:
         """The input without its last position, and the label that each remaining position predicts."""
         if self.to_logits is None:
             raise ValueError('return_loss and labels need logits, and this model has no num_tokens')
