@@ -176,9 +176,7 @@ def test_a_frozen_backbone_stays_as_it_is_and_the_loss_falls():
 @pytest.mark.parametrize('left', [False, True])
 def test_a_padded_row_is_read_as_if_it_were_alone(backbone, use_cache, left):
     model = with_memory(backbone)
-    lengths = (7, 12, 0, 3)[: 4 if left else 3]
-    lengths = tuple(length or 9 for length in lengths)
-    ids, mask = padded(*lengths, left=left)
+    ids, mask = padded(7, 12, 3, left=left)
     logits = model(ids, attention_mask=mask, position_ids=positions(mask), use_cache=use_cache).logits
     for row, real in enumerate(mask.bool()):
         assert_close(logits[row, real], model(ids[row : row + 1, real]).logits[0])
@@ -537,7 +535,7 @@ def test_bad_arguments_are_refused_and_leave_the_model_alone(changes, message):
         add_memory(model, **{**MEMORY, **changes})
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
-    add_memory(model)
+    add_memory(model)  # the defaults
 
 
 def test_models_that_cannot_have_a_memory_are_refused():
