@@ -28,6 +28,7 @@ LAYERS = [
     {'mac_transformer', 'mag_transformer', 'mal_transformer', 'lmm', 'implicit_mlp_attention', 'nested_attention'},
     {'configuration', 'presets'},
     {'training'},
+    {'hf'},
     {'commands'},
     {'titans_pytorch', '__main__'},
 ]
@@ -95,7 +96,7 @@ def test_kernels_import_only_kernels(name):
 
 @pytest.mark.parametrize('name', MODULES)
 def test_optional_packages_are_imported_where_they_are_used(name):
-    if name.split('.')[-1] in ('_triton', 'triton'):
+    if name.split('.')[-1] in ('_triton', 'triton') or layer(name) == 'hf':
         return
     found = {*imports(MODULES[name], nested=False)}
     assert not [module for module in found if module.split('.')[0] in OPTIONAL or module.endswith('triton')], name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -121,11 +122,14 @@ def test_other_failures_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_latest_run(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match='there is no run in .*: train one'):
-        latest_run(tmp_path)
-    for name in ('b', 'a'):
+    for name in ('b', 'a', 'c'):
         small_run(tmp_path / name)
+    os.utime(tmp_path / 'c/titans_enwik8_best.pt', (0, 0))
     assert latest_run(tmp_path) == tmp_path / 'a'
+    for name in ('a', 'b', 'c'):
+        no_checkpoint(tmp_path / name)
+    with pytest.raises(RunError, match='there is no run with a checkpoint in .*: train one'):
+        latest_run(tmp_path)
 
 
 @pytest.mark.parametrize('vocabulary', [None, BPE])

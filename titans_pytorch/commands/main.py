@@ -34,7 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=run_command.__doc__, description=run_command.__doc__)
         command.set_defaults(run_command=run_command)
         add_options(command)
-        command.add_argument('--run', type=Path, help='folder of the run (default: the newest one in runs/)')
+        command.add_argument(
+            '--run', type=Path, help='folder of the run (default: the one in runs/ with the newest checkpoint)'
+        )
         command.add_argument('--checkpoint', type=Path, help='file in it (default: the best, else the latest one)')
         command.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1, ...')
         command.add_argument(

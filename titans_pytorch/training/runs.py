@@ -92,15 +92,15 @@ def open_run(
 
 
 def latest_run(folder: str | Path = 'runs') -> Path:
-    """The run in `folder` that was begun last.
+    """The run in `folder` with the newest checkpoint.
 
     Raises:
         RunError: if there is none.
     """
-    described = [*Path(folder).glob(f'*/{DESCRIPTION}')]
-    if not described:
-        raise RunError(f'there is no run in {folder}: train one with train_mac.py, or name one with --run')
-    return max(described, key=lambda path: path.stat().st_mtime).parent
+    checkpoints = [path for path in Path(folder).glob('*/*.pt') if (path.parent / DESCRIPTION).exists()]
+    if not checkpoints:
+        raise RunError(f'there is no run with a checkpoint in {folder}: train one with train_mac.py, or give --run')
+    return max(checkpoints, key=lambda path: path.stat().st_mtime).parent
 
 
 def unseen_text(run: Run, paths: Sequence[str | Path] = ()) -> tuple[Int[Tensor, ' n'], str]:
