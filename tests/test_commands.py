@@ -139,20 +139,27 @@ def test_the_package_is_a_command(folder: Path, capsys: pytest.CaptureFixture[st
 # evaluate
 
 
-@pytest.mark.parametrize(('context', 'piece'), [(16, 1024), (50, 16), (200, 64)])
+@pytest.mark.parametrize(
+    ('context', 'piece', 'limit', 'count'),
+    [(16, 1024, None, None), (50, 16, None, None), (64, 32, 200, 3), (90, 64, 8, 1)],
+)
 @torch.no_grad()
-def test_bits_per_byte_are_those_of_windows_read_at_once(run: Run, context: int, piece: int, monkeypatch) -> None:
+def test_bits_per_byte_are_those_of_windows_read_at_once(
+    run: Run, context: int, piece: int, limit: int | None, count: int | None, monkeypatch
+) -> None:
     monkeypatch.setattr('titans_pytorch.commands.evaluation.PIECE', piece)
     text, seen = run.vocabulary.encode(TEXT[: TEXT.index(b'24 times')]), []
-    came = evaluate(run, text.to(torch.int16), context, batch_tokens=4 * piece, progress=seen.append)
-    nats, size = 0.0, 0
-    for start in range(0, len(text) - context, context):
+    came = evaluate(run, text.to(torch.int16), context, limit, batch_tokens=4 * piece, progress=seen.append)
+    count = (len(text) - 1) // context if count is None else count
+    last, nats, size = len(text) - context - 1, 0.0, 0
+    for number in range(count):
+        start = number * last // max(1, count - 1)
         window = text[start : start + context + 1]
         nats += F.cross_entropy(run.model(window[None, :-1])[0], window[1:], reduction='sum').item()
         size += len(run.vocabulary.decode(window[1:]))
     assert came.bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-9)
-    assert (came.context, came.bytes, came.tokens) == (context, size, sum(seen))
-    assert came.tokens == (len(text) - 1) // context * context
+    assert (came.context, came.bytes, came.tokens) == (context, size, count * context)
+    assert sum(seen) == came.tokens
 
 
 def test_a_text_shorter_than_the_context_is_refused(run: Run) -> None:
@@ -172,7 +179,7 @@ def test_evaluate(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / 'other.txt').write_bytes(TEXT[:700])
     assert main([*arguments, '--tokens', '300', '--data', str(tmp_path / 'other.txt')]) == 0
     head, titles, *rows = capsys.readouterr().out.splitlines()
-    assert head == f'{tmp_path / "other.txt"}, the first 300 of 700 tokens'
+    assert head == f'{tmp_path / "other.txt"}, 300 of its 700 tokens'
     assert titles.split() == ['context', 'bits', 'per', 'byte', 'bytes', 'seconds']
     assert [row.split()[::2] for row in rows] == [['128', '256'], ['150', '300']]
 

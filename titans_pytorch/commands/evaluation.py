@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from titans_pytorch.training.data import BadData, windows
+from titans_pytorch.training.data import BadData, even_starts, windows
 from titans_pytorch.training.runs import Run
 from titans_pytorch.utils.shapes import Int
 
@@ -25,7 +25,7 @@ class Evaluation(NamedTuple):
     """Tokens that the model reads in each window, beginning with an empty memory; it predicts the one after each."""
     bits_per_byte: float
     tokens: int
-    """Tokens predicted: all but the first one, and a rest that fills no window."""
+    """Tokens predicted, `context` for each window."""
     bytes: int
     """Their length as text."""
     seconds: float
@@ -36,29 +36,31 @@ def evaluate(
     run: Run,
     text: Int[Tensor, ' n'],
     context: int,
+    limit: int | None = None,
     batch_tokens: int = 16_384,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> Evaluation:
-    """Bits per byte of a text that is cut into windows of `context` tokens, each of which is read by itself.
+    """Bits per byte of windows of `context` tokens, each of which is read by itself.
 
-    Windows are read in pieces, from state to state, several windows at a time: memory does not grow with the length of
-    the text or of the context.
+    There are as many windows as fit into the text, spaced evenly. They are read in pieces, from state to state, several
+    at a time: memory does not grow with the length of the text or of the context.
 
     Args:
         text: token ids, of any integer dtype.
+        limit: tokens to predict, approximately; at least one window. The windows are then further apart. Default: all.
         batch_tokens: tokens read by one call of the model, approximately.
         progress: called with the number of tokens predicted, after each call of the model.
 
     Raises:
         BadData: if the text is shorter than a window.
     """
-    count = (len(text) - 1) // context
+    count = num_windows(text, context, limit)
     if not count:
         raise BadData(f'the text has {len(text)} tokens, too few for a context of {context}')
     started, piece = time.perf_counter(), min(context, PIECE)
     nats = torch.zeros((), dtype=torch.float64, device=run.machine.device)
     num_bytes = 0
-    for starts in (torch.arange(count) * context).split(max(1, batch_tokens // piece)):
+    for starts in even_starts(text, count, context).split(max(1, batch_tokens // piece)):
         rows = windows(text, starts, context + 1)
         num_bytes += sum(len(run.vocabulary.decode(row)) for row in rows[:, 1:])
         rows, state = rows.to(run.machine.device), None
@@ -71,3 +73,9 @@ def evaluate(
             progress(predicted)
     bits = nats.item() / math.log(2)
     return Evaluation(context, bits / num_bytes, count * context, num_bytes, time.perf_counter() - started)
+
+
+def num_windows(text: Int[Tensor, ' n'], context: int, limit: int | None) -> int:
+    """Windows that `evaluate` reads."""
+    fit = (len(text) - 1) // context
+    return fit if limit is None else min(fit, max(1, limit // context))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from titans_pytorch.commands.evaluation import evaluate
+from titans_pytorch.commands.evaluation import evaluate, num_windows
 from titans_pytorch.commands.text import Conversation, generate
 from titans_pytorch.training.files import RunError, one_line
 from titans_pytorch.training.runs import Run, latest_run, open_run, unseen_text
@@ -118,9 +118,9 @@ def evaluate_command(options: argparse.Namespace) -> None:
     run = opened(options)
     text, source = unseen_text(run, options.data)
     default = TOKENS_ON_CPU if run.machine.device.type == 'cpu' else 0
-    limit = default if options.tokens is None else options.tokens
-    if 0 < limit < len(text):
-        text, source = text[: limit + 1], f'{source}, the first {limit:,} of {len(text):,} tokens'
+    limit = (default if options.tokens is None else options.tokens) or None
+    if limit is not None and limit < len(text):
+        source = f'{source}, {limit:,} of its {len(text):,} tokens'
     contexts = [*(context for context in CONTEXTS if context < options.context), options.context]
 
     rows = []
@@ -129,13 +129,13 @@ def evaluate_command(options: argparse.Namespace) -> None:
     for context in contexts:
         with tqdm(
             desc=f'context {context:,}',
-            total=(len(text) - 1) // context * context,
+            total=num_windows(text, context, limit) * context,
             unit='token',
             unit_scale=True,
             leave=False,
             mininterval=0.2 if sys.stderr.isatty() else 10.0,
         ) as bar:
-            row = evaluate(run, text, context, progress=bar.update)
+            row = evaluate(run, text, context, limit, progress=bar.update)
         rows.append(row)
         if not options.json:
             print(f'{context:>9,}  {row.bits_per_byte:>13.4f}  {row.bytes:>11,}  {row.seconds:>7.1f}', flush=True)
