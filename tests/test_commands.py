@@ -295,6 +295,8 @@ def test_ctrl_c_ends_an_answer_and_then_the_conversation(folder: Path, capsys, m
         (['chat', '--state', 'runs/small/titans_enwik8_best.pt'], 'best.pt holds no conversation'),
         (['evaluate', '--data', 'none.txt'], 'none.txt'),
         (['evaluate', '--context', '1000000'], 'too few for a context of'),
+        (['evaluate', '--context', '0'], 'context must be a positive integer, got 0'),
+        (['evaluate', '--tokens', '-1'], 'limit must be a positive integer, got -1'),
     ],
     ids=lambda value: ' '.join(value) if isinstance(value, list) else '',
 )

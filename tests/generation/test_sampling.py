@@ -46,13 +46,13 @@ def test_filters_replace_the_default_filter(use_cache):
     model, prompt = build('MAG'), ids(5)
 
     def tokens(**kwargs):
-        return model.sample(prompt, 14, use_cache=use_cache, generator=seeded(), **kwargs, **QUIET)
+        return model.sample(prompt, 11, use_cache=use_cache, generator=seeded(), **kwargs, **QUIET)
 
     every = {'top_k': 7, 'top_p': 0.8, 'min_p': 0.05}
     for kwargs in ({'top_k': 3}, {'top_p': 0.5}, {'min_p': 0.3}, every):
         as_function = tokens(filter_fn=filters(**kwargs), filter_kwargs={})
         assert torch.equal(tokens(**kwargs), as_function)
-        streamed = [*model.stream(prompt, 14, generator=seeded(), **kwargs)]
+        streamed = [*model.stream(prompt, 11, generator=seeded(), **kwargs)]
         assert torch.equal(torch.stack(streamed, dim=1), as_function)
     assert torch.equal(tokens(min_p=0.1), tokens())
     assert torch.equal(tokens(top_k=1), tokens(temperature=0.0))

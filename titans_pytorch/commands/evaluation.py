@@ -12,6 +12,7 @@ from torch import Tensor
 
 from titans_pytorch.training.data import BadData, even_starts, windows
 from titans_pytorch.training.runs import Run
+from titans_pytorch.utils.checks import check_positive
 from titans_pytorch.utils.shapes import Int
 
 PIECE = 1024
@@ -53,6 +54,7 @@ def evaluate(
 
     Raises:
         BadData: if the text is shorter than a window.
+        ValueError: for a context or a limit below 1.
     """
     count = num_windows(text, context, limit)
     if not count:
@@ -77,5 +79,6 @@ def evaluate(
 
 def num_windows(text: Int[Tensor, ' n'], context: int, limit: int | None) -> int:
     """Windows that `evaluate` reads."""
+    context, *_ = check_positive(context=context, **({} if limit is None else {'limit': limit}))
     fit = (len(text) - 1) // context
     return fit if limit is None else min(fit, max(1, limit // context))

@@ -97,7 +97,7 @@ def generate(
 
 
 class Conversation:
-    """A conversation, all of which is in the model's state, of constant size: no turn is read twice.
+    """A conversation, all of which is in the model's state, of constant size: no earlier turn is read again.
 
     Args:
         template: the text around a message; `{message}` stands for it, and the answer follows.
