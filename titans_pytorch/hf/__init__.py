@@ -1,0 +1,26 @@
+"""The models of this package in the form of Hugging Face's `transformers`, with its `Auto` classes.
+
+    import titans_pytorch.hf
+
+    model = AutoModelForCausalLM.from_pretrained('a folder of a Titans model')
+
+Needs the extra `hf`: `pip install .[hf]`.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from titans_pytorch.hf.cache import TitansCache
+from titans_pytorch.hf.configuration import TitansConfig
+from titans_pytorch.hf.modeling import TitansForCausalLM, TitansModel, TitansPreTrainedModel
+
+AutoConfig.register(TitansConfig.model_type, TitansConfig)
+AutoModel.register(TitansConfig, TitansModel)
+AutoModelForCausalLM.register(TitansConfig, TitansForCausalLM)
+
+__all__ = [
+    'TitansCache',
+    'TitansConfig',
+    'TitansForCausalLM',
+    'TitansModel',
+    'TitansPreTrainedModel',
+]
