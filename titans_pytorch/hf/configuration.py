@@ -42,7 +42,7 @@ class TitansConfig(PreTrainedConfig):
         'num_attention_heads': 'heads',
         'head_dim': 'dim_head',
     }
-    keys_to_ignore_at_inference = ('past_key_values', 'cache')
+    keys_to_ignore_at_inference = ['past_key_values', 'cache']
 
     architecture: str = 'mac'
     num_tokens: int = 256

@@ -13,6 +13,7 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from titans_pytorch.attention.rotary import Rotary
 from titans_pytorch.configuration import build_model
 from titans_pytorch.hf.cache import TitansCache
 from titans_pytorch.hf.configuration import TitansConfig
@@ -42,6 +43,13 @@ class TitansPreTrainedModel(PreTrainedModel):
         for module in self.transformer.modules():  # transformers is not to draw again what the constructor has drawn
             is_drawn = not any(p.is_meta for p in module.parameters(recurse=False))
             module._is_hf_initialized = is_drawn  # type: ignore[assignment]
+
+    def initialize_weights(self) -> None:
+        """Draw the parameters that were not loaded; the last step of `from_pretrained`."""
+        super().initialize_weights()
+        for module in self.modules():
+            if isinstance(module, Rotary):  # loading has made every parameter trainable
+                module.freqs.requires_grad_(False)
 
     @torch.no_grad()
     def _init_weights(self, module: Module) -> None:
@@ -80,8 +88,12 @@ class TitansPreTrainedModel(PreTrainedModel):
         input_ids: Int[Tensor, 'b n'] | None,
         inputs_embeds: Float[Tensor, 'b n d'] | None,
         attention_mask: Int[Tensor, 'b m'] | None,
+        position_ids: Tensor | None = None,
+        **_: Any,
     ) -> tuple[Tensor, Bool[Tensor, 'b n'] | None]:
         """The tokens or embeddings to read, and the part of the mask that is about them."""
+        if position_ids is not None:
+            raise ValueError('position_ids cannot be chosen: each row counts its tokens from 0, without padding')
         x = input_ids if inputs_embeds is None else inputs_embeds
         if x is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError('pass one of input_ids and inputs_embeds')
@@ -174,7 +186,7 @@ class TitansModel(TitansPreTrainedModel):
         cache: TitansCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        x, mask = self._inputs(input_ids, inputs_embeds, attention_mask)
+        x, mask = self._inputs(input_ids, inputs_embeds, attention_mask, **kwargs)
         cache = self._cache(past_key_values if cache is None else cache, use_cache)
         layers = self._read(x, mask, cache, output_hidden_states)
         return BaseModelOutputWithPast(last_hidden_state=layers[-1], **_further_outputs(layers, cache))
@@ -218,13 +230,15 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             past_key_values, cache: the cache that an earlier call returned, which this call continues and updates.
             labels: the tokens at the same positions, or −100 to ignore one. Padding, and the first token after padding,
                 are ignored.
-            use_cache: return a cache. Default: that of the configuration in evaluation mode, false in training mode.
+            use_cache: return a cache. Default: that of the configuration, but not in training mode or with labels.
             output_hidden_states: also return the hidden states of the embedding and of every layer, the last one after
                 the last norm.
             logits_to_keep: number of last positions to return logits for, or their indices; 0 for all.
             kwargs: further arguments of the loss function, as `num_items_in_batch` of the `Trainer`.
         """
-        x, mask = self._inputs(input_ids, inputs_embeds, attention_mask)
+        x, mask = self._inputs(input_ids, inputs_embeds, attention_mask, **kwargs)
+        if use_cache is None and labels is not None:
+            use_cache = False
         cache = self._cache(past_key_values if cache is None else cache, use_cache)
         is_step = x.shape[1] == 1 and inputs_embeds is None and mask is None and not output_hidden_states
         layers: list[Tensor] = []
@@ -247,9 +261,15 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         return False  # `forward` makes the cache
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
+        )
         if next_sequence_length == 1:  # a generated token, which is never padding
             inputs.pop('attention_mask', None)
         return inputs
