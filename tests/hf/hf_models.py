@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -38,6 +39,7 @@ def config(name: str = 'MAG', **changes: Any) -> TitansConfig:
 def model(name: str = 'MAG', **changes: Any) -> TitansForCausalLM:
     """In float64 and evaluation mode, with no parameter at its initial value."""
     torch.manual_seed(len(name))
+    random.seed(0)
     return randomised(TitansForCausalLM(config(name, **changes)), 0.1).double().eval()
 
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from titans_pytorch.hf.cache import TitansCache
 from titans_pytorch.hf.configuration import TitansConfig
 from titans_pytorch.hf.modeling import TitansForCausalLM, TitansModel, TitansPreTrainedModel
+from titans_pytorch.hf.tokenization import byte_tokenizer
 
 AutoConfig.register(TitansConfig.model_type, TitansConfig)
 AutoModel.register(TitansConfig, TitansModel)
@@ -23,4 +24,5 @@ __all__ = [
     'TitansForCausalLM',
     'TitansModel',
     'TitansPreTrainedModel',
+    'byte_tokenizer',
 ]
