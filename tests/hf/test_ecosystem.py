@@ -7,7 +7,7 @@ from threading import Thread
 import pytest
 import torch
 from compare import assert_same
-from hf_models import architectures, batch, model
+from hf_models import batch, model
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -103,8 +103,7 @@ def test_a_resumed_training_is_that_without_interruption(tmp_path):
     assert_same(own[1].state_dict(), own[0].state_dict(), 0)
 
 
-@pytest.mark.filterwarnings('ignore:`is_gradient_checkpointing` is deprecated')
-@architectures
+@pytest.mark.parametrize('name', ['MAC', 'MAL'])
 def test_lora_reaches_every_linear_layer_in_steps_too(name, tmp_path):
     (x, mask), own = batch(), model(name)
     adapted = get_peft_model(own, LoraConfig(task_type='CAUSAL_LM', target_modules='all-linear', r=2)).double()

@@ -46,7 +46,7 @@ def test_pieces_and_steps_equal_one_pass(name, monkeypatch):
 
 
 def test_rows_are_chosen_repeated_and_reordered():
-    own, (x, mask) = model('MAC'), batch()
+    own, (x, mask) = model('MAL'), batch()
     later = torch.randint(1, 13, (6, 4))
 
     def prefilled():
@@ -88,6 +88,19 @@ def test_the_size_is_constant():
     before = elements()
     steps_of(own, cache, torch.randint(1, 13, (3, 40)))
     assert elements() == before
+
+
+def test_steppers_are_released_with_their_cache(monkeypatch):
+    own, (x, mask) = model('LMM'), batch()
+    released = []
+    monkeypatch.setattr(Stepper, 'release', lambda self: released.append(self))
+    cache = own(x, attention_mask=mask)[CACHE]
+    steps_of(own, cache, x[:, :2])
+    cache.reorder_cache(torch.tensor([0, 1, 2]))
+    assert len(released) == 3
+    steps_of(own, cache, x[:, :2])
+    del cache
+    assert len(released) == 6
 
 
 def test_the_graph_reaches_into_the_cache():

@@ -8,7 +8,8 @@ from compare import all_in_float64, assert_same, gradients
 from hf_models import architectures, batch, model, rows
 from transformers import AutoModel, AutoModelForCausalLM
 
-from titans_pytorch.hf import TitansForCausalLM, TitansModel
+from titans_pytorch.hf import TitansCache, TitansForCausalLM, TitansModel
+from titans_pytorch.hf.cache import Group
 
 
 @pytest.fixture(autouse=True)
@@ -92,21 +93,19 @@ def test_hidden_states_are_the_input_of_the_next_layer():
     assert_same(layers[1], seen[0], 0)
 
 
-@pytest.mark.parametrize('use_cache', [False, True])
-@pytest.mark.parametrize('padding', ['left', 'right'])
+@pytest.mark.parametrize(('padding', 'use_cache'), [('left', True), ('right', False)])
 @architectures
 def test_a_padded_row_is_read_as_if_it_were_alone(name, padding, use_cache):
     own, (x, mask) = model(name), batch(padding)
     labels = torch.where(mask.bool(), x, -100)
     out = own(x, attention_mask=mask, labels=labels, use_cache=use_cache, output_hidden_states=True)
-    alone = [own(row, output_hidden_states=True) for row in rows(x, mask)]
-    losses = [own(row, labels=row).loss * (row.shape[1] - 1) for row in rows(x, mask)]
+    alone = [own(row, labels=row, output_hidden_states=True) for row in rows(x, mask)]
     for index, expected in enumerate(alone):
         real = mask[index].bool()
         assert_same(out.logits[index, real], expected.logits[0])
         for came, layer in zip(out.hidden_states, expected.hidden_states):
             assert_same(came[index, real], layer[0])
-    assert_same(out.loss, sum(losses) / 13)
+    assert_same(out.loss, sum(row.loss * (row.logits.shape[1] - 1) for row in alone) / 13)
 
 
 def test_gradients_of_a_padded_batch_are_those_of_its_rows():
@@ -140,12 +139,20 @@ def test_gradient_checkpointing_recomputes_the_layers(monkeypatch):
     assert not own.gradient_checkpointing
 
 
+def cache_of_three() -> TitansCache:
+    cache = TitansCache()
+    cache.groups = [Group(torch.arange(3))]
+    return cache
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
         ({}, 'pass one of input_ids and inputs_embeds'),
         ({'input_ids': torch.ones(1, 3).long(), 'inputs_embeds': torch.ones(1, 3, 8)}, 'pass one of'),
         ({'input_ids': torch.ones(1, 3).long(), 'past_key_values': ()}, 'must be a TitansCache, got tuple'),
+        ({'input_ids': torch.ones(1, 3).long(), 'cache': cache_of_three()}, 'of a batch of 1.*, got one of 3'),
+        ({'input_ids': torch.ones(1, 3).long(), 'attention_mask': torch.zeros(1, 3).long()}, 'at least one token'),
         ({'input_ids': torch.ones(1, 3).long(), 'attention_mask': torch.ones(1, 2).long()}, 'attention_mask must be'),
         ({'input_ids': torch.ones(1, 3).long(), 'attention_mask': torch.ones(1, 1, 3, 3)}, 'attention_mask must'),
         ({'input_ids': torch.full((1, 3), 13)}, 'num_tokens|13'),

@@ -13,6 +13,7 @@ from titans_pytorch.hf.cache import TitansCache
 from titans_pytorch.hf.configuration import TitansConfig
 from titans_pytorch.hf.modeling import TitansForCausalLM, TitansModel, TitansPreTrainedModel
 from titans_pytorch.hf.tokenization import byte_tokenizer
+from titans_pytorch.hf.tokenization import byte_tokenizer
 
 AutoConfig.register(TitansConfig.model_type, TitansConfig)
 AutoModel.register(TitansConfig, TitansModel)
@@ -24,5 +25,6 @@ __all__ = [
     'TitansForCausalLM',
     'TitansModel',
     'TitansPreTrainedModel',
+    'byte_tokenizer',
     'byte_tokenizer',
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, NoReturn
+from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -23,7 +24,9 @@ Read = Callable[[Tensor, ModelState | None], tuple[list[Tensor], ModelState | No
 
 
 class Group:
-    """Rows of a batch that have read the same number of tokens, and their state: buffers while they step."""
+    """Rows of a batch that have read the same number of tokens, and their state, in buffers while they step."""
+
+    _release: finalize
 
     def __init__(self, rows: Int[Tensor, ' r'], state: ModelState | None = None):
         self.rows = rows
@@ -40,7 +43,7 @@ class Group:
     @state.setter
     def state(self, state: ModelState | None) -> None:
         if self._stepper is not None:
-            self._stepper.release()
+            self._release()
         self._state, self._stepper = state, None
 
     @property
@@ -49,10 +52,12 @@ class Group:
         return self._state is not None or self._stepper is not None
 
     def step(self, model: Transformer, tokens: Int[Tensor, ' r']) -> Float[Tensor, 'r l']:
-        """Logits after one more token in each row."""
+        """Logits after one more token in each row; the next step overwrites them."""
         if self._stepper is None:
             self._stepper, self._state = Stepper.of(model, self._state, cuda_graphs=None), None
-        return self._stepper(tokens).clone()  # the next step overwrites them
+            self._release = finalize(self, self._stepper.release)  # the next stepper takes over its CUDA graphs
+            self._release.atexit = False
+        return self._stepper(tokens)
 
     def selected(self, entries: Int[Tensor, ' e'], rows: Int[Tensor, ' e']) -> Group:
         """Some of the rows, which may repeat, as `rows` of another batch."""
@@ -96,10 +101,10 @@ class TitansCache(Cache):
         """
         if not self.groups:
             self.groups = [Group(torch.arange(len(x), device=x.device))]
-        self._length += x.shape[1]
         if mask is None and len(self.groups) == 1:
             (group,) = self.groups
             results, group.state = read(x, group.state)
+            self._length += x.shape[1]
             return results
 
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
@@ -112,6 +117,9 @@ class TitansCache(Cache):
                 own, group.state = read(x[tokens].unflatten(0, (len(group.rows), -1)), group.state)
                 results = results or [part.new_zeros(*x.shape[:2], *part.shape[2:]) for part in own]
                 results = [whole.index_put(tokens, part.flatten(0, 1)) for whole, part in zip(results, own)]
+        if not results:
+            raise ValueError('attention_mask must leave at least one token, got only padding')
+        self._length += x.shape[1]
         return results
 
     @property
@@ -121,9 +129,9 @@ class TitansCache(Cache):
 
     def step(self, model: Transformer, tokens: Int[Tensor, ' b']) -> Float[Tensor, 'b l']:
         """Logits after one more token in each row, by decoding steps."""
+        logits = torch.cat([group.step(model, tokens[group.rows]) for group in self.groups])
         self._length += 1
-        order = torch.cat([group.rows for group in self.groups]).argsort()
-        return torch.cat([group.step(model, tokens[group.rows]) for group in self.groups])[order]
+        return logits[torch.cat([group.rows for group in self.groups]).argsort()]
 
     # the interface of `transformers.Cache`
 
@@ -163,12 +171,14 @@ class TitansCache(Cache):
         self.groups, self._length = [], 0
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
+        """Refused, as memories cannot forget single tokens."""
         raise NotImplementedError(
             'TitansCache cannot take tokens back, as they have been stored in the weights of the memories; '
             'copy.deepcopy a cache to return to it later'
         )
 
     def activate_past_recording(self) -> NoReturn:
+        """Refused, as it prepares `crop`."""
         self.crop(0)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TitansCache:

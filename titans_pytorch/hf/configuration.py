@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from titans_pytorch.configuration import ARCHITECTURES, NOT_STORED, model_config
-from titans_pytorch.utils.checks import check_positive, described
+from titans_pytorch.utils.checks import check_positive
 
 POSITIVE = ('num_tokens', 'dim', 'depth', 'dim_head', 'heads', 'num_residual_streams')
 
@@ -81,6 +81,7 @@ class TitansConfig(PreTrainedConfig):
         # before the base class sets further attributes, among which are the aliases
         for alias in kwargs.keys() & self.attribute_map.keys():
             setattr(self, alias, kwargs.pop(alias))
+        model_config(self.architecture)  # an unknown architecture has no defaults
         defaults = constructor_defaults(self.architecture)
         for name in ARGUMENTS:
             if getattr(self, name) is None and defaults.get(name) is not None:
@@ -97,10 +98,8 @@ class TitansConfig(PreTrainedConfig):
         return model_config(self.architecture, **arguments)
 
 
-def constructor_defaults(architecture: Any) -> dict[str, Any]:
+def constructor_defaults(architecture: str) -> dict[str, Any]:
     """Default of each argument of an architecture's constructor, `None` where there is none."""
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f'architecture must be one of {[*ARCHITECTURES]}, got {described(architecture)}')
     parameters = inspect.signature(ARCHITECTURES[architecture]).parameters.values()
     return {p.name: None if p.default is p.empty else p.default for p in parameters if p.name not in NOT_STORED}
 

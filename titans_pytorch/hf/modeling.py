@@ -101,20 +101,24 @@ class TitansPreTrainedModel(PreTrainedModel):
             return x, None
         return x, checked_mask('attention_mask', attention_mask[:, -x.shape[1] :], x.shape[0], x.shape[1])
 
-    def _cache(self, given: TitansCache | None, use_cache: bool | None) -> TitansCache | None:
+    def _cache(self, given: TitansCache | None, use_cache: bool | None, batch: int) -> TitansCache | None:
         """The cache that a call updates, if any."""
         if given is None:
             wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
             return TitansCache() if wanted else None
         if not isinstance(given, TitansCache):
             raise TypeError(f'{CACHE} must be a TitansCache, got {type(given).__name__}')
+        if given.batch_size not in (-1, batch):
+            raise ValueError(f'{CACHE} must be of a batch of {batch}, as the input is, got one of {given.batch_size}')
         return given
 
+    def _wants_layers(self, output_hidden_states: bool | None) -> bool:
+        return bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
+
     def _read(
-        self, x: Tensor, mask: Bool[Tensor, 'b n'] | None, cache: TitansCache | None, all_layers: bool | None
+        self, x: Tensor, mask: Bool[Tensor, 'b n'] | None, cache: TitansCache | None, all_layers: bool
     ) -> list[Float[Tensor, 'b n d']]:
         """Hidden states: if requested those of the embedding and of every layer but the last, then the final ones."""
-        all_layers = bool(self.config.output_hidden_states if all_layers is None else all_layers)
         if cache is not None:
             return cache.read(x, mask, lambda x, state: self._hidden_states(x, all_layers, state, return_state=True))
         if mask is None:
@@ -158,6 +162,7 @@ def _rearranged(
 
 
 def _further_outputs(layers: list[Tensor], cache: TitansCache | None) -> dict[str, Any]:
+    """Outputs that both models have, by name."""
     return {'hidden_states': tuple(layers) if len(layers) > 1 else None, CACHE: cache}
 
 
@@ -187,8 +192,8 @@ class TitansModel(TitansPreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         x, mask = self._inputs(input_ids, inputs_embeds, attention_mask, **kwargs)
-        cache = self._cache(past_key_values if cache is None else cache, use_cache)
-        layers = self._read(x, mask, cache, output_hidden_states)
+        cache = self._cache(past_key_values if cache is None else cache, use_cache, len(x))
+        layers = self._read(x, mask, cache, self._wants_layers(output_hidden_states))
         return BaseModelOutputWithPast(last_hidden_state=layers[-1], **_further_outputs(layers, cache))
 
 
@@ -232,20 +237,21 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
                 are ignored.
             use_cache: return a cache. Default: that of the configuration, but not in training mode or with labels.
             output_hidden_states: also return the hidden states of the embedding and of every layer, the last one after
-                the last norm.
+                the last norm. They are read by hooks, so no other thread may call the model meanwhile.
             logits_to_keep: number of last positions to return logits for, or their indices; 0 for all.
             kwargs: further arguments of the loss function, as `num_items_in_batch` of the `Trainer`.
         """
         x, mask = self._inputs(input_ids, inputs_embeds, attention_mask, **kwargs)
         if use_cache is None and labels is not None:
             use_cache = False
-        cache = self._cache(past_key_values if cache is None else cache, use_cache)
-        is_step = x.shape[1] == 1 and inputs_embeds is None and mask is None and not output_hidden_states
+        cache = self._cache(past_key_values if cache is None else cache, use_cache, len(x))
+        all_layers = self._wants_layers(output_hidden_states)
+        is_step = x.shape[1] == 1 and inputs_embeds is None and mask is None and not all_layers
         layers: list[Tensor] = []
         if cache is not None and cache.can_step and is_step and not torch.is_grad_enabled():
             logits = cache.step(self.transformer, x.squeeze(1)).unsqueeze(1)
         else:
-            layers = self._read(x, mask, cache, output_hidden_states)
+            layers = self._read(x, mask, cache, all_layers)
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.transformer.to_logits(layers[-1][:, kept])  # type: ignore[misc]
 
@@ -270,6 +276,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(
             input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
         )
-        if next_sequence_length == 1:  # a generated token, which is never padding
+        # a generated token is never padding
+        if next_sequence_length == 1 and not kwargs.get('is_first_iteration'):
             inputs.pop('attention_mask', None)
         return inputs
