@@ -18,20 +18,36 @@ import json
 import statistics
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 
 
 def load_train_mac() -> ModuleType:
-    """`train_mac.py` from this repository, without making the package of this repository importable."""
+    """`train_mac.py` from this repository, on whichever `titans_pytorch` is imported. The reference lacks two modules
+    that the script imports: `training`, which it gets from here, and `configuration`."""
     path = Path(__file__).resolve().parent.parent / 'train_mac.py'
+    if importlib.util.find_spec('titans_pytorch.training') is None:
+        import titans_pytorch
+
+        titans_pytorch.__path__.append(str(path.parent / 'titans_pytorch'))
+        titans_pytorch.configuration = SimpleNamespace(
+            model_config=lambda architecture, **arguments: arguments, build_model=_reference_model
+        )
     spec = importlib.util.spec_from_file_location('train_mac', path)
     module = importlib.util.module_from_spec(spec)
     sys.modules['train_mac'] = module
     spec.loader.exec_module(module)
     return module
+
+
+def _reference_model(arguments: dict[str, Any]) -> torch.nn.Module:
+    import titans_pytorch
+
+    network = {**arguments['neural_memory_model']}
+    network = getattr(titans_pytorch, network.pop('type'))(**network)
+    return titans_pytorch.MemoryAsContextTransformer(**{**arguments, 'neural_memory_model': network})
 
 
 def train(arguments: list[str]) -> int:

@@ -68,7 +68,7 @@ def work(batch: int, precision: str, repeats: int, mode: str) -> dict[str, Any]:
     model = train_mac.build_model(config)
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()  # in the reference they are views of one storage
-    step = train_mac.MicroStep(model, config, train_mac.choose_machine(config))
+    step = train_mac.MicroStep(model, train_mac.choose_machine(config))
     inputs = torch.randint(0, 256, (batch, config.SEQ_LEN + 1), generator=torch.Generator().manual_seed(0))
 
     def forward_and_backward() -> float:

@@ -28,8 +28,9 @@ LAYERS = [
     {'models'},
     {'mac_transformer', 'mag_transformer', 'mal_transformer', 'lmm', 'implicit_mlp_attention', 'nested_attention'},
     {'configuration', 'presets'},
-    {'hf'},
-    {'titans_pytorch'},
+    {'training'},
+    {'commands', 'hf'},
+    {'titans_pytorch', '__main__'},
 ]
 LAYER = {name: index for index, names in enumerate(LAYERS) for name in names}
 OPTIONAL = ('triton', 'transformers', 'accelerate', 'tokenizers', 'matplotlib', 'wandb')

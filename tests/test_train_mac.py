@@ -27,6 +27,7 @@ import pytest
 import torch
 
 import train_mac
+from titans_pytorch.training import checkpoints, enwik8, metrics, read_metrics, rewind, windows
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {
@@ -58,12 +59,29 @@ TEXT = b'The quick brown fox jumps over the lazy dog, and the dog does not mind.
 CHECKPOINT_KEYS = {'batch', 'model_state_dict', 'optimizer_state_dict', 'val_loss', 'config'}
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+
+
 @pytest.fixture(scope='module', autouse=True)
 def one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def loss_curves(monkeypatch, request):
+    """Drawn where a test asks for them: they take half the time of a run as small as these."""
+    if 'plotted' not in request.fixturenames:
+        monkeypatch.setattr(metrics, '_draw', lambda folder: None)
+
+
+@pytest.fixture
+def plotted():
+    """A test that asks for this has its loss curves drawn."""
 
 
 @pytest.fixture
@@ -84,15 +102,15 @@ def options(data, folder, **settings):
     return words
 
 
-def start(words, *program):
+def start(words, *program, folder=ROOT):
     """The script in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, *program, *words],
-        cwd=ROOT,
+        [sys.executable, *map(str, program), *words],
+        cwd=folder,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)},
     )
 
 
@@ -117,7 +135,7 @@ def refusal(words):
 
 
 def rows(folder, key):
-    return {row['step']: row for row in train_mac.read_metrics(folder / 'metrics.jsonl') if key in row}
+    return {row['step']: row for row in read_metrics(folder / 'metrics.jsonl') if key in row}
 
 
 def assert_same(first, second):
@@ -141,7 +159,7 @@ def assert_same(first, second):
 # what a run leaves ----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_metrics_plot_samples_and_checkpoints(text, tmp_path, capsys):
+def test_a_run_leaves_metrics_plot_samples_and_checkpoints(plotted, text, tmp_path, capsys):
     folder = tmp_path / 'run'
     assert (
         train_mac.main(options(text, folder, NUM_BATCHES=30, VALIDATE_EVERY=10, GENERATE_EVERY=15, CHECKPOINT_EVERY=10))
@@ -205,13 +223,14 @@ def test_accumulated_gradients_are_those_of_one_large_batch(text, tmp_path):
 
 
 def test_order_of_windows_depends_on_the_data_seed_only(text, tmp_path, monkeypatch):
-    seen, draw = [], train_mac.random_windows
+    seen, draw = [], train_mac.random_starts
 
     def record(*args):
-        seen.append(draw(*args))
-        return seen[-1]
+        starts = draw(*args)
+        seen.append(windows(args[0], starts, TINY['SEQ_LEN'] + 1))
+        return starts
 
-    monkeypatch.setattr(train_mac, 'random_windows', record)
+    monkeypatch.setattr(train_mac, 'random_starts', record)
     for name, settings in (('a', {}), ('b', {'SEED': 5, 'DIM': 24}), ('c', {'DATA_SEED': 5})):
         train_mac.main(options(text, tmp_path / name, NUM_BATCHES=2, **settings))
     assert_same(seen[:2], seen[2:4])
@@ -246,14 +265,14 @@ def test_weights_and_biases_only_when_asked(text, tmp_path, monkeypatch):
     assert calls[-1] == 'finished'
 
 
-def test_without_matplotlib_there_is_a_notice_and_no_plot(text, tmp_path, monkeypatch, capsys):
+def test_without_matplotlib_there_is_a_notice_and_no_plot(plotted, text, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     assert train_mac.main(options(text, tmp_path / 'run', NUM_BATCHES=1)) == 0
     assert 'matplotlib is not installed' in capsys.readouterr().out
     assert not (tmp_path / 'run' / 'loss.png').exists()
 
 
-def test_a_folder_named_like_mathematics_is_plotted(text, tmp_path, capsys):
+def test_a_folder_named_like_mathematics_is_plotted(plotted, text, tmp_path, capsys):
     folder = tmp_path / 'cost$5_{a$'
     assert train_mac.main(options(text, folder, NUM_BATCHES=1)) == 0
     assert (folder / 'loss.png').read_bytes().startswith(b'\x89PNG')
@@ -261,7 +280,7 @@ def test_a_folder_named_like_mathematics_is_plotted(text, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('error', [RuntimeError('broken'), OSError('no such font'), ImportError('libfreetype')])
-def test_a_plotting_error_never_ends_a_run(text, tmp_path, monkeypatch, capsys, error):
+def test_a_plotting_error_never_ends_a_run(plotted, text, tmp_path, monkeypatch, capsys, error):
     from matplotlib.font_manager import FontManager
 
     def broken_font_cache(*args, **kwargs):
@@ -390,8 +409,8 @@ def test_a_checkpoint_from_before_its_evaluation_takes_that_back(tmp_path):
     (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in kept + later))
     samples = [f'--- sample after {step} steps\na\n--- goes on as\n\u00fc\n---\n\n' for step in (2, 4)]
     (tmp_path / 'samples.txt').write_text(''.join(samples), encoding='utf-8')
-    train_mac.rewind(tmp_path, batch=4, evaluated=3)
-    assert train_mac.read_metrics(tmp_path / 'metrics.jsonl') == kept
+    rewind(tmp_path, batch=4, evaluated=3)
+    assert read_metrics(tmp_path / 'metrics.jsonl') == kept
     assert (tmp_path / 'samples.txt').read_text(encoding='utf-8') == samples[0]
 
 
@@ -462,7 +481,7 @@ def test_a_run_can_go_on_in_another_folder(tmp_path, checkpoint):
     assert checkpoint.read_bytes() == before
 
 
-@pytest.mark.parametrize('key', train_mac.RESUMABLE)
+@pytest.mark.parametrize('key', checkpoints.RESUMABLE)
 def test_a_checkpoint_that_lacks_a_key_is_refused_in_one_line(tmp_path, checkpoint, key):
     content, path = load(checkpoint), tmp_path / 'incomplete.pt'
     for changed in ({k: v for k, v in content.items() if k != key}, {**content, key: b'nonsense'}):
@@ -538,9 +557,11 @@ def test_init_from_takes_weights_and_nothing_else(text, tmp_path):
 
 # kills, signals, bad numbers ------------------------------------------------------------------------------------------
 
+# two runs, each killed in a save of its own; forked, so that modules are imported once
 KILLED = """
 import contextlib, os, signal, sys, train_mac
-real_atomic_file, real_replace = train_mac.atomic_file, os.replace
+from titans_pytorch.training import checkpoints
+real_atomic_file, real_replace, where = checkpoints.atomic_file, os.replace, None
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 class Killer:
@@ -554,25 +575,26 @@ class Killer:
 def atomic_file(path):
     with real_atomic_file(path) as file:
         again = path.exists() and path.name == 'titans_enwik8_best.pt'
-        yield Killer(file) if {where!r} == 'write' and again else file
+        yield Killer(file) if where == 'write' and again else file
 def replace(source, target):
-    if {where!r} == 'replace' and os.path.exists(target) and target.name == 'titans_enwik8_best.pt':
+    if where == 'replace' and os.path.exists(target) and target.name == 'titans_enwik8_best.pt':
         kill()
     real_replace(source, target)
-train_mac.atomic_file, os.replace = atomic_file, replace
-train_mac.main(sys.argv[1:])
+checkpoints.atomic_file, os.replace = atomic_file, replace
+for where in ('write', 'replace'):
+    if not (run := os.fork()):
+        train_mac.main([*sys.argv[1:], '--run-dir', where])
+        os._exit(0)
+    print('status', os.waitpid(run, 0)[1])
 """
 
 
 def test_kill_in_a_save_leaves_the_last_good_checkpoint(text, tmp_path, capsys):
-    killed = {}
+    words = options(text, tmp_path, NUM_BATCHES=6, VALIDATE_EVERY=2, GENERATE_EVERY=2, CHECKPOINT_EVERY=2)
+    output, _ = start(words, '-c', KILLED, folder=tmp_path).communicate(timeout=120)
+    assert output.count(f'status {signal.SIGKILL:d}\n') == 2, output
     for where in ('write', 'replace'):
-        words = options(text, tmp_path / where, NUM_BATCHES=6, VALIDATE_EVERY=2, GENERATE_EVERY=2, CHECKPOINT_EVERY=2)
-        killed[where] = start(words, '-c', KILLED.format(where=where))
-    for where, process in killed.items():
         folder = tmp_path / where
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == -signal.SIGKILL, output
         (unfinished,) = folder.glob('*.tmp')
         assert unfinished.stat().st_size > 0
         assert (folder / 'lock').exists()  # left behind, but no longer locked
@@ -587,22 +609,31 @@ def test_kill_in_a_save_leaves_the_last_good_checkpoint(text, tmp_path, capsys):
         assert load(folder / 'titans_enwik8.pt')['batch'] == 6
 
 
-def test_a_signal_saves_and_ends(text, tmp_path):
-    signalled = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signalled[number] = start(options(text, tmp_path / number.name, NUM_BATCHES=100_000), 'train_mac.py')
-    for number, process in signalled.items():
-        folder, deadline = tmp_path / number.name, time.monotonic() + 60
-        while len(rows(folder, 'train_loss')) < 3 and time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.05)
-        process.send_signal(number)
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == 128 + number, output
-        batch = max(rows(folder, 'train_loss'))
-        assert f'ended by {number.name} after {batch} steps; go on with --resume latest' in output
-        assert [path.name for path in folder.glob('*.pt')] == [f'checkpoint_batch_{batch}.pt']
-        assert load(folder / f'checkpoint_batch_{batch}.pt')['batch'] == batch
-        assert (folder / 'loss.png').exists()
+def assert_saved_and_ended(folder, number, status, output):
+    assert status == 128 + number, output
+    batch = max(rows(folder, 'train_loss'))
+    assert f'ended by {number.name} after {batch} steps; go on with --resume latest' in output
+    assert [path.name for path in folder.glob('*.pt')] == [f'checkpoint_batch_{batch}.pt']
+    assert load(folder / f'checkpoint_batch_{batch}.pt')['batch'] == batch
+    assert (folder / 'loss.png').exists()
+
+
+def test_a_signal_ends_the_script(text, tmp_path):
+    folder, deadline = tmp_path / 'run', time.monotonic() + 60
+    process = start(options(text, folder, NUM_BATCHES=100_000), ROOT / 'train_mac.py')
+    while len(rows(folder, 'train_loss')) < 3 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert_saved_and_ended(folder, signal.SIGINT, process.returncode, output)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends(plotted, text, tmp_path, monkeypatch, capsys, number):
+    folder = tmp_path / 'run'
+    in_the_step_after(monkeypatch, 3, folder, lambda: os.kill(os.getpid(), number))
+    status = train_mac.main(options(text, folder, NUM_BATCHES=100_000, GRADIENT_ACCUMULATE_EVERY=2))
+    assert_saved_and_ended(folder, number, status, capsys.readouterr().out)
 
 
 def test_a_signal_breaks_off_validation_which_is_done_again_after_the_resume(text, tmp_path, monkeypatch):
@@ -631,7 +662,7 @@ def test_a_signal_breaks_off_validation_which_is_done_again_after_the_resume(tex
 
 
 def test_a_second_signal_does_not_wait_for_the_step(text, tmp_path, monkeypatch):
-    folder, draw = tmp_path / 'run', train_mac.random_windows
+    folder, draw = tmp_path / 'run', train_mac.random_starts
 
     def interrupted(*args):
         if len(rows(folder, 'train_loss')) == 2:
@@ -639,7 +670,7 @@ def test_a_second_signal_does_not_wait_for_the_step(text, tmp_path, monkeypatch)
                 os.kill(os.getpid(), signal.SIGINT)
         return draw(*args)
 
-    monkeypatch.setattr(train_mac, 'random_windows', interrupted)
+    monkeypatch.setattr(train_mac, 'random_starts', interrupted)
     assert train_mac.main(options(text, folder)) == 128 + signal.SIGINT
     assert not list(folder.glob('*.pt'))
 
@@ -695,7 +726,7 @@ def test_numbers_that_are_not_finite_end_the_run_and_are_never_saved(text, tmp_p
 
 def in_the_step_after(monkeypatch, steps, folder, act):
     """Let `act` be called when so many steps are done, before the second micro batch of the next."""
-    draw, drawn = train_mac.random_windows, []
+    draw, drawn = train_mac.random_starts, []
 
     def acting(*args):
         drawn.append(len(rows(folder, 'train_loss')))
@@ -703,7 +734,7 @@ def in_the_step_after(monkeypatch, steps, folder, act):
             act()
         return draw(*args)
 
-    monkeypatch.setattr(train_mac, 'random_windows', acting)
+    monkeypatch.setattr(train_mac, 'random_starts', acting)
 
 
 def assert_goes_on_as_if_nothing_had_happened(text, tmp_path, folder, settings):
@@ -751,7 +782,7 @@ def test_a_full_disk_ends_the_run_in_one_line_with_its_steps_saved(text, tmp_pat
     assert list(rows(folder, 'val_loss')) == [0, 1, 2, 3, 4]
 
 
-def test_a_checkpoint_that_the_disk_has_no_room_for(text, tmp_path, monkeypatch):
+def test_a_checkpoint_that_the_disk_has_no_room_for(plotted, text, tmp_path, monkeypatch):
     resource, folder = pytest.importorskip('resource'), tmp_path / 'run'
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     in_the_step_after(monkeypatch, 2, folder, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1])))
@@ -837,9 +868,9 @@ def server(tmp_path, monkeypatch):
     state.folder = tmp_path / 'data'
     monkeypatch.setenv('no_proxy', '127.0.0.1')
     monkeypatch.setattr(train_mac, 'DATA_FOLDER', state.folder)
-    monkeypatch.setattr(train_mac, 'ENWIK8_URL', f'http://127.0.0.1:{listener.server_port}/enwik8.zip')
-    monkeypatch.setattr(train_mac, 'ENWIK8_ZIP_SHA256', hashlib.sha256(state.body).hexdigest())
-    monkeypatch.setattr(train_mac, 'ENWIK8_SHA256', hashlib.sha256(TEXT).hexdigest())
+    monkeypatch.setattr(enwik8, 'URL', f'http://127.0.0.1:{listener.server_port}/enwik8.zip')
+    monkeypatch.setattr(enwik8, 'ZIP_SHA256', hashlib.sha256(state.body).hexdigest())
+    monkeypatch.setattr(enwik8, 'SHA256', hashlib.sha256(TEXT).hexdigest())
     yield state
     listener.shutdown()
     listener.server_close()
@@ -866,7 +897,7 @@ def test_a_bad_download_is_an_error_and_leaves_nothing(server, monkeypatch, faul
     elif fault == 'cut':
         server.body, server.missing = server.body[:-30], 30
     elif fault == 'other text':
-        monkeypatch.setattr(train_mac, 'ENWIK8_SHA256', '0' * 64)
+        monkeypatch.setattr(enwik8, 'SHA256', '0' * 64)
     else:
         server.status = 503
     with pytest.raises(SystemExit, match={'refused': 'refused'}.get(fault, 'corrupt')) as ended:
@@ -879,7 +910,7 @@ def test_a_bad_download_is_an_error_and_leaves_nothing(server, monkeypatch, faul
 def test_a_download_is_bounded_before_it_is_verified(server, monkeypatch, large):
     if large == 'archive':
         server.endless, server.length = True, str(1 << 50)
-    monkeypatch.setattr(train_mac, 'ENWIK8_BYTES', 1_000_000 if large == 'archive' else len(TEXT) - 1)
+    monkeypatch.setattr(enwik8, 'BYTES', 1_000_000 if large == 'archive' else len(TEXT) - 1)
     with pytest.raises(SystemExit, match='it exceeds') as ended:
         train_mac.load_data(SMALL)
     assert '--data' in str(ended.value.code)
@@ -892,13 +923,12 @@ def test_a_server_that_does_not_know_the_length(server):
 
 
 def test_without_a_network_the_standard_library_is_the_text(server, monkeypatch, capsys):
-    monkeypatch.setattr(train_mac, 'ENWIK8_URL', 'http://127.0.0.1:1/enwik8.zip')
+    monkeypatch.setattr(enwik8, 'URL', 'http://127.0.0.1:1/enwik8.zip')
     data = train_mac.load_data(SMALL)
     output = capsys.readouterr().out
     assert 'no network' in output
     assert "NOTICE: this run uses the source text of Python's standard library, which is not enwik8" in output
-    content = train_mac.standard_library_text()
-    assert content == train_mac.standard_library_text()
+    content = b''.join(path.read_bytes() for path in enwik8.standard_library())
     assert data.sha256 == hashlib.sha256(content).hexdigest()
     assert Path(json.__file__).read_bytes() in content
     assert Path(pytest.__file__).read_bytes() not in content
@@ -918,8 +948,8 @@ def test_a_file_in_the_place_of_enwik8_is_used_with_a_notice(server, capsys):
 
 
 def test_checksums_are_the_published_ones():
-    assert train_mac.ENWIK8_ZIP_SHA256 == '547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc'
-    assert train_mac.ENWIK8_SHA256 == '2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8'
+    assert enwik8.ZIP_SHA256 == '547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc'
+    assert enwik8.SHA256 == '2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8'
 
 
 # settings -------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from titans_pytorch.lmm import LongTermMemoryModel
@@ -55,7 +56,8 @@ def model_config(architecture: str, **arguments: Any) -> dict[str, Any]:
     if 'activation' in memory_kwargs:
         memory_kwargs['activation'] = _activation_name(memory_kwargs['activation'])
         arguments['neural_memory_kwargs'] = memory_kwargs
-    _network(arguments.get('neural_memory_model'))
+    with torch.device('meta'):  # a check, which draws no random numbers
+        _network(arguments.get('neural_memory_model'))
     try:
         return json.loads(json.dumps({'architecture': architecture, **arguments}, allow_nan=False))
     except (TypeError, ValueError) as error:

@@ -11,6 +11,7 @@ from memories import SWITCHES, inputs, memory
 
 import train_mac
 from titans_pytorch import MemoryAsContextTransformer
+from titans_pytorch.training import MicroStep, random_starts, windows
 
 pytestmark = pytest.mark.gpu
 
@@ -145,14 +146,15 @@ def test_training_by_graph_equals_training_without(compiles):
             COMPILE=compiles and graphs,
         )
         model, generator = train_mac.build_model(config), torch.Generator().manual_seed(0)
-        step = train_mac.MicroStep(model, config, train_mac.choose_machine(config))
+        step = MicroStep(model, train_mac.choose_machine(config))
         # the script's rate: AdamW's first steps have the signs of gradients, so that rounding moves a weight by it
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.LEARNING_RATE, fused=True)
         text = torch.randint(0, 256, (4096,), generator=generator)
-        windows = train_mac.random_windows(text, config, generator)
+        starts = random_starts(text, config.BATCH_SIZE, config.SEQ_LEN, generator)
+        inputs = windows(text, starts, config.SEQ_LEN + 1)
         losses.append([])
         for _ in range(4):
-            losses[-1].append(step(windows).item())
+            losses[-1].append(step(inputs).item())
             optimizer.step()
             optimizer.zero_grad(set_to_none=not graphs)
     assert losses[0][-1] < losses[0][0]

@@ -33,8 +33,8 @@ from titans_pytorch.attention.segmented import SegmentedAttention
 from titans_pytorch.implicit_mlp_attention import ImplicitMLPAttention
 from titans_pytorch.models.residual_streams import HyperConnection
 from titans_pytorch.nested_attention import NestedAttention
+from titans_pytorch.training import load_optimizer
 from titans_pytorch.utils.parameters import ParameterSequence
-from train_mac import load_optimizer
 
 SIZES = {'num_tokens': 11, 'dim': 8, 'depth': 2, 'segment_len': 4}
 MAC_EXTRAS = {

@@ -1,0 +1,97 @@
+"""The parts that training scripts and commands share: vocabularies, data, steps, processes, checkpoints and runs."""
+
+from titans_pytorch.training.checkpoints import (
+    BadCheckpoint,
+    consolidate,
+    latest_checkpoint,
+    load_optimizer,
+    load_shards,
+    read_checkpoint,
+    read_resumable,
+    save_shards,
+    write_checkpoint,
+)
+from titans_pytorch.training.data import BadData, Data, even_starts, load_data, random_starts, windows
+from titans_pytorch.training.distributed import (
+    any_rank,
+    average_gradients,
+    first_rank_first,
+    local_part,
+    num_ranks,
+    process_group,
+    rank,
+    shard,
+    share,
+    sum_over_ranks,
+    unsharded,
+    whole_tensor,
+)
+from titans_pytorch.training.files import RunError, append, atomic_file, one_line, remove_leftovers, say
+from titans_pytorch.training.machine import Machine, choose_machine
+from titans_pytorch.training.metrics import LossCurve, read_metrics, rewind
+from titans_pytorch.training.run_folder import clear_run_folder, describe_run, run_lock, wandb_id
+from titans_pytorch.training.signals import Interrupted, Signals
+from titans_pytorch.training.steps import MicroStep, validation_loss
+from titans_pytorch.training.vocabulary import (
+    BPEVocabulary,
+    ByteVocabulary,
+    Vocabulary,
+    load_bpe,
+    train_bpe,
+    vocabulary_from_dict,
+)
+
+__all__ = [
+    'BPEVocabulary',
+    'BadCheckpoint',
+    'BadData',
+    'ByteVocabulary',
+    'Data',
+    'Interrupted',
+    'LossCurve',
+    'Machine',
+    'MicroStep',
+    'RunError',
+    'Signals',
+    'Vocabulary',
+    'any_rank',
+    'append',
+    'atomic_file',
+    'average_gradients',
+    'choose_machine',
+    'clear_run_folder',
+    'consolidate',
+    'describe_run',
+    'even_starts',
+    'first_rank_first',
+    'latest_checkpoint',
+    'load_bpe',
+    'load_data',
+    'load_optimizer',
+    'load_shards',
+    'local_part',
+    'num_ranks',
+    'one_line',
+    'process_group',
+    'random_starts',
+    'rank',
+    'read_checkpoint',
+    'read_metrics',
+    'read_resumable',
+    'remove_leftovers',
+    'rewind',
+    'run_lock',
+    'save_shards',
+    'say',
+    'shard',
+    'share',
+    'sum_over_ranks',
+    'train_bpe',
+    'unsharded',
+    'validation_loss',
+    'vocabulary_from_dict',
+    'wandb_id',
+    'whole_tensor',
+    'windows',
+    'write_checkpoint',
+]

@@ -1,0 +1,228 @@
+"""Checkpoints: files with a digest, in the format of `torch.save`, and folders that sharded models write in parallel.
+
+Both hold a dict with at least `batch` (steps done), `model_state_dict`, `optimizer_state_dict`, `val_loss`, `config`.
+
+    python -m titans_pytorch.training.checkpoints runs/full/checkpoint_batch_5000     # make a file of a folder
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import math
+import os
+import shutil
+import sys
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from titans_pytorch.training.distributed import any_rank, rank
+from titans_pytorch.training.files import RunError, atomic_file, one_line, say
+
+# entries that a resumed run needs, and their types
+RESUMABLE: dict[str, Any] = {
+    'batch': int,
+    'evaluated': int,
+    'val_loss': (float, type(None)),
+    'best_val_loss': float,
+    'config': dict,
+    'model_state_dict': dict,
+    'optimizer_state_dict': dict,
+    'data_sha256': str,
+    'random': Tensor,
+    'python_random': tuple,
+    'windows_random': Tensor,
+    'cuda_random': (Tensor, type(None)),
+}
+SHARDED = ('model_state_dict', 'optimizer_state_dict')
+"""Entries that a folder holds as shards."""
+CONTENT = 'run.pt'
+"""The file of a folder that holds the other entries, written last."""
+DIGEST_MARK, DIGEST_LENGTH = b'sha256 ', 64
+
+
+class BadCheckpoint(RunError):
+    """A checkpoint that is missing, damaged or incomplete."""
+
+
+def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Save in the format of `torch.save`, with a sha256 of all preceding bytes as the comment of the zip archive."""
+    with atomic_file(path) as file:
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        buffer.seek(-2, os.SEEK_END)  # an archive without a comment ends with its length, 0
+        assert buffer.read() == b'\0\0'
+        buffer.seek(-2, os.SEEK_END)
+        buffer.write((len(DIGEST_MARK) + DIGEST_LENGTH).to_bytes(2, 'little') + DIGEST_MARK)
+        digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
+        buffer.write(digest.encode())
+        file.write(buffer.getbuffer())
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The dict saved at `path` by `write_checkpoint` or `torch.save`.
+
+    Raises:
+        BadCheckpoint: if the file is missing, damaged or of another kind.
+    """
+    try:
+        stored = path.read_bytes()
+        digested, digest = memoryview(stored)[:-DIGEST_LENGTH], stored[-DIGEST_LENGTH:]
+        if digested[-len(DIGEST_MARK) :] == DIGEST_MARK:
+            if hashlib.sha256(digested).hexdigest().encode() != digest:
+                raise ValueError('its sha256 is not the stored one')
+        elif zipfile.is_zipfile(io.BytesIO(stored)):  # torch.save alone: its checksums omit the headers
+            with zipfile.ZipFile(io.BytesIO(stored)) as archive:
+                if archive.testzip() is not None or archive.comment:
+                    raise ValueError('checksum mismatch')
+        content = torch.load(io.BytesIO(stored), map_location='cpu', weights_only=True)
+        if not isinstance(content, dict):
+            raise TypeError(f'it holds a {type(content).__name__}')
+        return content
+    except FileNotFoundError:
+        raise BadCheckpoint(f'there is no checkpoint {path}') from None
+    except Exception as error:
+        raise BadCheckpoint(f'{path} is corrupt, or no checkpoint: {one_line(error)}') from error
+
+
+def read_resumable(path: Path) -> dict[str, Any]:
+    """A checkpoint with everything in `RESUMABLE`. Of a folder, `shards` is the path, to be loaded by `load_shards`.
+
+    Raises:
+        BadCheckpoint: if it cannot be read or is incomplete.
+    """
+    content = read_checkpoint(path / CONTENT if path.is_dir() else path)
+    wanted = {key: kind for key, kind in RESUMABLE.items() if not (path.is_dir() and key in SHARDED)}
+    missing = [key for key, kind in wanted.items() if key not in content or not isinstance(content[key], kind)]
+    if missing:
+        raise BadCheckpoint(
+            f'{path} cannot be resumed, since it lacks {", ".join(missing)}; --init-from can use the weights in it'
+        )
+    return {**content, 'shards': path} if path.is_dir() else content
+
+
+def latest_checkpoint(folder: Path) -> dict[str, Any]:
+    """The resumable checkpoint in `folder` with the most steps, regardless of file times."""
+
+    def progress(path: Path) -> tuple[float, int]:
+        try:
+            # reads no tensor
+            peek = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+            return int(peek['batch']), int(peek['evaluated'])
+        except Exception:
+            return math.inf, 0  # tried first, so that the output says why it is skipped
+
+    for path in sorted([*folder.glob('*.pt'), *folder.glob(f'*/{CONTENT}')], key=progress, reverse=True):
+        try:
+            return read_resumable(path.parent if path.name == CONTENT else path)
+        except BadCheckpoint as error:
+            say(f'skipped: {error}')
+    raise BadCheckpoint(f'there is no checkpoint to resume in {folder}')
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Restore the optimizer. Earlier versions also saved empty parameters, and scalars as zero-dimensional tensors."""
+    (group,), state = saved['param_groups'], saved['state']
+    kept = [index for index in group['params'] if index not in state or state[index]['exp_avg'].numel()]
+    moments = {
+        index: {key: value if key == 'step' else _like(parameter, value) for key, value in state[old].items()}
+        for index, (old, parameter) in enumerate(zip(kept, optimizer.param_groups[0]['params']))
+        if old in state
+    }
+    optimizer.load_state_dict({'state': moments, 'param_groups': [{**group, 'params': [*range(len(kept))]}]})
+
+
+def _like(parameter: Tensor, moment: Tensor) -> Tensor:
+    """A moment in the shape of its parameter, and sharded if that is."""
+    moment = moment.reshape(parameter.shape)
+    if hasattr(parameter, 'device_mesh'):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(parameter, DTensor)
+
+        moment = distribute_tensor(moment.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return moment
+
+
+# shards
+
+
+def save_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, content: dict[str, Any]) -> None:
+    """Save a sharded model and its optimizer to a new or existing folder, by all ranks together, and `content`."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    temporary, replaced = (folder.with_name(f'{folder.name}.{word}tmp') for word in ('', 'old.'))
+    shards = dict(zip(SHARDED, get_state_dict(model, optimizer)))
+    dcp.save(shards, checkpoint_id=temporary)
+    if rank() == 0:
+        write_checkpoint(temporary / CONTENT, content)
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(replaced)
+        temporary.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+    any_rank(False)  # until the folder is complete
+
+
+def load_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load what `save_shards` saved, on any number of ranks, into a sharded model or a whole one."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.load(dict(zip(SHARDED, (weights, moments))), checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+
+
+def consolidate(folder: Path, path: Path) -> None:
+    """Write the checkpoint in a folder as one file, as a run on one process writes it.
+
+    Raises:
+        BadCheckpoint: if the folder holds no complete checkpoint.
+    """
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    content = read_checkpoint(folder / CONTENT)
+    temporary = path.with_name(f'{path.name}.tmp')
+    try:
+        dcp_to_torch_save(folder, temporary)
+        weights, optimizer = (torch.load(temporary, weights_only=True)[key] for key in SHARDED)
+    finally:
+        temporary.unlink(missing_ok=True)
+    names = [name for group in optimizer['param_groups'] for name in group['params']]
+    index = {name: number for number, name in enumerate(names)}
+    write_checkpoint(
+        path,
+        {
+            **content,
+            'model_state_dict': {name: weights[name] for name in names},
+            'optimizer_state_dict': {
+                'state': {index[name]: state for name, state in optimizer['state'].items()},
+                'param_groups': [
+                    {**group, 'params': [index[name] for name in group['params']]}
+                    for group in optimizer['param_groups']
+                ],
+            },
+        },
+    )
+
+
+def main(folders: Iterable[str]) -> None:
+    """Write `FOLDER.pt` for each folder."""
+    for folder in map(Path, folders):
+        path = folder.with_name(f'{folder.name}.pt')
+        try:
+            consolidate(folder, path)
+        except BadCheckpoint as error:
+            sys.exit(str(error))
+        print(f'saved {path}')
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

@@ -1,0 +1,226 @@
+"""Text as memory-mapped tokens, and windows of it: nothing is read whole into memory."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from titans_pytorch.training.files import RunError, atomic_file, remove_leftovers
+from titans_pytorch.training.vocabulary import ByteVocabulary, Vocabulary, train_bpe, vocabulary_from_dict
+from titans_pytorch.utils.shapes import Int
+
+BLOCK = 1 << 20
+
+
+class BadData(RunError):
+    """Data that cannot be read or trained on."""
+
+
+class Data(NamedTuple):
+    """A text in order: 90 % to train on, 5 % to validate, 5 % for a test."""
+
+    train: Int[Tensor, ' n']
+    """Token ids, memory-mapped: uint8, int16 or int32, by the size of the vocabulary."""
+    valid: Int[Tensor, ' n']
+    test: Int[Tensor, ' n']
+    vocabulary: Vocabulary
+    source: str
+    """Where the text is from."""
+    sha256: str
+    """Of the text."""
+    tokens_per_byte: float
+    """Of the validation split. A loss in nats per token, times this, divided by ln 2, is one in bits per byte."""
+
+
+def load_data(
+    paths: Sequence[str | Path],
+    vocabulary: Vocabulary | int | None = None,
+    *,
+    cache: str | Path | None = None,
+    window: int = 1,
+) -> Data:
+    """The text of one or more files, one after the other, as tokens.
+
+    A raw file in the vocabulary of bytes is mapped where it is. Everything else is unpacked or tokenised once, into
+    files in `cache` whose names depend on the text and the vocabulary.
+
+    Args:
+        paths: files: raw text, .gz, or .zip of one file; and folders, which stand for the files in them, ordered by
+            path, hidden ones left out.
+        vocabulary: default: bytes. A number stands for a BPE vocabulary of so many tokens, trained on the training
+            split and kept in `cache`.
+        cache: default: `titans_pytorch` in the user's cache folder (`$XDG_CACHE_HOME`, or `~/.cache`).
+        window: tokens that each split must have at least.
+
+    Raises:
+        BadData: for files that cannot be read, and for too little text.
+    """
+    cache = Path(cache) if cache is not None else default_cache()
+    files = [file for path in paths for file in _files_in(Path(path))]
+    source = ', '.join(map(str, paths)) if len(paths) < 5 else f'{paths[0]} and {len(paths) - 1} others'
+    if not files:
+        raise BadData(f'there is no file in {source}')
+    text, sha256 = _mapped_text(files, cache)
+    size = len(text)
+
+    vocabulary = ByteVocabulary() if vocabulary is None else vocabulary
+    if isinstance(vocabulary, ByteVocabulary):
+        parts = splits = _split(text, [size * 90 // 100, size * 95 // 100])
+    else:
+        parts = _split(text, [_character_start(text, size * percent // 100) for percent in (90, 95)])
+        try:
+            if isinstance(vocabulary, int):
+                vocabulary = _trained_bpe(parts[0], vocabulary, cache, sha256)
+            splits = _tokenised(parts, vocabulary, cache, sha256)
+        except ValueError as error:  # text that the vocabulary cannot encode
+            raise BadData(f'{source}: {error}') from None
+    shortest = min(map(len, splits))
+    if shortest < window:
+        raise BadData(
+            f'{source} has {size} bytes, too few: a twentieth of them is {shortest} tokens, and {window} are needed'
+        )
+    train, valid, test = splits
+    return Data(train, valid, test, vocabulary, source, sha256, len(valid) / len(parts[1]))
+
+
+def default_cache() -> Path:
+    """The folder for tokens where none is given."""
+    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'titans_pytorch'
+
+
+# files
+
+
+def _files_in(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    inside = (file for file in path.rglob('*') if file.is_file())
+    return sorted(file for file in inside if not any(part[0] == '.' for part in file.relative_to(path).parts))
+
+
+def _blocks(files: Iterable[Path]) -> Iterator[bytes]:
+    """The content of files, unpacked, in blocks."""
+    for path in files:
+        try:
+            with _opened(path) as file:
+                while block := file.read(BLOCK):
+                    yield block
+        except (OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+            raise BadData(f'cannot read the data file {path}: {error}') from error
+
+
+def _opened(path: Path) -> IO[bytes]:
+    if path.suffix == '.gz':
+        return gzip.open(path)  # type: ignore[return-value]
+    if path.suffix == '.zip':
+        archive = zipfile.ZipFile(path)
+        members = [member for member in archive.infolist() if not member.is_dir()]
+        if len(members) != 1:
+            raise BadData(f'{path} holds {len(members)} files; a .zip to train on must hold exactly one')
+        return archive.open(members[0])
+    return open(path, 'rb')
+
+
+def _mapped_text(files: list[Path], cache: Path) -> tuple[Int[Tensor, ' n'], str]:
+    """The bytes of the files, mapped, and their digest."""
+    digest = hashlib.sha256()
+    for block in _blocks(files):
+        digest.update(block)
+    sha256 = digest.hexdigest()
+    if len(files) == 1 and files[0].suffix not in ('.gz', '.zip'):
+        return _mapped(files[0], torch.uint8), sha256
+    path = cache / f'{sha256[:16]}.bytes'
+    _cached(path, _blocks(files))
+    return _mapped(path, torch.uint8), sha256
+
+
+def _cached(path: Path, blocks: Iterable[bytes]) -> None:
+    """Write a file of the cache, unless it is there."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, older_than=3600.0)
+        with atomic_file(path) as file:
+            file.writelines(blocks)
+
+
+def _mapped(path: Path, dtype: torch.dtype) -> Int[Tensor, ' n']:
+    kind = {torch.uint8: np.uint8, torch.int16: np.int16, torch.int32: np.int32}[dtype]
+    if path.stat().st_size == 0:  # cannot be mapped
+        return torch.zeros(0, dtype=dtype)
+    # copy-on-write, as a tensor cannot be read-only
+    return torch.from_numpy(np.memmap(path, kind, mode='c'))
+
+
+# tokens
+
+
+def _trained_bpe(text: Tensor, size: int, cache: Path, sha256: str) -> Vocabulary:
+    def trained() -> Iterator[bytes]:
+        yield json.dumps(train_bpe(_chunks(text), size).to_dict()).encode()
+
+    path = cache / f'{sha256[:16]}-bpe-{size}.json'
+    _cached(path, trained())
+    return vocabulary_from_dict(json.loads(path.read_bytes()))
+
+
+def _split(text: Tensor, ends: list[int]) -> list[Tensor]:
+    return [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)])]
+
+
+def _character_start(text: Tensor, position: int) -> int:
+    """The first position from this one on at which no character of UTF-8 goes on."""
+    while position < len(text) and int(text[position]) & 0xC0 == 0x80:
+        position += 1
+    return position
+
+
+def _chunks(text: Tensor) -> Iterator[bytes]:
+    """The text in chunks of about a megabyte, which end with a line if they can, and never within a character."""
+    start = 0
+    while start < len(text):
+        chunk = text[start : start + BLOCK].numpy().tobytes()
+        if start + BLOCK < len(text):
+            chunk = chunk[: chunk.rfind(b'\n') + 1 or _character_start(text, start + BLOCK - 3) - start]
+        yield chunk
+        start += len(chunk)
+
+
+def _tokenised(parts: Sequence[Tensor], vocabulary: Vocabulary, cache: Path, sha256: str) -> list[Tensor]:
+    """The tokens of each part, mapped."""
+    dtype = next(t for t in (torch.uint8, torch.int16, torch.int32) if vocabulary.size - 1 <= torch.iinfo(t).max)
+    words = hashlib.sha256(json.dumps(vocabulary.to_dict(), sort_keys=True).encode()).hexdigest()
+    tokens = []
+    for name, part in zip(('train', 'valid', 'test'), parts):
+        path = cache / f'{sha256[:16]}-{words[:16]}.{name}'
+        _cached(path, (vocabulary.encode(chunk).to(dtype).numpy().tobytes() for chunk in _chunks(part)))
+        tokens.append(_mapped(path, dtype))
+    return tokens
+
+
+# windows
+
+
+def windows(tokens: Int[Tensor, ' n'], starts: Int[Tensor, ' b'], length: int) -> Int[Tensor, 'b _length']:
+    """Windows of `length` tokens, int64. To predict n tokens, a model takes n + 1."""
+    return tokens[starts[:, None] + torch.arange(length)].long()
+
+
+def random_starts(tokens: Int[Tensor, ' n'], count: int, length: int, generator: torch.Generator) -> Int[Tensor, ' b']:
+    """Where `count` random windows of length + 1 tokens begin. The generator's state is the position in the data."""
+    return torch.randint(len(tokens) - length, (count,), generator=generator)
+
+
+def even_starts(tokens: Int[Tensor, ' n'], count: int, length: int) -> Int[Tensor, ' b']:
+    """Where `count` windows of length + 1 tokens begin that are spaced evenly."""
+    return torch.linspace(0, len(tokens) - length - 1, count, dtype=torch.float64).long()

@@ -1,0 +1,74 @@
+"""The device, precision and kind of step that a run uses."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import NamedTuple
+
+import torch
+
+from titans_pytorch.training.files import RunError, one_line
+
+
+class Machine(NamedTuple):
+    """Where and how a step runs; `choose_machine` fills in what was left open."""
+
+    device: torch.device
+    precision: str
+    """fp32, tf32 or bf16."""
+    triton: bool
+    """True on a GPU with Triton."""
+    cuda_graphs: bool
+    compile: bool
+
+    def autocast(self) -> torch.autocast:
+        """The context in which the model is called."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == 'bf16')
+
+
+def choose_machine(
+    device: str = 'auto',
+    precision: str = 'auto',
+    cuda_graphs: bool | None = None,
+    compile: bool | None = None,
+) -> Machine:
+    """The machine for these settings, which becomes the current device.
+
+    Args:
+        device: auto (a GPU if there is one), cpu, cuda, cuda:1, … Under `torchrun` each process takes a GPU of its own.
+        precision: fp32, which never means TF32; tf32; bf16, by autocast; or auto: bf16 on a GPU that has it, else fp32.
+        cuda_graphs: capture steps as CUDA graphs. Default: on a GPU.
+        compile: compile steps. Default: on a GPU with Triton.
+
+    Raises:
+        RunError: for a device that is not there, and for CUDA graphs without one.
+    """
+    name = device
+    if device == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if 'LOCAL_RANK' in os.environ and name.startswith('cuda'):
+        if name != 'cuda':
+            raise RunError(f'device {device} cannot be used with torchrun, which gives each process a GPU of its own')
+        name = f'cuda:{os.environ["LOCAL_RANK"]}'
+    try:
+        chosen = torch.device(name)
+        torch.zeros((), device=chosen).item()  # a device can have a valid name and be absent
+    except Exception as error:  # its type depends on the kind of device
+        raise RunError(f'device {device} cannot be used here: {one_line(error)}') from None
+    on_gpu = chosen.type == 'cuda'
+    if chosen.index is not None and on_gpu:
+        torch.cuda.set_device(chosen)  # kernels are launched on the current device
+    if precision == 'auto':
+        precision = 'bf16' if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else 'fp32'
+    torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')
+    if cuda_graphs and not on_gpu:
+        raise RunError(f'device {chosen} has no CUDA graphs, which are asked for')
+    triton = on_gpu and importlib.util.find_spec('triton') is not None
+    return Machine(
+        device=chosen,
+        precision=precision,
+        triton=triton,
+        cuda_graphs=on_gpu if cuda_graphs is None else cuda_graphs,
+        compile=triton if compile is None else compile,
+    )

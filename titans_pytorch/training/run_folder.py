@@ -1,0 +1,89 @@
+"""The folder of a run: one run at a time, an earlier run moved aside, and the description of its model."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from titans_pytorch.training.checkpoints import CONTENT
+from titans_pytorch.training.files import RunError, atomic_file, one_line, remove_leftovers, say
+from titans_pytorch.training.metrics import CURVE, METRICS, SAMPLES
+from titans_pytorch.training.vocabulary import Vocabulary
+
+DESCRIPTION = 'config.json'
+WANDB_ID = 'wandb_id.txt'
+
+
+@contextlib.contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Create `folder` if necessary, and refuse a second run in it. The lock ends with its process.
+
+    Raises:
+        RunError: if another process holds the lock.
+        OSError: if the folder cannot be written to.
+    """
+    new, lock = not folder.exists(), folder / 'lock'
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(lock, 'a') as file:
+            try:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(
+                    f'another run is using {folder}: wait until it has ended, or choose another --run-dir'
+                ) from None
+            except (ImportError, OSError) as error:  # some platforms and file systems have no such lock
+                say(f'NOTICE: {folder} cannot be locked ({one_line(error)}); a second run in it would not be refused')
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            if new and [*folder.iterdir()] == [lock]:  # the run was refused before it left anything
+                lock.unlink()
+                folder.rmdir()
+
+
+def clear_run_folder(folder: Path) -> None:
+    """Move what an earlier run has left into a folder of its own, because work must not be overwritten when an option
+    was forgotten."""
+    remove_leftovers(folder)
+    names = (METRICS, SAMPLES, CURVE, DESCRIPTION, WANDB_ID)
+    earlier = [
+        path for path in folder.iterdir() if path.suffix == '.pt' or path.name in names or (path / CONTENT).exists()
+    ]
+    if earlier:
+        aside = next(path for n in itertools.count(1) if not (path := folder / f'earlier-{n}').exists())
+        aside.mkdir()
+        for path in earlier:
+            path.rename(aside / path.name)
+        say(f'a new run (no --resume): the run that was in {folder} is now in {aside}')
+
+
+def describe_run(
+    folder: Path, model: Mapping[str, Any], vocabulary: Vocabulary, settings: Mapping[str, Any] = {}
+) -> None:
+    """Write `config.json`, from which others can open the run; one that is there already is left alone.
+
+    Args:
+        model: a result of `model_config`.
+        settings: the settings of the script, as JSON values.
+    """
+    if not (folder / DESCRIPTION).exists():
+        content = {'model': model, 'vocabulary': vocabulary.to_dict(), 'settings': settings}
+        with atomic_file(folder / DESCRIPTION) as file:
+            file.write(json.dumps(content, indent=2).encode())
+
+
+def wandb_id(folder: Path) -> str:
+    """The Weights & Biases run of a folder, so that a resumed run goes on there."""
+    path = folder / WANDB_ID
+    if not path.exists():
+        with atomic_file(path) as file:
+            file.write(secrets.token_hex(4).encode())
+    return path.read_text()

@@ -1,0 +1,129 @@
+"""Gradients of a training step and the validation loss: micro batches that ranks share, compiled and captured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from titans_pytorch.training.data import even_starts, windows
+from titans_pytorch.training.distributed import (
+    average_gradients,
+    num_ranks,
+    reduce_gradients_in_backward,
+    share,
+    sum_over_ranks,
+)
+from titans_pytorch.training.machine import Machine
+
+
+class MicroStep:
+    """Forward and backward over one micro batch, adding to the gradients. It is compiled and captured as a CUDA graph
+    where `machine` says so.
+
+    Args:
+        model: called as `model(inputs, return_loss=True)`.
+        micro_batches: micro batches in a step, over all ranks.
+
+    Raises:
+        ValueError: if the ranks cannot share the micro batches evenly.
+    """
+
+    def __init__(self, model: nn.Module, machine: Machine, micro_batches: int = 1):
+        _check_shared('micro_batches', micro_batches)
+        self.model = model
+        # not the model itself, so that validation and sampling, whose lengths differ, are not compiled
+        self.loss_of = torch.compile(self._loss, fullgraph=True, dynamic=False) if machine.compile else self._loss
+        self.shares = micro_batches // num_ranks()
+        self.machine = machine
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """The loss divided by the number of micro batches of this rank; overwritten by the next call."""
+        if not self.machine.cuda_graphs:
+            return self._compute(inputs.to(self.machine.device))
+        if self.graph is None:
+            self._capture(inputs)
+        assert self.graph is not None
+        self.inputs.copy_(inputs, non_blocking=True)
+        self.graph.replay()
+        return self.loss
+
+    def accumulate(self, batches: Iterable[Tensor]) -> Tensor:
+        """The mean loss over the micro batches of all ranks, whose mean gradients are then in the parameters.
+
+        Args:
+            batches: micro batches of this rank; see `share`.
+        """
+        total = torch.zeros((), device=self.machine.device)
+        for number, inputs in enumerate(batches, 1):
+            reduce_gradients_in_backward(self.model, number == self.shares)
+            total += self(inputs)
+        average_gradients(self.model)
+        return sum_over_ranks(total) / num_ranks()
+
+    def _loss(self, inputs: Tensor) -> Tensor:
+        return self.model(inputs, return_loss=True) / self.shares
+
+    def _compute(self, inputs: Tensor) -> Tensor:
+        with self.machine.autocast():
+            loss = self.loss_of(inputs)
+        loss.backward()
+        return loss.detach()
+
+    def _capture(self, inputs: Tensor) -> None:
+        self.inputs = inputs.to(self.machine.device)
+        # warm-up passes compile the step and allocate the gradients that the graph adds to
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self.model.zero_grad(set_to_none=False)
+                expected = self._outcome(self._compute(self.inputs))
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        # NCCL's own thread may ask for its events meanwhile
+        with torch.cuda.graph(self.graph, capture_error_mode='thread_local'):
+            self.loss = self._compute(self.inputs)
+
+        self.model.zero_grad(set_to_none=False)
+        self.graph.replay()
+        captured = self._outcome(self.loss)
+        if not torch.allclose(captured, expected, rtol=0.02):
+            raise RuntimeError(
+                f'loss and gradient norm are {captured.tolist()} in the captured step and {expected.tolist()} in the '
+                f'step itself: train with --no-use-cuda-graphs, or with --no-compile'
+            )
+        self.model.zero_grad(set_to_none=False)
+
+    def _outcome(self, loss: Tensor) -> Tensor:
+        """The loss and the gradient norm."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return torch.stack((loss.float(), nn.utils.get_total_norm(gradients)))
+
+
+@torch.no_grad()
+def validation_loss(
+    model: nn.Module, tokens: Tensor, machine: Machine, *, batches: int, batch_size: int, length: int
+) -> float:
+    """Mean loss in nats per token, in evaluation mode, over windows that are spaced evenly: the same in every run, and
+    shared by the ranks.
+
+    Raises:
+        ValueError: if the ranks cannot share the batches evenly.
+    """
+    _check_shared('batches', batches)
+    starts = even_starts(tokens, batches * batch_size, length).split(batch_size)
+    losses = torch.zeros(batches, dtype=torch.float64, device=machine.device)
+    model.eval()
+    for number in share(range(batches)):
+        with machine.autocast():
+            losses[number] = model(windows(tokens, starts[number], length + 1).to(machine.device), return_loss=True)
+    model.train()
+    return sum_over_ranks(losses).mean().item()
+
+
+def _check_shared(name: str, count: int) -> None:
+    if count % num_ranks():
+        raise ValueError(f'{name} must be a multiple of the {num_ranks()} processes that share them, got {count}')
