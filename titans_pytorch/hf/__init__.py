@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from titans_pytorch.hf.cache import TitansCache
 from titans_pytorch.hf.configuration import TitansConfig
+from titans_pytorch.hf.conversion import pretrained_to_run, run_to_pretrained
 from titans_pytorch.hf.modeling import TitansForCausalLM, TitansModel, TitansPreTrainedModel
-from titans_pytorch.hf.tokenization import byte_tokenizer
 from titans_pytorch.hf.tokenization import byte_tokenizer
 
 AutoConfig.register(TitansConfig.model_type, TitansConfig)
@@ -26,5 +26,6 @@ __all__ = [
     'TitansModel',
     'TitansPreTrainedModel',
     'byte_tokenizer',
-    'byte_tokenizer',
+    'pretrained_to_run',
+    'run_to_pretrained',
 ]
