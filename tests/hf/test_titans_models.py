@@ -6,6 +6,7 @@ import pytest
 import torch
 from compare import all_in_float64, assert_same, gradients
 from hf_models import architectures, batch, model, rows
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from titans_pytorch.hf import TitansCache, TitansForCausalLM, TitansModel
@@ -40,9 +41,16 @@ def test_tied_embeddings_are_saved_once(tmp_path):
     own, (x, _) = model(tie_word_embeddings=True), batch()
     assert own.get_output_embeddings().weight is own.get_input_embeddings().weight
     own.save_pretrained(tmp_path)
+    assert 'transformer.to_logits.weight' not in load_file(tmp_path / 'model.safetensors')
     loaded = TitansForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     assert_same(loaded.double()(x).logits, own(x).logits, 0)
+
+
+@architectures
+def test_layers_stay_whole_when_a_model_is_distributed(name):
+    own = model(name)
+    assert all(type(layer).__name__ in own._no_split_modules for layer in own.transformer.layers)
 
 
 def test_a_device_map_leaves_results_unchanged(tmp_path):
