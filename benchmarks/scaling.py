@@ -1,0 +1,122 @@
+"""Training steps of `train_mac.py` on several GPUs: tokens per second, replicated (DDP) and sharded (FSDP2).
+
+    python benchmarks/scaling.py                      # the full preset on 1, 2, 4, … GPUs of this machine
+    python benchmarks/scaling.py --processes 1 2      # the quick preset on that many processes where there is no GPU
+
+The processes share the micro batches of a step, so that a step is the same on any number of them. Each count runs under
+`torchrun`, as the script does. First its gradients are compared with those of one process, in fp32; a difference of more
+than one part in a thousand stops the benchmark. Replicated steps are compiled and captured as CUDA graphs on a GPU, which
+are the script's defaults; sharded ones are eager.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from beside_reference import load_train_mac
+from harness import ROOT, gibibytes, machine, milliseconds, own_path, summary, table, timed, write_section
+
+GPU = torch.cuda.is_available()
+
+
+def settings(options: argparse.Namespace, **changes: Any) -> Any:
+    train_mac = load_train_mac()
+    preset = {'PRESET': 'full'} if GPU else {**train_mac.PRESETS['quick'], 'PRESET': 'quick'}
+    sizes = {'BATCH_SIZE': options.batch_size, 'GRADIENT_ACCUMULATE_EVERY': options.micro_batches}
+    return train_mac.Config(**{**preset, **sizes, 'FSDP': options.mode == 'FSDP2', **changes})
+
+
+def gradient_error(options: argparse.Namespace) -> float:
+    """The difference of the gradients from those of one process, relative to their norm."""
+    from titans_pytorch.training import MicroStep, choose_machine, rank, shard, share, whole_tensor
+
+    train_mac = load_train_mac()
+    small = {'DEPTH': 2, 'NEURAL_MEM_LAYERS': (1, 2), 'SEQ_LEN': 128, 'PRECISION': 'fp32'}
+    config = settings(options, USE_CUDA_GRAPHS=False, COMPILE=False, **small)
+    where = choose_machine(precision='fp32', cuda_graphs=False, compile=False)
+    generator = torch.Generator().manual_seed(0)
+    batches = torch.randint(0, 256, (options.micro_batches, 1, config.SEQ_LEN + 1), generator=generator)
+
+    alone = train_mac.build_model(config).to(where.device)
+    for inputs in batches.to(where.device):
+        (alone(inputs, return_loss=True) / options.micro_batches).backward()
+    together = train_mac.build_model(config)
+    if config.FSDP:
+        shard(together, where.device)
+    MicroStep(together, where, options.micro_batches).accumulate(share(batches))
+    pairs = [(whole_tensor(p.grad), q.grad) for p, q in zip(together.parameters(), alone.parameters()) if q.grad is not None]
+    squares = [((came - expected).square().sum(), expected.square().sum()) for came, expected in pairs]
+    error, size = (sum(parts).sqrt().item() for parts in zip(*squares))
+    return error / size
+
+
+def work(options: argparse.Namespace) -> None:
+    """One of the processes. The first one prints the figures."""
+    from titans_pytorch.training import MicroStep, process_group, rank, shard, share
+
+    train_mac = load_train_mac()
+    with process_group():
+        config = settings(options)
+        where = train_mac.choose_machine(config)
+        error = gradient_error(options)
+        if error > 1e-3:
+            raise SystemExit(f'{options.mode}: gradients differ from those of one process by {error:.1e}')
+        model = train_mac.build_model(config)
+        if config.FSDP:
+            shard(model, where.device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=config.LEARNING_RATE, weight_decay=0.0, fused=GPU)
+        micro_step = MicroStep(model, where, options.micro_batches)
+        generator = torch.Generator().manual_seed(0)
+        shape = (options.micro_batches, config.BATCH_SIZE, config.SEQ_LEN + 1)
+        batches = torch.randint(0, 256, shape, generator=generator)
+
+        def step() -> None:
+            micro_step.accumulate(share(batches))
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.MAX_GRAD_NORM)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=not where.cuda_graphs)
+
+        started = time.perf_counter()
+        step()
+        first = time.perf_counter() - started
+        seconds = timed(step, options.repeats)
+        peak = torch.cuda.max_memory_reserved() if GPU else None
+        tokens = shape[0] * shape[1] * config.SEQ_LEN
+        if rank() == 0:
+            print(json.dumps({'seconds': seconds, 'peak': peak, 'tokens': tokens, 'first': first, 'error': error}))
+
+
+def measured(options: argparse.Namespace, mode: str, processes: int) -> dict[str, Any]:
+    """Figures of a run under torchrun."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}', __file__]
+    for name in ('batch_size', 'micro_batches', 'repeats'):
+        command += [f'--{name.replace("_", "-")}', str(getattr(options, name))]
+    done = subprocess.run(
+        [*command, '--mode', mode], capture_output=True, text=True, check=False, env={**os.environ, 'PYTHONPATH': own_path()}
+    )
+    if done.returncode:
+        return {'failed': next(...)}
+    return summary([json.loads(done.stdout.splitlines()[-1])])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    count = torch.cuda.device_count()
+    parser.add_argument('--processes', type=int, nargs='*', default=[n for n in (1, 2, 4, 8) if n <= max(count, 2)])
+    parser.add_argument('--batch-size', type=int, default=4, help='windows per micro batch')
+    parser.add_argument('--micro-batches', type=int, default=8, help='micro batches per step, of all processes together')
+    parser.add_argument('--repeats', type=int, default=20, help='timed steps')
+    parser.add_argument('--write', action='store_true', help='put the table into docs/benchmarks.md')
+    parser.add_argument('--mode', choices=('DDP', 'FSDP2'), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.mode is not None:
+        work(options)
+        return
