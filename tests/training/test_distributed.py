@@ -6,7 +6,11 @@ import contextlib
 import os
 import random
 import shutil
+import signal
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -185,3 +189,38 @@ def test_a_folder_of_shards_is_a_checkpoint(runs: Path, tmp_path: Path) -> None:
     (tmp_path / 'copy' / checkpoints.CONTENT).unlink()
     with pytest.raises(SystemExit, match='there is no checkpoint'):
         checkpoints.main([str(tmp_path / 'copy')])
+
+
+def started(folder: Path, name: str) -> list[subprocess.Popen[str]]:
+    """The processes of a long run, as torchrun starts them, once they have done some steps."""
+    (port,) = free_ports(1)
+    group = {'WORLD_SIZE': f'{PROCESSES}', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': f'{port}', 'OMP_NUM_THREADS': '1'}
+    command = [
+        sys.executable,
+        'train_mac.py',
+        *words(folder, '--run-dir', str(folder / name), '--num-batches', '99999'),
+    ]
+    pipes: dict[str, Any] = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True, 'cwd': ROOT}
+    return [
+        subprocess.Popen(command, **pipes, env={**os.environ, **group, 'RANK': f'{rank}', 'LOCAL_RANK': f'{rank}'})
+        for rank in range(PROCESSES)
+    ]
+
+
+def test_a_signal_to_one_process_saves_and_a_process_that_dies_ends_all(tmp_path: Path) -> None:
+    (tmp_path / 'text').write_bytes(TEXT)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        processes = started(tmp_path, number.name)
+        folder, deadline = tmp_path / number.name, time.monotonic() + 120
+        while len(read_metrics(folder / 'metrics.jsonl')) < 4 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        processes[1].send_signal(number)
+        output, _ = processes[0].communicate(timeout=60)
+        processes[1].communicate(timeout=60)
+        steps = max(row['step'] for row in read_metrics(folder / 'metrics.jsonl'))
+        assert read_checkpoint(folder / f'checkpoint_batch_{steps}.pt')['batch'] == steps
+        if number == signal.SIGTERM:
+            assert [process.returncode for process in processes] == [0, 128 + number], output
+            assert f'ended by a signal after {steps} steps; go on with --resume latest' in output
+        else:
+            assert processes[0].returncode == 1 and f'stopped after {steps} steps: ' in output, output
