@@ -13,7 +13,7 @@ import torch
 
 from titans_pytorch.training import BadData, ByteVocabulary, load_data, random_starts, windows
 
-WORDS = 'memory surprise momentum decay größer 記憶 the of and\n'.split(' ')
+WORDS = ['memory', 'surprise', 'momentum', 'decay', 'größer', '記憶', 'the', 'of', 'and\n']
 ROOT = Path(__file__).resolve().parents[2]
 
 

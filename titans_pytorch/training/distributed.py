@@ -86,6 +86,13 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 # replicated
 
 
+def broadcast_parameters(model: nn.Module) -> None:
+    """Give all ranks the parameters of the first one."""
+    if num_ranks() > 1 and not is_sharded(model):
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
+
+
 @torch.no_grad()
 def average_gradients(model: nn.Module) -> None:
     """Replace the gradients of a replicated model by their means over all ranks, exchanged as one tensor.
@@ -117,6 +124,7 @@ def shard(model: nn.Module, device: torch.device, policy: Any = None) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    broadcast_parameters(model)
     # nothing here changes the output of a layer in place
     warnings.filterwarnings('ignore', message='FSDP2-wrapped module .* returned a view')
     mesh = init_device_mesh(device.type, (num_ranks(),))
