@@ -11,6 +11,7 @@ from titans_pytorch import (
     MemoryAsContextTransformer,
     MemoryAsGateTransformer,
     MemoryAsLayerTransformer,
+    MemoryMLP,
 )
 from titans_pytorch.presets import memory_settings
 
@@ -48,6 +49,11 @@ def build(name: str, variant: str = 'plain', **changes):
         **{'dim': DIM, 'depth': 2, 'dim_head': 8, 'heads': 2, 'neural_memory_kwargs': MEMORY, **kwargs}
     )
     return randomised(model, 0.1).double()
+
+
+def smallest_memory() -> dict:
+    """Arguments for a memory of one matrix without momentum, where a compiler traces the model around it."""
+    return {'neural_memory_model': MemoryMLP(8, depth=1), 'neural_memory_kwargs': {**MEMORY, 'momentum': False}}
 
 
 def ids(length: int, batch: int = 2) -> torch.Tensor:

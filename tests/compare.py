@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -10,6 +10,8 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from titans_pytorch import without_kernels
 
 
 def leaves(value: Any, name: str = '') -> dict[str, Tensor]:
@@ -39,6 +41,26 @@ def assert_same(came: Any, expected: Any, tolerance: float = 1e-9, label: str = 
         error = (have.double() - want.double()).abs().max().item()
         bound = tolerance * max(1.0, want.double().abs().max().item())
         assert error <= bound, f'{label}{path}: differs by {error:.2e}, at most {bound:.2e} is allowed'
+
+
+def assert_no_worse(compute: Callable[[], Any], exact: Any, floor: float = 0.0) -> None:
+    """Kernels err at most twice as much as the reference in the same precision: ‖a − exact‖ of each tensor.
+
+    Args:
+        compute: computes everything anew, by kernels where they are on.
+        exact: the same in float64.
+        floor: the relative error made by the order of sums in float32.
+    """
+    by_kernels = leaves(compute())
+    with without_kernels():
+        by_reference = leaves(compute())
+    exact = leaves(exact)
+    assert by_kernels.keys() == by_reference.keys() == exact.keys()
+    for path, want in exact.items():
+        ours, theirs = by_kernels[path], by_reference[path]
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape == want.shape, path
+        error, budget = ((t.double() - want).norm() for t in (ours, theirs))
+        assert error <= max(2 * budget, floor * want.norm()), f'{path}: {error:.2e}, reference {budget:.2e}'
 
 
 def randomised(module: torch.nn.Module, scale: float = 0.3) -> torch.nn.Module:

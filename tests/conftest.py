@@ -1,7 +1,9 @@
 """Set-up shared by all tests."""
 
+import gc
 import os
 import random
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,6 +17,29 @@ if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')
 
 
+def patch_triton_once_per_launch():
+    """The interpreter patches `triton.language` again in each call of a device function, a quarter of a test's time."""
+    from triton.runtime import interpreter
+
+    patch_language, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+
+    def patch_once(function):
+        if function.__module__ in patched:
+            return None
+        patched.add(function.__module__)
+        return patch_language(function)
+
+    def launch_afresh(*args, **kwargs):
+        patched.clear()  # a launch undoes its patches at its end
+        return launch(*args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_afresh
+
+
+if os.environ.get('TRITON_INTERPRET') == '1' and find_spec('triton'):
+    patch_triton_once_per_launch()
+
+
 def pytest_addoption(parser):
     parser.addoption('--shapes', action='store_true', help='check the shape annotations of the package')
 
@@ -26,18 +51,20 @@ def pytest_configure(config):
         shape_checks.install()
 
 
+def pytest_collection_finish():
+    """Modules and tests live to the end: a traced test would otherwise have the garbage collector search them often."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
     random.seed(0)
-
-
-@pytest.fixture(autouse=True)
-def shapes_checked(request):
-    if request.config.getoption('--shapes'):
-        import shape_checks
-
-        shape_checks.enable(True)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ each letter of an annotation one size per call, and beartype compares the tensor
 
 - arguments of a call that raises: refusing wrong input is the job of the package, and its error is what a test expects;
 - types other than shapes, which mypy checks;
-- the rest of a test once it compiles or exports something, because the compiler cannot trace the checks.
+- calls inside a program that is compiled or exported, because the compiler cannot trace the checks.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import operator
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import CodeType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import jaxtyping
 import torch
 from beartype import beartype
+from beartype.door import is_bearable
+from beartype.vale import Is
 
 ALIASES = {'Bool', 'Float', 'Int'}
 DECORATOR = f'__import__({__name__!r}).shape_checked'
@@ -33,12 +36,21 @@ def has_shape(hint: Any) -> bool:
 
 def without_other_types(hint: Any) -> Any:
     """`hint` with `Any` in place of types without a shape, except in a union, which would then accept everything."""
-    origin = get_origin(hint)
-    if hint is Ellipsis or (has_shape(hint) and origin in (None, Union, UnionType)):
+    if hint is Ellipsis:
         return hint
+    origin, inner = get_origin(hint), get_args(hint)
     if not has_shape(hint) or origin is Callable:
         return Any
-    return origin[tuple(map(without_other_types, get_args(hint)))]
+    if not inner:
+        return hint
+    if origin in (Union, UnionType):
+        options = (without_other_types(option) if has_shape(option) else option for option in inner)
+        return functools.reduce(operator.or_, options)
+    if origin is list:
+        (item,) = map(without_other_types, inner)
+        # beartype compares a single item
+        return Annotated[list, Is[lambda items: all(is_bearable(each, item) for each in items)]]
+    return origin[tuple(map(without_other_types, inner))]
 
 
 def shapes_alone(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,7 +66,14 @@ def shapes_alone(function: Callable[..., Any]) -> Callable[..., Any]:
     return beartype(function)
 
 
-shape_checked = jaxtyping.jaxtyped(typechecker=shapes_alone)
+def shape_checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    checked = jaxtyping.jaxtyped(typechecker=shapes_alone)(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (function if torch.compiler.is_compiling() else checked)(*args, **kwargs)
+
+    return call
 
 
 class Loader(SourceFileLoader):
@@ -86,21 +105,6 @@ class Finder(PathFinder):
         return spec
 
 
-def enable(yes: bool) -> None:
-    jaxtyping.config.update('jaxtyping_disable', not yes)
-
-
-def _unchecked_from_here(trace: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(trace)
-    def traced(*args: Any, **kwargs: Any) -> Any:
-        enable(False)
-        return trace(*args, **kwargs)
-
-    return traced
-
-
 def install() -> None:
     """Check the modules of the package, which must not have been imported yet."""
     sys.meta_path.insert(0, Finder)
-    torch.compile = _unchecked_from_here(torch.compile)
-    torch.export.export = _unchecked_from_here(torch.export.export)

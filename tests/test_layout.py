@@ -28,7 +28,8 @@ LAYERS = [
     {'mac_transformer', 'mag_transformer', 'mal_transformer', 'lmm', 'implicit_mlp_attention', 'nested_attention'},
     {'configuration', 'presets'},
     {'training'},
-    {'titans_pytorch'},
+    {'commands'},
+    {'titans_pytorch', '__main__'},
 ]
 LAYER = {name: index for index, names in enumerate(LAYERS) for name in names}
 OPTIONAL = ('triton', 'transformers', 'tokenizers', 'matplotlib', 'wandb')

@@ -29,7 +29,15 @@ import torch
 
 import train_mac
 from titans_pytorch import configuration
-from titans_pytorch.training import checkpoints, enwik8, read_metrics, rewind, vocabulary_from_dict, windows
+from titans_pytorch.training import (
+    checkpoints,
+    enwik8,
+    metrics,
+    read_metrics,
+    rewind,
+    vocabulary_from_dict,
+    windows,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {
@@ -74,6 +82,18 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def loss_curves(monkeypatch, request):
+    """Drawn where a test asks for them: they take half the time of a run as small as these."""
+    if 'plotted' not in request.fixturenames:
+        monkeypatch.setattr(metrics, '_draw', lambda folder: None)
+
+
+@pytest.fixture
+def plotted():
+    """A test that asks for this has its loss curves drawn."""
+
+
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / 'text.bin'
@@ -92,15 +112,15 @@ def options(data, folder, **settings):
     return words
 
 
-def start(words, *program):
+def start(words, *program, folder=ROOT):
     """The script in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, *program, *words],
-        cwd=ROOT,
+        [sys.executable, *map(str, program), *words],
+        cwd=folder,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)},
     )
 
 
@@ -149,7 +169,7 @@ def assert_same(first, second):
 # what a run leaves ----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_metrics_plot_samples_and_checkpoints(text, tmp_path, capsys):
+def test_a_run_leaves_metrics_plot_samples_and_checkpoints(plotted, text, tmp_path, capsys):
     folder = tmp_path / 'run'
     assert (
         train_mac.main(options(text, folder, NUM_BATCHES=30, VALIDATE_EVERY=10, GENERATE_EVERY=15, CHECKPOINT_EVERY=10))
@@ -313,14 +333,14 @@ def test_an_unknown_vocabulary_is_refused_in_one_line(text, tmp_path):
     )
 
 
-def test_without_matplotlib_there_is_a_notice_and_no_plot(text, tmp_path, monkeypatch, capsys):
+def test_without_matplotlib_there_is_a_notice_and_no_plot(plotted, text, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     assert train_mac.main(options(text, tmp_path / 'run', NUM_BATCHES=1)) == 0
     assert 'matplotlib is not installed' in capsys.readouterr().out
     assert not (tmp_path / 'run' / 'loss.png').exists()
 
 
-def test_a_folder_named_like_mathematics_is_plotted(text, tmp_path, capsys):
+def test_a_folder_named_like_mathematics_is_plotted(plotted, text, tmp_path, capsys):
     folder = tmp_path / 'cost$5_{a$'
     assert train_mac.main(options(text, folder, NUM_BATCHES=1)) == 0
     assert (folder / 'loss.png').read_bytes().startswith(b'\x89PNG')
@@ -328,7 +348,7 @@ def test_a_folder_named_like_mathematics_is_plotted(text, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('error', [RuntimeError('broken'), OSError('no such font'), ImportError('libfreetype')])
-def test_a_plotting_error_never_ends_a_run(text, tmp_path, monkeypatch, capsys, error):
+def test_a_plotting_error_never_ends_a_run(plotted, text, tmp_path, monkeypatch, capsys, error):
     from matplotlib.font_manager import FontManager
 
     def broken_font_cache(*args, **kwargs):
@@ -605,10 +625,11 @@ def test_init_from_takes_weights_and_nothing_else(text, tmp_path):
 
 # kills, signals, bad numbers ------------------------------------------------------------------------------------------
 
+# two runs, each killed in a save of its own; forked, so that modules are imported once
 KILLED = """
 import contextlib, os, signal, sys, train_mac
 from titans_pytorch.training import checkpoints
-real_atomic_file, real_replace = checkpoints.atomic_file, os.replace
+real_atomic_file, real_replace, where = checkpoints.atomic_file, os.replace, None
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 class Killer:
@@ -622,25 +643,26 @@ class Killer:
 def atomic_file(path):
     with real_atomic_file(path) as file:
         again = path.exists() and path.name == 'titans_enwik8_best.pt'
-        yield Killer(file) if {where!r} == 'write' and again else file
+        yield Killer(file) if where == 'write' and again else file
 def replace(source, target):
-    if {where!r} == 'replace' and os.path.exists(target) and target.name == 'titans_enwik8_best.pt':
+    if where == 'replace' and os.path.exists(target) and target.name == 'titans_enwik8_best.pt':
         kill()
     real_replace(source, target)
 checkpoints.atomic_file, os.replace = atomic_file, replace
-train_mac.main(sys.argv[1:])
+for where in ('write', 'replace'):
+    if not (run := os.fork()):
+        train_mac.main([*sys.argv[1:], '--run-dir', where])
+        os._exit(0)
+    print('status', os.waitpid(run, 0)[1])
 """
 
 
 def test_kill_in_a_save_leaves_the_last_good_checkpoint(text, tmp_path, capsys):
-    killed = {}
+    words = options(text, tmp_path, NUM_BATCHES=6, VALIDATE_EVERY=2, GENERATE_EVERY=2, CHECKPOINT_EVERY=2)
+    output, _ = start(words, '-c', KILLED, folder=tmp_path).communicate(timeout=120)
+    assert output.count(f'status {signal.SIGKILL:d}\n') == 2, output
     for where in ('write', 'replace'):
-        words = options(text, tmp_path / where, NUM_BATCHES=6, VALIDATE_EVERY=2, GENERATE_EVERY=2, CHECKPOINT_EVERY=2)
-        killed[where] = start(words, '-c', KILLED.format(where=where))
-    for where, process in killed.items():
         folder = tmp_path / where
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == -signal.SIGKILL, output
         (unfinished,) = folder.glob('*.tmp')
         assert unfinished.stat().st_size > 0
         assert (folder / 'lock').exists()  # left behind, but no longer locked
@@ -655,23 +677,32 @@ def test_kill_in_a_save_leaves_the_last_good_checkpoint(text, tmp_path, capsys):
         assert load(folder / 'titans_enwik8.pt')['batch'] == 6
 
 
-def test_a_signal_saves_and_ends(text, tmp_path):
-    signalled = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signalled[number] = start(options(text, tmp_path / number.name, NUM_BATCHES=100_000), 'train_mac.py')
-    for number, process in signalled.items():
-        folder, deadline = tmp_path / number.name, time.monotonic() + 60
-        while len(rows(folder, 'train_loss')) < 3 and time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.05)
-        process.send_signal(number)
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == 128 + number, output
-        batch = max(rows(folder, 'train_loss'))
-        assert f'{number.name}: this step is finished and saved; a second signal ends the run at once' in output
-        assert f'ended by {number.name} after {batch} steps; go on with --resume latest' in output
-        assert [path.name for path in folder.glob('*.pt')] == [f'checkpoint_batch_{batch}.pt']
-        assert load(folder / f'checkpoint_batch_{batch}.pt')['batch'] == batch
-        assert (folder / 'loss.png').exists()
+def assert_saved_and_ended(folder, number, status, output):
+    assert status == 128 + number, output
+    batch = max(rows(folder, 'train_loss'))
+    assert f'ended by {number.name} after {batch} steps; go on with --resume latest' in output
+    assert [path.name for path in folder.glob('*.pt')] == [f'checkpoint_batch_{batch}.pt']
+    assert load(folder / f'checkpoint_batch_{batch}.pt')['batch'] == batch
+    assert (folder / 'loss.png').exists()
+
+
+def test_a_signal_ends_the_script(text, tmp_path):
+    folder, deadline = tmp_path / 'run', time.monotonic() + 60
+    process = start(options(text, folder, NUM_BATCHES=100_000), ROOT / 'train_mac.py')
+    while len(rows(folder, 'train_loss')) < 3 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert_saved_and_ended(folder, signal.SIGINT, process.returncode, output)
+    assert 'SIGINT: this step is finished and saved; a second signal ends the run at once' in output
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends(plotted, text, tmp_path, monkeypatch, capsys, number):
+    folder = tmp_path / 'run'
+    in_the_step_after(monkeypatch, 3, folder, lambda: os.kill(os.getpid(), number))
+    status = train_mac.main(options(text, folder, NUM_BATCHES=100_000, GRADIENT_ACCUMULATE_EVERY=2))
+    assert_saved_and_ended(folder, number, status, capsys.readouterr().out)
 
 
 def test_a_signal_breaks_off_validation_which_is_done_again_after_the_resume(text, tmp_path, monkeypatch):
@@ -820,7 +851,7 @@ def test_a_full_disk_ends_the_run_in_one_line_with_its_steps_saved(text, tmp_pat
     assert list(rows(folder, 'val_loss')) == [0, 1, 2, 3, 4]
 
 
-def test_a_checkpoint_that_the_disk_has_no_room_for(text, tmp_path, monkeypatch):
+def test_a_checkpoint_that_the_disk_has_no_room_for(plotted, text, tmp_path, monkeypatch):
     resource, folder = pytest.importorskip('resource'), tmp_path / 'run'
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     in_the_step_after(monkeypatch, 2, folder, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1])))

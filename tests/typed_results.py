@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from typing_extensions import assert_type
 
     from titans_pytorch import MemoryAsGateTransformer, ModelState
+    from titans_pytorch.generation.sampling import Sampled
 
     def results(model: MemoryAsGateTransformer, x: Tensor) -> None:
         assert_type(model(x), Tensor)
@@ -17,3 +18,6 @@ if TYPE_CHECKING:
         assert_type(model(x, True, return_cache=True), tuple[Tensor, ModelState])
         assert_type(model.sample(x, 4), Tensor)
         assert_type(model.sample(x, 4, 1.0, return_cache=True), tuple[Tensor, ModelState])
+        assert_type(model.sample(x, max_new_tokens=4), Tensor)
+        assert_type(model.sample(x, 4, return_logprobs=True), Sampled)
+        assert_type(model.sample(x, 4, return_cache=True, return_surprises=True), Sampled)

@@ -12,6 +12,7 @@ faster implementations possible:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,6 @@ from torch.nn import Module, ModuleList, Parameter
 
 from titans_pytorch.ops.norms import l2_norm, layer_norm
 from titans_pytorch.utils.checks import check_hidden_width, check_number, check_positive
-from titans_pytorch.utils.functional import is_intercepted
 from titans_pytorch.utils.parameters import ParameterSequence, Resettable
 from titans_pytorch.utils.precision import at_least_float32
 from titans_pytorch.utils.shapes import Float
@@ -106,19 +106,36 @@ class MemoryMLP(Resettable):
         return x
 
 
-def inner_mlp(model: Module) -> MemoryMLP | None:
-    """The `MemoryMLP` of a memory network, bare or inside a `ResidualNorm`; `None` for other networks, and for ones
-    with frozen parts or hooks."""
-    # exact types: subclasses may compute something else
-    inner = model.model if type(model) is ResidualNorm else model
-    if type(inner) is not MemoryMLP or is_intercepted(model.modules()) or next(model.buffers(), None) is not None:
-        return None
-    return inner
+class PlainMLP(NamedTuple):
+    """A `MemoryMLP`, bare or inside a `ResidualNorm`, as a function of weights by parameter name. It calls no hooks."""
 
+    matrices: tuple[str, ...]
+    gamma: str | None
+    """The gain of the norm around the network, less 1."""
+    eps: float
 
-def mlp_matrices(model: Module, weights: Mapping[str, Tensor]) -> list[Tensor]:
-    """The matrices of such a network in order, from its weights by parameter name."""
-    return [weights[name] for name, parameter in model.named_parameters() if parameter.ndim == 2]
+    @classmethod
+    def of(cls, network: Module) -> PlainMLP | None:
+        """`None` for other networks, and for ones with frozen parts."""
+        # exact types: subclasses may compute something else
+        norm, inner = (network.norm, network.model) if type(network) is ResidualNorm else (None, network)
+        has_buffers = next(network.buffers(), None) is not None
+        if type(inner) is not MemoryMLP or has_buffers:
+            return None
+        matrices = tuple(name for name, parameter in network.named_parameters() if parameter.ndim == 2)
+        return cls(matrices, None, 0.0) if norm is None else cls(matrices, 'norm.gamma', norm.eps)
+
+    def of_weights(self, weights: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor | None]:
+        """The matrices in order, and the gain; `None` without a norm."""
+        return [weights[name] for name in self.matrices], None if self.gamma is None else weights[self.gamma]
+
+    def __call__(self, weights: Mapping[str, Tensor], rows: Float[Tensor, 'bh m d']) -> Float[Tensor, 'bh m d']:
+        """Rows through the network with weights (bh, …)."""
+        matrices, gamma = self.of_weights(weights)
+        out = MemoryMLP.through(matrices, rows, torch.bmm)
+        if gamma is None:
+            return out
+        return torch.addcmul(rows, layer_norm(out, self.eps), gamma.unsqueeze(-2) + 1.0)
 
 
 class GatedResidualMemoryMLP(Resettable):

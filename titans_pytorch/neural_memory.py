@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Linear, Module, Parameter
 from torch.utils.checkpoint import checkpoint
 
-from titans_pytorch.memory.backends import Backend, DenseBackend, Transition, choose_backend
+from titans_pytorch.memory.backends import Backend, DenseBackend, StoreInputs, Transition, choose_backend
 from titans_pytorch.memory.chunks import Chunks, WeightResidual, beside
 from titans_pytorch.memory.fast_weights import FastWeights, MemoryWeights, Weights
 from titans_pytorch.memory.initial_weights import InitialWeights
@@ -39,9 +39,10 @@ from titans_pytorch.memory.state import (
     NeuralMemState,
     OpenState,
     PendingSegment,
+    Surprises,
     mem_state_detach,
 )
-from titans_pytorch.memory.token_retrieval import Retrieval, retrieve_one
+from titans_pytorch.memory.token_retrieval import PlainRetrieval
 from titans_pytorch.memory.validation import (
     Call,
     MemoryLayout,
@@ -65,6 +66,7 @@ __all__ = [
     'MultiheadRMSNorm',
     'NeuralMemState',
     'NeuralMemory',
+    'Surprises',
     'default_adaptive_step_transform',
     'default_loss_fn',
     'mem_state_detach',
@@ -74,9 +76,6 @@ __all__ = [
 ]
 
 EMPTY = NeuralMemState(0, None, None, None, None)
-
-Surprises = tuple[Float[Tensor, 'b h rows'], Float[Tensor, 'b h rows']]
-"""Losses, unweighted, and step sizes of the stored rows, (batch, heads, rows) each."""
 
 
 def default_adaptive_step_transform(adaptive_step: Tensor, max_lr: float = 1e-2) -> Tensor:
@@ -395,6 +394,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
     def _backend(self) -> Backend:
         return self._backend_class(
             self._network,
+            self.memory_model_parameters.mlp,
             self.store_memory_loss_fn,
             self.assoc_scan,
             self.max_grad_norm,
@@ -440,7 +440,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
             store_mask: true for tokens to store: booleans, or the integers 0 and 1, (batch, length). A masked token has
                 step size 0 but remains part of its chunk: it takes part in the pooled gates, and the chunk decays when
                 it is complete. To leave the memory unchanged, see `store`.
-            return_surprises: also return losses and step sizes, (batch, heads, rows) each, of the completed chunks.
+            return_surprises: also return the `Surprises` of the completed chunks: losses and step sizes, (batch, heads,
+                rows) each.
             ttt_batch_size: memory-batch length for this call, in place of `batch_size`.
             cache: alias of `state`.
             store: false to read without writing. All tokens then read the weights after the last complete chunk, and
@@ -502,8 +503,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
             out, state, surprise = checkpoint(forward, piece, state, use_reentrant=False)
             retrieved.append(out)
             surprises.append(surprise)
-        losses, step_sizes = (torch.cat(parts, dim=-1) for parts in zip(*surprises))
-        return torch.cat(retrieved, dim=1), state, (losses, step_sizes)
+        return torch.cat(retrieved, dim=1), state, Surprises.joined(surprises)
 
     def store_memories(
         self,
@@ -584,13 +584,17 @@ class NeuralMemory(Resettable, InReferenceFormat):
         group = self.store_chunk_size if self._carries_queries else 0
         return BufferSizes(self.store_chunk_size, self.conv_context, group)
 
-    def to_buffers(self, state: NeuralMemState) -> MemoryBuffers:
+    def to_buffers(self, state: NeuralMemState, with_surprises: bool = False) -> MemoryBuffers:
         """`state` as buffers for `step`; `MemoryBuffers.to_state` is the inverse."""
         pending = state.cache_store_segment
         tokens = pending.tokens if isinstance(pending, PendingSegment) else pending
         assert tokens is not None
         opened = self._opened(state, tokens[0] if self.qkv_receives_diff_views else tokens)
-        return MemoryBuffers.of(opened, self.buffer_sizes)
+        buffers = MemoryBuffers.of(opened, self.buffer_sizes)
+        if not with_surprises:
+            return buffers
+        rows = next(iter(opened.weights.newest.values())).new_zeros(tokens.shape[-3], self.heads, self._rows_per_chunk)
+        return buffers._replace(surprises=Surprises(rows, rows.clone()))
 
     def step(
         self,
@@ -637,7 +641,10 @@ class NeuralMemory(Resettable, InReferenceFormat):
             shares = self.to_learned_weight_residual_mix(pooled).flatten()
             at = {name: torch.addcmul(w, beside(shares, w), prev_weights[name]) for name, w in at.items()}
         with network_autocast(self._dtype, tokens.device):
-            after = self._backend.store_chunk(chunk, at, weights)
+            after, losses = self._backend.store_chunk(chunk, at, weights)
+        if buffers.surprises is not None:
+            for buffer, own in zip(buffers.surprises, self._surprises(losses.unsqueeze(1), chunk.step_sizes)):
+                buffer.copy_(own)
         if ends_batch:
             transition = self._transition
             base = after.newest if transition is None else transition(after.base, after.newest)
@@ -653,10 +660,18 @@ class NeuralMemory(Resettable, InReferenceFormat):
             if buffers.queries is not None:
                 buffers.queries.copy_(rows[:, 1:])
             normed = self.retrieve_norm(rows)
-            parts = Retrieval(
-                self.heads, self._backend, self.q_norm, self.multihead_rmsnorm, self.retrieve_gate, self._dtype
+            projected, normed = self.to_queries(normed), normed[:, context:]
+            plain = PlainRetrieval.of(
+                self.heads,
+                self.memory_model_parameters.mlp,
+                self.q_norm,
+                self.multihead_rmsnorm,
+                self.retrieve_gate,
+                self._dtype,
             )
-            return self.combine_heads(retrieve_one(parts, newest, self.to_queries(normed), normed[:, context:]))
+            if plain is None:
+                return self._combine(self._apply_network(newest, self._queries_of(projected)), normed)
+            return self.combine_heads(plain(newest, projected, normed))
 
         assert buffers.queries is not None
         if begins_group and context:
@@ -690,9 +705,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
         chunks, pooled = self._project_chunks(rows, None if mask is None else mask[:, :complete])
         residual = self._weight_residual(prev_weights, pooled, schedule.first_chunk)
         with network_autocast(self._dtype, tokens.device):
-            over_time, weights, losses = self._backend.store(
-                chunks, residual, schedule, state.weights, self._transition
-            )
+            inputs = StoreInputs(chunks, residual, schedule, state.weights, self._transition)
+            over_time, weights, losses = self._backend.store(inputs)
 
         # copied, so that a kept state does not keep the whole input
         rest = PendingSegment(
@@ -701,12 +715,19 @@ class NeuralMemory(Resettable, InReferenceFormat):
             before=rows[..., complete:, :].clone() if self.conv_context else None,
         )
         after = OpenState(state.seq_index + complete, weights, rest)
+        return over_time, after, self._surprises(losses, chunks.step_sizes)
 
-        def by_row(t: Float[Tensor, 'bh n m']) -> Float[Tensor, 'b h rows']:
-            return rearrange(t[..., :rows_stored], '(b h) n m -> b h (n m)', h=self.heads)
+    @property
+    def _rows_per_chunk(self) -> int:
+        """Rows of a chunk that are stored."""
+        return self.store_chunk_size * self.num_kv_per_token - self.store_with_lookahead_value
 
-        rows_stored = chunk_size * self.num_kv_per_token - self.store_with_lookahead_value
-        return over_time, after, (by_row(losses), by_row(chunks.step_sizes))
+    def _surprises(self, losses: Float[Tensor, 'bh n m'], step_sizes: Float[Tensor, 'bh n m']) -> Surprises:
+        of_rows = (
+            rearrange(t[..., : self._rows_per_chunk], '(b h) n m -> b h (n m)', h=self.heads)
+            for t in (losses, step_sizes)
+        )
+        return Surprises(*of_rows)
 
     def _project_chunks(
         self, tokens: Tensor, mask: Bool[Tensor, 'b _t'] | None

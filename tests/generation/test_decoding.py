@@ -13,7 +13,7 @@ from compare import all_in_float64, assert_same, leaves, randomised
 from mac_configurations import CONFIGURATIONS, TOKENS, ids, transformer
 from memories import SWITCHES, inputs, memory
 
-from titans_pytorch import LongTermMemoryModel, MemoryAsContextTransformer
+from titans_pytorch import LongTermMemoryModel, MemoryAsContextTransformer, MemoryMLP
 from titans_pytorch.generation.stepper import Stepper
 from titans_pytorch.memory.state import copy_weights
 from titans_pytorch.ops.sinkhorn import sinkhorn
@@ -326,7 +326,15 @@ def test_compiled_steps_are_reused(steps_compiled_eagerly):
 
 @pytest.mark.parametrize('steps_compiled_eagerly', ['aot_eager'], indirect=True)
 def test_compiled_steps_are_recompiled_when_necessary(steps_compiled_eagerly):
-    model = LongTermMemoryModel(num_tokens=TOKENS, dim=8, depth=1, neural_memory_segment_len=3, num_residual_streams=1)
+    model = LongTermMemoryModel(
+        num_tokens=TOKENS,
+        dim=8,
+        depth=1,
+        neural_memory_segment_len=3,
+        num_residual_streams=1,
+        neural_memory_model=MemoryMLP(8, depth=1),
+        neural_memory_kwargs={'momentum': False},
+    )
     model, prompt = randomised(model, 0.1).double(), ids(6)
     in_chunk, both_kinds = 9, 10  # lengths: the steps stay inside a chunk, or go on to its end
 

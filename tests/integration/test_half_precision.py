@@ -115,7 +115,7 @@ def learns(
 )
 def test_a_layer_learns(settings: dict, dtype: torch.dtype, autocast: bool):
     mem = NeuralMemory(16, chunk_size=4, batch_size=16, **settings)
-    seq = torch.randn(2, 64, 16)
+    seq = torch.randn(2, 32, 16)
 
     def loss() -> Tensor:
         return (mem(seq.to(mem.to_keys.weight.dtype))[0].float() - seq.roll(1, 1)).square().mean()
@@ -140,7 +140,7 @@ def test_a_model_learns(cls: type, dtype: torch.dtype, autocast: bool):
         neural_memory_segment_len=4,
         neural_memory_kwargs=memories,
     )
-    tokens = torch.randint(0, 16, (4, 25))
+    tokens = torch.randint(0, 16, (4, 17))
     losses = learns(model, lambda: model(tokens, return_loss=True), dtype, autocast)
     assert losses[-1] < 0.75 * losses[0]
 

@@ -473,3 +473,19 @@ def test_a_linear_memory_without_gates_is_linear_attention():
     q, k, v = (proj(normed) for proj in (mem.to_queries, mem.to_keys, mem.to_values))
     expected = (q @ k.mT).tril() @ v * 0.5 * 2 / HEAD
     assert_same(mem(seq)[0], expected, 1e-9)
+
+
+@pytest.mark.gpu
+def test_memory_batches_of_long_chunks_are_stored_together_on_a_gpu(monkeypatch):
+    calls, store = [], fused_mlp.memory_batch_scan
+    monkeypatch.setattr(fused_mlp, 'memory_batch_scan', lambda *args: (calls.append(args), store(*args))[1])
+    mem = NeuralMemory(32, 64, 64, heads=2, dim_head=16, qk_rmsnorm=True, init_decay_bias=-3.0)
+    seq = torch.randn(2, 300, 32)
+    results = []
+    for device, dtype in (('cuda', torch.float32), ('cpu', torch.float64)):
+        own = copy.deepcopy(mem).to(device, dtype)
+        out, _ = own(seq.to(device, dtype))
+        grads = torch.autograd.grad(out.square().sum(), [*own.parameters()])
+        results.append([t.double().cpu() for t in (out, *grads)])
+    assert len(calls) == 1  # on the CPU the matrices are formed
+    assert_same(*results, 1e-4)

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from architectures import CLASSES, DIM, TOKENS, architectures, build, ids, variants
+from architectures import CLASSES, DIM, TOKENS, architectures, build, ids, smallest_memory, variants
 from compare import all_in_float64, assert_same, gradients
 from torch import nn
 
@@ -115,7 +115,7 @@ def test_memory_reaches_past_attention(name):
 @architectures
 def test_the_loss_compiles_once_without_graph_breaks(name):
     torch.compiler.reset()
-    model = build(name, depth=1, num_residual_streams=1)
+    model = build(name, depth=1, num_residual_streams=1, **smallest_memory())
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     for attempt in range(2):
         tokens = ids(13)

@@ -16,6 +16,7 @@ from titans_pytorch import (
     MemoryAsContextTransformer,
     MemoryAsGateTransformer,
     MemoryAsLayerTransformer,
+    MemoryMLP,
     NeuralMemory,
     pad_to_bucket,
 )
@@ -97,7 +98,16 @@ def counted(step: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], list[An
 
 
 def test_lengths_of_one_bucket_compile_a_model_once(float64: None):
-    model = LongTermMemoryModel(num_tokens=11, dim=8, depth=1, segment_len=4, neural_memory_batch_size=4)
+    model = LongTermMemoryModel(
+        num_tokens=11,
+        dim=8,
+        depth=1,
+        segment_len=4,
+        num_residual_streams=1,
+        neural_memory_batch_size=4,
+        neural_memory_model=MemoryMLP(8, depth=1),
+        neural_memory_kwargs={'momentum': False},
+    )
     model = randomised(model, 0.1).double()
     step, graphs = counted(lambda x, labels: model(x, labels=labels))
     for number, length in ((1, 3), (1, 5), (1, 4), (2, 6)):
@@ -108,7 +118,8 @@ def test_lengths_of_one_bucket_compile_a_model_once(float64: None):
 
 
 def test_lengths_of_one_bucket_compile_a_memory_once():
-    mem = randomised(NeuralMemory(8, chunk_size=2, batch_size=4), 0.1).double()
+    mem = NeuralMemory(8, chunk_size=2, batch_size=4, model=MemoryMLP(8, depth=1), momentum=False)
+    mem = randomised(mem, 0.1).double()
     step, graphs = counted(lambda seq: mem(seq)[0])
     for number, length in ((1, 3), (1, 2), (1, 4), (2, 5)):
         seq = torch.randn(2, length, 8, dtype=torch.float64)

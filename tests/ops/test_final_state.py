@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import assert_same
+from compare import assert_no_worse, assert_same
 
 from titans_pytorch.ops.final_state import final_state
 
@@ -113,27 +113,16 @@ def test_kernels_read_views(launches, poisoned):
     assert len(launches) == 1
 
 
-def assert_no_worse(tensors, launches, monkeypatch, low, floor):
-    """Than the reference in the same precision; `floor`: the difference made by the order of sums in float32."""
-    from titans_pytorch.ops import _dispatch
-
-    exact, came, enabled = exactly(tensors), [], _dispatch.kernels_enabled
-    for use in (True, False):
-        monkeypatch.setattr(_dispatch, 'kernels_enabled', lambda use=use: use and enabled())
-        with torch.autocast(DEVICE, low, enabled=low is not None):
-            came.append(learned(ours, leaves(tensors)))
-    assert len(launches) == 1
-    for kernel, reference, want in zip(*came, exact):
-        for name, t in want.items():
-            assert kernel[name].dtype == reference[name].dtype
-            error, budget = ((own[name].double() - t).norm() for own in (kernel, reference))
-            assert error <= max(2 * budget, floor * t.norm()), f'{name}: {error:.2e}, reference {budget:.2e}'
+def learned_in(low, tensors):
+    with torch.autocast(DEVICE, low, enabled=low is not None):
+        return learned(ours, leaves(tensors))
 
 
-def test_kernels_are_as_exact_under_autocast_as_the_reference(launches, poisoned, monkeypatch):
+def test_kernels_are_as_exact_under_autocast_as_the_reference(launches, poisoned):
     tensors = problem(4, 8, 4, 16, 64, 2)
     tensors = {name: t.to(LOW) if name in ('inputs', 'deltas') else t for name, t in tensors.items()}
-    assert_no_worse(tensors, launches, monkeypatch, LOW, 1e-6)
+    assert_no_worse(lambda: learned_in(LOW, tensors), exactly(tensors), floor=1e-6)
+    assert len(launches) == 1
 
 
 def test_inputs_that_the_kernels_do_not_support(launches):
@@ -155,11 +144,13 @@ def test_the_operation_is_registered_correctly(kernels_everywhere):
 @pytest.mark.parametrize(
     'shape', [(64, 32, 4, 64, 256, 2), (16, 32, 4, 256, 64, 2), (8, 5, 3, 100, 250, 3), (4, 8, 64, 512, 128, 1)]
 )
-def test_kernels_in_sizes_of_training(launches, poisoned, shape, precision, monkeypatch):
+def test_kernels_in_sizes_of_training(launches, poisoned, shape, precision):
+    tensors = problem(*shape)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision('highest' if precision == 'bfloat16' else precision)
     try:
         low = torch.bfloat16 if precision == 'bfloat16' else None
-        assert_no_worse(problem(*shape), launches, monkeypatch, low, 1e-5)
+        assert_no_worse(lambda: learned_in(low, tensors), exactly(tensors), floor=1e-5)
+        assert len(launches) == 1
     finally:
         torch.set_float32_matmul_precision(before)

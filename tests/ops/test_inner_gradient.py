@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_same
+from compare import assert_no_worse, assert_same
 
 from titans_pytorch.ops.inner_gradient import InnerGradient, PreviousWeights, inner_gradient
 from titans_pytorch.ops.norms import standardise
@@ -203,8 +203,10 @@ def test_only_one_output_is_used(launches, poisoned, used):
 
 @pytest.mark.parametrize(('depth', 'norm'), NETWORKS)
 @pytest.mark.parametrize('dtype', [torch.float32, LOW])
-def test_kernels_are_as_exact_under_autocast_as_the_reference(launches, poisoned, depth, norm, dtype, monkeypatch):
-    assert_no_worse(lowered(problem(4, 8, 4, 16, 64, depth, norm), dtype), launches, monkeypatch, LOW)
+def test_kernels_are_as_exact_under_autocast_as_the_reference(launches, poisoned, depth, norm, dtype):
+    tensors = lowered(problem(4, 8, 4, 16, 64, depth, norm), dtype)
+    assert_no_worse(lambda: learned_in(LOW, tensors), exactly(tensors))
+    assert len(launches) == 1
 
 
 def lowered(tensors, dtype):
@@ -213,22 +215,9 @@ def lowered(tensors, dtype):
     return {name: t.to(dtype) if name in low or 'residual' in name else t for name, t in tensors.items()}
 
 
-def assert_no_worse(tensors, launches, monkeypatch, low=None, floor=0.0):
-    """Than the reference in the same precision; `floor`: the difference made by the order of sums in float32."""
-    from titans_pytorch.ops import _dispatch
-
-    exact, came, enabled = exactly(tensors), [], _dispatch.kernels_enabled
-    for use in (True, False):
-        monkeypatch.setattr(_dispatch, 'kernels_enabled', lambda use=use: use and enabled())
-        with torch.autocast(DEVICE, low, enabled=low is not None):
-            came.append(learned(ours, leaves(tensors)))
-    assert len(launches) == 1
-    for ours_, theirs, want in zip(*came, exact):
-        assert ours_.keys() == theirs.keys() == want.keys()
-        for name, t in want.items():
-            assert ours_[name].dtype == theirs[name].dtype, name
-            error, budget = ((own[name].double() - t).norm() for own in (ours_, theirs))
-            assert error <= max(2 * budget, floor * t.norm()), f'{name}: {error:.2e}, reference {budget:.2e}'
+def learned_in(low, tensors):
+    with torch.autocast(DEVICE, low, enabled=low is not None):
+        return learned(ours, leaves(tensors))
 
 
 # and at weights of its own for each chunk
@@ -269,9 +258,10 @@ def test_kernels_read_views_of_residual_weights(launches, poisoned):
 
 @pytest.mark.parametrize(('depth', 'norm'), NETWORKS)
 @pytest.mark.parametrize('dtype', [torch.float32, LOW])
-def test_residual_weights_are_as_exact_under_autocast(launches, poisoned, depth, norm, dtype, monkeypatch):
+def test_residual_weights_are_as_exact_under_autocast(launches, poisoned, depth, norm, dtype):
     tensors = lowered(problem(2, 4, 4, 16, 64, depth, norm, residual=True), dtype)
-    assert_no_worse(tensors, launches, monkeypatch, LOW)
+    assert_no_worse(lambda: learned_in(LOW, tensors), exactly(tensors))
+    assert len(launches) == 1
 
 
 def test_inputs_that_the_kernels_do_not_support(launches):
@@ -306,12 +296,14 @@ def test_the_operation_is_registered_correctly(kernels_everywhere, depth, norm, 
     'shape',
     [(64, 32, 4, 64, 256), (16, 32, 4, 64, 256), (8, 5, 3, 100, 250), (16, 8, 64, 128, 512), (3, 32, 1, 16, 32)],
 )
-def test_kernels_in_sizes_of_training(launches, poisoned, shape, depth, norm, precision, monkeypatch):
+def test_kernels_in_sizes_of_training(launches, poisoned, shape, depth, norm, precision):
+    tensors = problem(*shape, depth, norm)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision('highest' if precision == 'bfloat16' else precision)
     try:
         low = torch.bfloat16 if precision == 'bfloat16' else None
-        assert_no_worse(problem(*shape, depth, norm), launches, monkeypatch, low, floor=1e-5)
+        assert_no_worse(lambda: learned_in(low, tensors), exactly(tensors), floor=1e-5)
+        assert len(launches) == 1
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -323,6 +315,8 @@ def test_kernels_in_sizes_of_training(launches, poisoned, shape, depth, norm, pr
     'shape',
     [(16, 32, 4, 64, 128), (64, 8, 4, 64, 256), (8, 5, 3, 100, 250), (4, 8, 64, 128, 256), (3, 32, 1, 16, 32)],
 )
-def test_residual_weights_in_sizes_of_training(launches, poisoned, shape, depth, norm, low, monkeypatch):
+def test_residual_weights_in_sizes_of_training(launches, poisoned, shape, depth, norm, low):
     tensors = problem(*shape, depth, norm, residual=True)
-    assert_no_worse(tensors if low is None else lowered(tensors, low), launches, monkeypatch, low, floor=1e-5)
+    tensors = tensors if low is None else lowered(tensors, low)
+    assert_no_worse(lambda: learned_in(low, tensors), exactly(tensors), floor=1e-5)
+    assert len(launches) == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import assert_same
+from compare import assert_no_worse, assert_same
 
 from titans_pytorch.ops.final_state import final_state
 from titans_pytorch.ops.inner_gradient import inner_gradient
@@ -120,13 +120,13 @@ def leaves(tensors, dtype=None):
     return {name: t.detach().to(dtype or t.dtype).requires_grad_() for name, t in tensors.items()}
 
 
-def learned(function, tensors, used=None, turned=False):
+def learned(function, tensors, used=None, transposed=False):
     """Results of `function`, and gradients of a linear function of them, or of those in `used`, for every tensor."""
     generator, total = torch.Generator().manual_seed(1), 0.0
     out = function(tensors)
     for name, t in out.items():
         weights = torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device)
-        if turned and t.ndim > 2:
+        if transposed and t.ndim > 2:
             t, weights = t.transpose(-2, -1) * 1.0, weights.transpose(-2, -1)
         if used is None or name in used:
             total = total + (t.double() * weights).sum()
@@ -226,9 +226,9 @@ def test_not_all_inputs_learn(kernels, poisoned):
 
 @pytest.mark.parametrize(('depth', 'norm'), NETWORKS)
 @pytest.mark.parametrize('dtype', [torch.float32, LOW])
-def test_kernels_are_as_exact_under_autocast_as_the_reference(kernels, poisoned, depth, norm, dtype, monkeypatch):
+def test_kernels_are_as_exact_under_autocast_as_the_reference(kernels, poisoned, depth, norm, dtype):
     tensors = lowered(problem(2, 2, 4, 4, 16, 32, 2, depth, norm), dtype)
-    assert_no_worse(tensors, LOW, monkeypatch)
+    assert_no_worse(lambda: learned_in(LOW, tensors), exactly(tensors))
 
 
 def lowered(tensors, dtype):
@@ -236,21 +236,9 @@ def lowered(tensors, dtype):
     return {name: t.to(dtype) if name in ('keys', 'values') else t for name, t in tensors.items()}
 
 
-def assert_no_worse(tensors, low, monkeypatch, floor=0.0):
-    """Than the reference in the same precision; `floor`: the difference made by the order of sums in float32."""
-    from titans_pytorch.ops import _dispatch
-
-    exact, came, enabled = exactly(tensors), [], _dispatch.kernels_enabled
-    for use in (True, False):
-        monkeypatch.setattr(_dispatch, 'kernels_enabled', lambda use=use: use and enabled())
-        with torch.autocast(DEVICE, low, enabled=low is not None):
-            came.append(learned(scanned, leaves(tensors)))
-    for ours, theirs, want in zip(*came, exact):
-        assert ours.keys() == theirs.keys() == want.keys()
-        for name, t in want.items():
-            assert ours[name].dtype == theirs[name].dtype, name
-            error, budget = ((own[name].double() - t).norm() for own in (ours, theirs))
-            assert error <= max(2 * budget, floor * t.norm()), f'{name}: {error:.2e}, reference {budget:.2e}'
+def learned_in(low, tensors):
+    with torch.autocast(DEVICE, low, enabled=low is not None):
+        return learned(scanned, leaves(tensors))
 
 
 def test_inputs_that_the_kernels_do_not_support(kernels, monkeypatch):
@@ -305,10 +293,11 @@ def test_it_compiles_to_one_operation(kernels, fresh_compiler):
         (2, 3, 32, 1, 16, 32, 4),
     ],
 )
-def test_kernels_in_sizes_of_training(kernels, poisoned, shape, depth, norm, low, monkeypatch):
+def test_kernels_in_sizes_of_training(kernels, poisoned, shape, depth, norm, low):
     tensors = problem(*shape, depth, norm)
     tensors['step_sizes'] = tensors['step_sizes'] * 0.03
-    assert_no_worse(tensors if low is None else lowered(tensors, low), low, monkeypatch, 1e-5)
+    tensors = tensors if low is None else lowered(tensors, low)
+    assert_no_worse(lambda: learned_in(low, tensors), exactly(tensors), floor=1e-5)
 
 
 @pytest.mark.gpu

@@ -222,7 +222,7 @@ def test_programs_of_more_or_less(kernels_everywhere, poisoned, sides, monkeypat
 
 
 def test_kernels_read_views(kernels_everywhere, poisoned):
-    # chunks out of a longer sequence, features of every other, states that heads share or that are turned
+    # chunks out of a longer sequence, features of every other, states that heads share or that are transposed
     longer, changed = matrices(2, 9, 5, 16, 24), vectors(2, 9, 48)
     cut = {
         'inputs': longer['inputs'][:, 2:7, 1:],
@@ -354,10 +354,10 @@ def test_operations_keep_the_rules_of_pytorch():
         torch.library.opcheck(gradients.vector_scan_backward, all_args, test_utils=CHECKS[:3])
 
 
-def test_a_run_compiles_to_operations(kernels_everywhere, fresh_compiler):
+def test_scans_compile_to_operations(kernels_everywhere, fresh_compiler):
     tensors, seen = matrices(2, 3, 2, 16, 20), []
 
-    def run(inputs, deltas, scales, gates, start):
+    def scans(inputs, deltas, scales, gates, start):
         every, end = momentum_scan(inputs, deltas, scales, gates.log(), start, torch.float32)
         before, weight = weight_scan(every.tanh(), gates.log(), start, torch.float32)
         return {'before': before, 'weight': weight, 'end': end}
@@ -366,8 +366,8 @@ def test_a_run_compiles_to_operations(kernels_everywhere, fresh_compiler):
         seen.extend(str(node.target) for node in graph.graph.nodes)
         return torch._dynamo.lookup_backend('aot_eager')(graph, inputs)
 
-    compiled = torch.compile(run, fullgraph=True, backend=backend)
-    assert_same(learned(compiled, leaves(tensors)), learned(run, leaves(tensors)), 1e-6)
+    compiled = torch.compile(scans, fullgraph=True, backend=backend)
+    assert_same(learned(compiled, leaves(tensors)), learned(scans, leaves(tensors)), 1e-6)
     assert sum('titans_pytorch' in name for name in seen) == 2
 
 
@@ -485,7 +485,7 @@ def test_kernels_store_what_the_reference_stores(kernels_everywhere, scanned, mo
 
 @pytest.mark.parametrize('scale', [1.0, 1e-5])
 def test_a_clamp_is_that_of_the_matrix_whatever_its_rows_are_in(scale):
-    backend = SpectralBackend(None, None, None, 0.5, True)
+    backend = SpectralBackend(None, None, None, None, 0.5, True)
     rows, deltas = torch.randn(2, 3, 4, 8).half(), (torch.randn(2, 3, 4, 6) * scale).half()
     matrices = rows.float().mT @ deltas.float()
     with torch.autocast(DEVICE, LOW):

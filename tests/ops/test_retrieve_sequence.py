@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_same
+from compare import assert_no_worse, assert_same
 
 from titans_pytorch.ops.norms import layer_norm
 from titans_pytorch.ops.retrieve_sequence import FactoredMatrix, reference, retrieve_sequence
@@ -212,35 +212,17 @@ def test_kernels_read_views(launches, poisoned):
 
 @pytest.mark.parametrize('case', [SMALL, (1, 2, 5, 3, 6, 20, None, 2, False)])
 @pytest.mark.parametrize('rows', [torch.float32, LOW])
-def test_kernels_are_as_exact_under_autocast_as_the_reference(launches, poisoned, case, rows, monkeypatch):
+def test_kernels_are_as_exact_under_autocast_as_the_reference(launches, poisoned, case, rows):
     tensors = problem(*case)
     tensors = {name: t.to(LOW) if name.endswith(('inputs', 'deltas')) else t for name, t in tensors.items()}
     tensors['queries'] = tensors['queries'].to(rows)
-    came = []
-    for _ in with_and_without_kernels(monkeypatch):
-        with torch.autocast(DEVICE, LOW):
-            came.append(learned(ours, leaves(tensors)))
+    assert_no_worse(lambda: learned_in(LOW, tensors), exactly(tensors), floor=1e-4)
     assert len(launches) == 1
-    assert_no_worse(*came, exactly(tensors), floor=1e-4)
 
 
-def with_and_without_kernels(monkeypatch):
-    from titans_pytorch.ops import _dispatch
-
-    enabled = _dispatch.kernels_enabled
-    for use in (True, False):
-        monkeypatch.setattr(_dispatch, 'kernels_enabled', lambda use=use: use and enabled())
-        yield use
-
-
-def assert_no_worse(ours, theirs, exact, floor):
-    (out, gradients), (their_out, their_gradients), (exact_out, exact_gradients) = ours, theirs, exact
-    pairs = {'out': (out, their_out, exact_out)}
-    pairs |= {name: (gradients[name], their_gradients[name], want) for name, want in exact_gradients.items()}
-    for name, (own, their, want) in pairs.items():
-        assert own.dtype == their.dtype and own.shape == want.shape
-        error, budget = ((t.double() - want).norm() for t in (own, their))
-        assert error <= max(2 * budget, floor * want.norm()), f'{name}: {error:.2e}, reference {budget:.2e}'
+def learned_in(low, tensors):
+    with torch.autocast(DEVICE, low, enabled=low is not None):
+        return learned(ours, leaves(tensors))
 
 
 @pytest.mark.parametrize(
@@ -313,13 +295,9 @@ def test_it_compiles_to_one_operation(kernels_everywhere, fresh_compiler):
         (4, 2, 7, 5, 5, 128, None, 1, False),
     ],
 )
-def test_kernels_in_sizes_of_training(launches, poisoned, case, low, monkeypatch):
+def test_kernels_in_sizes_of_training(launches, poisoned, case, low):
     tensors = problem(*case)
     if low:
         tensors = {name: t.to(LOW) if name.endswith(('inputs', 'deltas')) else t for name, t in tensors.items()}
-    came = []
-    for _ in with_and_without_kernels(monkeypatch):
-        with torch.autocast('cuda', LOW, enabled=low):
-            came.append(learned(ours, leaves(tensors)))
+    assert_no_worse(lambda: learned_in(LOW if low else None, tensors), exactly(tensors), floor=1e-5)
     assert len(launches) == 1
-    assert_no_worse(*came, exactly(tensors), floor=1e-5)

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import NamedTuple
 
 import pytest
 import torch
 from compare import assert_same, randomised
 from torch import nn
+from torch.func import functional_call
 
 from titans_pytorch import MemoryAsContextTransformer, NeuralMemory, without_kernels
 from titans_pytorch.generation.stepper import Stepper
-from titans_pytorch.memory import token_retrieval as adapter
-from titans_pytorch.memory.backends import DualBackend
 from titans_pytorch.memory.modules import HeadsFirst, L2Norm, MultiheadRMSNorm
-from titans_pytorch.memory.reference import default_loss_fn
 from titans_pytorch.memory.state import copy_weights
-from titans_pytorch.memory.token_retrieval import Retrieval, retrieve_one
-from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
+from titans_pytorch.memory.token_retrieval import PlainRetrieval
+from titans_pytorch.memory_models import MemoryMLP, PlainMLP, ResidualNorm
 from titans_pytorch.ops import token_retrieval as token_retrieval_ops
-from titans_pytorch.ops.associative_scan import AssocScan
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -51,12 +49,24 @@ def random(*shape, dtype=torch.float32):
     return torch.randn(*shape, device=DEVICE).to(dtype)
 
 
-def backend_of(model):
-    return DualBackend(model, default_loss_fn, AssocScan(), None, False)
+class Parts(NamedTuple):
+    """Modules of a memory that retrieval runs through."""
+
+    heads: int
+    network: nn.Module
+    query_norm: nn.Module
+    value_norm: nn.Module
+    gate: nn.Sequential | None
+    dtype: torch.dtype = torch.float32
+
+    def plain(self):
+        return PlainRetrieval.of(
+            self.heads, PlainMLP.of(self.network), self.query_norm, self.value_norm, self.gate, self.dtype
+        )
 
 
 def problem(dim_head, hidden=None, heads=3, query_norm=True, norm=True, gate=True, batch=2, dtype=torch.float32):
-    """Arguments of `retrieve_one`, of which queries and input are not dense; one matrix without `hidden`."""
+    """Arguments of `retrieve`, of which queries and input are not dense; one matrix without `hidden`."""
     depth, factor = (1, 1.0) if hidden is None else (2, hidden / dim_head)
     model = MemoryMLP(dim_head, depth, factor)
     model = ResidualNorm(dim_head, model) if norm else model
@@ -65,32 +75,36 @@ def problem(dim_head, hidden=None, heads=3, query_norm=True, norm=True, gate=Tru
         for name, p in model.named_parameters()
     }
     to_gates = nn.Sequential(nn.Linear(21, heads, bias=False), HeadsFirst(heads), nn.Sigmoid())
-    parts = Retrieval(
+    parts = Parts(
         heads=heads,
-        backend=backend_of(model),
+        network=model,
         query_norm=randomised(MultiheadRMSNorm(dim_head, heads)).to(DEVICE) if query_norm else nn.Identity(),
         value_norm=nn.Identity(),
         gate=to_gates.to(DEVICE) if gate else None,
-        dtype=torch.float32,
     )
     projected = random(batch, 1, heads * dim_head + 3, dtype=dtype)[..., :-3]
     return parts, weights, projected, random(batch, 2, 21)[:, 1:]
 
 
+def retrieve(parts, weights, projected, normed):
+    return parts.plain()(weights, projected, normed)
+
+
 def exact(parts, weights, projected, normed):
     """The same in float64, module by module."""
-    parts = parts._replace(query_norm=deepcopy(parts.query_norm).double(), gate=deepcopy(parts.gate))
-    if parts.gate is not None:
-        parts.gate.double()
+    network, query_norm, gate = (deepcopy(m) for m in (parts.network, parts.query_norm, parts.gate))
+    queries = query_norm.double()(projected.double().unflatten(-1, (parts.heads, -1)).transpose(1, 2))
     doubled = {name: w.double() for name, w in weights.items()}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapter, '_is_plain', lambda parts: False)
-        return retrieve_one(parts, doubled, projected.double(), normed.double())
+    values = torch.func.vmap(lambda own, rows: functional_call(network, own, (rows,)))(doubled, queries.flatten(0, 1))
+    values = values.unflatten(0, (-1, parts.heads))
+    if gate is not None:
+        values = values * gate.double()(normed.double())
+    return values.transpose(1, 2).flatten(2)
 
 
 def by_reference(*given):
     with without_kernels():
-        return retrieve_one(*given)
+        return retrieve(*given)
 
 
 @pytest.mark.parametrize('gate', [True, False])
@@ -99,7 +113,7 @@ def by_reference(*given):
 @pytest.mark.parametrize('hidden', [None, 32])
 def test_the_kernel_equals_the_reference(hidden, query_norm, norm, gate, launches, poisoned):
     given = problem(16, hidden, query_norm=query_norm, norm=norm, gate=gate)
-    came = retrieve_one(*given)
+    came = retrieve(*given)
     assert len(launches) == 1 and came.is_contiguous()
     assert_same(came, by_reference(*given), 1e-5)
     assert_same(came, exact(*given), 1e-5)
@@ -114,61 +128,68 @@ def test_any_width_and_blocks_of_units(dim_head, hidden, tile, block, launches, 
     monkeypatch.setattr(kernel, 'BLOCK', block)
     for heads in (1, 2):
         given = problem(dim_head, hidden, heads)
-        assert_same(retrieve_one(*given), exact(*given), 1e-5)
+        assert_same(retrieve(*given), exact(*given), 1e-5)
     assert len(launches) == 2
 
 
 def test_no_number_stays_with_its_entry_and_head(kernel):
     parts, weights, projected, normed = problem(16, 32)
-    expected = retrieve_one(parts, weights, projected, normed)
+    expected = retrieve(parts, weights, projected, normed)
     projected[0, 0, 20] = float('nan')  # of the second head
-    came = retrieve_one(parts, weights, projected, normed)
+    came = retrieve(parts, weights, projected, normed)
     of_second = slice(16, 32)
     assert came[0, 0, of_second].isnan().all()
     came[0, 0, of_second] = expected[0, 0, of_second]
     assert torch.equal(came, expected)
     weights['model.weights.1'][4, 3, 2] = float('nan')  # of the second entry's second head
-    assert retrieve_one(parts, weights, projected, normed)[1, 0, of_second].isnan().all()
+    assert retrieve(parts, weights, projected, normed)[1, 0, of_second].isnan().all()
 
 
 def test_no_entries(kernel):
-    assert retrieve_one(*problem(16, 32, batch=0)).shape == (0, 1, 48)
+    assert retrieve(*problem(16, 32, batch=0)).shape == (0, 1, 48)
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_queries_in_low_precision(dtype, launches):
     given = problem(16, 32, dtype=dtype)
-    came = retrieve_one(*given)
+    came = retrieve(*given)
     assert len(launches) == 1 and came.dtype == torch.float32
     assert_same(came, exact(*given), 1e-5)
 
 
-def test_what_the_kernel_is_not_for(kernel, monkeypatch):
-    monkeypatch.setattr(kernel, 'token_retrieval', None)
-    parts, weights, projected, normed = problem(16, 32)
+def test_what_the_operation_is_not_for():
+    parts, *_ = problem(16, 32)
 
     class Changed(MemoryMLP):
         pass
 
     channels = nn.Sequential(nn.Linear(21, 48), HeadsFirst(3), nn.Sigmoid()).to(DEVICE)
+    assert parts.plain() is not None
     for changes in (
         {'gate': channels},
         {'query_norm': L2Norm()},
         {'value_norm': MultiheadRMSNorm(16, 3).to(DEVICE)},
-        {'backend': backend_of(ResidualNorm(16, Changed(16, 2)))},
+        {'network': ResidualNorm(16, Changed(16, 2))},
+        {'network': MemoryMLP(16, 3)},
+        {'dtype': torch.bfloat16},
     ):
-        retrieve_one(parts._replace(**changes), weights, projected, normed)
+        assert parts._replace(**changes).plain() is None
+
+    parts.gate[0].register_forward_hook(lambda *_: None)
+    assert parts.plain() is None
+
+
+def test_what_the_kernel_is_not_for(kernel, monkeypatch):
+    monkeypatch.setattr(kernel, 'token_retrieval', None)
+    parts, weights, projected, normed = problem(16, 32)
     transposed = {name: w.mT.contiguous().mT if w.ndim > 2 else w for name, w in weights.items()}
-    retrieve_one(parts, transposed, projected, normed)
-    deep = MemoryMLP(16, 3)
-    weights_of_deep = {name: random(6, *p.shape) for name, p in deep.named_parameters()}
-    retrieve_one(parts._replace(backend=backend_of(deep)), weights_of_deep, projected, normed)
+    retrieve(parts, transposed, projected, normed)
     with torch.enable_grad():
-        assert retrieve_one(parts, weights, projected.clone().requires_grad_(), normed).requires_grad
+        assert retrieve(parts, weights, projected.clone().requires_grad_(), normed).requires_grad
     double = {name: w.double() for name, w in weights.items()}
-    retrieve_one(parts._replace(query_norm=nn.Identity(), gate=None), double, projected.double(), normed)
+    retrieve(parts._replace(query_norm=nn.Identity(), gate=None), double, projected.double(), normed)
     monkeypatch.setattr(token_retrieval_ops, 'LARGEST', 16 * 32 - 1)
-    retrieve_one(parts, weights, projected, normed)
+    retrieve(parts, weights, projected, normed)
 
 
 @pytest.mark.parametrize('gate', [True, False])
@@ -184,7 +205,7 @@ def test_the_reference_equals_the_modules(hidden, query_norm, norm, gate):
         gate=None if parts.gate is None else deepcopy(parts.gate).double(),
         dtype=torch.float64,
     )
-    came = retrieve_one(of_doubles, doubled, projected.double(), normed.double())
+    came = retrieve(of_doubles, doubled, projected.double(), normed.double())
     assert_same(came, exact(*given), 1e-12)
 
 
@@ -270,11 +291,11 @@ def test_kernel_in_a_cuda_graph(hidden, launches):
     side = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
-        retrieve_one(*given)  # compiled
+        retrieve(*given)  # compiled
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        came = retrieve_one(*given)
+        came = retrieve(*given)
     assert len(launches) == 2
     for _ in range(5):
         projected.normal_()

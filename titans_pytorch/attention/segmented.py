@@ -382,6 +382,6 @@ def heads_of(projected: Float[Tensor, 'b n qkv'], heads: int) -> Float[Tensor, '
     return projected.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
 
 
-def _shifted(windows: Float[Tensor, 'b w h n d']) -> Tensor:
+def _shifted(windows: Float[Tensor, 'b w h n d']) -> Float[Tensor, 'b w h n d']:
     """The window before each window; zeros for the first."""
     return F.pad(windows, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from torch import Tensor
 from torch.nn import Module
 
+from titans_pytorch.memory.state import LayerSurprises
 from titans_pytorch.utils.shapes import Float, Int
 
 
@@ -58,9 +59,10 @@ class Decodable(Protocol[CacheT]):
         return_cache: bool = False,
         disable_flex_attn: bool,
         store: bool = True,
+        return_surprises: bool = False,
     ) -> Any:
-        """Logits of `x`, which follows `state` or begins with the tokens read into `cache`; and the new cache, if
-        requested."""
+        """Logits of `x`, which follows `state` or begins with the tokens read into `cache`; and, if requested, the new
+        cache and the surprises of its memories."""
 
     def train(self, mode: bool = True) -> Any: ...
 
@@ -72,8 +74,8 @@ class Decodable(Protocol[CacheT]):
     def obstacle_to_steps(self, cache: CacheT) -> str | None:
         """The reason why steps from `cache` would differ from calls of the model; `None` if they agree."""
 
-    def decoding_state(self, cache: CacheT) -> Any:
-        """`cache` as `StepBuffers`."""
+    def decoding_state(self, cache: CacheT, with_surprises: bool = False) -> Any:
+        """`cache` as `StepBuffers`; with those of `step_surprises`, if requested."""
 
     def decoding_cache(self, state: Any, position: int) -> CacheT:
         """Inverse of `decoding_state`, after `position` positions; the result does not alias the buffers."""
@@ -83,3 +85,6 @@ class Decodable(Protocol[CacheT]):
     def step(self, state: Any, kind: StepKind) -> None:
         """Process one position, from the tensors of `state` into the tensors of `state`. Neither shapes nor operations
         depend on the position, only on `kind`, so that each kind of step can be captured as a CUDA graph."""
+
+    def step_surprises(self, state: Any) -> LayerSurprises:
+        """Surprises of the chunk that the last step completed; the result does not alias the buffers."""

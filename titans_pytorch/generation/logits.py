@@ -1,13 +1,21 @@
-"""A choice of one token from logits: the min-p filter, and sampling by the Gumbel-max trick."""
+"""A choice of one token from logits: filters of unlikely tokens, and sampling by the Gumbel-max trick."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from titans_pytorch.utils.checks import check_broadcasts, check_floating, check_number, values_are_at_hand
+from titans_pytorch.utils.checks import (
+    check_broadcasts,
+    check_floating,
+    check_integer,
+    check_number,
+    values_are_at_hand,
+)
 from titans_pytorch.utils.precision import at_least_float32
 from titans_pytorch.utils.shapes import Float, Int
 
@@ -20,20 +28,62 @@ def min_p_filter(logits: Float[Tensor, '... l'], min_p: float = 0.1) -> Float[Te
     _check_logits(logits)
     if isinstance(min_p, Tensor):
         check_broadcasts('min_p', min_p, logits)
-    elif check_number('min_p', min_p, at_least=0) > 1:
-        raise ValueError(f'min_p must be a fraction of the likeliest probability, from 0 to 1, got {min_p}')
+    else:
+        _checked_min_p(min_p)
     probs = logits.softmax(dim=-1)
     return logits.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), float('-inf'))
 
 
-def gumbel_noise(t: Float[Tensor, ' ...']) -> Float[Tensor, ' ...']:
-    """Standard Gumbel noise of the shape of `t`, in float32 at least: −log(−log u) of uniform u."""
+def top_k_filter(logits: Float[Tensor, '... l'], top_k: int) -> Float[Tensor, '... l']:
+    """Logits with −inf for all but the `top_k` likeliest tokens, and those as likely as the last of them."""
+    _check_logits(logits)
+    top_k = min(_checked_top_k(top_k), logits.shape[-1])
+    return logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], float('-inf'))
+
+
+def top_p_filter(logits: Float[Tensor, '... l'], top_p: float) -> Float[Tensor, '... l']:
+    """Logits with −inf for all but the fewest likeliest tokens whose probabilities add up to `top_p`, from 0 to 1, and
+    those as likely as the last of them (nucleus sampling, arXiv 1904.09751). 0 keeps the likeliest, 1 all."""
+    _check_logits(logits)
+    top_p = _checked_top_p(top_p)
+    if top_p == 1:
+        return logits  # the sum of all probabilities, rounded, may reach 1 too early
+    ordered = logits.sort(dim=-1, descending=True).values
+    probs = at_least_float32(ordered).softmax(dim=-1)
+    num_kept = (probs.cumsum(dim=-1) - probs < top_p).sum(dim=-1, keepdim=True).clamp(min=1)
+    return logits.masked_fill(logits < ordered.gather(-1, num_kept - 1), float('-inf'))
+
+
+def filters(
+    top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
+) -> Callable[[Float[Tensor, 'b l']], Float[Tensor, 'b l']]:
+    """The filters that are not `None`, as one function of logits; each sees the tokens that the one before leaves."""
+    chosen: list[Callable[[Tensor], Tensor]] = []
+    if top_k is not None:
+        chosen.append(partial(top_k_filter, top_k=_checked_top_k(top_k)))
+    if top_p is not None:
+        chosen.append(partial(top_p_filter, top_p=_checked_top_p(top_p)))
+    if min_p is not None:
+        chosen.append(partial(min_p_filter, min_p=_checked_min_p(min_p)))
+    return lambda logits: reduce(lambda left, keep: keep(left), chosen, logits)
+
+
+def gumbel_noise(t: Float[Tensor, ' ...'], generator: torch.Generator | None = None) -> Float[Tensor, ' ...']:
+    """Standard Gumbel noise of the shape of `t`, in float32 at least: −log(−log u) of uniform u.
+
+    `generator` yields u, in place of PyTorch's global random state.
+    """
     tiny = 1e-20
-    return -torch.log((-torch.log(torch.rand_like(at_least_float32(t)).clamp(min=tiny))).clamp(min=tiny))
+    uniform = torch.empty_like(at_least_float32(t)).uniform_(generator=generator)
+    return -torch.log((-torch.log(uniform.clamp(min=tiny))).clamp(min=tiny))
 
 
-def gumbel_sample(logits: Float[Tensor, '... l'], temperature: float = 1.0) -> Int[Tensor, '... 1']:
+def gumbel_sample(
+    logits: Float[Tensor, '... l'], temperature: float = 1.0, generator: torch.Generator | None = None
+) -> Int[Tensor, '... 1']:
     """A token from softmax(logits / temperature), by the Gumbel-max trick; the likeliest at temperature 0.
+
+    `generator` yields the noise, in place of PyTorch's global random state.
 
     Raises:
         ValueError: for a negative temperature, and for rows of logits without a valid token (NaN, or all −inf). Rows
@@ -41,16 +91,18 @@ def gumbel_sample(logits: Float[Tensor, '... l'], temperature: float = 1.0) -> I
     """
     temperature = check_number('temperature', temperature, at_least=0)
     _check_logits(logits)
-    tokens, best = sampled(logits, temperature)
+    tokens, best = sampled(logits, temperature, generator)
     if values_are_at_hand(best):
         check_best(best)
     return tokens.unsqueeze(-1)
 
 
-def sampled(logits: Float[Tensor, '... l'], temperature: float) -> tuple[Int[Tensor, ' ...'], Float[Tensor, ' ...']]:
+def sampled(
+    logits: Float[Tensor, '... l'], temperature: float, generator: torch.Generator | None
+) -> tuple[Int[Tensor, ' ...'], Float[Tensor, ' ...']]:
     """A token for each row, and its logit with the noise added, which is NaN or −inf if no token was valid."""
     if temperature > 0.0:
-        logits = logits / temperature + gumbel_noise(logits)
+        logits = logits / temperature + gumbel_noise(logits, generator)
     best, tokens = logits.max(dim=-1)
     return tokens, best
 
@@ -62,6 +114,27 @@ def check_best(best: Float[Tensor, ' ...']) -> None:
             'logits must leave a token to choose, and those of a row are NaN or all -inf: '
             'the model returned them, or filter_fn removed every token'
         )
+
+
+def log_probabilities(logits: Float[Tensor, '... l'], tokens: Int[Tensor, ' ...']) -> Float[Tensor, ' ...']:
+    """Log-probability of each token under softmax(logits), in float32 at least."""
+    return at_least_float32(logits).log_softmax(dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def _checked_top_k(top_k: Any) -> int:
+    return check_integer('top_k', top_k, 1)
+
+
+def _checked_top_p(top_p: Any) -> float:
+    if (checked := check_number('top_p', top_p, at_least=0)) > 1:
+        raise ValueError(f'top_p must be a probability, from 0 to 1, got {top_p}')
+    return checked
+
+
+def _checked_min_p(min_p: Any) -> float:
+    if (checked := check_number('min_p', min_p, at_least=0)) > 1:
+        raise ValueError(f'min_p must be a fraction of the likeliest probability, from 0 to 1, got {min_p}')
+    return checked
 
 
 def _check_logits(logits: Any) -> None:

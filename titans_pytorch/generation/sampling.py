@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Generic, Literal, NamedTuple, overload
 
 import numpy as np
@@ -12,8 +14,9 @@ from tqdm import tqdm
 
 from titans_pytorch.generation.decodable import CacheT, Decodable
 from titans_pytorch.generation.evaluation import evaluation_mode
-from titans_pytorch.generation.logits import check_best, min_p_filter, sampled
+from titans_pytorch.generation.logits import check_best, filters, log_probabilities, min_p_filter, sampled
 from titans_pytorch.generation.stepper import CallStepper, Stepper
+from titans_pytorch.memory.state import LayerSurprises, Surprises
 from titans_pytorch.utils.checks import (
     check_callable,
     check_flags,
@@ -27,12 +30,43 @@ from titans_pytorch.utils.checks import (
 )
 from titans_pytorch.utils.shapes import Float, Int
 
+DEFAULT_FILTER: Mapping[str, Any] = {'min_p': 0.1}
+"""Arguments of `min_p_filter`, the default filter."""
+
+
+class Sampled(NamedTuple):
+    """Sampled tokens and more about them: the result of `sample`, or one position of `stream`."""
+
+    tokens: Int[Tensor, 'b n'] | Int[Tensor, ' b']
+    logprobs: Float[Tensor, 'b n'] | Float[Tensor, ' b'] | None = None
+    """Log-probability of each token under the model's own distribution, softmax(logits), before temperature and
+    filters; 0 for padding. `None` if not requested."""
+    surprises: LayerSurprises | None = None
+    """Surprises of the chunks that were completed by reading the prompt and all tokens but the last; in a stream, those
+    since the position before. Rows are aligned by position, whatever the lengths of the prompts. `None` if not
+    requested; empty if there are none."""
+    cache: Any = None
+    """The cache, from `sample(…, return_cache=True)`. A stream returns it at its end."""
+
+
 # methods of every model
 
 
 @overload
 def sample(
-    self: Decodable[CacheT], prompt: Tensor, seq_len: int, *args: Any, return_cache: Literal[True], **kwargs: Any
+    self: Decodable[CacheT], prompt: Tensor, *args: Any, return_logprobs: Literal[True], **kwargs: Any
+) -> Sampled: ...
+
+
+@overload
+def sample(
+    self: Decodable[CacheT], prompt: Tensor, *args: Any, return_surprises: Literal[True], **kwargs: Any
+) -> Sampled: ...
+
+
+@overload
+def sample(
+    self: Decodable[CacheT], prompt: Tensor, *args: Any, return_cache: Literal[True], **kwargs: Any
 ) -> tuple[Int[Tensor, 'b n'], CacheT]: ...
 
 
@@ -40,9 +74,10 @@ def sample(
 def sample(
     self: Decodable[CacheT],
     prompt: Tensor,
-    seq_len: int,
     *args: Any,
     return_cache: Literal[False] = False,
+    return_logprobs: Literal[False] = False,
+    return_surprises: Literal[False] = False,
     **kwargs: Any,
 ) -> Int[Tensor, 'b n']: ...
 
@@ -50,13 +85,20 @@ def sample(
 def sample(  # type: ignore[misc]  # the overloads name only what decides the result
     self: Decodable[CacheT],
     prompt: Int[Tensor, 'b n'],
-    seq_len: int,
+    seq_len: int | None = None,
     temperature: float = 1.5,
     filter_fn: Callable[..., Tensor] = min_p_filter,
-    filter_kwargs: Mapping[str, Any] = {'min_p': 0.1},
+    filter_kwargs: Mapping[str, Any] = DEFAULT_FILTER,
     show_progress: bool = True,
     use_cache: bool = False,
     *,
+    max_new_tokens: int | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    generator: torch.Generator | None = None,
+    return_logprobs: bool = False,
+    return_surprises: bool = False,
     prompt_lengths: Sequence[int] | Tensor | None = None,
     stop_tokens: int | Iterable[int] = (),
     pad_token: int = 0,
@@ -67,16 +109,26 @@ def sample(  # type: ignore[misc]  # the overloads name only what decides the re
     compiled: bool = False,
     store: bool = True,
 ) -> Any:
-    """Tokens that continue `prompt` to a total length of `seq_len`.
+    """Tokens that continue `prompt`, to a total length of `seq_len` or by `max_new_tokens`.
 
     Args:
         prompt: token ids (batch, length) of any integer dtype, at least one.
         seq_len: total length, prompt included.
         temperature: 0 always picks the likeliest token; it cannot be negative.
         filter_fn: called as `filter_fn(logits, **filter_kwargs)` on the logits of each step, (batch, num_tokens).
+            Filters see the model's own distribution: the temperature is applied to what they leave.
         show_progress: show a progress bar.
         use_cache: carry the state from step to step. The tokens are the same, and the cost of a step does not grow with
             the length.
+        max_new_tokens: tokens to add to each row, in place of `seq_len`.
+        top_k: keep the `top_k` likeliest tokens.
+        top_p: keep the fewest likeliest tokens whose probabilities add up to `top_p`, from 0 to 1.
+        min_p: keep tokens at least `min_p` times as likely as the likeliest, from 0 to 1. `top_k`, `top_p` and `min_p`
+            are applied in this order and replace the default filter; they cannot be combined with `filter_fn`.
+        generator: random numbers of its own for this call, which then neither depends on PyTorch's global random state
+            nor changes it. It must be on the device of `prompt`.
+        return_logprobs: also return the log-probability of each token; see `Sampled`.
+        return_surprises: also return the surprises of every memory layer; see `forward` and `Sampled`.
         prompt_lengths: length of each row of `prompt`, the rest of the row being padding. A row's tokens then follow
             its own prompt, and are padded on the right in turn.
         stop_tokens: token or tokens that end a sequence. The stop token itself is returned, followed by `pad_token`;
@@ -96,43 +148,61 @@ def sample(  # type: ignore[misc]  # the overloads name only what decides the re
             model, as it is when a module has hooks: exact and of constant cost, but slower.
 
     Returns:
-        tokens (batch, seq_len − length of the shortest prompt), int64, or fewer if all sequences end; with
-        `return_cache` a pair with the cache. The cache covers all tokens but the last; it is `None` after a prompt of
-        one token to which nothing was added.
+        tokens (batch, seq_len − length of the shortest prompt) or (batch, max_new_tokens), int64, or fewer if all
+        sequences end; with `return_cache` a pair with the cache; with `return_logprobs` or `return_surprises` a
+        `Sampled`. The cache covers all tokens but the last; it is `None` after a prompt of one token to which nothing
+        was added.
 
     Raises:
         ValueError, TypeError: for invalid arguments; and for logits without a valid token, NaN or all −inf. On a GPU,
             where a check in each step would synchronise with the device, such logits are reported at the end.
     """
     check_flags(show_progress=show_progress, use_cache=use_cache, return_cache=return_cache, store=store)
-    request = _Request.of(self, prompt, prompt_lengths, seq_len, stop_tokens, pad_token)
-    choose = _chooser(temperature, filter_fn, filter_kwargs)
+    check_flags(return_logprobs=return_logprobs, return_surprises=return_surprises)
+    request = _Request.of(self, prompt, prompt_lengths, seq_len, max_new_tokens, stop_tokens, pad_token)
+    choose = _chooser(temperature, _filter(filter_fn, filter_kwargs, top_k, top_p, min_p), generator, request.prompt)
+    reader: _Reader
     if use_cache or return_cache or cache is not None or state is not None:
-        reader: _Reader | _CachedReader = _CachedReader(self, cache, state, cuda_graphs, compiled, store)
+        reader = _CachedReader(self, store, return_surprises, cache, state, cuda_graphs, compiled)
     else:
-        reader = _Reader(self, store)
-    tokens = _tokens(self, reader, request, choose)
+        reader = _UncachedReader(self, store, return_surprises)
+    positions = _positions(self, reader, request, choose, return_logprobs)
 
-    out = [request.prompt[:, :0]]
+    out: list[Sampled] = []
     with tqdm(total=max(0, request.seq_len - min(request.lengths)), disable=not show_progress) as progress:
         try:
             while True:
-                out.append(next(tokens).unsqueeze(1))
+                out.append(next(positions))
                 progress.update()
         except StopIteration as end:
             next_cache = end.value
-    added = _without_prompts(torch.cat(out, dim=1), request.lengths, request.pad_token)
-    return (added, next_cache) if return_cache else added
+    added = request.by_row([position.tokens for position in out], request.pad_token)
+    if not (return_logprobs or return_surprises):
+        return (added, next_cache) if return_cache else added
+    surprises = [position.surprises or {} for position in out] + [reader.new_surprises() or {}]
+    return Sampled(
+        tokens=added,
+        logprobs=request.by_row([position.logprobs for position in out], 0.0) if return_logprobs else None,
+        surprises=_joined(surprises) if return_surprises else None,
+        cache=next_cache if return_cache else None,
+    )
 
 
 def stream(
     self: Decodable[CacheT],
     prompt: Int[Tensor, 'b n'],
-    seq_len: int,
+    seq_len: int | None = None,
     temperature: float = 1.5,
     filter_fn: Callable[..., Tensor] = min_p_filter,
-    filter_kwargs: Mapping[str, Any] = {'min_p': 0.1},
+    filter_kwargs: Mapping[str, Any] = DEFAULT_FILTER,
     *,
+    max_new_tokens: int | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    generator: torch.Generator | None = None,
+    return_logprobs: bool = False,
+    return_surprises: bool = False,
     prompt_lengths: Sequence[int] | Tensor | None = None,
     stop_tokens: int | Iterable[int] = (),
     pad_token: int = 0,
@@ -141,18 +211,22 @@ def stream(
     cuda_graphs: bool | None = None,
     compiled: bool = False,
     store: bool = True,
-) -> Generator[Int[Tensor, ' b'], None, CacheT]:
+) -> Generator[Any, None, CacheT]:
     """Yield the tokens of `sample(…, use_cache=True)` position by position, (batch,) each, as they come.
 
-    The arguments are those of `sample`. With `prompt_lengths`, positions start where the shortest prompt ends: a row
-    first yields the rest of its own prompt, and then the tokens sampled for it.
+    The arguments are those of `sample`. With `return_logprobs` or `return_surprises` each position is a `Sampled`. With
+    `prompt_lengths`, positions start where the shortest prompt ends: a row first yields the rest of its own prompt, and
+    then the tokens sampled for it.
 
     The model is in evaluation mode until the generator ends or is closed. The generator returns the cache for a later
     call: `cache = yield from model.stream(…)`.
     """
-    request = _Request.of(self, prompt, prompt_lengths, seq_len, stop_tokens, pad_token)
-    choose = _chooser(temperature, filter_fn, filter_kwargs)
-    return _tokens(self, _CachedReader(self, cache, state, cuda_graphs, compiled, store), request, choose)
+    check_flags(return_logprobs=return_logprobs, return_surprises=return_surprises)
+    request = _Request.of(self, prompt, prompt_lengths, seq_len, max_new_tokens, stop_tokens, pad_token)
+    choose = _chooser(temperature, _filter(filter_fn, filter_kwargs, top_k, top_p, min_p), generator, request.prompt)
+    reader = _CachedReader(self, store, return_surprises, cache, state, cuda_graphs, compiled)
+    positions = _positions(self, reader, request, choose, return_logprobs)
+    return positions if return_logprobs or return_surprises else _tokens_of(positions)
 
 
 # the loop
@@ -166,7 +240,8 @@ class _Request(NamedTuple):
     prompt: Int[Tensor, 'b n']
     lengths: list[int]
     """Length of each row's prompt; the rest of the row is padding."""
-    seq_len: int
+    limits: list[int]
+    """Length of each row, prompt included, unless a stop token ends it earlier."""
     stops: Int[Tensor, ' s']
     pad_token: int
     pad_input: int
@@ -174,7 +249,14 @@ class _Request(NamedTuple):
 
     @classmethod
     def of(
-        cls, model: Decodable, prompt: Any, prompt_lengths: Any, seq_len: Any, stop_tokens: Any, pad_token: Any
+        cls,
+        model: Decodable,
+        prompt: Any,
+        prompt_lengths: Any,
+        seq_len: Any,
+        max_new_tokens: Any,
+        stop_tokens: Any,
+        pad_token: Any,
     ) -> _Request:
         num_tokens = model.num_tokens
         if num_tokens is None:
@@ -184,50 +266,83 @@ class _Request(NamedTuple):
         if values_are_at_hand(prompt):  # padding may be outside the vocabulary
             unpadded = torch.cat([row[:length] for row, length in zip(prompt, lengths)])
             checked_token_ids('prompt', unpadded.unsqueeze(0), num_tokens)
+        if (seq_len is None) == (max_new_tokens is None):
+            raise ValueError('pass seq_len (the total length) or max_new_tokens, one of them')
+        if seq_len is not None:
+            limits = [check_integer('seq_len', seq_len, 1)] * len(lengths)
+        else:
+            limits = [length + check_integer('max_new_tokens', max_new_tokens, 0) for length in lengths]
         pad_token = check_integer('pad_token', pad_token)
         return cls(
             prompt=prompt,
             lengths=lengths,
-            seq_len=check_integer('seq_len', seq_len, 1),
+            limits=limits,
             stops=torch.tensor(_checked_stops(stop_tokens), dtype=torch.long, device=prompt.device),
             pad_token=pad_token,
             pad_input=pad_token if 0 <= pad_token < num_tokens else 0,
         )
 
+    @property
+    def seq_len(self) -> int:
+        """Length of the longest row."""
+        return max(self.limits)
+
+    @property
+    def rows_end_early(self) -> bool:
+        """True if a row may end before the longest one."""
+        return len(self.stops) > 0 or min(self.limits) < self.seq_len
+
+    def by_row(self, positions: list[Any], filler: float) -> Tensor:
+        """Results of all positions as rows, without their own prompts beyond the shortest one, padded on the right."""
+        if not positions:
+            return self.prompt.new_zeros(len(self.prompt), 0, dtype=torch.long if type(filler) is int else torch.float)
+        rows = torch.stack(positions, dim=1)
+        if min(self.lengths) == max(self.lengths):
+            return rows
+        moved = []
+        for row, length in zip(rows, self.lengths):
+            own = row[length - min(self.lengths) :]
+            moved.append(torch.cat((own, own.new_full((len(row) - len(own),), filler))))
+        longest = max(limit - length for limit, length in zip(self.limits, self.lengths))
+        return torch.stack(moved)[:, : max(0, longest)]
+
 
 @torch.no_grad()
-def _tokens(
-    model: Decodable, reader: _Reader | _CachedReader, request: _Request, choose: Choose
-) -> Generator[Int[Tensor, ' b'], None, Any]:
-    """Yield the tokens of all rows at each position from the end of the shortest prompt on; return the cache."""
-    prompt, lengths, seq_len, stops, pad_token, pad_input = request
-    ends = torch.tensor(lengths, device=prompt.device)
+def _positions(
+    model: Decodable, reader: _Reader, request: _Request, choose: Choose, logprobs: bool
+) -> Generator[Sampled, None, Any]:
+    """Yield all rows at each position from the end of the shortest prompt on; return the cache."""
+    prompt, lengths, _, stops, pad_token, pad_input = request
+    ends, limits = (torch.tensor(of_rows, device=prompt.device) for of_rows in (lengths, request.limits))
     shortest, longest = min(lengths), max(lengths)
-    finished = torch.zeros_like(ends, dtype=torch.bool)
+    may_end_early, finished = request.rows_end_early, limits <= shortest
     worst = torch.zeros(len(prompt), device=prompt.device)
     tokens = prompt[:, shortest - 1]
 
     try:
         with evaluation_mode(model):
-            if seq_len <= shortest:
+            if request.seq_len <= shortest:
                 reader.read_all_but_last(prompt[:, :shortest])
-            for position in range(shortest, seq_len):
+            for position in range(shortest, request.seq_len):
                 logits = reader.start(prompt[:, :shortest]) if position == shortest else reader(tokens)
                 tokens, best = choose(logits)
                 if position < longest:  # some rows still read their prompts
                     tokens = torch.where(position < ends, prompt[:, position], tokens)
                     best = best.masked_fill(position < ends, 0.0)
-                if len(stops):
+                if may_end_early:
                     best = best.masked_fill(finished, 0.0)
                 worst = torch.minimum(worst, best)
                 if values_are_at_hand(worst):
                     check_best(worst)
-                shown = tokens
-                if len(stops):
+                shown, of_tokens = tokens, None
+                if logprobs:
+                    of_tokens = log_probabilities(logits, tokens).masked_fill(finished, 0.0)
+                if may_end_early:
                     shown, tokens = (tokens.masked_fill(finished, pad) for pad in (pad_token, pad_input))
-                    finished = finished | (torch.isin(tokens, stops) & (position >= ends))
-                yield shown
-                if len(stops) and finished.all():
+                    stopped = torch.isin(tokens, stops) & (position >= ends)
+                    finished = finished | stopped | (position + 1 >= limits)
+                yield Sampled(shown, of_tokens, reader.new_surprises())
+                if may_end_early and finished.all():
                     break
             check_best(worst)
             return reader.cache()
@@ -235,58 +350,110 @@ def _tokens(
         reader.release()
 
 
-class _Reader:
-    """Logits of the next token without a cache: the whole sequence is read again for every token."""
+def _tokens_of(positions: Generator[Sampled, None, Any]) -> Generator[Int[Tensor, ' b'], None, Any]:
+    with contextlib.closing(positions):
+        while True:
+            try:
+                position = next(positions)
+            except StopIteration as end:
+                return end.value
+            yield position.tokens
 
-    def __init__(self, model: Decodable, store: bool):
-        self.model, self.store = model, store
+
+class _Reader:
+    """Logits of the next token, and the surprises of the chunks completed by reading, if requested."""
+
+    def __init__(self, model: Decodable, store: bool, return_surprises: bool):
+        self.model = model
+        self.return_surprises = return_surprises
+        self.kwargs: dict[str, Any] = {'disable_flex_attn': True, 'store': store}
+        self.kwargs |= {'return_surprises': True} if return_surprises else {}
+        self.surprises: list[LayerSurprises] = []
+
+    def start(self, prompt: Int[Tensor, 'b n']) -> Float[Tensor, 'b l']:
+        """Read the prompt."""
+        raise NotImplementedError
+
+    def __call__(self, tokens: Int[Tensor, ' b']) -> Float[Tensor, 'b l']:
+        """Read one more token."""
+        raise NotImplementedError
+
+    def read_all_but_last(self, prompt: Int[Tensor, 'b n']) -> None:
+        """Read a prompt to which no token is added."""
+        raise NotImplementedError
+
+    def new_surprises(self) -> LayerSurprises | None:
+        """Surprises since the last call of this method; `None` if not requested."""
+        if not self.return_surprises:
+            return None
+        new = _joined(self.surprises)
+        # no rows, but the layers and the shape for the next call
+        self.surprises[:] = [{layer: own.since(own.num_rows) for layer, own in new.items()}]
+        return new
+
+    def cache(self) -> Any:
+        return None
+
+    def release(self) -> None:
+        """End of use."""
+
+
+class _UncachedReader(_Reader):
+    """The whole sequence is read again for every token."""
+
+    num_rows: Mapping[int, int] = {}
+    """Surprises of each layer that are in `surprises` already."""
 
     def start(self, prompt: Int[Tensor, 'b n']) -> Float[Tensor, 'b l']:
         self.read = prompt
-        return self.model(prompt, disable_flex_attn=True, store=self.store)[:, -1]
+        out = self.model(prompt, **self.kwargs)
+        if not self.return_surprises:
+            return out[:, -1]
+        logits, every = out
+        self.surprises.append({layer: own.since(self.num_rows.get(layer, 0)) for layer, own in every.items()})
+        self.num_rows = {layer: own.num_rows for layer, own in every.items()}
+        return logits[:, -1]
 
     def __call__(self, tokens: Int[Tensor, ' b']) -> Float[Tensor, 'b l']:
         return self.start(torch.cat((self.read, tokens.unsqueeze(1)), dim=1))
 
-    def read_all_but_last(self, prompt: Int[Tensor, 'b n']) -> None: ...
-
-    def cache(self) -> None: ...
-
-    def release(self) -> None: ...
+    def read_all_but_last(self, prompt: Int[Tensor, 'b n']) -> None:
+        if self.return_surprises and prompt.shape[1] > 1:
+            self.start(prompt[:, :-1])
 
 
-class _CachedReader(Generic[CacheT]):
-    """Logits of the next token with a cache: the prompt is read by one call, each further token by a step."""
+class _CachedReader(_Reader, Generic[CacheT]):
+    """The prompt is read by one call, each further token by a step."""
 
     def __init__(
         self,
         model: Decodable[CacheT],
+        store: bool,
+        return_surprises: bool,
         cache: CacheT | None,
         state: CacheT | None,
         cuda_graphs: bool | None,
         compiled: bool,
-        store: bool,
     ):
         if cache is not None and state is not None:
             raise ValueError(
                 'pass cache (the prompt repeats the history) or state (the prompt holds only new tokens), not both'
             )
         check_flags(compiled=compiled, **({} if cuda_graphs is None else {'cuda_graphs': cuda_graphs}))
-        self.model = model
+        super().__init__(model, store, return_surprises)
         self.before = {'cache': cache} if state is None else {'state': state}
         self.after = cache if state is None else state
         self.cuda_graphs, self.compiled, self.store = cuda_graphs, compiled, store
         self.stepper: Stepper | CallStepper | None = None
 
     def start(self, prompt: Int[Tensor, 'b n']) -> Float[Tensor, 'b l']:
-        logits, self.after = self.model(
-            prompt, **self.before, return_cache=True, disable_flex_attn=True, store=self.store
-        )
+        logits, self.after, *surprises = self.model(prompt, **self.before, return_cache=True, **self.kwargs)
         self.before = {}
+        self.surprises += surprises
         return logits[:, -1]
 
     def read_all_but_last(self, prompt: Int[Tensor, 'b n']) -> None:
-        """Bring the cache to the last token of a prompt to which no token is added."""
+        """Bring the cache to the last token of the prompt."""
         repeated = self.before.get('cache')
         num_read = 0 if repeated is None else self.model.num_tokens_until(repeated.seq_index)
         if prompt.shape[1] - 1 != num_read:
@@ -295,7 +462,8 @@ class _CachedReader(Generic[CacheT]):
     def __call__(self, tokens: Int[Tensor, ' b']) -> Float[Tensor, 'b l']:
         if self.stepper is None:
             assert self.after is not None
-            self.stepper = Stepper.of(self.model, self.after, self.cuda_graphs, self.compiled, self.store)
+            surprises = self.surprises if self.return_surprises else None
+            self.stepper = Stepper.of(self.model, self.after, self.cuda_graphs, self.compiled, self.store, surprises)
             self.after = None
         return self.stepper(tokens)
 
@@ -307,17 +475,39 @@ class _CachedReader(Generic[CacheT]):
             self.stepper.release()
 
 
-def _chooser(temperature: Any, filter_fn: Any, filter_kwargs: Any) -> Choose:
-    """A function from logits to a token for each row, with the results of `sampled`."""
-    temperature = check_number('temperature', temperature, at_least=0)
+def _joined(parts: Iterable[LayerSurprises]) -> LayerSurprises:
+    by_layer: dict[int, list[Surprises]] = {}
+    for part in parts:
+        for layer, own in part.items():
+            by_layer.setdefault(layer, []).append(own)
+    return {layer: Surprises.joined(every) for layer, every in by_layer.items()}
+
+
+def _filter(filter_fn: Any, filter_kwargs: Any, top_k: Any, top_p: Any, min_p: Any) -> Callable[[Tensor], Tensor]:
+    """The filter of the logits of one step that these arguments describe."""
     check_callable(filter_fn=filter_fn)
     check_keywords(filter_kwargs=filter_kwargs)
+    if top_k is None and top_p is None and min_p is None:
+        return partial(filter_fn, **filter_kwargs)
+    if filter_fn is not min_p_filter or filter_kwargs is not DEFAULT_FILTER:
+        raise ValueError('pass filter_fn with filter_kwargs, or top_k, top_p and min_p, not both')
+    return filters(top_k, top_p, min_p)
+
+
+def _chooser(temperature: Any, keep: Callable[[Tensor], Tensor], generator: Any, prompt: Tensor) -> Choose:
+    """A function from logits to a token for each row, with the results of `sampled`."""
+    temperature = check_number('temperature', temperature, at_least=0)
+    if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f'generator must be a torch.Generator, got {described(generator)}')
+        if generator.device.type != prompt.device.type:
+            raise ValueError(f'generator must be on the device of prompt, {prompt.device}, got {generator.device}')
 
     def choose(logits: Float[Tensor, 'b l']) -> tuple[Int[Tensor, ' b'], Float[Tensor, ' b']]:
-        filtered = filter_fn(logits, **filter_kwargs)
+        filtered = keep(logits)
         if not isinstance(filtered, Tensor) or filtered.shape != logits.shape:
             raise ValueError(f'filter_fn must return logits {tuple(logits.shape)}, got {described(filtered)}')
-        return sampled(filtered, temperature)
+        return sampled(filtered, temperature, generator)
 
     return choose
 
@@ -341,14 +531,3 @@ def _checked_stops(stop_tokens: Any) -> list[int]:
     if is_single or isinstance(stop_tokens, (int, np.integer)):
         return [check_integer('stop_tokens', stop_tokens)]
     return check_integers('stop_tokens', stop_tokens)
-
-
-def _without_prompts(tokens: Int[Tensor, 'b n'], lengths: list[int], pad_token: int) -> Int[Tensor, 'b n']:
-    """Rows without their own prompts beyond the shortest one, moved left and padded on the right."""
-    if min(lengths) == max(lengths):
-        return tokens
-    rows = []
-    for row, length in zip(tokens, lengths):
-        own = row[length - min(lengths) :]
-        rows.append(torch.cat((own, own.new_full((len(row) - len(own),), pad_token))))
-    return torch.stack(rows)

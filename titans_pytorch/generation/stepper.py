@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from titans_pytorch.generation.decodable import Decodable, StepKind
+from titans_pytorch.memory.state import LayerSurprises
 from titans_pytorch.ops import _dispatch
 from titans_pytorch.utils.shapes import Float, Int
 
@@ -26,14 +27,20 @@ Mode = tuple[StepKind, torch.dtype | None]
 class Stepper:
     """Eager steps of a model, one token at a time; `Stepper.of` picks the subclass."""
 
-    def __init__(self, model: Decodable, state: Any, position: int):
+    def __init__(self, model: Decodable, state: Any, position: int, surprises: list[LayerSurprises] | None = None):
         self._model: Any = model
         self._state = state
         self._position = position
+        self._surprises = surprises
 
     @staticmethod
     def of(
-        model: Decodable, cache: Any, cuda_graphs: bool | None, compiled: bool = False, store: bool = True
+        model: Decodable,
+        cache: Any,
+        cuda_graphs: bool | None,
+        compiled: bool = False,
+        store: bool = True,
+        surprises: list[LayerSurprises] | None = None,
     ) -> Stepper | CallStepper:
         """A stepper that continues from `cache`.
 
@@ -41,14 +48,15 @@ class Stepper:
             cuda_graphs: capture the steps as CUDA graphs. Default: on a CUDA device.
             compiled: compile the steps, on a CPU.
             store: false to read the memories without writing them.
+            surprises: a list to which the surprises of each completed chunk are added.
         """
         obstacle = model.obstacle_to_steps(cache) if store else 'store=False'
         if obstacle is not None:
             if compiled or cuda_graphs:
                 requested = 'compiled' if compiled else 'cuda_graphs'
                 raise ValueError(f'{requested}=True cannot serve this model: {obstacle}')
-            return CallStepper(model, cache, store)
-        state = model.decoding_state(cache)
+            return CallStepper(model, cache, store, surprises)
+        state = model.decoding_state(cache) if surprises is None else model.decoding_state(cache, with_surprises=True)
         on_gpu = state.token.is_cuda
         if cuda_graphs and not on_gpu:
             raise ValueError(f'cuda_graphs=True needs the model on a CUDA device, got {state.token.device}')
@@ -56,10 +64,10 @@ class Stepper:
             raise ValueError('compiled=True is for a CPU: on a CUDA device steps are captured as graphs')
 
         if compiled:
-            return CompiledStepper(model, state, cache.seq_index)
+            return CompiledStepper(model, state, cache.seq_index, surprises)
         if on_gpu and cuda_graphs is not False:
-            return CapturedStepper.of_idle(model, state, cache.seq_index)
-        return Stepper(model, state, cache.seq_index)
+            return CapturedStepper.of_idle(model, state, cache.seq_index, surprises)
+        return Stepper(model, state, cache.seq_index, surprises)
 
     def __call__(self, tokens: Int[Tensor, ' b']) -> Float[Tensor, 'b l']:
         """Logits after one more token; the next call overwrites them."""
@@ -79,6 +87,8 @@ class Stepper:
     def _run(self, kind: StepKind) -> None:
         self._step(kind)
         self._position += 1
+        if self._surprises is not None and kind.ends_chunk:
+            self._surprises.append(self._model.step_surprises(self._state))
 
     def _step(self, kind: StepKind) -> None:
         # inference mode makes small operations on a CPU faster, and in-place writes leave the buffers ordinary tensors
@@ -93,14 +103,16 @@ class Stepper:
 class CallStepper:
     """Decoding by a call of the whole model for each token, where steps would bypass hooks of its modules."""
 
-    def __init__(self, model: Decodable, cache: Any, store: bool):
-        self._model, self._cache, self._store = model, cache, store
+    def __init__(self, model: Decodable, cache: Any, store: bool, surprises: list[LayerSurprises] | None):
+        self._model, self._cache, self._surprises = model, cache, surprises
+        self._kwargs: dict[str, Any] = {'return_cache': True, 'disable_flex_attn': True, 'store': store}
+        self._kwargs |= {} if surprises is None else {'return_surprises': True}
 
     def __call__(self, tokens: Int[Tensor, ' b']) -> Float[Tensor, 'b l']:
         """Logits after one more token."""
-        logits, self._cache = self._model(
-            tokens.unsqueeze(1), state=self._cache, return_cache=True, disable_flex_attn=True, store=self._store
-        )
+        logits, self._cache, *new = self._model(tokens.unsqueeze(1), state=self._cache, **self._kwargs)
+        if self._surprises is not None:
+            self._surprises += new
         return logits[:, -1]
 
     def cache(self) -> Any:
@@ -114,8 +126,8 @@ class CallStepper:
 class CompiledStepper(Stepper):
     """Compiled steps on a CPU. Each kind is compiled once for all steppers of one signature."""
 
-    def __init__(self, model: Decodable, state: Any, position: int):
-        super().__init__(model, state, position)
+    def __init__(self, model: Decodable, state: Any, position: int, surprises: list[LayerSurprises] | None):
+        super().__init__(model, state, position, surprises)
         signature = _signature(model, state)
         with _LOCK:
             of_model = _COMPILED.setdefault(model, {})
@@ -135,24 +147,33 @@ class CompiledStepper(Stepper):
 class CapturedStepper(Stepper):
     """Steps on a GPU, each kind captured once as a CUDA graph and then replayed."""
 
-    def __init__(self, model: Decodable, state: Any, position: int, signature: Hashable):
-        super().__init__(model, state, position)
+    def __init__(
+        self,
+        model: Decodable,
+        state: Any,
+        position: int,
+        surprises: list[LayerSurprises] | None,
+        signature: Hashable,
+    ):
+        super().__init__(model, state, position, surprises)
         self._signature = signature
         self._graphs: dict[Mode, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     @classmethod
-    def of_idle(cls, model: Decodable, state: Any, position: int) -> CapturedStepper:
+    def of_idle(
+        cls, model: Decodable, state: Any, position: int, surprises: list[LayerSurprises] | None
+    ) -> CapturedStepper:
         """A released stepper with its graphs, or a new one."""
         # graphs hold the addresses of parameters
         signature = _signature(model, state), tuple(p.data_ptr() for p in _parameters(model))
         with _LOCK:
             idle = _IDLE.get(model, {}).pop(signature, None)
         if idle is None:
-            return cls(model, state, position, signature)
+            return cls(model, state, position, surprises, signature)
         for buffer, new in zip(_tensors(idle._state), _tensors(state)):
             buffer.copy_(new)
-        idle._model, idle._position = model, position
+        idle._model, idle._position, idle._surprises = model, position, surprises
         return idle
 
     def release(self) -> None:

@@ -27,7 +27,7 @@ class Chunks(NamedTuple):
     """Logits of α, the share of the memory forgotten."""
     momentum: Float[Tensor, 'bh n o'] | None
     """Logits of η, the share of the past surprise carried over, for each order of momentum."""
-    momentum_mix: Float[Tensor, 'bh n o'] | None
+    momentum_mix: Float[Tensor, 'bh n o'] | Float[Tensor, 'bh n o+1'] | None
     """Weights that combine the orders; one more than there are orders if the surprise itself takes part. `None`: only
     the last order counts."""
     modulation: Float[Tensor, 'bh n w'] | None
@@ -152,7 +152,7 @@ class Coefficients(NamedTuple):
         cls,
         decay: Float[Tensor, 'bh n'],
         momentum: Float[Tensor, 'bh n o'] | None,
-        momentum_mix: Float[Tensor, 'bh n _o'] | None,
+        momentum_mix: Float[Tensor, 'bh n o'] | Float[Tensor, 'bh n o+1'] | None,
     ) -> Coefficients:
         """Coefficients from the gates of `Chunks`."""
 

@@ -206,7 +206,7 @@ class FastWeights(Mapping[str, Tensor]):
 
     def by_block(
         self, x: Float[Tensor, 'bh n c d'], first: int
-    ) -> Iterator[tuple[int, Float[Tensor, 'bh s c d'], slice]]:
+    ) -> Iterator[tuple[int, Float[Tensor, 'bh _n c d'], slice]]:
         """The index of each of `blocks` that groups of rows, from step `first` on, read, with these groups.
 
         A block is applied as a whole: its groups are padded to all of its steps, and a slice tells which are of `x`.
@@ -222,7 +222,7 @@ class FastWeights(Mapping[str, Tensor]):
                 yield index, rows, slice(low - start, high - start)
             start = end
 
-    def after_blocks(self, x: Float[Tensor, 'bh n c d'], first: int) -> Float[Tensor, 'bh n c d'] | None:
+    def after_blocks(self, x: Float[Tensor, 'bh n c d'], first: int) -> Float[Tensor, 'bh _n c d'] | None:
         """The groups of rows, from step `first` on, that read the weights after all blocks; `None` without any."""
         start = self.num_steps - 1
         return x[:, max(start - first, 0) :] if first + x.shape[1] > start else None

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from titans_pytorch.utils.functional import on_meta, with_tensors
+from titans_pytorch.memory_models import PlainMLP
+from titans_pytorch.utils.functional import is_intercepted, on_meta, with_tensors
 from titans_pytorch.utils.parameters import ParameterSequence, fill, reset_parameters
 from titans_pytorch.utils.precision import at_least_float32
 
@@ -32,6 +33,7 @@ class InitialWeights(ParameterSequence):
         self.names = [name for name, _ in network.named_parameters()]
         # in a tuple, it is not registered; on the meta device, it holds no weights
         self.template = (on_meta(network),)
+        self._mlp, self._network_modules = PlainMLP.of(network), tuple(self.template[0].modules())
         for index, constant in enumerate(network.buffers()):
             self.register_buffer(f'constant_{index}', constant)
 
@@ -39,8 +41,15 @@ class InitialWeights(ParameterSequence):
     def network(self) -> Module:
         """The memory network as a template: with its constants, without weights."""
         template = self.template[0]
+        if not self._buffers:
+            return template
         constants = {id(empty): at_least_float32(own) for empty, own in zip(template.buffers(), self.buffers())}
-        return with_tensors(template, constants) if constants else template
+        return with_tensors(template, constants)
+
+    @property
+    def mlp(self) -> PlainMLP | None:
+        """The memory network if it is a plain MLP without hooks."""
+        return None if is_intercepted(self._network_modules) else self._mlp
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> Module:
         """The memory network with these weights, by name."""

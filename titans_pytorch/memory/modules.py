@@ -113,7 +113,7 @@ class PerHead(Module):
         super().__init__()
         self.heads = heads
 
-    def forward(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, 'bh n g']:
+    def forward(self, x: Float[Tensor, 'b n hg']) -> Float[Tensor, 'bh n g']:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2).flatten(0, 1)
 
 
@@ -124,7 +124,7 @@ class HeadsFirst(Module):
         super().__init__()
         self.heads = heads
 
-    def forward(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, 'b h n g']:
+    def forward(self, x: Float[Tensor, 'b n hg']) -> Float[Tensor, 'b h n g']:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 

@@ -17,6 +17,36 @@ from titans_pytorch.utils.saving import allow_loading
 from titans_pytorch.utils.shapes import Bool, Float, Int
 
 
+class Surprises(NamedTuple):
+    """How far off the answers of a memory were for the rows that it stored, and how much of that it learned.
+
+    A row is a pair of key and value; each token has `num_kv_per_token` of them. Rows are in the order of the tokens.
+    """
+
+    losses: Float[Tensor, 'b h rows']
+    """Loss of each row at the weights at which its gradient is taken, before the row is stored; not weighted."""
+    step_sizes: Float[Tensor, 'b h rows']
+    """θ of each row, by which its loss is weighted; 0 for masked tokens."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.losses.shape[-1]
+
+    def since(self, row: int) -> Surprises:
+        """Those of the rows from number `row` on."""
+        return Surprises(self.losses[..., row:], self.step_sizes[..., row:])
+
+    @staticmethod
+    def joined(parts: Iterable[Surprises]) -> Surprises:
+        """Those of consecutive parts of a sequence."""
+        losses, step_sizes = zip(*parts)
+        return Surprises(torch.cat(losses, dim=-1), torch.cat(step_sizes, dim=-1))
+
+
+LayerSurprises = dict[int, Surprises]
+"""Surprises of the memory of each layer that has one. Layers are counted from 1, as in `neural_memory_layers`."""
+
+
 class PendingSegment(NamedTuple):
     """The open chunk: the tokens after the last complete chunk, with all that a later call needs to complete it."""
 
@@ -190,6 +220,8 @@ class MemoryBuffers(NamedTuple):
     queries: Float[Tensor, 'b c d'] | None
     """Retrieval inputs that read the same weights, for memory networks that mix tokens, and before them those that a
     convolution sees; `None` if the next token depends on no earlier ones."""
+    surprises: Surprises | None = None
+    """Those of the last chunk stored, if requested."""
 
     @classmethod
     def of(cls, state: OpenState, sizes: BufferSizes) -> MemoryBuffers:

@@ -1,4 +1,4 @@
-"""Retrieval for a single token in decoding, between the projections to queries and from the heads."""
+"""Retrieval for a single token in decoding, as one operation between the projections to queries and from the heads."""
 
 from __future__ import annotations
 
@@ -8,74 +8,71 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
-from titans_pytorch.memory.backends import Backend
 from titans_pytorch.memory.fast_weights import Weights
 from titans_pytorch.memory.modules import MultiheadRMSNorm
-from titans_pytorch.memory_models import ResidualNorm, inner_mlp, mlp_matrices
+from titans_pytorch.memory_models import PlainMLP
 from titans_pytorch.ops.token_retrieval import token_retrieval
 from titans_pytorch.utils.functional import is_intercepted
-from titans_pytorch.utils.precision import in_module_precision, network_autocast, network_rows
 from titans_pytorch.utils.shapes import Float
 
 
-class Retrieval(NamedTuple):
-    """The parts of a memory that retrieval runs through."""
+class PlainRetrieval(NamedTuple):
+    """The parts of a memory that retrieval runs through, where `token_retrieval` covers them."""
 
     heads: int
-    backend: Backend
-    query_norm: Module
-    value_norm: Module
-    gate: nn.Sequential | None
-    """A linear map to logits for each head, followed by a sigmoid."""
-    dtype: torch.dtype
-    """Precision of the module."""
+    mlp: PlainMLP
+    """One or two matrices."""
+    query_norm: MultiheadRMSNorm | None
+    to_gate: nn.Linear | None
+    """To a logit for each head."""
 
+    @classmethod
+    def of(
+        cls,
+        heads: int,
+        mlp: PlainMLP | None,
+        query_norm: Module,
+        value_norm: Module,
+        gate: nn.Sequential | None,
+        dtype: torch.dtype,
+    ) -> PlainRetrieval | None:
+        """`None` for parts that the operation does not cover: other networks, norms and gates, half precision, hooks.
 
-def retrieve_one(
-    parts: Retrieval, weights: Weights, projected: Float[Tensor, 'b 1 hd'], normed: Float[Tensor, 'b 1 d']
-) -> Float[Tensor, 'b 1 hd']:
-    """The gated values of all heads.
+        Args:
+            gate: a linear map to logits, followed by a sigmoid.
+            dtype: precision of the memory's module.
+        """
+        if mlp is None or len(mlp.matrices) > 2 or dtype not in (torch.float32, torch.float64):
+            return None
+        if type(query_norm) not in (nn.Identity, MultiheadRMSNorm) or type(value_norm) is not nn.Identity:
+            return None
+        if gate is not None and (type(gate[0]) is not nn.Linear or gate[0].out_features != heads):
+            return None
+        if is_intercepted((query_norm, value_norm, *(() if gate is None else (gate, *gate)))):
+            return None
+        return cls(
+            heads,
+            mlp,
+            query_norm if isinstance(query_norm, MultiheadRMSNorm) else None,
+            None if gate is None else gate[0],  # type: ignore[arg-type]
+        )
 
-    Args:
-        weights: weights of the memories, (bh, …) by parameter.
-        projected: queries of all heads, not normalised yet.
-        normed: input of the gate.
-    """
-    network = parts.backend.network
-    if _is_plain(parts):
-        norm, query_norm = network.norm if isinstance(network, ResidualNorm) else None, parts.query_norm
-        gate = None
-        if parts.gate is not None:
-            to_gate = parts.gate[0]
-            assert isinstance(to_gate, nn.Linear)
-            gate = normed, to_gate.weight
+    def __call__(
+        self, weights: Weights, projected: Float[Tensor, 'b 1 hd'], normed: Float[Tensor, 'b 1 d']
+    ) -> Float[Tensor, 'b 1 hd']:
+        """The gated values of all heads.
+
+        Args:
+            weights: weights of the memories, (bh, …) by parameter.
+            projected: queries of all heads, not normalised yet.
+            normed: input of the gate.
+        """
+        matrices, gamma = self.mlp.of_weights(weights)
         return token_retrieval(
             projected,
-            mlp_matrices(network, weights),
-            (query_norm.gamma, query_norm.rmsnorm.eps) if isinstance(query_norm, MultiheadRMSNorm) else None,
-            None if norm is None else (weights['norm.gamma'], norm.eps),
-            gate,
-            parts.heads,
+            matrices,
+            None if self.query_norm is None else (self.query_norm.gamma, self.query_norm.rmsnorm.eps),
+            None if gamma is None else (gamma, self.mlp.eps),
+            None if self.to_gate is None else (normed, self.to_gate.weight),
+            self.heads,
         )
-    queries = parts.query_norm(projected.unflatten(-1, (parts.heads, -1)).transpose(1, 2))
-    with network_autocast(parts.dtype, projected.device):
-        rows = network_rows(queries.flatten(0, 1), parts.dtype)
-        values = in_module_precision(parts.backend.apply(weights, rows), parts.dtype)
-    values = parts.value_norm(values.unflatten(0, (-1, parts.heads)))
-    if parts.gate is not None:
-        values = values * parts.gate(normed)
-    return values.transpose(1, 2).flatten(2)
-
-
-def _is_plain(parts: Retrieval) -> bool:
-    """True if the operation `token_retrieval` covers these parts: a memory MLP of one or two matrices, the default
-    norms and gate, and no hooks."""
-    mlp, gate = inner_mlp(parts.backend.network), parts.gate
-    if mlp is None or len(mlp.weights) > 2 or parts.dtype not in (torch.float32, torch.float64):
-        return False
-    if type(parts.query_norm) not in (nn.Identity, MultiheadRMSNorm) or type(parts.value_norm) is not nn.Identity:
-        return False
-    if gate is not None and (type(gate[0]) is not nn.Linear or gate[0].out_features != parts.heads):
-        return False
-    around = (parts.query_norm, parts.value_norm) if gate is None else (parts.query_norm, parts.value_norm, *gate)
-    return not is_intercepted(around)

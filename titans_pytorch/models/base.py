@@ -17,6 +17,7 @@ from torch.nn import Linear, Module, ModuleList
 from torch.utils.checkpoint import checkpoint
 
 from titans_pytorch.attention.segmented import segmented_flex_attention
+from titans_pytorch.memory.state import LayerSurprises
 from titans_pytorch.models.block import Block, Carried, LayerState
 from titans_pytorch.models.decoding import StepwiseDecoding
 from titans_pytorch.models.documents import IGNORED, Documents, checked_documents, continues
@@ -133,6 +134,11 @@ class Transformer(StepwiseDecoding, Resettable):
 
         @overload
         def __call__(
+            self, x: Tensor, return_loss: bool = False, *, return_surprises: Literal[True], **kwargs: Any
+        ) -> Any: ...
+
+        @overload
+        def __call__(
             self, x: Tensor, return_loss: bool = False, *, return_state: Literal[True], **kwargs: Any
         ) -> tuple[Tensor, ModelState]: ...
 
@@ -149,6 +155,7 @@ class Transformer(StepwiseDecoding, Resettable):
             *,
             return_state: Literal[False] = False,
             return_cache: Literal[False] = False,
+            return_surprises: Literal[False] = False,
             **kwargs: Any,
         ) -> Tensor: ...
 
@@ -172,6 +179,7 @@ class Transformer(StepwiseDecoding, Resettable):
         return_cache: bool = False,
         disable_flex_attn: bool = False,
         store: bool = True,
+        return_surprises: bool = False,
         **embedding_kwargs: Any,
     ) -> Any:
         """Logits of the next token, the loss, or hidden states.
@@ -198,9 +206,15 @@ class Transformer(StepwiseDecoding, Resettable):
             disable_flex_attn: do not use FlexAttention in this call.
             store: false to read the memories without writing them: every token reads the weights in `state`; weights,
                 momentum and the open chunk are unchanged in the returned state. Attention is not affected.
+            return_surprises: also return the surprises of every memory layer, for the chunks that this call completes:
+                a dict from the layer's number, counted from 1 as in `neural_memory_layers`, to `Surprises`, that is,
+                losses and step sizes, (batch, heads, rows) each. A row is a pair of key and value. A layer stores one
+                for each position, or `num_kv_per_token`; long-term memory tokens are positions too. Surprises of pieces
+                put together are those of one call. They have a graph, as the loss has.
 
         Returns:
-            logits (batch, length, num_tokens), hidden states, or the loss; with `return_state` a pair with the state.
+            logits (batch, length, num_tokens), hidden states, or the loss; with `return_state` or `return_surprises` a
+            tuple with the state, the surprises, or both in this order.
 
         Raises:
             ValueError, TypeError: for invalid arguments, naming the argument, the expectation and the value.
@@ -213,6 +227,7 @@ class Transformer(StepwiseDecoding, Resettable):
             return_cache=return_cache,
             disable_flex_attn=disable_flex_attn,
             store=store,
+            return_surprises=return_surprises,
         )
         if not embedding_kwargs.keys() <= {*self.embedding_keywords}:
             raise TypeError(self._unknown_keywords(embedding_kwargs))
@@ -228,6 +243,11 @@ class Transformer(StepwiseDecoding, Resettable):
                     'mask and document_ids start and end sequences within rows, so that no single state describes the '
                     'batch: leave out state, cache and return_state'
                 )
+            if return_surprises:
+                raise ValueError(
+                    'return_surprises needs rows of one sequence each: leave out mask and document_ids, and call the '
+                    'model for each document'
+                )
         if cache is not None and (state is not None or return_loss):
             other = 'state' if state is not None else 'return_loss' if labels is None else 'labels'
             raise ValueError(f'with {other}, pass the tokens after the cache as x, and the cache as state')
@@ -236,10 +256,12 @@ class Transformer(StepwiseDecoding, Resettable):
         if return_loss:
             x, labels, mask, document_ids = self._with_labels(x, labels, mask, document_ids)
         if mask is None and document_ids is None:
-            hidden, after = self._read(x, state, disable_flex_attn, return_state, store, embedding_kwargs)
+            hidden, after, surprises = self._read(
+                x, state, disable_flex_attn, return_state, store, embedding_kwargs, return_surprises
+            )
         else:
             hidden = self._read_documents(x, mask, document_ids, disable_flex_attn, store, embedding_kwargs)
-            after = None
+            after = surprises = None
 
         out = self.norm(hidden)
         if not return_hidden and self.to_logits is not None:
@@ -249,6 +271,8 @@ class Transformer(StepwiseDecoding, Resettable):
                 at_least_float32(out).flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction='sum'
             )
             out = losses / (labels != IGNORED).sum().clamp(min=1)
+        if return_surprises:
+            return (out, after, surprises) if return_state else (out, surprises)
         return (out, after) if return_state else out
 
     def _unknown_keywords(self, given: Mapping[str, Any]) -> str:
@@ -284,11 +308,16 @@ class Transformer(StepwiseDecoding, Resettable):
 
     def _with_labels(
         self,
-        x: Tensor,
+        x: Int[Tensor, 'b n'] | Float[Tensor, 'b n d'],
         labels: Int[Tensor, 'b n'] | None,
         mask: Bool[Tensor, 'b n'] | None,
         document_ids: Int[Tensor, 'b n'] | None,
-    ) -> tuple[Tensor, Int[Tensor, 'b n'], Bool[Tensor, 'b n'] | None, Int[Tensor, 'b n'] | None]:
+    ) -> tuple[
+        Int[Tensor, 'b n-1'] | Float[Tensor, 'b n-1 d'],
+        Int[Tensor, 'b n-1'],
+        Bool[Tensor, 'b n-1'] | None,
+        Int[Tensor, 'b n-1'] | None,
+    ]:
         """The input without its last position, and the label that each remaining position predicts."""
         if self.to_logits is None:
             raise ValueError('return_loss and labels need logits, and this model has no num_tokens')
@@ -319,10 +348,10 @@ class Transformer(StepwiseDecoding, Resettable):
         """`_read` of each document separately."""
         hidden = None
         for documents in Documents.groups(mask, document_ids, (x.shape[0], x.shape[1]), x.device):
-            rows, _ = self._read(documents.rows(x), None, disable_flex_attn, False, store, embedding_kwargs)
+            rows, *_ = self._read(documents.rows(x), None, disable_flex_attn, False, store, embedding_kwargs)
             hidden = documents.batch(rows) if hidden is None else hidden + documents.batch(rows)
         if hidden is None:  # the only token is the last one, which is predicted but not read
-            hidden, _ = self._read(x, None, disable_flex_attn, False, store, embedding_kwargs)
+            hidden, *_ = self._read(x, None, disable_flex_attn, False, store, embedding_kwargs)
         return hidden
 
     def _read(
@@ -333,14 +362,15 @@ class Transformer(StepwiseDecoding, Resettable):
         return_state: bool,
         store: bool,
         embedding_kwargs: Mapping[str, Any],
-    ) -> tuple[Float[Tensor, 'b n d'], ModelState | None]:
-        """Hidden states of the tokens `x`, before the last norm, and the state after them."""
+        return_surprises: bool = False,
+    ) -> tuple[Float[Tensor, 'b n d'], ModelState | None, LayerSurprises]:
+        """Hidden states of the tokens `x`, before the last norm; the state after them; and surprises, if requested."""
         start = 0 if state is None else state.seq_index
         num_tokens = self.num_tokens_until(start) + x.shape[1]
         layer_states = self._layer_states(state)
 
         hidden = self._embedded(x, start, **embedding_kwargs)
-        kwargs: dict[str, Any] = {'store': store, 'return_state': return_state}
+        kwargs: dict[str, Any] = {'store': store, 'return_state': return_state, 'return_surprises': return_surprises}
         kwargs |= self._attention_kwargs(hidden, layer_states, disable_flex_attn)
         carried, hidden = Carried(), self.expand_streams(hidden)
         after: list[LayerState] = []
@@ -350,7 +380,9 @@ class Transformer(StepwiseDecoding, Resettable):
             hidden, carried, layer_state = call(hidden, carried, layer_state, start, **kwargs)
             after.append(layer_state)
         hidden = self._token_rows(self.reduce_streams(complete(hidden)), start, num_tokens)
-        return hidden, self._model_state(self.num_positions(num_tokens), after) if return_state else None
+        after_all = self._model_state(self.num_positions(num_tokens), after) if return_state else None
+        with_memory = [number for number, block in enumerate(self._blocks, start=1) if block.memory is not None]
+        return hidden, after_all, dict(zip(with_memory, carried.surprises))
 
     def _attention_kwargs(self, x: Tensor, states: list[LayerState], disable_flex_attn: bool) -> dict[str, Any]:
         """Keyword arguments of every attention, which share one block mask."""

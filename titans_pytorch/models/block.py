@@ -16,7 +16,7 @@ from torch.nn import Module
 from titans_pytorch.attention.rotary import KeyValues
 from titans_pytorch.attention.segmented import SegmentedAttention
 from titans_pytorch.generation.decodable import StepKind
-from titans_pytorch.memory.state import MemoryBuffers, NeuralMemState
+from titans_pytorch.memory.state import MemoryBuffers, NeuralMemState, Surprises
 from titans_pytorch.models.residual_streams import (
     AddResidual,
     FoldedConnection,
@@ -43,6 +43,8 @@ class Carried(NamedTuple):
     """Values of the first attention."""
     memory_weights: Mapping[str, Tensor] | None = None
     """Weights over time of the last memory."""
+    surprises: tuple[Surprises, ...] = ()
+    """Surprises of every memory so far, if requested, for the caller of the model."""
 
 
 class LayerState(NamedTuple):
@@ -121,6 +123,7 @@ class Block(Resettable):
         position: int,
         store: bool = True,
         return_state: bool = True,
+        return_surprises: bool = False,
         **attention_kwargs: Any,
     ) -> tuple[Streams, Carried, LayerState]:
         """Process a sequence that begins at `position`.
@@ -128,9 +131,10 @@ class Block(Resettable):
         Args:
             store: false to read the memory without writing it.
             return_state: false to return an empty state, which frees keys, values and weights over time.
+            return_surprises: add the memory's surprises to the results that are carried.
             attention_kwargs: further arguments of the attention.
         """
-        views, values, memory_weights = carried
+        views, values, memory_weights, surprises = carried
         key_values, memory_state = state
         end = position
 
@@ -150,9 +154,14 @@ class Block(Resettable):
             nonlocal memory_state, memory_weights
             assert self.memory is not None
             accepts_weights = self.memory.to_learned_weight_residual_mix is not None
-            retrieved, memory_state = self.memory(
-                seq, state=memory_state, prev_weights=memory_weights if accepts_weights else None, store=store
+            retrieved, memory_state, *new = self.memory(
+                seq,
+                state=memory_state,
+                prev_weights=memory_weights if accepts_weights else None,
+                return_surprises=return_surprises,
+                store=store,
             )
+            own_surprises.extend(new)
             memory_weights = memory_state.updates if self.shares_memory_weights else None
             return retrieved
 
@@ -161,6 +170,7 @@ class Block(Resettable):
             return self.memory.recall(seq, memory_state)
 
         own_views: list[Tensor] = []
+        own_surprises: list[Surprises] = []
         parts = Parts(
             connections=[partial(connect, connection) for connection in self.connections],  # type: ignore[arg-type]
             attend=attend,
@@ -171,7 +181,9 @@ class Block(Resettable):
             position=position,
         )
         x = self.update_stream(x, parts)
-        carried = Carried(views=(*views, *own_views), values=values, memory_weights=memory_weights)
+        if own_surprises:
+            surprises = (*surprises, Surprises.joined(own_surprises))
+        carried = Carried((*views, *own_views), values, memory_weights, surprises)
         return x, carried, self._kept(key_values, memory_state, end) if return_state else LayerState()
 
     def _kept(self, key_values: KeyValues | None, memory: NeuralMemState | None, position: int) -> LayerState:
@@ -191,7 +203,7 @@ class Block(Resettable):
         Returns:
             the streams, the results that later blocks read, and the memory's state.
         """
-        views, values, memory_weights = carried
+        views, values, memory_weights, _ = carried
         memory_state = buffers.memory
 
         def attend(seq: Tensor, **inputs: Any) -> Tensor:
@@ -235,15 +247,14 @@ class Block(Resettable):
             position=None,
         )
         x = self.update_stream(x, parts)
-        carried = Carried(views=(*views, *own_views), values=values, memory_weights=memory_weights)
-        return x, carried, memory_state
+        return x, Carried((*views, *own_views), values, memory_weights), memory_state
 
-    def to_buffers(self, state: LayerState, position: int) -> LayerBuffers:
+    def to_buffers(self, state: LayerState, position: int, with_surprises: bool = False) -> LayerBuffers:
         """`state` after `position` positions as buffers for steps, valid until parameters change."""
         key_values, memory = state
         return LayerBuffers(
             key_values=None if self.attention is None else self.attention.to_buffers(key_values, position),  # type: ignore[arg-type]
-            memory=None if self.memory is None else self.memory.to_buffers(memory),  # type: ignore[arg-type]
+            memory=None if self.memory is None else self.memory.to_buffers(memory, with_surprises),  # type: ignore[arg-type]
             connections=[folded(connection) for connection in self.connections],
         )
 

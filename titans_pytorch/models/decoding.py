@@ -12,7 +12,7 @@ from titans_pytorch.attention.rotary import frequencies
 from titans_pytorch.attention.segmented import SegmentedAttention
 from titans_pytorch.generation import sampling
 from titans_pytorch.generation.decodable import StepKind
-from titans_pytorch.memory.state import copy_weights
+from titans_pytorch.memory.state import LayerSurprises, Surprises, copy_weights
 from titans_pytorch.models.block import Block, Carried, LayerBuffers, LayerState, StepPosition
 from titans_pytorch.models.residual_streams import ExpandStreams, Streams, complete
 from titans_pytorch.models.state import ModelState
@@ -83,11 +83,12 @@ class StepwiseDecoding(Module):
             return 'its memories were read without being written (store=False)'
         return None
 
-    def decoding_state(self, state: ModelState) -> ModelBuffers:
+    def decoding_state(self, state: ModelState, with_surprises: bool = False) -> ModelBuffers:
         """`state` as buffers for `step`; they hold values derived from parameters, and are valid until these change."""
         assert self.to_logits is not None
         start = state.seq_index
-        layers = [block.to_buffers(own, start) for block, own in zip(self._blocks, self._layer_states(state))]
+        pairs = zip(self._blocks, self._layer_states(state))
+        layers = [block.to_buffers(own, start, with_surprises) for block, own in pairs]
 
         weight = self.to_logits.weight
         device = weight.device
@@ -110,6 +111,15 @@ class StepwiseDecoding(Module):
         """Inverse of `decoding_state`, after `position` positions; the result does not alias the buffers."""
         layers = [block.from_buffers(own, position) for block, own in zip(self._blocks, state.layers)]
         return self._model_state(position, layers)
+
+    def step_surprises(self, state: ModelBuffers) -> LayerSurprises:
+        """Surprises of the chunk that the last step completed; the result does not alias the buffers."""
+        of_layers = [None if layer.memory is None else layer.memory.surprises for layer in state.layers]
+        return {
+            number: Surprises(*(rows.clone() for rows in own))
+            for number, own in enumerate(of_layers, start=1)
+            if own is not None
+        }
 
     def _layer_states(self, state: ModelState | None) -> list[LayerState]:
         if state is None:

@@ -145,7 +145,7 @@ def complete(x: Streams) -> Float[Tensor, 'b s d']:
 # a sequence
 
 
-def connect(connection: Module, x: Streams) -> tuple[Float[Tensor, 'b n d'], AddResidual]:
+def connect(connection: Module, x: Float[Tensor, 'bs n d'] | Pending) -> tuple[Float[Tensor, 'b n d'], AddResidual]:
     """`connection(x)` of a sequence's streams (b · s, n, d): the branch's input, and the function that adds its output.
 
     Adding is left to the next connection: the function returns `Pending`, which this one takes.

@@ -94,7 +94,13 @@ def compute_capability(device: torch.device) -> int:
 def kernels_enabled() -> bool:
     """True unless kernels are switched off, transforms are active, or a program is exported, which is to hold PyTorch's
     own operations alone."""
-    return _enabled and not is_transformed() and not torch.compiler.is_exporting()
+    return _enabled and not is_transformed() and not is_exporting()
+
+
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """True while `torch.export` traces. Traced itself, PyTorch's function is always true, up to 2.11 at least."""
+    return torch.compiler.is_exporting()
 
 
 def is_transformed() -> bool:

@@ -2,16 +2,19 @@
 
     b   batch                          h   heads                    bh  batch and heads, merged
     n   tokens of a call, or chunks    c   tokens inside a chunk    m   rows a chunk stores (c tokens × u)
-    d   features                       w   parameter tensors of the memory network
+    d   features                       w   parameter tensors of the memory network, or windows of attention
     o   momentum orders                u   keys/values per token    v   views (keys, values)
     i   query positions                j   key positions            p   persistent memory tokens
-    r   blocks of chunks               t   rows of a block          e   features of a head, or hidden features
+    r   blocks of chunks, documents    t   rows of a block          e   features of a head, or hidden features
     s   residual streams               k   states of a parameter: its weights, and its momentum of each order
-    half  pairs of features that rotate together                    qkv  queries, keys and values, merged
+    f   entries of a parameter         g   gates of a head          x   features of a gate's input
+    l   vocabulary, or other logits    half  pairs of features that rotate together
+
+Letters side by side are dimensions merged: bs, hd, rn; qkv are queries, keys and values.
 
 `Float[Tensor, 'b n d']` reads: a floating-point tensor of shape (batch, tokens, features). A name that begins with `_`
-stands for any size. `make shapes` runs tests with these annotations checked; otherwise only `checks.py` looks at a
-tensor, when a user passes it.
+stands for any size; an absent tensor that an operation has to return has shape (0). `make shapes` runs tests with these
+annotations checked; otherwise only `checks.py` looks at a tensor, when a user passes it.
 """
 
 from importlib.util import find_spec

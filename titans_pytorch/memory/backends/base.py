@@ -14,11 +14,24 @@ from titans_pytorch.memory.chunks import Chunks, WeightResidual, beside
 from titans_pytorch.memory.fast_weights import FastWeights, MemoryWeights, StoredBatches, StoredBlock, Weights
 from titans_pytorch.memory.reference import LossFn, one_chunk, surprise
 from titans_pytorch.memory.schedule import Schedule
+from titans_pytorch.memory_models import PlainMLP
 from titans_pytorch.ops.associative_scan import AssocScan
 from titans_pytorch.utils.shapes import Float
 
 Transition = Callable[[Weights, Weights], Weights]
 """Maps the base weights of a memory batch and the newest weights to the base weights of the next memory batch."""
+
+
+class StoreInputs(NamedTuple):
+    """Inputs of `Backend.store`."""
+
+    chunks: Chunks
+    residual: WeightResidual | None
+    schedule: Schedule
+    weights: MemoryWeights
+    """Before the first chunk."""
+    transition: Transition | None
+    """`None` if the base weights of a memory batch are the newest weights."""
 
 
 class Gradients(NamedTuple):
@@ -60,6 +73,7 @@ class Backend:
 
     Args:
         network: the memory network, a template whose own weights are not used.
+        mlp: the same network, if it is a plain MLP.
         loss_fn: the loss that storing minimises.
         scan: solves linear recurrences over chunks.
         max_grad_norm: soft bound of a gradient's norm.
@@ -67,30 +81,28 @@ class Backend:
     """
 
     def __init__(
-        self, network: Module, loss_fn: LossFn, scan: AssocScan, max_grad_norm: float | None, spectral_norm: bool
+        self,
+        network: Module,
+        mlp: PlainMLP | None,
+        loss_fn: LossFn,
+        scan: AssocScan,
+        max_grad_norm: float | None,
+        spectral_norm: bool,
     ):
         self.network = network
+        self.mlp = mlp
         self.loss_fn = loss_fn
         self.scan = scan
         self.max_grad_norm = max_grad_norm
         self.spectral_norm = spectral_norm
 
-    def store(
-        self,
-        chunks: Chunks,
-        residual: WeightResidual | None,
-        schedule: Schedule,
-        weights: MemoryWeights,
-        transition: Transition | None,
-    ) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m']]:
-        """The weights over all steps, those to go on from, and the loss of each row, after storing `chunks`.
-
-        `transition`: `None` if the base weights of a memory batch are the newest weights.
-        """
-        if isinstance(schedule.num_chunks, torch.SymInt):
+    def store(self, inputs: StoreInputs) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m']]:
+        """The weights over all steps, those to go on from, and the loss of each row."""
+        if isinstance(inputs.schedule.num_chunks, torch.SymInt):
             refuse_dynamic_length()
-        stored, losses = [], [torch.zeros_like(chunks.step_sizes[:, :0])]
-        for prepared in self.prepare(chunks, residual, schedule, weights, transition):
+        weights, transition = inputs.weights, inputs.transition
+        stored, losses = [], [torch.zeros_like(inputs.chunks.step_sizes[:, :0])]
+        for prepared in self.prepare(inputs):
             block = prepared.store(weights)
             stored.append(block.over_time)
             losses.append(block.losses)
@@ -100,14 +112,7 @@ class Backend:
             weights = MemoryWeights(base, newest, block.momentum)
         return FastWeights.joined(stored, weights.newest), weights, torch.cat(losses, dim=1)
 
-    def prepare(
-        self,
-        chunks: Chunks,
-        residual: WeightResidual | None,
-        schedule: Schedule,
-        weights: MemoryWeights,
-        transition: Transition | None,
-    ) -> Iterable[PreparedBlock]:
+    def prepare(self, inputs: StoreInputs) -> Iterable[PreparedBlock]:
         """The blocks of a call in order, each to be stored in the weights that the one before leaves."""
         raise NotImplementedError
 
@@ -136,15 +141,18 @@ class Backend:
         """Rows through the network with weights (bh, …)."""
         raise NotImplementedError
 
-    def negative_gradients(self, chunk: Chunks, at: Weights) -> Weights:
-        """Minus the gradient of the loss of a block of one chunk at weights (bh, …)."""
+    def negative_gradients(self, chunk: Chunks, at: Weights) -> tuple[Weights, Float[Tensor, 'bh m']]:
+        """Minus the gradient of the loss of a block of one chunk at weights (bh, …), and the losses of its rows."""
         raise NotImplementedError
 
-    def store_chunk(self, chunk: Chunks, at: Weights, weights: MemoryWeights) -> MemoryWeights:
-        """The weights after a block of one chunk, whose gradient is taken at `at`; without a graph."""
+    def store_chunk(
+        self, chunk: Chunks, at: Weights, weights: MemoryWeights
+    ) -> tuple[MemoryWeights, Float[Tensor, 'bh m']]:
+        """The weights after a block of one chunk, whose gradient is taken at `at`, and the losses of its rows; without
+        a graph."""
         with torch.no_grad():
             gates = chunk.at(0).update_gates()
-            gradients = self.negative_gradients(chunk, at)
+            gradients, losses = self.negative_gradients(chunk, at)
             updates, orders = surprise(
                 gradients, gates, weights.momentum, one_chunk, self.max_grad_norm, self.spectral_norm
             )
@@ -153,9 +161,8 @@ class Backend:
                 name: torch.addcmul(updates[name], beside(gates.retention, w), w, out=torch.empty_like(w))
                 for name, w in weights.newest.items()
             }
-        return MemoryWeights(
-            base=weights.base, newest=newest, momentum={name: stacked(by_order) for name, by_order in orders.items()}
-        )
+        momentum = {name: stacked(by_order) for name, by_order in orders.items()}
+        return MemoryWeights(weights.base, newest, momentum), losses
 
 
 def final_momentum(orders: dict[str, list[Tensor]]) -> Weights:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from titans_pytorch.memory.backends.base import Backend, PreparedBlock, Stored, Transition, final_momentum
+from titans_pytorch.memory.backends.base import Backend, PreparedBlock, Stored, StoreInputs, final_momentum
 from titans_pytorch.memory.chunks import Chunks, WeightResidual, split_inputs
 from titans_pytorch.memory.fast_weights import FastWeights, MemoryWeights, StoredBlock, Weights
 from titans_pytorch.memory.reference import apply_network, gradient_of_chunk, surprise
-from titans_pytorch.memory.schedule import Schedule
+from titans_pytorch.ops import _dispatch
 from titans_pytorch.utils.functional import call_with_weights, outside_inference, transformed
 from titans_pytorch.utils.shapes import Float
 
@@ -21,21 +21,14 @@ from titans_pytorch.utils.shapes import Float
 class DenseBackend(Backend):
     """Gradients by `torch.func`, all chunks of a block at once; momentum and decay by scans over chunks."""
 
-    def prepare(
-        self,
-        chunks: Chunks,
-        residual: WeightResidual | None,
-        schedule: Schedule,
-        weights: MemoryWeights,
-        transition: Transition | None,
-    ) -> Iterator[PreparedBlock]:
-        if torch.compiler.is_exporting():
+    def prepare(self, inputs: StoreInputs) -> Iterator[PreparedBlock]:
+        if _dispatch.is_exporting():
             # its tracer takes no gradients under `vmap`
             raise ValueError("torch.export needs engine='dual', and this memory is dense")
-        blocks = schedule.blocks(preferred=None)
+        blocks = inputs.schedule.blocks(preferred=None)
         lengths = [block.num_chunks for block in blocks]
-        for block, inputs in zip(blocks, split_inputs(chunks, residual, lengths)):
-            yield PreparedBlock(partial(self._store_block, *inputs), block.ends_batch)
+        for block, of_block in zip(blocks, split_inputs(inputs.chunks, inputs.residual, lengths)):
+            yield PreparedBlock(partial(self._store_block, *of_block), block.ends_batch)
 
     def _store_block(self, chunks: Chunks, residual: WeightResidual | None, weights: MemoryWeights) -> Stored:
         gradients, losses = self.gradients_of_chunks(chunks, weights.base, residual)
@@ -77,9 +70,9 @@ class DenseBackend(Backend):
     def apply(self, weights: Weights, rows: Float[Tensor, 'bh m d']) -> Float[Tensor, 'bh m d']:
         return apply_network(self.network, weights, rows)
 
-    def negative_gradients(self, chunk: Chunks, at: Weights) -> Weights:
+    def negative_gradients(self, chunk: Chunks, at: Weights) -> tuple[Weights, Float[Tensor, 'bh m']]:
         with torch.inference_mode(False):
             keys, values, step_sizes = (outside_inference(t.squeeze(1)) for t in chunk[:3])
             at = {name: outside_inference(w) for name, w in at.items()}
             gradient = transformed(vmap, gradient_of_chunk(self.network, self.loss_fn), randomness='different')
-            return gradient(at, keys, values, step_sizes)[0]
+            return gradient(at, keys, values, step_sizes)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from titans_pytorch.memory.backends.base import (
     Gradients,
     PreparedBlock,
     Stored,
-    Transition,
+    StoreInputs,
     refuse_dynamic_length,
     stacked,
 )
@@ -32,66 +33,49 @@ from titans_pytorch.memory.backends.fused_mlp import FusedMLP
 from titans_pytorch.memory.chunks import Chunks, Coefficients, WeightResidual, scaled, split_inputs
 from titans_pytorch.memory.fast_weights import Factors, FastWeights, MemoryWeights, StoredBlock, Weights
 from titans_pytorch.memory.reference import LossFn, default_loss_fn
-from titans_pytorch.memory.schedule import Block, Schedule
+from titans_pytorch.memory.schedule import Block
 from titans_pytorch.memory.soft_clamp import soft_clamp_factor, soft_clamp_norm
-from titans_pytorch.memory_models import ResidualNorm, inner_mlp, mlp_matrices
 from titans_pytorch.ops.associative_scan import coefficient_product
 from titans_pytorch.ops.final_state import final_state
-from titans_pytorch.ops.norms import layer_norm
 from titans_pytorch.utils.functional import call_with_weights, is_traced, outside_inference, transformed
 from titans_pytorch.utils.precision import at_least_float32, no_autocast
 from titans_pytorch.utils.shapes import Float
 
 
 class DualBackend(Backend):
-    """Factored matrices, unless a matrix has no more entries than the rows of a chunk; vectors are dense."""
-
-    _fused: tuple[FusedMLP | None] | None = None
+    """Factored matrices, unless a matrix has no more entries than its factors over a chunk; vectors are dense."""
 
     @property
     def fused(self) -> FusedMLP | None:
         """The network as a memory MLP under the default loss, for which there are fused operations; else `None`."""
-        # computed on first use, as decoding makes a backend per token; the compiler traces no `cached_property`
-        if self._fused is None:
-            self._fused = (FusedMLP.of(self.network) if self.loss_fn is default_loss_fn else None,)
-        return self._fused[0]
+        return FusedMLP.of(self.mlp) if self.loss_fn is default_loss_fn else None
 
-    def store(
-        self,
-        chunks: Chunks,
-        residual: WeightResidual | None,
-        schedule: Schedule,
-        weights: MemoryWeights,
-        transition: Transition | None,
-    ) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m']]:
-        if isinstance(schedule.num_chunks, torch.SymInt):
+    def store(self, inputs: StoreInputs) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m']]:
+        if isinstance(inputs.schedule.num_chunks, torch.SymInt):
             # the gradients of other networks, and of the scan itself, need transforms that the scan does not support
             if torch.is_grad_enabled() or self.fused is None:
                 refuse_dynamic_length()
-            return scan_chunks(self, chunks, residual, schedule, weights, transition)
-        return super().store(chunks, residual, schedule, weights, transition)
+            return scan_chunks(self, inputs)
+        return super().store(inputs)
 
-    def prepare(
-        self,
-        chunks: Chunks,
-        residual: WeightResidual | None,
-        schedule: Schedule,
-        weights: MemoryWeights,
-        transition: Transition | None,
-    ) -> Iterator[PreparedBlock]:
+    def prepare(self, inputs: StoreInputs) -> Iterator[PreparedBlock]:
+        chunks, weights = inputs.chunks, inputs.weights
         # a memory batch whose gradients are taken at the newest weights can be stored together with its neighbours
         at_newest = all(weights.base[name] is w for name, w in weights.newest.items())
-        blocks = schedule.blocks(self.preferred_chunks(chunks))
+        solves, scans = self._solves(inputs), self._scans(inputs)
+        formed = set() if solves else self._formed(inputs, scans)
+        blocks = inputs.schedule.blocks(self.preferred_chunks(chunks))
         groups = [[*same] for _, same in groupby(blocks, key=lambda block: block.num_chunks)]
         lengths = [sum(block.num_chunks for block in group) for group in groups]
-        for group, (group_chunks, group_residual) in zip(groups, split_inputs(chunks, residual, lengths)):
-            # the recurrences of neighbours of one length are solved together
-            coefficients = Coefficients.of_blocks(group_chunks, len(group))
-            in_batches = transition is None and at_newest and all(block.is_batch for block in group)
-            if in_batches and group_residual is None and self._scans_batches(group_chunks, weights):
+        for group, (group_chunks, group_residual) in zip(groups, split_inputs(chunks, inputs.residual, lengths)):
+            in_batches = at_newest and all(block.is_batch for block in group)
+            if in_batches and solves:
+                yield from self._in_blocks(group, group_chunks, group_residual)
+            elif in_batches and scans and not formed:
+                coefficients = Coefficients.of_blocks(group_chunks, len(group))
                 yield PreparedBlock(partial(self._store_batches, group_chunks, coefficients), ends_batch=True)
             else:
-                yield from self._separately(group, group_chunks, group_residual, coefficients)
+                yield from self._separately(group, group_chunks, group_residual, formed)
             at_newest = True
 
     def preferred_chunks(self, chunks: Chunks) -> int:
@@ -100,26 +84,79 @@ class DualBackend(Backend):
         # cost more. If matrices are formed, work grows with the square of the number of chunks
         return max((128 if chunks.keys.device.type == 'cpu' else 512) // chunks.keys.shape[2], 8)
 
-    def _scans_batches(self, chunks: Chunks, weights: MemoryWeights) -> bool:
-        """True if whole memory batches of these chunks can be stored by one operation."""
-        if self.fused is None or self.max_grad_norm is not None or chunks.modulation is not None:
-            return False
-        return not any(_forms_matrix(chunks, w) for w in weights.newest.values() if w.ndim > 2)
+    def _formed(self, inputs: StoreInputs, scans: bool) -> set[str]:
+        """Names of the matrices that are formed for every chunk of a call."""
+        chunks, per_batch = inputs.chunks, inputs.schedule.chunks_per_batch
+        # measured: on a GPU, all memory batches in one operation outweigh factors larger than the matrix
+        if scans and chunks.keys.is_cuda and per_batch is not None and per_batch * chunks.keys.shape[2] <= 128:
+            return set()
+        return {name for name, w in inputs.weights.newest.items() if w.ndim > 2 and _forms_matrix(chunks, w)}
+
+    def _scans(self, inputs: StoreInputs) -> bool:
+        """True if whole memory batches can be stored by one operation, in factored matrices."""
+        without_options = inputs.residual is None and inputs.transition is None and inputs.chunks.modulation is None
+        return self.fused is not None and self.max_grad_norm is None and without_options
 
     def _store_batches(self, chunks: Chunks, coefficients: Coefficients, weights: MemoryWeights) -> Stored:
         assert self.fused is not None
         return self.fused.store_batches(chunks, coefficients, weights)
 
-    def _separately(
-        self, blocks: list[Block], chunks: Chunks, residual: WeightResidual | None, coefficients: Coefficients
+    def _solves(self, inputs: StoreInputs) -> bool:
+        """True for a linear memory whose memory batches are so short that several are solved together."""
+        fused, per_batch = self.fused, inputs.schedule.chunks_per_batch
+        if fused is None or fused.first is not None or fused.gamma is not None or self.max_grad_norm is not None:
+            return False
+        if inputs.transition is not None or per_batch is None:
+            return False
+        return per_batch * inputs.chunks.keys.shape[2] <= _solved_together(inputs.chunks).in_batch
+
+    def _in_blocks(
+        self, batches: list[Block], chunks: Chunks, residual: WeightResidual | None
     ) -> Iterator[PreparedBlock]:
+        """Memory batches of one length in a linear memory, several in each block."""
+        per_batch = batches[0].num_chunks
+        together = _solved_together(chunks).in_block // (per_batch * chunks.keys.shape[2])
+        whole, rest = divmod(len(batches), together)
+        counts = [(blocks, length) for blocks, length in ((whole, together), (1, rest)) if blocks * length]
+        lengths = [blocks * length * per_batch for blocks, length in counts]
+        for (blocks, _), inputs in zip(counts, split_inputs(chunks, residual, lengths)):
+            yield PreparedBlock(partial(self._store_linear, *inputs, blocks, per_batch), ends_batch=True)
+
+    def _store_linear(
+        self,
+        chunks: Chunks,
+        residual: WeightResidual | None,
+        num_blocks: int,
+        chunks_per_batch: int,
+        weights: MemoryWeights,
+    ) -> Stored:
+        assert self.fused is not None
+        if residual is not None:
+            # k (W + W') − v = k W − (v − k W')
+            chunks = chunks._replace(values=chunks.values - residual.linear(self.fused.last, chunks.keys))
+        if chunks.modulation is not None:
+            chunks = chunks._replace(step_sizes=chunks.step_sizes * chunks.modulation)
+        coefficients = Coefficients.of_blocks(chunks, num_blocks)
+        return self.fused.store_linear(chunks, coefficients, chunks_per_batch, weights)
+
+    def _separately(
+        self, blocks: list[Block], chunks: Chunks, residual: WeightResidual | None, formed: set[str]
+    ) -> Iterator[PreparedBlock]:
+        # the recurrences of neighbours of one length are solved together
+        coefficients = Coefficients.of_blocks(chunks, len(blocks))
         lengths = [block.num_chunks for block in blocks]
         parts = zip(blocks, split_inputs(chunks, residual, lengths), coefficients.unbind())
         for block, inputs, block_coefficients in parts:
-            yield PreparedBlock(partial(self._store_block, *inputs, block_coefficients), block.ends_batch)
+            store = partial(self._store_block, *inputs, block_coefficients, formed)
+            yield PreparedBlock(store, block.ends_batch)
 
     def _store_block(
-        self, chunks: Chunks, residual: WeightResidual | None, coefficients: Coefficients, weights: MemoryWeights
+        self,
+        chunks: Chunks,
+        residual: WeightResidual | None,
+        coefficients: Coefficients,
+        formed: set[str],
+        weights: MemoryWeights,
     ) -> Stored:
         gradients = self.gradients(chunks, weights.base, residual)
         coefficients = coefficients.to(next(iter(weights.newest.values())).dtype)
@@ -127,7 +164,7 @@ class DualBackend(Backend):
         for index, (name, newest) in enumerate(weights.newest.items()):
             modulation = None if chunks.modulation is None else chunks.modulation[..., index]
             initial = [newest, *weights.momentum.get(name, ())]
-            if name in gradients.inputs and not _forms_matrix(chunks, newest):
+            if name in gradients.inputs and name not in formed:
                 inputs, deltas = gradients.inputs[name], gradients.deltas[name]
                 factor = self._update_factor(inputs, deltas, modulation)
                 deltas = deltas if factor is None else scaled(factor, deltas)
@@ -232,30 +269,37 @@ class DualBackend(Backend):
         return call_with_weights(self.network, vectors, rows, linear=linear)
 
     def apply(self, weights: Weights, rows: Float[Tensor, 'bh m d']) -> Float[Tensor, 'bh m d']:
-        mlp = inner_mlp(self.network)
-        if mlp is None:
-            return call_with_weights(self.network, weights, rows)
         # for so few rows, calling the modules would take longer than the products
-        out = mlp.through(mlp_matrices(self.network, weights), rows, torch.bmm)
-        if self.network is mlp:
-            return out
-        assert isinstance(self.network, ResidualNorm)
-        normed = layer_norm(out, self.network.norm.eps)
-        return torch.addcmul(rows, normed, weights['norm.gamma'].unsqueeze(-2) + 1.0)
+        return call_with_weights(self.network, weights, rows) if self.mlp is None else self.mlp(weights, rows)
 
-    def negative_gradients(self, chunk: Chunks, at: Weights) -> Weights:
+    def negative_gradients(self, chunk: Chunks, at: Weights) -> tuple[Weights, Float[Tensor, 'bh m']]:
         if self.fused is not None:
             gradients = self.fused.gradients(chunk, at, None)
-            return {name: gradients.dense(name)[:, 0].to(w.dtype) for name, w in at.items()}
+            formed = {name: gradients.dense(name)[:, 0].to(w.dtype) for name, w in at.items()}
+            return formed, gradients.losses[:, 0]
         with torch.inference_mode(False):
             keys, values, step_sizes = (outside_inference(t.squeeze(1)) for t in chunk[:3])
 
-            def negative_loss(at: Weights) -> Tensor:
+            def negative_loss(at: Weights) -> tuple[Tensor, Tensor]:
                 # Titans eq. 12: ‖M(k) − v‖²
                 losses = _batched(self.loss_fn, 1)(self.apply(at, keys), values)
-                return -(losses * step_sizes.to(losses.dtype)).sum()
+                return -(losses * step_sizes.to(losses.dtype)).sum(), losses
 
-            return transformed(grad, negative_loss)({name: outside_inference(w) for name, w in at.items()})
+            gradient = transformed(grad, negative_loss, has_aux=True)
+            return gradient({name: outside_inference(w) for name, w in at.items()})
+
+
+class SolvedRows(NamedTuple):
+    """Rows of a linear memory that are stored together."""
+
+    in_block: int
+    in_batch: int
+    """At most; longer memory batches are stored one after the other."""
+
+
+def _solved_together(chunks: Chunks) -> SolvedRows:
+    # measured: work in a block grows with the square of its rows, and the number of launches with the number of blocks
+    return SolvedRows(32, 16) if chunks.keys.device.type == 'cpu' else SolvedRows(128, 8)
 
 
 def _forms_matrix(chunks: Chunks, weight: Float[Tensor, 'bh d e']) -> bool:

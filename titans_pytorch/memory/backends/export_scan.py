@@ -8,25 +8,19 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from titans_pytorch.memory.backends.base import Backend, Transition
+from titans_pytorch.memory.backends.base import Backend, StoreInputs
 from titans_pytorch.memory.chunks import Chunks, WeightResidual
 from titans_pytorch.memory.fast_weights import FastWeights, MemoryWeights, StoredBlock
 from titans_pytorch.memory.schedule import Schedule
 from titans_pytorch.utils.shapes import Float
 
 
-def scan_chunks(
-    backend: Backend,
-    chunks: Chunks,
-    residual: WeightResidual | None,
-    schedule: Schedule,
-    weights: MemoryWeights,
-    transition: Transition | None,
-) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m']]:
+def scan_chunks(backend: Backend, inputs: StoreInputs) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m']]:
     """`Backend.store` as a graph that does not grow with the number of chunks, which is symbolic."""
     # imported where it is used: PyTorch may yet move it
     from torch._higher_order_ops.scan import scan
 
+    chunks, residual, schedule, weights, transition = inputs
     given = [index for index, t in enumerate(chunks) if t is not None]
     added: Any = ()
     if residual is not None:
@@ -47,7 +41,8 @@ def scan_chunks(
             dense = {name: w.unsqueeze(1) for name, w in dense.items()}
             own_residual = WeightResidual(FastWeights.of(dense), dense, share.unsqueeze(1), 0)
 
-        (prepared,) = backend.prepare(Chunks(*fields), own_residual, Schedule(0, 1, None), weights, transition)
+        one = StoreInputs(Chunks(*fields), own_residual, Schedule(0, 1, None), weights, transition)
+        (prepared,) = backend.prepare(one)
         stored = prepared.store(weights)
         final = stored.over_time.final
         moved = final if transition is None else transition(weights.base, final)

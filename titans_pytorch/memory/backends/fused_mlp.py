@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 
 from titans_pytorch.memory.backends.base import Gradients, Stored, stacked
 from titans_pytorch.memory.chunks import Chunks, Coefficients, WeightResidual
 from titans_pytorch.memory.fast_weights import FactoredBlocks, FastWeights, MemoryWeights, StoredBatches, Weights
-from titans_pytorch.memory_models import ResidualNorm, inner_mlp
+from titans_pytorch.memory_models import PlainMLP
 from titans_pytorch.ops.inner_gradient import PreviousWeights, inner_gradient
+from titans_pytorch.ops.linear_memory_scan import linear_memory_scan
 from titans_pytorch.ops.memory_batch_scan import memory_batch_scan
 from titans_pytorch.ops.retrieve_sequence import FactoredMatrix, retrieve_sequence
 from titans_pytorch.utils.precision import no_autocast
@@ -31,14 +31,12 @@ class FusedMLP(NamedTuple):
     eps: float
 
     @classmethod
-    def of(cls, network: Module) -> FusedMLP | None:
+    def of(cls, mlp: PlainMLP | None) -> FusedMLP | None:
         """`None` for any other network."""
-        mlp = inner_mlp(network)
-        if mlp is None or len(mlp.weights) > 2:
+        if mlp is None or len(mlp.matrices) > 2:
             return None
-        *first, last = [name for name, p in network.named_parameters() if p.ndim > 1]
-        gamma, eps = ('norm.gamma', network.norm.eps) if isinstance(network, ResidualNorm) else (None, 0.0)
-        return cls(first[0] if first else None, last, gamma, eps)
+        *first, last = mlp.matrices
+        return cls(first[0] if first else None, last, mlp.gamma, mlp.eps)
 
     def of_parameters(self, weights: Weights) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """W₁, W₂ and γ; `None` for those that the network lacks."""
@@ -86,6 +84,21 @@ class FusedMLP(NamedTuple):
         blocks = FactoredBlocks(coefficients.steps, coefficients.initial_steps, matrices)
         stored = StoredBatches(dense, {name: own[0] for name, own in states.items()}, blocks)
         return Stored(stored, momentum, out.losses.flatten(1, 2))
+
+    def store_linear(
+        self, chunks: Chunks, coefficients: Coefficients, chunks_per_batch: int, weights: MemoryWeights
+    ) -> Stored:
+        """Whole memory batches in a row, several in each block of `coefficients`, in a memory of one matrix."""
+        name = self.last
+        states = [weights.newest[name], *weights.momentum.get(name, ())]
+        out = linear_memory_scan(*chunks[:3], states, *coefficients, chunks_per_batch)
+        inputs = chunks.keys.to(out.deltas.dtype).unflatten(1, coefficients.steps.shape[1:3]).flatten(2, 3)
+        matrices = {name: FactoredMatrix(out.initial, inputs, out.deltas)}
+        final, *orders = out.final.unbind(1)
+        stored = StoredBatches(
+            {}, {name: final}, FactoredBlocks(coefficients.steps, coefficients.initial_steps, matrices)
+        )
+        return Stored(stored, {name: stacked(orders)} if orders else {}, out.losses.flatten(1, 2))
 
     def is_factored_in(self, weights: FastWeights) -> bool:
         """True if all matrices of the network are factored."""

@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titans_pytorch.memory.backends.base import Gradients, PreparedBlock, Stored, Transition, final_momentum
+from titans_pytorch.memory.backends.base import Gradients, PreparedBlock, Stored, StoreInputs, final_momentum
 from titans_pytorch.memory.backends.dual import DualBackend
 from titans_pytorch.memory.chunks import Chunks, WeightResidual, split_inputs
 from titans_pytorch.memory.fast_weights import MemoryWeights, StoredBlock
 from titans_pytorch.memory.reference import surprise
-from titans_pytorch.memory.schedule import Schedule
 from titans_pytorch.ops.momentum_scan import momentum_scan, vector_scan, weight_scan
 from titans_pytorch.ops.newton_schulz import newton_schulz
 from titans_pytorch.utils.precision import at_least_float32, operand_dtype
@@ -29,24 +28,18 @@ from titans_pytorch.utils.shapes import Float
 class SpectralBackend(DualBackend):
     """Gradients as in the dual backend; momentum and weights of every chunk by scans."""
 
-    def prepare(
-        self,
-        chunks: Chunks,
-        residual: WeightResidual | None,
-        schedule: Schedule,
-        weights: MemoryWeights,
-        transition: Transition | None,
-    ) -> Iterator[PreparedBlock]:
-        blocks = schedule.blocks(self.preferred_chunks(chunks))
+    def prepare(self, inputs: StoreInputs) -> Iterator[PreparedBlock]:
+        chunks = inputs.chunks
+        blocks = inputs.schedule.blocks(self.preferred_chunks(chunks))
         lengths = [block.num_chunks for block in blocks]
         # gates of all blocks at once, which are fewer launches than block by block
         log_retention = F.logsigmoid(-at_least_float32(chunks.decay)).split(lengths, dim=1)
         log_gates: Sequence[Tensor | None] = [None] * len(blocks)
         if chunks.momentum is not None:
             log_gates = F.logsigmoid(at_least_float32(chunks.momentum)).split(lengths, dim=1)
-        inputs = split_inputs(chunks, residual, lengths)
-        for block, own_inputs, retention, gates in zip(blocks, inputs, log_retention, log_gates):
-            yield PreparedBlock(partial(self._store_spectral, *own_inputs, retention, gates), block.ends_batch)
+        parts = zip(blocks, split_inputs(chunks, inputs.residual, lengths), log_retention, log_gates)
+        for block, of_block, retention, gates in parts:
+            yield PreparedBlock(partial(self._store_spectral, *of_block, retention, gates), block.ends_batch)
 
     def _store_spectral(
         self,

@@ -120,7 +120,7 @@ class Trial(NamedTuple):
         return None
 
     def _backend(self, kind: type[Backend]) -> Any:
-        return kind(self.network, default_loss_fn, AssocScan(), None, False)
+        return kind(self.network, None, default_loss_fn, AssocScan(), None, False)
 
     def _retrieved(self, kind: type[Backend]) -> Tensor:
         with _on_cpu():

@@ -71,8 +71,8 @@ def gate_products(log_gates: Float[Tensor, '... n']) -> Float[Tensor, '... n n']
 
 
 def coefficient_product(
-    coefficients: Float[Tensor, 'bh s n'], updates: Float[Tensor, 'bh n f']
-) -> Float[Tensor, 'bh s f']:
+    coefficients: Float[Tensor, 'bh i j'], updates: Float[Tensor, 'bh j f']
+) -> Float[Tensor, 'bh i f']:
     """`coefficients` @ `updates`, for few chunks of many features."""
     if not updates.is_cuda or updates.shape[2] % 512:
         return coefficients @ updates

@@ -18,7 +18,11 @@ MOST_STREAMS = 8
 
 def hyper_connection(
     x: list[Tensor], weights: list[Tensor]
-) -> tuple[Float[Tensor, 'b n d'], Float[Tensor, 'bs n d'], Float[Tensor, 'bs n 1']]:
+) -> tuple[
+    Float[Tensor, 'b n d'],
+    Float[Tensor, 'bs n d'] | Float[Tensor, ' 0'],
+    Float[Tensor, 'bs n 1'] | Float[Tensor, ' 0'],
+]:
     """The input of a branch, the mixed residual streams, and the gates for writing the branch's output to them.
 
     For the streams x_s of a position, with r_s = √d / ‖x_s‖, gain 1 + γ, weights A and B, scales α and β, and biases:

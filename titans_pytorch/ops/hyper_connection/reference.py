@@ -12,7 +12,11 @@ from titans_pytorch.utils.shapes import Float
 
 def hyper_connection(
     x: list[Tensor], weights: list[Tensor], iters: int, eps: float
-) -> tuple[Float[Tensor, 'b n d'], Float[Tensor, 'bs n d'], Float[Tensor, 'bs n 1']]:
+) -> tuple[
+    Float[Tensor, 'b n d'],
+    Float[Tensor, 'bs n d'] | Float[Tensor, ' 0'],
+    Float[Tensor, 'bs n 1'] | Float[Tensor, ' 0'],
+]:
     dtype, full = x[0].dtype, torch.promote_types(x[0].dtype, torch.float32)
     streams, adds = len(weights[1]), len(weights) == 8
     gamma, bias, to_read_and_mix, read_scale, mix_scale, *for_writing = (t.to(full) for t in weights)

@@ -363,7 +363,7 @@ def outer_products(  # type: ignore[no-untyped-def]
         index = first_row + step * ROWS + tl.arange(0, ROWS)
         valid = index < last_row
         key_offset = (index // rows) * key_chunk + (index % rows) * key_row
-        # what stands on the left is loaded turned, rows across
+        # the left operand is loaded transposed, rows across
         across = valid[None, :] & (unit < width)[:, None]
         inside = valid[:, None] & (feature < dim)[None, :]
         features = index[:, None] * dim + feature[None, :]

@@ -189,7 +189,7 @@ def _precision(operands: torch.dtype) -> dict[str, Any]:
 def _warps(sizes: dict[str, int]) -> int:
     # from 64 rows on, four warps share one instruction of a tensor core; registers limit the rest
     rows, columns = sizes['ROWS'], sizes['COLUMNS']
-    return min(8, max(4, rows * columns // 2048) if rows >= 64 else rows * columns // 512)
+    return min(8, max(4, rows * columns // 2048) if rows >= 64 else max(1, rows * columns // 512))
 
 
 def _programs(device: torch.device, warps: int) -> int:

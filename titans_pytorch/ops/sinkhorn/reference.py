@@ -22,7 +22,7 @@ from titans_pytorch.utils.shapes import Float
 
 def sinkhorn(log_alpha: Float[Tensor, '... s s'], iters: int, eps: float) -> Float[Tensor, '... s s']:
     # PyTorch transforms its own operations alone
-    if _dispatch.is_transformed() or torch.compiler.is_exporting():
+    if _dispatch.is_transformed() or _dispatch.is_exporting():
         return loop(log_alpha, iters, eps)
     return _sinkhorn(log_alpha, iters, eps)
 

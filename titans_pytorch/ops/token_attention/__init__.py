@@ -33,7 +33,7 @@ class ValueMix(NamedTuple):
 
 
 def token_attention(
-    projected: Float[Tensor, 'b r qkv'],
+    projected: Float[Tensor, 'b u qkv'],
     buffers: tuple[Float[Tensor, 'b h j d'], Float[Tensor, 'b h j d']],
     layout: RingLayout,
     position: Position,
@@ -47,7 +47,7 @@ def token_attention(
             it, and their queries are not used.
         buffers: of keys and of values; those of the position are written into them.
         layer: index into `position.frequencies`.
-        mix: for r = 1.
+        mix: for u = 1.
 
     The kernel has no gradient, so it runs only where gradients are off.
     """

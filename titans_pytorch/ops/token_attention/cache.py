@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from titans_pytorch.ops.rotation import turns
+from titans_pytorch.ops.rotation import rotation_at
 from titans_pytorch.utils.shapes import Float, Int
 
 
@@ -23,7 +23,7 @@ class RingLayout(NamedTuple):
     slides: bool
     """True if all positions in the buffers are seen, false if those from offset 0 on: a block."""
 
-    def slots(self, positions: Int[Tensor, ' n']) -> Int[Tensor, ' nr']:
+    def slots(self, positions: Int[Tensor, ' n']) -> Int[Tensor, ' nu']:
         """The slots of the keys of these positions, persistent ones not counted."""
         first = positions % self.num_positions * self.keys_per_position
         if self.keys_per_position == 1:
@@ -34,7 +34,7 @@ class RingLayout(NamedTuple):
 class CacheSlots(NamedTuple):
     """The slots of one position in such buffers."""
 
-    indices: Int[Tensor, ' r']
+    indices: Int[Tensor, ' u']
     bias: Float[Tensor, '1 1 1 j']
     """Added to its scores: 0 for the slots that it sees, −∞ for the others."""
 
@@ -54,10 +54,10 @@ class Position:
         self._rotations: Tensor | None = None
 
     @property  # the compiler does not support `cached_property`
-    def rotations(self) -> Tensor:
-        """The rotation of each layer: (layers, d/2, 2), cosines and sines."""
+    def rotations(self) -> Float[Tensor, 'layers half 2']:
+        """The rotation of each layer, cosines and sines."""
         if self._rotations is None:
-            self._rotations = turns(self.frequencies, self.number)
+            self._rotations = rotation_at(self.frequencies, self.number)
         return self._rotations
 
     def slots(self, layout: RingLayout, dtype: torch.dtype) -> CacheSlots:

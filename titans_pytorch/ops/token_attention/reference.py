@@ -5,20 +5,20 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from titans_pytorch.ops.rotation import turned
+from titans_pytorch.ops.rotation import rotate_features
 from titans_pytorch.ops.token_attention.cache import CacheSlots
 from titans_pytorch.utils.shapes import Float
 
 
 def token_attention(
-    projected: Float[Tensor, 'b r qkv'],
+    projected: Float[Tensor, 'b u qkv'],
     buffers: tuple[Float[Tensor, 'b h j d'], Float[Tensor, 'b h j d']],
     slots: CacheSlots,
     rotation: Float[Tensor, 'half 2'],
     mix: tuple[Tensor, Tensor, Tensor, Tensor] | None,
 ) -> Float[Tensor, 'b 1 hd']:
     by_head = projected.unflatten(-1, (3, buffers[0].shape[1], -1)).permute(2, 0, 3, 1, 4)
-    queries, keys = turned(by_head[:2], rotation)
+    queries, keys = rotate_features(by_head[:2], rotation)
     values = by_head[2]
     if mix is not None:
         inputs, weight, bias, first_values = mix

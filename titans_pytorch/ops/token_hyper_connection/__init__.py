@@ -16,7 +16,7 @@ def token_hyper_connection(
     pending: tuple[Float[Tensor, 'b s 1'], Float[Tensor, 'b 1 d']] | None,
     to_logits: Float[Tensor, 'l d'],
     bias: Float[Tensor, 's l'],
-) -> tuple[Float[Tensor, 'b 1 d'], Float[Tensor, 'b s d'], Float[Tensor, 'b s 1']]:
+) -> tuple[Float[Tensor, 'b 1 d'], Float[Tensor, 'b s d'], Float[Tensor, 'b s l-s-1']]:
     """`hyper_connection` of one position, with its gain and scales multiplied into one matrix beforehand.
 
     What is left is a norm, a product with that matrix, Sinkhorn's iteration and a mixture: on a GPU one launch. The

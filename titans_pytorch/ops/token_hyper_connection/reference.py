@@ -17,7 +17,7 @@ def token_hyper_connection(
     bias: Float[Tensor, 's l'],
     iters: int,
     eps: float,
-) -> tuple[Float[Tensor, 'b 1 d'], Float[Tensor, 'b s d'], Float[Tensor, 'b s 1']]:
+) -> tuple[Float[Tensor, 'b 1 d'], Float[Tensor, 'b s d'], Float[Tensor, 'b s l-s-1']]:
     streams, dtype = x.shape[1], x.dtype
     if pending is not None:
         write, branch_out = pending

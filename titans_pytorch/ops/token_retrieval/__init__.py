@@ -24,7 +24,7 @@ Norm = tuple[Tensor, float | None]
 
 def token_retrieval(
     projected: Float[Tensor, 'b 1 hd'],
-    matrices: list[Float[Tensor, 'bh d e']],
+    matrices: list[Float[Tensor, 'bh _ _']],
     query_norm: Norm | None,
     norm: Norm | None,
     gate: tuple[Float[Tensor, 'b 1 x'], Float[Tensor, 'h x']] | None,

@@ -13,7 +13,7 @@ from titans_pytorch.utils.shapes import Float
 
 def token_retrieval(
     projected: Float[Tensor, 'b 1 hd'],
-    matrices: list[Float[Tensor, 'bh d e']],
+    matrices: list[Float[Tensor, 'bh _ _']],
     query_norm: tuple[Float[Tensor, 'h 1 d'], float | None] | None,
     norm: tuple[Float[Tensor, 'bh d'], float | None] | None,
     gate: tuple[Float[Tensor, 'b 1 x'], Float[Tensor, 'h x']] | None,

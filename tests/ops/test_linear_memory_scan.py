@@ -1,0 +1,217 @@
+"""A linear memory by triangular systems: against a loop over memory batches, the delta rule, and the dense backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compare import assert_same, gradients
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from memories import scalar
+
+from titans_pytorch import MemoryMLP, NeuralMemory
+from titans_pytorch.memory.backends import dual as dual_backend
+from titans_pytorch.memory.chunks import Chunks, Coefficients
+from titans_pytorch.ops.linear_memory_scan import linear_memory_scan
+
+SMALL = dict(deadline=None, derandomize=True)
+
+
+def problem(blocks, batches, chunks, rows, dim=5, orders=1):
+    """Chunks of a call, and initial states, in float64: `batches` memory batches of `chunks` chunks in each block."""
+    torch.manual_seed(0)
+    n = blocks * batches * chunks
+    leading = (2, n)
+    double = dict(dtype=torch.float64)
+    keys = torch.nn.functional.normalize(torch.randn(*leading, rows, dim, **double), dim=-1)
+    inputs = Chunks(
+        keys=keys,
+        values=torch.randn(*leading, rows, dim, **double),
+        step_sizes=torch.rand(*leading, rows, **double) * dim / 2,
+        decay=torch.randn(*leading, **double),
+        momentum=torch.randn(*leading, orders, **double) if orders else None,
+        momentum_mix=None,
+        modulation=None,
+    )
+    return inputs, [torch.randn(2, dim, dim, **double) for _ in range(1 + orders)]
+
+
+def by_loop(inputs, states, chunks_per_batch):
+    """Titans eq. 10–13, chunk after chunk: the states before each chunk, the updates' rows and the losses."""
+    weights, *momentum = states
+    gates = inputs.update_gates()
+    base, before, deltas, losses = weights, [], [], []
+    for chunk, (k, v, theta) in enumerate(zip(*(t.unbind(1) for t in inputs[:3]))):
+        if chunk % chunks_per_batch == 0:
+            base = weights
+        before.append(torch.stack([weights, *momentum], dim=1))
+        error = v - k @ base
+        delta = 2 / v.shape[-1] * theta.unsqueeze(-1) * error
+        update = k.mT @ delta
+        for order, share in enumerate(gates.momentum):
+            momentum[order] = share[:, chunk, None, None] * momentum[order] + update
+            update = momentum[order]
+        weights = gates.retention[:, chunk, None, None] * weights + update
+        deltas.append(delta)
+        losses.append(error.square().mean(dim=-1))
+    return [torch.stack(t, dim=1) for t in (before, deltas, losses)], torch.stack([weights, *momentum], dim=1)
+
+
+@pytest.mark.parametrize('orders', [0, 1, 2])
+@pytest.mark.parametrize('sizes', [(1, 1, 1, 1), (2, 4, 1, 1), (3, 2, 3, 2), (2, 3, 2, 3), (2, 1, 3, 1)])
+def test_it_equals_a_loop_over_chunks(sizes, orders):
+    blocks, batches, chunks, rows = sizes
+    inputs, states = problem(*sizes, orders=orders)
+    leaves = [t.requires_grad_() for t in (*inputs, *states) if t is not None]
+    coefficients = Coefficients.of_blocks(inputs, blocks)
+    came = linear_memory_scan(*inputs[:3], states, *coefficients, chunks)
+
+    (before, deltas, losses), final = by_loop(inputs, states, chunks)
+    first_of_block = before[:, :: batches * chunks]
+    expected = (first_of_block, final, deltas.flatten(1, 2).view_as(came.deltas), losses.view_as(came.losses))
+    for name, own, right in zip(came._fields, came, expected):
+        assert_same(own, right, 1e-12, f'{name} ')
+
+    weights = [torch.randn_like(t) for t in came]
+    results = []
+    for outputs in (came, expected):
+        total = sum((t * w).sum() for t, w in zip(outputs, weights))
+        results.append(torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True))
+    assert_same(*results, 1e-11, 'gradient ')
+
+
+def test_second_derivatives():
+    inputs, states = problem(2, 2, 1, 1, dim=2)
+    coefficients = Coefficients.of_blocks(inputs, 2)
+
+    def scan(values, theta, weights):
+        return linear_memory_scan(inputs.keys, values, theta, [weights, states[1]], *coefficients, 1)
+
+    of = (inputs.values, inputs.step_sizes, states[0])
+    assert torch.autograd.gradgradcheck(scan, [t.requires_grad_() for t in of])
+
+
+def memory(chunk_size, batch_size, engine='auto', **kwargs):
+    kwargs = {'qk_rmsnorm': True, 'init_decay_bias': -2.0, 'default_step_transform_max_lr': 1.5, **kwargs}
+    mem = NeuralMemory(
+        8,
+        chunk_size,
+        batch_size,
+        dim_head=4,
+        heads=2,
+        model=MemoryMLP(4, depth=1),
+        mem_model_norm_add_residual=False,
+        engine=engine,
+        **kwargs,
+    ).double()
+    for p in mem.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return mem
+
+
+@pytest.fixture
+def solved(monkeypatch):
+    """Counts the blocks stored by the operation."""
+    calls, store = [], dual_backend.DualBackend._store_linear
+    monkeypatch.setattr(dual_backend.DualBackend, '_store_linear', lambda *args: (calls.append(args), store(*args))[1])
+    return calls
+
+
+@settings(max_examples=60, **SMALL)
+@given(
+    rows=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    length=st.integers(1, 75),
+    cut=st.integers(0, 75),
+    switches=st.fixed_dictionaries(
+        {
+            'momentum_order': st.integers(1, 3),
+            'num_kv_per_token': st.integers(1, 2),
+            'per_parameter_lr_modulation': st.booleans(),
+            'store_with_lookahead_value': st.booleans(),
+            'gated_transition': st.booleans(),
+        }
+    ),
+    momentum=st.booleans(),
+)
+@pytest.mark.filterwarnings('ignore:store_with_lookahead_value:UserWarning')
+def test_it_equals_the_dense_backend(rows, length, cut, switches, momentum):
+    chunk, batches = rows
+    if not momentum:
+        switches = {**switches, 'momentum': False, 'momentum_order': 1}
+    switches['learned_momentum_combine'] = switches['momentum_order'] > 1
+    ours, dense = (memory(chunk, chunk * batches, engine, **switches) for engine in ('dual', 'dense'))
+    dense.load_state_dict(ours.state_dict())
+    seq, mask = torch.randn(2, length, 8, dtype=torch.float64), torch.rand(2, length) > 0.2
+    results = []
+    for mem in (ours, dense):
+        state, out = None, []
+        for piece in torch.arange(length).tensor_split([min(cut, length)]):
+            if len(piece):
+                one, state, surprises = mem(
+                    seq[:, piece], state=state, store_mask=mask[:, piece], return_surprises=True
+                )
+                out.append(one)
+        out = torch.cat(out, dim=1)
+        results.append((out, surprises, state.updates['weights.0'], gradients(mem, scalar(out, state))))
+    for came, expected, name in zip(*results, ('output', 'surprise', 'update', 'gradient')):
+        assert_same(came, expected, 1e-9, f'{name} ')
+
+
+def test_a_weight_residual_is_added_to_the_base_weights(solved):
+    first = memory(1, 2)
+    ours, dense = (memory(1, 2, engine, accept_weight_residual=True) for engine in ('dual', 'dense'))
+    dense.load_state_dict(ours.state_dict())
+    seq = torch.randn(2, 21, 8, dtype=torch.float64)
+    _, before = first(seq)
+    outs = [mem(seq, prev_weights=before.updates)[0] for mem in (ours, dense)]
+    assert len(solved) == 2  # the first memory and ours
+    assert_same(*outs, 1e-12)
+
+
+def test_chunks_of_one_token_are_the_delta_rule(solved):
+    """Schlag et al. (arXiv 2102.11174): W ← W + β kᵀ (v − k W)."""
+    mem = memory(1, 1, momentum=False, init_decay_bias=None)
+    torch.nn.init.zeros_(mem.to_decay_factor[0].weight)
+    torch.nn.init.constant_(mem.to_decay_factor[0].bias, -1e4)  # nothing is forgotten
+    seq = torch.randn(1, 40, 8, dtype=torch.float64)
+    _, state = mem(seq)
+    assert len(solved) > 0
+
+    normed = mem.store_norm(seq)
+    keys = mem.k_norm(mem.split_kv_heads(mem.to_keys(normed)))[0]
+    values = mem.split_kv_heads(mem.to_values(normed))[0]
+    rates = mem.adaptive_step_transform(mem.to_adaptive_step(normed)) * 2 / 4
+    weights = mem.init_weights(1)['weights.0']
+    for k, v, rate in zip(keys.unbind(1), values.unbind(1), rates.unbind(1)):
+        error = v - torch.einsum('hd, hde -> he', k, weights)
+        weights = weights + rate[:, None, None] * torch.einsum('hd, he -> hde', k, error)
+    assert_same(state.updates['weights.0'][:, -1], weights, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ('chunk_size', 'batch_size', 'used'), [(1, 1, True), (4, 16, True), (1, None, False), (4, 32, False)]
+)
+def test_it_serves_short_memory_batches(chunk_size, batch_size, used, solved):
+    memory(chunk_size, batch_size)(torch.randn(1, 64, 8, dtype=torch.float64))
+    assert bool(solved) == used
+
+
+def test_other_memories_take_other_ways(solved):
+    seq = torch.randn(1, 16, 8, dtype=torch.float64)
+    for kwargs in ({'max_grad_norm': 1.0}, {'gated_transition': True}, {'spectral_norm_surprises': True}):
+        memory(1, 1, **kwargs)(seq)
+    NeuralMemory(8, 1, 1, dim_head=4, heads=2, model=MemoryMLP(4, depth=1)).double()(seq)  # a residual norm
+    assert not solved
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_low_precision_errs_no_more_than_twice_as_much_as_the_dense_backend(dtype):
+    ours, dense = (memory(1, 1, engine) for engine in ('dual', 'dense'))
+    dense.load_state_dict(ours.state_dict())
+    seq = torch.randn(2, 96, 8, dtype=torch.float64)
+    exact = ours(seq)[0]
+    errors = []
+    for mem in (ours, dense):
+        with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
+            errors.append((mem.float()(seq.float())[0] - exact).norm())
+    assert errors[0] < 2 * errors[1]

@@ -1,0 +1,73 @@
+"""Bits per byte of a text by the length of context."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from titans_pytorch.training.data import BadData, windows
+from titans_pytorch.training.runs import Run
+from titans_pytorch.utils.shapes import Int
+
+PIECE = 1024
+"""Tokens of each row read by one call of the model."""
+
+
+class Evaluation(NamedTuple):
+    """The result for one length of context."""
+
+    context: int
+    """Tokens of a window: the model reads each window from its first token on, with a new memory."""
+    bits_per_byte: float
+    tokens: int
+    """Tokens predicted, all but the first of each window and a rest that fills no window."""
+    bytes: int
+    """Their length as text."""
+    seconds: float
+
+
+@torch.no_grad()
+def evaluate(
+    run: Run,
+    text: Int[Tensor, ' n'],
+    context: int,
+    batch_tokens: int = 16_384,
+    progress: Callable[[int], object] = lambda tokens: None,
+) -> Evaluation:
+    """Bits per byte of a text that is cut into windows of `context` tokens, each of which is read by itself.
+
+    Windows are read in pieces, from state to state, several windows at a time: memory does not grow with the length of
+    the text or of the context.
+
+    Args:
+        text: token ids, of any integer dtype.
+        batch_tokens: tokens read by one call of the model, approximately.
+        progress: called with the number of tokens predicted, after each call of the model.
+
+    Raises:
+        BadData: if the text is shorter than a window.
+    """
+    count = (len(text) - 1) // context
+    if not count:
+        raise BadData(f'the text has {len(text)} tokens, too few for a context of {context}')
+    started, piece = time.perf_counter(), min(context, PIECE)
+    nats = torch.zeros((), dtype=torch.float64, device=run.machine.device)
+    num_bytes = 0
+    for starts in (torch.arange(count) * context).split(max(1, batch_tokens // piece)):
+        rows = windows(text, starts, context + 1)
+        num_bytes += sum(len(run.vocabulary.decode(row)) for row in rows[:, 1:])
+        rows, state = rows.to(run.machine.device), None
+        for start in range(0, context, piece):
+            part = rows[:, start : start + piece + 1]
+            with run.machine.autocast():
+                loss, state = run.model(part, return_loss=True, state=state, return_state=True, disable_flex_attn=True)
+            predicted = len(part) * (part.shape[1] - 1)
+            nats += loss.double() * predicted
+            progress(predicted)
+    bits = nats.item() / math.log(2)
+    return Evaluation(context, bits / num_bytes, count * context, num_bytes, time.perf_counter() - started)

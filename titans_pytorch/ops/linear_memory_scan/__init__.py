@@ -1,0 +1,66 @@
+"""Storing a series of memory batches in a linear memory, M(k) = k W, without one step per memory batch.
+
+The gradient of a row is that of a squared error at the weights at the start of its memory batch, so its update is
+kᵀ δ with δ = β (v − k W_base) and β = 2 θ / d. Within a block of n chunks W_base is itself a combination of the
+block's initial states and of the updates of earlier memory batches, with the coefficients of momentum and decay. All δ
+of a block, the rows of Δ, are therefore the solution of one unit lower triangular system:
+
+    (I + diag(β) (A ∘ K Kᵀ)) Δ = diag(β) (V − Σ_k a_k ∘ K state_k)
+
+where A holds the coefficient of each row's update in the base weights of each other row, and a_k that of each initial
+state. Only the states pass from block to block:
+
+    state_k ← Σ_c final[k, c] · K_cᵀ Δ_c + Σ_i initial_final[k, i] · state_i
+
+With chunks and memory batches of one token this is the gated delta rule (arXiv 2412.06464), with momentum.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from titans_pytorch.ops.linear_memory_scan import reference
+from titans_pytorch.utils.precision import operand_dtype
+from titans_pytorch.utils.shapes import Float
+
+
+class LinearBlocks(NamedTuple):
+    """States and updates of r blocks of t = n · m rows."""
+
+    initial: Float[Tensor, 'bh r k d e']
+    """States before each block: the weights, and the momentum of each order."""
+    final: Float[Tensor, 'bh k d e']
+    """States after the last block."""
+    deltas: Float[Tensor, 'bh r t e']
+    """Δ, in the precision of products."""
+    losses: Float[Tensor, 'bh r n m']
+    """Mean squared errors of the rows before they are stored, unweighted."""
+
+
+def linear_memory_scan(
+    keys: Float[Tensor, 'bh rn m d'],
+    values: Float[Tensor, 'bh rn m e'],
+    step_sizes: Float[Tensor, 'bh rn m'],
+    states: list[Float[Tensor, 'bh d e']],
+    steps: Float[Tensor, 'bh r n n'],
+    initial_steps: Float[Tensor, 'bh r n k'],
+    final: Float[Tensor, 'bh r k n'],
+    initial_final: Float[Tensor, 'bh r k k'],
+    chunks_per_batch: int,
+) -> LinearBlocks:
+    """Stores r blocks of n chunks, each of them one or more whole memory batches.
+
+    Args:
+        step_sizes: θ of each row.
+        states: the weights before the first block, and the momentum of each order.
+        steps, initial_steps, final, initial_final: coefficients of each block, as in `memory.chunks.Coefficients`.
+        chunks_per_batch: chunks of a memory batch; they divide n.
+
+    Everything is computed in at least float32, as the system amplifies rounding.
+    """
+    outputs = reference.linear_memory_scan(
+        keys, values, step_sizes, states, steps, initial_steps, final, initial_final, chunks_per_batch
+    )
+    return LinearBlocks(*outputs)._replace(deltas=outputs[2].to(operand_dtype(keys)))

@@ -1,0 +1,62 @@
+"""Reference implementation of the scan over blocks of a linear memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from titans_pytorch.utils.precision import at_least_float32, no_autocast
+from titans_pytorch.utils.shapes import Float
+
+
+def linear_memory_scan(
+    keys: Float[Tensor, 'bh rn m d'],
+    values: Float[Tensor, 'bh rn m e'],
+    step_sizes: Float[Tensor, 'bh rn m'],
+    states: list[Float[Tensor, 'bh d e']],
+    steps: Float[Tensor, 'bh r n n'],
+    initial_steps: Float[Tensor, 'bh r n k'],
+    final: Float[Tensor, 'bh r k n'],
+    initial_final: Float[Tensor, 'bh r k k'],
+    chunks_per_batch: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `LinearBlocks`."""
+    blocks, length, num_states = initial_steps.shape[1:]
+    rows_of_chunk, dim = keys.shape[2:]
+
+    def rows(t: Tensor) -> Tensor:
+        return at_least_float32(t).unflatten(1, (blocks, length)).flatten(2, 3)
+
+    def of_rows(coefficients: Tensor, dim: int) -> Tensor:
+        return coefficients.repeat_interleave(rows_of_chunk, dim=dim)
+
+    with no_autocast(keys):
+        k, v, theta = rows(keys), rows(values), rows(step_sizes)
+        strengths = (theta * (2 / v.shape[-1])).unsqueeze(-1)
+        # chunk c takes its gradient at the weights before the first chunk of its memory batch
+        base = torch.arange(length, device=k.device) // chunks_per_batch * chunks_per_batch
+        earlier = of_rows(of_rows(steps.index_select(2, base), 2), 3) * (k @ k.mT)
+        at_initial = of_rows(initial_steps.index_select(2, base), 2)
+
+        # what does not depend on the states, for all blocks at once: Δ = (from values) − (from states) · states
+        keys_by_state = (at_initial.unsqueeze(-1) * k.unsqueeze(3)).flatten(3)
+        right = strengths * torch.cat((v, keys_by_state), dim=-1)
+        # the diagonal, of ones, is not read
+        solved = torch.linalg.solve_triangular(strengths * earlier, right, upper=False, unitriangular=True)
+        from_values, from_states = solved.split((v.shape[-1], num_states * dim), dim=-1)
+        to_states = (of_rows(final, 3).mT.unsqueeze(-1) * k.unsqueeze(3)).flatten(3).mT
+
+        state = torch.cat(states, dim=1)
+        initial, deltas = [], []
+        for values_part, states_part, to_state, mix in zip(
+            from_values.unbind(1), from_states.unbind(1), to_states.unbind(1), initial_final.unbind(1)
+        ):
+            initial.append(state)
+            deltas.append(torch.baddbmm(values_part, states_part, state, alpha=-1))
+            carried = (mix @ state.unflatten(1, (num_states, dim)).flatten(2)).view_as(state)
+            state = torch.baddbmm(carried, to_state, deltas[-1])
+
+        stacked, delta = torch.stack(initial, dim=1), torch.stack(deltas, dim=1)
+        errors = v - keys_by_state @ stacked - earlier @ delta
+        losses = errors.square().mean(dim=-1).unflatten(2, (length, rows_of_chunk))
+    return stacked.unflatten(2, (num_states, dim)), state.unflatten(1, (num_states, dim)), delta, losses

@@ -1,0 +1,173 @@
+"""Runs that `train_mac.py` has left in folders: the model of a checkpoint, its vocabulary and its text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from titans_pytorch import configuration
+from titans_pytorch.models.base import Transformer
+from titans_pytorch.training import enwik8
+from titans_pytorch.training.checkpoints import CONTENT, BadCheckpoint, read_checkpoint
+from titans_pytorch.training.data import BadData, Data, load_data
+from titans_pytorch.training.files import RunError, one_line, say
+from titans_pytorch.training.machine import Machine, choose_machine
+from titans_pytorch.training.run_folder import DESCRIPTION
+from titans_pytorch.training.vocabulary import Vocabulary, vocabulary_from_dict
+from titans_pytorch.utils.shapes import Int
+
+DATA_FOLDER = Path(__file__).resolve().parents[2] / 'data'
+"""Where `train_mac.py` keeps enwik8."""
+
+
+class Run(NamedTuple):
+    """A trained model, ready to be used."""
+
+    model: Transformer
+    """In evaluation mode, on its device."""
+    vocabulary: Vocabulary
+    machine: Machine
+    """Device and precision; calls of the model belong inside `machine.autocast()`."""
+    checkpoint: Path
+    steps: int
+    """Optimizer steps until the checkpoint."""
+    settings: dict[str, Any]
+    """Settings of the training script."""
+    data_sha256: str
+    """Digest of the text that the model was trained on; empty if unknown."""
+
+
+def open_run(
+    path: str | Path, checkpoint: str | Path | None = None, device: str = 'auto', precision: str = 'auto'
+) -> Run:
+    """The run at `path`, a folder with a `config.json`, or a checkpoint in such a folder.
+
+    Args:
+        checkpoint: a path, or a name in the folder. Default: the one with the best validation, else the one with the
+            most steps.
+        device, precision: see `choose_machine`.
+
+    Raises:
+        RunError: if there is no such run or checkpoint, if a file is damaged, if the files do not fit each other, and
+            for a device that is not there.
+    """
+    path = Path(path)
+    if path.is_file():
+        path, checkpoint = path.parent, path
+    if not path.is_dir():
+        raise RunError(f'there is no run in {path}: train one with train_mac.py --run-dir {path}, or name another')
+    description = _description(path)
+    machine = choose_machine(device, precision)
+    try:
+        vocabulary = vocabulary_from_dict(description['vocabulary'])
+        model = configuration.build_model(description['model'])
+    except ModuleNotFoundError as error:
+        raise RunError(str(error)) from None
+    except (KeyError, ValueError, TypeError) as error:
+        raise RunError(f'{path / DESCRIPTION} describes no model: {one_line(error)}') from None
+    if checkpoint is None:
+        checkpoint, content = _chosen(path)
+    else:
+        checkpoint = Path(checkpoint) if Path(checkpoint).exists() else path / checkpoint
+        content = _weights(checkpoint)
+    try:
+        model.load_state_dict(content['model_state_dict'])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise RunError(f'{checkpoint} does not fit {path / DESCRIPTION}: {one_line(error)}') from None
+    return Run(
+        model=model.to(machine.device).eval(),
+        vocabulary=vocabulary,
+        machine=machine,
+        checkpoint=checkpoint,
+        steps=content.get('batch', 0),
+        settings=description.get('settings', {}),
+        data_sha256=content.get('data_sha256', ''),
+    )
+
+
+def latest_run(folder: str | Path = 'runs') -> Path:
+    """The run in `folder` that was begun last.
+
+    Raises:
+        RunError: if there is none.
+    """
+    described = [*Path(folder).glob(f'*/{DESCRIPTION}')]
+    if not described:
+        raise RunError(f'there is no run in {folder}: train one with train_mac.py, or name one with --run')
+    return max(described, key=lambda path: path.stat().st_mtime).parent
+
+
+def unseen_text(run: Run, paths: list[Path] = []) -> tuple[Int[Tensor, ' n'], str]:
+    """Tokens that the model was not trained on, memory-mapped where possible, and where they are from.
+
+    Of the text that the run was trained on these are the test split, the last 5 %; of any other text, all tokens.
+
+    Args:
+        paths: files and folders. Default: the text that the run was trained on.
+
+    Raises:
+        BadData: if the text cannot be read or is not there.
+    """
+    data = _data(run, paths)
+    if data.sha256 == run.data_sha256:
+        return data.test, f'test split of {data.source}'
+    if not paths:
+        raise BadData(f'the text that {run.checkpoint} was trained on is not here: name it, or another, with --data')
+    return torch.cat(data[:3]), data.source
+
+
+def _data(run: Run, paths: list[Path]) -> Data:
+    if not paths and run.settings.get('DATA'):
+        paths = [*map(Path, run.settings['DATA'])]
+    elif not paths:
+        downloaded = DATA_FOLDER / 'enwik8.gz'
+        paths = [downloaded] if downloaded.exists() else enwik8.standard_library()
+    try:
+        return load_data(paths, run.vocabulary, cache=run.settings.get('CACHE_DIR') or None)
+    except (OSError, ValueError) as error:
+        raise BadData(f'the data cannot be read: {one_line(error)}') from None
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    path = folder / DESCRIPTION
+    try:
+        description = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        hint = f'python train_mac.py --resume latest --run-dir {folder}' if any(folder.glob('*.pt')) else 'train_mac.py'
+        raise RunError(f'there is no {path}, which describes the model: it is written by {hint}') from None
+    except (OSError, ValueError) as error:
+        raise RunError(f'{path} cannot be read: {one_line(error)}') from None
+    if not isinstance(description, dict):
+        raise RunError(f'{path} describes no model: it holds a {type(description).__name__}')
+    return description
+
+
+def _chosen(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The best checkpoint that can be read, else the latest."""
+
+    def steps(path: Path) -> int:
+        try:
+            return int(torch.load(path, map_location='cpu', weights_only=True, mmap=True)['batch'])  # reads no tensor
+        except Exception:
+            return -1
+
+    best = [*folder.glob('*_best.pt')]
+    for path in [*best, *sorted({*folder.glob('*.pt')} - {*best}, key=steps, reverse=True)]:
+        try:
+            return path, _weights(path)
+        except BadCheckpoint as error:
+            say(f'skipped: {error}')
+    sharded = [content.parent for content in folder.glob(f'*/{CONTENT}')]
+    hint = f'; python -m titans_pytorch.training.checkpoints {sharded[-1]} makes one' if sharded else ''
+    raise BadCheckpoint(f'there is no checkpoint in {folder}{hint}')
+
+
+def _weights(path: Path) -> dict[str, Any]:
+    content = read_checkpoint(path)
+    if not isinstance(content.get('model_state_dict'), dict):
+        raise BadCheckpoint(f'{path} is no checkpoint of a run: it has no model_state_dict')
+    return content
