@@ -1,4 +1,4 @@
-"""The models of this package in the form of Hugging Face's `transformers`, with its `Auto` classes.
+"""The models of this package in the form of Hugging Face's `transformers`, and memories for its models.
 
     import titans_pytorch.hf
 
@@ -9,6 +9,7 @@ Needs the extra `hf`: `pip install .[hf]`.
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from titans_pytorch.hf.adapter import add_memory, load_memory, memory_parameters, remove_memory, save_memory
 from titans_pytorch.hf.cache import TitansCache
 from titans_pytorch.hf.configuration import TitansConfig
 from titans_pytorch.hf.conversion import pretrained_to_run, run_to_pretrained
@@ -25,7 +26,12 @@ __all__ = [
     'TitansForCausalLM',
     'TitansModel',
     'TitansPreTrainedModel',
+    'add_memory',
     'byte_tokenizer',
+    'load_memory',
+    'memory_parameters',
     'pretrained_to_run',
+    'remove_memory',
     'run_to_pretrained',
+    'save_memory',
 ]
