@@ -124,7 +124,7 @@ def test_lora_reaches_every_linear_layer_in_steps_too(name, tmp_path):
 
 
 def test_a_compiled_call_equals_an_eager_one():
-    own, (x, mask) = model('LMM', depth=1, neural_memory_model={'type': 'MemoryMLP', 'dim': 4, 'depth': 1}), batch()
+    own, (x, mask) = model('MAL', depth=1, neural_memory_layers=[], num_residual_streams=1), batch()  # quick to trace
     arguments = dict(input_ids=x, attention_mask=mask, labels=x)
     compiled = torch.compile(own, backend='eager', fullgraph=True)
     assert_same(compiled(**arguments).loss, own(**arguments).loss)

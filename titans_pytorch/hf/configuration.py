@@ -81,7 +81,7 @@ class TitansConfig(PreTrainedConfig):
         # before the base class sets further attributes, among which are the aliases
         for alias in kwargs.keys() & self.attribute_map.keys():
             setattr(self, alias, kwargs.pop(alias))
-        model_config(self.architecture)  # an unknown architecture has no defaults
+        model_config(self.architecture)  # refuses an unknown one
         defaults = constructor_defaults(self.architecture)
         for name in ARGUMENTS:
             if getattr(self, name) is None and defaults.get(name) is not None:

@@ -32,8 +32,9 @@ def run_to_pretrained(run: str | Path, folder: str | Path, checkpoint: str | Pat
     Raises:
         RunError: if there is no such run or checkpoint, or if a file is damaged.
     """
+    run = Path(run)
     opened = open_run(run, checkpoint, device='cpu', precision='fp32')
-    description = json.loads((opened.checkpoint.parent / DESCRIPTION).read_bytes())
+    description = json.loads(((run.parent if run.is_file() else run) / DESCRIPTION).read_bytes())
     tokenizer = tokenizer_of(opened.vocabulary)
     special = {'pad_token_id': tokenizer.pad_token_id, 'eos_token_id': tokenizer.eos_token_id}
     model = TitansForCausalLM(TitansConfig(**description['model'], **special))
