@@ -97,6 +97,8 @@ def test_steppers_are_released_with_their_cache(monkeypatch):
     cache = own(x, attention_mask=mask)[CACHE]
     steps_of(own, cache, x[:, :2])
     cache.reorder_cache(torch.tensor([0, 1, 2]))
+    assert not released
+    cache.reorder_cache(torch.tensor([1, 0, 2]))
     assert len(released) == 3
     steps_of(own, cache, x[:, :2])
     del cache
@@ -114,6 +116,7 @@ def test_reset_forgets_everything():
     own, (x, _) = model(), batch()
     cache = own(x)[CACHE]
     cache.reset()
+    cache.batch_repeat_interleave(2)
     assert cache.get_seq_length() == 0 and cache.batch_size == -1
     assert_same(own(x, **{CACHE: cache}).logits, own(x).logits, 0)
 

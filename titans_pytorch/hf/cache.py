@@ -146,7 +146,11 @@ class TitansCache(Cache):
     @property
     def batch_size(self) -> int:
         """Number of rows; −1 before the first call."""
-        return sum(len(group.rows) for group in self.groups) or -1
+        return self._num_rows or -1
+
+    @property
+    def _num_rows(self) -> int:
+        return sum(len(group.rows) for group in self.groups)
 
     def reorder_cache(self, beam_idx: Int[Tensor, ' b']) -> None:
         """Replace the rows by those with these indices, for beam search."""
@@ -154,14 +158,19 @@ class TitansCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
-        self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(self._num_rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Int[Tensor, ' e'] | Bool[Tensor, ' b']) -> None:
         """Keep the rows with these indices, in their order."""
+        if not self.groups:
+            return
+        present = torch.arange(self._num_rows, device=self.groups[0].rows.device)
+        chosen = present[indices.to(present.device)]
+        if torch.equal(chosen, present):  # as often in beam search: the rows go on stepping in their buffers
+            return
         groups = []
         for group in self.groups:
-            source = torch.arange(self.batch_size, device=group.rows.device)[indices.to(group.rows.device)]
-            rows, entries = (source.unsqueeze(1) == group.rows).nonzero(as_tuple=True)
+            rows, entries = (chosen.unsqueeze(1) == group.rows).nonzero(as_tuple=True)
             if len(rows):
                 groups.append(group.selected(entries, rows))
         self.groups = groups
