@@ -724,7 +724,7 @@ def main(arguments: list[str] | None = None) -> int:
                 raise BadCheckpoint(f'there is no checkpoint to resume: {source} is not a folder')
             if not config.RUN_DIR:
                 folder = source
-        with process_group(), run_lock(folder) if rank() == 0 else contextlib.nullcontext():
+        with process_group(), run_lock(folder):
             weights = read_checkpoint(Path(init_from)) if init_from else None
             checkpoint = None
             if resume == 'latest':

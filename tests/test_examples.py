@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def run(monkeypatch):
 
 
 def test_every_example_is_run_here():
-    assert {path.stem for path in EXAMPLES.glob('*.py')} == {'time_series', 'long_document', 'chat'}
+    assert {path.stem for path in EXAMPLES.glob('*.py')} == {'time_series', 'long_document', 'chat', 'train'}
 
 
 def test_time_series(run):
@@ -50,3 +51,17 @@ def test_chat_goes_on_from_its_state(run, tmp_path):
     _, second = turn('What is my name?')
     assert second.seq_index > first.seq_index + len('\nYou: What is my name?\nModel: ')
     assert path.stat().st_size < 1.1 * size
+
+
+def test_train_goes_on_from_its_checkpoint(run, tmp_path, monkeypatch):
+    pytest.importorskip('tokenizers')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    (tmp_path / 'text').write_bytes(b'The same sentence, again and again. ' * 200)
+    sizes = ('--run-dir', tmp_path / 'run', '--vocabulary', 270, '--batch', 1, '--micro-batches', 2, '--length', 20)
+    early = run('train', tmp_path / 'text', *sizes, '--steps', 2)
+    late = run('train', tmp_path / 'text', *sizes, '--steps', 8)
+    assert late < early
+    rows = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+    assert [row['step'] for row in rows] == [2, 8]
+    assert torch.load(tmp_path / 'run' / 'checkpoint.pt', weights_only=True)['batch'] == 8
+    assert json.loads((tmp_path / 'run' / 'config.json').read_text())['model']['architecture'] == 'mal'

@@ -14,6 +14,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,16 @@ import pytest
 import torch
 
 import train_mac
-from titans_pytorch.training import checkpoints, enwik8, metrics, read_metrics, rewind, windows
+from titans_pytorch import configuration
+from titans_pytorch.training import (
+    checkpoints,
+    enwik8,
+    metrics,
+    read_metrics,
+    rewind,
+    vocabulary_from_dict,
+    windows,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {
@@ -258,11 +268,69 @@ def test_weights_and_biases_only_when_asked(text, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'wandb', fake)
     train_mac.main(options(text, tmp_path / 'without', NUM_BATCHES=1))
     assert calls == []
-    train_mac.main(options(text, tmp_path / 'with', NUM_BATCHES=1, WANDB=True, RUN_NAME='mine'))
-    assert calls[0]['name'] == 'mine'
-    assert calls[0]['config']['DIM'] == 16
+    folder = tmp_path / 'with'
+    train_mac.main(options(text, folder, NUM_BATCHES=1, WANDB=True, RUN_NAME='mine'))
+    first = calls[0]
+    assert first['name'] == 'mine'
+    assert first['config']['DIM'] == 16
     assert [step for step, row in calls[1:-1] if 'train_loss' in row] == [1]
     assert calls[-1] == 'finished'
+
+    # a resumed run goes on there, a new one does not
+    calls.clear()
+    train_mac.main(['--resume', 'latest', '--run-dir', str(folder), '--num-batches', '2'])
+    assert (calls[0]['id'], calls[0]['resume']) == (first['id'], 'allow')
+    calls.clear()
+    train_mac.main(options(text, folder, NUM_BATCHES=1, WANDB=True))
+    assert calls[0]['id'] != first['id']
+
+
+def test_the_plot_is_redrawn_at_validations(text, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(train_mac.LossCurve, 'draw', lambda curve: drawn.append(len(rows(curve.folder, 'val_loss'))))
+    train_mac.main(options(text, tmp_path / 'run', NUM_BATCHES=4, VALIDATE_EVERY=2))
+    assert drawn == [1, 2, 3, 3]
+
+
+def test_the_folder_describes_its_model(text, tmp_path):
+    folder = tmp_path / 'run'
+    train_mac.main(options(text, folder, NUM_BATCHES=1))
+    described = json.loads((folder / 'config.json').read_text())
+    model = configuration.build_model(described['model'])
+    model.load_state_dict(load(folder / 'titans_enwik8.pt')['model_state_dict'])
+    assert described['vocabulary'] == {'kind': 'bytes'}
+    assert train_mac.Config(**described['settings']).DIM == 16
+    (folder / 'config.json').unlink()  # as in a run of an earlier version
+    train_mac.main(['--resume', 'latest', '--run-dir', str(folder), '--num-batches', '2'])
+    assert json.loads((folder / 'config.json').read_text())['model'] == described['model']
+
+
+def test_a_vocabulary_of_its_own(text, tmp_path):
+    """It is in the checkpoint, from which the run goes on; the loss is in bits per byte all the same."""
+    pytest.importorskip('tokenizers')
+    folder = tmp_path / 'run'
+    text.write_bytes(TEXT * 3)
+    words = {'VOCABULARY': 'bpe', 'VOCABULARY_SIZE': 280, 'LEARNING_RATE': 0.0}
+    train_mac.main(options(text, folder, NUM_BATCHES=1, **words))
+    checkpoint = load(folder / 'titans_enwik8.pt')
+    vocabulary = vocabulary_from_dict(checkpoint['vocabulary'])
+    assert checkpoint['config']['VOCABULARY_SIZE'] == vocabulary.size == 280
+    assert checkpoint['model_state_dict']['token_emb.weight'].shape[0] == 280
+    valid = train_mac.load_data(train_mac.Config(**checkpoint['config'])).valid
+    size = len(vocabulary.decode(valid.long()))
+    for row in rows(folder, 'val_loss').values():
+        assert row['bpb'] == pytest.approx(row['val_loss'] / math.log(2) * len(valid) / size)
+    shutil.rmtree(tmp_path / 'cache')
+    assert train_mac.main(['--resume', 'latest', '--run-dir', str(folder), '--num-batches', '2']) == 0
+    assert_same(load(folder / 'titans_enwik8.pt')['vocabulary'], checkpoint['vocabulary'])
+    prompt = (folder / 'samples.txt').read_text(encoding='utf-8').split('\n')[1]
+    assert prompt.encode() in TEXT * 3
+
+
+def test_an_unknown_vocabulary_is_refused_in_one_line(text, tmp_path):
+    assert 'VOCABULARY nowhere.json cannot be used' in refusal(
+        options(text, tmp_path / 'run', VOCABULARY='nowhere.json')
+    )
 
 
 def test_without_matplotlib_there_is_a_notice_and_no_plot(plotted, text, tmp_path, monkeypatch, capsys):
@@ -626,6 +694,7 @@ def test_a_signal_ends_the_script(text, tmp_path):
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert_saved_and_ended(folder, signal.SIGINT, process.returncode, output)
+    assert 'SIGINT: this step is finished and saved; a second signal ends the run at once' in output
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])

@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -176,7 +177,9 @@ def load_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     weights, moments = get_state_dict(model, optimizer)
-    dcp.load(dict(zip(SHARDED, (weights, moments))), checkpoint_id=folder)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='torch.distributed is disabled')  # on one process
+        dcp.load(dict(zip(SHARDED, (weights, moments))), checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -22,15 +23,16 @@ T = TypeVar('T')
 
 def rank() -> int:
     """The number of this process, from 0."""
-    return dist.get_rank() if _distributed() else 0
+    return dist.get_rank() if is_distributed() else 0
 
 
 def num_ranks() -> int:
     """The number of processes."""
-    return dist.get_world_size() if _distributed() else 1
+    return dist.get_world_size() if is_distributed() else 1
 
 
-def _distributed() -> bool:
+def is_distributed() -> bool:
+    """True inside `process_group` under `torchrun`."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -84,6 +86,13 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 # replicated
 
 
+def broadcast_parameters(model: nn.Module) -> None:
+    """Give all ranks the parameters of the first one."""
+    if num_ranks() > 1 and not is_sharded(model):
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
+
+
 @torch.no_grad()
 def average_gradients(model: nn.Module) -> None:
     """Replace the gradients of a replicated model by their means over all ranks, exchanged as one tensor.
@@ -115,6 +124,9 @@ def shard(model: nn.Module, device: torch.device, policy: Any = None) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    broadcast_parameters(model)
+    # nothing here changes the output of a layer in place
+    warnings.filterwarnings('ignore', message='FSDP2-wrapped module .* returned a view')
     mesh = init_device_mesh(device.type, (num_ranks(),))
     for part in (*model.layers, model):  # type: ignore[misc]
         fully_shard(part, mesh=mesh, mp_policy=policy or MixedPrecisionPolicy())

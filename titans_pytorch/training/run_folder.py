@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from titans_pytorch.training.checkpoints import CONTENT
+from titans_pytorch.training.distributed import rank
 from titans_pytorch.training.files import RunError, atomic_file, one_line, remove_leftovers, say
 from titans_pytorch.training.metrics import CURVE, METRICS, SAMPLES
 from titans_pytorch.training.vocabulary import Vocabulary
@@ -21,12 +22,16 @@ WANDB_ID = 'wandb_id.txt'
 
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Create `folder` if necessary, and refuse a second run in it. The lock ends with its process.
+    """Create `folder` if necessary, and refuse a second run in it. The lock ends with its process. Of several ranks the
+    first one holds it.
 
     Raises:
         RunError: if another process holds the lock.
         OSError: if the folder cannot be written to.
     """
+    if rank() > 0:
+        yield
+        return
     new, lock = not folder.exists(), folder / 'lock'
     folder.mkdir(parents=True, exist_ok=True)
     try:

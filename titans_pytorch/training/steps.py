@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from titans_pytorch.training.data import even_starts, windows
 from titans_pytorch.training.distributed import (
     average_gradients,
+    broadcast_parameters,
     num_ranks,
     reduce_gradients_in_backward,
     share,
@@ -20,7 +21,7 @@ from titans_pytorch.training.machine import Machine
 
 class MicroStep:
     """Forward and backward over one micro batch, adding to the gradients. It is compiled and captured as a CUDA graph
-    where `machine` says so.
+    where `machine` says so. The ranks start from the parameters of the first one.
 
     Args:
         model: called as `model(inputs, return_loss=True)`.
@@ -32,6 +33,7 @@ class MicroStep:
 
     def __init__(self, model: nn.Module, machine: Machine, micro_batches: int = 1):
         _check_shared('micro_batches', micro_batches)
+        broadcast_parameters(model)
         self.model = model
         # not the model itself, so that validation and sampling, whose lengths differ, are not compiled
         self.loss_of = torch.compile(self._loss, fullgraph=True, dynamic=False) if machine.compile else self._loss

@@ -1,0 +1,226 @@
+"""Training on two processes, replicated and sharded, equals training on one; it goes on on any number of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from compare import all_in_float64, assert_same
+from torch import Tensor
+
+import train_mac
+from titans_pytorch import MemoryAsContextTransformer
+from titans_pytorch.training import (
+    MicroStep,
+    checkpoints,
+    choose_machine,
+    process_group,
+    read_checkpoint,
+    read_metrics,
+    shard,
+    share,
+    whole_tensor,
+)
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason='PyTorch without torch.distributed')
+
+ROOT = Path(__file__).resolve().parents[2]
+PROCESSES = 2
+TEXT = b'The quick brown fox jumps over the lazy dog, and the dog does not mind. ' * 60
+SETTINGS = (
+    '--device cpu --num-batches 4 --checkpoint-every 2 --validate-every 2 --validate-batches 2 --generate-every 4 '
+    '--batch-size 1 --gradient-accumulate-every 4 --seq-len 24 --learning-rate 1e-3 --prime-length 8 '
+    '--generate-length 12 --dim 16 --depth 2 --heads 2 --dim-head 8 --window-size 8 --num-persist-mem 2 '
+    '--num-longterm-mem 2 --neural-mem-layers 1 2 --neural-mem-heads 2 --neural-mem-dim-head 8 '
+    '--neural-mem-batch-size 16'
+)
+
+
+def words(folder: Path, *more: str) -> list[str]:
+    return [*SETTINGS.split(), '--data', str(folder / 'text'), *more]
+
+
+# in one process
+
+
+def model() -> MemoryAsContextTransformer:
+    torch.manual_seed(0)
+    random.seed(0)  # of the hyper-connections
+    memory = {'dim_head': 8, 'heads': 2, 'qk_rmsnorm': True}
+    return MemoryAsContextTransformer(
+        num_tokens=11, dim=8, depth=2, segment_len=4, num_longterm_mem_tokens=2, neural_memory_kwargs=memory
+    ).double()
+
+
+def batches() -> list[Tensor]:
+    return [*torch.randint(0, 11, (4, 1, 13), generator=torch.Generator().manual_seed(1))]
+
+
+def gradients(of: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: whole_tensor(p.grad) for name, p in of.named_parameters() if p.grad is not None}
+
+
+def of_one_process() -> tuple[float, dict[str, Tensor]]:
+    plain, total = model(), 0.0
+    for inputs in batches():
+        loss = plain(inputs, return_loss=True) / 4
+        loss.backward()
+        total += loss.item()
+    return total, gradients(plain)
+
+
+def _process(rank: int, ports: list[int], folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {'RANK': f'{rank}', 'LOCAL_RANK': f'{rank}', 'WORLD_SIZE': f'{PROCESSES}'}
+    os.environ |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': f'{ports[0]}'}
+    with process_group(), all_in_float64():
+        expected_loss, expected = of_one_process()
+        for sharded in (False, True):
+            own = model()
+            if sharded:
+                shard(own, torch.device('cpu'))
+            loss = MicroStep(own, choose_machine('cpu'), 4).accumulate(share(batches()))
+            assert_same(loss, torch.tensor(expected_loss), 1e-6)  # accumulated in float32
+            assert_same(gradients(own), expected, 1e-12)
+
+    from_a_file = ['--resume', str(folder / 'replicated' / 'checkpoint_batch_2.pt'), '--fsdp', '--run-dir']
+    runs = [
+        words(folder, '--run-dir', str(folder / 'replicated')),
+        words(folder, '--run-dir', str(folder / 'sharded'), '--fsdp'),
+        [*from_a_file, str(folder / 'file to shards')],
+    ]
+    for port, run in zip(ports[1:], runs):
+        os.environ['MASTER_PORT'] = f'{port}'
+        assert train_mac.main(run) == 0
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(('127.0.0.1', 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with runs of one process and of two."""
+    folder = tmp_path_factory.mktemp('runs')
+    (folder / 'text').write_bytes(TEXT)
+    torch.multiprocessing.spawn(_process, args=(free_ports(4), folder), nprocs=PROCESSES)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert train_mac.main(words(folder, '--run-dir', str(folder / 'one'))) == 0
+    yield folder
+    torch.set_num_threads(threads)
+
+
+def assert_same_run(came: Path, expected: Path) -> None:
+    """The figures of the steps of `came`."""
+    figures = []
+    for folder in (came, expected):
+        rows = read_metrics(folder / 'metrics.jsonl')
+        keys = ('train_loss', 'grad_norm', 'val_loss')
+        figures.append({(row['step'], key): row[key] for row in rows for key in keys if key in row})
+    first = min(step for step, key in figures[0] if key == 'train_loss')
+    assert figures[0].keys() == {(step, key) for step, key in figures[1] if step >= first or len(figures[0]) == 11}
+    for at, value in figures[0].items():
+        assert value == pytest.approx(figures[1][at], rel=1e-5), at
+
+
+def assert_same_state(came: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert came.keys() == expected.keys()
+    for key in ('batch', 'evaluated', 'data_sha256', 'vocabulary', 'python_random'):
+        assert came[key] == expected[key]
+    for key in ('windows_random', 'random'):
+        assert torch.equal(came[key], expected[key])
+    assert_same(came['model_state_dict'], expected['model_state_dict'], 1e-3)
+    states, expected_states = came['optimizer_state_dict'], expected['optimizer_state_dict']
+    assert states['param_groups'] == expected_states['param_groups']
+    assert_same(states['state'], expected_states['state'], 1e-3)
+
+
+@pytest.mark.parametrize('name', ['replicated', 'sharded', 'file to shards'])
+def test_two_processes_train_as_one(runs: Path, name: str) -> None:
+    """Losses, gradient norms, weights, moments and the position in the data, also of a run that went on from a file."""
+    assert_same_run(runs / name, runs / 'one')
+    final = runs / name / 'titans_enwik8.pt'
+    if name != 'replicated':
+        final, shards = runs / f'{name}.pt', final.with_suffix('')
+        checkpoints.consolidate(shards, final)
+    assert_same_state(read_checkpoint(final), read_checkpoint(runs / 'one' / 'titans_enwik8.pt'))
+
+
+@pytest.mark.parametrize('name', ['replicated', 'sharded'])
+def test_one_process_goes_on_with_the_run_of_two(runs: Path, name: str) -> None:
+    folder = runs / f'{name} to one'
+    checkpoint = runs / name / f'checkpoint_batch_2{".pt" if name == "replicated" else ""}'
+    assert train_mac.main(['--resume', str(checkpoint), '--no-fsdp', '--run-dir', str(folder)]) == 0
+    assert_same_run(folder, runs / 'one')
+    assert_same_state(*(read_checkpoint(run / 'titans_enwik8.pt') for run in (folder, runs / 'one')))
+
+
+def test_one_process_writes_and_holds_the_lock(runs: Path) -> None:
+    for name in ('replicated', 'sharded'):
+        assert (runs / name / 'samples.txt').read_text().count('--- sample') == 1
+        assert len(read_metrics(runs / name / 'metrics.jsonl')) == 7
+        assert not list((runs / name).glob('*tmp'))
+
+
+def test_a_folder_of_shards_is_a_checkpoint(runs: Path, tmp_path: Path) -> None:
+    latest = checkpoints.latest_checkpoint(runs / 'sharded')
+    assert latest['batch'] == 4 and latest['shards'].parent == runs / 'sharded'
+    shutil.copytree(latest['shards'], tmp_path / 'copy')
+    checkpoints.main([str(tmp_path / 'copy')])
+    assert checkpoints.read_resumable(tmp_path / 'copy.pt')['batch'] == 4
+    (tmp_path / 'copy' / checkpoints.CONTENT).unlink()
+    with pytest.raises(SystemExit, match='there is no checkpoint'):
+        checkpoints.main([str(tmp_path / 'copy')])
+
+
+def started(folder: Path, name: str) -> list[subprocess.Popen[str]]:
+    """The processes of a long run, as torchrun starts them, once they have done some steps."""
+    (port,) = free_ports(1)
+    group = {'WORLD_SIZE': f'{PROCESSES}', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': f'{port}', 'OMP_NUM_THREADS': '1'}
+    command = [
+        sys.executable,
+        'train_mac.py',
+        *words(folder, '--run-dir', str(folder / name), '--num-batches', '99999'),
+    ]
+    pipes: dict[str, Any] = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True, 'cwd': ROOT}
+    return [
+        subprocess.Popen(command, **pipes, env={**os.environ, **group, 'RANK': f'{rank}', 'LOCAL_RANK': f'{rank}'})
+        for rank in range(PROCESSES)
+    ]
+
+
+def test_a_signal_to_one_process_saves_and_a_process_that_dies_ends_all(tmp_path: Path) -> None:
+    (tmp_path / 'text').write_bytes(TEXT)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        processes = started(tmp_path, number.name)
+        folder, deadline = tmp_path / number.name, time.monotonic() + 120
+        while len(read_metrics(folder / 'metrics.jsonl')) < 4 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        processes[1].send_signal(number)
+        output, _ = processes[0].communicate(timeout=60)
+        processes[1].communicate(timeout=60)
+        steps = max(row['step'] for row in read_metrics(folder / 'metrics.jsonl'))
+        assert read_checkpoint(folder / f'checkpoint_batch_{steps}.pt')['batch'] == steps
+        if number == signal.SIGTERM:
+            assert [process.returncode for process in processes] == [0, 128 + number], output
+            assert f'ended by a signal after {steps} steps; go on with --resume latest' in output
+        else:
+            assert processes[0].returncode == 1 and f'stopped after {steps} steps: ' in output, output
