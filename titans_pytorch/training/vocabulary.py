@@ -154,7 +154,7 @@ def _tokenizers() -> Any:
         import tokenizers
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "a BPE vocabulary needs the package tokenizers: pip install 'titans-neural-memory[bpe]'", name='tokenizers'
+            'a BPE vocabulary needs the package tokenizers: pip install tokenizers', name='tokenizers'
         ) from None
     return tokenizers
 
