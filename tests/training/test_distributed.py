@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from titans_pytorch.training import (
     checkpoints,
     choose_machine,
     process_group,
+    random_starts,
     read_checkpoint,
     read_metrics,
     shard,
@@ -37,7 +36,6 @@ from titans_pytorch.training import (
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason='PyTorch without torch.distributed')
 
-ROOT = Path(__file__).resolve().parents[2]
 PROCESSES = 2
 TEXT = b'The quick brown fox jumps over the lazy dog, and the dog does not mind. ' * 60
 SETTINGS = (
@@ -85,7 +83,7 @@ def of_one_process() -> tuple[float, dict[str, Tensor]]:
 def _process(rank: int, ports: list[int], folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {'RANK': f'{rank}', 'LOCAL_RANK': f'{rank}', 'WORLD_SIZE': f'{PROCESSES}'}
-    os.environ |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': f'{ports[0]}'}
+    os.environ |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': f'{ports.pop()}'}
     with process_group(), all_in_float64():
         expected_loss, expected = of_one_process()
         for sharded in (False, True):
@@ -96,15 +94,33 @@ def _process(rank: int, ports: list[int], folder: Path) -> None:
             assert_same(loss, torch.tensor(expected_loss), 1e-6)  # accumulated in float32
             assert_same(gradients(own), expected, 1e-12)
 
-    from_a_file = ['--resume', str(folder / 'replicated' / 'checkpoint_batch_2.pt'), '--fsdp', '--run-dir']
-    runs = [
-        words(folder, '--run-dir', str(folder / 'replicated')),
-        words(folder, '--run-dir', str(folder / 'sharded'), '--fsdp'),
-        [*from_a_file, str(folder / 'file to shards')],
-    ]
-    for port, run in zip(ports[1:], runs):
-        os.environ['MASTER_PORT'] = f'{port}'
-        assert train_mac.main(run) == 0
+    def run(name: str, *more: str, status: int = 0) -> None:
+        os.environ['MASTER_PORT'] = f'{ports.pop()}'
+        assert train_mac.main(words(folder, *more, '--run-dir', str(folder / name))) == status
+
+    run('replicated')
+    run('sharded', '--fsdp')
+    run('file to shards', '--fsdp', '--resume', str(folder / 'replicated' / 'checkpoint_batch_2.pt'))
+    if rank == 0:
+        run('signalled', '--fsdp')
+        with pytest.raises(RuntimeError):
+            run('dead')
+    else:
+        in_the_third_step(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run('signalled', '--fsdp', status=128 + signal.SIGTERM)
+        in_the_third_step(lambda: os._exit(0))
+        run('dead')
+
+
+def in_the_third_step(act: Callable[[], None]) -> None:
+    draw, draws = random_starts, itertools.count(1)
+
+    def acting(*args: Any) -> Tensor:
+        if next(draws) == 2 * 4 + 1:  # micro batches
+            act()
+        return draw(*args)
+
+    train_mac.random_starts = acting
 
 
 def free_ports(count: int) -> list[int]:
@@ -120,7 +136,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with runs of one process and of two."""
     folder = tmp_path_factory.mktemp('runs')
     (folder / 'text').write_bytes(TEXT)
-    torch.multiprocessing.spawn(_process, args=(free_ports(4), folder), nprocs=PROCESSES)
+    torch.multiprocessing.spawn(_process, args=(free_ports(6), folder), nprocs=PROCESSES)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     assert train_mac.main(words(folder, '--run-dir', str(folder / 'one'))) == 0
@@ -191,36 +207,11 @@ def test_a_folder_of_shards_is_a_checkpoint(runs: Path, tmp_path: Path) -> None:
         checkpoints.main([str(tmp_path / 'copy')])
 
 
-def started(folder: Path, name: str) -> list[subprocess.Popen[str]]:
-    """The processes of a long run, as torchrun starts them, once they have done some steps."""
-    (port,) = free_ports(1)
-    group = {'WORLD_SIZE': f'{PROCESSES}', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': f'{port}', 'OMP_NUM_THREADS': '1'}
-    command = [
-        sys.executable,
-        'train_mac.py',
-        *words(folder, '--run-dir', str(folder / name), '--num-batches', '99999'),
-    ]
-    pipes: dict[str, Any] = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True, 'cwd': ROOT}
-    return [
-        subprocess.Popen(command, **pipes, env={**os.environ, **group, 'RANK': f'{rank}', 'LOCAL_RANK': f'{rank}'})
-        for rank in range(PROCESSES)
-    ]
+def test_a_signal_to_one_process_saves_and_ends_all(runs: Path) -> None:
+    assert checkpoints.latest_checkpoint(runs / 'signalled')['batch'] == 3
+    assert max(row['step'] for row in read_metrics(runs / 'signalled' / 'metrics.jsonl')) == 3
 
 
-def test_a_signal_to_one_process_saves_and_a_process_that_dies_ends_all(tmp_path: Path) -> None:
-    (tmp_path / 'text').write_bytes(TEXT)
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        processes = started(tmp_path, number.name)
-        folder, deadline = tmp_path / number.name, time.monotonic() + 120
-        while len(read_metrics(folder / 'metrics.jsonl')) < 4 and time.monotonic() < deadline:
-            time.sleep(0.1)
-        processes[1].send_signal(number)
-        output, _ = processes[0].communicate(timeout=60)
-        processes[1].communicate(timeout=60)
-        steps = max(row['step'] for row in read_metrics(folder / 'metrics.jsonl'))
-        assert read_checkpoint(folder / f'checkpoint_batch_{steps}.pt')['batch'] == steps
-        if number == signal.SIGTERM:
-            assert [process.returncode for process in processes] == [0, 128 + number], output
-            assert f'ended by a signal after {steps} steps; go on with --resume latest' in output
-        else:
-            assert processes[0].returncode == 1 and f'stopped after {steps} steps: ' in output, output
+def test_a_process_that_dies_ends_all_with_the_steps_done_saved(runs: Path) -> None:
+    assert read_checkpoint(runs / 'dead' / 'checkpoint_batch_2.pt')['batch'] == 2
+    assert max(row['step'] for row in read_metrics(runs / 'dead' / 'metrics.jsonl')) == 2
