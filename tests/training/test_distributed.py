@@ -154,7 +154,7 @@ def assert_same_run(came: Path, expected: Path) -> None:
     first = min(step for step, key in figures[0] if key == 'train_loss')
     assert figures[0].keys() == {(step, key) for step, key in figures[1] if step >= first or len(figures[0]) == 11}
     for at, value in figures[0].items():
-        assert value == pytest.approx(figures[1][at], rel=1e-5), at
+        assert value == pytest.approx(figures[1][at], rel=5e-5), at
 
 
 def assert_same_state(came: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -163,10 +163,10 @@ def assert_same_state(came: dict[str, Any], expected: dict[str, Any]) -> None:
         assert came[key] == expected[key]
     for key in ('windows_random', 'random'):
         assert torch.equal(came[key], expected[key])
-    assert_same(came['model_state_dict'], expected['model_state_dict'], 1e-3)
+    assert_same(came['model_state_dict'], expected['model_state_dict'], 2e-4)
     states, expected_states = came['optimizer_state_dict'], expected['optimizer_state_dict']
     assert states['param_groups'] == expected_states['param_groups']
-    assert_same(states['state'], expected_states['state'], 1e-3)
+    assert_same(states['state'], expected_states['state'], 2e-4)
 
 
 @pytest.mark.parametrize('name', ['replicated', 'sharded', 'file to shards'])
@@ -202,6 +202,12 @@ def test_a_folder_of_shards_is_a_checkpoint(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(latest['shards'], tmp_path / 'copy')
     checkpoints.main([str(tmp_path / 'copy')])
     assert checkpoints.read_resumable(tmp_path / 'copy.pt')['batch'] == 4
+    next((tmp_path / 'copy').glob('*.distcp')).unlink()
+    with pytest.raises(SystemExit, match='the shards in .* cannot be read'):
+        checkpoints.main([str(tmp_path / 'copy')])
+    resume = ['--resume', str(tmp_path / 'copy'), '--no-fsdp', '--run-dir', str(tmp_path / 'run')]
+    with pytest.raises(SystemExit, match='the shards in .* cannot be read'):
+        train_mac.main(resume)
     (tmp_path / 'copy' / checkpoints.CONTENT).unlink()
     with pytest.raises(SystemExit, match='there is no checkpoint'):
         checkpoints.main([str(tmp_path / 'copy')])
