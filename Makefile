@@ -1,4 +1,7 @@
 # make train      set up and run train_mac.py; pass arguments through ARGS, e.g. make train ARGS="--preset full"
+# make sample     text from the newest run; e.g. make sample ARGS="'Once upon' --run runs/full --seed 1"
+# make eval       bits per byte of its test split by length of context
+# make chat       a conversation with it; e.g. make chat ARGS="--state chat.pt"
 # make test       set up and run the tests; e.g. make test ARGS="-k neural_memory"
 # make lint       ruff, codespell and mypy
 # make shapes     run the fast tests with the shape annotations checked
@@ -14,10 +17,19 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: train test lint shapes coverage wheel docs bench pictures golden clean
+.PHONY: train sample eval chat test lint shapes coverage wheel docs bench pictures golden clean
 
 train: $(VENV)/.ready
 	$(BIN)/python train_mac.py $(ARGS)
+
+sample: $(VENV)/.ready
+	$(BIN)/python -m titans_pytorch generate $(ARGS)
+
+eval: $(VENV)/.ready
+	$(BIN)/python -m titans_pytorch evaluate $(ARGS)
+
+chat: $(VENV)/.ready
+	$(BIN)/python -m titans_pytorch chat $(ARGS)
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 $(ARGS)

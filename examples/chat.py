@@ -1,9 +1,10 @@
-"""A continuing conversation: each turn starts from the state of the previous one, which is saved to a file.
+"""One turn of a conversation with a trained model. A file holds the conversation between turns.
 
-    python examples/chat.py --checkpoint model.pt --state chat.pt "What was my name?"
+    make train ARGS="--preset quick"
+    python examples/chat.py --run runs/quick --state chat.pt "What was my name?"
 
-Without a checkpoint the model is untrained and answers with noise; the example shows the mechanism. No turn is read
-twice, the state has a constant size, and the answer arrives byte by byte.
+No turn is read twice, the file has a constant size, and the answer arrives as it is sampled. `python -m titans_pytorch
+chat` is the same in a loop.
 """
 
 from __future__ import annotations
@@ -11,62 +12,28 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
-from titans_pytorch import MemoryAsContextTransformer
-
-
-def build() -> MemoryAsContextTransformer:
-    torch.manual_seed(0)
-    return MemoryAsContextTransformer(
-        num_tokens=256,
-        dim=64,
-        depth=2,
-        segment_len=32,
-        num_longterm_mem_tokens=2,
-        neural_memory_segment_len=4,
-        neural_memory_batch_size=64,
-        dim_head=32,
-        heads=2,
-        sliding_window_attn=True,
-        neural_memory_kwargs={'dim_head': 32, 'heads': 2, 'qk_rmsnorm': True},
-    )
+from titans_pytorch.commands.text import Conversation
+from titans_pytorch.training.runs import open_run
 
 
 def main() -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('message')
-    parser.add_argument('--checkpoint', type=Path, help='weights of the model that `build` returns')
-    parser.add_argument(
-        '--state', type=Path, default=Path('chat.pt'), help='file that holds the state of the conversation'
-    )
-    parser.add_argument('--length', type=int, default=64, help='maximum length of the answer in bytes')
+    parser.add_argument('--run', type=Path, default=Path('runs/quick'), help='folder of the run, or a checkpoint in it')
+    parser.add_argument('--state', type=Path, default=Path('chat.pt'), help='file that holds the conversation')
+    parser.add_argument('--length', type=int, default=64, help='maximum length of the answer in tokens')
     options = parser.parse_args()
 
-    model = build()
-    if options.checkpoint is not None:
-        model.load_state_dict(torch.load(options.checkpoint, weights_only=True))
-    unread, state = torch.zeros(1, 0, dtype=torch.long), None
+    conversation = Conversation(open_run(options.run))
     if options.state.exists():
-        unread, state = torch.load(options.state, weights_only=True)
-
-    message = torch.tensor([[*f'\nYou: {options.message}\nModel: '.encode()]])
-    prompt = torch.cat((unread, message), dim=1)
-    stream = model.stream(prompt, prompt.shape[1] + options.length, state=state, stop_tokens=ord('\n'))
-    answer: list[int] = []
-    while True:
-        try:
-            answer.append(next(stream).item())
-        except StopIteration as end:
-            state = end.value
-            break
-        print(chr(answer[-1]) if 32 <= answer[-1] < 127 else '·', end='', flush=True)
+        conversation.load(options.state)
+    answer = ''
+    for text in conversation.answer(options.message, options.length, temperature=0.8):
+        print(text, end='', flush=True)
+        answer += text
     print()
-
-    torch.save(
-        (torch.tensor([answer[-1:]]), state), options.state
-    )  # the model has not read the last byte of the answer
-    return bytes(answer).decode('latin1')
+    conversation.save(options.state)
+    return answer
 
 
 if __name__ == '__main__':

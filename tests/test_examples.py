@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import small_run
 
 EXAMPLES = Path(__file__).resolve().parent.parent / 'examples'
 
@@ -38,13 +39,17 @@ def test_long_document(run, tmp_path):
 
 
 def test_chat_goes_on_from_its_state(run, tmp_path):
-    path = tmp_path / 'chat.pt'
-    run('chat', 'My name is Ada.', '--state', path, '--length', 9)
-    _, first = torch.load(path, weights_only=True)
+    folder, path = small_run(tmp_path / 'run'), tmp_path / 'chat.pt'
+
+    def turn(message: str):
+        answer = run('chat', message, '--run', folder, '--state', path, '--length', 9)
+        return answer, torch.load(path, weights_only=True)['state']
+
+    answer, first = turn('My name is Ada.')
+    assert len(answer) <= 9
     size = path.stat().st_size
-    run('chat', 'What is my name?', '--state', path, '--length', 9)
-    unread, second = torch.load(path, weights_only=True)
-    assert unread.shape == (1, 1) and second.seq_index > first.seq_index
+    _, second = turn('What is my name?')
+    assert second.seq_index > first.seq_index + len('\nYou: What is my name?\nModel: ')
     assert path.stat().st_size < 1.1 * size
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -28,11 +29,11 @@ LAYERS = [
     {'mac_transformer', 'mag_transformer', 'mal_transformer', 'lmm', 'implicit_mlp_attention', 'nested_attention'},
     {'configuration', 'presets'},
     {'training'},
-    {'commands'},
+    {'commands', 'hf'},
     {'titans_pytorch', '__main__'},
 ]
 LAYER = {name: index for index, names in enumerate(LAYERS) for name in names}
-OPTIONAL = ('triton', 'transformers', 'tokenizers', 'matplotlib', 'wandb')
+OPTIONAL = ('triton', 'transformers', 'accelerate', 'tokenizers', 'matplotlib', 'wandb')
 
 
 def modules() -> dict[str, Path]:
@@ -95,7 +96,7 @@ def test_kernels_import_only_kernels(name):
 
 @pytest.mark.parametrize('name', MODULES)
 def test_optional_packages_are_imported_where_they_are_used(name):
-    if name.split('.')[-1] in ('_triton', 'triton'):
+    if name.split('.')[-1] in ('_triton', 'triton') or layer(name) == 'hf':
         return
     found = {*imports(MODULES[name], nested=False)}
     assert not [module for module in found if module.split('.')[0] in OPTIONAL or module.endswith('triton')], name
@@ -103,6 +104,17 @@ def test_optional_packages_are_imported_where_they_are_used(name):
 
 def test_the_package_imports_without_optional_packages():
     # third-party packages may load Triton where it is installed; without it, nothing may fail
-    code = f'import sys; sys.modules.update(dict.fromkeys({OPTIONAL!r})); import titans_pytorch'
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=PACKAGE.parent)
+    run(f'import sys; sys.modules.update(dict.fromkeys({OPTIONAL!r})); import titans_pytorch')
+
+
+def test_the_package_does_not_load_the_packages_of_its_extra():
+    run("""
+        import sys, titans_pytorch
+        assert not {'transformers', 'accelerate', 'tokenizers', 'peft', 'datasets'} & sys.modules.keys()
+    """)
+
+
+def run(code: str) -> None:
+    command = [sys.executable, '-c', textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent)
     assert done.returncode == 0, done.stderr

@@ -11,6 +11,7 @@ import pytest
 import torch
 from small_runs import TEXT, checkpoint, small_config, small_run
 
+import train_mac
 from titans_pytorch.configuration import build_model
 from titans_pytorch.training import BadData, RunError, train_bpe
 from titans_pytorch.training.runs import latest_run, open_run, unseen_text
@@ -43,7 +44,7 @@ def test_the_best_checkpoint_is_chosen_or_else_the_latest(tmp_path: Path, capsys
     (folder / 'titans_enwik8_best.pt').write_bytes(damaged)
     (folder / 'checkpoint_batch_99.pt').write_bytes(b'not a checkpoint')
     assert open_run(folder).steps == 20
-    assert 'skipped: ' in capsys.readouterr().out
+    assert 'skipped: ' in capsys.readouterr().err
 
 
 def no_folder(folder: Path) -> None:
@@ -149,3 +150,24 @@ def test_the_text_that_the_model_has_not_seen(vocabulary, tmp_path: Path) -> Non
     (tmp_path / 'run/text.txt').unlink()
     with pytest.raises(BadData, match=r'text\.txt'):
         unseen_text(run)
+    with pytest.raises(BadData, match='was trained on is not here'):
+        unseen_text(run._replace(settings={}))
+
+
+def test_a_run_of_the_training_script_is_opened(tmp_path: Path) -> None:
+    (tmp_path / 'text.txt').write_bytes(TEXT)
+    settings = '--num-batches 2 --batch-size 2 --gradient-accumulate-every 1 --seq-len 24 --prime-length 8'
+    settings += ' --generate-length 12 --validate-batches 2 --dim 16 --depth 1 --heads 2 --dim-head 8 --window-size 8'
+    settings += ' --neural-mem-layers 1 --neural-mem-heads 2 --neural-mem-dim-head 8 --neural-mem-batch-size 16'
+    folders = ['--data', str(tmp_path / 'text.txt'), '--run-dir', str(tmp_path / 'run'), '--cache-dir', str(tmp_path)]
+    assert (
+        train_mac.main(
+            [*settings.split(), *folders, '--device', 'cpu', '--vocabulary', 'bpe', '--vocabulary-size', '300']
+        )
+        == 0
+    )
+    run = open_run(tmp_path / 'run', device='cpu')
+    assert (run.steps, run.vocabulary.size, run.checkpoint.name) == (2, 300, 'titans_enwik8_best.pt')
+    tokens, source = unseen_text(run)
+    assert source == f'test split of {tmp_path / "text.txt"}'
+    assert TEXT.endswith(run.vocabulary.decode(tokens))

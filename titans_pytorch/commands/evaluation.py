@@ -22,10 +22,10 @@ class Evaluation(NamedTuple):
     """The result for one length of context."""
 
     context: int
-    """Tokens of a window: the model reads each window from its first token on, with a new memory."""
+    """Tokens that the model reads in each window, beginning with an empty memory; it predicts the one after each."""
     bits_per_byte: float
     tokens: int
-    """Tokens predicted, all but the first of each window and a rest that fills no window."""
+    """Tokens predicted: all but the first one, and a rest that fills no window."""
     bytes: int
     """Their length as text."""
     seconds: float

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,8 @@ def sampling(options: argparse.Namespace, run: Run) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; a failure ends in one line."""
     options = build_parser().parse_args(arguments)
+    # norms in bfloat16 with weights in float32 are what autocast does
+    warnings.filterwarnings('ignore', 'Mismatch dtype between input and weight')
     with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(errors='replace')  # type: ignore[union-attr]  # a terminal may lack characters
     try:

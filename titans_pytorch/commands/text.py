@@ -114,7 +114,7 @@ class Conversation:
 
     def answer(self, message: str, length: int = 256, **sampling: Any) -> Generator[str, None, None]:
         """Yield the answer to a message, as it comes. Closed early, the state holds as much of it as came."""
-        vocabulary, tokens = self.run.vocabulary, list[int]()
+        vocabulary, tokens = self.run.vocabulary, []
         turn = vocabulary.encode(self.template.replace('{message}', message).encode())
         before = read(self.run, turn[:-1], self.state)
 

@@ -267,7 +267,7 @@ class _Request(NamedTuple):
             unpadded = torch.cat([row[:length] for row, length in zip(prompt, lengths)])
             checked_token_ids('prompt', unpadded.unsqueeze(0), num_tokens)
         if (seq_len is None) == (max_new_tokens is None):
-            raise ValueError('pass seq_len (the total length) or max_new_tokens, one of them')
+            raise ValueError('pass either seq_len, the total length, or max_new_tokens')
         if seq_len is not None:
             limits = [check_integer('seq_len', seq_len, 1)] * len(lengths)
         else:
@@ -295,7 +295,7 @@ class _Request(NamedTuple):
     def by_row(self, positions: list[Any], filler: float) -> Tensor:
         """Results of all positions as rows, without their own prompts beyond the shortest one, padded on the right."""
         if not positions:
-            return self.prompt.new_zeros(len(self.prompt), 0, dtype=torch.long if type(filler) is int else torch.float)
+            return torch.full((len(self.prompt), 0), filler, device=self.prompt.device)
         rows = torch.stack(positions, dim=1)
         if min(self.lengths) == max(self.lengths):
             return rows
@@ -351,6 +351,7 @@ def _positions(
 
 
 def _tokens_of(positions: Generator[Sampled, None, Any]) -> Generator[Int[Tensor, ' b'], None, Any]:
+    """Yield the tokens alone; return the cache."""
     with contextlib.closing(positions):
         while True:
             try:
@@ -476,6 +477,7 @@ class _CachedReader(_Reader, Generic[CacheT]):
 
 
 def _joined(parts: Iterable[LayerSurprises]) -> LayerSurprises:
+    """Surprises of consecutive parts of a sequence."""
     by_layer: dict[int, list[Surprises]] = {}
     for part in parts:
         for layer, own in part.items():

@@ -17,8 +17,8 @@ from titans_pytorch.memory.state import LayerSurprises
 from titans_pytorch.ops import _dispatch
 from titans_pytorch.utils.shapes import Float, Int
 
-_LOCK = threading.Lock()
-"""Guards `_IDLE` and `_COMPILED`; never held while a model runs."""
+_LOCK = threading.RLock()
+"""Guards `_IDLE` and `_COMPILED`; never held while a model runs. Reentrant, as garbage collection releases steppers."""
 
 Mode = tuple[StepKind, torch.dtype | None]
 """A kind of step, and the dtype of autocast, if enabled."""

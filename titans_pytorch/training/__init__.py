@@ -30,6 +30,7 @@ from titans_pytorch.training.files import RunError, append, atomic_file, one_lin
 from titans_pytorch.training.machine import Machine, choose_machine
 from titans_pytorch.training.metrics import LossCurve, read_metrics, rewind
 from titans_pytorch.training.run_folder import clear_run_folder, describe_run, run_lock, wandb_id
+from titans_pytorch.training.runs import Run, latest_run, open_run, unseen_text
 from titans_pytorch.training.signals import Interrupted, Signals
 from titans_pytorch.training.steps import MicroStep, validation_loss
 from titans_pytorch.training.vocabulary import (
@@ -51,6 +52,7 @@ __all__ = [
     'LossCurve',
     'Machine',
     'MicroStep',
+    'Run',
     'RunError',
     'Signals',
     'Vocabulary',
@@ -65,6 +67,7 @@ __all__ = [
     'even_starts',
     'first_rank_first',
     'latest_checkpoint',
+    'latest_run',
     'load_bpe',
     'load_data',
     'load_optimizer',
@@ -72,6 +75,7 @@ __all__ = [
     'local_part',
     'num_ranks',
     'one_line',
+    'open_run',
     'process_group',
     'random_starts',
     'rank',
@@ -87,6 +91,7 @@ __all__ = [
     'share',
     'sum_over_ranks',
     'train_bpe',
+    'unseen_text',
     'unsharded',
     'validation_loss',
     'vocabulary_from_dict',

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +15,8 @@ from titans_pytorch import configuration
 from titans_pytorch.models.base import Transformer
 from titans_pytorch.training import enwik8
 from titans_pytorch.training.checkpoints import CONTENT, BadCheckpoint, read_checkpoint
-from titans_pytorch.training.data import BadData, Data, load_data
-from titans_pytorch.training.files import RunError, one_line, say
+from titans_pytorch.training.data import BadData, load_data
+from titans_pytorch.training.files import RunError, one_line
 from titans_pytorch.training.machine import Machine, choose_machine
 from titans_pytorch.training.run_folder import DESCRIPTION
 from titans_pytorch.training.vocabulary import Vocabulary, vocabulary_from_dict
@@ -101,7 +103,7 @@ def latest_run(folder: str | Path = 'runs') -> Path:
     return max(described, key=lambda path: path.stat().st_mtime).parent
 
 
-def unseen_text(run: Run, paths: list[Path] = []) -> tuple[Int[Tensor, ' n'], str]:
+def unseen_text(run: Run, paths: Sequence[str | Path] = ()) -> tuple[Int[Tensor, ' n'], str]:
     """Tokens that the model was not trained on, memory-mapped where possible, and where they are from.
 
     Of the text that the run was trained on these are the test split, the last 5 %; of any other text, all tokens.
@@ -112,24 +114,24 @@ def unseen_text(run: Run, paths: list[Path] = []) -> tuple[Int[Tensor, ' n'], st
     Raises:
         BadData: if the text cannot be read or is not there.
     """
-    data = _data(run, paths)
-    if data.sha256 == run.data_sha256:
+    read = paths or _trained_on(run.settings)
+    try:
+        data = load_data(read, run.vocabulary, cache=run.settings.get('CACHE_DIR') or None) if read else None
+    except (OSError, ValueError) as error:
+        raise BadData(f'the data cannot be read: {one_line(error)}') from None
+    if data is not None and data.sha256 == run.data_sha256:
         return data.test, f'test split of {data.source}'
-    if not paths:
+    if data is None or not paths:
         raise BadData(f'the text that {run.checkpoint} was trained on is not here: name it, or another, with --data')
     return torch.cat(data[:3]), data.source
 
 
-def _data(run: Run, paths: list[Path]) -> Data:
-    if not paths and run.settings.get('DATA'):
-        paths = [*map(Path, run.settings['DATA'])]
-    elif not paths:
-        downloaded = DATA_FOLDER / 'enwik8.gz'
-        paths = [downloaded] if downloaded.exists() else enwik8.standard_library()
-    try:
-        return load_data(paths, run.vocabulary, cache=run.settings.get('CACHE_DIR') or None)
-    except (OSError, ValueError) as error:
-        raise BadData(f'the data cannot be read: {one_line(error)}') from None
+def _trained_on(settings: Mapping[str, Any]) -> list[Path]:
+    """The files that a run was given; none if its settings do not say."""
+    if 'DATA' not in settings or settings['DATA']:
+        return [*map(Path, settings.get('DATA', ()))]
+    downloaded = DATA_FOLDER / 'enwik8.gz'
+    return [downloaded] if downloaded.exists() else enwik8.standard_library()
 
 
 def _description(folder: Path) -> dict[str, Any]:
@@ -160,7 +162,7 @@ def _chosen(folder: Path) -> tuple[Path, dict[str, Any]]:
         try:
             return path, _weights(path)
         except BadCheckpoint as error:
-            say(f'skipped: {error}')
+            print(f'skipped: {error}', file=sys.stderr)
     sharded = [content.parent for content in folder.glob(f'*/{CONTENT}')]
     hint = f'; python -m titans_pytorch.training.checkpoints {sharded[-1]} makes one' if sharded else ''
     raise BadCheckpoint(f'there is no checkpoint in {folder}{hint}')

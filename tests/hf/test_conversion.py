@@ -1,0 +1,75 @@
+"""Conversion of training runs to Hugging Face folders and back, and tokenizers of their vocabularies."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from compare import assert_same
+from hf_models import model
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, pipeline
+
+from titans_pytorch.hf import byte_tokenizer, pretrained_to_run, run_to_pretrained
+from titans_pytorch.hf.tokenization import tokenizer_of, vocabulary_of
+from titans_pytorch.training import BPEVocabulary, ByteVocabulary, describe_run, train_bpe, write_checkpoint
+from titans_pytorch.training.runs import open_run
+
+TEXTS = ['Titans  learn to memorise .<|end|>', 'Ā naïve 日本 🎉\n\t\r\n\0 Ā', ' leading', '']
+
+
+def bpe() -> BPEVocabulary:
+    return train_bpe([' '.join(TEXTS).encode() * 4], 270)
+
+
+def bpe_with_a_special_token() -> BPEVocabulary:
+    tokenizer = Tokenizer.from_str(json.dumps(bpe().to_dict()['tokenizer']))
+    tokenizer.add_special_tokens(['<|end|>'])
+    return BPEVocabulary(tokenizer)
+
+
+@pytest.mark.parametrize('vocabulary', [ByteVocabulary(), bpe(), bpe_with_a_special_token()])
+def test_a_tokenizer_has_the_token_ids_of_the_vocabulary(vocabulary, tmp_path):
+    tokenizer_of(vocabulary).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer) == vocabulary.size
+    for text in TEXTS:
+        ids = tokenizer(text)['input_ids']
+        assert ids == vocabulary.encode(text.encode()).tolist()
+        assert tokenizer.decode(ids) == text
+    again = vocabulary_of(tokenizer)
+    assert type(again) is type(vocabulary)
+    assert all(torch.equal(again.encode(t.encode()), vocabulary.encode(t.encode())) for t in TEXTS)
+    assert again.decode(range(vocabulary.size)) == vocabulary.decode(range(vocabulary.size))
+
+
+def test_padding_is_on_the_left_and_masked():
+    padded = byte_tokenizer()(['a', 'bcd'], padding=True)
+    assert padded['input_ids'] == [[0, 0, 97], [98, 99, 100]]
+    assert padded['attention_mask'] == [[0, 0, 1], [1, 1, 1]]
+    assert byte_tokenizer().decode([97, 0, 0], skip_special_tokens=True) == 'a'
+
+
+@pytest.mark.parametrize('vocabulary', [ByteVocabulary(), bpe()])
+def test_a_run_becomes_a_pipeline_and_a_run_again(vocabulary, tmp_path):
+    own = model('MAC', num_tokens=vocabulary.size).float()
+    run, folder, again = (tmp_path / name for name in ('run', 'folder', 'again'))
+    run.mkdir()
+    describe_run(run, own.config.model, vocabulary)
+    write_checkpoint(run / 'checkpoint_batch_7.pt', {'batch': 7, 'model_state_dict': own.transformer.state_dict()})
+
+    run_to_pretrained(run, folder)
+    generator = pipeline('text-generation', str(folder))
+    assert_same(generator.model.state_dict(), own.state_dict(), 0)
+    prompt = vocabulary.encode(b'Titans')
+    expected = own.transformer.sample(prompt[None], len(prompt) + 5, 0.0, stop_tokens=0, show_progress=False)[0]
+    came = generator('Titans', do_sample=False, max_new_tokens=5, return_full_text=False)[0]['generated_text']
+    assert came == vocabulary.decode(expected).decode(errors='replace').rstrip('\0')
+
+    pretrained_to_run(folder, again)
+    opened = open_run(again, device='cpu')
+    assert_same(opened.model.state_dict(), own.transformer.state_dict(), 0)
+    assert type(opened.vocabulary) is type(vocabulary)
+    with pytest.raises(FileExistsError, match='there is a run in'):
+        pretrained_to_run(folder, again)

@@ -1,0 +1,37 @@
+"""The models of this package in the form of Hugging Face's `transformers`, and memories for its models.
+
+    import titans_pytorch.hf
+
+    model = AutoModelForCausalLM.from_pretrained('a folder of a Titans model')
+
+Needs the extra `hf`: `pip install .[hf]`.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from titans_pytorch.hf.adapter import add_memory, load_memory, memory_parameters, remove_memory, save_memory
+from titans_pytorch.hf.cache import TitansCache
+from titans_pytorch.hf.configuration import TitansConfig
+from titans_pytorch.hf.conversion import pretrained_to_run, run_to_pretrained
+from titans_pytorch.hf.modeling import TitansForCausalLM, TitansModel, TitansPreTrainedModel
+from titans_pytorch.hf.tokenization import byte_tokenizer
+
+AutoConfig.register(TitansConfig.model_type, TitansConfig)
+AutoModel.register(TitansConfig, TitansModel)
+AutoModelForCausalLM.register(TitansConfig, TitansForCausalLM)
+
+__all__ = [
+    'TitansCache',
+    'TitansConfig',
+    'TitansForCausalLM',
+    'TitansModel',
+    'TitansPreTrainedModel',
+    'add_memory',
+    'byte_tokenizer',
+    'load_memory',
+    'memory_parameters',
+    'pretrained_to_run',
+    'remove_memory',
+    'run_to_pretrained',
+    'save_memory',
+]

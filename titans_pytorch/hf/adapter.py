@@ -1,0 +1,267 @@
+"""Memories for an existing language model of transformers: added, trained, saved, loaded and removed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import Module, ModuleDict, ModuleList, Parameter
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedConfig
+
+from titans_pytorch.configuration import ACTIVATIONS, MEMORY_NETWORKS
+from titans_pytorch.hf.layer_memory import PADDING, LayerMemory
+from titans_pytorch.neural_memory import NeuralMemory
+from titans_pytorch.presets import memory_settings
+from titans_pytorch.utils.checks import check_flags, check_integer, check_integers, check_keywords, check_multiple
+
+M = TypeVar('M', bound=Module)
+
+WEIGHTS, CONFIG = 'memory.safetensors', 'memory_config.json'
+"""Files of a saved adapter."""
+
+UNAVAILABLE = ('dim', 'qkv_receives_diff_views', 'accept_weight_residual')
+"""Arguments of `NeuralMemory` that an adapter sets itself, or whose further inputs no decoder layer has."""
+
+NOT_OF_THE_BACKBONE = {*PreTrainedConfig().to_dict(), 'use_cache', 'quantization_config'} - {'model_type'}
+"""Fields of a configuration that change with how a model is used or stored. Token ids are left out as well."""
+
+
+def add_memory(
+    model: M,
+    layers: Iterable[int] | None = None,
+    *,
+    heads: int = 4,
+    dim_head: int = 64,
+    chunk_size: int = 16,
+    memory_batch: int = 64,
+    freeze_backbone: bool = False,
+    neural_memory_kwargs: Mapping[str, Any] = {},
+) -> M:
+    """`model` itself, with a `NeuralMemory` in front of some of its decoder layers.
+
+        model = AutoModelForCausalLM.from_pretrained(...)
+        add_memory(model, layers=[8, 16, 24], freeze_backbone=True)
+        optimizer = torch.optim.AdamW(memory_parameters(model), lr=1e-3)
+
+    A memory reads the input x of its layer and adds the retrieved values to it: x + gate · memory(x). As in memory as
+    context, attention sees them, in that layer and in all later ones; and since nothing inside a layer changes, any
+    kind of layer will do. There is one gate per channel, zero at first: the model starts unchanged, to the last bit.
+    The gates receive gradients from the first step on, the memories behind them from the second.
+
+    Forward, `labels`, gradient checkpointing, `generate` (sampling, beams, padded batches) and `Trainer` work as
+    before. The state of the memories is part of the call's cache, beside its keys and values; without a cache, every
+    call starts from an empty memory. Padding in `attention_mask`, which must be (batch, length), is neither stored nor
+    counted. With a cache, rows of different lengths are read one after another: train on padded batches with
+    `use_cache=False`, as `Trainer` does. Assisted decoding is refused, as a memory cannot take tokens back.
+
+    If the backbone is in half precision, which is too coarse for the updates of an optimizer, the memories are in
+    float32 all the same, and their output is rounded to the precision of the hidden states. A later `model.to` converts
+    them with the rest.
+
+    Args:
+        model: a decoder-only model of transformers, or a peft model around one.
+        layers: the layers that get a memory in front, counted from 0. Default: those at a quarter, half and three
+            quarters of the depth; a guess, as a few memories are usually enough.
+        heads: independent memories side by side. The default is a guess, as are the next three. With `dim_head`, it
+            sets the size of the adapter: about 5 · width · heads · dim_head parameters per layer.
+        dim_head: width of a head.
+        chunk_size: tokens per update of a memory. Smaller is finer and slower.
+        memory_batch: tokens whose gradients are taken at the same weights, a multiple of `chunk_size`. The step sizes
+            follow from it, see `presets.memory_settings`; its settings are the defaults for everything else.
+        freeze_backbone: train the memories alone. `remove_memory` undoes this.
+        neural_memory_kwargs: further arguments of `NeuralMemory`, as JSON values: `activation` is a name of
+            `configuration.ACTIVATIONS`, and `model` is a dict such as `{'type': 'MemoryMLP', 'dim': 64, 'depth': 2}`.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit; the message names the argument.
+    """
+    decoder = _decoder(model)
+    depth = len(_layers(decoder))
+    if layers is None:
+        layers = sorted({depth * quarter // 4 for quarter in (1, 2, 3)})
+    check_multiple('memory_batch', memory_batch, 'chunk_size', check_integer('chunk_size', chunk_size, 1))
+    check_keywords(neural_memory_kwargs=neural_memory_kwargs)
+    settings = memory_settings(heads, dim_head, memory_batch, activation='silu')
+    settings |= {'chunk_size': chunk_size, 'batch_size': memory_batch, **neural_memory_kwargs}
+    _attach(model, check_integers('layers', layers), settings, freeze_backbone)
+    return model
+
+
+def memory_parameters(model: Module) -> Iterator[Parameter]:
+    """The parameters of all memories and gates of `model`, and no others."""
+    return _memories(model).parameters()
+
+
+def remove_memory(model: M) -> M:
+    """`model` itself without memories, as it was before `add_memory`; parameters frozen by it are trained again."""
+    memories = _memories(model)
+    for hook in memories.hooks:
+        hook.remove()
+    for parameter in memories.frozen:
+        parameter.requires_grad_()
+    del _decoder(model).neural_memories
+    return model
+
+
+def save_memory(model: Module, folder: str | Path) -> None:
+    """Write the memories of `model`, without its backbone, to `memory.safetensors` and `memory_config.json`.
+
+    The configuration names the layers, the arguments, and the backbone by its configuration and a hash of it.
+    `save_pretrained` of the model, and checkpoints of `Trainer`, hold memories and backbone in one file; from there
+    `from_pretrained` reads the backbone alone.
+    """
+    memories, folder = _memories(model), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    backbone = _backbone(model)
+    config = {
+        'layers': memories.numbers,
+        'neural_memory_kwargs': memories.settings,
+        'backbone_hash': _hash(backbone),
+        'backbone': backbone,
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
+    save_file(memories.state_dict(), folder / WEIGHTS)
+
+
+def load_memory(model: M, folder: str | Path, *, freeze_backbone: bool = False) -> M:
+    """`model` itself, with the memories that `save_memory` wrote to `folder`.
+
+    Raises:
+        ValueError: if they were trained with another backbone. Its weights are not compared, only its configuration.
+        FileNotFoundError: if the folder holds no memories.
+    """
+    folder = Path(folder)
+    config = json.loads((folder / CONFIG).read_text())
+    saved, own = config['backbone'], _backbone(model)
+    # a field that only one of two versions of transformers knows makes no other backbone
+    differing = [name for name in saved.keys() & own.keys() if saved[name] != own[name]]
+    if differing:
+        name = 'model_type' if 'model_type' in differing else min(differing)
+        raise ValueError(
+            f'model must have the backbone of the memories in {folder}, {config["backbone_hash"]}, '
+            f'with {name}={saved[name]!r}, got {_hash(own)}, with {name}={own[name]!r}'
+        )
+    _attach(model, config['layers'], config['neural_memory_kwargs'], freeze_backbone)
+    _memories(model).load_state_dict(load_file(folder / WEIGHTS))
+    return model
+
+
+class Memories(ModuleDict):
+    """The memories of a decoder by the number of their layer, with all that is needed to save and to remove them."""
+
+    def __init__(self, settings: Mapping[str, Any]):
+        super().__init__()
+        self.settings = settings
+        self.hooks: list[RemovableHandle] = []
+        self.frozen: list[Parameter] = []
+
+    @property
+    def numbers(self) -> list[int]:
+        return [int(number) for number in self]
+
+    def register_hooks(self, decoder: Module, layers: ModuleList) -> None:
+        hooks: dict[Module, Any] = {decoder: self.before_decoder}
+        hooks |= {layers[number]: self[str(number)].before_layer for number in self.numbers}
+        self.hooks = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks.items()]
+
+    def before_decoder(self, decoder: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of the decoder, which passes the padding mask on to its layers.
+
+        It is an argument so that a layer still has it when checkpointing runs the layer again.
+        """
+        inputs = args[0] if args else kwargs.get('input_ids')
+        inputs = kwargs.get('inputs_embeds') if inputs is None else inputs
+        mask = args[1] if len(args) > 1 else kwargs.get('attention_mask')
+        if mask is not None and inputs is not None:
+            if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+                got = f'{tuple(mask.shape)}' if isinstance(mask, torch.Tensor) else type(mask).__name__
+                raise ValueError(
+                    f'attention_mask must be (batch, length), so that memories can leave out padding, got {got}; '
+                    f'it has four dimensions in padded batches with static caches, which memories cannot read'
+                )
+            # of a longer mask, the first columns belong to earlier calls
+            mask = mask[:, -inputs.shape[1] :].bool()
+            mask = None if mask.all() else mask
+        return args, {**kwargs, PADDING: mask}
+
+
+def _attach(model: Module, numbers: list[int], settings: Mapping[str, Any], freeze_backbone: bool) -> None:
+    decoder = _decoder(model)
+    layers = _layers(decoder)
+    check_flags(freeze_backbone=freeze_backbone)
+    if hasattr(decoder, 'neural_memories'):
+        raise ValueError('model has memories already: remove_memory(model) takes them out')
+    if not numbers or len({*numbers}) < len(numbers) or not all(0 <= number < len(layers) for number in numbers):
+        raise ValueError(f'layers must be different integers from 0 to {len(layers) - 1}, at least one, got {numbers}')
+    memories = Memories(settings)
+    for number in numbers:
+        memory = NeuralMemory(decoder.config.hidden_size, **_arguments(settings))
+        like = next(layers[number].parameters())
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        memories[str(number)] = LayerMemory(memory, number, len(layers)).to(like.device, dtype)
+    if freeze_backbone:
+        memories.frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in memories.frozen:
+            parameter.requires_grad_(False)
+    decoder.neural_memories = memories
+    memories.register_hooks(decoder, layers)
+
+
+def _arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `NeuralMemory` from JSON values."""
+    try:
+        arguments = json.loads(json.dumps({**settings}, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f'neural_memory_kwargs must hold JSON values: {error}') from None
+    for name in UNAVAILABLE:
+        if arguments.get(name):
+            raise ValueError(f'neural_memory_kwargs must leave out {name}, got {arguments[name]!r}')
+    if (activation := arguments.get('activation')) is not None:
+        if activation not in [*ACTIVATIONS]:
+            raise ValueError(f"neural_memory_kwargs['activation'] must be one of {[*ACTIVATIONS]}, got {activation!r}")
+        arguments['activation'] = ACTIVATIONS[activation]()
+    if (network := arguments.get('model')) is not None:
+        kind = network.pop('type', None) if isinstance(network, dict) else network
+        if kind not in [*MEMORY_NETWORKS]:
+            raise ValueError(f"neural_memory_kwargs['model']['type'] must be one of {[*MEMORY_NETWORKS]}, got {kind!r}")
+        arguments['model'] = MEMORY_NETWORKS[kind](**network)
+    return arguments
+
+
+def _decoder(model: Any) -> Any:
+    """The module that runs the decoder layers."""
+    if not hasattr(model, 'get_decoder') or model.config.is_encoder_decoder:
+        raise TypeError(f'model must be a decoder-only language model of transformers, got {type(model).__name__}')
+    return model.get_decoder()
+
+
+def _layers(decoder: Any) -> ModuleList:
+    depth = decoder.config.num_hidden_layers
+    for part in decoder.children():
+        if isinstance(part, ModuleList) and len(part) == depth:
+            return part
+    raise TypeError(f'model must hold its {depth} decoder layers in a ModuleList, got {type(decoder).__name__}')
+
+
+def _memories(model: Module) -> Memories:
+    memories = getattr(_decoder(model), 'neural_memories', None)
+    if memories is None:
+        raise ValueError('model must have memories, added by add_memory or load_memory, and it has none')
+    return memories
+
+
+def _backbone(model: Module) -> dict[str, Any]:
+    """The fields of the decoder's configuration that tell one backbone from another."""
+    fields = json.loads(_decoder(model).config.to_json_string(use_diff=False))
+    ignored = NOT_OF_THE_BACKBONE
+    return {name: fields[name] for name in sorted(fields) if name not in ignored and not name.endswith('_token_id')}
+
+
+def _hash(backbone: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(backbone, sort_keys=True).encode()).hexdigest()[:16]

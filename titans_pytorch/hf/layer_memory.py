@@ -1,0 +1,213 @@
+"""A memory in front of a decoder layer, and its state within the cache of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from titans_pytorch.neural_memory import NeuralMemory, NeuralMemState
+from titans_pytorch.utils.shapes import Bool, Float, Int
+
+PADDING = 'memory_padding_mask'
+"""Keyword by which the decoder hands the padding mask to its layers."""
+
+
+class LayerMemory(nn.Module):
+    """Memory that adds to the input of a decoder layer: x + gate · memory(x), with one gate per channel, 0 at first.
+
+    Padding is neither stored nor counted: each row of a batch is read as if it were alone. The memory computes in the
+    precision of its own parameters, whatever that of the hidden states.
+    """
+
+    def __init__(self, memory: NeuralMemory, layer: int, num_layers: int):
+        super().__init__()
+        self.memory = memory
+        self.gate = nn.Parameter(torch.zeros(memory.dim))
+        self.layer, self.num_layers = layer, num_layers
+
+    def forward(
+        self, hidden: Float[Tensor, 'b n d'], real: Bool[Tensor, 'b n'] | None, cache: Cache | None
+    ) -> Float[Tensor, 'b n d']:
+        """Hidden states with the gated memory added.
+
+        Args:
+            hidden: input of the decoder layer.
+            real: false for padding; `None` without any.
+            cache: keys and values of earlier calls, among which the memory keeps its state; `None` for a single call.
+        """
+        x = hidden.to(self.gate.dtype)
+        if cache is not None:
+            retrieved = self._states(cache).read(self.memory, x, real)
+        elif real is None:
+            retrieved, _ = self.memory(x)
+        else:
+            retrieved = self._read_padded(x, real)
+        return hidden + (self.gate * retrieved).to(hidden.dtype)
+
+    def before_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of the decoder layer, which replaces its input."""
+        if PADDING not in kwargs:
+            raise TypeError(
+                f'model must pass its keyword arguments on to its layers, as the memory needs the padding mask there; '
+                f'{type(layer).__name__} received none'
+            )
+        real = kwargs.pop(PADDING)
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        if args:
+            return (self(args[0], real, cache), *args[1:]), kwargs
+        return args, {**kwargs, 'hidden_states': self(kwargs['hidden_states'], real, cache)}
+
+    def _read_padded(self, x: Float[Tensor, 'b n d'], real: Bool[Tensor, 'b n']) -> Float[Tensor, 'b n d']:
+        # with all padding moved to the end of its row, no token comes after it
+        order = (~real).int().argsort(dim=1, stable=True)
+        rows = torch.arange(len(x), device=x.device).unsqueeze(1)
+        retrieved, _ = self.memory(x[rows, order])
+        return retrieved[rows, order.argsort(dim=1)].masked_fill(~real.unsqueeze(-1), 0.0)
+
+    def _states(self, cache: Cache) -> MemoryStates:
+        """The states of this memory in a cache, behind the entries of the decoder layers."""
+        entries: list[Any] = cache.layers
+        for entry in entries:
+            if isinstance(entry, MemoryStates) and entry.layer == self.layer:
+                return entry
+        if cache.offloading:
+            raise ValueError('cache must not be offloaded: the states of memories stay on their device')
+        if (new_entry := cache.layer_class_to_replicate) is not None:  # it adds those of the layers one by one
+            entries.extend(new_entry() for _ in range(len(entries), self.num_layers))
+        entries.append(states := MemoryStates(self.layer))
+        return states
+
+
+class DecodingSteps:
+    """A memory that reads one token at a time, without gradients, in buffers of constant size."""
+
+    def __init__(self, memory: NeuralMemory, state: NeuralMemState):
+        self.position = state.num_tokens
+        self.buffers = memory.to_buffers(state)
+        self.sizes = memory.buffer_sizes
+
+    def read(self, memory: NeuralMemory, token: Float[Tensor, 'r 1 d']) -> Float[Tensor, 'r 1 d']:
+        """The value retrieved for the next token, which is stored."""
+        in_chunk = torch.tensor([self.position % self.sizes.chunk], device=token.device)
+        self.position += 1
+        ends_chunk = self.position % self.sizes.chunk == 0
+        ends_batch = memory.batch_size is not None and self.position % memory.batch_size == 0
+        retrieved, self.buffers = memory.step(token, self.buffers, in_chunk, ends_chunk, ends_batch)
+        return retrieved
+
+    @property
+    def state(self) -> NeuralMemState:
+        """The state after the tokens read so far."""
+        return self.buffers.to_state(self.position, self.sizes)
+
+
+class Rows:
+    """Rows of a batch that have read the same number of tokens, and so can share a state."""
+
+    def __init__(self, numbers: Sequence[int], state: NeuralMemState | DecodingSteps | None = None):
+        self.numbers = numbers
+        self.state = state
+        """Of these rows, in their order; `None` before the first token."""
+
+    def read(self, memory: NeuralMemory, tokens: Float[Tensor, 'r n d']) -> Float[Tensor, 'r n d']:
+        """The values retrieved for the next tokens, which are stored."""
+        if tokens.shape[1] == 1 and self.state is not None and not torch.is_grad_enabled():
+            if not isinstance(self.state, DecodingSteps):
+                self.state = DecodingSteps(memory, self.state)
+            return self.state.read(memory, tokens)
+        state = self.state.state if isinstance(self.state, DecodingSteps) else self.state
+        retrieved, state = memory(tokens, state=state)
+        self.state = state._replace(updates=None)
+        return retrieved
+
+    def select(self, entries: list[int]) -> Rows:
+        if entries == [*range(len(self.numbers))]:
+            return self
+        state = self.state.state if isinstance(self.state, DecodingSteps) else self.state
+        return Rows([self.numbers[entry] for entry in entries], None if state is None else state.select(entries))
+
+
+class MemoryStates:
+    """States of a memory for all rows of a batch, as an entry of `cache.layers`.
+
+    There they belong to one sequence of calls, and follow whatever `generate` does to the cache: beams are reordered,
+    rows repeated and selected. A `NeuralMemState` counts one position for its rows; so rows are grouped by the number
+    of tokens that they have read.
+    """
+
+    # read by transformers from every entry of a cache
+    keys = values = None
+    is_compileable = is_croppable = is_sliding = is_initialized = supports_early_init = False
+
+    def __init__(self, layer: int):
+        self.layer = layer
+        self.groups: list[Rows] = []
+
+    def read(
+        self, memory: NeuralMemory, x: Float[Tensor, 'b n d'], real: Bool[Tensor, 'b n'] | None
+    ) -> Float[Tensor, 'b n d']:
+        """Store the tokens of a call, and return the values retrieved for them, zeros for padding."""
+        batch, length = x.shape[:2]
+        counts = [length] * batch if real is None else real.sum(dim=1).tolist()
+        retrieved = torch.zeros_like(x)
+        groups: list[Rows] = []
+        for group in self.groups or [Rows(range(batch), None)]:
+            for count in dict.fromkeys(counts[number] for number in group.numbers):
+                rows = group.select([entry for entry, number in enumerate(group.numbers) if counts[number] == count])
+                if count:
+                    at = self._positions(rows.numbers, count, x.device, real)
+                    retrieved[at] = rows.read(memory, x[at]).to(x.dtype)
+                groups.append(rows)
+        self.groups = groups
+        return retrieved
+
+    @staticmethod
+    def _positions(
+        numbers: Sequence[int], count: int, device: torch.device, real: Bool[Tensor, 'b n'] | None
+    ) -> tuple[Int[Tensor, 'r 1'], Int[Tensor, 'r m']]:
+        """Indices of the tokens of these rows."""
+        rows = torch.tensor([*numbers], device=device).unsqueeze(1)
+        if real is None:
+            return rows, torch.arange(count, device=device).expand(len(rows), -1)
+        return rows, real[rows.squeeze(1)].nonzero()[:, 1].unflatten(0, (-1, count))
+
+    def select(self, rows: list[int]) -> None:
+        """Keep these rows, in this order and with repetitions."""
+        groups, self.groups = self.groups, []
+        for group in groups:
+            entry = {number: index for index, number in enumerate(group.numbers)}
+            kept = [new for new, old in enumerate(rows) if old in entry]
+            if kept:
+                chosen = group.select([entry[rows[new]] for new in kept])
+                self.groups.append(Rows(kept, chosen.state))
+
+    # called by transformers for every entry of a cache
+
+    def reorder_cache(self, beam_idx: Int[Tensor, ' b']) -> None:
+        self.select(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.select(self._numbers()[indices.cpu()].tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.select(self._numbers().repeat_interleave(repeats).tolist())
+
+    def _numbers(self) -> Int[Tensor, ' b']:
+        return torch.arange(sum(len(group.numbers) for group in self.groups))
+
+    def reset(self) -> None:
+        self.groups = []
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError(
+                'cache cannot be cropped: a memory has already learned from the tokens to be removed. Assisted '
+                'decoding and prompt lookup, which take tokens back, do not work with a memory'
+            )

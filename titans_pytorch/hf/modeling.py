@@ -1,0 +1,282 @@
+"""`TitansModel` and `TitansForCausalLM`: every architecture of this package in the form of Hugging Face's models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import Module
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.generation.utils import ALL_CACHE_NAMES
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from titans_pytorch.attention.rotary import Rotary
+from titans_pytorch.configuration import build_model
+from titans_pytorch.hf.cache import TitansCache
+from titans_pytorch.hf.configuration import TitansConfig
+from titans_pytorch.models.documents import IGNORED, continues
+from titans_pytorch.models.residual_streams import complete
+from titans_pytorch.models.state import ModelState
+from titans_pytorch.utils.checks import checked_mask
+from titans_pytorch.utils.parameters import Resettable
+from titans_pytorch.utils.shapes import Bool, Float, Int
+
+CACHE = ALL_CACHE_NAMES[0]
+"""Name of the cache among arguments and outputs: `cache`, or `past_key_values` in older versions of transformers."""
+
+
+class TitansPreTrainedModel(PreTrainedModel):
+    """A model of this package, `transformer`, that a `TitansConfig` describes."""
+
+    config_class = TitansConfig
+    config: TitansConfig
+    supports_gradient_checkpointing = True
+    _is_stateful = True  # no assisted generation, which takes tokens back
+    _no_split_modules = ['MACBlock', 'PaperMACBlock', 'MAGBlock', 'MALBlock', 'LMMBlock']
+
+    def __init__(self, config: TitansConfig):
+        super().__init__(config)
+        self.transformer = build_model(config.model)
+        for module in self.transformer.modules():  # transformers is not to draw again what the constructor has drawn
+            is_drawn = not any(p.is_meta for p in module.parameters(recurse=False))
+            module._is_hf_initialized = is_drawn  # type: ignore[assignment]
+
+    def initialize_weights(self) -> None:
+        """Draw the parameters that were not loaded; the last step of `from_pretrained`."""
+        super().initialize_weights()
+        for module in self.modules():
+            if isinstance(module, Rotary):  # loading has made every parameter trainable
+                module.freqs.requires_grad_(False)
+
+    @torch.no_grad()
+    def _init_weights(self, module: Module) -> None:
+        """Draw the parameters that a module holds itself, as the constructor does, but for those that were loaded."""
+        own = [*module.parameters(recurse=False)]
+        loaded = [(p, p.clone()) for p in own if getattr(p, '_is_hf_initialized', False)]
+        if len(loaded) < len(own):
+            reset: Any = module._reset_own if isinstance(module, Resettable) else module.reset_parameters
+            reset()
+            for parameter, value in loaded:
+                parameter.copy_(value)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew, as the constructor does: after `to_empty`, for a model from the meta device."""
+        self.transformer.reset_parameters()
+
+    def get_input_embeddings(self) -> Module:
+        return self.transformer.token_emb  # type: ignore[return-value]
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:  # type: ignore[override]
+        self.transformer.token_emb = value
+        self.transformer.num_tokens = value.num_embeddings
+
+    @property
+    def gradient_checkpointing(self) -> bool:  # type: ignore[override]  # a plain attribute there
+        """Whether layers are recomputed in the backward pass, as with `checkpoint_layers`."""
+        return self.transformer.checkpoint_layers
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **options: Any) -> None:  # type: ignore[override]
+        if (every_n_layers := options.get('every_n_layers', 1)) != 1:
+            raise ValueError(f'every_n_layers must be 1, as all layers are checkpointed or none, got {every_n_layers}')
+        self.transformer.checkpoint_layers = enable
+
+    def _inputs(
+        self,
+        input_ids: Int[Tensor, 'b n'] | None,
+        inputs_embeds: Float[Tensor, 'b n d'] | None,
+        attention_mask: Int[Tensor, 'b m'] | None,
+        position_ids: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, Bool[Tensor, 'b n'] | None]:
+        """The tokens or embeddings to read, and the part of the mask that is about them."""
+        if position_ids is not None:
+            raise ValueError('position_ids cannot be chosen: each row counts its tokens from 0, without padding')
+        x = input_ids if inputs_embeds is None else inputs_embeds
+        if x is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError('pass one of input_ids and inputs_embeds')
+        if attention_mask is None:
+            return x, None
+        return x, checked_mask('attention_mask', attention_mask[:, -x.shape[1] :], x.shape[0], x.shape[1])
+
+    def _cache(self, given: TitansCache | None, use_cache: bool | None, batch: int) -> TitansCache | None:
+        """The cache that a call updates, if any."""
+        if given is None:
+            wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
+            return TitansCache() if wanted else None
+        if not isinstance(given, TitansCache):
+            raise TypeError(f'{CACHE} must be a TitansCache, got {type(given).__name__}')
+        if given.batch_size not in (-1, batch):
+            raise ValueError(f'{CACHE} must be of a batch of {batch}, as the input is, got one of {given.batch_size}')
+        return given
+
+    def _wants_layers(self, output_hidden_states: bool | None) -> bool:
+        return bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
+
+    def _read(
+        self, x: Tensor, mask: Bool[Tensor, 'b n'] | None, cache: TitansCache | None, all_layers: bool
+    ) -> list[Float[Tensor, 'b n d']]:
+        """Hidden states: if requested those of the embedding and of every layer but the last, then the final ones."""
+        if cache is not None:
+            return cache.read(x, mask, lambda x, state: self._hidden_states(x, all_layers, state, return_state=True))
+        if mask is None:
+            return self._hidden_states(x, all_layers)[0]
+        # models are causal: with its padding on the right, each row is read as if it were alone
+        order = (~mask).byte().argsort(dim=1, stable=True)
+        hidden, _ = self._hidden_states(_rearranged(x, order), all_layers)
+        return [_rearranged(layer, order.argsort(dim=1)) for layer in hidden]
+
+    def _hidden_states(
+        self, x: Tensor, all_layers: bool, state: ModelState | None = None, return_state: bool = False
+    ) -> tuple[list[Float[Tensor, 'b n d']], ModelState | None]:
+        """`_read` of rows that share a state, and the next state."""
+        model = self.transformer
+        start = 0 if state is None else state.seq_index
+        num_tokens = model.num_tokens_until(start) + x.shape[1]
+        hidden = []
+
+        def keep_input(_: Module, inputs: tuple[Any, ...]) -> None:
+            hidden.append(model._token_rows(inputs[0], start, num_tokens))
+
+        def keep_output(_: Module, __: Any, output: tuple[Any, ...]) -> None:
+            hidden.append(model._token_rows(model.reduce_streams(complete(output[0])), start, num_tokens))
+
+        hooks = []
+        if all_layers:
+            hooks = [model.expand_streams.register_forward_pre_hook(keep_input)]
+            hooks += [layer.register_forward_hook(keep_output) for layer in model.layers[:-1]]
+        try:
+            last = model(x, state=state, return_state=return_state, return_hidden=True, disable_flex_attn=return_state)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return ([*hidden, last[0]], last[1]) if return_state else ([*hidden, last], None)
+
+
+def _rearranged(
+    x: Int[Tensor, 'b n'] | Float[Tensor, 'b n d'], order: Int[Tensor, 'b n']
+) -> Int[Tensor, 'b n'] | Float[Tensor, 'b n d']:
+    return x.take_along_dim(order if x.ndim == 2 else order.unsqueeze(-1), dim=1)
+
+
+def _further_outputs(layers: list[Tensor], cache: TitansCache | None) -> dict[str, Any]:
+    """Outputs that both models have, by name."""
+    return {'hidden_states': tuple(layers) if len(layers) > 1 else None, CACHE: cache}
+
+
+class TitansModel(TitansPreTrainedModel):
+    """The model without its logits: hidden states after the last norm, as `last_hidden_state`.
+
+    Its calls are those of `TitansForCausalLM` without `labels` and `logits_to_keep`.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r'transformer\.to_logits\.weight']
+
+    def __init__(self, config: TitansConfig):
+        super().__init__(config)
+        self.transformer.to_logits = None
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Int[Tensor, 'b n'] | None = None,
+        attention_mask: Int[Tensor, 'b m'] | None = None,
+        past_key_values: TitansCache | None = None,
+        inputs_embeds: Float[Tensor, 'b n d'] | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cache: TitansCache | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        x, mask = self._inputs(input_ids, inputs_embeds, attention_mask, **kwargs)
+        cache = self._cache(past_key_values if cache is None else cache, use_cache, len(x))
+        layers = self._read(x, mask, cache, self._wants_layers(output_hidden_states))
+        return BaseModelOutputWithPast(last_hidden_state=layers[-1], **_further_outputs(layers, cache))
+
+
+class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
+    """A language model: logits of the next token, a loss, and `generate`."""
+
+    _tied_weights_keys = {'transformer.to_logits.weight': 'transformer.token_emb.weight'}
+
+    def __init__(self, config: TitansConfig):
+        super().__init__(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> Module | None:
+        return self.transformer.to_logits
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.transformer.to_logits = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Int[Tensor, 'b n'] | None = None,
+        attention_mask: Int[Tensor, 'b m'] | None = None,
+        past_key_values: TitansCache | None = None,
+        inputs_embeds: Float[Tensor, 'b n d'] | None = None,
+        labels: Int[Tensor, 'b n'] | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Int[Tensor, ' k'] = 0,
+        cache: TitansCache | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the loss if there are labels.
+
+        Args:
+            input_ids: token ids; or `inputs_embeds` in their place.
+            attention_mask: 1 for tokens and 0 for padding, on either side, of these tokens, or of all tokens since the
+                cache began. A row is read as if it were alone. Results for padding are meaningless.
+            past_key_values, cache: the cache that an earlier call returned, which this call continues and updates.
+            labels: the tokens at the same positions, or −100 to ignore one. Padding, and the first token after padding,
+                are ignored.
+            use_cache: return a cache. Default: that of the configuration, but not in training mode or with labels.
+            output_hidden_states: also return the hidden states of the embedding and of every layer, the last one after
+                the last norm. They are read by hooks, so no other thread may call the model meanwhile.
+            logits_to_keep: number of last positions to return logits for, or their indices; 0 for all.
+            kwargs: further arguments of the loss function, as `num_items_in_batch` of the `Trainer`.
+        """
+        x, mask = self._inputs(input_ids, inputs_embeds, attention_mask, **kwargs)
+        if use_cache is None and labels is not None:
+            use_cache = False
+        cache = self._cache(past_key_values if cache is None else cache, use_cache, len(x))
+        all_layers = self._wants_layers(output_hidden_states)
+        is_step = x.shape[1] == 1 and inputs_embeds is None and mask is None and not all_layers
+        layers: list[Tensor] = []
+        if cache is not None and cache.can_step and is_step and not torch.is_grad_enabled():
+            logits = cache.step(self.transformer, x.squeeze(1)).unsqueeze(1)
+        else:
+            layers = self._read(x, mask, cache, all_layers)
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.transformer.to_logits(layers[-1][:, kept])  # type: ignore[misc]
+
+        loss = None
+        if labels is not None:
+            if mask is not None:
+                labels = F.pad(labels[:, 1:].masked_fill(~continues(mask, None), IGNORED), (1, 0), value=IGNORED)
+            loss = self.loss_function(logits, labels, vocab_size=self.config.num_tokens, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **_further_outputs(layers, cache))
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # `forward` makes the cache
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
+        )
+        # a generated token is never padding
+        if next_sequence_length == 1 and not kwargs.get('is_first_iteration'):
+            inputs.pop('attention_mask', None)
+        return inputs
