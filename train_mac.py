@@ -18,7 +18,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import os
 import random
 import sys
 import time
@@ -49,6 +48,7 @@ from titans_pytorch.training import (
     describe_run,
     enwik8,
     first_rank_first,
+    is_distributed,
     latest_checkpoint,
     load_bpe,
     load_optimizer,
@@ -302,7 +302,7 @@ def choose_machine(config: Config) -> Machine:
     if config.FSDP:
         if graphs or compiles:
             raise BadSetting('FSDP must be without --use-cuda-graphs and --compile: its hooks are Python')
-        if 'RANK' not in os.environ:
+        if not is_distributed():
             raise BadSetting('FSDP must be started by torchrun, as in torchrun --nproc-per-node 2 train_mac.py --fsdp')
         graphs = compiles = False
     try:

@@ -98,6 +98,9 @@ def _process(rank: int, ports: list[int], folder: Path) -> None:
         os.environ['MASTER_PORT'] = f'{ports.pop()}'
         assert train_mac.main(words(folder, *more, '--run-dir', str(folder / name))) == status
 
+    with pytest.raises(SystemExit, match='GRADIENT_ACCUMULATE_EVERY must be a multiple of the 2 processes'):
+        run('odd', '--gradient-accumulate-every', '3')
+    dist.destroy_process_group()  # left as it is after an error
     run('replicated')
     run('sharded', '--fsdp', '--resume', str(folder / 'replicated' / 'checkpoint_batch_2.pt'))
     if rank == 0:
@@ -135,7 +138,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with runs of one process and of two."""
     folder = tmp_path_factory.mktemp('runs')
     (folder / 'text').write_bytes(TEXT)
-    torch.multiprocessing.spawn(_process, args=(free_ports(5), folder), nprocs=PROCESSES)
+    torch.multiprocessing.spawn(_process, args=(free_ports(6), folder), nprocs=PROCESSES)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     assert train_mac.main(words(folder, '--run-dir', str(folder / 'one'))) == 0
