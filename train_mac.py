@@ -18,7 +18,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import os
 import random
 import sys
 import time
@@ -49,6 +48,7 @@ from titans_pytorch.training import (
     describe_run,
     enwik8,
     first_rank_first,
+    is_distributed,
     latest_checkpoint,
     load_bpe,
     load_optimizer,
@@ -79,6 +79,8 @@ from titans_pytorch.training import (
 
 BYTES = ByteVocabulary()
 DATA_FOLDER = Path(__file__).resolve().parent / 'data'
+
+
 # settings -------------------------------------------------------------------------------------------------------------
 
 
@@ -300,7 +302,7 @@ def choose_machine(config: Config) -> Machine:
     if config.FSDP:
         if graphs or compiles:
             raise BadSetting('FSDP must be without --use-cuda-graphs and --compile: its hooks are Python')
-        if 'RANK' not in os.environ:
+        if not is_distributed():
             raise BadSetting('FSDP must be started by torchrun, as in torchrun --nproc-per-node 2 train_mac.py --fsdp')
         graphs = compiles = False
     try:
@@ -318,32 +320,34 @@ def uses_flex_attn(config: Config, machine: Machine) -> bool:
 
 def load_data(config: Config, stored_vocabulary: dict[str, Any] | None = None) -> Data:
     """The data of a run; one that is resumed has a vocabulary already."""
+    vocabulary = choose_vocabulary(config, stored_vocabulary)
     path = DATA_FOLDER / 'enwik8.gz'
     paths, source = [*map(Path, config.DATA)] or [path], None
     try:
         if not config.DATA and not path.exists() and not enwik8.download_enwik8(path):
             paths, source = enwik8.standard_library(), "the source text of Python's standard library"
-        data = training.load_data(
-            paths,
-            choose_vocabulary(config) if stored_vocabulary is None else vocabulary_from_dict(stored_vocabulary),
-            cache=config.CACHE_DIR or None,
-            window=max(config.SEQ_LEN, config.PRIME_LENGTH) + 2,
-        )
+        window = max(config.SEQ_LEN, config.PRIME_LENGTH) + 2
+        data = training.load_data(paths, vocabulary, cache=config.CACHE_DIR or None, window=window)
     except BadData as error:
         sys.exit(f'{error}; delete it, and it is downloaded again' if paths == [path] and path.exists() else str(error))
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        sys.exit(f'VOCABULARY {config.VOCABULARY} cannot be used here: {one_line(error)}')
+    except ModuleNotFoundError as error:  # tokenizers
+        sys.exit(str(error))
     data = data._replace(source=source or data.source)
     if not config.DATA and data.sha256 != enwik8.SHA256:
         say(f'NOTICE: this run uses {data.source}, which is not enwik8: results are not comparable with enwik8 results')
     return data
 
 
-def choose_vocabulary(config: Config) -> Vocabulary | int:
+def choose_vocabulary(config: Config, stored: dict[str, Any] | None) -> Vocabulary | int:
     """A vocabulary, or the size of one to be trained on the data."""
-    if config.VOCABULARY == 'bytes':
-        return BYTES
-    return config.VOCABULARY_SIZE if config.VOCABULARY == 'bpe' else load_bpe(config.VOCABULARY)
+    try:
+        if stored is not None:
+            return vocabulary_from_dict(stored)
+        if config.VOCABULARY in ('bytes', 'bpe'):
+            return BYTES if config.VOCABULARY == 'bytes' else config.VOCABULARY_SIZE
+        return load_bpe(config.VOCABULARY)
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        raise BadSetting(f'VOCABULARY {config.VOCABULARY} cannot be used here: {one_line(error)}') from None
 
 
 # model ----------------------------------------------------------------------------------------------------------------
@@ -477,7 +481,7 @@ def training_loop(
         data = load_data(config, resume.get('vocabulary') if resume is not None else None)
     if config.VOCABULARY != 'bytes':
         config = dataclasses.replace(config, VOCABULARY_SIZE=data.vocabulary.size)
-    unit = 'bytes' if data.vocabulary.size == BYTES.size else 'tokens'
+    unit = 'bytes' if config.VOCABULARY == 'bytes' else 'tokens'
     say(f'data: {data.source}: {len(data.train):,} {unit} to train on, {len(data.valid):,} to validate')
 
     # `batch` counts the steps done, `evaluated` is its value at the last evaluation, and `windows_random` the state of

@@ -333,6 +333,19 @@ def test_an_unknown_vocabulary_is_refused_in_one_line(text, tmp_path):
     )
 
 
+def test_sharding_is_refused_where_it_cannot_work(text, tmp_path):
+    assert 'FSDP must be started by torchrun' in refusal(options(text, tmp_path / 'run', FSDP=True))
+    assert 'FSDP must be without' in refusal(options(text, tmp_path / 'run', FSDP=True, COMPILE=True))
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_cache_that_cannot_be_written_to_is_named(text, tmp_path):
+    packed = tmp_path / 'text.gz'
+    packed.write_bytes(gzip.compress(TEXT))
+    message = refusal(options(packed, tmp_path / 'run', CACHE_DIR=text / 'cache'))
+    assert message.startswith('the run cannot continue: ') and str(text / 'cache') in message
+
+
 def test_without_matplotlib_there_is_a_notice_and_no_plot(plotted, text, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     assert train_mac.main(options(text, tmp_path / 'run', NUM_BATCHES=1)) == 0

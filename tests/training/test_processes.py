@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from titans_pytorch.training import (
     checkpoints,
     choose_machine,
     process_group,
+    random_starts,
     read_checkpoint,
     read_metrics,
     shard,
@@ -37,7 +36,6 @@ from titans_pytorch.training import (
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason='PyTorch without torch.distributed')
 
-ROOT = Path(__file__).resolve().parents[2]
 PROCESSES = 2
 TEXT = b'The quick brown fox jumps over the lazy dog, and the dog does not mind. ' * 60
 SETTINGS = (
@@ -85,7 +83,7 @@ def of_one_process() -> tuple[float, dict[str, Tensor]]:
 def _process(rank: int, ports: list[int], folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {'RANK': f'{rank}', 'LOCAL_RANK': f'{rank}', 'WORLD_SIZE': f'{PROCESSES}'}
-    os.environ |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': f'{ports[0]}'}
+    os.environ |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': f'{ports.pop()}'}
     with process_group(), all_in_float64():
         expected_loss, expected = of_one_process()
         for sharded in (False, True):
@@ -96,15 +94,35 @@ def _process(rank: int, ports: list[int], folder: Path) -> None:
             assert_same(loss, torch.tensor(expected_loss), 1e-6)  # accumulated in float32
             assert_same(gradients(own), expected, 1e-12)
 
-    from_a_file = ['--resume', str(folder / 'replicated' / 'checkpoint_batch_2.pt'), '--fsdp', '--run-dir']
-    runs = [
-        words(folder, '--run-dir', str(folder / 'replicated')),
-        words(folder, '--run-dir', str(folder / 'sharded'), '--fsdp'),
-        [*from_a_file, str(folder / 'file to shards')],
-    ]
-    for port, run in zip(ports[1:], runs):
-        os.environ['MASTER_PORT'] = f'{port}'
-        assert train_mac.main(run) == 0
+    def run(name: str, *more: str, status: int = 0) -> None:
+        os.environ['MASTER_PORT'] = f'{ports.pop()}'
+        assert train_mac.main(words(folder, *more, '--run-dir', str(folder / name))) == status
+
+    with pytest.raises(SystemExit, match='GRADIENT_ACCUMULATE_EVERY must be a multiple of the 2 processes'):
+        run('odd', '--gradient-accumulate-every', '3')
+    dist.destroy_process_group()  # left as it is after an error
+    run('replicated')
+    run('sharded', '--fsdp', '--resume', str(folder / 'replicated' / 'checkpoint_batch_2.pt'))
+    if rank == 0:
+        run('signalled', '--fsdp')
+        with pytest.raises(RuntimeError):
+            run('dead')
+    else:
+        in_the_third_step(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run('signalled', '--fsdp', status=128 + signal.SIGTERM)
+        in_the_third_step(lambda: os._exit(0))
+        run('dead')
+
+
+def in_the_third_step(act: Callable[[], None]) -> None:
+    draw, draws = random_starts, itertools.count(1)
+
+    def acting(*args: Any) -> Tensor:
+        if next(draws) == 2 * 4 + 1:  # micro batches
+            act()
+        return draw(*args)
+
+    train_mac.random_starts = acting
 
 
 def free_ports(count: int) -> list[int]:
@@ -120,7 +138,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with runs of one process and of two."""
     folder = tmp_path_factory.mktemp('runs')
     (folder / 'text').write_bytes(TEXT)
-    torch.multiprocessing.spawn(_process, args=(free_ports(4), folder), nprocs=PROCESSES)
+    torch.multiprocessing.spawn(_process, args=(free_ports(6), folder), nprocs=PROCESSES)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     assert train_mac.main(words(folder, '--run-dir', str(folder / 'one'))) == 0
@@ -128,17 +146,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     torch.set_num_threads(threads)
 
 
-def assert_same_run(came: Path, expected: Path) -> None:
-    """The figures of the steps of `came`."""
+def assert_same_run(came: Path, expected: Path, count: int) -> None:
+    """`count` figures of losses and gradient norms."""
     figures = []
     for folder in (came, expected):
         rows = read_metrics(folder / 'metrics.jsonl')
         keys = ('train_loss', 'grad_norm', 'val_loss')
         figures.append({(row['step'], key): row[key] for row in rows for key in keys if key in row})
-    first = min(step for step, key in figures[0] if key == 'train_loss')
-    assert figures[0].keys() == {(step, key) for step, key in figures[1] if step >= first or len(figures[0]) == 11}
+    assert len(figures[0]) == count and figures[0].keys() <= figures[1].keys()
     for at, value in figures[0].items():
-        assert value == pytest.approx(figures[1][at], rel=1e-5), at
+        assert value == pytest.approx(figures[1][at], rel=5e-5), at
 
 
 def assert_same_state(came: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -147,36 +164,40 @@ def assert_same_state(came: dict[str, Any], expected: dict[str, Any]) -> None:
         assert came[key] == expected[key]
     for key in ('windows_random', 'random'):
         assert torch.equal(came[key], expected[key])
-    assert_same(came['model_state_dict'], expected['model_state_dict'], 1e-3)
+    assert_same(came['model_state_dict'], expected['model_state_dict'], 2e-4)
     states, expected_states = came['optimizer_state_dict'], expected['optimizer_state_dict']
     assert states['param_groups'] == expected_states['param_groups']
-    assert_same(states['state'], expected_states['state'], 1e-3)
+    assert_same(states['state'], expected_states['state'], 2e-4)
 
 
-@pytest.mark.parametrize('name', ['replicated', 'sharded', 'file to shards'])
-def test_two_processes_train_as_one(runs: Path, name: str) -> None:
-    """Losses, gradient norms, weights, moments and the position in the data, also of a run that went on from a file."""
-    assert_same_run(runs / name, runs / 'one')
-    final = runs / name / 'titans_enwik8.pt'
-    if name != 'replicated':
-        final, shards = runs / f'{name}.pt', final.with_suffix('')
-        checkpoints.consolidate(shards, final)
-    assert_same_state(read_checkpoint(final), read_checkpoint(runs / 'one' / 'titans_enwik8.pt'))
+def test_two_processes_train_as_one(runs: Path) -> None:
+    """Losses, gradient norms, weights, moments and the position in the data."""
+    assert_same_run(runs / 'replicated', runs / 'one', 4 * 2 + 3)
+    assert_same_run(runs / 'signalled', runs / 'one', 3 * 2 + 2)
+    assert_same_state(*(read_checkpoint(runs / name / 'titans_enwik8.pt') for name in ('replicated', 'one')))
 
 
-@pytest.mark.parametrize('name', ['replicated', 'sharded'])
-def test_one_process_goes_on_with_the_run_of_two(runs: Path, name: str) -> None:
-    folder = runs / f'{name} to one'
-    checkpoint = runs / name / f'checkpoint_batch_2{".pt" if name == "replicated" else ""}'
-    assert train_mac.main(['--resume', str(checkpoint), '--no-fsdp', '--run-dir', str(folder)]) == 0
-    assert_same_run(folder, runs / 'one')
-    assert_same_state(*(read_checkpoint(run / 'titans_enwik8.pt') for run in (folder, runs / 'one')))
+def test_shards_go_on_from_a_file(runs: Path) -> None:
+    assert_same_run(runs / 'sharded', runs / 'one', 2 * 2 + 1)
+    checkpoints.consolidate(runs / 'sharded' / 'titans_enwik8', runs / 'consolidated.pt')
+    assert_same_state(read_checkpoint(runs / 'consolidated.pt'), read_checkpoint(runs / 'one' / 'titans_enwik8.pt'))
 
 
-def test_one_process_writes_and_holds_the_lock(runs: Path) -> None:
+@pytest.mark.parametrize(
+    ('checkpoint', 'count'), [('replicated/checkpoint_batch_2.pt', 5), ('signalled/checkpoint_batch_3', 3)]
+)
+def test_one_process_goes_on_with_the_run_of_two(runs: Path, tmp_path: Path, checkpoint: str, count: int) -> None:
+    resume = ['--resume', str(runs / checkpoint), '--no-fsdp', '--num-batches', '4', '--run-dir', str(tmp_path)]
+    assert train_mac.main(resume) == 0
+    assert_same_run(tmp_path, runs / 'one', count)
+    assert_same_state(*(read_checkpoint(run / 'titans_enwik8.pt') for run in (tmp_path, runs / 'one')))
+
+
+def test_one_process_writes(runs: Path) -> None:
     for name in ('replicated', 'sharded'):
         assert (runs / name / 'samples.txt').read_text().count('--- sample') == 1
-        assert len(read_metrics(runs / name / 'metrics.jsonl')) == 7
+        rows = [(row['step'], 'val_loss' in row) for row in read_metrics(runs / name / 'metrics.jsonl')]
+        assert len(rows) == len({*rows})
         assert not list((runs / name).glob('*tmp'))
 
 
@@ -186,41 +207,22 @@ def test_a_folder_of_shards_is_a_checkpoint(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(latest['shards'], tmp_path / 'copy')
     checkpoints.main([str(tmp_path / 'copy')])
     assert checkpoints.read_resumable(tmp_path / 'copy.pt')['batch'] == 4
+    next((tmp_path / 'copy').glob('*.distcp')).unlink()
+    with pytest.raises(SystemExit, match='the shards in .* cannot be read'):
+        checkpoints.main([str(tmp_path / 'copy')])
+    resume = ['--resume', str(tmp_path / 'copy'), '--no-fsdp', '--run-dir', str(tmp_path / 'run')]
+    with pytest.raises(SystemExit, match='the shards in .* cannot be read'):
+        train_mac.main(resume)
     (tmp_path / 'copy' / checkpoints.CONTENT).unlink()
     with pytest.raises(SystemExit, match='there is no checkpoint'):
         checkpoints.main([str(tmp_path / 'copy')])
 
 
-def started(folder: Path, name: str) -> list[subprocess.Popen[str]]:
-    """The processes of a long run, as torchrun starts them, once they have done some steps."""
-    (port,) = free_ports(1)
-    group = {'WORLD_SIZE': f'{PROCESSES}', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': f'{port}', 'OMP_NUM_THREADS': '1'}
-    command = [
-        sys.executable,
-        'train_mac.py',
-        *words(folder, '--run-dir', str(folder / name), '--num-batches', '99999'),
-    ]
-    pipes: dict[str, Any] = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True, 'cwd': ROOT}
-    return [
-        subprocess.Popen(command, **pipes, env={**os.environ, **group, 'RANK': f'{rank}', 'LOCAL_RANK': f'{rank}'})
-        for rank in range(PROCESSES)
-    ]
+def test_a_signal_to_one_process_saves_and_ends_all(runs: Path) -> None:
+    assert checkpoints.latest_checkpoint(runs / 'signalled')['batch'] == 3
+    assert max(row['step'] for row in read_metrics(runs / 'signalled' / 'metrics.jsonl')) == 3
 
 
-def test_a_signal_to_one_process_saves_and_a_process_that_dies_ends_all(tmp_path: Path) -> None:
-    (tmp_path / 'text').write_bytes(TEXT)
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        processes = started(tmp_path, number.name)
-        folder, deadline = tmp_path / number.name, time.monotonic() + 120
-        while len(read_metrics(folder / 'metrics.jsonl')) < 4 and time.monotonic() < deadline:
-            time.sleep(0.1)
-        processes[1].send_signal(number)
-        output, _ = processes[0].communicate(timeout=60)
-        processes[1].communicate(timeout=60)
-        steps = max(row['step'] for row in read_metrics(folder / 'metrics.jsonl'))
-        assert read_checkpoint(folder / f'checkpoint_batch_{steps}.pt')['batch'] == steps
-        if number == signal.SIGTERM:
-            assert [process.returncode for process in processes] == [0, 128 + number], output
-            assert f'ended by a signal after {steps} steps; go on with --resume latest' in output
-        else:
-            assert processes[0].returncode == 1 and f'stopped after {steps} steps: ' in output, output
+def test_a_process_that_dies_ends_all_with_the_steps_done_saved(runs: Path) -> None:
+    assert read_checkpoint(runs / 'dead' / 'checkpoint_batch_2.pt')['batch'] == 2
+    assert max(row['step'] for row in read_metrics(runs / 'dead' / 'metrics.jsonl')) == 2

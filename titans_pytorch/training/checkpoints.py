@@ -16,7 +16,7 @@ import shutil
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,6 @@ def _like(parameter: Tensor, moment: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor, distribute_tensor
 
         assert isinstance(parameter, DTensor)
-
         moment = distribute_tensor(moment.to(parameter.device), parameter.device_mesh, parameter.placements)
     return moment
 
@@ -172,32 +171,48 @@ def save_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 
 
 def load_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load what `save_shards` saved, on any number of ranks, into a sharded model or a whole one."""
+    """Load what `save_shards` saved, on any number of ranks, into a sharded model or a whole one.
+
+    Raises:
+        BadCheckpoint: if the shards are damaged, or do not fit the model and the optimizer.
+    """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     weights, moments = get_state_dict(model, optimizer)
-    with warnings.catch_warnings():
+    with _reading(folder), warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='torch.distributed is disabled')  # on one process
         dcp.load(dict(zip(SHARDED, (weights, moments))), checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+
+
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except (Exception, CheckpointException) as error:  # which is no Exception
+        raise BadCheckpoint(f'the shards in {folder} cannot be read, or do not fit: {one_line(error)}') from error
 
 
 def consolidate(folder: Path, path: Path) -> None:
     """Write the checkpoint in a folder as one file, as a run on one process writes it.
 
     Raises:
-        BadCheckpoint: if the folder holds no complete checkpoint.
+        BadCheckpoint: if the folder holds no checkpoint, or a damaged one.
     """
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     content = read_checkpoint(folder / CONTENT)
     temporary = path.with_name(f'{path.name}.tmp')
     try:
-        dcp_to_torch_save(folder, temporary)
-        weights, optimizer = (torch.load(temporary, weights_only=True)[key] for key in SHARDED)
+        with _reading(folder):
+            dcp_to_torch_save(folder, temporary)
+        stored = torch.load(temporary, weights_only=True)
     finally:
         temporary.unlink(missing_ok=True)
+    weights, optimizer = (stored[key] for key in SHARDED)
     names = [name for group in optimizer['param_groups'] for name in group['params']]
     index = {name: number for number, name in enumerate(names)}
     write_checkpoint(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import zipfile
@@ -21,6 +22,10 @@ from titans_pytorch.training.vocabulary import ByteVocabulary, Vocabulary, train
 from titans_pytorch.utils.shapes import Int
 
 BLOCK = 1 << 20
+CHUNK = 1 << 16
+"""Bytes that are tokenised at a time. `tokenizers` holds some hundreds of them."""
+BPE_SAMPLE = 1 << 26
+"""Bytes of a text that a vocabulary is trained on."""
 
 
 class BadData(RunError):
@@ -59,7 +64,7 @@ def load_data(
         paths: files: raw text, .gz, or .zip of one file; and folders, which stand for the files in them, ordered by
             path, hidden ones left out.
         vocabulary: default: bytes. A number stands for a BPE vocabulary of so many tokens, trained on the training
-            split and kept in `cache`.
+            split (on 64 MiB, spread over it, of a larger one) and kept in `cache`.
         cache: default: `titans_pytorch` in the user's cache folder (`$XDG_CACHE_HOME`, or `~/.cache`).
         window: tokens that each split must have at least.
 
@@ -167,7 +172,8 @@ def _mapped(path: Path, dtype: torch.dtype) -> Int[Tensor, ' n']:
 
 def _trained_bpe(text: Tensor, size: int, cache: Path, sha256: str) -> Vocabulary:
     def trained() -> Iterator[bytes]:
-        yield json.dumps(train_bpe(_chunks(text), size).to_dict()).encode()
+        sample = itertools.islice(_chunks(text), 0, None, -(-len(text) // BPE_SAMPLE))
+        yield json.dumps(train_bpe(sample, size).to_dict()).encode()
 
     path = cache / f'{sha256[:16]}-bpe-{size}.json'
     _cached(path, trained())
@@ -186,12 +192,12 @@ def _character_start(text: Tensor, position: int) -> int:
 
 
 def _chunks(text: Tensor) -> Iterator[bytes]:
-    """The text in chunks of about a megabyte, which end with a line if they can, and never within a character."""
+    """The text in chunks, which end with a line if they can, and never within a character."""
     start = 0
     while start < len(text):
-        chunk = text[start : start + BLOCK].numpy().tobytes()
-        if start + BLOCK < len(text):
-            chunk = chunk[: chunk.rfind(b'\n') + 1 or _character_start(text, start + BLOCK - 3) - start]
+        chunk = text[start : start + CHUNK].numpy().tobytes()
+        if start + CHUNK < len(text):
+            chunk = chunk[: chunk.rfind(b'\n') + 1 or _character_start(text, start + CHUNK - 3) - start]
         yield chunk
         start += len(chunk)
 

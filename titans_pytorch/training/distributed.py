@@ -44,7 +44,7 @@ def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
     `timeout` is for a process that hangs. It must exceed the longest time that the others wait for one, such as the
     first process for the tokenisation of a corpus.
     """
-    if 'RANK' not in os.environ:
+    if not {'RANK', 'WORLD_SIZE', 'MASTER_ADDR'} <= os.environ.keys():
         yield
         return
     dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo', timeout=timeout)

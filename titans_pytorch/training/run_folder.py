@@ -42,7 +42,7 @@ def run_lock(folder: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunError(
-                    f'another run is using {folder}: wait until it has ended, or choose another --run-dir'
+                    f'another run is using {folder}: wait until it has ended, or choose another folder'
                 ) from None
             except (ImportError, OSError) as error:  # some platforms and file systems have no such lock
                 say(f'NOTICE: {folder} cannot be locked ({one_line(error)}); a second run in it would not be refused')

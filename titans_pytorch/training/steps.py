@@ -37,7 +37,7 @@ class MicroStep:
         self.model = model
         # not the model itself, so that validation and sampling, whose lengths differ, are not compiled
         self.loss_of = torch.compile(self._loss, fullgraph=True, dynamic=False) if machine.compile else self._loss
-        self.shares = micro_batches // num_ranks()
+        self.own_micro_batches = micro_batches // num_ranks()
         self.machine = machine
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -60,13 +60,13 @@ class MicroStep:
         """
         total = torch.zeros((), device=self.machine.device)
         for number, inputs in enumerate(batches, 1):
-            reduce_gradients_in_backward(self.model, number == self.shares)
+            reduce_gradients_in_backward(self.model, number == self.own_micro_batches)
             total += self(inputs)
         average_gradients(self.model)
         return sum_over_ranks(total) / num_ranks()
 
     def _loss(self, inputs: Tensor) -> Tensor:
-        return self.model(inputs, return_loss=True) / self.shares
+        return self.model(inputs, return_loss=True) / self.own_micro_batches
 
     def _compute(self, inputs: Tensor) -> Tensor:
         with self.machine.autocast():
