@@ -52,16 +52,10 @@ def model_config(architecture: str, **arguments: Any) -> dict[str, Any]:
         ValueError, TypeError: for an unknown architecture, argument or network, and for a value that JSON cannot hold.
     """
     _check_arguments(architecture, arguments)
-    memory_kwargs = {**arguments.get('neural_memory_kwargs', {})}
-    if 'activation' in memory_kwargs:
-        memory_kwargs['activation'] = _activation_name(memory_kwargs['activation'])
-        arguments['neural_memory_kwargs'] = memory_kwargs
-    with torch.device('meta'):  # a check, which draws no random numbers
-        _network(arguments.get('neural_memory_model'))
-    try:
-        return json.loads(json.dumps({'architecture': architecture, **arguments}, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f'arguments must be JSON values: {error}') from None
+    if 'neural_memory_kwargs' in arguments:
+        arguments['neural_memory_kwargs'] = memory_config(**arguments['neural_memory_kwargs'])
+    _check_network('neural_memory_model', arguments.get('neural_memory_model'))
+    return _as_json({'architecture': architecture, **arguments})
 
 
 def build_model(config: Mapping[str, Any]) -> Transformer:
@@ -74,10 +68,33 @@ def build_model(config: Mapping[str, Any]) -> Transformer:
     arguments = {**config}
     architecture = arguments.pop('architecture', None)
     _check_arguments(architecture, arguments)
-    memory_kwargs = {**arguments.pop('neural_memory_kwargs', {})}
-    memory_kwargs['activation'] = _activation(memory_kwargs.get('activation'))
-    network = _network(arguments.pop('neural_memory_model', None))
+    memory_kwargs = memory_arguments(arguments.pop('neural_memory_kwargs', {}))
+    network = _network('neural_memory_model', arguments.pop('neural_memory_model', None))
     return ARCHITECTURES[architecture](neural_memory_model=network, neural_memory_kwargs=memory_kwargs, **arguments)
+
+
+def memory_config(**arguments: Any) -> dict[str, Any]:
+    """Arguments of `NeuralMemory` as a dict of JSON values that `memory_arguments` accepts.
+
+    `activation` is given as in `model_config`, and `model` as `neural_memory_model` there.
+
+    Raises:
+        ValueError, TypeError: for an unknown activation or network, and for a value that JSON cannot hold.
+    """
+    if 'activation' in arguments:
+        arguments['activation'] = _activation_name(arguments['activation'])
+    _check_network('model', arguments.get('model'))
+    return _as_json(arguments)
+
+
+def memory_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `NeuralMemory` from their JSON values, with a new activation and a new memory network."""
+    arguments = {**config}
+    if (activation := arguments.get('activation')) is not None:
+        arguments['activation'] = ACTIVATIONS[_activation_name(activation)]()
+    if (network := arguments.get('model')) is not None:
+        arguments['model'] = _network('model', network)
+    return arguments
 
 
 def _check_arguments(architecture: Any, arguments: Mapping[str, Any]) -> None:
@@ -91,28 +108,32 @@ def _check_arguments(architecture: Any, arguments: Mapping[str, Any]) -> None:
     check_keywords(neural_memory_kwargs=arguments.get('neural_memory_kwargs', {}))
 
 
-def _network(description: Any) -> nn.Module | None:
+def _as_json(config: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return json.loads(json.dumps(config, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f'arguments must be JSON values: {error}') from None
+
+
+def _check_network(argument: str, description: Any) -> None:
+    with torch.device('meta'):  # draws no random numbers
+        _network(argument, description)
+
+
+def _network(argument: str, description: Any) -> nn.Module | None:
     if description is None:
         return None
-    check_keywords(neural_memory_model=description)
+    check_keywords(**{argument: description})
     arguments = {**description}
     name = arguments.pop('type', None)
-    if name not in MEMORY_NETWORKS:
-        raise ValueError(f"neural_memory_model['type'] must be one of {[*MEMORY_NETWORKS]}, got {described(name)}")
+    if name not in [*MEMORY_NETWORKS]:
+        raise ValueError(f"{argument}['type'] must be one of {[*MEMORY_NETWORKS]}, got {described(name)}")
     return MEMORY_NETWORKS[name](**arguments)
 
 
-def _activation(name: str | None) -> nn.Module | None:
-    if name is None:
-        return None
-    if name not in ACTIVATIONS:
-        raise ValueError(f'activation must be one of {[*ACTIVATIONS]}, got {described(name)}')
-    return ACTIVATIONS[name]()
-
-
-def _activation_name(activation: Any) -> str | None:
-    """The name of an activation that is given by name or as a module with its default settings."""
-    if activation is None or activation in ACTIVATIONS:
+def _activation_name(activation: Any) -> Any:
+    """The name of an activation that is given by name or as a module with its default settings; `None` for none."""
+    if activation is None or activation in [*ACTIVATIONS]:
         return activation
     for name, kind in ACTIVATIONS.items():
         if type(activation) is kind and repr(activation) == repr(kind()):

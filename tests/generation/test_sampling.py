@@ -173,7 +173,6 @@ def test_options_on_a_gpu(name):
         ({'seq_len': 9, 'return_logprobs': 1}, TypeError, 'return_logprobs must be True or False, got 1'),
         ({'seq_len': 9, 'return_surprises': 1}, TypeError, 'return_surprises must be True or False, got 1'),
     ],
-    ids=str,
 )
 def test_malformed_options_are_refused(kwargs, error, message):
     model, prompt = build('MAG'), ids(5)

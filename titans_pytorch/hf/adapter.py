@@ -14,7 +14,7 @@ from torch.nn import Module, ModuleDict, ModuleList, Parameter
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig
 
-from titans_pytorch.configuration import ACTIVATIONS, MEMORY_NETWORKS
+from titans_pytorch.configuration import memory_arguments, memory_config
 from titans_pytorch.hf.layer_memory import PADDING, LayerMemory
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.presets import memory_settings
@@ -87,9 +87,12 @@ def add_memory(
         layers = sorted({depth * quarter // 4 for quarter in (1, 2, 3)})
     check_multiple('memory_batch', memory_batch, 'chunk_size', check_integer('chunk_size', chunk_size, 1))
     check_keywords(neural_memory_kwargs=neural_memory_kwargs)
-    settings = memory_settings(heads, dim_head, memory_batch, activation='silu')
+    for name in UNAVAILABLE:
+        if neural_memory_kwargs.get(name):
+            raise ValueError(f'neural_memory_kwargs must leave out {name}, got {neural_memory_kwargs[name]!r}')
+    settings = memory_settings(heads, dim_head, memory_batch)
     settings |= {'chunk_size': chunk_size, 'batch_size': memory_batch, **neural_memory_kwargs}
-    _attach(model, check_integers('layers', layers), settings, freeze_backbone)
+    _attach(model, check_integers('layers', layers), memory_config(**settings), freeze_backbone)
     return model
 
 
@@ -201,7 +204,7 @@ def _attach(model: Module, numbers: list[int], settings: Mapping[str, Any], free
         raise ValueError(f'layers must be different integers from 0 to {len(layers) - 1}, at least one, got {numbers}')
     memories = Memories(settings)
     for number in numbers:
-        memory = NeuralMemory(decoder.config.hidden_size, **_arguments(settings))
+        memory = NeuralMemory(decoder.config.hidden_size, **memory_arguments(settings))
         like = next(layers[number].parameters())
         dtype = torch.promote_types(like.dtype, torch.float32)
         memories[str(number)] = LayerMemory(memory, number, len(layers)).to(like.device, dtype)
@@ -211,27 +214,6 @@ def _attach(model: Module, numbers: list[int], settings: Mapping[str, Any], free
             parameter.requires_grad_(False)
     decoder.neural_memories = memories
     memories.register_hooks(decoder, layers)
-
-
-def _arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `NeuralMemory` from JSON values."""
-    try:
-        arguments = json.loads(json.dumps({**settings}, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f'neural_memory_kwargs must hold JSON values: {error}') from None
-    for name in UNAVAILABLE:
-        if arguments.get(name):
-            raise ValueError(f'neural_memory_kwargs must leave out {name}, got {arguments[name]!r}')
-    if (activation := arguments.get('activation')) is not None:
-        if activation not in [*ACTIVATIONS]:
-            raise ValueError(f"neural_memory_kwargs['activation'] must be one of {[*ACTIVATIONS]}, got {activation!r}")
-        arguments['activation'] = ACTIVATIONS[activation]()
-    if (network := arguments.get('model')) is not None:
-        kind = network.pop('type', None) if isinstance(network, dict) else network
-        if kind not in [*MEMORY_NETWORKS]:
-            raise ValueError(f"neural_memory_kwargs['model']['type'] must be one of {[*MEMORY_NETWORKS]}, got {kind!r}")
-        arguments['model'] = MEMORY_NETWORKS[kind](**network)
-    return arguments
 
 
 def _decoder(model: Any) -> Any:
