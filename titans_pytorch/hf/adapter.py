@@ -39,7 +39,7 @@ def add_memory(
     heads: int = 4,
     dim_head: int = 64,
     chunk_size: int = 16,
-    memory_batch: int = 64,
+    memory_batch: int | None = None,
     freeze_backbone: bool = False,
     neural_memory_kwargs: Mapping[str, Any] = {},
 ) -> M:
@@ -85,7 +85,9 @@ def add_memory(
     depth = len(_layers(decoder))
     if layers is None:
         layers = sorted({depth * quarter // 4 for quarter in (1, 2, 3)})
-    check_multiple('memory_batch', memory_batch, 'chunk_size', check_integer('chunk_size', chunk_size, 1))
+    chunk_size = check_integer('chunk_size', chunk_size, 1)
+    if memory_batch is not None:
+        check_multiple('memory_batch', memory_batch, 'chunk_size', chunk_size)
     check_keywords(neural_memory_kwargs=neural_memory_kwargs)
     for name in UNAVAILABLE:
         if neural_memory_kwargs.get(name):

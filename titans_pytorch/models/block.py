@@ -6,7 +6,7 @@ position at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -71,25 +71,6 @@ class StepPosition(NamedTuple):
     kind: StepKind
 
 
-class Parts(NamedTuple):
-    """The parts of a block as functions, bound to a sequence or to a single position."""
-
-    connections: Sequence[Callable[[Streams], tuple[Tensor, AddResidual]]]
-    """For each branch a function from the residual stream to the branch's input and a function that adds its output."""
-    attend: Callable[..., Tensor]
-    """Attention of (seq, `output_gating=` or `context=`)."""
-    store_and_retrieve: Callable[[Tensor], Tensor]
-    """Store a sequence (or its three views) in the memory and retrieve for each of its tokens."""
-    retrieve: Callable[[Tensor], Tensor]
-    """Retrieve from the weights at the start of the memory batch, storing nothing."""
-    earlier_views: tuple[Tensor, ...]
-    """`Carried.views` of the blocks before."""
-    add_views: Callable[..., None]
-    """Add tensors to the views of the blocks after."""
-    position: int | None
-    """First position of the sequence; `None` for a single position."""
-
-
 class Block(Resettable):
     """One layer, with a `memory`, an `attention` (either may be `None`), a `feedforward` and `connections`."""
 
@@ -134,57 +115,11 @@ class Block(Resettable):
             return_surprises: add the memory's surprises to the results that are carried.
             attention_kwargs: further arguments of the attention.
         """
-        views, values, memory_weights, surprises = carried
-        key_values, memory_state = state
-        end = position
-
-        def attend(seq: Tensor, **inputs: Tensor | None) -> Tensor:
-            nonlocal key_values, end, values
-            assert self.attention is not None
-            if self.attention.to_learned_v_mix is not None:
-                inputs['value_residual'] = values
-            out, (own_values, key_values) = self.attention(
-                seq, cache=key_values, position=end, **inputs, **attention_kwargs
-            )
-            end += seq.shape[1]
-            values = own_values if values is None else values
-            return out
-
-        def store_and_retrieve(seq: Tensor) -> Tensor:
-            nonlocal memory_state, memory_weights
-            assert self.memory is not None
-            accepts_weights = self.memory.to_learned_weight_residual_mix is not None
-            retrieved, memory_state, *new = self.memory(
-                seq,
-                state=memory_state,
-                prev_weights=memory_weights if accepts_weights else None,
-                return_surprises=return_surprises,
-                store=store,
-            )
-            own_surprises.extend(new)
-            memory_weights = memory_state.updates if self.shares_memory_weights else None
-            return retrieved
-
-        def retrieve(seq: Tensor) -> Tensor:
-            assert self.memory is not None
-            return self.memory.recall(seq, memory_state)
-
-        own_views: list[Tensor] = []
-        own_surprises: list[Surprises] = []
-        parts = Parts(
-            connections=[partial(connect, connection) for connection in self.connections],  # type: ignore[arg-type]
-            attend=attend,
-            store_and_retrieve=store_and_retrieve,
-            retrieve=retrieve,
-            earlier_views=views,
-            add_views=lambda *tensors: own_views.extend(tensors),
-            position=position,
-        )
+        memory_kwargs = {'store': store, 'return_surprises': return_surprises}
+        parts = SequenceParts(self, carried, state, position, memory_kwargs, attention_kwargs)
         x = self.update_stream(x, parts)
-        if own_surprises:
-            surprises = (*surprises, Surprises.joined(own_surprises))
-        carried = Carried((*views, *own_views), values, memory_weights, surprises)
-        return x, carried, self._kept(key_values, memory_state, end) if return_state else LayerState()
+        kept = self._kept(parts.key_values, parts.memory_state, parts.end) if return_state else LayerState()
+        return x, parts.carried, kept
 
     def _kept(self, key_values: KeyValues | None, memory: NeuralMemState | None, position: int) -> LayerState:
         """The state that tokens from `position` on need: no earlier windows, and no weights over time."""
@@ -203,51 +138,8 @@ class Block(Resettable):
         Returns:
             the streams, the results that later blocks read, and the memory's state.
         """
-        views, values, memory_weights, _ = carried
-        memory_state = buffers.memory
-
-        def attend(seq: Tensor, **inputs: Any) -> Tensor:
-            nonlocal values
-            assert self.attention is not None and buffers.key_values is not None
-            if self.attention.to_learned_v_mix is not None:
-                inputs['value_residual'] = values
-            out, own_values = self.attention.step(seq, buffers.key_values, here.position, attention_layer, **inputs)
-            values = own_values if values is None else values
-            return out
-
-        def store_and_retrieve(seq: Tensor) -> Tensor:
-            nonlocal memory_state, memory_weights
-            assert self.memory is not None and memory_state is not None
-            before = memory_state.weights.newest
-            accepts_weights = self.memory.to_learned_weight_residual_mix is not None
-            retrieved, memory_state = self.memory.step(
-                seq,
-                memory_state,
-                here.chunk_offset,
-                here.kind.ends_chunk,
-                here.kind.ends_batch,
-                memory_weights if accepts_weights else None,  # type: ignore[arg-type]
-            )
-            memory_weights = before
-            return retrieved
-
-        def retrieve(seq: Tensor) -> Tensor:
-            assert self.memory is not None
-            return self.memory.recall(seq, buffers.memory)
-
-        own_views: list[Tensor] = []
-        pairs = zip(self.connections, buffers.connections)
-        parts = Parts(
-            connections=[partial(connect_token, own, weights) for own, weights in pairs],  # type: ignore[arg-type]
-            attend=attend,
-            store_and_retrieve=store_and_retrieve,
-            retrieve=retrieve,
-            earlier_views=views,
-            add_views=lambda *tensors: own_views.extend(tensors),
-            position=None,
-        )
-        x = self.update_stream(x, parts)
-        return x, Carried((*views, *own_views), values, memory_weights), memory_state
+        parts = StepParts(self, carried, buffers, here, attention_layer)
+        return self.update_stream(x, parts), parts.carried, parts.memory_state
 
     def to_buffers(self, state: LayerState, position: int, with_surprises: bool = False) -> LayerBuffers:
         """`state` after `position` positions as buffers for steps, valid until parameters change."""
@@ -265,3 +157,141 @@ class Block(Resettable):
             key_values=None if self.attention is None else self.attention.from_buffers(key_values, position),  # type: ignore[arg-type]
             memory=None if self.memory is None else memory.to_state(position, self.memory.buffer_sizes),  # type: ignore[union-attr]
         )
+
+
+class Parts:
+    """The parts of a block, bound to its input: a sequence, or a single position.
+
+    Args:
+        connections: for each branch a function from the residual stream to the branch's input and a function that adds
+            its output.
+        carried: results of earlier blocks.
+    """
+
+    position: int | None = None
+    """First position of the sequence; `None` for a single position."""
+
+    def __init__(
+        self, block: Block, connections: Iterable[Callable[[Streams], tuple[Tensor, AddResidual]]], carried: Carried
+    ):
+        self.connections = [*connections]
+        self._attention, self._memory = block.attention, block.memory
+        self._carried = carried
+        self._own_views: tuple[Tensor, ...] = ()
+        self._own_surprises: list[Surprises] = []
+
+    @property
+    def carried(self) -> Carried:
+        """Results of the blocks so far, this one included."""
+        carried = self._carried._replace(views=(*self._carried.views, *self._own_views))
+        if not self._own_surprises:
+            return carried
+        return carried._replace(surprises=(*carried.surprises, Surprises.joined(self._own_surprises)))
+
+    @property
+    def earlier_views(self) -> tuple[Tensor, ...]:
+        """`Carried.views` of the blocks before."""
+        return self._carried.views
+
+    def add_views(self, *views: Tensor) -> None:
+        """Add tensors to the views of the blocks after."""
+        self._own_views = (*self._own_views, *views)
+
+    def attend(self, seq: Tensor, **inputs: Tensor | None) -> Tensor:
+        """Attention of a sequence; `inputs` are `output_gating` or `context`."""
+        assert self._attention is not None
+        if self._attention.to_learned_v_mix is not None:
+            inputs['value_residual'] = self._carried.values
+        out, values = self._attend(self._attention, seq, inputs)
+        if self._carried.values is None:
+            self._carried = self._carried._replace(values=values)
+        return out
+
+    def store_and_retrieve(self, seq: Tensor) -> Tensor:
+        """Store a sequence (or its three views) in the memory and retrieve for each of its tokens."""
+        assert self._memory is not None
+        accepts_weights = self._memory.to_learned_weight_residual_mix is not None
+        previous = self._carried.memory_weights if accepts_weights else None
+        retrieved, weights = self._store_and_retrieve(self._memory, seq, previous)
+        self._carried = self._carried._replace(memory_weights=weights)
+        return retrieved
+
+    def retrieve(self, seq: Tensor) -> Tensor:
+        """Retrieve from the weights at the start of the memory batch, storing nothing."""
+        assert self._memory is not None
+        return self._memory.recall(seq, self.memory_state)
+
+    memory_state: Any
+
+    def _attend(self, attention: SegmentedAttention, seq: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The output of attention, and the values before any residual."""
+        raise NotImplementedError
+
+    def _store_and_retrieve(
+        self, memory: NeuralMemory, seq: Tensor, previous: Any
+    ) -> tuple[Tensor, Mapping[str, Tensor] | None]:
+        """Retrieved values, and the weights that the next memory may take; `previous` are those of the one before."""
+        raise NotImplementedError
+
+
+class SequenceParts(Parts):
+    """The parts of a block, bound to a sequence that begins at `position`, and to the state before it."""
+
+    def __init__(
+        self,
+        block: Block,
+        carried: Carried,
+        state: LayerState,
+        position: int,
+        memory_kwargs: dict[str, bool],
+        attention_kwargs: dict[str, Any],
+    ):
+        super().__init__(block, (partial(connect, connection) for connection in block.connections), carried)  # type: ignore[arg-type]
+        self.key_values, self.memory_state = state
+        self.position, self.end = position, position
+        self._shares_memory_weights = block.shares_memory_weights
+        self._memory_kwargs, self._attention_kwargs = memory_kwargs, attention_kwargs
+
+    def _attend(self, attention: SegmentedAttention, seq: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        out, (values, self.key_values) = attention(
+            seq, cache=self.key_values, position=self.end, **inputs, **self._attention_kwargs
+        )
+        self.end += seq.shape[1]
+        return out, values
+
+    def _store_and_retrieve(
+        self, memory: NeuralMemory, seq: Tensor, previous: Any
+    ) -> tuple[Tensor, Mapping[str, Tensor] | None]:
+        retrieved, self.memory_state, *surprises = memory(
+            seq, state=self.memory_state, prev_weights=previous, **self._memory_kwargs
+        )
+        self._own_surprises.extend(surprises)
+        return retrieved, self.memory_state.updates if self._shares_memory_weights else None
+
+
+class StepParts(Parts):
+    """The parts of a block, bound to a single position, which they write into `buffers`.
+
+    Args:
+        attention_layer: number of attentions in earlier blocks.
+    """
+
+    def __init__(self, block: Block, carried: Carried, buffers: LayerBuffers, here: StepPosition, attention_layer: int):
+        pairs = zip(block.connections, buffers.connections)
+        super().__init__(block, (partial(connect_token, own, weights) for own, weights in pairs), carried)  # type: ignore[arg-type]
+        self.memory_state = buffers.memory
+        self._buffers, self._here, self._attention_layer = buffers, here, attention_layer
+
+    def _attend(self, attention: SegmentedAttention, seq: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        assert self._buffers.key_values is not None
+        return attention.step(seq, self._buffers.key_values, self._here.position, self._attention_layer, **inputs)
+
+    def _store_and_retrieve(
+        self, memory: NeuralMemory, seq: Tensor, previous: Any
+    ) -> tuple[Tensor, Mapping[str, Tensor] | None]:
+        assert self.memory_state is not None
+        before, kind = self.memory_state.weights.newest, self._here.kind
+        retrieved, self.memory_state = memory.step(
+            seq, self.memory_state, self._here.chunk_offset, kind.ends_chunk, kind.ends_batch, previous
+        )
+        return retrieved, before
