@@ -57,7 +57,7 @@ def options() -> argparse.Namespace:
     parser.add_argument('--scored', type=int, default=512, help='bytes at the end of each test window to predict')
     parser.add_argument('--lr', type=float, default=1e-3, help='learning rate of the first training')
     parser.add_argument('--second-lr', type=float, default=3e-4, help='learning rate of the backbone afterwards')
-    parser.add_argument('--memory-lr', type=float, default=3e-3, help='learning rate of memories and gates')
+    parser.add_argument('--memory-lr', type=float, default=1e-3, help='learning rate of memories and gates')
     parser.add_argument('--memory', type=json.loads, default={}, help='arguments of add_memory, as JSON')
     parser.add_argument('--quick', action='store_true', help='tiny sizes')
     given = parser.parse_args()

@@ -558,3 +558,16 @@ def test_memories_are_added_once_and_removed_once():
     for missing in (remove_memory, memory_parameters, lambda model: save_memory(model, 'folder')):
         with pytest.raises(ValueError, match='model must have memories'):
             missing(model)
+
+
+def test_whatever_is_learned_the_default_memory_stays_bounded():
+    model = add_memory(BACKBONES['llama'](), layers=[1], heads=2, dim_head=4)
+    memory = model.get_decoder().neural_memories['1'].memory.double()
+    for parameter in memory.parameters():
+        torch.nn.init.normal_(parameter, std=3.0)
+    seq = torch.randn(2, 20, memory.dim, dtype=torch.float64)[:, torch.randint(20, (2000,))]  # with repetitions
+    _, state = memory(seq)
+    values = memory.to_values(memory.store_norm(seq)).unflatten(-1, (2, 4))
+    initial = memory.init_weights(2)['weights.0'].norm(dim=(-2, -1)).max()
+    bound = initial + 4 * values.norm(dim=-1).max()
+    assert state.states[0]['weights.0'].norm(dim=(-2, -1)).max() < bound

@@ -38,8 +38,8 @@ def add_memory(
     *,
     heads: int = 4,
     dim_head: int = 64,
-    chunk_size: int = 16,
-    memory_batch: int | None = None,
+    chunk_size: int = 1,
+    memory_batch: int = 1,
     freeze_backbone: bool = False,
     neural_memory_kwargs: Mapping[str, Any] = {},
 ) -> M:
@@ -68,15 +68,19 @@ def add_memory(
         model: a decoder-only model of transformers, or a peft model around one.
         layers: the layers that get a memory in front, counted from 0. Default: those at a quarter, half and three
             quarters of the depth; a guess, as a few memories are usually enough.
-        heads: independent memories side by side. The default is a guess, as are the next three. With `dim_head`, it
+        heads: independent memories side by side. The default is a guess, as is the next. With `dim_head`, it
             sets the size of the adapter: about 5 · width · heads · dim_head parameters per layer.
         dim_head: width of a head.
-        chunk_size: tokens per update of a memory. Smaller is finer and slower.
-        memory_batch: tokens whose gradients are taken at the same weights, a multiple of `chunk_size`. The step sizes
-            follow from it, see `presets.memory_settings`; its settings are the defaults for everything else.
+        chunk_size: tokens per update of a memory.
+        memory_batch: tokens whose gradients are taken at the same weights, a multiple of `chunk_size`. Larger is faster
+            with a deep network; with a linear one, 1 is fast too.
         freeze_backbone: train the memories alone. `remove_memory` undoes this.
         neural_memory_kwargs: further arguments of `NeuralMemory`, as JSON values: `activation` is a name of
             `configuration.ACTIVATIONS`, and `model` is a dict such as `{'type': 'MemoryMLP', 'dim': 64, 'depth': 2}`.
+            Default: the settings of `presets.memory_settings`, but a linear memory without momentum, that is, the delta
+            rule with forgetting. Its keys have length 1, so that no step overshoots, whatever is learned. A deep memory
+            can diverge: with chunks of 16 and memory batches of 64 tokens one did within 100 steps of AdamW at a
+            learning rate of 3e-3.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit; the message names the argument.
@@ -85,15 +89,20 @@ def add_memory(
     depth = len(_layers(decoder))
     if layers is None:
         layers = sorted({depth * quarter // 4 for quarter in (1, 2, 3)})
-    chunk_size = check_integer('chunk_size', chunk_size, 1)
-    if memory_batch is not None:
-        check_multiple('memory_batch', memory_batch, 'chunk_size', chunk_size)
+    check_multiple('memory_batch', memory_batch, 'chunk_size', check_integer('chunk_size', chunk_size, 1))
     check_keywords(neural_memory_kwargs=neural_memory_kwargs)
     for name in UNAVAILABLE:
         if neural_memory_kwargs.get(name):
             raise ValueError(f'neural_memory_kwargs must leave out {name}, got {neural_memory_kwargs[name]!r}')
-    settings = memory_settings(heads, dim_head, memory_batch)
-    settings |= {'chunk_size': chunk_size, 'batch_size': memory_batch, **neural_memory_kwargs}
+    settings = memory_settings(heads, dim_head, memory_batch, chunk_size=chunk_size, batch_size=memory_batch)
+    if 'model' not in neural_memory_kwargs:
+        settings |= {
+            'model': {'type': 'MemoryMLP', 'dim': dim_head, 'depth': 1},
+            'momentum': False,
+            # the steps that a memory batch takes for one key move its value to the target at most
+            'default_step_transform_max_lr': dim_head / (2 * memory_batch),
+        }
+    settings |= neural_memory_kwargs
     _attach(model, check_integers('layers', layers), memory_config(**settings), freeze_backbone)
     return model
 
