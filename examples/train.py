@@ -1,4 +1,4 @@
-"""A training script of one's own, with the parts of `titans_pytorch.training`: text files, a BPE vocabulary, any model.
+"""A custom training script, from the parts of `titans_pytorch.training`: text files, a BPE vocabulary, any model.
 
     python examples/train.py books/ --run-dir runs/books
     torchrun --nproc-per-node 2 examples/train.py books/ --run-dir runs/books

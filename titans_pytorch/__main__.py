@@ -1,4 +1,4 @@
-"""`python -m titans_pytorch generate|evaluate|chat`: what a trained model is for."""
+"""Command line for trained models: `python -m titans_pytorch generate|evaluate|chat`."""
 
 import sys
 

@@ -491,13 +491,13 @@ def test_save_pretrained_holds_both_and_from_pretrained_reads_the_backbone(tmp_p
 def test_a_copy_has_memories_of_its_own(duplicate):
     model, ids = with_memory(freeze_backbone=True), tokens(2, 9)
     expected = model(ids).logits
-    twin = duplicate(model)
+    copied = duplicate(model)
     for gate in gates(model):
         torch.nn.init.zeros_(gate)
-    assert torch.equal(twin(ids).logits, expected)
-    remove_memory(twin)
-    assert torch.equal(twin(ids).logits, model(ids).logits)
-    assert all(parameter.requires_grad for parameter in twin.parameters())
+    assert torch.equal(copied(ids).logits, expected)
+    remove_memory(copied)
+    assert torch.equal(copied(ids).logits, model(ids).logits)
+    assert all(parameter.requires_grad for parameter in copied.parameters())
 
 
 def test_a_model_on_the_meta_device():

@@ -126,14 +126,16 @@ def _checked_top_k(top_k: Any) -> int:
 
 
 def _checked_top_p(top_p: Any) -> float:
-    if (checked := check_number('top_p', top_p, at_least=0)) > 1:
-        raise ValueError(f'top_p must be a probability, from 0 to 1, got {top_p}')
-    return checked
+    return _checked_fraction('top_p', top_p, 'a probability')
 
 
 def _checked_min_p(min_p: Any) -> float:
-    if (checked := check_number('min_p', min_p, at_least=0)) > 1:
-        raise ValueError(f'min_p must be a fraction of the likeliest probability, from 0 to 1, got {min_p}')
+    return _checked_fraction('min_p', min_p, 'a fraction of the likeliest probability')
+
+
+def _checked_fraction(name: str, value: Any, kind: str) -> float:
+    if (checked := check_number(name, value, at_least=0)) > 1:
+        raise ValueError(f'{name} must be {kind}, from 0 to 1, got {value}')
     return checked
 
 
