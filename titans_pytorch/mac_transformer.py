@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor, nn
-from torch.nn import Linear, Module, ModuleList
+from torch.nn import Linear, Module
 
 from titans_pytorch.attention.context import ContextAttention
 from titans_pytorch.attention.masks import create_mac_block_mask
@@ -54,10 +54,11 @@ def _part(index: int) -> Any:
     return property(lambda block: block._modules[str(index)])  # `block[index]` takes far longer
 
 
-class MACBlock(Block, ModuleList):
+class MACBlock(Block):
     """Memory (in some layers), attention and feedforward, each inside a hyper-connection.
 
-    The order of the parts is that of the reference's checkpoints: `layers.0.4` is the first layer's memory.
+    The order of the parts is that of the reference's checkpoints: `layers.0.4` is the first layer's memory, and so is
+    `model.layers[0][4]`. It is not a `ModuleList`, as in the reference, because FSDP2 refuses those (PyTorch 2.11).
 
     Args:
         parts: memory connection, attention connection, feedforward connection, view selector, memory, attention and
@@ -81,10 +82,18 @@ class MACBlock(Block, ModuleList):
         shares_views: bool = False,
         shares_memory_weights: bool = False,
     ):
-        super().__init__(parts)  # type: ignore[arg-type]  # a part may be missing
+        super().__init__()
+        for index, part in enumerate(parts):
+            self.add_module(str(index), part)
         self.gate_attn_output = gate_attn_output
         self.shares_views = shares_views
         self.shares_memory_weights = shares_memory_weights
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __getitem__(self, index: int) -> Module | None:
+        return [*self._modules.values()][index]
 
     def _parts(self) -> list[Module]:
         later = [part for part in self.children() if part is not self.memory]
