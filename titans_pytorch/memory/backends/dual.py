@@ -37,6 +37,7 @@ from titans_pytorch.memory.schedule import Block
 from titans_pytorch.memory.soft_clamp import soft_clamp_factor, soft_clamp_norm
 from titans_pytorch.ops.associative_scan import coefficient_product
 from titans_pytorch.ops.final_state import final_state
+from titans_pytorch.ops.linear_memory_scan import MOST_ROWS
 from titans_pytorch.utils.functional import call_with_weights, is_traced, outside_inference, transformed
 from titans_pytorch.utils.precision import at_least_float32, no_autocast
 from titans_pytorch.utils.shapes import Float
@@ -298,8 +299,8 @@ class SolvedRows(NamedTuple):
 
 
 def _solved_together(chunks: Chunks) -> SolvedRows:
-    # measured: work in a block grows with the square of its rows, and the number of launches with the number of blocks
-    return SolvedRows(32, 16) if chunks.keys.device.type == 'cpu' else SolvedRows(128, 8)
+    # measured on a CPU: work in a block grows with the square of its rows, and its share of launches falls
+    return SolvedRows(32, 16) if chunks.keys.device.type == 'cpu' else SolvedRows(MOST_ROWS, MOST_ROWS)
 
 
 def _forms_matrix(chunks: Chunks, weight: Float[Tensor, 'bh d e']) -> bool:

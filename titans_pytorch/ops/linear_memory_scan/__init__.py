@@ -19,11 +19,19 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from titans_pytorch.ops._dispatch import use_kernel
+from titans_pytorch.ops.final_state import MOST_STATES
 from titans_pytorch.ops.linear_memory_scan import reference
 from titans_pytorch.utils.precision import operand_dtype
 from titans_pytorch.utils.shapes import Float
+
+MOST_ROWS = 64
+"""Rows of a block that the kernels have room for."""
+# rows of all states together, and features, likewise
+_MOST_ENTRIES, _WIDEST = 256, 128
 
 
 class LinearBlocks(NamedTuple):
@@ -60,7 +68,24 @@ def linear_memory_scan(
 
     Everything is computed in at least float32, as the system amplifies rounding.
     """
-    outputs = reference.linear_memory_scan(
-        keys, values, step_sizes, states, steps, initial_steps, final, initial_final, chunks_per_batch
-    )
-    return LinearBlocks(*outputs)._replace(deltas=outputs[2].to(operand_dtype(keys)))
+    operands, (length, rows) = operand_dtype(keys), (steps.shape[2], keys.shape[2])
+    coefficients = (steps, initial_steps, final, initial_final)
+    if use_kernel([keys, values, step_sizes], [*states, *coefficients]) and _supports(keys, states, length * rows):
+        from titans_pytorch.ops.linear_memory_scan import triton
+
+        stacked = torch.stack(states, dim=1)
+        initial, last, deltas, errors, _ = triton.linear_memory_scan(
+            keys, values, step_sizes, stacked, *coefficients, chunks_per_batch, operands
+        )
+    else:
+        initial, last, deltas, errors = reference.linear_memory_scan(
+            keys, values, step_sizes, states, *coefficients, chunks_per_batch
+        )
+    losses = errors.square().mean(dim=-1).unflatten(2, (length, rows))
+    return LinearBlocks(initial, last, deltas.to(operands), losses)
+
+
+def _supports(keys: Tensor, states: list[Tensor], rows: int) -> bool:
+    dim, width = states[0].shape[1:]
+    on_chip = len(states) * dim <= _MOST_ENTRIES and max(dim, width) <= _WIDEST and rows <= MOST_ROWS
+    return on_chip and keys.numel() > 0 and len(states) <= MOST_STATES

@@ -20,7 +20,7 @@ def linear_memory_scan(
     initial_final: Float[Tensor, 'bh r k k'],
     chunks_per_batch: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The fields of `LinearBlocks`."""
+    """States before each block and after the last, Δ, and the errors v − k W_base."""
     blocks, length, num_states = initial_steps.shape[1:]
     rows_of_chunk, dim = keys.shape[2:]
 
@@ -58,5 +58,4 @@ def linear_memory_scan(
 
         stacked, delta = torch.stack(initial, dim=1), torch.stack(deltas, dim=1)
         errors = v - keys_by_state @ stacked - earlier @ delta
-        losses = errors.square().mean(dim=-1).unflatten(2, (length, rows_of_chunk))
-    return stacked.unflatten(2, (num_states, dim)), state.unflatten(1, (num_states, dim)), delta, losses
+    return stacked.unflatten(2, (num_states, dim)), state.unflatten(1, (num_states, dim)), delta, errors

@@ -1,0 +1,488 @@
+"""Kernels of the scan over blocks of a linear memory.
+
+With G = K Kᵀ and P = (I + (A ∘ G) diag(β))⁻¹ the errors of a block are E = P (V − Σ_k a_k ∘ K state_k), and Δ = β E.
+P needs no states, so one launch computes it for all blocks. Only the scan itself goes from block to block, in programs
+that each keep some columns of all states on chip: forward, and from the last block to the first for the gradients of
+states and errors. What then remains of the gradients is again one launch for all blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from titans_pytorch.ops._registration import register_kernel
+from titans_pytorch.ops._triton import contiguous_inside, multiply_add, named_strides, product_precision, tile_size
+
+# rows and columns of the systems that are solved row by row, before they are combined
+SMALL = 16
+# columns of the states that a program keeps on chip
+MOST_COLUMNS = 32
+WARPS, GRADIENT_WARPS = 4, 8
+
+
+@triton.jit
+def _rows_of_block(block, chunks, rows, key_chunk, key_row, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Chunk of each row within its block, its offset from the head's first one, and whether it exists."""
+    index = tl.arange(0, ROWS)
+    chunk = index // rows
+    offset = (tl.cast(block, tl.int64) * chunks + chunk) * key_chunk + index % rows * key_row
+    return chunk, offset, index < chunks * rows
+
+
+@triton.jit
+def _load_coefficients_of_rows(  # type: ignore[no-untyped-def]
+    steps, chunk, base, valid, chunks, ROWS: tl.constexpr
+):  # fmt: skip
+    """A: the coefficient of each row's update (across) in the base weights of each row, zero unless it is earlier."""
+    present = valid[:, None] & valid[None, :] & (chunk[None, :] < base[:, None])
+    return tl.load(steps + base[:, None] * chunks + chunk[None, :], mask=present, other=0.0)
+
+
+@triton.jit
+def _inverse(x, ROWS: tl.constexpr, SMALL: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(I + x)⁻¹ for a strictly lower triangular x."""
+    SIDE: tl.constexpr = ROWS // SMALL
+    index = tl.arange(0, ROWS)
+    in_block = index[:, None] // SMALL == index[None, :] // SMALL
+    # the blocks on the diagonal, row after row: row_i of the inverse is e_i − Σ_{j<i} x_ij row_j
+    small = tl.sum(tl.reshape(tl.where(in_block, x, 0.0), (SIDE, SMALL, SIDE, SMALL)), axis=2)
+    row = tl.arange(0, SMALL)
+    solved = tl.zeros((SIDE, SMALL, SMALL), tl.float32) + tl.where(row[:, None] == row[None, :], 1.0, 0.0)[None, :, :]
+    for i in range(1, SMALL):
+        own = (row == i)[None, :, None]
+        coefficients = tl.sum(tl.where(own, small, 0.0), axis=1)
+        combined = tl.sum(coefficients[:, :, None] * tl.where((row < i)[None, :, None], solved, 0.0), axis=1)
+        solved -= tl.where(own, combined[:, None, :], 0.0)
+    side = tl.arange(0, SIDE)
+    apart = tl.where((side[:, None] == side[None, :])[:, None, :, None], solved[:, :, None, :], 0.0)
+    inverse = tl.reshape(apart, (ROWS, ROWS))
+    if SIDE > 1:
+        # I + x = D (I + y) with y = D⁻¹ (x − its diagonal blocks), and y to the power SIDE is 0, so that
+        # (I + x)⁻¹ = (I + y²) (I − y) D⁻¹
+        tl.static_assert(SIDE <= 4)
+        nothing = tl.zeros((ROWS, ROWS), tl.float32)
+        y = multiply_add(nothing, inverse, tl.where(in_block, 0.0, x), PRECISION, tl.float32)
+        inverse = multiply_add(inverse, -y, inverse, PRECISION, tl.float32)
+        if SIDE > 2:
+            squared = multiply_add(nothing, y, y, PRECISION, tl.float32)
+            inverse = multiply_add(inverse, squared, inverse, PRECISION, tl.float32)
+    return inverse
+
+
+@triton.jit
+def _inverse_kernel(  # type: ignore[no-untyped-def]
+    keys, step_sizes, steps, inverses,
+    blocks, chunks, rows, per_batch, scale,
+    key_head, key_chunk, key_row, step_head, step_chunk, step_row,
+    dim: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, SMALL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    own = tl.program_id(0).to(tl.int64)
+    head, block = own // blocks, own % blocks
+    feature, index = tl.arange(0, DIM), tl.arange(0, ROWS)
+    chunk, to_keys, valid = _rows_of_block(block, chunks, rows, key_chunk, key_row, ROWS)
+    _, to_steps, _ = _rows_of_block(block, chunks, rows, step_chunk, step_row, ROWS)
+    from_keys = keys + head * key_head + to_keys[:, None] + feature[None, :]
+    key = tl.load(from_keys, mask=valid[:, None] & (feature < dim)[None, :], other=0.0).to(tl.float32)
+    beta = scale * tl.load(step_sizes + head * step_head + to_steps, mask=valid, other=0.0).to(tl.float32)
+    own_steps = steps + own * chunks * chunks
+    earlier = _load_coefficients_of_rows(own_steps, chunk, chunk // per_batch * per_batch, valid, chunks, ROWS)
+    gram = multiply_add(tl.zeros((ROWS, ROWS), tl.float32), key, tl.trans(key), PRECISION, tl.float32)
+    inverse = _inverse(earlier * gram * beta[None, :], ROWS, SMALL, PRECISION)
+    tl.store(inverses + own * ROWS * ROWS + index[:, None] * ROWS + index[None, :], inverse)
+
+
+@triton.jit
+def _combine(  # type: ignore[no-untyped-def]
+    states, coefficients, by_result, by_given, state, feature, column, inside,
+    dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr,
+):  # fmt: skip
+    """Σ_i coefficients[result, i] · states_i, for the results `state`."""
+    total = 0.0
+    for i in tl.static_range(STATES):
+        coefficient = tl.load(coefficients + state * by_result + i * by_given, mask=state < STATES, other=0.0)
+        from_states = states + i * dim * width + feature[:, None] * width + column[None, :]
+        total += coefficient[:, None] * tl.load(from_states, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit
+def _forward_kernel(  # type: ignore[no-untyped-def]
+    keys, values, step_sizes, inverses, initial_steps, final_coefficients, initial_final, states,
+    initial, final, deltas, errors,
+    blocks, chunks, rows, per_batch, parts, scale,
+    key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
+    dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr,
+    DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    head, part = (program // parts).to(tl.int64), program % parts
+    column, index = part * WIDTH + tl.arange(0, WIDTH), tl.arange(0, ROWS)
+    # the states one below the other
+    entry = tl.arange(0, PADDED * DIM)
+    state, feature = entry // DIM, entry % DIM
+    with_entry, with_column = (state < STATES) & (feature < dim), column < width
+    inside = with_entry[:, None] & with_column[None, :]
+    to_states = (state * dim + feature)[:, None] * width + column[None, :]
+    size: tl.constexpr = STATES * dim * width
+
+    w = tl.load(states + head * size + to_states, mask=inside, other=0.0)
+    for block in range(blocks):
+        own = head * blocks + block
+        tl.store(initial + own * size + to_states, w, mask=inside)
+        chunk, to_keys, valid = _rows_of_block(block, chunks, rows, key_chunk, key_row, ROWS)
+        _, to_values, _ = _rows_of_block(block, chunks, rows, value_chunk, value_row, ROWS)
+        _, to_steps, _ = _rows_of_block(block, chunks, rows, step_chunk, step_row, ROWS)
+        from_keys = keys + head * key_head + to_keys
+        present = valid[:, None] & with_column[None, :]
+        from_values = values + head * value_head + to_values[:, None] + column[None, :]
+        value = tl.load(from_values, mask=present, other=0.0).to(tl.float32)
+        beta = scale * tl.load(step_sizes + head * step_head + to_steps, mask=valid, other=0.0).to(tl.float32)
+
+        with_key = valid[:, None] & with_entry[None, :]
+        key = tl.load(from_keys[:, None] + feature[None, :], mask=with_key, other=0.0).to(tl.float32)
+        base = own * chunks + chunk // per_batch * per_batch
+        at_base = tl.load(initial_steps + base[:, None] * STATES + state[None, :], mask=with_key, other=0.0)
+        value -= tl.dot(at_base * key, w, input_precision=PRECISION)
+        inverse = tl.load(inverses + own * ROWS * ROWS + index[:, None] * ROWS + index[None, :])
+        error = tl.dot(inverse, value, input_precision=PRECISION)
+        delta = beta[:, None] * error
+        to_rows = (own * chunks * rows + index)[:, None] * width + column[None, :]
+        tl.store(errors + to_rows, error, mask=present)
+        tl.store(deltas + to_rows, delta, mask=present)
+
+        with_key = with_entry[:, None] & valid[None, :]
+        key = tl.load(from_keys[None, :] + feature[:, None], mask=with_key, other=0.0).to(tl.float32)
+        to_final = (own * STATES + state)[:, None] * chunks + chunk[None, :]
+        key *= tl.load(final_coefficients + to_final, mask=with_key, other=0.0)
+        # what one thread has stored, another reads
+        tl.debug_barrier()
+        mix = initial_final + own * STATES * STATES
+        w = _combine(initial + own * size, mix, STATES, 1, state, feature, column, inside, dim, width, STATES)
+        w = tl.dot(key, delta, w, input_precision=PRECISION)
+    tl.store(final + head * size + to_states, w, mask=inside)
+
+
+@triton.jit
+def _backward_scan_kernel(  # type: ignore[no-untyped-def]
+    d_initial, d_final, d_deltas, d_errors,
+    keys, step_sizes, inverses, initial_steps, final_coefficients, initial_final,
+    d_after, d_values, d_states,
+    blocks, chunks, rows, per_batch, parts, scale,
+    key_head, key_chunk, key_row, step_head, step_chunk, step_row,
+    dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr,
+    OF_INITIAL: tl.constexpr, OF_FINAL: tl.constexpr, OF_DELTAS: tl.constexpr, OF_ERRORS: tl.constexpr,
+    DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the states after each block, of the values, and of the states before the first block."""
+    program = tl.program_id(0)
+    head, part = (program // parts).to(tl.int64), program % parts
+    column, index = part * WIDTH + tl.arange(0, WIDTH), tl.arange(0, ROWS)
+    entry = tl.arange(0, PADDED * DIM)
+    state, feature = entry // DIM, entry % DIM
+    with_entry, with_column = (state < STATES) & (feature < dim), column < width
+    inside = with_entry[:, None] & with_column[None, :]
+    to_states = (state * dim + feature)[:, None] * width + column[None, :]
+    size: tl.constexpr = STATES * dim * width
+
+    d_w = tl.zeros((PADDED * DIM, WIDTH), tl.float32)
+    if OF_FINAL:
+        d_w += tl.load(d_final + head * size + to_states, mask=inside, other=0.0)
+    for from_last in range(blocks):
+        block = blocks - 1 - from_last
+        own = head * blocks + block
+        tl.store(d_after + own * size + to_states, d_w, mask=inside)
+        chunk, to_keys, valid = _rows_of_block(block, chunks, rows, key_chunk, key_row, ROWS)
+        _, to_steps, _ = _rows_of_block(block, chunks, rows, step_chunk, step_row, ROWS)
+        from_keys = keys + head * key_head + to_keys
+        present = valid[:, None] & with_column[None, :]
+        beta = scale * tl.load(step_sizes + head * step_head + to_steps, mask=valid, other=0.0).to(tl.float32)
+        to_rows = (own * chunks * rows + index)[:, None] * width + column[None, :]
+
+        with_key = valid[:, None] & with_entry[None, :]
+        key = tl.load(from_keys[:, None] + feature[None, :], mask=with_key, other=0.0).to(tl.float32)
+        to_final = (own * STATES + state)[None, :] * chunks + chunk[:, None]
+        key *= tl.load(final_coefficients + to_final, mask=with_key, other=0.0)
+        d_delta = tl.dot(key, d_w, input_precision=PRECISION)
+        if OF_DELTAS:
+            d_delta += tl.load(d_deltas + to_rows, mask=present, other=0.0).to(tl.float32)
+        d_error = beta[:, None] * d_delta
+        if OF_ERRORS:
+            d_error += tl.load(d_errors + to_rows, mask=present, other=0.0)
+        # transposed
+        inverse = tl.load(inverses + own * ROWS * ROWS + index[None, :] * ROWS + index[:, None])
+        d_value = tl.dot(inverse, d_error, input_precision=PRECISION)
+        tl.store(d_values + to_rows, d_value, mask=present)
+
+        with_key = with_entry[:, None] & valid[None, :]
+        key = tl.load(from_keys[None, :] + feature[:, None], mask=with_key, other=0.0).to(tl.float32)
+        base = own * chunks + chunk // per_batch * per_batch
+        key *= tl.load(initial_steps + base[None, :] * STATES + state[:, None], mask=with_key, other=0.0)
+        # what one thread has stored, another reads
+        tl.debug_barrier()
+        mix = initial_final + own * STATES * STATES
+        d_w = _combine(d_after + own * size, mix, 1, STATES, state, feature, column, inside, dim, width, STATES)
+        d_w = tl.dot(-key, d_value, d_w, input_precision=PRECISION)
+        if OF_INITIAL:
+            d_w += tl.load(d_initial + own * size + to_states, mask=inside, other=0.0)
+    tl.store(d_states + head * size + to_states, d_w, mask=inside)
+
+
+@triton.jit
+def _backward_kernel(  # type: ignore[no-untyped-def]
+    d_deltas, d_after, d_values,
+    keys, step_sizes, steps, initial_steps, final_coefficients, initial, errors,
+    d_keys, d_step_sizes, d_earlier, d_at_base, d_at_final, d_initial_final,
+    blocks, chunks, rows, per_batch, scale,
+    key_head, key_chunk, key_row, step_head, step_chunk, step_row,
+    dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr, OF_DELTAS: tl.constexpr,
+    DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradients that are left, of coefficients for each row."""
+    own = tl.program_id(0).to(tl.int64)
+    head, block = own // blocks, own % blocks
+    feature, index, state = tl.arange(0, DIM), tl.arange(0, ROWS), tl.arange(0, PADDED)
+    with_feature = feature < dim
+    chunk, to_keys, valid = _rows_of_block(block, chunks, rows, key_chunk, key_row, ROWS)
+    _, to_steps, _ = _rows_of_block(block, chunks, rows, step_chunk, step_row, ROWS)
+    base = chunk // per_batch * per_batch
+    with_key = valid[:, None] & with_feature[None, :]
+    from_keys = keys + head * key_head + to_keys[:, None] + feature[None, :]
+    key = tl.load(from_keys, mask=with_key, other=0.0).to(tl.float32)
+    beta = scale * tl.load(step_sizes + head * step_head + to_steps, mask=valid, other=0.0).to(tl.float32)
+    earlier = _load_coefficients_of_rows(steps + own * chunks * chunks, chunk, base, valid, chunks, ROWS)
+    nothing = tl.zeros((ROWS, ROWS), tl.float32)
+    gram = multiply_add(nothing, key, tl.trans(key), PRECISION, tl.float32)
+    weighted = earlier * gram
+
+    d_weighted = nothing
+    d_key = tl.zeros((ROWS, DIM), tl.float32)
+    d_beta = tl.zeros((ROWS,), tl.float32)
+    at_base = tl.zeros((ROWS, PADDED), tl.float32)
+    at_final = tl.zeros((ROWS, PADDED), tl.float32)
+    size: tl.constexpr = dim * width
+    first_row = own * chunks * rows
+    for first_column in range(0, width, WIDTH):
+        column = first_column + tl.arange(0, WIDTH)
+        present = valid[:, None] & (column < width)[None, :]
+        to_rows = (first_row + index)[:, None] * width + column[None, :]
+        error = tl.load(errors + to_rows, mask=present, other=0.0)
+        d_value = tl.load(d_values + to_rows, mask=present, other=0.0)
+        delta = beta[:, None] * error
+        d_weighted = multiply_add(d_weighted, d_value, tl.trans(-delta), PRECISION, tl.float32)
+        d_delta = tl.dot(tl.trans(weighted), -d_value, input_precision=PRECISION)
+        if OF_DELTAS:
+            d_delta += tl.load(d_deltas + to_rows, mask=present, other=0.0).to(tl.float32)
+        inside = with_feature[:, None] & (column < width)[None, :]
+        to_state = feature[:, None] * width + column[None, :]
+        for k in tl.static_range(STATES):
+            coefficient = tl.load(final_coefficients + (own * STATES + k) * chunks + chunk, mask=valid, other=0.0)
+            d_w = tl.load(d_after + (own * STATES + k) * size + to_state, mask=inside, other=0.0)
+            product = tl.dot(key, d_w, input_precision=PRECISION)
+            at_final += tl.where(state == k, tl.sum(delta * product, axis=1)[:, None], 0.0)
+            d_delta += coefficient[:, None] * product
+            d_key = multiply_add(d_key, coefficient[:, None] * delta, tl.trans(d_w), PRECISION, tl.float32)
+
+            coefficient = tl.load(initial_steps + (own * chunks + base) * STATES + k, mask=valid, other=0.0)
+            w = tl.load(initial + (own * STATES + k) * size + to_state, mask=inside, other=0.0)
+            product = tl.dot(key, w, input_precision=PRECISION)
+            at_base -= tl.where(state == k, tl.sum(d_value * product, axis=1)[:, None], 0.0)
+            d_key = multiply_add(d_key, coefficient[:, None] * d_value, tl.trans(-w), PRECISION, tl.float32)
+        d_beta += tl.sum(d_delta * error, axis=1)
+
+    # of the mixture of states, what each feature contributes
+    for k in tl.static_range(STATES):
+        for i in tl.static_range(STATES):
+            total = tl.zeros((DIM,), tl.float32)
+            for first_column in range(0, width, WIDTH):
+                column = first_column + tl.arange(0, WIDTH)
+                inside = with_feature[:, None] & (column < width)[None, :]
+                to_state = feature[:, None] * width + column[None, :]
+                d_w = tl.load(d_after + (own * STATES + k) * size + to_state, mask=inside, other=0.0)
+                w = tl.load(initial + (own * STATES + i) * size + to_state, mask=inside, other=0.0)
+                total += tl.sum(d_w * w, axis=1)
+            to_pair = (own * STATES * STATES + k * STATES + i) * dim + feature
+            tl.store(d_initial_final + to_pair, total, mask=with_feature)
+
+    to_pairs = (own * chunks * rows + index)[:, None] * (chunks * rows) + index[None, :]
+    tl.store(d_earlier + to_pairs, d_weighted * gram, mask=valid[:, None] & valid[None, :])
+    d_gram = d_weighted * earlier
+    d_key = multiply_add(d_key, d_gram + tl.trans(d_gram), key, PRECISION, tl.float32)
+    tl.store(d_keys + (first_row + index)[:, None] * dim + feature[None, :], d_key, mask=with_key)
+    tl.store(d_step_sizes + first_row + index, scale * d_beta, mask=valid)
+    to_states = (first_row + index)[:, None] * STATES + state[None, :]
+    with_state = valid[:, None] & (state < STATES)[None, :]
+    tl.store(d_at_base + to_states, at_base, mask=with_state)
+    tl.store(d_at_final + to_states, at_final, mask=with_state)
+
+
+def _outputs(
+    keys: Tensor,
+    values: Tensor,
+    step_sizes: Tensor,
+    states: Tensor,
+    steps: Tensor,
+    initial_steps: Tensor,
+    final: Tensor,
+    initial_final: Tensor,
+    chunks_per_batch: int,
+    operands: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    heads, blocks, chunks, _ = steps.shape
+    rows, width = chunks * keys.shape[2], values.shape[-1]
+    padded = tile_size(rows)
+    return (
+        states.new_empty(heads, blocks, *states.shape[1:]),
+        states.new_empty(states.shape),
+        states.new_empty(heads, blocks, rows, width, dtype=operands),
+        states.new_empty(heads, blocks, rows, width),
+        states.new_empty(heads, blocks, padded, padded),
+    )
+
+
+def _arguments(
+    keys: Tensor, step_sizes: Tensor, steps: Tensor, states: Tensor, chunks_per_batch: int
+) -> dict[str, Any]:
+    """Arguments of all kernels."""
+    keys = contiguous_inside(keys, 1)
+    _, blocks, chunks, _ = steps.shape
+    _, count, dim, width = states.shape
+    rows = keys.shape[2]
+    columns = min(tile_size(width), MOST_COLUMNS)
+    return dict(
+        keys=keys, **named_strides('key', keys, 'head chunk row'),
+        step_sizes=step_sizes, **named_strides('step', step_sizes, 'head chunk row'),
+        blocks=blocks, chunks=chunks, rows=rows, per_batch=chunks_per_batch, parts=triton.cdiv(width, columns),
+        scale=2.0 / width, dim=dim, width=width, STATES=count, PADDED=triton.next_power_of_2(count),
+        DIM=tile_size(dim), ROWS=tile_size(chunks * rows), WIDTH=columns, SMALL=SMALL,
+        PRECISION=product_precision(torch.float32)['PRECISION'],
+    )  # fmt: skip
+
+
+def _launch(kernel: Any, grid: int, arguments: dict[str, Any], num_warps: int) -> None:
+    kernel[(grid,)](**{name: arguments[name] for name in kernel.arg_names}, num_warps=num_warps)
+
+
+def _forward(
+    keys: Tensor,
+    values: Tensor,
+    step_sizes: Tensor,
+    states: Tensor,
+    steps: Tensor,
+    initial_steps: Tensor,
+    final: Tensor,
+    initial_final: Tensor,
+    chunks_per_batch: int,
+    operands: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    outputs = _outputs(
+        keys, values, step_sizes, states, steps, initial_steps, final, initial_final, chunks_per_batch, operands
+    )
+    names = ('initial', 'final', 'deltas', 'errors', 'inverses')
+    values = contiguous_inside(values, 1)
+    arguments = _arguments(keys, step_sizes, steps, states, chunks_per_batch) | dict(
+        zip(names, outputs),
+        values=values, **named_strides('value', values, 'head chunk row'), states=states.contiguous(),
+        steps=steps.contiguous(), initial_steps=initial_steps.contiguous(),
+        final_coefficients=final.contiguous(), initial_final=initial_final.contiguous(),
+    )  # fmt: skip
+    heads, blocks = steps.shape[:2]
+    _launch(_inverse_kernel, heads * blocks, arguments, WARPS)
+    _launch(_forward_kernel, heads * arguments['parts'], arguments, WARPS)
+    return outputs
+
+
+def _backward(
+    d_initial: Tensor | None,
+    d_final: Tensor | None,
+    d_deltas: Tensor | None,
+    d_errors: Tensor | None,
+    initial: Tensor,
+    errors: Tensor,
+    inverses: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    step_sizes: Tensor,
+    states: Tensor,
+    steps: Tensor,
+    initial_steps: Tensor,
+    final: Tensor,
+    initial_final: Tensor,
+    chunks_per_batch: int,
+    operands: torch.dtype,
+) -> tuple[Tensor, ...]:
+    heads, blocks, chunks, _ = steps.shape
+    rows, (_, count, dim, width) = keys.shape[2], states.shape
+    of_rows = (heads, blocks, chunks * rows)
+    incoming = {
+        'd_initial': ('OF_INITIAL', d_initial),
+        'd_final': ('OF_FINAL', d_final),
+        'd_deltas': ('OF_DELTAS', d_deltas),
+        'd_errors': ('OF_ERRORS', d_errors),
+    }
+    results = {
+        'd_after': states.new_empty(initial.shape),
+        'd_states': states.new_empty(states.shape),
+        'd_keys': states.new_empty(*keys.shape[:-1], dim),
+        'd_values': states.new_empty(values.shape),
+        'd_step_sizes': states.new_empty(step_sizes.shape),
+        'd_earlier': states.new_empty(*of_rows, chunks * rows),
+        'd_at_base': states.new_empty(*of_rows, count),
+        'd_at_final': states.new_empty(*of_rows, count),
+        'd_initial_final': states.new_empty(*initial_final.shape, dim),
+    }
+    arguments = (
+        _arguments(keys, step_sizes, steps, states, chunks_per_batch)
+        | {name: states.new_empty(0) if d is None else d.contiguous() for name, (_, d) in incoming.items()}
+        | {flag: d is not None for flag, d in incoming.values()}
+        | results
+        | dict(
+            initial=initial, errors=errors, inverses=inverses,
+            steps=steps.contiguous(), initial_steps=initial_steps.contiguous(),
+            final_coefficients=final.contiguous(), initial_final=initial_final.contiguous(),
+        )
+    )  # fmt: skip
+    _launch(_backward_scan_kernel, heads * arguments['parts'], arguments, WARPS)
+    _launch(_backward_kernel, heads * blocks, arguments, GRADIENT_WARPS)
+
+    # from rows to chunks, and for the base weights to the first chunk of each memory batch
+    def sum_over_rows(gradient: Tensor, dim: int) -> Tensor:
+        return gradient.unflatten(dim, (chunks, rows)).sum(dim=dim + 1)
+
+    def at_first_chunk(gradient: Tensor) -> Tensor:
+        batches = gradient.unflatten(2, (-1, chunks_per_batch))
+        first = batches.sum(dim=3, keepdim=True)
+        return torch.nn.functional.pad(first, (0, 0, 0, chunks_per_batch - 1)).flatten(2, 3)
+
+    d_steps, d_initial_steps = results['d_earlier'], results['d_at_base']
+    if rows > 1:
+        d_steps = sum_over_rows(sum_over_rows(d_steps, 3), 2)
+        d_initial_steps = sum_over_rows(d_initial_steps, 2)
+    if chunks_per_batch > 1:
+        d_steps, d_initial_steps = at_first_chunk(d_steps), at_first_chunk(d_initial_steps)
+    return (
+        results['d_keys'].to(keys.dtype),
+        results['d_values'].to(values.dtype),
+        results['d_step_sizes'].to(step_sizes.dtype),
+        results['d_states'],
+        d_steps,
+        d_initial_steps,
+        sum_over_rows(results['d_at_final'], 2).mT.contiguous(),
+        results['d_initial_final'].sum(dim=-1),
+    )
+
+
+linear_memory_scan = register_kernel(
+    'linear_memory_scan',
+    _forward,
+    _backward,
+    outputs=_outputs,
+    saved=(0, 3, 4),
+    not_differentiable=(4,),
+    # the errors serve surprises alone
+    materialize_grads=False,
+)
