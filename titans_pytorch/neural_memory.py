@@ -56,8 +56,14 @@ from titans_pytorch.ops.newton_schulz import newtonschulz5
 from titans_pytorch.utils.checks import check_flags, check_not_traced, described
 from titans_pytorch.utils.functional import frozen_as_buffers
 from titans_pytorch.utils.parameters import InReferenceFormat, Resettable, depending_on
-from titans_pytorch.utils.precision import at_least_float32, in_module_precision, network_autocast, network_rows
-from titans_pytorch.utils.shapes import Bool, Float, Int
+from titans_pytorch.utils.precision import (
+    at_least_float32,
+    for_products,
+    in_module_precision,
+    network_autocast,
+    network_rows,
+)
+from titans_pytorch.utils.shapes import Bool, Float, Int, concatenated, is_empty
 
 __all__ = [
     'AssocScan',
@@ -693,7 +699,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         self, call: Call, state: OpenState, prev_weights: Mapping[str, Tensor] | None
     ) -> tuple[FastWeights, OpenState, Surprises]:
         pending, chunk_size = state.pending, self.store_chunk_size
-        tokens = torch.cat((pending.tokens, call.to_store), dim=-2)
+        tokens = concatenated((pending.tokens, call.to_store), dim=-2)
         mask = _joined_masks(pending, call)
         schedule = Schedule.of(state.seq_index, tokens.shape[-2], chunk_size, call.batch_size)
         complete = schedule.num_chunks * chunk_size
@@ -701,7 +707,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         # a convolution sees tokens before the open chunk; before the first token there are zeros
         before = pending.before
         before = tokens.new_zeros(*tokens.shape[:-2], self.conv_context, self.dim) if before is None else before
-        rows = torch.cat((before, tokens[..., :complete, :]), dim=-2)
+        rows = concatenated((before, tokens[..., :complete, :]), dim=-2)
         chunks, pooled = self._project_chunks(rows, None if mask is None else mask[:, :complete])
         residual = self._weight_residual(prev_weights, pooled, schedule.first_chunk)
         with network_autocast(self._dtype, tokens.device):
@@ -733,7 +739,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         self, tokens: Tensor, mask: Bool[Tensor, 'b _t'] | None
     ) -> tuple[Chunks, Float[Tensor, 'b n d']]:
         """Complete chunks, and one pooled row for each. In front of `tokens` is the context of the convolutions."""
-        normed = self.store_norm(tokens)
+        normed = for_products(self.store_norm(tokens))
         seq, values_seq = normed if self.qkv_receives_diff_views else (normed, normed)
         pooled = self.reduce_to_chunk_rep(seq[:, self.conv_context :])
         chunk_size, rows = self.store_chunk_size, self.store_chunk_size * self.num_kv_per_token
@@ -831,15 +837,19 @@ class NeuralMemory(Resettable, InReferenceFormat):
         normed, queries = self._queries(rows)
         leading = int(queries.shape[1] - length)
         groups = QueryGroups.of(length, position, self.store_chunk_size, leading, whole=self._carries_queries)
-        grouped = F.pad(queries, (0, 0, *groups.padding)).unflatten(1, (groups.number, groups.size))
+        if not all(map(is_empty, groups.padding)):
+            queries = F.pad(queries, (0, 0, *groups.padding))
+        grouped = queries.unflatten(1, (groups.number, groups.size))
         with network_autocast(self._dtype, rows.device):
             values = self._backend.retrieve(weights, grouped, groups.first_step).flatten(1, 2)
-        end = values.shape[1] - groups.padding[1]
-        return self._combine(values[:, end - length : end], normed[:, -length:])
+        if values.shape[1] != length:
+            end = values.shape[1] - groups.padding[1]
+            values = values[:, end - length : end]
+        return self._combine(values, normed[:, leading:])
 
     def _queries(self, rows: Float[Tensor, 'b t d']) -> tuple[Float[Tensor, 'b n d'], Float[Tensor, 'bh n e']]:
         """Normalised rows and their queries, without those in front that are context of the convolutions."""
-        normed = self.retrieve_norm(rows)
+        normed = for_products(self.retrieve_norm(rows))
         queries = self._queries_of(self.to_queries(normed))
         return normed[:, self.conv_context :], network_rows(queries, self._dtype)
 

@@ -20,7 +20,7 @@ from titans_pytorch.memory.backends import dual as dual_backend
 from titans_pytorch.memory.chunks import Chunks, Coefficients
 from titans_pytorch.memory.fast_weights import FastWeights
 from titans_pytorch.memory.soft_clamp import soft_clamp_norm
-from titans_pytorch.ops.associative_scan import gate_products
+from titans_pytorch.ops.gate_products import gate_products
 
 DUAL = [switch for switch in SWITCHES if 'module' not in switch]
 

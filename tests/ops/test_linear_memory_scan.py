@@ -1,4 +1,5 @@
-"""A linear memory by triangular systems: against a loop over memory batches, the delta rule, and the dense backend."""
+"""A linear memory by triangular systems: against a loop over memory batches, the delta rule, and the dense backend; and
+the kernels against the loop."""
 
 from __future__ import annotations
 
@@ -14,7 +15,11 @@ from titans_pytorch.memory.backends import dual as dual_backend
 from titans_pytorch.memory.chunks import Chunks, Coefficients
 from titans_pytorch.ops.linear_memory_scan import linear_memory_scan
 
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 SMALL = dict(deadline=None, derandomize=True)
+# products in float32 of three TF32 ones keep a little less, and blocks build on each other
+EXACT = 1e-5 if DEVICE == 'cpu' else 5e-5
+CHECKS = ('test_schema', 'test_autograd_registration', 'test_faketensor', 'test_aot_dispatch_dynamic')
 
 
 def problem(blocks, batches, chunks, rows, dim=5, orders=1):
@@ -215,3 +220,124 @@ def test_low_precision_errs_no_more_than_twice_as_much_as_the_dense_backend(dtyp
         with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
             errors.append((mem.float()(seq.float())[0] - exact).norm())
     assert errors[0] < 2 * errors[1]
+
+
+# kernels
+
+
+@pytest.fixture
+def kernels(kernels_everywhere):
+    from titans_pytorch.ops.linear_memory_scan import triton as kernels
+
+    return kernels
+
+
+def tensors_of(sizes, dtype=torch.float32, **kwargs):
+    """`problem` with coefficients, as arguments of the operation by name."""
+    inputs, states = problem(*sizes, **kwargs)
+    coefficients = Coefficients.of_blocks(inputs, sizes[0])
+    rows = {name: getattr(inputs, name).to(dtype) for name in ('keys', 'values')}
+    tensors = {**rows, 'step_sizes': inputs.step_sizes, **coefficients._asdict()}
+    tensors |= {f'state {index}': state for index, state in enumerate(states)}
+    return {name: (t if t.dtype == dtype else t.float()).to(DEVICE) for name, t in tensors.items()}
+
+
+def learned(tensors, chunks_per_batch, used=None):
+    """Results of the operation, and gradients of a linear function of those in `used`, by default of all."""
+    tensors = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+    states = [t for name, t in tensors.items() if name.startswith('state')]
+    rows = [tensors[name] for name in ('keys', 'values', 'step_sizes')]
+    out = linear_memory_scan(*rows, states, *(tensors[name] for name in Coefficients._fields), chunks_per_batch)
+    generator, total = torch.Generator().manual_seed(1), 0.0
+    for name, t in out._asdict().items():
+        weights = torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device)
+        if used is None or name in used:
+            total = total + (t.double() * weights).sum()
+    came = torch.autograd.grad(total, [*tensors.values()], allow_unused=True, materialize_grads=True)
+    # what lies above the diagonal is never read by the kernels
+    gradients = {name: t.tril(-1) if name == 'steps' else t for name, t in zip(tensors, came)}
+    return {name: t.detach() for name, t in out._asdict().items()}, gradients
+
+
+def exactly(tensors, *args):
+    return learned({name: t.double() for name, t in tensors.items()}, *args)
+
+
+# blocks, memory batches, chunks and rows; features, orders of momentum
+KERNEL_SIZES = [
+    ((3, 4, 1, 1), 16, 1),
+    ((1, 40, 1, 1), 24, 0),
+    ((2, 3, 2, 3), 20, 2),
+    ((2, 1, 3, 11), 40, 1),
+    ((1, 2, 1, 32), 100, 1),
+    ((2, 2, 1, 2), 8, 3),
+]
+
+
+@pytest.mark.parametrize(('sizes', 'dim', 'orders'), KERNEL_SIZES)
+def test_kernels_equal_the_reference(kernels, poisoned, sizes, dim, orders):
+    tensors = tensors_of(sizes, dim=dim, orders=orders)
+    assert_same(learned(tensors, sizes[2]), exactly(tensors, sizes[2]), EXACT)
+
+
+def test_rows_that_are_not_stored(kernels, poisoned):
+    tensors = tensors_of((2, 3, 2, 2), dim=16)
+    tensors['step_sizes'] *= torch.rand(tensors['step_sizes'].shape, device=DEVICE) > 0.4
+    assert_same(learned(tensors, 2), exactly(tensors, 2), EXACT)
+
+
+def test_keys_that_are_all_the_same(kernels, poisoned):
+    # the products of rows, of which the inverse is made, are then as large as they can be
+    tensors = tensors_of((1, 64, 1, 1), dim=16)
+    tensors['keys'] = tensors['keys'][:1, :1].expand(tensors['keys'].shape)
+    tensors['step_sizes'] = tensors['step_sizes'] * 0 + 8.0
+    assert_same(learned(tensors, 1), exactly(tensors, 1), EXACT)
+
+
+def test_only_one_output_is_used(kernels, poisoned):
+    tensors = tensors_of((2, 2, 1, 2), dim=16)
+    for name in ('initial', 'final', 'deltas', 'losses'):
+        assert_same(learned(tensors, 1, [name]), exactly(tensors, 1, [name]), EXACT, f'of {name} ')
+
+
+def test_kernels_read_views(kernels, poisoned):
+    tensors = tensors_of((2, 2, 1, 3), dim=16)
+    for name in ('keys', 'values', 'step_sizes'):
+        tensors[name] = tensors[name].transpose(0, 1).contiguous().transpose(0, 1)
+    tensors['state 0'] = tensors['state 0'].mT.contiguous().mT
+    assert_same(learned(tensors, 1), exactly(tensors, 1), EXACT)
+
+
+def test_under_autocast(kernels, poisoned):
+    low = torch.bfloat16 if DEVICE == 'cuda' else torch.float16  # Triton's interpreter multiplies no bfloat16
+    tensors = tensors_of((2, 8, 1, 2), dtype=low, dim=16)
+    with torch.autocast(DEVICE, low):
+        came = learned(tensors, 1)
+    assert came[0]['deltas'].dtype == low
+    for own, exact in zip(came, exactly(tensors, 1)):
+        for name, want in exact.items():
+            assert (own[name].double() - want).norm() < 5e-3 * want.norm(), name
+
+
+def test_larger_problems_take_the_reference(kernels, monkeypatch):
+    monkeypatch.setattr(kernels, 'linear_memory_scan', None)
+    for sizes, dim, orders in (((1, 65, 1, 1), 4, 1), ((1, 2, 1, 1), 129, 0), ((1, 2, 1, 1), 96, 2)):
+        tensors = tensors_of(sizes, dim=dim, orders=orders)
+        assert_same(learned(tensors, 1), exactly(tensors, 1), 1e-4)
+
+
+def test_the_operation_is_registered_correctly(kernels):
+    tensors = [t.requires_grad_() for t in tensors_of((2, 2, 1, 2), dim=16).values()]
+    rows, coefficients, states = tensors[:3], tensors[3:7], tensors[7:]
+    arguments = (*rows, torch.stack(states, dim=1).detach().requires_grad_(), *coefficients, 1, torch.float32)
+    torch.library.opcheck(kernels.linear_memory_scan, arguments, test_utils=CHECKS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ('sizes', 'orders'), [((32, 64, 1, 1), 1), ((8, 4, 1, 16), 1), ((8, 1, 1, 64), 0), ((8, 4, 4, 4), 3)]
+)
+def test_kernels_in_sizes_of_training(kernels, poisoned, sizes, orders):
+    tensors = tensors_of(sizes, dim=64, orders=orders)
+    tensors['step_sizes'] = tensors['step_sizes'] / sizes[3]
+    assert_same(learned(tensors, sizes[2]), exactly(tensors, sizes[2]), EXACT)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titans_pytorch.memory.fast_weights import FastWeights, Weights, matmul
-from titans_pytorch.ops.associative_scan import gate_products
+from titans_pytorch.ops.gate_products import gate_products
 from titans_pytorch.utils.precision import at_least_float32, no_autocast
 from titans_pytorch.utils.shapes import Float
 
@@ -62,6 +62,8 @@ class UpdateGates(NamedTuple):
 
 
 def _split(tensors: Iterable[Tensor | None], lengths: list[int]) -> list[Sequence[Any]]:
+    if len(lengths) == 1:
+        return [[t] for t in tensors]
     # not by slices: the gradient of each would be as long as the whole
     return [[None] * len(lengths) if t is None else t.split(lengths, dim=1) for t in tensors]
 
@@ -199,10 +201,12 @@ class Coefficients(NamedTuple):
         at_first = F.pad(torch.ones_like(initial[:, :1, :1]), (0, initial.shape[2] - 1))
         # momentum does not depend on the initial weights
         final_orders = [F.pad(own[:, -1], (1, 0)) for own in initial_orders]
+        # not by slices: the gradient of each would be as long as the whole
+        between, final_weights = weights.split((weights.shape[1] - 1, 1), dim=1)
         return cls(
-            steps=F.pad(weights[:, :-1], (0, 0, 1, 0)),
+            steps=F.pad(between, (0, 0, 1, 0)),
             initial_steps=torch.cat((at_first, initial[:, :-1]), dim=1),
-            final=torch.stack([weights[:, -1], *(order[:, -1] for order in orders)], dim=1),
+            final=torch.cat([final_weights, *(order[:, -1:] for order in orders)], dim=1),
             initial_final=torch.stack([initial[:, -1], *final_orders], dim=1),
         )
 

@@ -7,6 +7,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import Linear, Module, Parameter
 
+from titans_pytorch.ops.head_norm import head_norm
 from titans_pytorch.ops.norms import l2_norm
 from titans_pytorch.utils.parameters import Resettable
 from titans_pytorch.utils.shapes import Float
@@ -25,7 +26,7 @@ class MultiheadRMSNorm(Module):
         nn.init.zeros_(self.gamma)
 
     def forward(self, x: Float[Tensor, 'b h n d']) -> Float[Tensor, 'b h n d']:
-        return self.rmsnorm(x) * (self.gamma + 1.0)
+        return head_norm(x, self.gamma)
 
 
 class AveragePool(Module):
@@ -36,7 +37,8 @@ class AveragePool(Module):
         self.chunk_size = chunk_size
 
     def forward(self, x: Float[Tensor, 'b t d'], chunk_size: int | None = None) -> Float[Tensor, 'b n d']:
-        return reduce(x, 'b (n c) d -> b n d', 'mean', c=chunk_size or self.chunk_size)
+        chunk_size = chunk_size or self.chunk_size
+        return x if chunk_size == 1 else reduce(x, 'b (n c) d -> b n d', 'mean', c=chunk_size)
 
 
 class StartingAt(Linear):

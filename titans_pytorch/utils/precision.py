@@ -13,6 +13,11 @@ def operand_dtype(like: Tensor) -> torch.dtype:
     return _lowered(like.dtype, like.device)
 
 
+def for_products(t: Tensor) -> Tensor:
+    """`t` in the dtype of matrix products, for several of them: autocast would cast it for each."""
+    return t.to(operand_dtype(t))
+
+
 def _lowered(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)

@@ -1,4 +1,4 @@
-"""Shape annotations: the letters of dimensions, and three aliases for tensors; and `divided`, `divmod` of lengths.
+"""Shape annotations: the letters of dimensions, and three aliases for tensors; and functions of lengths.
 
     b   batch                          h   heads                    bh  batch and heads, merged
     n   tokens of a call, or chunks    c   tokens inside a chunk    m   rows a chunk stores (c tokens × u)
@@ -17,10 +17,12 @@ stands for any size; an absent tensor that an operation has to return has shape 
 annotations checked; otherwise only `checks.py` looks at a tensor, when a user passes it.
 """
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING or find_spec('jaxtyping') is None:
     from typing import Annotated as Bool
@@ -29,7 +31,7 @@ if TYPE_CHECKING or find_spec('jaxtyping') is None:
 else:
     from jaxtyping import Bool, Float, Int
 
-__all__ = ['Bool', 'Float', 'Int', 'divided']
+__all__ = ['Bool', 'Float', 'Int', 'concatenated', 'divided', 'is_empty']
 
 
 def divided(length: int, size: int, offset: int = 0) -> tuple[int, int]:
@@ -45,3 +47,15 @@ def divided(length: int, size: int, offset: int = 0) -> tuple[int, int]:
     multiple = length - constant
     more, rest = divmod(int(offset) + constant + int(multiple - multiple // size * size), size)
     return multiple // size + more, rest
+
+
+def is_empty(length: int) -> bool:
+    """True for 0. A symbolic length is taken for another, so that the program is not restricted to one."""
+    return isinstance(length, int) and length == 0
+
+
+def concatenated(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """`torch.cat`, without a copy if only one tensor is not empty."""
+    present = [t for t in tensors if not is_empty(t.shape[dim])]
+    same = len({t.dtype for t in tensors}) == 1
+    return present[0] if same and len(present) == 1 else torch.cat([*tensors], dim=dim)

@@ -16,7 +16,7 @@ from titans_pytorch.memory.reference import LossFn, one_chunk, surprise
 from titans_pytorch.memory.schedule import Schedule
 from titans_pytorch.memory_models import PlainMLP
 from titans_pytorch.ops.associative_scan import AssocScan
-from titans_pytorch.utils.shapes import Float
+from titans_pytorch.utils.shapes import Float, concatenated
 
 Transition = Callable[[Weights, Weights], Weights]
 """Maps the base weights of a memory batch and the newest weights to the base weights of the next memory batch."""
@@ -110,7 +110,7 @@ class Backend:
             if prepared.ends_batch:
                 base = newest = newest if transition is None else transition(base, newest)
             weights = MemoryWeights(base, newest, block.momentum)
-        return FastWeights.joined(stored, weights.newest), weights, torch.cat(losses, dim=1)
+        return FastWeights.joined(stored, weights.newest), weights, concatenated(losses, dim=1)
 
     def prepare(self, inputs: StoreInputs) -> Iterable[PreparedBlock]:
         """The blocks of a call in order, each to be stored in the weights that the one before leaves."""

@@ -60,16 +60,6 @@ class AssocScan(reference.AssocScan):
         return plain and inputs.ndim >= 3 and gates.ndim >= 2 and inputs.numel() > 0
 
 
-def gate_products(log_gates: Float[Tensor, '... n']) -> Float[Tensor, '... n n']:
-    """L[c, j] = g_{j+1} · … · g_c for j ≤ c, else 0: the share of the input of step j that is left at step c.
-
-    Each entry sums the logarithms of its own range: the difference of two long sums would cancel.
-    """
-    n = log_gates.shape[-1]
-    sums = log_gates.unsqueeze(-1).expand(*log_gates.shape, n).tril(-1).cumsum(dim=-2)
-    return sums.exp().tril()
-
-
 def coefficient_product(
     coefficients: Float[Tensor, 'bh i j'], updates: Float[Tensor, 'bh j f']
 ) -> Float[Tensor, 'bh i f']:

@@ -66,7 +66,8 @@ def linear_memory_scan(
         steps, initial_steps, final, initial_final: coefficients of each block, as in `memory.chunks.Coefficients`.
         chunks_per_batch: chunks of a memory batch; they divide n.
 
-    Everything is computed in at least float32, as the system amplifies rounding.
+    Everything is computed in at least float32, as the system amplifies rounding; under autocast on a GPU, products
+    outside of it are in TF32.
     """
     operands, (length, rows) = operand_dtype(keys), (steps.shape[2], keys.shape[2])
     coefficients = (steps, initial_steps, final, initial_final)
@@ -74,14 +75,14 @@ def linear_memory_scan(
         from titans_pytorch.ops.linear_memory_scan import triton
 
         stacked = torch.stack(states, dim=1)
-        initial, last, deltas, errors, _ = triton.linear_memory_scan(
+        initial, last, deltas, squares, _, _ = triton.linear_memory_scan(
             keys, values, step_sizes, stacked, *coefficients, chunks_per_batch, operands
         )
     else:
-        initial, last, deltas, errors = reference.linear_memory_scan(
+        initial, last, deltas, squares = reference.linear_memory_scan(
             keys, values, step_sizes, states, *coefficients, chunks_per_batch
         )
-    losses = errors.square().mean(dim=-1).unflatten(2, (length, rows))
+    losses = (squares.sum(dim=-1) / values.shape[-1]).unflatten(2, (length, rows))
     return LinearBlocks(initial, last, deltas.to(operands), losses)
 
 

@@ -20,7 +20,7 @@ def linear_memory_scan(
     initial_final: Float[Tensor, 'bh r k k'],
     chunks_per_batch: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """States before each block and after the last, Δ, and the errors v − k W_base."""
+    """States before each block and after the last, Δ, and the squared errors (v − k W_base)²."""
     blocks, length, num_states = initial_steps.shape[1:]
     rows_of_chunk, dim = keys.shape[2:]
 
@@ -57,5 +57,5 @@ def linear_memory_scan(
             state = torch.baddbmm(carried, to_state, deltas[-1])
 
         stacked, delta = torch.stack(initial, dim=1), torch.stack(deltas, dim=1)
-        errors = v - keys_by_state @ stacked - earlier @ delta
-    return stacked.unflatten(2, (num_states, dim)), state.unflatten(1, (num_states, dim)), delta, errors
+        squares = (v - keys_by_state @ stacked - earlier @ delta).square()
+    return stacked.unflatten(2, (num_states, dim)), state.unflatten(1, (num_states, dim)), delta, squares

@@ -23,6 +23,7 @@ SMALL = 16
 # columns of the states that a program keeps on chip
 MOST_COLUMNS = 32
 WARPS, GRADIENT_WARPS = 4, 8
+EXACT = product_precision(torch.float32)['PRECISION']
 
 
 @triton.jit
@@ -79,7 +80,7 @@ def _inverse_kernel(  # type: ignore[no-untyped-def]
     keys, step_sizes, steps, inverses,
     blocks, chunks, rows, per_batch, scale,
     key_head, key_chunk, key_row, step_head, step_chunk, step_row,
-    dim: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, SMALL: tl.constexpr, PRECISION: tl.constexpr,
+    dim: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, SMALL: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     own = tl.program_id(0).to(tl.int64)
     head, block = own // blocks, own % blocks
@@ -91,8 +92,8 @@ def _inverse_kernel(  # type: ignore[no-untyped-def]
     beta = scale * tl.load(step_sizes + head * step_head + to_steps, mask=valid, other=0.0).to(tl.float32)
     own_steps = steps + own * chunks * chunks
     earlier = _load_coefficients_of_rows(own_steps, chunk, chunk // per_batch * per_batch, valid, chunks, ROWS)
-    gram = multiply_add(tl.zeros((ROWS, ROWS), tl.float32), key, tl.trans(key), PRECISION, tl.float32)
-    inverse = _inverse(earlier * gram * beta[None, :], ROWS, SMALL, PRECISION)
+    gram = multiply_add(tl.zeros((ROWS, ROWS), tl.float32), key, tl.trans(key), EXACT, tl.float32)
+    inverse = _inverse(earlier * gram * beta[None, :], ROWS, SMALL, EXACT)
     tl.store(inverses + own * ROWS * ROWS + index[:, None] * ROWS + index[None, :], inverse)
 
 
@@ -113,7 +114,7 @@ def _combine(  # type: ignore[no-untyped-def]
 @triton.jit
 def _forward_kernel(  # type: ignore[no-untyped-def]
     keys, values, step_sizes, inverses, initial_steps, final_coefficients, initial_final, states,
-    initial, final, deltas, errors,
+    initial, final, deltas, errors, squares,
     blocks, chunks, rows, per_batch, parts, scale,
     key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
     dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr,
@@ -154,6 +155,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         to_rows = (own * chunks * rows + index)[:, None] * width + column[None, :]
         tl.store(errors + to_rows, error, mask=present)
         tl.store(deltas + to_rows, delta, mask=present)
+        to_squares = squares + (own * chunks * rows + index) * parts + part
+        tl.store(to_squares, tl.sum(error * error, axis=1), mask=valid)
 
         with_key = with_entry[:, None] & valid[None, :]
         key = tl.load(from_keys[None, :] + feature[:, None], mask=with_key, other=0.0).to(tl.float32)
@@ -169,13 +172,13 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _backward_scan_kernel(  # type: ignore[no-untyped-def]
-    d_initial, d_final, d_deltas, d_errors,
-    keys, step_sizes, inverses, initial_steps, final_coefficients, initial_final,
+    d_initial, d_final, d_deltas, d_squares,
+    keys, step_sizes, errors, inverses, initial_steps, final_coefficients, initial_final,
     d_after, d_values, d_states,
     blocks, chunks, rows, per_batch, parts, scale,
     key_head, key_chunk, key_row, step_head, step_chunk, step_row,
     dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr,
-    OF_INITIAL: tl.constexpr, OF_FINAL: tl.constexpr, OF_DELTAS: tl.constexpr, OF_ERRORS: tl.constexpr,
+    OF_INITIAL: tl.constexpr, OF_FINAL: tl.constexpr, OF_DELTAS: tl.constexpr, OF_SQUARES: tl.constexpr,
     DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the states after each block, of the values, and of the states before the first block."""
@@ -211,8 +214,9 @@ def _backward_scan_kernel(  # type: ignore[no-untyped-def]
         if OF_DELTAS:
             d_delta += tl.load(d_deltas + to_rows, mask=present, other=0.0).to(tl.float32)
         d_error = beta[:, None] * d_delta
-        if OF_ERRORS:
-            d_error += tl.load(d_errors + to_rows, mask=present, other=0.0)
+        if OF_SQUARES:
+            d_square = tl.load(d_squares + (own * chunks * rows + index) * parts + part, mask=valid, other=0.0)
+            d_error += 2.0 * d_square[:, None] * tl.load(errors + to_rows, mask=present, other=0.0)
         # transposed
         inverse = tl.load(inverses + own * ROWS * ROWS + index[None, :] * ROWS + index[:, None])
         d_value = tl.dot(inverse, d_error, input_precision=PRECISION)
@@ -331,7 +335,7 @@ def _outputs(
     initial_final: Tensor,
     chunks_per_batch: int,
     operands: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     heads, blocks, chunks, _ = steps.shape
     rows, width = chunks * keys.shape[2], values.shape[-1]
     padded = tile_size(rows)
@@ -339,27 +343,33 @@ def _outputs(
         states.new_empty(heads, blocks, *states.shape[1:]),
         states.new_empty(states.shape),
         states.new_empty(heads, blocks, rows, width, dtype=operands),
+        states.new_empty(heads, blocks, rows, triton.cdiv(width, _columns(width))),
         states.new_empty(heads, blocks, rows, width),
         states.new_empty(heads, blocks, padded, padded),
     )
 
 
+def _columns(width: int) -> int:
+    return min(tile_size(width), MOST_COLUMNS)
+
+
 def _arguments(
-    keys: Tensor, step_sizes: Tensor, steps: Tensor, states: Tensor, chunks_per_batch: int
+    keys: Tensor, step_sizes: Tensor, steps: Tensor, states: Tensor, chunks_per_batch: int, operands: torch.dtype
 ) -> dict[str, Any]:
     """Arguments of all kernels."""
     keys = contiguous_inside(keys, 1)
     _, blocks, chunks, _ = steps.shape
     _, count, dim, width = states.shape
     rows = keys.shape[2]
-    columns = min(tile_size(width), MOST_COLUMNS)
+    columns = _columns(width)
     return dict(
         keys=keys, **named_strides('key', keys, 'head chunk row'),
         step_sizes=step_sizes, **named_strides('step', step_sizes, 'head chunk row'),
         blocks=blocks, chunks=chunks, rows=rows, per_batch=chunks_per_batch, parts=triton.cdiv(width, columns),
         scale=2.0 / width, dim=dim, width=width, STATES=count, PADDED=triton.next_power_of_2(count),
         DIM=tile_size(dim), ROWS=tile_size(chunks * rows), WIDTH=columns, SMALL=SMALL,
-        PRECISION=product_precision(torch.float32)['PRECISION'],
+        # of all products but those that invert, which amplify rounding
+        PRECISION=EXACT if operands == torch.float32 else 'tf32', EXACT=EXACT,
     )  # fmt: skip
 
 
@@ -378,13 +388,13 @@ def _forward(
     initial_final: Tensor,
     chunks_per_batch: int,
     operands: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     outputs = _outputs(
         keys, values, step_sizes, states, steps, initial_steps, final, initial_final, chunks_per_batch, operands
     )
-    names = ('initial', 'final', 'deltas', 'errors', 'inverses')
+    names = ('initial', 'final', 'deltas', 'squares', 'errors', 'inverses')
     values = contiguous_inside(values, 1)
-    arguments = _arguments(keys, step_sizes, steps, states, chunks_per_batch) | dict(
+    arguments = _arguments(keys, step_sizes, steps, states, chunks_per_batch, operands) | dict(
         zip(names, outputs),
         values=values, **named_strides('value', values, 'head chunk row'), states=states.contiguous(),
         steps=steps.contiguous(), initial_steps=initial_steps.contiguous(),
@@ -400,7 +410,7 @@ def _backward(
     d_initial: Tensor | None,
     d_final: Tensor | None,
     d_deltas: Tensor | None,
-    d_errors: Tensor | None,
+    d_squares: Tensor | None,
     initial: Tensor,
     errors: Tensor,
     inverses: Tensor,
@@ -416,13 +426,13 @@ def _backward(
     operands: torch.dtype,
 ) -> tuple[Tensor, ...]:
     heads, blocks, chunks, _ = steps.shape
-    rows, (_, count, dim, width) = keys.shape[2], states.shape
+    rows, count, dim = keys.shape[2], *states.shape[1:3]
     of_rows = (heads, blocks, chunks * rows)
     incoming = {
         'd_initial': ('OF_INITIAL', d_initial),
         'd_final': ('OF_FINAL', d_final),
         'd_deltas': ('OF_DELTAS', d_deltas),
-        'd_errors': ('OF_ERRORS', d_errors),
+        'd_squares': ('OF_SQUARES', d_squares),
     }
     results = {
         'd_after': states.new_empty(initial.shape),
@@ -436,7 +446,7 @@ def _backward(
         'd_initial_final': states.new_empty(*initial_final.shape, dim),
     }
     arguments = (
-        _arguments(keys, step_sizes, steps, states, chunks_per_batch)
+        _arguments(keys, step_sizes, steps, states, chunks_per_batch, operands)
         | {name: states.new_empty(0) if d is None else d.contiguous() for name, (_, d) in incoming.items()}
         | {flag: d is not None for flag, d in incoming.values()}
         | results
@@ -481,8 +491,8 @@ linear_memory_scan = register_kernel(
     _forward,
     _backward,
     outputs=_outputs,
-    saved=(0, 3, 4),
-    not_differentiable=(4,),
-    # the errors serve surprises alone
+    saved=(0, 4, 5),
+    not_differentiable=(4, 5),
+    # the squares serve surprises alone
     materialize_grads=False,
 )

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titans_pytorch.ops.associative_scan import coefficient_product, gate_products
+from titans_pytorch.ops.associative_scan import coefficient_product
+from titans_pytorch.ops.gate_products import gate_products
 from titans_pytorch.utils.precision import at_least_float32, no_autocast
 from titans_pytorch.utils.shapes import Float
 

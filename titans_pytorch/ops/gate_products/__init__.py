@@ -1,0 +1,25 @@
+"""Products of consecutive gates, by which a recurrence over chunks is solved at once."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from titans_pytorch.ops._dispatch import use_kernel
+from titans_pytorch.ops.gate_products import reference
+from titans_pytorch.utils.shapes import Float
+
+# steps; a program holds a matrix
+_MOST_STEPS = 128
+
+
+def gate_products(log_gates: Float[Tensor, '... n']) -> Float[Tensor, '... n n']:
+    """L[c, j] = g_{j+1} · … · g_c for j ≤ c, else 0: the share of the input of step j that is left at step c.
+
+    Each entry sums the logarithms of its own range: the difference of two long sums would cancel.
+    """
+    fits = 0 < log_gates.shape[-1] <= _MOST_STEPS and log_gates.numel() > 0
+    if use_kernel([log_gates], [log_gates]) and fits:
+        from titans_pytorch.ops.gate_products import triton
+
+        return triton.gate_products(log_gates)
+    return reference.gate_products(log_gates)

@@ -1,0 +1,23 @@
+"""RMS norm of the features of each head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from titans_pytorch.ops._dispatch import VOLTA, use_kernel
+from titans_pytorch.ops.head_norm import reference
+from titans_pytorch.utils.shapes import Float
+
+# features of a head
+_WIDEST = 256
+
+
+def head_norm(x: Float[Tensor, 'b h n d'], gamma: Float[Tensor, 'h 1 d']) -> Float[Tensor, 'b h n d']:
+    """x / √(mean x² + ε) · (1 + γ), where ε is the machine epsilon, as in `torch.nn.RMSNorm`."""
+    if use_kernel([x, gamma], capability=VOLTA) and x.shape[-1] <= _WIDEST and x.numel() > 0:
+        from titans_pytorch.ops.head_norm import triton
+
+        # heads side by side, as a projection leaves them
+        return triton.head_norm(x.transpose(1, 2), gamma, torch.promote_types(x.dtype, gamma.dtype))
+    return reference.head_norm(x, gamma)
