@@ -6,6 +6,7 @@ import pytest
 import torch
 from compare import assert_no_worse, assert_same
 
+import titans_pytorch.ops.memory_batch_scan as operation
 from titans_pytorch.ops.final_state import final_state
 from titans_pytorch.ops.inner_gradient import inner_gradient
 from titans_pytorch.ops.memory_batch_scan import MemoryBatches, memory_batch_scan
@@ -29,11 +30,21 @@ CHECKS = ('test_schema', 'test_autograd_registration', 'test_faketensor', 'test_
 
 
 @pytest.fixture
-def kernels(kernels_everywhere):
-    """Kernels run on this device too; their module."""
+def kernels(kernels_everywhere, monkeypatch):
+    """The kernels with states in memory run on this device too; their module."""
     from titans_pytorch.ops.memory_batch_scan import triton as kernels
 
+    monkeypatch.setattr(operation, '_fits_on_chip', lambda *_: False)
     return kernels
+
+
+@pytest.fixture
+def on_chip(kernels_everywhere, monkeypatch):
+    """The kernels with states on chip run on this device too, and no others; their module."""
+    from titans_pytorch.ops.memory_batch_scan import on_chip, triton
+
+    monkeypatch.setattr(triton, 'memory_batch_scan', None)
+    return on_chip
 
 
 @pytest.fixture
@@ -79,18 +90,19 @@ def structured(initial_coefficients):
     return initial_coefficients * read.to(initial_coefficients.dtype)
 
 
-def scanned(tensors):
+def scanned(tensors, batches_per_block=1):
     first, last, gamma = states_of(tensors)
     rows = (tensors[name] for name in ('keys', 'values', 'step_sizes'))
     coefficients = tensors['coefficients'], structured(tensors['initial_coefficients'])
-    return present(memory_batch_scan(*rows, first or None, last, gamma or None, *coefficients, 1e-5)._asdict())
+    out = memory_batch_scan(*rows, first or None, last, gamma or None, *coefficients, 1e-5, batches_per_block)
+    return present(out._asdict())
 
 
 def present(fields):
     return {name: t for name, t in fields.items() if t is not None}
 
 
-def looped(tensors):
+def looped(tensors, batches_per_block=1):
     """A memory batch after the other, by the operations on one."""
     states, out = states_of(tensors), {name: [] for name in MemoryBatches._fields}
     rows = [
@@ -112,7 +124,8 @@ def looped(tensors):
             [*(own @ negative + own_initial @ torch.stack(gamma, dim=1)).unbind(1)] if gamma else [],
         ]
     final = {f'{name}_final': torch.stack(one, dim=1) for name, one in zip(PARAMETERS, states) if one}
-    stacked = {name: torch.stack(own, dim=1) for name, own in out.items() if own} | final
+    kept = {name: own[:: batches_per_block if name.endswith('initial') else 1] for name, own in out.items()}
+    stacked = {name: torch.stack(own, dim=1) for name, own in kept.items() if own} | final
     return {name: stacked[name] for name in MemoryBatches._fields if name in stacked}
 
 
@@ -248,6 +261,71 @@ def test_inputs_that_the_kernels_do_not_support(kernels, monkeypatch):
         assert_same(learned(scanned, leaves(tensors)), exactly(tensors), EXACT)
 
 
+# with states on chip
+
+# heads, memory batches, chunks, rows of a chunk, width, hidden width, states
+ON_CHIP = [(2, 3, 4, 4, 16, 32, 2), (1, 2, 5, 1, 20, 37, 1), (1, 3, 2, 5, 24, 80, 2), (1, 2, 3, 20, 60, 130, 2)]
+
+
+@pytest.mark.parametrize('norm', [True, False])
+@pytest.mark.parametrize('shape', ON_CHIP)
+def test_states_on_chip(on_chip, poisoned, shape, norm):
+    tensors = problem(*shape, 2, norm)
+    assert_same(learned(scanned, leaves(tensors)), exactly(tensors), EXACT)
+
+
+@pytest.mark.parametrize('depth', [1, 2])
+@pytest.mark.parametrize('batches_per_block', [2, 4])
+def test_states_of_blocks(kernels_everywhere, poisoned, batches_per_block, depth):
+    tensors = problem(1, 4, 2, 3, 16, 70, 2, depth)
+
+    def blocks(function):
+        return lambda own: function(own, batches_per_block)
+
+    came = learned(blocks(scanned), leaves(tensors))
+    assert_same(came, learned(blocks(looped), leaves(tensors, torch.float64)), EXACT)
+
+
+def test_only_one_output_on_chip_is_used(on_chip, poisoned):
+    tensors = problem(1, 2, 2, 2, 16, 70, 2)
+    for name in looped(tensors):
+        assert_same(learned(scanned, leaves(tensors), [name]), exactly(tensors, [name]), EXACT, f'of {name} ')
+
+
+def test_views_on_chip(on_chip, poisoned):
+    tensors = problem(2, 4, 3, 4, 16, 20, 2)
+    cut = {name: t[:, 1:3] for name, t in tensors.items() if name.endswith('coefficients')}
+    cut |= {name: tensors[name][:, 3:9] for name in ('keys', 'values', 'step_sizes')}
+    cut |= {name: t[:1].expand(t.shape) for name, t in tensors.items() if ' ' in name}
+    cut = {name: t.requires_grad_() for name, t in cut.items()}
+    assert_same(learned(scanned, cut, None, True), exactly(cut, None, True), EXACT)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, LOW])
+def test_states_on_chip_under_autocast(on_chip, poisoned, dtype):
+    tensors = lowered(problem(2, 2, 4, 4, 16, 80, 2), dtype)
+    assert_no_worse(lambda: learned_in(LOW, tensors), exactly(tensors))
+
+
+def test_states_that_do_not_fit(kernels_everywhere, monkeypatch):
+    from titans_pytorch.ops.memory_batch_scan import on_chip
+
+    monkeypatch.setattr(on_chip, 'memory_batch_scan_on_chip', None)
+    shapes = ((1, 1, 1, 1, 65, 8, 1), (1, 1, 1, 1, 8, 513, 1), (1, 1, 1, 1, 8, 8, 3), (1, 1, 5, 13, 8, 8, 1))
+    for shape in (*shapes, (1, 2, 1, 1, 8, 8, 2, 1)):
+        tensors = problem(*shape)
+        assert_same(learned(scanned, leaves(tensors)), exactly(tensors), EXACT)
+
+
+def test_the_operation_on_chip_is_registered_correctly(on_chip):
+    tensors = leaves(problem(1, 2, 2, 2, 16, 70, 2))
+    rows = (tensors[name] for name in ('keys', 'values', 'step_sizes'))
+    stacked = (torch.stack(own, dim=1).detach().requires_grad_() for own in states_of(tensors))
+    coefficients = (tensors[name] for name in ('coefficients', 'initial_coefficients'))
+    args = (*rows, *stacked, *coefficients, 2, 1e-5, torch.float32)
+    torch.library.opcheck(on_chip.memory_batch_scan_on_chip, args, test_utils=CHECKS)
+
+
 # to the compiler
 
 
@@ -295,6 +373,20 @@ def test_it_compiles_to_one_operation(kernels, fresh_compiler):
 )
 def test_kernels_in_sizes_of_training(kernels, poisoned, shape, depth, norm, low):
     tensors = problem(*shape, depth, norm)
+    tensors['step_sizes'] = tensors['step_sizes'] * 0.03
+    tensors = tensors if low is None else lowered(tensors, low)
+    assert_no_worse(lambda: learned_in(low, tensors), exactly(tensors), floor=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('low', [None, torch.bfloat16])
+@pytest.mark.parametrize('norm', [True, False])
+@pytest.mark.parametrize(
+    'shape',
+    [(64, 4, 1, 16, 64, 256, 2), (8, 3, 1, 64, 64, 256, 2), (300, 2, 4, 4, 64, 128, 1), (3, 5, 5, 3, 50, 500, 2)],
+)
+def test_states_on_chip_in_sizes_of_training(on_chip, poisoned, shape, norm, low):
+    tensors = problem(*shape, 2, norm)
     tensors['step_sizes'] = tensors['step_sizes'] * 0.03
     tensors = tensors if low is None else lowered(tensors, low)
     assert_no_worse(lambda: learned_in(low, tensors), exactly(tensors), floor=1e-5)

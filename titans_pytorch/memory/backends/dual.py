@@ -71,10 +71,11 @@ class DualBackend(Backend):
         for group, (group_chunks, group_residual) in zip(groups, split_inputs(chunks, inputs.residual, lengths)):
             in_batches = at_newest and all(block.is_batch for block in group)
             if in_batches and solves:
-                yield from self._in_blocks(group, group_chunks, group_residual)
+                rows = _solved_together(chunks).in_block
+                yield from self._in_blocks(self._store_linear, group, rows, group_chunks, group_residual)
             elif in_batches and scans and not formed:
-                coefficients = Coefficients.of_blocks(group_chunks, len(group))
-                yield PreparedBlock(partial(self._store_batches, group_chunks, coefficients), ends_batch=True)
+                rows = _kept_together(chunks)
+                yield from self._in_blocks(self._store_batches, group, rows, group_chunks, None)
             else:
                 yield from self._separately(group, group_chunks, group_residual, formed)
             at_newest = True
@@ -98,10 +99,6 @@ class DualBackend(Backend):
         without_options = inputs.residual is None and inputs.transition is None and inputs.chunks.modulation is None
         return self.fused is not None and self.max_grad_norm is None and without_options
 
-    def _store_batches(self, chunks: Chunks, coefficients: Coefficients, weights: MemoryWeights) -> Stored:
-        assert self.fused is not None
-        return self.fused.store_batches(chunks, coefficients, weights)
-
     def _solves(self, inputs: StoreInputs) -> bool:
         """True for a linear memory whose memory batches are so short that several are solved together."""
         fused, per_batch = self.fused, inputs.schedule.chunks_per_batch
@@ -112,16 +109,36 @@ class DualBackend(Backend):
         return per_batch * inputs.chunks.keys.shape[2] <= _solved_together(inputs.chunks).in_batch
 
     def _in_blocks(
-        self, batches: list[Block], chunks: Chunks, residual: WeightResidual | None
+        self,
+        store: Callable[..., Stored],
+        batches: list[Block],
+        rows: int,
+        chunks: Chunks,
+        residual: WeightResidual | None,
     ) -> Iterator[PreparedBlock]:
-        """Memory batches of one length in a linear memory, several in each block."""
+        """Memory batches of one length, as many in each block as have at most `rows` rows, but at least one."""
         per_batch = batches[0].num_chunks
-        together = _solved_together(chunks).in_block // (per_batch * chunks.keys.shape[2])
+        together = max(1, rows // (per_batch * chunks.keys.shape[2]))
         whole, rest = divmod(len(batches), together)
         counts = [(blocks, length) for blocks, length in ((whole, together), (1, rest)) if blocks * length]
         lengths = [blocks * length * per_batch for blocks, length in counts]
         for (blocks, _), inputs in zip(counts, split_inputs(chunks, residual, lengths)):
-            yield PreparedBlock(partial(self._store_linear, *inputs, blocks, per_batch), ends_batch=True)
+            yield PreparedBlock(partial(store, *inputs, blocks, per_batch), ends_batch=True)
+
+    def _store_batches(
+        self,
+        chunks: Chunks,
+        residual: None,
+        num_blocks: int,
+        chunks_per_batch: int,
+        weights: MemoryWeights,
+    ) -> Stored:
+        assert self.fused is not None
+        coefficients = of_batches = Coefficients.of_blocks(chunks, num_blocks)
+        num_batches = chunks.keys.shape[1] // chunks_per_batch
+        if num_batches != num_blocks:
+            of_batches = Coefficients.of_blocks(chunks, num_batches)
+        return self.fused.store_batches(chunks, coefficients, of_batches, weights)
 
     def _store_linear(
         self,
@@ -301,6 +318,12 @@ class SolvedRows(NamedTuple):
 def _solved_together(chunks: Chunks) -> SolvedRows:
     # measured on a CPU: work in a block grows with the square of its rows, and its share of launches falls
     return SolvedRows(32, 16) if chunks.keys.device.type == 'cpu' else SolvedRows(MOST_ROWS, MOST_ROWS)
+
+
+def _kept_together(chunks: Chunks) -> int:
+    """Rows of the memory batches of which the states are kept but once, beside factors."""
+    # on a GPU, states in memory cost more than longer factors
+    return MOST_ROWS if chunks.keys.is_cuda else 0
 
 
 def _forms_matrix(chunks: Chunks, weight: Float[Tensor, 'bh d e']) -> bool:

@@ -52,8 +52,15 @@ class FusedMLP(NamedTuple):
         inputs = {self.last: keys} if out.hidden is None else _present({self.first: keys, self.last: out.hidden})
         return Gradients(inputs, _present({self.first: out.hidden_deltas, self.last: out.deltas}), vectors, out.losses)
 
-    def store_batches(self, chunks: Chunks, coefficients: Coefficients, weights: MemoryWeights) -> Stored:
-        """Whole memory batches in a row, each with its gradients at the weights that the one before leaves."""
+    def store_batches(
+        self, chunks: Chunks, coefficients: Coefficients, of_batches: Coefficients, weights: MemoryWeights
+    ) -> Stored:
+        """Whole memory batches in a row, each with its gradients at the weights that the one before leaves.
+
+        Args:
+            coefficients: of blocks of one or more memory batches, for which the states are kept.
+            of_batches: of each memory batch.
+        """
         initial = {name: [w, *weights.momentum.get(name, ())] for name, w in weights.newest.items()}
         first, gamma = (None if name is None else initial[name] for name in (self.first, self.gamma))
         out = memory_batch_scan(
@@ -61,21 +68,26 @@ class FusedMLP(NamedTuple):
             first,
             initial[self.last],
             gamma,
-            coefficients.final,
-            coefficients.initial_final,
+            of_batches.final,
+            of_batches.initial_final,
             self.eps,
+            of_batches.steps.shape[1] // coefficients.steps.shape[1],
         )
 
-        batches, length = coefficients.steps.shape[1:3]
-        keys = chunks.keys.to(out.deltas.dtype).unflatten(1, (batches, length)).flatten(2, 3)
+        shape = coefficients.steps.shape[1:3]
+
+        def of_blocks(rows: Float[Tensor, 'bh r t e']) -> Float[Tensor, 'bh _r _t e']:
+            return rows.flatten(1, 2).unflatten(1, (shape[0], -1))
+
+        keys = chunks.keys.to(out.deltas.dtype).unflatten(1, shape).flatten(2, 3)
         matrices, dense = {}, {}
         if self.first is not None and out.first_initial is not None and out.hidden_deltas is not None:
-            matrices[self.first] = FactoredMatrix(out.first_initial, keys, out.hidden_deltas)
-        inputs = keys if out.hidden is None else out.hidden
-        matrices[self.last] = FactoredMatrix(out.last_initial, inputs, out.deltas)
+            matrices[self.first] = FactoredMatrix(out.first_initial, keys, of_blocks(out.hidden_deltas))
+        inputs = keys if out.hidden is None else of_blocks(out.hidden)
+        matrices[self.last] = FactoredMatrix(out.last_initial, inputs, of_blocks(out.deltas))
         if self.gamma is not None and out.gamma_initial is not None and out.negative_gamma_gradient is not None:
             with no_autocast(out.gamma_initial):
-                every = coefficients.steps @ out.negative_gamma_gradient
+                every = coefficients.steps @ of_blocks(out.negative_gamma_gradient)
                 dense[self.gamma] = (every + coefficients.initial_steps @ out.gamma_initial).flatten(1, 2)
 
         final = _present({self.first: out.first_final, self.last: out.last_final, self.gamma: out.gamma_final})

@@ -89,6 +89,67 @@ def sum_rows_of_chunks(of_rows, CHUNKS: tl.constexpr, ROWS: tl.constexpr, WIDTH:
 
 
 @triton.jit
+def gradient_of_product(y, k, v, theta, gain, inside, eps, dim: tl.constexpr, NORM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """From the product y with the last matrix: p − v, Δ₂, and what γ is to descend by each row. `gain` is 1 + γ."""
+    # s = −(2θ/d) (p − v)
+    if NORM:
+        x, inverse = standardize(y, inside, eps, dim)
+        difference = x * gain + k - v
+        s = theta * difference * (-2.0 / dim)
+        # Δ₂ = r · P(s ∘ (1 + γ))
+        delta = inverse * project_out(s * gain, x, inside, dim)
+        of_rows = s * x
+    else:
+        difference = y - v
+        delta = theta * difference * (-2.0 / dim)
+        of_rows = delta
+    return difference, delta, of_rows
+
+
+@triton.jit
+def gradient_of_product_backward(  # type: ignore[no-untyped-def]
+    y, k, v, theta, gain, d_delta, d_of_rows, d_loss, inside, eps, dim: tl.constexpr, NORM: tl.constexpr
+):  # fmt: skip
+    """The way back: Δ₂ again, and the gradients of θ, p, k (by the residual around the network), y and γ, the last
+    summed over rows."""
+    if NORM:
+        x, inverse = standardize(y, inside, eps, dim)
+        difference = x * gain + k - v
+        s = theta * difference * (-2.0 / dim)
+        # Δ₂ = r · P(u) with u = s ∘ (1 + γ); P is symmetric, and made of x̂
+        tangent = project_out(s * gain, x, inside, dim)
+        delta = inverse * tangent
+        d_inverse = tl.sum(d_delta * tangent, axis=1)[:, None]
+        d_delta *= inverse
+        d_u = project_out(d_delta, x, inside, dim)
+        d_x = -row_mean(s * gain * x, dim) * d_delta - row_mean(d_delta * x, dim) * (s * gain)
+        # and minus the gradient of γ is Σ s ∘ x̂
+        d_s = d_u * gain + d_of_rows * x
+        d_x += d_of_rows * s
+        of_gamma = d_u * s
+    else:
+        difference = y - v
+        delta = theta * difference * (-2.0 / dim)
+        d_s = d_delta
+
+    # s = −(2θ/d) (p − v), loss = mean (p − v)²
+    d_step = tl.sum(d_s * difference, axis=1) * (-2.0 / dim)
+    d_prediction = d_s * theta * (-2.0 / dim) + d_loss * difference * (2.0 / dim)
+
+    if NORM:
+        # p = x̂ ∘ (1 + γ) + k
+        d_k = d_prediction
+        of_gamma = tl.sum(of_gamma + d_prediction * x, axis=0)
+        d_x += d_prediction * gain
+        # x̂ = (y − mean y) · r, and ∂r/∂y = −r² x̂ / d
+        d_product = inverse * (project_out(d_x, x, inside, dim) - d_inverse * inverse * x / dim)
+    else:
+        d_k = tl.zeros_like(y)
+        d_product, of_gamma = d_prediction, 0.0
+    return delta, d_step, d_prediction, d_k, d_product, of_gamma
+
+
+@triton.jit
 def forward_of_rows(  # type: ignore[no-untyped-def]
     keys, key_offset, values, value_offset, step_sizes, step_offset, w_first, w_last, w_gamma,
     hidden, hidden_deltas, deltas, losses, row_offset, valid, feature, eps,
@@ -125,20 +186,10 @@ def forward_of_rows(  # type: ignore[no-untyped-def]
 
     v = tl.load(values + value_offset[:, None] + feature[None, :], mask=inside, other=0.0).to(tl.float32)
     theta = tl.load(step_sizes + step_offset, mask=valid, other=0.0).to(tl.float32)[:, None]
-
-    # s = −(2θ/d) (p − v)
+    gain = 1.0
     if NORM:
-        x, inverse = standardize(y, inside, eps, dim)
-        gain = 1.0 + _block(w_gamma, 0, feature[None, :], 1, dim, RESIDUAL, tl.float32)
-        difference = x * gain + k - v
-        s = theta * difference * (-2.0 / dim)
-        # Δ₂ = r · P(s ∘ (1 + γ))
-        delta = inverse * project_out(s * gain, x, inside, dim)
-        of_rows = s * x
-    else:
-        difference = y - v
-        delta = theta * difference * (-2.0 / dim)
-        of_rows = delta
+        gain += _block(w_gamma, 0, feature[None, :], 1, dim, RESIDUAL, tl.float32)
+    difference, delta, of_rows = gradient_of_product(y, k, v, theta, gain, inside, eps, dim, NORM)
     tl.store(losses + row_offset, tl.sum(difference * difference, axis=1) / dim, mask=valid)
     tl.store(deltas + row_offset[:, None] * dim + feature[None, :], delta, mask=inside)
 
@@ -236,48 +287,18 @@ def backward_of_rows(  # type: ignore[no-untyped-def]
 
     v = tl.load(values + value_offset[:, None] + feature[None, :], mask=inside, other=0.0).to(tl.float32)
     theta = tl.load(step_sizes + step_offset, mask=valid, other=0.0).to(tl.float32)[:, None]
-
+    gain, d_chunk, d_loss = 1.0, 0.0, 0.0
     if NORM:
-        x, inverse = standardize(y, inside, eps, dim)
-        gain = 1.0 + _block(w_gamma, 0, feature[None, :], 1, dim, RESIDUAL, tl.float32)
-        difference = x * gain + k - v
-        s = theta * difference * (-2.0 / dim)
-        # Δ₂ = r · P(u) with u = s ∘ (1 + γ); P is symmetric, and made of x̂
-        tangent = project_out(s * gain, x, inside, dim)
-        delta = inverse * tangent
-        d_inverse = tl.sum(d_delta * tangent, axis=1)[:, None]
-        d_delta *= inverse
-        d_u = project_out(d_delta, x, inside, dim)
-        d_x = -row_mean(s * gain * x, dim) * d_delta - row_mean(d_delta * x, dim) * (s * gain)
-        # and minus the gradient of γ is Σ s ∘ x̂
+        gain += _block(w_gamma, 0, feature[None, :], 1, dim, RESIDUAL, tl.float32)
         from_chunks = d_of_gamma + gamma_offset[:, None] * dim + feature[None, :]
         d_chunk = tl.load(from_chunks, mask=inside, other=0.0)
-        d_s = d_u * gain + d_chunk * x
-        d_x += d_chunk * s
-        of_gamma = d_u * s
-    else:
-        difference = y - v
-        delta = theta * difference * (-2.0 / dim)
-        d_s = d_delta
-
-    # s = −(2θ/d) (p − v), loss = mean (p − v)²
-    tl.store(d_step_sizes + row_offset, tl.sum(d_s * difference, axis=1) * (-2.0 / dim), mask=valid)
-    d_prediction = d_s * theta * (-2.0 / dim)
     if LOSSES:
         d_loss = tl.load(d_losses + row_offset, mask=valid, other=0.0)[:, None]
-        d_prediction += d_loss * difference * (2.0 / dim)
+    delta, d_step, d_prediction, d_k, d_product, of_gamma = gradient_of_product_backward(
+        y, k, v, theta, gain, d_delta, d_chunk, d_loss, inside, eps, dim, NORM
+    )
+    tl.store(d_step_sizes + row_offset, d_step, mask=valid)
     tl.store(d_values + features, -d_prediction, mask=inside)
-
-    if NORM:
-        # p = x̂ ∘ (1 + γ) + k
-        d_k = d_prediction
-        of_gamma = tl.sum(of_gamma + d_prediction * x, axis=0)
-        d_x += d_prediction * gain
-        # x̂ = (y − mean y) · r, and ∂r/∂y = −r² x̂ / d
-        d_product = inverse * (project_out(d_x, x, inside, dim) - d_inverse * inverse * x / dim)
-    else:
-        d_k = tl.zeros((ROWS, DIM), tl.float32)
-        d_product, of_gamma = d_prediction, 0.0
     tl.store(d_y + features, d_product, mask=inside)
 
     if HIDDEN:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from titans_pytorch.ops._dispatch import use_kernel
@@ -22,14 +23,19 @@ from titans_pytorch.ops.memory_batch_scan import reference
 from titans_pytorch.utils.precision import operand_dtype
 from titans_pytorch.utils.shapes import Float
 
+MOST_ROWS = 64
+"""Rows of a memory batch with which its states stay on chip."""
+# features and hidden features, likewise
+_MOST_FEATURES, _MOST_UNITS = 64, 512
+
 
 class MemoryBatches(NamedTuple):
     """States and inner gradients of r memory batches of t = n · m rows; fields of absent parameters are `None`."""
 
-    first_initial: Float[Tensor, 'bh r k d e'] | None
-    """States of W₁ before each memory batch."""
-    last_initial: Float[Tensor, 'bh r k e d']
-    gamma_initial: Float[Tensor, 'bh r k d'] | None
+    first_initial: Float[Tensor, 'bh _r k d e'] | None
+    """States of W₁ before each block of memory batches."""
+    last_initial: Float[Tensor, 'bh _r k e d']
+    gamma_initial: Float[Tensor, 'bh _r k d'] | None
     first_final: Float[Tensor, 'bh k d e'] | None
     """And after the last one."""
     last_final: Float[Tensor, 'bh k e d']
@@ -55,6 +61,7 @@ def memory_batch_scan(
     coefficients: Float[Tensor, 'bh r k n'],
     initial_coefficients: Float[Tensor, 'bh r k k'],
     eps: float,
+    batches_per_block: int = 1,
 ) -> MemoryBatches:
     """Stores r memory batches, one after the other.
 
@@ -66,19 +73,41 @@ def memory_batch_scan(
         initial_coefficients: of each state before a memory batch, in each state after it, structured as those of
             `final_state`.
         eps: of the norm.
+        batches_per_block: memory batches of a block; states are returned for each block. It divides r.
 
     States are in their own precision, products in that of autocast or of the keys.
     """
     tensors = (keys, values, step_sizes, first or [], last, gamma or [], coefficients, initial_coefficients)
     operands = operand_dtype(keys)
     states = (*(first or ()), *last, *(gamma or ()), coefficients, initial_coefficients)
-    if use_kernel([keys, values, step_sizes], states) and _supports(keys, last):
+    uses_kernel = use_kernel([keys, values, step_sizes], states) and keys.numel() > 0
+    if uses_kernel and first is not None and _fits_on_chip(keys, first, coefficients):
+        from titans_pytorch.ops.memory_batch_scan import on_chip
+
+        stacked = [None if own is None else torch.stack(own, dim=1) for own in (first, last, gamma)]
+        outputs = on_chip.memory_batch_scan_on_chip(
+            *tensors[:3], *stacked, *tensors[6:], batches_per_block, eps, operands
+        )
+        fields = [None if t.numel() == 0 else t for t in outputs[: len(MemoryBatches._fields)]]
+        out = MemoryBatches(*fields)
+        of_rows = out.negative_gamma_gradient
+        if of_rows is None:
+            return out
+        return out._replace(negative_gamma_gradient=of_rows.unflatten(2, (-1, keys.shape[2])).sum(dim=3))
+    if uses_kernel and keys.shape[-1] <= WIDEST and len(last) <= MOST_STATES:
         from titans_pytorch.ops.memory_batch_scan import triton
 
         outputs = triton.memory_batch_scan(*tensors, eps, operands)
-        return MemoryBatches._make(None if t.numel() == 0 else t for t in outputs)
-    return MemoryBatches._make(reference.memory_batch_scan(*tensors, eps, operands))
+        out = MemoryBatches._make(None if t.numel() == 0 else t for t in outputs)
+    else:
+        out = MemoryBatches._make(reference.memory_batch_scan(*tensors, eps, operands))
+    if batches_per_block == 1:
+        return out
+    initial = (None if t is None else t[:, ::batches_per_block] for t in out[:3])
+    return MemoryBatches(*initial, *out[3:])
 
 
-def _supports(keys: Tensor, last: list[Tensor]) -> bool:
-    return keys.shape[-1] <= WIDEST and keys.numel() > 0 and len(last) <= MOST_STATES
+def _fits_on_chip(keys: Tensor, first: list[Tensor], coefficients: Tensor) -> bool:
+    dim, width = first[0].shape[1:]
+    rows = coefficients.shape[3] * keys.shape[2]
+    return len(first) <= 2 and dim <= _MOST_FEATURES and width <= _MOST_UNITS and rows <= MOST_ROWS

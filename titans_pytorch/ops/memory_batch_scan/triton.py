@@ -59,7 +59,7 @@ COUNTER_STRIDE = 32
 
 
 @triton.jit
-def _wait_for_all(counter, target, WAITS: tl.constexpr):  # type: ignore[no-untyped-def]
+def wait_for_all(counter, target, WAITS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Waits until all programs of a head are here, `target` arrivals since the launch; all they wrote can be read."""
     tl.debug_barrier()
     if WAITS:
@@ -188,7 +188,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                 gamma_0, gamma_1, gamma_2, gamma_3, gamma_head_0, gamma_head_1, gamma_head_2, gamma_head_3,
                 gamma_initial + of_head * dim, head, part, programs, dim, STATES, COPIED,
             )  # fmt: skip
-        _wait_for_all(counter, programs, WAITS)
+        wait_for_all(counter, programs, WAITS)
 
     for batch in range(first_batch, last_batch):
         # index of the memory batch among those of all heads, and of its first row
@@ -218,7 +218,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                     summed = (block // parts) * CHUNKS + tl.arange(0, CHUNKS)
                     to_chunks = own_gamma + (summed * parts + block % parts)[:, None] * dim + feature[None, :]
                     tl.store(to_chunks, of_chunks, mask=(summed < chunks)[:, None] & (feature < dim)[None, :])
-            _wait_for_all(counter, (2 * (batch - first_batch) + 2) * programs, WAITS)
+            wait_for_all(counter, (2 * (batch - first_batch) + 2) * programs, WAITS)
 
         if STATES_PHASE:
             own_coefficients = coefficients + own * STATES * chunks
@@ -255,7 +255,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                         gamma_final + head * STATES * dim, more, chunks, parts, feature, dim, STATES, DIM,
                     )  # fmt: skip
             if more:
-                _wait_for_all(counter, (2 * (batch - first_batch) + 3) * programs, WAITS)
+                wait_for_all(counter, (2 * (batch - first_batch) + 3) * programs, WAITS)
 
 
 @triton.jit
@@ -444,7 +444,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                 tl.store(d_keys + start * dim + features, d_k + of_keys, mask=inside)
                 if NORM:
                     tl.store(of_gamma + block * dim + feature, of_block, mask=feature < dim)
-            _wait_for_all(counter, (2 * (step - first_batch) + 1) * programs, WAITS)
+            wait_for_all(counter, (2 * (step - first_batch) + 1) * programs, WAITS)
 
         if STATES_PHASE:
             own_initial_coefficients = initial_coefficients + own * STATES * STATES
@@ -479,7 +479,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                         dim, STATES, PADDED, GAMMA_INITIAL,
                     )  # fmt: skip
             if step + 1 < batches:
-                _wait_for_all(counter, (2 * (step - first_batch) + 2) * programs, WAITS)
+                wait_for_all(counter, (2 * (step - first_batch) + 2) * programs, WAITS)
 
 
 def _outputs(
@@ -732,7 +732,7 @@ def _launch(kernel: Any, arguments: dict[str, Any], copies: bool = False) -> Non
         if waits:
             # programs that wait for each other must all be there
             options = {'launch_cooperative_grid': True}
-            most = _resident(kernel, arguments | own | {'programs': programs}, keys.device)
+            most = resident_programs(kernel, arguments | own | options | {'programs': programs}, keys.device)
             in_grid = min(programs, most // heads)
         kernel[(heads * in_grid,)](**arguments, **own, **options, programs=in_grid)
 
@@ -751,13 +751,13 @@ def _launch(kernel: Any, arguments: dict[str, Any], copies: bool = False) -> Non
 _RESIDENT: dict[Any, int] = {}
 
 
-def _resident(kernel: Any, arguments: dict[str, Any], device: torch.device) -> int:
+def resident_programs(kernel: Any, arguments: dict[str, Any], device: torch.device) -> int:
     """Programs of a kernel that the GPU holds at a time."""
     dtypes = tuple(t.dtype for t in arguments.values() if isinstance(t, Tensor))
     constants = tuple((name, value) for name, value in arguments.items() if name.isupper() or name in _SIZES)
     key = kernel, device, dtypes, constants
     if key not in _RESIDENT:
-        compiled = kernel.warmup(**arguments, grid=(1,), launch_cooperative_grid=True)
+        compiled = kernel.warmup(**arguments, grid=(1,))
         compiled._init_handles()
         gpu = torch.cuda.get_device_properties(device)
         warps, shared = compiled.metadata.num_warps, compiled.metadata.shared

@@ -1,0 +1,673 @@
+"""Kernels of the scan over memory batches that keep states on chip from the first memory batch to the last.
+
+Programs share a head by hidden features: each owns the same columns of W₁ and rows of W₂, with their momentum. Only the
+product with W₂ is a sum over all of them, so that they meet once in each memory batch, forward and backward: every one
+writes its part of the sum, waits for the others, adds all parts up and goes on with the same numbers. States are
+written out before each block of memory batches, for retrieval, and before each memory batch in the precision of
+products, for the backward. That goes from the last memory batch to the first, with the gradient G of the states on
+chip.
+
+Where programs cannot wait for each other, in Triton's interpreter, what comes before the sum and what comes after it
+are launched in turn, and states stay in memory between launches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from titans_pytorch.ops._registration import register_kernel
+from titans_pytorch.ops._triton import (
+    contiguous_inside,
+    gelu_derivative,
+    gelu_second_derivative,
+    multiply_add,
+    named_strides,
+    normal_cdf,
+    product_precision,
+    tile_size,
+)
+from titans_pytorch.ops.inner_gradient.triton import gradient_of_product, gradient_of_product_backward
+from titans_pytorch.ops.memory_batch_scan.triton import COUNTER_STRIDE, resident_programs, wait_for_all
+
+# hidden features of a program
+UNITS = 64
+WARPS = 8
+
+
+@triton.jit
+def _load_matrix(states, size, offset, inside, MOMENTUM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A program's part of a matrix and of its momentum."""
+    w = tl.load(states + offset, mask=inside, other=0.0)
+    momentum = w
+    if MOMENTUM:
+        momentum = tl.load(states + size + offset, mask=inside, other=0.0)
+    return w, momentum
+
+
+@triton.jit
+def _store_matrix(states, w, momentum, size, offset, inside, MOMENTUM: tl.constexpr):  # type: ignore[no-untyped-def]
+    tl.store(states + offset, w, mask=inside)
+    if MOMENTUM:
+        tl.store(states + size + offset, momentum, mask=inside)
+
+
+@triton.jit
+def _load_mix(initial_coefficients, own, MOMENTUM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Coefficients of the weights in the next weights, and of the momentum in the next weights and momentum."""
+    if MOMENTUM:
+        start = initial_coefficients + own * 4
+        mix = tl.load(start), tl.load(start + 1), tl.load(start + 3)
+    else:
+        weight = tl.load(initial_coefficients + own)
+        mix = weight, weight, weight
+    return mix
+
+
+@triton.jit
+def _load_coefficients(coefficients, own, chunk, valid, chunks, STATES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Coefficients of each row's update in the next weights and in the next momentum."""
+    start = coefficients + own * STATES * chunks + chunk
+    of_weights = tl.load(start, mask=valid, other=0.0)
+    of_momentum = of_weights
+    if STATES > 1:
+        of_momentum = tl.load(start + chunks, mask=valid, other=0.0)
+    return of_weights, of_momentum
+
+
+@triton.jit
+def _advance(  # type: ignore[no-untyped-def]
+    w, momentum, x, delta, coefficients, mix, MOMENTUM: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr
+):  # fmt: skip
+    """A matrix and its momentum after a memory batch of rows x and Δ."""
+    of_weights, of_momentum = coefficients
+    kept, added, kept_momentum = mix
+    if MOMENTUM:
+        w = kept * w + added * momentum
+        momentum = kept_momentum * momentum
+        momentum = multiply_add(momentum, tl.trans(x * of_momentum[:, None]), delta, PRECISION, OPERAND)
+    else:
+        w = kept * w
+    w = multiply_add(w, tl.trans(x * of_weights[:, None]), delta, PRECISION, OPERAND)
+    return w, momentum
+
+
+@triton.jit
+def _sum_of_parts(parts_of_head, parts, ROWS: tl.constexpr, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+    entry = tl.arange(0, ROWS)[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    total = tl.zeros((ROWS, DIM), tl.float32)
+    for part in range(parts):
+        # another multiprocessor wrote it
+        total += tl.load(parts_of_head + part * ROWS * DIM + entry, cache_modifier='.cg')
+    return total
+
+
+@triton.jit(do_not_specialize=['first_batch', 'last_batch', 'batches'])
+def _forward_kernel(  # type: ignore[no-untyped-def]
+    keys, values, step_sizes, coefficients, initial_coefficients, first, last, gamma,
+    first_initial, last_initial, gamma_initial, first_final, last_final, gamma_final,
+    hidden, hidden_deltas, deltas, of_gamma, losses, first_saved, last_saved, gamma_saved, products, partial, counters,
+    first_batch, last_batch, batches, batches_per_block, heads, parts, chunks, rows, eps,
+    key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
+    dim: tl.constexpr, width: tl.constexpr, NORM: tl.constexpr, STATES: tl.constexpr, MOMENTUM: tl.constexpr,
+    BEFORE_SUM: tl.constexpr, AFTER_SUM: tl.constexpr, WAITS: tl.constexpr, COUNTER_STRIDE: tl.constexpr,
+    ROWS: tl.constexpr, DIM: tl.constexpr, UNITS: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    part, groups = program % parts, tl.num_programs(0) // parts
+    feature, unit, index = tl.arange(0, DIM), part * UNITS + tl.arange(0, UNITS), tl.arange(0, ROWS)
+    with_feature, with_unit, valid = feature < dim, unit < width, index < chunks * rows
+    chunk, row = index // rows, index % rows
+    size: tl.constexpr = dim * width
+    to_first, in_first = feature[:, None] * width + unit[None, :], with_feature[:, None] & with_unit[None, :]
+    to_last, in_last = unit[:, None] * dim + feature[None, :], with_unit[:, None] & with_feature[None, :]
+    entry = index[:, None] * DIM + feature[None, :]
+    inside, present = valid[:, None] & with_feature[None, :], valid[:, None] & with_unit[None, :]
+    nothing = tl.zeros((ROWS, UNITS), tl.float32)
+
+    for head_index in range(program // parts, heads, groups):
+        head = tl.cast(head_index, tl.int64)
+        counter = counters + head * COUNTER_STRIDE
+        w_1, s_1 = _load_matrix(first + head * STATES * size, size, to_first, in_first, MOMENTUM)
+        w_2, s_2 = _load_matrix(last + head * STATES * size, size, to_last, in_last, MOMENTUM)
+        w_gamma, s_gamma = 0.0, 0.0
+        if NORM:
+            # every program keeps its own
+            to_gamma = (head * parts + part) * STATES * dim
+            w_gamma, s_gamma = _load_matrix(gamma + to_gamma, dim, feature, with_feature, MOMENTUM)
+
+        for batch in range(first_batch, last_batch):
+            own = head * batches + batch
+            start = own * chunks * rows
+            offset = tl.cast(batch * chunks + chunk, tl.int64)
+            from_keys = keys + head * key_head + (offset * key_chunk + row * key_row)[:, None] + feature[None, :]
+            k = tl.load(from_keys, mask=inside, other=0.0).to(tl.float32)
+            h = multiply_add(nothing, k, w_1, PRECISION, OPERAND)
+            a = h * normal_cdf(h)
+            # two places in turn: when one is written again, all programs have read it
+            parts_of_head = partial + (head * 2 + batch % 2) * parts * ROWS * DIM
+            if BEFORE_SUM:
+                y = multiply_add(tl.zeros((ROWS, DIM), tl.float32), a, w_2, PRECISION, OPERAND)
+                tl.store(parts_of_head + part * ROWS * DIM + entry, y)
+            if AFTER_SUM:
+                # meanwhile, what others need not wait for
+                if batch % batches_per_block == 0:
+                    block = own // batches_per_block
+                    _store_matrix(
+                        first_initial + block * STATES * size, w_1, s_1, size, to_first, in_first, MOMENTUM
+                    )  # fmt: skip
+                    _store_matrix(last_initial + block * STATES * size, w_2, s_2, size, to_last, in_last, MOMENTUM)
+                    if NORM:
+                        to_gamma = gamma_initial + block * STATES * dim
+                        if part == 0:
+                            _store_matrix(to_gamma, w_gamma, s_gamma, dim, feature, with_feature, MOMENTUM)
+                to_saved = own * STATES * size
+                _store_matrix(first_saved + to_saved, w_1, s_1, size, to_first, in_first, MOMENTUM)
+                _store_matrix(last_saved + to_saved, w_2, s_2, size, to_last, in_last, MOMENTUM)
+                if NORM:
+                    to_gamma = gamma_saved + own * STATES * dim
+                    if part == 0:
+                        _store_matrix(to_gamma, w_gamma, s_gamma, dim, feature, with_feature, MOMENTUM)
+                tl.store(hidden + (start + index)[:, None] * width + unit[None, :], a, mask=present)
+            wait_for_all(counter, (batch - first_batch + 1) * parts, WAITS)
+
+            if AFTER_SUM:
+                y = _sum_of_parts(parts_of_head, parts, ROWS, DIM)
+                to_values = (offset * value_chunk + row * value_row)[:, None] + feature[None, :]
+                v = tl.load(values + head * value_head + to_values, mask=inside, other=0.0).to(tl.float32)
+                to_steps = offset * step_chunk + row * step_row
+                theta = tl.load(step_sizes + head * step_head + to_steps, mask=valid, other=0.0).to(tl.float32)
+                gain = 1.0
+                if NORM:
+                    gain += w_gamma[None, :]
+                difference, delta, of_rows = gradient_of_product(y, k, v, theta[:, None], gain, inside, eps, dim, NORM)
+                to_rows = (start + index)[:, None] * dim + feature[None, :]
+                if part == 0:
+                    tl.store(losses + start + index, tl.sum(difference * difference, axis=1) / dim, mask=valid)
+                    tl.store(deltas + to_rows, delta, mask=inside)
+                    tl.store(products + to_rows, y, mask=inside)
+                    if NORM:
+                        tl.store(of_gamma + to_rows, of_rows, mask=inside)
+                g = multiply_add(nothing, delta, tl.trans(w_2), PRECISION, OPERAND)
+                hidden_delta = g * gelu_derivative(h)
+                tl.store(hidden_deltas + (start + index)[:, None] * width + unit[None, :], hidden_delta, mask=present)
+
+                mix = _load_mix(initial_coefficients, own, MOMENTUM)
+                of_chunks = _load_coefficients(coefficients, own, chunk, valid, chunks, STATES)
+                w_1, s_1 = _advance(w_1, s_1, k, hidden_delta, of_chunks, mix, MOMENTUM, PRECISION, OPERAND)
+                w_2, s_2 = _advance(w_2, s_2, a, delta, of_chunks, mix, MOMENTUM, PRECISION, OPERAND)
+                if NORM:
+                    of_weights, of_momentum = of_chunks
+                    kept, added, kept_momentum = mix
+                    w_gamma = kept * w_gamma + tl.sum(of_weights[:, None] * of_rows, axis=0)
+                    if MOMENTUM:
+                        w_gamma += added * s_gamma
+                        s_gamma = kept_momentum * s_gamma + tl.sum(of_momentum[:, None] * of_rows, axis=0)
+
+        if AFTER_SUM:
+            _store_matrix(first_final + head * STATES * size, w_1, s_1, size, to_first, in_first, MOMENTUM)
+            _store_matrix(last_final + head * STATES * size, w_2, s_2, size, to_last, in_last, MOMENTUM)
+            if NORM:
+                to_gamma = gamma_final + (head * parts + part) * STATES * dim
+                _store_matrix(to_gamma, w_gamma, s_gamma, dim, feature, with_feature, MOMENTUM)
+
+
+@triton.jit
+def _through_states(  # type: ignore[no-untyped-def]
+    x, delta, g_weights, g_momentum, coefficients,
+    MOMENTUM: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """state = Σ c · xᵀ δ has the gradients Σ c · x G of δ, Σ c · δ Gᵀ of x, and x G ∘ δ of each row's c."""
+    of_weights, of_momentum = coefficients
+    nothing = tl.zeros_like(delta)
+    product = multiply_add(nothing, x, g_weights, PRECISION, OPERAND)
+    d_of_weights = tl.sum(product * delta, axis=1)
+    d_of_momentum = d_of_weights
+    d_delta = of_weights[:, None] * product
+    none = tl.zeros_like(x)
+    d_x = multiply_add(none, of_weights[:, None] * delta, tl.trans(g_weights), PRECISION, OPERAND)
+    if MOMENTUM:
+        product = multiply_add(nothing, x, g_momentum, PRECISION, OPERAND)
+        d_of_momentum = tl.sum(product * delta, axis=1)
+        d_delta += of_momentum[:, None] * product
+        d_x = multiply_add(d_x, of_momentum[:, None] * delta, tl.trans(g_momentum), PRECISION, OPERAND)
+    return d_x, d_delta, d_of_weights, d_of_momentum
+
+
+@triton.jit
+def _dot(a, b):  # type: ignore[no-untyped-def]
+    return tl.sum(tl.sum(a * b, axis=1), axis=0)
+
+
+@triton.jit
+def _step_back(g_weights, g_momentum, w, momentum, d_weights, mix, MOMENTUM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """G before a memory batch from G after it, and the gradients of the three coefficients of `mix`."""
+    kept, added, kept_momentum = mix
+    d_kept = _dot(g_weights, w)
+    d_added, d_kept_momentum = d_kept, d_kept
+    if MOMENTUM:
+        d_added, d_kept_momentum = _dot(g_weights, momentum), _dot(g_momentum, momentum)
+        g_momentum = added * g_weights + kept_momentum * g_momentum
+    # the weights that gradients were taken at
+    g_weights = kept * g_weights + d_weights
+    return g_weights, g_momentum, d_kept, d_added, d_kept_momentum
+
+
+@triton.jit(do_not_specialize=['first_batch', 'last_batch', 'batches'])
+def _backward_kernel(  # type: ignore[no-untyped-def]
+    d_first_initial, d_last_initial, d_gamma_initial, d_first, d_last, d_gamma,
+    d_hidden, d_hidden_deltas, d_deltas, d_of_gamma, d_losses,
+    keys, values, step_sizes, coefficients, initial_coefficients,
+    hidden, hidden_deltas, of_gamma, first_saved, last_saved, gamma_saved, products,
+    d_keys, d_values, d_step_sizes, d_coefficients, d_initial_coefficients, partial, counters,
+    first_batch, last_batch, batches, batches_per_block, heads, parts, chunks, rows, eps,
+    d_hidden_head, d_hidden_batch, d_hidden_row, d_hidden_unit,
+    key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
+    dim: tl.constexpr, width: tl.constexpr, NORM: tl.constexpr, STATES: tl.constexpr, MOMENTUM: tl.constexpr,
+    FIRST_INITIAL: tl.constexpr, LAST_INITIAL: tl.constexpr, GAMMA_INITIAL: tl.constexpr, OF_HIDDEN: tl.constexpr,
+    OF_HIDDEN_DELTAS: tl.constexpr, OF_DELTAS: tl.constexpr, OF_GAMMA: tl.constexpr, LOSSES: tl.constexpr,
+    BEFORE_SUM: tl.constexpr, AFTER_SUM: tl.constexpr, WAITS: tl.constexpr, COUNTER_STRIDE: tl.constexpr,
+    ROWS: tl.constexpr, DIM: tl.constexpr, UNITS: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """Memory batches in reverse, `first_batch` to `last_batch` counted from the end."""
+    program = tl.program_id(0)
+    part, groups = program % parts, tl.num_programs(0) // parts
+    feature, unit, index = tl.arange(0, DIM), part * UNITS + tl.arange(0, UNITS), tl.arange(0, ROWS)
+    with_feature, with_unit, valid = feature < dim, unit < width, index < chunks * rows
+    chunk, row = index // rows, index % rows
+    size: tl.constexpr = dim * width
+    to_first, in_first = feature[:, None] * width + unit[None, :], with_feature[:, None] & with_unit[None, :]
+    to_last, in_last = unit[:, None] * dim + feature[None, :], with_unit[:, None] & with_feature[None, :]
+    entry = index[:, None] * DIM + feature[None, :]
+    inside, present = valid[:, None] & with_feature[None, :], valid[:, None] & with_unit[None, :]
+    nothing = tl.zeros((ROWS, UNITS), tl.float32)
+
+    for head_index in range(program // parts, heads, groups):
+        head = tl.cast(head_index, tl.int64)
+        counter = counters + head * COUNTER_STRIDE
+        g_1, t_1 = _load_matrix(d_first + head * STATES * size, size, to_first, in_first, MOMENTUM)
+        g_2, t_2 = _load_matrix(d_last + head * STATES * size, size, to_last, in_last, MOMENTUM)
+        g_gamma, t_gamma = 0.0, 0.0
+        if NORM:
+            # every program keeps its own
+            to_gamma = d_gamma + (head * parts + part) * STATES * dim
+            g_gamma, t_gamma = _load_matrix(to_gamma, dim, feature, with_feature, MOMENTUM)
+
+        for step in range(first_batch, last_batch):
+            batch = batches - 1 - step
+            own = head * batches + batch
+            start = own * chunks * rows
+            to_rows = (start + index)[:, None] * dim + feature[None, :]
+            to_units = (start + index)[:, None] * width + unit[None, :]
+            offset = tl.cast(batch * chunks + chunk, tl.int64)
+            from_keys = keys + head * key_head + (offset * key_chunk + row * key_row)[:, None] + feature[None, :]
+            k = tl.load(from_keys, mask=inside, other=0.0).to(tl.float32)
+            to_values = (offset * value_chunk + row * value_row)[:, None] + feature[None, :]
+            v = tl.load(values + head * value_head + to_values, mask=inside, other=0.0).to(tl.float32)
+            to_steps = offset * step_chunk + row * step_row
+            theta = tl.load(step_sizes + head * step_head + to_steps, mask=valid, other=0.0).to(tl.float32)[:, None]
+            y = tl.load(products + to_rows, mask=inside, other=0.0)
+            a = tl.load(hidden + to_units, mask=present, other=0.0).to(tl.float32)
+            hidden_delta = tl.load(hidden_deltas + to_units, mask=present, other=0.0).to(tl.float32)
+            w_1 = tl.load(first_saved + own * STATES * size + to_first, mask=in_first, other=0.0)
+            w_2 = tl.load(last_saved + own * STATES * size + to_last, mask=in_last, other=0.0)
+            gain = 1.0
+            if NORM:
+                gain += tl.load(gamma_saved + own * STATES * dim + feature, mask=with_feature, other=0.0)[None, :]
+            _, delta, _ = gradient_of_product(y, k, v, theta, gain, inside, eps, dim, NORM)
+            of_chunks = _load_coefficients(coefficients, own, chunk, valid, chunks, STATES)
+
+            # through the states, to X and Δ of each matrix
+            d_a, d_delta, of_weights, of_momentum = _through_states(
+                a, delta, g_2, t_2, of_chunks, MOMENTUM, PRECISION, OPERAND
+            )  # fmt: skip
+            d_k, d_hidden_delta, of_first, of_first_momentum = _through_states(
+                k, hidden_delta, g_1, t_1, of_chunks, MOMENTUM, PRECISION, OPERAND
+            )  # fmt: skip
+            of_weights += of_first
+            of_momentum += of_first_momentum
+            if OF_HIDDEN:
+                given = d_hidden + head * d_hidden_head + tl.cast(batch, tl.int64) * d_hidden_batch
+                given += (index * d_hidden_row)[:, None] + (unit * d_hidden_unit)[None, :]
+                d_a += tl.load(given, mask=present, other=0.0).to(tl.float32)
+            if OF_HIDDEN_DELTAS:
+                d_hidden_delta += tl.load(d_hidden_deltas + to_units, mask=present, other=0.0).to(tl.float32)
+            # Δ₁ = g ∘ gelu′(h) with g = Δ₂ W₂ᵀ
+            h = multiply_add(nothing, k, w_1, PRECISION, OPERAND)
+            d_g = d_hidden_delta * gelu_derivative(h)
+            parts_of_head = partial + (head * 2 + step % 2) * parts * ROWS * DIM
+            if BEFORE_SUM:
+                d_delta = multiply_add(d_delta, d_g, w_2, PRECISION, OPERAND)
+                tl.store(parts_of_head + part * ROWS * DIM + entry, d_delta)
+            wait_for_all(counter, (step - first_batch + 1) * parts, WAITS)
+
+            if AFTER_SUM:
+                d_delta = _sum_of_parts(parts_of_head, parts, ROWS, DIM)
+                if OF_DELTAS:
+                    d_delta += tl.load(d_deltas + to_rows, mask=inside, other=0.0).to(tl.float32)
+                d_of_rows, d_loss = 0.0, 0.0
+                if NORM:
+                    own_of_gamma = tl.load(of_gamma + to_rows, mask=inside, other=0.0)
+                    weights_row, momentum_row = of_chunks
+                    d_of_rows = weights_row[:, None] * g_gamma[None, :]
+                    # one program's share of the coefficients' gradients
+                    only = tl.where(part == 0, 1.0, 0.0)
+                    of_weights += only * tl.sum(own_of_gamma * g_gamma[None, :], axis=1)
+                    if MOMENTUM:
+                        d_of_rows += momentum_row[:, None] * t_gamma[None, :]
+                        of_momentum += only * tl.sum(own_of_gamma * t_gamma[None, :], axis=1)
+                    if OF_GAMMA:
+                        d_of_rows += tl.load(d_of_gamma + to_rows, mask=inside, other=0.0)
+                if LOSSES:
+                    d_loss = tl.load(d_losses + start + index, mask=valid, other=0.0)[:, None]
+                _, d_step, d_prediction, d_k_direct, d_product, d_gain = gradient_of_product_backward(
+                    y, k, v, theta, gain, d_delta, d_of_rows, d_loss, inside, eps, dim, NORM
+                )
+                if part == 0:
+                    tl.store(d_step_sizes + start + index, d_step, mask=valid)
+                    tl.store(d_values + to_rows, -d_prediction, mask=inside)
+                    d_k += d_k_direct
+
+                d_a = multiply_add(d_a, d_product, tl.trans(w_2), PRECISION, OPERAND)
+                g = multiply_add(nothing, delta, tl.trans(w_2), PRECISION, OPERAND)
+                d_h = d_a * gelu_derivative(h) + g * d_hidden_delta * gelu_second_derivative(h)
+                d_k = multiply_add(d_k, d_h, tl.trans(w_1), PRECISION, OPERAND)
+                to_parts = own * parts + part
+                tl.store(
+                    d_keys + (to_parts * chunks * rows + index)[:, None] * dim + feature[None, :], d_k, mask=inside
+                )
+                to_coefficients = d_coefficients + to_parts * STATES * chunks * rows + index
+                tl.store(to_coefficients, of_weights, mask=valid)
+                if MOMENTUM:
+                    tl.store(to_coefficients + chunks * rows, of_momentum, mask=valid)
+
+                # gradients of the weights, and back before the memory batch
+                d_first_weights = multiply_add(tl.zeros((DIM, UNITS), tl.float32), tl.trans(k), d_h, PRECISION, OPERAND)
+                d_last_weights = multiply_add(
+                    tl.zeros((UNITS, DIM), tl.float32), tl.trans(a), d_product, PRECISION, OPERAND
+                )
+                d_last_weights = multiply_add(d_last_weights, tl.trans(d_g), delta, PRECISION, OPERAND)
+                mix = _load_mix(initial_coefficients, own, MOMENTUM)
+                s_1, s_2 = w_1, w_2
+                if MOMENTUM:
+                    s_1 = tl.load(first_saved + (own * STATES + 1) * size + to_first, mask=in_first, other=0.0)
+                    s_2 = tl.load(last_saved + (own * STATES + 1) * size + to_last, mask=in_last, other=0.0)
+                g_1, t_1, d_kept, d_added, d_kept_momentum = _step_back(
+                    g_1, t_1, w_1, s_1, d_first_weights, mix, MOMENTUM
+                )
+                g_2, t_2, d_kept_2, d_added_2, d_kept_momentum_2 = _step_back(
+                    g_2, t_2, w_2, s_2, d_last_weights, mix, MOMENTUM
+                )
+                d_kept += d_kept_2
+                d_added += d_added_2
+                d_kept_momentum += d_kept_momentum_2
+                if NORM:
+                    from_saved = gamma_saved + own * STATES * dim
+                    w_gamma, s_gamma = _load_matrix(from_saved, dim, feature, with_feature, MOMENTUM)
+                    kept, added, kept_momentum = mix
+                    d_kept += only * tl.sum(g_gamma * w_gamma, axis=0)
+                    if MOMENTUM:
+                        d_added += only * tl.sum(g_gamma * s_gamma, axis=0)
+                        d_kept_momentum += only * tl.sum(t_gamma * s_gamma, axis=0)
+                        t_gamma = added * g_gamma + kept_momentum * t_gamma
+                    g_gamma = kept * g_gamma + d_gain
+                to_mix = d_initial_coefficients + to_parts * 3
+                tl.store(to_mix, d_kept)
+                if MOMENTUM:
+                    tl.store(to_mix + 1, d_added)
+                    tl.store(to_mix + 2, d_kept_momentum)
+
+                if batch % batches_per_block == 0:
+                    block = own // batches_per_block
+                    if FIRST_INITIAL:
+                        given = d_first_initial + block * STATES * size
+                        d_w, d_s = _load_matrix(given, size, to_first, in_first, MOMENTUM)
+                        g_1, t_1 = g_1 + d_w, t_1 + d_s
+                    if LAST_INITIAL:
+                        given = d_last_initial + block * STATES * size
+                        d_w, d_s = _load_matrix(given, size, to_last, in_last, MOMENTUM)
+                        g_2, t_2 = g_2 + d_w, t_2 + d_s
+                    if GAMMA_INITIAL:
+                        given = d_gamma_initial + block * STATES * dim
+                        d_w, d_s = _load_matrix(given, dim, feature, with_feature, MOMENTUM)
+                        g_gamma, t_gamma = g_gamma + d_w, t_gamma + d_s
+
+        if AFTER_SUM:
+            _store_matrix(d_first + head * STATES * size, g_1, t_1, size, to_first, in_first, MOMENTUM)
+            _store_matrix(d_last + head * STATES * size, g_2, t_2, size, to_last, in_last, MOMENTUM)
+            if NORM:
+                to_gamma = d_gamma + (head * parts + part) * STATES * dim
+                _store_matrix(to_gamma, g_gamma, t_gamma, dim, feature, with_feature, MOMENTUM)
+
+
+def _outputs(
+    keys: Tensor,
+    values: Tensor,
+    step_sizes: Tensor,
+    first: Tensor,
+    last: Tensor,
+    gamma: Tensor | None,
+    coefficients: Tensor,
+    initial_coefficients: Tensor,
+    batches_per_block: int,
+    eps: float,
+    operands: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """The fields of `MemoryBatches`, absent ones empty; then states before each memory batch, and products with W₂."""
+    (heads, batches, count, chunks), (rows, dim) = coefficients.shape, keys.shape[2:]
+    width = first.shape[3]
+    blocks, stored = batches // batches_per_block, chunks * rows
+    new = coefficients.new_empty
+
+    def of_gamma(*shape: int) -> Tensor:
+        return new(shape if gamma is not None else (0,))
+
+    return (
+        new(heads, blocks, count, dim, width), new(heads, blocks, count, width, dim),
+        of_gamma(heads, blocks, count, dim), new(first.shape), new(last.shape), of_gamma(heads, count, dim),
+        new(heads, batches, stored, width, dtype=operands), new(heads, batches, stored, width, dtype=operands),
+        new(heads, batches, stored, dim, dtype=operands), of_gamma(heads, batches, stored, dim),
+        new(heads, batches, chunks, rows),
+        new(heads, batches, count, dim, width, dtype=operands), new(heads, batches, count, width, dim, dtype=operands),
+        of_gamma(heads, batches, count, dim), new(heads, batches, stored, dim),
+    )  # fmt: skip
+
+
+OUTPUTS = (
+    'first_initial', 'last_initial', 'gamma_initial', 'first_final', 'last_final', 'gamma_final',
+    'hidden', 'hidden_deltas', 'deltas', 'of_gamma', 'losses',
+    'first_saved', 'last_saved', 'gamma_saved', 'products',
+)  # fmt: skip
+
+
+def _forward(
+    keys: Tensor,  # bh r·n m d
+    values: Tensor,  # bh r·n m d
+    step_sizes: Tensor,  # bh r·n m
+    first: Tensor,  # bh k d e
+    last: Tensor,  # bh k e d
+    gamma: Tensor | None,  # bh k d
+    coefficients: Tensor,  # bh r k n
+    initial_coefficients: Tensor,  # bh r k k
+    batches_per_block: int,
+    eps: float,
+    operands: torch.dtype,
+) -> list[Tensor]:
+    given = (keys, values, step_sizes, first, last, gamma, coefficients, initial_coefficients)
+    outputs = _outputs(*given, batches_per_block, eps, operands)
+    shared = _arguments(keys, values, step_sizes, first, coefficients, initial_coefficients, eps, operands)
+    parts = shared['parts']
+    arguments: dict[str, Any] = shared | dict(zip(OUTPUTS, outputs)) | dict(batches_per_block=batches_per_block)
+    absent = coefficients.new_empty(0)
+    states = dict(first=first.contiguous(), last=last.contiguous(), gamma=absent)
+    if gamma is not None:
+        # each program of a head keeps γ of its own
+        states['gamma'] = gamma.unsqueeze(1).expand(-1, parts, -1, -1).contiguous()
+        arguments['gamma_final'] = torch.empty_like(states['gamma'])
+    carried = {name: arguments[f'{name}_final'] for name in states}
+    _launch(_forward_kernel, arguments | dict(NORM=gamma is not None), states, carried)
+    if gamma is not None:
+        outputs[5].copy_(arguments['gamma_final'][:, 0])
+    return [*outputs]
+
+
+def _backward(
+    d_outputs: list[Tensor | None],
+    hidden: Tensor,
+    hidden_deltas: Tensor,
+    of_gamma: Tensor,
+    first_saved: Tensor,
+    last_saved: Tensor,
+    gamma_saved: Tensor,
+    products: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    step_sizes: Tensor,
+    first: Tensor,
+    last: Tensor,
+    gamma: Tensor | None,
+    coefficients: Tensor,
+    initial_coefficients: Tensor,
+    batches_per_block: int,
+    eps: float,
+    operands: torch.dtype,
+) -> tuple[Tensor | None, ...]:
+    names = OUTPUTS[: len(OUTPUTS) - NOT_DIFFERENTIABLE]
+    incoming = {name: d for name, d in zip(names, d_outputs) if gamma is not None or 'gamma' not in name}
+    heads, batches, count, chunks = coefficients.shape
+    rows, dim = keys.shape[2:]
+    shared = _arguments(keys, values, step_sizes, first, coefficients, initial_coefficients, eps, operands)
+    parts = shared['parts']
+    absent = coefficients.new_empty(0)
+
+    def final_gradient(name: str, shape: torch.Size) -> Tensor:
+        """G, which becomes the gradient of the initial states."""
+        d_final = incoming.get(name)
+        if d_final is None:
+            return coefficients.new_zeros(shape)
+        return d_final.clone(memory_format=torch.contiguous_format)
+
+    d_first, d_last = final_gradient('first_final', first.shape), final_gradient('last_final', last.shape)
+    d_gamma = absent
+    if gamma is not None:
+        d_gamma = final_gradient('gamma_final', gamma.shape).unsqueeze(1).repeat(1, parts, 1, 1)
+    results = dict(
+        d_keys=coefficients.new_empty(heads, batches, parts, chunks * rows, dim),
+        d_values=coefficients.new_empty(values.shape),
+        d_step_sizes=coefficients.new_empty(step_sizes.shape),
+        d_coefficients=coefficients.new_empty(heads, batches, parts, count, chunks * rows),
+        d_initial_coefficients=coefficients.new_empty(heads, batches, parts, 3),
+    )
+    # often the gradient of a transposed tensor
+    d_hidden = incoming.get('hidden')
+    flags = dict(
+        d_first_initial='FIRST_INITIAL', d_last_initial='LAST_INITIAL', d_gamma_initial='GAMMA_INITIAL',
+        d_hidden_deltas='OF_HIDDEN_DELTAS', d_deltas='OF_DELTAS', d_of_gamma='OF_GAMMA', d_losses='LOSSES',
+    )  # fmt: skip
+    given = {name: incoming.get(name.removeprefix('d_')) for name in flags}
+    arguments: dict[str, Any] = (
+        shared
+        | {name: absent if d is None else d.contiguous() for name, d in given.items()}
+        | {flags[name]: d is not None for name, d in given.items()}
+        | named_strides('d_hidden', d_hidden, 'head batch row unit')
+        | dict(d_hidden=absent if d_hidden is None else d_hidden, OF_HIDDEN=d_hidden is not None)
+        | dict(hidden=hidden, hidden_deltas=hidden_deltas, of_gamma=of_gamma, products=products)
+        | dict(first_saved=first_saved, last_saved=last_saved, gamma_saved=gamma_saved)
+        | dict(batches_per_block=batches_per_block, NORM=gamma is not None)
+        | results
+    )
+    states = dict(d_first=d_first, d_last=d_last, d_gamma=d_gamma)
+    _launch(_backward_kernel, arguments, states, states)
+
+    d_coefficients = results['d_coefficients'].sum(dim=2).unflatten(-1, (chunks, rows)).sum(dim=-1)
+    kept, added, kept_momentum = results['d_initial_coefficients'].sum(dim=2).unbind(-1)
+    d_mix = torch.zeros_like(initial_coefficients)
+    d_mix[:, :, 0, 0] = kept
+    if count > 1:
+        d_mix[:, :, 0, 1], d_mix[:, :, 1, 1] = added, kept_momentum
+    return (
+        results['d_keys'].sum(dim=2).view(keys.shape).to(keys.dtype),
+        results['d_values'].to(values.dtype),
+        results['d_step_sizes'].to(step_sizes.dtype),
+        d_first,
+        d_last,
+        # each program of a head has a gradient of its own of what all of them read
+        None if gamma is None else d_gamma[:, 0].clone(),
+        d_coefficients,
+        d_mix,
+    )
+
+
+NOT_DIFFERENTIABLE = 4
+memory_batch_scan_on_chip = register_kernel(
+    'memory_batch_scan_on_chip',
+    _forward,
+    _backward,
+    outputs=lambda *arguments: [*_outputs(*arguments)],
+    saved=(6, 7, 9, 11, 12, 13, 14),
+    not_differentiable=(11, 12, 13, 14),
+    # later layers may use some outputs and not others
+    materialize_grads=False,
+)
+
+
+def _arguments(
+    keys: Tensor,
+    values: Tensor,
+    step_sizes: Tensor,
+    first: Tensor,
+    coefficients: Tensor,
+    initial_coefficients: Tensor,
+    eps: float,
+    operands: torch.dtype,
+) -> dict[str, Any]:
+    """Arguments of both kernels."""
+    keys, values = contiguous_inside(keys, 1), contiguous_inside(values, 1)
+    heads, batches, count, chunks = coefficients.shape
+    rows, dim = keys.shape[2:]
+    width = first.shape[3]
+    padded, stored = tile_size(dim), tile_size(chunks * rows)
+    parts = triton.cdiv(width, UNITS)
+    return dict(
+        keys=keys, **named_strides('key', keys, 'head chunk row'),
+        values=values, **named_strides('value', values, 'head chunk row'),
+        step_sizes=step_sizes, **named_strides('step', step_sizes, 'head chunk row'),
+        coefficients=coefficients.contiguous(), initial_coefficients=initial_coefficients.contiguous(),
+        partial=coefficients.new_empty(heads, 2, parts, stored, padded),
+        batches=batches, heads=heads, parts=parts, chunks=chunks, rows=rows, eps=eps,
+        dim=dim, width=width, STATES=count, MOMENTUM=count > 1, COUNTER_STRIDE=COUNTER_STRIDE,
+        ROWS=stored, DIM=padded, UNITS=UNITS, num_warps=WARPS, **product_precision(operands),
+    )  # fmt: skip
+
+
+def _launch(kernel: Any, arguments: dict[str, Any], states: dict[str, Tensor], carried: dict[str, Tensor]) -> None:
+    """Runs all memory batches in one launch; or, where programs cannot wait for each other, in two launches each.
+
+    Args:
+        states, carried: arguments that hold the states at the start of the first launch, and between launches.
+    """
+    heads, batches, parts = arguments['heads'], arguments['batches'], arguments['parts']
+    device = arguments['keys'].device
+
+    def launch(first_batch: int, last_batch: int, before_sum: bool, after_sum: bool, waits: bool) -> None:
+        own = arguments | (states if first_batch == 0 else carried)
+        own |= dict(
+            first_batch=first_batch, last_batch=last_batch, BEFORE_SUM=before_sum, AFTER_SUM=after_sum, WAITS=waits,
+            counters=torch.zeros(heads * COUNTER_STRIDE if waits else 0, dtype=torch.int32, device=device),
+        )  # fmt: skip
+        groups = heads
+        if waits:
+            own |= dict(launch_cooperative_grid=True)
+            groups = min(heads, resident_programs(kernel, own, device) // parts)
+        kernel[(groups * parts,)](**own)
+
+    if parts == 1 or device.type == 'cuda':
+        launch(0, batches, True, True, waits=parts > 1)
+        return
+    for batch in range(batches):
+        launch(batch, batch + 1, True, False, waits=False)
+        launch(batch, batch + 1, False, True, waits=False)
