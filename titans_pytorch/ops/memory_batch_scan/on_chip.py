@@ -137,8 +137,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         w_gamma, s_gamma = 0.0, 0.0
         if NORM:
             # every program keeps its own
-            to_gamma = (head * parts + part) * STATES * dim
-            w_gamma, s_gamma = _load_matrix(gamma + to_gamma, dim, feature, with_feature, MOMENTUM)
+            own_gamma = gamma + (head * parts + part) * STATES * dim
+            w_gamma, s_gamma = _load_matrix(own_gamma, dim, feature, with_feature, MOMENTUM)
 
         for batch in range(first_batch, last_batch):
             own = head * batches + batch
@@ -162,16 +162,16 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                     )  # fmt: skip
                     _store_matrix(last_initial + block * STATES * size, w_2, s_2, size, to_last, in_last, MOMENTUM)
                     if NORM:
-                        to_gamma = gamma_initial + block * STATES * dim
+                        to_block = gamma_initial + block * STATES * dim
                         if part == 0:
-                            _store_matrix(to_gamma, w_gamma, s_gamma, dim, feature, with_feature, MOMENTUM)
-                to_saved = own * STATES * size
-                _store_matrix(first_saved + to_saved, w_1, s_1, size, to_first, in_first, MOMENTUM)
-                _store_matrix(last_saved + to_saved, w_2, s_2, size, to_last, in_last, MOMENTUM)
+                            _store_matrix(to_block, w_gamma, s_gamma, dim, feature, with_feature, MOMENTUM)
+                saved = own * STATES * size
+                _store_matrix(first_saved + saved, w_1, s_1, size, to_first, in_first, MOMENTUM)
+                _store_matrix(last_saved + saved, w_2, s_2, size, to_last, in_last, MOMENTUM)
                 if NORM:
-                    to_gamma = gamma_saved + own * STATES * dim
+                    to_saved = gamma_saved + own * STATES * dim
                     if part == 0:
-                        _store_matrix(to_gamma, w_gamma, s_gamma, dim, feature, with_feature, MOMENTUM)
+                        _store_matrix(to_saved, w_gamma, s_gamma, dim, feature, with_feature, MOMENTUM)
                 tl.store(hidden + (start + index)[:, None] * width + unit[None, :], a, mask=present)
             wait_for_all(counter, (batch - first_batch + 1) * parts, WAITS)
 
@@ -212,8 +212,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
             _store_matrix(first_final + head * STATES * size, w_1, s_1, size, to_first, in_first, MOMENTUM)
             _store_matrix(last_final + head * STATES * size, w_2, s_2, size, to_last, in_last, MOMENTUM)
             if NORM:
-                to_gamma = gamma_final + (head * parts + part) * STATES * dim
-                _store_matrix(to_gamma, w_gamma, s_gamma, dim, feature, with_feature, MOMENTUM)
+                to_final = gamma_final + (head * parts + part) * STATES * dim
+                _store_matrix(to_final, w_gamma, s_gamma, dim, feature, with_feature, MOMENTUM)
 
 
 @triton.jit
@@ -424,16 +424,16 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                 if batch % batches_per_block == 0:
                     block = own // batches_per_block
                     if FIRST_INITIAL:
-                        given = d_first_initial + block * STATES * size
-                        d_w, d_s = _load_matrix(given, size, to_first, in_first, MOMENTUM)
+                        from_block = d_first_initial + block * STATES * size
+                        d_w, d_s = _load_matrix(from_block, size, to_first, in_first, MOMENTUM)
                         g_1, t_1 = g_1 + d_w, t_1 + d_s
                     if LAST_INITIAL:
-                        given = d_last_initial + block * STATES * size
-                        d_w, d_s = _load_matrix(given, size, to_last, in_last, MOMENTUM)
+                        from_block = d_last_initial + block * STATES * size
+                        d_w, d_s = _load_matrix(from_block, size, to_last, in_last, MOMENTUM)
                         g_2, t_2 = g_2 + d_w, t_2 + d_s
                     if GAMMA_INITIAL:
-                        given = d_gamma_initial + block * STATES * dim
-                        d_w, d_s = _load_matrix(given, dim, feature, with_feature, MOMENTUM)
+                        from_block = d_gamma_initial + block * STATES * dim
+                        d_w, d_s = _load_matrix(from_block, dim, feature, with_feature, MOMENTUM)
                         g_gamma, t_gamma = g_gamma + d_w, t_gamma + d_s
 
         if AFTER_SUM:
