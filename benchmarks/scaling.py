@@ -123,6 +123,7 @@ def main() -> None:
         '--micro-batches', type=int, default=8, help='micro batches per step, of all processes together'
     )
     parser.add_argument('--repeats', type=int, default=20, help='timed steps')
+    parser.add_argument('--modes', nargs='+', default=['DDP', 'FSDP2'], help='default: both')
     parser.add_argument('--write', action='store_true', help='put the table into docs/benchmarks.md')
     parser.add_argument('--mode', choices=('DDP', 'FSDP2'), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -131,7 +132,7 @@ def main() -> None:
         return
 
     rows, results = [], []
-    for mode in ('DDP', 'FSDP2'):
+    for mode in options.modes:
         alone = None
         for processes in options.processes:
             figures = measured(options, mode, processes)

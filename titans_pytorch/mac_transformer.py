@@ -370,7 +370,7 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         # whole segments, each followed by its memory tokens, then cut to the requested positions
         x = F.pad(self._token_embedding(x), (0, 0, num_tokens - x.shape[1] - first_segment * segment, 0))
         num_segments, in_last = divided(x.shape[1], segment)
-        x = F.pad(x, (0, 0, 0, -in_last % segment)).unflatten(1, (num_segments + (in_last > 0), segment))
+        x = F.pad(x, (0, 0, 0, -in_last % segment)).unflatten(1, (num_segments + int(in_last > 0), segment))
         if self.longterm_mems is not None:
             memory_tokens = repeat(self.longterm_mems.to(x.dtype), 'n d -> b s n d', b=x.shape[0], s=x.shape[1])
             x = torch.cat((x, memory_tokens), dim=2)

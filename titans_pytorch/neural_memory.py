@@ -822,7 +822,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
         def needed(position: int) -> int:
             """Rows before the next token."""
-            return self.conv_context + self._carries_queries * ((position + 1) % self.store_chunk_size)
+            in_group = (position + 1) % self.store_chunk_size if self._carries_queries else 0
+            return self.conv_context + in_group
 
         rows = torch.cat((_last_rows(pending.queries, seq, needed(position)), seq), dim=1)
         return rows, _last_rows(rows, seq, needed(position + seq.shape[1])).clone()

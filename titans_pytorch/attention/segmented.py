@@ -328,7 +328,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         lead = first % window
         num_windows, in_last = divided(length, window, lead + num_cached)
         trail = -in_last % window
-        num_windows += in_last > 0
+        num_windows += int(in_last > 0)
         queries, keys = self._rotated_queries(queries, first + num_cached), self._rotated(keys, first)
         queries = F.pad(queries, (0, 0, lead + num_cached, trail))
         keys, values = (F.pad(t, (0, 0, lead, trail)) for t in (keys, values))

@@ -94,4 +94,4 @@ class QueryGroups(NamedTuple):
                 offset, size = 0, length
         count, in_last = divided(length, size, offset)
         after = -in_last % size
-        return cls(first_step, size, count + (in_last > 0), (offset - leading, after))
+        return cls(first_step, size, count + int(in_last > 0), (offset - leading, after))

@@ -53,7 +53,7 @@ class AxialPositions(ContinuousAxialPositionalEmbedding):
         `factorized` are the embeddings of both axes if computed before, else `None`.
         """
         first, (full, in_last) = start // chunk, divided(stop, chunk)
-        end = full + (in_last > 0)
+        end = full + int(in_last > 0)
         if factorized is None:
             outer = self.axis(0, torch.arange(first, end, device=device))
             inner = self.axis(1, torch.arange(chunk, device=device))

@@ -14,6 +14,7 @@ from torch._C import _autograd as autograd_c
 from torch.func import functional_call
 from torch.nn import Module, Parameter
 from torch.nn.modules import module as module_hooks
+from torch.utils._pytree import tree_map_only
 
 
 def call_with_weights(model: Module, weights: Mapping[str, Tensor], x: Tensor, **kwargs: Any) -> Tensor:
@@ -119,3 +120,11 @@ def outside_inference(t: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not t.is_inference():
         return t
     return t.clone()
+
+
+def call_outside_inference(fn: Callable[..., Any], *args: Any) -> Any:
+    """`fn(*args)`, outside inference mode, in which `torch.func` takes wrong gradients (PyTorch 2.11, not 2.13)."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return fn(*args)
+    with torch.inference_mode(False), torch.no_grad():
+        return fn(*tree_map_only(Tensor, outside_inference, args))

@@ -14,7 +14,7 @@ from titans_pytorch.memory.chunks import Chunks, WeightResidual, split_inputs
 from titans_pytorch.memory.fast_weights import FastWeights, MemoryWeights, StoredBlock, Weights
 from titans_pytorch.memory.reference import apply_network, gradient_of_chunk, surprise
 from titans_pytorch.ops import _dispatch
-from titans_pytorch.utils.functional import call_with_weights, outside_inference, transformed
+from titans_pytorch.utils.functional import call_outside_inference, call_with_weights, outside_inference, transformed
 from titans_pytorch.utils.shapes import Float
 
 
@@ -31,7 +31,7 @@ class DenseBackend(Backend):
             yield PreparedBlock(partial(self._store_block, *of_block), block.ends_batch)
 
     def _store_block(self, chunks: Chunks, residual: WeightResidual | None, weights: MemoryWeights) -> Stored:
-        gradients, losses = self.gradients_of_chunks(chunks, weights.base, residual)
+        gradients, losses = call_outside_inference(self.gradients_of_chunks, chunks, weights.base, residual)
         gates = chunks.update_gates()
         updates, orders = surprise(
             gradients, gates, weights.momentum, self.over_chunks, self.max_grad_norm, self.spectral_norm

@@ -38,7 +38,13 @@ from titans_pytorch.memory.soft_clamp import soft_clamp_factor, soft_clamp_norm
 from titans_pytorch.ops.associative_scan import coefficient_product
 from titans_pytorch.ops.final_state import final_state
 from titans_pytorch.ops.linear_memory_scan import MOST_ROWS
-from titans_pytorch.utils.functional import call_with_weights, is_traced, outside_inference, transformed
+from titans_pytorch.utils.functional import (
+    call_outside_inference,
+    call_with_weights,
+    is_traced,
+    outside_inference,
+    transformed,
+)
 from titans_pytorch.utils.precision import at_least_float32, no_autocast
 from titans_pytorch.utils.shapes import Float
 
@@ -205,7 +211,7 @@ class DualBackend(Backend):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._needs_graph(chunks, base, residual)):
             if self.fused is not None and (residual is None or residual.dense.keys() == base.keys()):
                 return self.fused.gradients(chunks, base, residual)
-            return self.traced_gradients(chunks, base, residual)
+            return call_outside_inference(self.traced_gradients, chunks, base, residual)
 
     def _needs_graph(self, chunks: Chunks, base: Weights, residual: WeightResidual | None) -> bool:
         """True if an input of the gradients can have a gradient itself."""

@@ -11,6 +11,7 @@ where (X, Δ) are (keys, Δ₁) for W₁ and (X₂, Δ₂) for W₂, and for γ 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -75,34 +76,39 @@ def memory_batch_scan(
 
     States are in their own precision, products in that of autocast or of the keys.
     """
-    tensors = (keys, values, step_sizes, first or [], last, gamma or [], coefficients, initial_coefficients)
     operands = operand_dtype(keys)
-    states = (*(first or ()), *last, *(gamma or ()), coefficients, initial_coefficients)
-    uses_kernel = use_kernel([keys, values, step_sizes], states) and keys.numel() > 0
+    rows, coefficients_of_states = (keys, values, step_sizes), (coefficients, initial_coefficients)
+    states = (*(first or ()), *last, *(gamma or ()), *coefficients_of_states)
+    uses_kernel = use_kernel(rows, states) and keys.numel() > 0
     if uses_kernel and first is not None and _fits_on_chip(keys, first, coefficients):
         from titans_pytorch.ops.memory_batch_scan import on_chip
 
         stacked = [None if own is None else torch.stack(own, dim=1) for own in (first, last, gamma)]
         outputs = on_chip.memory_batch_scan_on_chip(
-            *tensors[:3], *stacked, *tensors[6:], batches_per_block, eps, operands
+            *rows, *stacked, *coefficients_of_states, batches_per_block, eps, operands
         )
-        fields = [None if t.numel() == 0 else t for t in outputs[: len(MemoryBatches._fields)]]
-        out = MemoryBatches(*fields)
-        of_rows = out.negative_gamma_gradient
-        if of_rows is None:
+        out = _present(outputs[: len(MemoryBatches._fields)])
+        if gamma is None or out.negative_gamma_gradient is None:
             return out
-        return out._replace(negative_gamma_gradient=of_rows.unflatten(2, (-1, keys.shape[2])).sum(dim=3))
+        of_rows = out.negative_gamma_gradient.unflatten(2, (-1, keys.shape[2]))
+        return out._replace(negative_gamma_gradient=of_rows.sum(dim=3))
+
+    tensors = (*rows, first or [], last, gamma or [], *coefficients_of_states)
     if uses_kernel and keys.shape[-1] <= WIDEST and len(last) <= MOST_STATES:
         from titans_pytorch.ops.memory_batch_scan import triton
 
-        outputs = triton.memory_batch_scan(*tensors, eps, operands)
-        out = MemoryBatches._make(None if t.numel() == 0 else t for t in outputs)
+        out = _present(triton.memory_batch_scan(*tensors, eps, operands))
     else:
         out = MemoryBatches._make(reference.memory_batch_scan(*tensors, eps, operands))
     if batches_per_block == 1:
         return out
     initial = (None if t is None else t[:, ::batches_per_block] for t in out[:3])
-    return MemoryBatches(*initial, *out[3:])
+    return MemoryBatches._make((*initial, *out[3:]))
+
+
+def _present(outputs: Sequence[Tensor]) -> MemoryBatches:
+    """The outputs of a kernel, where absent ones are empty."""
+    return MemoryBatches._make(None if t.numel() == 0 else t for t in outputs)
 
 
 def _fits_on_chip(keys: Tensor, first: list[Tensor], coefficients: Tensor) -> bool:

@@ -135,7 +135,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         counter = counters + head * COUNTER_STRIDE
         w_1, s_1 = _load_matrix(first + head * STATES * size, size, to_first, in_first, MOMENTUM)
         w_2, s_2 = _load_matrix(last + head * STATES * size, size, to_last, in_last, MOMENTUM)
-        w_gamma, s_gamma = 0.0, 0.0
+        w_gamma = s_gamma = tl.zeros((DIM,), tl.float32)
         if NORM:
             # every program keeps its own
             own_gamma = gamma + (head * PARTS + part) * STATES * dim
@@ -288,7 +288,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         counter = counters + head * COUNTER_STRIDE
         g_1, t_1 = _load_matrix(d_first + head * STATES * size, size, to_first, in_first, MOMENTUM)
         g_2, t_2 = _load_matrix(d_last + head * STATES * size, size, to_last, in_last, MOMENTUM)
-        g_gamma, t_gamma = 0.0, 0.0
+        g_gamma = t_gamma = tl.zeros((DIM,), tl.float32)
         if NORM:
             # every program keeps its own
             to_gamma = d_gamma + (head * PARTS + part) * STATES * dim
