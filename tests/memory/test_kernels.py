@@ -25,9 +25,10 @@ def launched(kernels_everywhere, monkeypatch):
     def noted(name, operation):
         return lambda *args: (launched.add(name), operation(*args))[1]
 
-    for name in OPERATIONS:
-        kernels = importlib.import_module(f'titans_pytorch.ops.{name}.triton')
-        monkeypatch.setattr(kernels, name, noted(name, getattr(kernels, name)))
+    files = [(name, 'triton', name) for name in OPERATIONS]
+    for name, file, function in (*files, ('memory_batch_scan', 'triton_on_chip', 'memory_batch_scan_on_chip')):
+        kernels = importlib.import_module(f'titans_pytorch.ops.{name}.{file}')
+        monkeypatch.setattr(kernels, function, noted(name, getattr(kernels, function)))
     return launched
 
 

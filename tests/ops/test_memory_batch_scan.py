@@ -41,10 +41,10 @@ def kernels(kernels_everywhere, monkeypatch):
 @pytest.fixture
 def on_chip(kernels_everywhere, monkeypatch):
     """The kernels with states on chip run on this device too, and no others; their module."""
-    from titans_pytorch.ops.memory_batch_scan import on_chip, triton
+    from titans_pytorch.ops.memory_batch_scan import triton, triton_on_chip
 
     monkeypatch.setattr(triton, 'memory_batch_scan', None)
-    return on_chip
+    return triton_on_chip
 
 
 @pytest.fixture
@@ -308,9 +308,9 @@ def test_states_on_chip_under_autocast(on_chip, poisoned, dtype):
 
 
 def test_states_that_do_not_fit(kernels_everywhere, monkeypatch):
-    from titans_pytorch.ops.memory_batch_scan import on_chip
+    from titans_pytorch.ops.memory_batch_scan import triton_on_chip
 
-    monkeypatch.setattr(on_chip, 'memory_batch_scan_on_chip', None)
+    monkeypatch.setattr(triton_on_chip, 'memory_batch_scan_on_chip', None)
     shapes = ((1, 1, 1, 1, 65, 8, 1), (1, 1, 1, 1, 8, 513, 1), (1, 1, 1, 1, 8, 8, 3), (1, 1, 3, 11, 8, 8, 1))
     for shape in (*shapes, (1, 2, 1, 1, 8, 8, 2, 1)):
         tensors = problem(*shape)

@@ -81,10 +81,10 @@ def memory_batch_scan(
     states = (*(first or ()), *last, *(gamma or ()), *coefficients_of_states)
     uses_kernel = use_kernel(rows, states) and keys.numel() > 0
     if uses_kernel and first is not None and _fits_on_chip(keys, first, coefficients):
-        from titans_pytorch.ops.memory_batch_scan import on_chip
+        from titans_pytorch.ops.memory_batch_scan import triton_on_chip
 
         stacked = [None if own is None else torch.stack(own, dim=1) for own in (first, last, gamma)]
-        outputs = on_chip.memory_batch_scan_on_chip(
+        outputs = triton_on_chip.memory_batch_scan_on_chip(
             *rows, *stacked, *coefficients_of_states, batches_per_block, eps, operands
         )
         out = _present(outputs[: len(MemoryBatches._fields)])

@@ -59,27 +59,15 @@ COUNTER_STRIDE = 32
 
 
 @triton.jit
-def arrive(counter, WAITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Tells the other programs of a head that all that was written so far can be read."""
+def wait_for_all(counter, target, WAITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Waits until all programs of a head are here, `target` arrivals since the launch; all they wrote can be read."""
     tl.debug_barrier()
     if WAITS:
         tl.atomic_add(counter, 1, sem='release', scope='gpu')
-
-
-@triton.jit
-def wait(counter, target, WAITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Waits for `target` arrivals since the launch; all that was written before them can be read."""
-    if WAITS:
         arrived = tl.atomic_add(counter, 0, sem='acquire', scope='gpu')
         while arrived < target:
             arrived = tl.atomic_add(counter, 0, sem='acquire', scope='gpu')
         tl.debug_barrier()
-
-
-@triton.jit
-def _wait_for_all(counter, target, WAITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    arrive(counter, WAITS)
-    wait(counter, target, WAITS)
 
 
 @triton.jit
@@ -200,7 +188,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                 gamma_0, gamma_1, gamma_2, gamma_3, gamma_head_0, gamma_head_1, gamma_head_2, gamma_head_3,
                 gamma_initial + of_head * dim, head, part, programs, dim, STATES, COPIED,
             )  # fmt: skip
-        _wait_for_all(counter, programs, WAITS)
+        wait_for_all(counter, programs, WAITS)
 
     for batch in range(first_batch, last_batch):
         # index of the memory batch among those of all heads, and of its first row
@@ -230,7 +218,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                     summed = (block // parts) * CHUNKS + tl.arange(0, CHUNKS)
                     to_chunks = own_gamma + (summed * parts + block % parts)[:, None] * dim + feature[None, :]
                     tl.store(to_chunks, of_chunks, mask=(summed < chunks)[:, None] & (feature < dim)[None, :])
-            _wait_for_all(counter, (2 * (batch - first_batch) + 2) * programs, WAITS)
+            wait_for_all(counter, (2 * (batch - first_batch) + 2) * programs, WAITS)
 
         if STATES_PHASE:
             own_coefficients = coefficients + own * STATES * chunks
@@ -267,7 +255,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                         gamma_final + head * STATES * dim, more, chunks, parts, feature, dim, STATES, DIM,
                     )  # fmt: skip
             if more:
-                _wait_for_all(counter, (2 * (batch - first_batch) + 3) * programs, WAITS)
+                wait_for_all(counter, (2 * (batch - first_batch) + 3) * programs, WAITS)
 
 
 @triton.jit
@@ -456,7 +444,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                 tl.store(d_keys + start * dim + features, d_k + of_keys, mask=inside)
                 if NORM:
                     tl.store(of_gamma + block * dim + feature, of_block, mask=feature < dim)
-            _wait_for_all(counter, (2 * (step - first_batch) + 1) * programs, WAITS)
+            wait_for_all(counter, (2 * (step - first_batch) + 1) * programs, WAITS)
 
         if STATES_PHASE:
             own_initial_coefficients = initial_coefficients + own * STATES * STATES
@@ -491,7 +479,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                         dim, STATES, PADDED, GAMMA_INITIAL,
                     )  # fmt: skip
             if step + 1 < batches:
-                _wait_for_all(counter, (2 * (step - first_batch) + 2) * programs, WAITS)
+                wait_for_all(counter, (2 * (step - first_batch) + 2) * programs, WAITS)
 
 
 def _outputs(
@@ -781,4 +769,4 @@ def resident_programs(kernel: Any, arguments: dict[str, Any], device: torch.devi
     return _RESIDENT[key]
 
 
-_SIZES = ('dim', 'width', 'num_warps', 'num_stages', 'maxnreg')
+_SIZES = ('dim', 'width', 'num_warps', 'num_stages')

@@ -32,7 +32,7 @@ from titans_pytorch.ops._triton import (
     tile_size,
 )
 from titans_pytorch.ops.inner_gradient.triton import gradient_of_product, gradient_of_product_backward
-from titans_pytorch.ops.memory_batch_scan.triton import COUNTER_STRIDE, arrive, resident_programs, wait
+from titans_pytorch.ops.memory_batch_scan.triton import COUNTER_STRIDE, resident_programs, wait_for_all
 
 # hidden features of a program
 UNITS = 64
@@ -97,10 +97,10 @@ def _advance(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _sum_of_parts(parts_of_head, PARTS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+def _sum_of_parts(parts_of_head, parts, ROWS: tl.constexpr, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
     entry = tl.arange(0, ROWS)[:, None] * DIM + tl.arange(0, DIM)[None, :]
     total = tl.zeros((ROWS, DIM), tl.float32)
-    for part in tl.static_range(PARTS):
+    for part in range(parts):
         # another multiprocessor wrote it
         total += tl.load(parts_of_head + part * ROWS * DIM + entry, cache_modifier='.cg')
     return total
@@ -111,15 +111,14 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     keys, values, step_sizes, coefficients, initial_coefficients, first, last, gamma,
     first_initial, last_initial, gamma_initial, first_final, last_final, gamma_final,
     hidden, hidden_deltas, deltas, of_gamma, losses, first_saved, last_saved, gamma_saved, products, partial, counters,
-    first_batch, last_batch, batches, batches_per_block, heads, chunks, rows, eps,
+    first_batch, last_batch, batches, batches_per_block, heads, parts, chunks, rows, eps,
     key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
     dim: tl.constexpr, width: tl.constexpr, NORM: tl.constexpr, STATES: tl.constexpr, MOMENTUM: tl.constexpr,
     BEFORE_SUM: tl.constexpr, AFTER_SUM: tl.constexpr, WAITS: tl.constexpr, COUNTER_STRIDE: tl.constexpr,
-    PARTS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, UNITS: tl.constexpr,
-    PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+    ROWS: tl.constexpr, DIM: tl.constexpr, UNITS: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    part, groups = program % PARTS, tl.num_programs(0) // PARTS
+    part, groups = program % parts, tl.num_programs(0) // parts
     feature, unit, index = tl.arange(0, DIM), part * UNITS + tl.arange(0, UNITS), tl.arange(0, ROWS)
     with_feature, with_unit, valid = feature < dim, unit < width, index < chunks * rows
     chunk, row = index // rows, index % rows
@@ -130,15 +129,15 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     inside, present = valid[:, None] & with_feature[None, :], valid[:, None] & with_unit[None, :]
     nothing = tl.zeros((ROWS, UNITS), tl.float32)
 
-    for head_index in range(program // PARTS, heads, groups):
+    for head_index in range(program // parts, heads, groups):
         head = tl.cast(head_index, tl.int64)
         counter = counters + head * COUNTER_STRIDE
         w_1, s_1 = _load_matrix(first + head * STATES * size, size, to_first, in_first, MOMENTUM)
         w_2, s_2 = _load_matrix(last + head * STATES * size, size, to_last, in_last, MOMENTUM)
-        w_gamma = s_gamma = tl.zeros((DIM,), tl.float32)
+        w_gamma, s_gamma = 0.0, 0.0
         if NORM:
             # every program keeps its own
-            own_gamma = gamma + (head * PARTS + part) * STATES * dim
+            own_gamma = gamma + (head * parts + part) * STATES * dim
             w_gamma, s_gamma = _load_matrix(own_gamma, dim, feature, with_feature, MOMENTUM)
 
         for batch in range(first_batch, last_batch):
@@ -150,20 +149,12 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
             h = multiply_add(nothing, k, w_1, PRECISION, OPERAND)
             a = h * normal_cdf(h)
             # two places in turn: when one is written again, all programs have read it
-            parts_of_head = partial + (head * 2 + batch % 2) * PARTS * ROWS * DIM
+            parts_of_head = partial + (head * 2 + batch % 2) * parts * ROWS * DIM
             if BEFORE_SUM:
                 y = multiply_add(tl.zeros((ROWS, DIM), tl.float32), a, w_2, PRECISION, OPERAND)
                 tl.store(parts_of_head + part * ROWS * DIM + entry, y)
-            arrive(counter, WAITS)
-
             if AFTER_SUM:
-                # what needs no sum, while the others arrive
-                to_values = (offset * value_chunk + row * value_row)[:, None] + feature[None, :]
-                v = tl.load(values + head * value_head + to_values, mask=inside, other=0.0).to(tl.float32)
-                to_steps = offset * step_chunk + row * step_row
-                theta = tl.load(step_sizes + head * step_head + to_steps, mask=valid, other=0.0).to(tl.float32)
-                mix = _load_mix(initial_coefficients, own, MOMENTUM)
-                of_chunks = _load_coefficients(coefficients, own, chunk, valid, chunks, STATES)
+                # meanwhile, what others need not wait for
                 if batch % batches_per_block == 0:
                     block = own // batches_per_block
                     _store_matrix(
@@ -182,11 +173,17 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                     if part == 0:
                         _store_matrix(to_saved, w_gamma, s_gamma, dim, feature, with_feature, MOMENTUM)
                 tl.store(hidden + (start + index)[:, None] * width + unit[None, :], a, mask=present)
-                wait(counter, (batch - first_batch + 1) * PARTS, WAITS)
-                y = _sum_of_parts(parts_of_head, PARTS, ROWS, DIM)
+            wait_for_all(counter, (batch - first_batch + 1) * parts, WAITS)
+
+            if AFTER_SUM:
+                y = _sum_of_parts(parts_of_head, parts, ROWS, DIM)
+                to_values = (offset * value_chunk + row * value_row)[:, None] + feature[None, :]
+                v = tl.load(values + head * value_head + to_values, mask=inside, other=0.0).to(tl.float32)
+                to_steps = offset * step_chunk + row * step_row
+                theta = tl.load(step_sizes + head * step_head + to_steps, mask=valid, other=0.0).to(tl.float32)
                 gain = 1.0
                 if NORM:
-                    gain += w_gamma[None, :]
+                    gain += w_gamma[None, :]  # type: ignore[index]
                 difference, delta, of_rows = gradient_of_product(y, k, v, theta[:, None], gain, inside, eps, dim, NORM)
                 to_rows = (start + index)[:, None] * dim + feature[None, :]
                 if part == 0:
@@ -199,6 +196,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                 hidden_delta = g * gelu_derivative(h)
                 tl.store(hidden_deltas + (start + index)[:, None] * width + unit[None, :], hidden_delta, mask=present)
 
+                mix = _load_mix(initial_coefficients, own, MOMENTUM)
+                of_chunks = _load_coefficients(coefficients, own, chunk, valid, chunks, STATES)
                 w_1, s_1 = _advance(w_1, s_1, k, hidden_delta, of_chunks, mix, MOMENTUM, PRECISION, OPERAND)
                 w_2, s_2 = _advance(w_2, s_2, a, delta, of_chunks, mix, MOMENTUM, PRECISION, OPERAND)
                 if NORM:
@@ -213,7 +212,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
             _store_matrix(first_final + head * STATES * size, w_1, s_1, size, to_first, in_first, MOMENTUM)
             _store_matrix(last_final + head * STATES * size, w_2, s_2, size, to_last, in_last, MOMENTUM)
             if NORM:
-                to_final = gamma_final + (head * PARTS + part) * STATES * dim
+                to_final = gamma_final + (head * parts + part) * STATES * dim
                 _store_matrix(to_final, w_gamma, s_gamma, dim, feature, with_feature, MOMENTUM)
 
 
@@ -245,12 +244,17 @@ def _dot(a, b):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _step_back(g_weights, g_momentum, d_weights, mix, MOMENTUM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """G before a memory batch from G after it, and the gradient of the weights that gradients were taken at."""
+def _step_back(g_weights, g_momentum, w, momentum, d_weights, mix, MOMENTUM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """G before a memory batch from G after it, and the gradients of the three coefficients of `mix`."""
     kept, added, kept_momentum = mix
+    d_kept = _dot(g_weights, w)
+    d_added, d_kept_momentum = d_kept, d_kept
     if MOMENTUM:
+        d_added, d_kept_momentum = _dot(g_weights, momentum), _dot(g_momentum, momentum)
         g_momentum = added * g_weights + kept_momentum * g_momentum
-    return kept * g_weights + d_weights, g_momentum
+    # the weights that gradients were taken at
+    g_weights = kept * g_weights + d_weights
+    return g_weights, g_momentum, d_kept, d_added, d_kept_momentum
 
 
 @triton.jit(do_not_specialize=['first_batch', 'last_batch', 'batches'])
@@ -260,19 +264,18 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     keys, values, step_sizes, coefficients, initial_coefficients,
     hidden, hidden_deltas, of_gamma, first_saved, last_saved, gamma_saved, products,
     d_keys, d_values, d_step_sizes, d_coefficients, d_initial_coefficients, partial, counters,
-    first_batch, last_batch, batches, batches_per_block, heads, chunks, rows, eps,
+    first_batch, last_batch, batches, batches_per_block, heads, parts, chunks, rows, eps,
     d_hidden_head, d_hidden_batch, d_hidden_row, d_hidden_unit,
     key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
     dim: tl.constexpr, width: tl.constexpr, NORM: tl.constexpr, STATES: tl.constexpr, MOMENTUM: tl.constexpr,
     FIRST_INITIAL: tl.constexpr, LAST_INITIAL: tl.constexpr, GAMMA_INITIAL: tl.constexpr, OF_HIDDEN: tl.constexpr,
     OF_HIDDEN_DELTAS: tl.constexpr, OF_DELTAS: tl.constexpr, OF_GAMMA: tl.constexpr, LOSSES: tl.constexpr,
     BEFORE_SUM: tl.constexpr, AFTER_SUM: tl.constexpr, WAITS: tl.constexpr, COUNTER_STRIDE: tl.constexpr,
-    PARTS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, UNITS: tl.constexpr,
-    PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+    ROWS: tl.constexpr, DIM: tl.constexpr, UNITS: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Memory batches in reverse, `first_batch` to `last_batch` counted from the end."""
     program = tl.program_id(0)
-    part, groups = program % PARTS, tl.num_programs(0) // PARTS
+    part, groups = program % parts, tl.num_programs(0) // parts
     feature, unit, index = tl.arange(0, DIM), part * UNITS + tl.arange(0, UNITS), tl.arange(0, ROWS)
     with_feature, with_unit, valid = feature < dim, unit < width, index < chunks * rows
     chunk, row = index // rows, index % rows
@@ -283,15 +286,15 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     inside, present = valid[:, None] & with_feature[None, :], valid[:, None] & with_unit[None, :]
     nothing = tl.zeros((ROWS, UNITS), tl.float32)
 
-    for head_index in range(program // PARTS, heads, groups):
+    for head_index in range(program // parts, heads, groups):
         head = tl.cast(head_index, tl.int64)
         counter = counters + head * COUNTER_STRIDE
         g_1, t_1 = _load_matrix(d_first + head * STATES * size, size, to_first, in_first, MOMENTUM)
         g_2, t_2 = _load_matrix(d_last + head * STATES * size, size, to_last, in_last, MOMENTUM)
-        g_gamma = t_gamma = tl.zeros((DIM,), tl.float32)
+        g_gamma, t_gamma = 0.0, 0.0
         if NORM:
             # every program keeps its own
-            to_gamma = d_gamma + (head * PARTS + part) * STATES * dim
+            to_gamma = d_gamma + (head * parts + part) * STATES * dim
             g_gamma, t_gamma = _load_matrix(to_gamma, dim, feature, with_feature, MOMENTUM)
 
         for step in range(first_batch, last_batch):
@@ -336,40 +339,27 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
             # Δ₁ = g ∘ gelu′(h) with g = Δ₂ W₂ᵀ
             h = multiply_add(nothing, k, w_1, PRECISION, OPERAND)
             d_g = d_hidden_delta * gelu_derivative(h)
-            parts_of_head = partial + (head * 2 + step % 2) * PARTS * ROWS * DIM
+            parts_of_head = partial + (head * 2 + step % 2) * parts * ROWS * DIM
             if BEFORE_SUM:
                 d_delta = multiply_add(d_delta, d_g, w_2, PRECISION, OPERAND)
                 tl.store(parts_of_head + part * ROWS * DIM + entry, d_delta)
-            arrive(counter, WAITS)
+            wait_for_all(counter, (step - first_batch + 1) * parts, WAITS)
 
             if AFTER_SUM:
-                # what needs no sum, while the others arrive
-                g = multiply_add(nothing, delta, tl.trans(w_2), PRECISION, OPERAND)
-                mix = _load_mix(initial_coefficients, own, MOMENTUM)
-                s_1, s_2 = w_1, w_2
-                if MOMENTUM:
-                    s_1 = tl.load(first_saved + (own * STATES + 1) * size + to_first, mask=in_first, other=0.0)
-                    s_2 = tl.load(last_saved + (own * STATES + 1) * size + to_last, mask=in_last, other=0.0)
-                d_kept = _dot(g_1, w_1) + _dot(g_2, w_2)
-                d_added, d_kept_momentum = d_kept, d_kept
-                if MOMENTUM:
-                    d_added = _dot(g_1, s_1) + _dot(g_2, s_2)
-                    d_kept_momentum = _dot(t_1, s_1) + _dot(t_2, s_2)
-                wait(counter, (step - first_batch + 1) * PARTS, WAITS)
-                d_delta = _sum_of_parts(parts_of_head, PARTS, ROWS, DIM)
+                d_delta = _sum_of_parts(parts_of_head, parts, ROWS, DIM)
                 if OF_DELTAS:
                     d_delta += tl.load(d_deltas + to_rows, mask=inside, other=0.0).to(tl.float32)
                 d_of_rows, d_loss = 0.0, 0.0
                 if NORM:
                     own_of_gamma = tl.load(of_gamma + to_rows, mask=inside, other=0.0)
                     weights_row, momentum_row = of_chunks
-                    d_of_rows = weights_row[:, None] * g_gamma[None, :]
+                    d_of_rows = weights_row[:, None] * g_gamma[None, :]  # type: ignore[index]
                     # one program's share of the coefficients' gradients
                     only = tl.where(part == 0, 1.0, 0.0)
-                    of_weights += only * tl.sum(own_of_gamma * g_gamma[None, :], axis=1)
+                    of_weights += only * tl.sum(own_of_gamma * g_gamma[None, :], axis=1)  # type: ignore[index]
                     if MOMENTUM:
-                        d_of_rows += momentum_row[:, None] * t_gamma[None, :]
-                        of_momentum += only * tl.sum(own_of_gamma * t_gamma[None, :], axis=1)
+                        d_of_rows += momentum_row[:, None] * t_gamma[None, :]  # type: ignore[index]
+                        of_momentum += only * tl.sum(own_of_gamma * t_gamma[None, :], axis=1)  # type: ignore[index]
                     if OF_GAMMA:
                         d_of_rows += tl.load(d_of_gamma + to_rows, mask=inside, other=0.0)
                 if LOSSES:
@@ -383,9 +373,10 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                     d_k += d_k_direct
 
                 d_a = multiply_add(d_a, d_product, tl.trans(w_2), PRECISION, OPERAND)
+                g = multiply_add(nothing, delta, tl.trans(w_2), PRECISION, OPERAND)
                 d_h = d_a * gelu_derivative(h) + g * d_hidden_delta * gelu_second_derivative(h)
                 d_k = multiply_add(d_k, d_h, tl.trans(w_1), PRECISION, OPERAND)
-                to_parts = own * PARTS + part
+                to_parts = own * parts + part
                 tl.store(
                     d_keys + (to_parts * chunks * rows + index)[:, None] * dim + feature[None, :], d_k, mask=inside
                 )
@@ -400,8 +391,20 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                     tl.zeros((UNITS, DIM), tl.float32), tl.trans(a), d_product, PRECISION, OPERAND
                 )
                 d_last_weights = multiply_add(d_last_weights, tl.trans(d_g), delta, PRECISION, OPERAND)
-                g_1, t_1 = _step_back(g_1, t_1, d_first_weights, mix, MOMENTUM)
-                g_2, t_2 = _step_back(g_2, t_2, d_last_weights, mix, MOMENTUM)
+                mix = _load_mix(initial_coefficients, own, MOMENTUM)
+                s_1, s_2 = w_1, w_2
+                if MOMENTUM:
+                    s_1 = tl.load(first_saved + (own * STATES + 1) * size + to_first, mask=in_first, other=0.0)
+                    s_2 = tl.load(last_saved + (own * STATES + 1) * size + to_last, mask=in_last, other=0.0)
+                g_1, t_1, d_kept, d_added, d_kept_momentum = _step_back(
+                    g_1, t_1, w_1, s_1, d_first_weights, mix, MOMENTUM
+                )
+                g_2, t_2, d_kept_2, d_added_2, d_kept_momentum_2 = _step_back(
+                    g_2, t_2, w_2, s_2, d_last_weights, mix, MOMENTUM
+                )
+                d_kept += d_kept_2
+                d_added += d_added_2
+                d_kept_momentum += d_kept_momentum_2
                 if NORM:
                     from_saved = gamma_saved + own * STATES * dim
                     w_gamma, s_gamma = _load_matrix(from_saved, dim, feature, with_feature, MOMENTUM)
@@ -437,7 +440,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
             _store_matrix(d_first + head * STATES * size, g_1, t_1, size, to_first, in_first, MOMENTUM)
             _store_matrix(d_last + head * STATES * size, g_2, t_2, size, to_last, in_last, MOMENTUM)
             if NORM:
-                to_gamma = d_gamma + (head * PARTS + part) * STATES * dim
+                to_gamma = d_gamma + (head * parts + part) * STATES * dim
                 _store_matrix(to_gamma, g_gamma, t_gamma, dim, feature, with_feature, MOMENTUM)
 
 
@@ -497,7 +500,7 @@ def _forward(
     given = (keys, values, step_sizes, first, last, gamma, coefficients, initial_coefficients)
     outputs = _outputs(*given, batches_per_block, eps, operands)
     shared = _arguments(keys, values, step_sizes, first, coefficients, initial_coefficients, eps, operands)
-    parts = shared['PARTS']
+    parts = shared['parts']
     arguments: dict[str, Any] = shared | dict(zip(OUTPUTS, outputs)) | dict(batches_per_block=batches_per_block)
     absent = coefficients.new_empty(0)
     states = dict(first=first.contiguous(), last=last.contiguous(), gamma=absent)
@@ -538,7 +541,7 @@ def _backward(
     heads, batches, count, chunks = coefficients.shape
     rows, dim = keys.shape[2:]
     shared = _arguments(keys, values, step_sizes, first, coefficients, initial_coefficients, eps, operands)
-    parts = shared['PARTS']
+    parts = shared['parts']
     absent = coefficients.new_empty(0)
 
     def final_gradient(name: str, shape: torch.Size) -> Tensor:
@@ -635,7 +638,7 @@ def _arguments(
         step_sizes=step_sizes, **named_strides('step', step_sizes, 'head chunk row'),
         coefficients=coefficients.contiguous(), initial_coefficients=initial_coefficients.contiguous(),
         partial=coefficients.new_empty(heads, 2, parts, stored, padded),
-        batches=batches, heads=heads, PARTS=parts, chunks=chunks, rows=rows, eps=eps,
+        batches=batches, heads=heads, parts=parts, chunks=chunks, rows=rows, eps=eps,
         dim=dim, width=width, STATES=count, MOMENTUM=count > 1, COUNTER_STRIDE=COUNTER_STRIDE,
         ROWS=stored, DIM=padded, UNITS=UNITS, num_warps=WARPS, **product_precision(operands),
     )  # fmt: skip
@@ -647,7 +650,7 @@ def _launch(kernel: Any, arguments: dict[str, Any], states: dict[str, Tensor], c
     Args:
         states, carried: arguments that hold the states at the start of the first launch, and between launches.
     """
-    heads, batches, parts = arguments['heads'], arguments['batches'], arguments['PARTS']
+    heads, batches, parts = arguments['heads'], arguments['batches'], arguments['parts']
     device = arguments['keys'].device
 
     def launch(first_batch: int, last_batch: int, before_sum: bool, after_sum: bool, waits: bool) -> None:
