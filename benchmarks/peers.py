@@ -55,7 +55,7 @@ class Row:
             'qk_rmsnorm': True,
             'default_step_transform_max_lr': 1e-2,
             'init_decay_bias': -3.0,
-            'default_model_kwargs': {'depth': self.depth},
+            'default_model_kwargs': {'depth': self.depth, 'expansion_factor': 4.0},
             'mem_model_norm_add_residual': self.depth > 1,
         }
 
