@@ -9,6 +9,7 @@ from torch.nn import Linear, Module, Parameter
 
 from titans_pytorch.ops.head_norm import head_norm
 from titans_pytorch.ops.norms import l2_norm
+from titans_pytorch.utils.functional import is_intercepted
 from titans_pytorch.utils.parameters import Resettable
 from titans_pytorch.utils.shapes import Float
 
@@ -26,7 +27,9 @@ class MultiheadRMSNorm(Module):
         nn.init.zeros_(self.gamma)
 
     def forward(self, x: Float[Tensor, 'b h n d']) -> Float[Tensor, 'b h n d']:
-        return head_norm(x, self.gamma)
+        if type(self.rmsnorm) is nn.RMSNorm and self.rmsnorm.eps is None and not is_intercepted((self.rmsnorm,)):
+            return head_norm(x, self.gamma)
+        return self.rmsnorm(x) * (self.gamma + 1.0)
 
 
 class AveragePool(Module):
