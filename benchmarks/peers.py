@@ -110,7 +110,7 @@ def attention_by_loop(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def recurrence(q: Tensor, k: Tensor, v: Tensor, retention: Tensor, beta: Tensor | None) -> Tensor:
-    """S ← retention ∘ S + kᵀ (v − β-weighted prediction), read by q / √d."""
+    """S ← D + β kᵀ (v − k D) with D = retention ∘ S, or D + kᵀ v without β; read by q / √d."""
     state, out = q.new_zeros(len(q), HEADS, DIM_HEAD, DIM_HEAD), []
     for t in range(q.shape[1]):
         state = state * retention[:, t, :, :, None]
@@ -159,7 +159,7 @@ def output(layer: nn.Module, x: Tensor) -> Tensor:
     return out if isinstance(out, Tensor) else out[0]
 
 
-def work(row: dict[str, Any], length: int, tokens: int, repeats: int, mode: str) -> dict[str, Any]:
+def work(row: dict[str, Any], length: int, tokens: int, repeats: int) -> dict[str, Any]:
     layer, exact = build(Row(**row))
 
     def loss(x: Tensor) -> Tensor:
@@ -186,7 +186,9 @@ def work(row: dict[str, Any], length: int, tokens: int, repeats: int, mode: str)
     if DEVICE == 'cuda':
         try:
             run = captured(step)
-        except Exception:  # a kernel that cannot be captured
+        except RuntimeError:  # a kernel that cannot be captured
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
             captures = False
     seconds = timed(run, repeats)
     peak = torch.cuda.max_memory_allocated() if DEVICE == 'cuda' else None
@@ -211,7 +213,7 @@ def main() -> None:
     cells = []
     for length in options.lengths:
         for row, name, path in jobs:
-            job = dict(row=asdict(row), length=length, tokens=options.tokens, repeats=options.repeats, mode=name)
+            job = dict(row=asdict(row), length=length, tokens=options.tokens, repeats=options.repeats)
             figures = in_own_process(__file__, path, options.timeout, **job)
             print(json.dumps({'row': name, 'length': length, **figures}), flush=True)
             if 'failed' in figures:

@@ -9,6 +9,8 @@ import torch
 from compare import assert_same, gradients
 from memories import inputs, memory
 
+from titans_pytorch.memory.backends import DualBackend
+
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 OPERATIONS = ('inner_gradient', 'final_state', 'memory_batch_scan', 'retrieve_sequence')
 # matrices are no larger than a chunk's rows, and are formed; or are factored, but not stored by a scan
@@ -55,6 +57,22 @@ def test_a_memory_equals_the_dense_engine(launched, switch):
     assert ('inner_gradient' in launched) == (switch not in SCANNED)
     assert ('retrieve_sequence' in launched) == ('final_state' in launched or switch in SCANNED)
     assert ('final_state' in launched) == (switch in BY_BATCH)
+
+
+@pytest.mark.parametrize('rows', [8, 16, 64])
+@pytest.mark.parametrize('switch', SCANNED)
+def test_states_are_kept_for_several_memory_batches(launched, switch, rows, monkeypatch):
+    monkeypatch.setattr(DualBackend, '_kept_together', lambda *_: rows)
+    dual = memory(switch, engine='dual').float().to(DEVICE)
+    dense = memory(switch, engine='dense').to(DEVICE)
+    dense.load_state_dict(dual.state_dict())
+    seq = inputs(dense, 29).to(DEVICE)
+    results = []
+    for mem in (dual, dense):
+        out, state = mem(seq.to(next(mem.parameters()).dtype))
+        results.append((out, state.states, gradients(mem, out.double().sin().sum())))
+    assert_same(*results, 3e-4)
+    assert 'memory_batch_scan' in launched
 
 
 def test_a_memory_compiles_to_few_operations(kernels_everywhere, fresh_compiler):

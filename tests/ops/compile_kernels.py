@@ -31,7 +31,7 @@ def compile_launch(kernel: JITFunction, *_: Any, grid: Any, warmup: bool, **give
             signature[parameter.name] = 'fp32' if isinstance(value, float) else 'i32'
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     triton.compile(source, target=HOPPER, options=given)
-    print(kernel.fn.__name__, kernel.fn.__module__)
+    print(kernel.fn.__module__, kernel.fn.__name__)
 
 
 def main() -> None:

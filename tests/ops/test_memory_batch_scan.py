@@ -34,7 +34,7 @@ def kernels(kernels_everywhere, monkeypatch):
     """The kernels with states in memory run on this device too; their module."""
     from titans_pytorch.ops.memory_batch_scan import triton as kernels
 
-    monkeypatch.setattr(operation, '_fits_on_chip', lambda *_: False)
+    monkeypatch.setattr(operation, 'fits_on_chip', lambda *_: False)
     return kernels
 
 
@@ -292,6 +292,13 @@ def test_only_one_output_on_chip_is_used(on_chip, poisoned):
         assert_same(learned(scanned, leaves(tensors), [name]), exactly(tensors, [name]), EXACT, f'of {name} ')
 
 
+def test_states_on_chip_without_gradients(on_chip, poisoned):
+    tensors = problem(1, 2, 2, 2, 16, 70, 2)
+    with torch.no_grad():
+        came = scanned(tensors)
+    assert_same(came, {name: t.detach() for name, t in scanned(leaves(tensors)).items()}, 0.0)
+
+
 def test_views_on_chip(on_chip, poisoned):
     tensors = problem(2, 4, 3, 4, 16, 20, 2)
     cut = {name: t[:, 1:3] for name, t in tensors.items() if name.endswith('coefficients')}
@@ -322,7 +329,7 @@ def test_the_operation_on_chip_is_registered_correctly(on_chip):
     rows = (tensors[name] for name in ('keys', 'values', 'step_sizes'))
     stacked = (torch.stack(own, dim=1).detach().requires_grad_() for own in states_of(tensors))
     coefficients = (tensors[name] for name in ('coefficients', 'initial_coefficients'))
-    args = (*rows, *stacked, *coefficients, 2, 1e-5, torch.float32)
+    args = (*rows, *stacked, *coefficients, 2, True, 1e-5, torch.float32)
     torch.library.opcheck(on_chip.memory_batch_scan_on_chip, args, test_utils=CHECKS)
 
 

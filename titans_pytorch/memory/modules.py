@@ -27,9 +27,11 @@ class MultiheadRMSNorm(Module):
         nn.init.zeros_(self.gamma)
 
     def forward(self, x: Float[Tensor, 'b h n d']) -> Float[Tensor, 'b h n d']:
-        if type(self.rmsnorm) is nn.RMSNorm and self.rmsnorm.eps is None and not is_intercepted((self.rmsnorm,)):
+        inner = self.rmsnorm
+        plain = type(inner) is nn.RMSNorm and inner.weight is None and inner.eps is None
+        if plain and x.shape[-1:] == inner.normalized_shape and not is_intercepted((inner,)):
             return head_norm(x, self.gamma)
-        return self.rmsnorm(x) * (self.gamma + 1.0)
+        return inner(x) * (self.gamma + 1.0)
 
 
 class AveragePool(Module):

@@ -14,7 +14,11 @@ from torch._C import _autograd as autograd_c
 from torch.func import functional_call
 from torch.nn import Module, Parameter
 from torch.nn.modules import module as module_hooks
+from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_map_only
+
+# seen with 2.11, and not with 2.13
+WRONG_IN_INFERENCE = TorchVersion(torch.__version__) < '2.13'
 
 
 def call_with_weights(model: Module, weights: Mapping[str, Tensor], x: Tensor, **kwargs: Any) -> Tensor:
@@ -123,8 +127,8 @@ def outside_inference(t: Tensor) -> Tensor:
 
 
 def call_outside_inference(fn: Callable[..., Any], *args: Any) -> Any:
-    """`fn(*args)`, outside inference mode, in which `torch.func` takes wrong gradients (PyTorch 2.11, not 2.13)."""
-    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+    """`fn(*args)`, outside inference mode where `torch.func` takes wrong gradients in it."""
+    if torch.compiler.is_compiling() or not (WRONG_IN_INFERENCE and torch.is_inference_mode_enabled()):
         return fn(*args)
     with torch.inference_mode(False), torch.no_grad():
         return fn(*tree_map_only(Tensor, outside_inference, args))

@@ -50,7 +50,7 @@ def divided(length: int, size: int, offset: int = 0) -> tuple[int, int]:
 
 
 def is_empty(length: int) -> bool:
-    """True for 0. A symbolic length is taken for another, so that the program is not restricted to one."""
+    """True for 0. A symbolic length counts as not empty, so that a program is not restricted to one length."""
     return isinstance(length, int) and length == 0
 
 

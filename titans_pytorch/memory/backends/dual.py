@@ -38,6 +38,7 @@ from titans_pytorch.memory.soft_clamp import soft_clamp_factor, soft_clamp_norm
 from titans_pytorch.ops.associative_scan import coefficient_product
 from titans_pytorch.ops.final_state import final_state
 from titans_pytorch.ops.linear_memory_scan import MOST_ROWS
+from titans_pytorch.ops.memory_batch_scan import fits_on_chip
 from titans_pytorch.utils.functional import (
     call_outside_inference,
     call_with_weights,
@@ -80,7 +81,7 @@ class DualBackend(Backend):
                 rows = _solved_together(chunks).in_block
                 yield from self._in_blocks(self._store_linear, group, rows, group_chunks, group_residual)
             elif in_batches and scans and not formed:
-                rows = _kept_together(chunks)
+                rows = self._kept_together(inputs)
                 yield from self._in_blocks(self._store_batches, group, rows, group_chunks, None)
             else:
                 yield from self._separately(group, group_chunks, group_residual, formed)
@@ -130,6 +131,16 @@ class DualBackend(Backend):
         lengths = [blocks * length * per_batch for blocks, length in counts]
         for (blocks, _), inputs in zip(counts, split_inputs(chunks, residual, lengths)):
             yield PreparedBlock(partial(store, *inputs, blocks, per_batch), ends_batch=True)
+
+    def _kept_together(self, inputs: StoreInputs) -> int:
+        """Most rows of a block of memory batches. States are kept once for a block; within it, weights are factored."""
+        assert self.fused is not None
+        keys, per_batch = inputs.chunks.keys, inputs.schedule.chunks_per_batch
+        if not keys.is_cuda or self.fused.first is None or per_batch is None:
+            return 0
+        first, num_states = inputs.weights.newest[self.fused.first], 1 + _num_orders(inputs.chunks)
+        # where states stay on chip, writing them costs more than applying longer factors
+        return MOST_ROWS if fits_on_chip(first, num_states, per_batch * keys.shape[2]) else 0
 
     def _store_batches(
         self,
@@ -322,14 +333,12 @@ class SolvedRows(NamedTuple):
 
 
 def _solved_together(chunks: Chunks) -> SolvedRows:
-    # measured on a CPU: work in a block grows with the square of its rows, and its share of launches falls
+    # measured on a CPU: longer blocks need fewer launches, but work grows with the square of a block's rows
     return SolvedRows(32, 16) if chunks.keys.device.type == 'cpu' else SolvedRows(MOST_ROWS, MOST_ROWS)
 
 
-def _kept_together(chunks: Chunks) -> int:
-    """Rows of the memory batches of which the states are kept but once, beside factors."""
-    # on a GPU, states in memory cost more than longer factors
-    return MOST_ROWS if chunks.keys.is_cuda else 0
+def _num_orders(chunks: Chunks) -> int:
+    return 0 if chunks.momentum is None else chunks.momentum.shape[-1]
 
 
 def _forms_matrix(chunks: Chunks, weight: Float[Tensor, 'bh d e']) -> bool:

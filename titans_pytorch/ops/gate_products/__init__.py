@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from titans_pytorch.ops._dispatch import use_kernel
@@ -17,9 +18,12 @@ def gate_products(log_gates: Float[Tensor, '... n']) -> Float[Tensor, '... n n']
 
     Each entry sums the logarithms of its own range: the difference of two long sums would cancel.
     """
-    fits = 0 < log_gates.shape[-1] <= _MOST_STEPS and log_gates.numel() > 0
-    if use_kernel([log_gates], [log_gates]) and fits:
+    if use_kernel([log_gates], dtypes=(torch.float32,)) and _supports(log_gates):
         from titans_pytorch.ops.gate_products import triton
 
         return triton.gate_products(log_gates)
     return reference.gate_products(log_gates)
+
+
+def _supports(log_gates: Tensor) -> bool:
+    return log_gates.shape[-1] <= _MOST_STEPS and log_gates.numel() > 0

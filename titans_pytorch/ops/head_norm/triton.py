@@ -23,8 +23,8 @@ def _load_rows(  # type: ignore[no-untyped-def]
     x, own_head, first, n, x_batch, x_row, x_head, heads, dim, DIM: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
     """Rows of a head, with their numbers and features, and which of these exist."""
-    batch, head = (own_head // heads).to(tl.int64), own_head % heads
-    row, feature = first + tl.arange(0, ROWS), tl.arange(0, DIM)
+    batch, head = (own_head // heads).to(tl.int64), (own_head % heads).to(tl.int64)
+    row, feature = (first + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, DIM)
     inside = (row < n)[:, None] & (feature < dim)[None, :]
     offset = batch * x_batch + row[:, None] * x_row + head * x_head + feature[None, :]
     own = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
@@ -53,13 +53,13 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     own_head, first = tl.program_id(0), tl.program_id(1) * ROWS
     own, row, feature, inside = _load_rows(x, own_head, first, n, x_batch, x_row, x_head, heads, dim, DIM, ROWS)
-    batch, head = (own_head // heads).to(tl.int64), own_head % heads
+    batch, head = (own_head // heads).to(tl.int64), (own_head % heads).to(tl.int64)
     gain = 1.0 + tl.load(gamma + head * dim + feature, mask=feature < dim, other=0.0).to(tl.float32)
     inverse = (1.0 / tl.sqrt(tl.sum(own * own, axis=1) / dim + eps))[:, None]
     from_d = d_out + batch * d_batch + head * d_head + row[:, None] * d_row + feature[None, :]
     d_own = tl.load(from_d, mask=inside, other=0.0).to(tl.float32)
     own *= inverse
-    to_gamma = d_gamma + (own_head * tl.num_programs(1) + tl.program_id(1)) * dim + feature
+    to_gamma = d_gamma + (own_head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * dim + feature
     tl.store(to_gamma, tl.sum(d_own * own, axis=0), mask=feature < dim)
     d_own *= gain[None, :]
     d_own = inverse * (d_own - own * (tl.sum(d_own * own, axis=1) / dim)[:, None])

@@ -30,7 +30,7 @@ from titans_pytorch.utils.shapes import Float
 
 MOST_ROWS = 64
 """Rows of a block that the kernels have room for."""
-# rows of all states together, and features, likewise
+# and for rows of all states together, and for features
 _MOST_ENTRIES, _WIDEST = 256, 128
 
 
@@ -66,8 +66,8 @@ def linear_memory_scan(
         steps, initial_steps, final, initial_final: coefficients of each block, as in `memory.chunks.Coefficients`.
         chunks_per_batch: chunks of a memory batch; they divide n.
 
-    Everything is computed in at least float32, as the system amplifies rounding; under autocast on a GPU, products
-    outside of it are in TF32.
+    States, gates and sums are in float32 at least, and so is the inverse of the system, which amplifies rounding. With
+    operands in half precision, the kernel's other products are in TF32.
     """
     operands, (length, rows) = operand_dtype(keys), (steps.shape[2], keys.shape[2])
     coefficients = (steps, initial_steps, final, initial_final)

@@ -368,7 +368,7 @@ def _arguments(
         blocks=blocks, chunks=chunks, rows=rows, per_batch=chunks_per_batch, parts=triton.cdiv(width, columns),
         scale=2.0 / width, dim=dim, width=width, STATES=count, PADDED=triton.next_power_of_2(count),
         DIM=tile_size(dim), ROWS=tile_size(chunks * rows), WIDTH=columns, SMALL=SMALL,
-        # of all products but those that invert, which amplify rounding
+        # of all products but those that form the inverse, where rounding is amplified
         PRECISION=EXACT if operands == torch.float32 else 'tf32', EXACT=EXACT,
     )  # fmt: skip
 

@@ -24,7 +24,8 @@ from titans_pytorch.ops.memory_batch_scan import reference
 from titans_pytorch.utils.precision import operand_dtype
 from titans_pytorch.utils.shapes import Float
 
-# of a memory batch whose states stay on chip. With more rows, states in memory are faster (measured: 32 and 64)
+# limits of the kernels that keep states on chip: rows of a memory batch, features, hidden features. With more rows,
+# states in memory are faster (measured: 32 and 64)
 _MOST_ROWS, _MOST_FEATURES, _MOST_UNITS = 32, 64, 512
 
 
@@ -80,12 +81,13 @@ def memory_batch_scan(
     rows, coefficients_of_states = (keys, values, step_sizes), (coefficients, initial_coefficients)
     states = (*(first or ()), *last, *(gamma or ()), *coefficients_of_states)
     uses_kernel = use_kernel(rows, states) and keys.numel() > 0
-    if uses_kernel and first is not None and _fits_on_chip(keys, first, coefficients):
+    in_batch = coefficients.shape[3] * keys.shape[2]
+    if uses_kernel and first is not None and fits_on_chip(first[0], len(first), in_batch):
         from titans_pytorch.ops.memory_batch_scan import triton_on_chip
 
         stacked = [None if own is None else torch.stack(own, dim=1) for own in (first, last, gamma)]
         outputs = triton_on_chip.memory_batch_scan_on_chip(
-            *rows, *stacked, *coefficients_of_states, batches_per_block, eps, operands
+            *rows, *stacked, *coefficients_of_states, batches_per_block, torch.is_grad_enabled(), eps, operands
         )
         out = _present(outputs[: len(MemoryBatches._fields)])
         if gamma is None or out.negative_gamma_gradient is None:
@@ -111,7 +113,7 @@ def _present(outputs: Sequence[Tensor]) -> MemoryBatches:
     return MemoryBatches._make(None if t.numel() == 0 else t for t in outputs)
 
 
-def _fits_on_chip(keys: Tensor, first: list[Tensor], coefficients: Tensor) -> bool:
-    dim, width = first[0].shape[1:]
-    rows = coefficients.shape[3] * keys.shape[2]
-    return len(first) <= 2 and dim <= _MOST_FEATURES and width <= _MOST_UNITS and rows <= _MOST_ROWS
+def fits_on_chip(first: Float[Tensor, 'bh d e'], num_states: int, rows: int) -> bool:
+    """Whether kernels can keep the states of a memory MLP on chip, given W₁ and the rows of a memory batch."""
+    dim, width = first.shape[1:]
+    return num_states <= 2 and dim <= _MOST_FEATURES and width <= _MOST_UNITS and rows <= _MOST_ROWS

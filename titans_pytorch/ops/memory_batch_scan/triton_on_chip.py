@@ -114,8 +114,9 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     first_batch, last_batch, batches, batches_per_block, heads, parts, chunks, rows, eps,
     key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
     dim: tl.constexpr, width: tl.constexpr, NORM: tl.constexpr, STATES: tl.constexpr, MOMENTUM: tl.constexpr,
-    BEFORE_SUM: tl.constexpr, AFTER_SUM: tl.constexpr, WAITS: tl.constexpr, COUNTER_STRIDE: tl.constexpr,
-    ROWS: tl.constexpr, DIM: tl.constexpr, UNITS: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+    SAVES: tl.constexpr, BEFORE_SUM: tl.constexpr, AFTER_SUM: tl.constexpr, WAITS: tl.constexpr,
+    COUNTER_STRIDE: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, UNITS: tl.constexpr,
+    PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     part, groups = program % parts, tl.num_programs(0) // parts
@@ -154,7 +155,6 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                 y = multiply_add(tl.zeros((ROWS, DIM), tl.float32), a, w_2, PRECISION, OPERAND)
                 tl.store(parts_of_head + part * ROWS * DIM + entry, y)
             if AFTER_SUM:
-                # meanwhile, what others need not wait for
                 if batch % batches_per_block == 0:
                     block = own // batches_per_block
                     _store_matrix(
@@ -165,13 +165,14 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                         to_block = gamma_initial + block * STATES * dim
                         if part == 0:
                             _store_matrix(to_block, w_gamma, s_gamma, dim, feature, with_feature, MOMENTUM)
-                saved = own * STATES * size
-                _store_matrix(first_saved + saved, w_1, s_1, size, to_first, in_first, MOMENTUM)
-                _store_matrix(last_saved + saved, w_2, s_2, size, to_last, in_last, MOMENTUM)
-                if NORM:
-                    to_saved = gamma_saved + own * STATES * dim
-                    if part == 0:
-                        _store_matrix(to_saved, w_gamma, s_gamma, dim, feature, with_feature, MOMENTUM)
+                if SAVES:
+                    saved = own * STATES * size
+                    _store_matrix(first_saved + saved, w_1, s_1, size, to_first, in_first, MOMENTUM)
+                    _store_matrix(last_saved + saved, w_2, s_2, size, to_last, in_last, MOMENTUM)
+                    if NORM:
+                        to_saved = gamma_saved + own * STATES * dim
+                        if part == 0:
+                            _store_matrix(to_saved, w_gamma, s_gamma, dim, feature, with_feature, MOMENTUM)
                 tl.store(hidden + (start + index)[:, None] * width + unit[None, :], a, mask=present)
             wait_for_all(counter, (batch - first_batch + 1) * parts, WAITS)
 
@@ -189,7 +190,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                 if part == 0:
                     tl.store(losses + start + index, tl.sum(difference * difference, axis=1) / dim, mask=valid)
                     tl.store(deltas + to_rows, delta, mask=inside)
-                    tl.store(products + to_rows, y, mask=inside)
+                    if SAVES:
+                        tl.store(products + to_rows, y, mask=inside)
                     if NORM:
                         tl.store(of_gamma + to_rows, of_rows, mask=inside)
                 g = multiply_add(nothing, delta, tl.trans(w_2), PRECISION, OPERAND)
@@ -454,10 +456,12 @@ def _outputs(
     coefficients: Tensor,
     initial_coefficients: Tensor,
     batches_per_block: int,
+    saves: bool,
     eps: float,
     operands: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """The fields of `MemoryBatches`, absent ones empty; then states before each memory batch, and products with W₂."""
+    """The fields of `MemoryBatches`, absent ones empty; then, if the call `saves` them for the backward, states before
+    each memory batch, and products with W₂."""
     (heads, batches, count, chunks), (rows, dim) = coefficients.shape, keys.shape[2:]
     width = first.shape[3]
     blocks, stored = batches // batches_per_block, chunks * rows
@@ -466,14 +470,18 @@ def _outputs(
     def of_gamma(*shape: int) -> Tensor:
         return new(shape if gamma is not None else (0,))
 
+    def saved(*shape: int, dtype: torch.dtype = operands) -> Tensor:
+        return new(shape if saves else (0,), dtype=dtype)
+
     return (
         new(heads, blocks, count, dim, width), new(heads, blocks, count, width, dim),
         of_gamma(heads, blocks, count, dim), new(first.shape), new(last.shape), of_gamma(heads, count, dim),
         new(heads, batches, stored, width, dtype=operands), new(heads, batches, stored, width, dtype=operands),
         new(heads, batches, stored, dim, dtype=operands), of_gamma(heads, batches, stored, dim),
         new(heads, batches, chunks, rows),
-        new(heads, batches, count, dim, width, dtype=operands), new(heads, batches, count, width, dim, dtype=operands),
-        of_gamma(heads, batches, count, dim), new(heads, batches, stored, dim),
+        saved(heads, batches, count, dim, width), saved(heads, batches, count, width, dim),
+        saved(*(heads, batches, count, dim) if gamma is not None else (0,), dtype=coefficients.dtype),
+        saved(heads, batches, stored, dim, dtype=coefficients.dtype),
     )  # fmt: skip
 
 
@@ -494,11 +502,12 @@ def _forward(
     coefficients: Tensor,  # bh r k n
     initial_coefficients: Tensor,  # bh r k k
     batches_per_block: int,
+    saves: bool,
     eps: float,
     operands: torch.dtype,
 ) -> list[Tensor]:
     given = (keys, values, step_sizes, first, last, gamma, coefficients, initial_coefficients)
-    outputs = _outputs(*given, batches_per_block, eps, operands)
+    outputs = _outputs(*given, batches_per_block, saves, eps, operands)
     shared = _arguments(keys, values, step_sizes, first, coefficients, initial_coefficients, eps, operands)
     parts = shared['parts']
     arguments: dict[str, Any] = shared | dict(zip(OUTPUTS, outputs)) | dict(batches_per_block=batches_per_block)
@@ -509,7 +518,7 @@ def _forward(
         states['gamma'] = gamma.unsqueeze(1).expand(-1, parts, -1, -1).contiguous()
         arguments['gamma_final'] = torch.empty_like(states['gamma'])
     carried = {name: arguments[f'{name}_final'] for name in states}
-    _launch(_forward_kernel, arguments | dict(NORM=gamma is not None), states, carried)
+    _launch(_forward_kernel, arguments | dict(NORM=gamma is not None, SAVES=saves), states, carried)
     if gamma is not None:
         outputs[5].copy_(arguments['gamma_final'][:, 0])
     return [*outputs]
@@ -533,6 +542,7 @@ def _backward(
     coefficients: Tensor,
     initial_coefficients: Tensor,
     batches_per_block: int,
+    saves: bool,
     eps: float,
     operands: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
@@ -662,7 +672,8 @@ def _launch(kernel: Any, arguments: dict[str, Any], states: dict[str, Tensor], c
         groups = heads
         if waits:
             own |= dict(launch_cooperative_grid=True)
-            groups = min(heads, resident_programs(kernel, own, device) // parts)
+            # one at least, so that a GPU too small for it refuses the launch
+            groups = max(1, min(heads, resident_programs(kernel, own, device) // parts))
         kernel[(groups * parts,)](**own)
 
     if parts == 1 or device.type == 'cuda':
