@@ -63,10 +63,10 @@ def test_a_memory_equals_the_dense_engine(launched, switch):
 @pytest.mark.parametrize('switch', SCANNED)
 def test_states_are_kept_for_several_memory_batches(launched, switch, rows, monkeypatch):
     monkeypatch.setattr(DualBackend, '_kept_together', lambda *_: rows)
-    dual = memory(switch, engine='dual').float().to(DEVICE)
-    dense = memory(switch, engine='dense').to(DEVICE)
+    dual = memory(switch, batch_size=4, engine='dual').float().to(DEVICE)
+    dense = memory(switch, batch_size=4, engine='dense').to(DEVICE)
     dense.load_state_dict(dual.state_dict())
-    seq = inputs(dense, 29).to(DEVICE)
+    seq = inputs(dense, 17).to(DEVICE)
     results = []
     for mem in (dual, dense):
         out, state = mem(seq.to(next(mem.parameters()).dtype))
