@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from titans_pytorch.ops.retrieve_sequence import FactoredMatrix
 from titans_pytorch.ops.retrieve_sequence.reference import ROWS_IN_CACHE, factored_linear
-from titans_pytorch.utils.shapes import Float
+from titans_pytorch.utils.shapes import Float, concatenated
 
 Weights = dict[str, Tensor]
 """Tensors by name of the memory network's parameter."""
@@ -202,7 +202,7 @@ class FastWeights(Mapping[str, Tensor]):
         after = self.after_blocks(x, first)
         if after is not None:
             out.append(after @ self.final[name].unsqueeze(1))
-        return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+        return concatenated(out, dim=1)
 
     def by_block(
         self, x: Float[Tensor, 'bh n c d'], first: int

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from titans_pytorch.memory.backends.base import Gradients, Stored, stacked
@@ -17,7 +16,7 @@ from titans_pytorch.ops.linear_memory_scan import linear_memory_scan
 from titans_pytorch.ops.memory_batch_scan import memory_batch_scan
 from titans_pytorch.ops.retrieve_sequence import FactoredMatrix, retrieve_sequence
 from titans_pytorch.utils.precision import no_autocast
-from titans_pytorch.utils.shapes import Float
+from titans_pytorch.utils.shapes import Float, concatenated
 
 
 class FusedMLP(NamedTuple):
@@ -145,7 +144,7 @@ class FusedMLP(NamedTuple):
         rest = weights.after_blocks(rows, first)
         if rest is not None:
             out.append(after_blocks(weights, rest, max(first, weights.num_steps - 1)))
-        return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+        return concatenated(out, dim=1)
 
 
 def _present(tensors: Mapping[str | None, Tensor | None]) -> Weights:

@@ -29,7 +29,7 @@ from titans_pytorch.utils.precision import operand_dtype
 from titans_pytorch.utils.shapes import Float
 
 MOST_ROWS = 64
-"""Rows of a block that the kernels have room for."""
+"""Most rows of a block, all of which a program of the kernels holds."""
 # and for rows of all states together, and for features
 _MOST_ENTRIES, _WIDEST = 256, 128
 

@@ -16,7 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from titans_pytorch.ops._registration import register_kernel
-from titans_pytorch.ops._triton import contiguous_inside, multiply_add, named_strides, product_precision, tile_size
+from titans_pytorch.ops._triton import (
+    contiguous_inside,
+    multiply_add,
+    named_strides,
+    product_precision,
+    taken_by,
+    tile_size,
+)
 
 # rows and columns of the systems that are solved row by row, before they are combined
 SMALL = 16
@@ -374,7 +381,7 @@ def _arguments(
 
 
 def _launch(kernel: Any, grid: int, arguments: dict[str, Any], num_warps: int) -> None:
-    kernel[(grid,)](**{name: arguments[name] for name in kernel.arg_names}, num_warps=num_warps)
+    kernel[(grid,)](**taken_by(kernel, arguments), num_warps=num_warps)
 
 
 def _forward(

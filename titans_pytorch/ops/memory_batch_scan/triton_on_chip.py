@@ -357,11 +357,11 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                     weights_row, momentum_row = of_chunks
                     d_of_rows = weights_row[:, None] * g_gamma[None, :]  # type: ignore[index]
                     # one program's share of the coefficients' gradients
-                    only = tl.where(part == 0, 1.0, 0.0)
-                    of_weights += only * tl.sum(own_of_gamma * g_gamma[None, :], axis=1)  # type: ignore[index]
+                    is_first_part = tl.where(part == 0, 1.0, 0.0)
+                    of_weights += is_first_part * tl.sum(own_of_gamma * g_gamma[None, :], axis=1)  # type: ignore[index]
                     if MOMENTUM:
                         d_of_rows += momentum_row[:, None] * t_gamma[None, :]  # type: ignore[index]
-                        of_momentum += only * tl.sum(own_of_gamma * t_gamma[None, :], axis=1)  # type: ignore[index]
+                        of_momentum += is_first_part * tl.sum(own_of_gamma * t_gamma[None, :], axis=1)  # type: ignore[index]
                     if OF_GAMMA:
                         d_of_rows += tl.load(d_of_gamma + to_rows, mask=inside, other=0.0)
                 if LOSSES:
@@ -411,10 +411,10 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                     from_saved = gamma_saved + own * STATES * dim
                     w_gamma, s_gamma = _load_matrix(from_saved, dim, feature, with_feature, MOMENTUM)
                     kept, added, kept_momentum = mix
-                    d_kept += only * tl.sum(g_gamma * w_gamma, axis=0)
+                    d_kept += is_first_part * tl.sum(g_gamma * w_gamma, axis=0)
                     if MOMENTUM:
-                        d_added += only * tl.sum(g_gamma * s_gamma, axis=0)
-                        d_kept_momentum += only * tl.sum(t_gamma * s_gamma, axis=0)
+                        d_added += is_first_part * tl.sum(g_gamma * s_gamma, axis=0)
+                        d_kept_momentum += is_first_part * tl.sum(t_gamma * s_gamma, axis=0)
                         t_gamma = added * g_gamma + kept_momentum * t_gamma
                     g_gamma = kept * g_gamma + d_gain
                 to_mix = d_initial_coefficients + to_parts * 3
@@ -480,7 +480,7 @@ def _outputs(
         new(heads, batches, stored, dim, dtype=operands), of_gamma(heads, batches, stored, dim),
         new(heads, batches, chunks, rows),
         saved(heads, batches, count, dim, width), saved(heads, batches, count, width, dim),
-        saved(*(heads, batches, count, dim) if gamma is not None else (0,), dtype=coefficients.dtype),
+        of_gamma(heads, batches, count, dim) if saves else new(0),
         saved(heads, batches, stored, dim, dtype=coefficients.dtype),
     )  # fmt: skip
 
