@@ -193,8 +193,8 @@ class Config:
     )
     FSDP: bool = option(
         False,
-        'with torchrun: shard the model (FSDP2); steps are then neither captured nor compiled, and checkpoints are '
-        'folders',
+        'with torchrun: shard the model (FSDP2); steps are then compiled layer by layer and not captured, and '
+        'checkpoints are folders',
     )
     USE_FAST_INFERENCE: bool = option(
         True, 'sample with a cache instead of reading the whole text again for each token'
@@ -300,11 +300,11 @@ def run_folder(config: Config) -> Path:
 def choose_machine(config: Config) -> Machine:
     graphs, compiles = config.USE_CUDA_GRAPHS, config.COMPILE
     if config.FSDP:
-        if graphs or compiles:
-            raise BadSetting('FSDP must be without --use-cuda-graphs and --compile: its hooks are Python')
+        if graphs:
+            raise BadSetting('FSDP must be without --use-cuda-graphs: its hooks are Python')
         if not is_distributed():
             raise BadSetting('FSDP must be started by torchrun, as in torchrun --nproc-per-node 2 train_mac.py --fsdp')
-        graphs = compiles = False
+        graphs = False
     try:
         return training.choose_machine(config.DEVICE, config.PRECISION, graphs, compiles)
     except RunError as error:

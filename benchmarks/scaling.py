@@ -5,8 +5,8 @@
 
 The processes share the micro batches of a step, so that a step is the same on any number of them. Each count runs under
 `torchrun`, as the script does. First its gradients are compared with those of one process, in fp32; a difference of
-more than one part in a thousand stops the benchmark. Replicated steps are compiled and captured as CUDA graphs on a
-GPU, which are the script's defaults; sharded ones are eager.
+more than one part in a thousand stops the benchmark. On a GPU, with the defaults of the script, replicated steps are
+compiled and captured as CUDA graphs; the layers of a sharded model are compiled.
 """
 
 from __future__ import annotations

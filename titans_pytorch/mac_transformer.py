@@ -33,6 +33,7 @@ from titans_pytorch.utils.checks import (
     check_positive,
     checked_arguments,
 )
+from titans_pytorch.utils.functional import replaced
 from titans_pytorch.utils.parameters import InReferenceFormat, fill
 from titans_pytorch.utils.shapes import Float, Int, divided
 
@@ -425,7 +426,7 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
     # decoding steps
 
     def step_kind(self, position: int) -> StepKind:
-        return super().step_kind(position)._replace(is_longterm=self.seq_index_is_longterm(position))
+        return replaced(super().step_kind(position), is_longterm=self.seq_index_is_longterm(position))
 
     def _decoding_embedding(self, position: Int[Tensor, ' 1']) -> AxialTables:
         offsets = torch.arange(self.neural_memory_segment_len, device=position.device)

@@ -54,7 +54,7 @@ from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
 from titans_pytorch.ops.associative_scan import AssocScan
 from titans_pytorch.ops.newton_schulz import newtonschulz5
 from titans_pytorch.utils.checks import check_flags, check_not_traced, described
-from titans_pytorch.utils.functional import frozen_as_buffers
+from titans_pytorch.utils.functional import frozen_as_buffers, replaced
 from titans_pytorch.utils.parameters import InReferenceFormat, Resettable, depending_on
 from titans_pytorch.utils.precision import (
     at_least_float32,
@@ -492,7 +492,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         rows, carried = self._query_rows(call.queries, before.pending, position)
         retrieved = self._retrieve(call.queries.shape[1], rows, weights, position)
 
-        after = after._replace(pending=after.pending._replace(queries=carried))
+        after = replaced(after, pending=replaced(after.pending, queries=carried))
         return retrieved, after.to_state(weights), surprises
 
     def _checkpointed(
@@ -502,7 +502,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
         def forward(piece: Call, state: NeuralMemState) -> Any:
             retrieved, after, surprises = self._forward(piece, state, prev_weights)
-            return retrieved, after._replace(updates=None), surprises
+            return retrieved, replaced(after, updates=None), surprises
 
         retrieved, surprises = [], []
         for piece in pieces:
@@ -600,7 +600,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         if not with_surprises:
             return buffers
         rows = next(iter(opened.weights.newest.values())).new_zeros(tokens.shape[-3], self.heads, self._rows_per_chunk)
-        return buffers._replace(surprises=Surprises(rows, rows.clone()))
+        return replaced(buffers, surprises=Surprises(rows, rows.clone()))
 
     def step(
         self,
@@ -629,7 +629,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         context = self.conv_context
         if ends_chunk:
             tokens = torch.cat((buffers.pending, to_store), dim=-2)
-            buffers = buffers._replace(weights=self._store_one(tokens, buffers, ends_batch, prev_weights))
+            buffers = replaced(buffers, weights=self._store_one(tokens, buffers, ends_batch, prev_weights))
             buffers.pending[..., :context, :] = tokens[..., self.store_chunk_size :, :]
         else:
             index = in_chunk + context if context else in_chunk
@@ -654,7 +654,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         if ends_batch:
             transition = self._transition
             base = after.newest if transition is None else transition(after.base, after.newest)
-            after = after._replace(base=base, newest=base)
+            after = replaced(after, base=base, newest=base)
         return after
 
     def _retrieve_one(

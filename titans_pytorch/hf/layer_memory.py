@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from titans_pytorch.neural_memory import NeuralMemory, NeuralMemState
+from titans_pytorch.utils.functional import replaced
 from titans_pytorch.utils.shapes import Bool, Float, Int
 
 PADDING = 'memory_padding_mask'
@@ -121,7 +122,7 @@ class Rows:
             return self.state.read(memory, tokens)
         state = self.state.state if isinstance(self.state, DecodingSteps) else self.state
         retrieved, state = memory(tokens, state=state)
-        self.state = state._replace(updates=None)
+        self.state = replaced(state, updates=None)
         return retrieved
 
     def select(self, entries: list[int]) -> Rows:

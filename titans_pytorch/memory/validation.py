@@ -33,7 +33,7 @@ from titans_pytorch.utils.checks import (
     described,
     flags_among,
 )
-from titans_pytorch.utils.functional import outside_inference
+from titans_pytorch.utils.functional import outside_inference, replaced
 from titans_pytorch.utils.precision import at_least_float32
 from titans_pytorch.utils.shapes import Bool, Float
 
@@ -148,7 +148,7 @@ class Call(NamedTuple):
 
     def read_only(self) -> Call:
         """This call with nothing to store."""
-        return self._replace(to_store=self.to_store[..., :0, :], mask=None, stores=False)
+        return replaced(self, to_store=self.to_store[..., :0, :], mask=None, stores=False)
 
     def pieces(self, length: int) -> Iterator[Call]:
         """This call as several calls of `length` tokens each."""
@@ -160,7 +160,7 @@ class Call(NamedTuple):
         for start in range(0, max(total, 1), length):
             span = slice(start, start + length)
             mask = None if self.mask is None else self.mask[:, span]
-            yield self._replace(queries=self.queries[:, span], to_store=self.to_store[..., span, :], mask=mask)
+            yield replaced(self, queries=self.queries[:, span], to_store=self.to_store[..., span, :], mask=mask)
 
 
 class MemoryLayout(NamedTuple):

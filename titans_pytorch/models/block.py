@@ -27,6 +27,7 @@ from titans_pytorch.models.residual_streams import (
 )
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.ops.token_attention import Position
+from titans_pytorch.utils.functional import replaced
 from titans_pytorch.utils.parameters import Resettable
 from titans_pytorch.utils.shapes import Int
 
@@ -125,7 +126,7 @@ class Block(Resettable):
         """The state that tokens from `position` on need: no earlier windows, and no weights over time."""
         if self.attention is not None and key_values is not None:
             key_values = self.attention.trimmed(key_values, position)
-        return LayerState(key_values=key_values, memory=None if memory is None else memory._replace(updates=None))
+        return LayerState(key_values=key_values, memory=None if memory is None else replaced(memory, updates=None))
 
     def step(
         self, x: Streams, carried: Carried, buffers: LayerBuffers, here: StepPosition, attention_layer: int
@@ -183,10 +184,10 @@ class Parts:
     @property
     def carried(self) -> Carried:
         """Results of the blocks so far, this one included."""
-        carried = self._carried._replace(views=(*self._carried.views, *self._own_views))
+        carried = replaced(self._carried, views=(*self._carried.views, *self._own_views))
         if not self._own_surprises:
             return carried
-        return carried._replace(surprises=(*carried.surprises, Surprises.joined(self._own_surprises)))
+        return replaced(carried, surprises=(*carried.surprises, Surprises.joined(self._own_surprises)))
 
     @property
     def earlier_views(self) -> tuple[Tensor, ...]:
@@ -204,7 +205,7 @@ class Parts:
             inputs['value_residual'] = self._carried.values
         out, values = self._attend(self._attention, seq, inputs)
         if self._carried.values is None:
-            self._carried = self._carried._replace(values=values)
+            self._carried = replaced(self._carried, values=values)
         return out
 
     def store_and_retrieve(self, seq: Tensor) -> Tensor:
@@ -213,7 +214,7 @@ class Parts:
         accepts_weights = self._memory.to_learned_weight_residual_mix is not None
         previous = self._carried.memory_weights if accepts_weights else None
         retrieved, weights = self._store_and_retrieve(self._memory, seq, previous)
-        self._carried = self._carried._replace(memory_weights=weights)
+        self._carried = replaced(self._carried, memory_weights=weights)
         return retrieved
 
     def retrieve(self, seq: Tensor) -> Tensor:

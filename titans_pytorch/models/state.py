@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 from titans_pytorch.attention.rotary import KeyValues
 from titans_pytorch.memory.state import NeuralMemState
 from titans_pytorch.utils.checks import checked_entries
+from titans_pytorch.utils.functional import replaced
 from titans_pytorch.utils.saving import allow_loading
 from titans_pytorch.utils.shapes import Int
 
@@ -41,7 +42,7 @@ class ModelState(NamedTuple):
     def detach(self) -> ModelState:
         """The same state without its graph, for truncated backpropagation through time."""
         key_values, memories = tree_map(_of_tensors(Tensor.detach), self[1:])
-        return self._replace(key_values=key_values, memories=memories)
+        return replaced(self, key_values=key_values, memories=memories)
 
     def to(
         self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None
@@ -51,18 +52,18 @@ class ModelState(NamedTuple):
             device, dtype = None, device
         move = _of_tensors(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
         memories = [memory.to(device, dtype) for memory in self.memories]
-        return self._replace(key_values=tree_map(move, self.key_values), memories=memories)
+        return replaced(self, key_values=tree_map(move, self.key_values), memories=memories)
 
     def __deepcopy__(self, memo: Any) -> ModelState:
         """A copy that does not alias this state, detached from its graph."""
         key_values = tree_map(_of_tensors(lambda t: t.detach().clone()), self.key_values)
-        return self._replace(key_values=key_values, memories=deepcopy(self.memories, memo))
+        return replaced(self, key_values=key_values, memories=deepcopy(self.memories, memo))
 
     def select(self, entries: Int[Tensor, ' e'] | list[int]) -> ModelState:
         """The state of the given batch entries, in their order; an entry may occur several times."""
         pick = _of_tensors(lambda t: t.index_select(0, checked_entries(entries, len(t)).to(t.device)))
         memories = [memory.select(entries) for memory in self.memories]
-        return self._replace(key_values=tree_map(pick, self.key_values), memories=memories)
+        return replaced(self, key_values=tree_map(pick, self.key_values), memories=memories)
 
 
 def _of_tensors(fn: Any) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from titans_pytorch.training.data import even_starts, windows
 from titans_pytorch.training.distributed import (
     average_gradients,
     broadcast_parameters,
+    is_sharded,
     num_ranks,
     reduce_gradients_in_backward,
     share,
@@ -21,7 +23,8 @@ from titans_pytorch.training.machine import Machine
 
 class MicroStep:
     """Forward and backward over one micro batch, adding to the gradients. It is compiled and captured as a CUDA graph
-    where `machine` says so. The ranks start from the parameters of the first one.
+    where `machine` says so; of a sharded model each layer is compiled. The ranks start from the
+    parameters of the first one.
 
     Args:
         model: called as `model(inputs, return_loss=True)`.
@@ -36,7 +39,11 @@ class MicroStep:
         broadcast_parameters(model)
         self.model = model
         # not the model itself, so that validation and sampling, whose lengths differ, are not compiled
-        self.loss_of = torch.compile(self._loss, fullgraph=True, dynamic=False) if machine.compile else self._loss
+        self.loss_of = self._loss
+        if machine.compile and is_sharded(model):
+            _compile_layers(model)
+        elif machine.compile:
+            self.loss_of = torch.compile(self._loss, fullgraph=True, dynamic=False)
         self.own_micro_batches = micro_batches // num_ranks()
         self.machine = machine
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -124,6 +131,21 @@ def validation_loss(
             losses[number] = model(windows(tokens, starts[number], length + 1).to(machine.device), return_loss=True)
     model.train()
     return sum_over_ranks(losses).mean().item()
+
+
+def _compile_layers(model: nn.Module) -> None:
+    """Compile the layers of a sharded model one by one, because the hooks of FSDP2 between them are Python.
+
+    In evaluation mode, where lengths differ, they run as they are.
+    """
+    for layer in model.layers:  # type: ignore[union-attr]
+        layer.forward = _compiled_in_training(layer)
+
+
+def _compiled_in_training(layer: nn.Module) -> Callable[..., Any]:
+    forward = layer.forward
+    compiled = torch.compile(forward, fullgraph=True, dynamic=False)
+    return lambda *args, **kwargs: (compiled if layer.training else forward)(*args, **kwargs)
 
 
 def _check_shared(name: str, count: int) -> None:

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch.nn import Module, Parameter
 from torch.nn.modules import module as module_hooks
 from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_map_only
+
+Fields = TypeVar('Fields', bound=tuple[Any, ...])
 
 # seen with 2.11, and not with 2.13
 WRONG_IN_INFERENCE = TorchVersion(torch.__version__) < '2.13'
@@ -58,6 +60,14 @@ def transformed(transform: Callable[..., Any], fn: Callable[..., Any], **options
                 autograd_c._push_saved_tensors_default_hooks(*pair)
 
     return call
+
+
+def replaced(fields: Fields, /, **changes: Any) -> Fields:
+    """A named tuple with some fields changed.
+
+    The `_replace` of a named tuple that a compiled function returns gives an empty tuple (PyTorch 2.11).
+    """
+    return type(fields)(**{**fields._asdict(), **changes})  # type: ignore[attr-defined]
 
 
 def is_traced() -> bool:

@@ -44,6 +44,7 @@ from titans_pytorch.utils.functional import (
     call_with_weights,
     is_traced,
     outside_inference,
+    replaced,
     transformed,
 )
 from titans_pytorch.utils.precision import at_least_float32, no_autocast
@@ -168,9 +169,9 @@ class DualBackend(Backend):
         assert self.fused is not None
         if residual is not None:
             # k (W + W') − v = k W − (v − k W')
-            chunks = chunks._replace(values=chunks.values - residual.linear(self.fused.last, chunks.keys))
+            chunks = replaced(chunks, values=chunks.values - residual.linear(self.fused.last, chunks.keys))
         if chunks.modulation is not None:
-            chunks = chunks._replace(step_sizes=chunks.step_sizes * chunks.modulation)
+            chunks = replaced(chunks, step_sizes=chunks.step_sizes * chunks.modulation)
         coefficients = Coefficients.of_blocks(chunks, num_blocks)
         return self.fused.store_linear(chunks, coefficients, chunks_per_batch, weights)
 

@@ -21,6 +21,7 @@ from titans_pytorch.memory.fast_weights import MemoryWeights, StoredBlock
 from titans_pytorch.memory.reference import surprise
 from titans_pytorch.ops.momentum_scan import momentum_scan, vector_scan, weight_scan
 from titans_pytorch.ops.newton_schulz import newton_schulz
+from titans_pytorch.utils.functional import replaced
 from titans_pytorch.utils.precision import at_least_float32, operand_dtype
 from titans_pytorch.utils.shapes import Float
 
@@ -82,7 +83,7 @@ class SpectralBackend(DualBackend):
         weights: MemoryWeights,
     ) -> Stored:
         formed = {name: gradients.dense(name).to(newest.dtype) for name, newest in weights.newest.items()}
-        gates = chunks.update_gates()._replace(momentum=log_gates.unbind(-1))
+        gates = replaced(chunks.update_gates(), momentum=log_gates.unbind(-1))
         updates, orders = surprise(
             formed, gates, weights.momentum, _momentum_after, self.max_grad_norm, self.spectral_norm
         )
