@@ -138,6 +138,9 @@ def _compile_layers(model: nn.Module) -> None:
 
     In evaluation mode, where lengths differ, they run as they are.
     """
+    # layers differ and share the code of `forward`, for which PyTorch would compile 8 of them and refuse the next
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, len(model.layers))  # type: ignore[arg-type, assignment]
     for layer in model.layers:  # type: ignore[union-attr]
         layer.forward = _compiled_in_training(layer)
 
