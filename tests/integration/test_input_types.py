@@ -322,3 +322,19 @@ def test_calls_of_these_types_compile_whole_for_any_length():
     masked = torch.compile(lambda seq, mask: mem(seq, store_mask=mask), fullgraph=True, backend='eager')
     seq, mask = inputs(mem, 10), torch.rand(2, 10) < 0.5
     assert_same(masked(seq, mask.int())[0], mem(seq, store_mask=mask)[0], 1e-12)
+
+
+def test_states_pass_from_one_compiled_call_to_the_next():
+    """PyTorch 2.11 returned an empty tuple where a named tuple's `_replace` had made it."""
+    model = build(LongTermMemoryModel, depth=2, neural_memory_segment_len=4)
+
+    def piece(tokens, state):
+        logits, state = model(tokens, state=state, return_state=True)
+        return logits, state.detach()
+
+    compiled = torch.compile(piece, fullgraph=True, backend='eager')
+    tokens, came, expected = ids(5), None, None
+    for _ in range(2):
+        logits, came = compiled(tokens, came)
+        wanted, expected = piece(tokens, expected)
+        assert_same((logits, came), (wanted, expected), 1e-12)
