@@ -166,6 +166,13 @@ class NeuralMemory(Resettable, InReferenceFormat):
             the activation. The paper's architectures have one; 4, as in Mamba, is usual. A state then also holds the
             tokens that the convolutions still see.
         channel_gate: gate the retrieved values per channel instead of per head; also with one head.
+        proximal_steps: take the gradient of a chunk at the weights that its step leads to, instead of those before it
+            (Levenberg–Marquardt, see `titans_pytorch.memory.proximal`). No step overshoots, however large
+            `default_step_transform_max_lr` is: with keys of length 1, dim_head / 2 stores half of a row, and four times
+            as much nearly all of it. Requires a network of matrices alone (`mem_model_norm_add_residual=False`) and the
+            default loss.
+        normalized_momentum: S_t = η_t S_{t−1} + (1 − η_t) u_t, for each order, where u_t is the step: momentum then
+            spreads a step over time without making it larger.
         checkpoint_every: tokens per checkpoint segment (activation checkpointing). The backward pass recomputes
             everything within a segment, so that a training step holds one segment and a state for each of the others,
             for a third more work; `state.updates` is `None`. Requires the dual engine. Default: keep everything.
@@ -217,6 +224,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
         qk_l2norm: bool = False,
         conv_kernel: int | None = None,
         channel_gate: bool = False,
+        proximal_steps: bool = False,
+        normalized_momentum: bool = False,
     ):
         super().__init__()
         settings = checked_settings(locals(), NeuralMemory)
@@ -236,6 +245,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
         self.max_mem_layer_modulation = settings.max_modulation
         self.max_grad_norm = settings.max_grad_norm
         self.spectral_norm_surprises = spectral_norm_surprises
+        self.proximal_steps = proximal_steps
+        self.normalized_momentum = normalized_momentum
         self.per_head_learned_parameters = per_head_learned_parameters
         self.store_memory_loss_fn = store_memory_loss_fn
         self.adaptive_step_transform = adaptive_step_transform or partial(
@@ -250,7 +261,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         check_memory_model(model, dim_head)
         model = frozen_as_buffers(model)
         model = ResidualNorm(dim_head, model) if mem_model_norm_add_residual else model
-        self._backend_class = choose_backend(engine, model, dim_head, spectral_norm_surprises)
+        self._backend_class = choose_backend(engine, model, dim_head, spectral_norm_surprises, proximal_steps)
         if checkpoint_every is not None and self._backend_class is DenseBackend:
             # torch.func, by which its gradients are taken, keeps saved tensors: nothing would be gained
             raise ValueError("checkpoint_every needs engine='dual', and this memory is dense")
@@ -405,7 +416,14 @@ class NeuralMemory(Resettable, InReferenceFormat):
             self.assoc_scan,
             self.max_grad_norm,
             self.spectral_norm_surprises,
+            self._added_steps if self.proximal_steps else None,
         )
+
+    @property
+    def _added_steps(self) -> int:
+        """Steps that are added up at the same weights: one of each matrix in each chunk of a memory batch."""
+        chunks_per_batch = 1 if self.batch_size is None else self.batch_size // self.store_chunk_size
+        return len(self.memory_model_parameter_names) * chunks_per_batch
 
     @property
     def mixes_tokens(self) -> bool:
@@ -764,15 +782,18 @@ class NeuralMemory(Resettable, InReferenceFormat):
         elif self.store_with_lookahead_value:  # no row has a next one: nothing is stored
             step_sizes = F.pad(step_sizes[..., :-1], (0, 1))
 
+        momentum = _optional(self.to_momentum, pooled)
         modulation = _optional(self.to_layer_modulation, pooled)
         chunks = Chunks(
             keys=keys,
             values=values,
             step_sizes=step_sizes,
             decay=at_least_float32(self.to_decay_factor(pooled)).squeeze(-1),
-            momentum=_optional(self.to_momentum, pooled),
+            momentum=momentum,
             momentum_mix=_optional(self.to_learned_momentum_combine, pooled),
             modulation=None if modulation is None else modulation * self.max_mem_layer_modulation,
+            # 1 − η
+            momentum_inputs=(-momentum).sigmoid() if self.normalized_momentum and momentum is not None else None,
         )
         return chunks, pooled
 

@@ -32,6 +32,8 @@ class Chunks(NamedTuple):
     the last order counts."""
     modulation: Float[Tensor, 'bh n w'] | None
     """Factors on the update of each parameter."""
+    momentum_inputs: Float[Tensor, 'bh n o'] | None = None
+    """Factors on what each order of momentum takes in; `None`: 1."""
 
     def split(self, lengths: list[int]) -> list[Chunks]:
         """Blocks of these lengths."""
@@ -46,8 +48,8 @@ class Chunks(NamedTuple):
         """The gates of each chunk's update, as factors."""
         retention = (-at_least_float32(self.decay)).sigmoid()
         momentum = () if self.momentum is None else at_least_float32(self.momentum).sigmoid().unbind(-1)
-        mix = None if self.momentum_mix is None else self.momentum_mix.unbind(-1)
-        return UpdateGates(retention, momentum, mix, None if self.modulation is None else self.modulation.unbind(-1))
+        optional = (self.momentum_mix, self.modulation, self.momentum_inputs)
+        return UpdateGates(retention, momentum, *(None if gates is None else gates.unbind(-1) for gates in optional))
 
 
 class UpdateGates(NamedTuple):
@@ -59,6 +61,7 @@ class UpdateGates(NamedTuple):
     """η of each order; empty without momentum."""
     momentum_mix: Sequence[Tensor] | None
     modulation: Sequence[Tensor] | None
+    momentum_inputs: Sequence[Tensor] | None = None
 
 
 def _split(tensors: Iterable[Tensor | None], lengths: list[int]) -> list[Sequence[Any]]:
@@ -136,9 +139,11 @@ class Coefficients(NamedTuple):
         def by_block(gates: Tensor) -> Tensor:
             return gates.unflatten(1, (num_blocks, -1)).flatten(0, 1)
 
-        momentum, mix = (None if gates is None else by_block(gates) for gates in (chunks.momentum, chunks.momentum_mix))
+        of_orders = (chunks.momentum, chunks.momentum_mix, chunks.momentum_inputs)
         with no_autocast(chunks.decay):
-            coefficients = cls.of(by_block(chunks.decay), momentum, mix)
+            coefficients = cls.of(
+                by_block(chunks.decay), *(None if gates is None else by_block(gates) for gates in of_orders)
+            )
         return cls(*(t.unflatten(0, (-1, num_blocks)) for t in coefficients))
 
     def unbind(self) -> list[Coefficients]:
@@ -155,6 +160,7 @@ class Coefficients(NamedTuple):
         decay: Float[Tensor, 'bh n'],
         momentum: Float[Tensor, 'bh n o'] | None,
         momentum_mix: Float[Tensor, 'bh n o'] | Float[Tensor, 'bh n o+1'] | None,
+        momentum_inputs: Float[Tensor, 'bh n o'] | None = None,
     ) -> Coefficients:
         """Coefficients from the gates of `Chunks`."""
 
@@ -174,6 +180,8 @@ class Coefficients(NamedTuple):
         initial: list[Tensor] = []  # of each order's initial momentum, in the momentum after chunk c
         for order in range(num_orders):
             products = gate_products(log_gates[..., order])
+            if momentum_inputs is not None:
+                products = products * momentum_inputs[..., order].unsqueeze(-2)
             from_start = log_gates[..., order : order + 1].cumsum(dim=1).exp()
             from_start = F.pad(from_start, (order, num_orders - order - 1))
             orders.append(products @ orders[-1] if order else products)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import Module
 
 from titans_pytorch.memory.chunks import Chunks, UpdateGates, WeightResidual, beside, scaled
 from titans_pytorch.memory.fast_weights import MemoryWeights, Weights
+from titans_pytorch.memory.proximal import proximal_deltas
 from titans_pytorch.memory.soft_clamp import soft_clamp_norm
 from titans_pytorch.ops.newton_schulz import newton_schulz
 from titans_pytorch.utils.functional import call_with_weights, transformed
@@ -49,6 +51,7 @@ def store_and_retrieve(
     transition: Callable[[Weights, Weights], Weights] = lambda base, newest: newest,
     residual: WeightResidual | None = None,
     leading: int = 0,
+    proximal_steps: int | None = None,
 ) -> tuple[Float[Tensor, 'bh t d'], MemoryWeights, Float[Tensor, 'bh n m']]:
     """Retrieved values for the queries of a sequence, from its first token on, while its chunks are stored.
 
@@ -61,11 +64,12 @@ def store_and_retrieve(
         residual: weights of another memory, of which a share is added before gradients are taken.
         leading: padding rows in front of the first query, counted in the first group: 1 if the network mixes rows,
             because the first group otherwise has one row fewer than a chunk.
+        proximal_steps: number of steps that are added up at the same weights, if they are proximal ones.
 
     Returns:
         the retrieved values, the weights after the last token, and the losses of the rows stored, unweighted.
     """
-    gradient = transformed(vmap, gradient_of_chunk(network, loss_fn), randomness='different')
+    gradient = transformed(vmap, gradient_of_chunk(network, loss_fn, proximal_steps), randomness='different')
     base, newest, momentum = weights
     retrieved, losses = [], []
     for step, rows in groupby(range(queries.shape[1]), key=lambda row: (row - leading + 1) // chunk_size):
@@ -100,9 +104,13 @@ def apply_network(network: Module, weights: Weights, rows: Float[Tensor, 'bh m d
     return transformed(vmap, forward, randomness='different')(weights, rows)
 
 
-def gradient_of_chunk(network: Module, loss_fn: LossFn) -> Callable[..., tuple[Weights, Float[Tensor, ' m']]]:
+def gradient_of_chunk(
+    network: Module, loss_fn: LossFn, proximal_steps: int | None = None
+) -> Callable[..., tuple[Weights, Float[Tensor, ' m']]]:
     """A function of the weights, keys, values and step sizes of one chunk: minus the gradient of the chunk's loss at
-    the weights, and the loss of each row, unweighted."""
+    the weights, or at those that a proximal step leads to, and the loss of each row, unweighted."""
+    if proximal_steps is not None:
+        return partial(_proximal_gradient, network, loss_fn, proximal_steps)
 
     def negative_loss(weights: Weights, keys: Tensor, values: Tensor, step_sizes: Tensor) -> tuple[Tensor, Tensor]:
         # Titans eq. 12, the associative memory loss: ‖M(k) − v‖², weighted by θ
@@ -110,6 +118,40 @@ def gradient_of_chunk(network: Module, loss_fn: LossFn) -> Callable[..., tuple[W
         return -(losses * step_sizes).sum(), losses
 
     return grad(negative_loss, has_aux=True)
+
+
+def _proximal_gradient(
+    network: Module,
+    loss_fn: LossFn,
+    num_steps: int,
+    weights: Weights,
+    keys: Float[Tensor, 'm d'],
+    values: Float[Tensor, 'm d'],
+    step_sizes: Float[Tensor, ' m'],
+) -> tuple[Weights, Float[Tensor, ' m']]:
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+
+    def negative_loss(added: Weights) -> tuple[Tensor, tuple[Tensor, Weights]]:
+        inputs: Weights = {}
+
+        def linear(x: Tensor, weight: Tensor) -> Tensor:
+            name = names.get(id(weight))
+            if name is None:  # a constant of the network
+                return x @ weight
+            inputs[name] = x
+            return x @ weights[name] + added[name]
+
+        losses = loss_fn(call_with_weights(network, {}, keys, linear=linear), values)
+        return -(losses * step_sizes).sum(), (losses, inputs)
+
+    # the gradient with respect to a product is that with respect to zeros added to it
+    zeros = {name: keys.new_zeros(len(keys), w.shape[-1]) for name, w in weights.items()}
+    deltas, (losses, inputs) = grad(negative_loss, has_aux=True)(zeros)
+    gradients = {
+        name: inputs[name].mT @ proximal_deltas(inputs[name], own, step_sizes, losses, num_steps)
+        for name, own in deltas.items()
+    }
+    return gradients, losses
 
 
 def one_chunk(gates: Tensor, inputs: Tensor, initial: Tensor) -> Tensor:
@@ -140,8 +182,11 @@ def surprise(
         if max_grad_norm is not None:
             gradient = soft_clamp_norm(gradient, max_grad_norm, batch_axes)
         surprises = [gradient if gates.modulation is None else scaled(gates.modulation[index], gradient)]
-        for gate, initial in zip(gates.momentum, momentum.get(name, ())):
-            surprises.append(recurrence(gate, surprises[-1], initial))
+        for order, (gate, initial) in enumerate(zip(gates.momentum, momentum.get(name, ()))):
+            taken_in = surprises[-1]
+            if gates.momentum_inputs is not None:
+                taken_in = scaled(gates.momentum_inputs[order], taken_in)
+            surprises.append(recurrence(gate, taken_in, initial))
         if gates.momentum:
             new_momentum[name] = surprises[1:]
         updates[name] = surprises[-1] if gates.momentum_mix is None else _mixed(surprises, gates.momentum_mix)

@@ -13,6 +13,7 @@ from torch.nn import Module
 from torch.utils._pytree import tree_map
 
 from titans_pytorch.memory.fast_weights import FastWeights, MemoryWeights
+from titans_pytorch.memory.reference import default_loss_fn
 from titans_pytorch.memory.state import NeuralMemState, OpenState, PendingSegment
 from titans_pytorch.utils.checks import (
     check_biases,
@@ -119,6 +120,13 @@ def _check_combinations(settings: Settings, arguments: Mapping[str, Any]) -> Non
         )
     if arguments['qk_l2norm'] and arguments['qk_rmsnorm']:
         raise ValueError('qk_l2norm needs qk_rmsnorm=False: they are alternatives')
+    if arguments['normalized_momentum'] and not momentum:
+        raise ValueError('normalized_momentum needs momentum=True')
+    for name in ('proximal_steps', 'normalized_momentum'):
+        if arguments[name] and arguments['spectral_norm_surprises']:
+            raise ValueError(f'{name} needs spectral_norm_surprises=False, as orthogonal updates have one size')
+    if arguments['proximal_steps'] and arguments['store_memory_loss_fn'] is not default_loss_fn:
+        raise ValueError('proximal_steps needs the default store_memory_loss_fn, the mean squared error')
     if settings.checkpoint_every is not None and arguments['accept_weight_residual']:
         raise ValueError('checkpoint_every keeps no weights over time, which accept_weight_residual needs')
     if arguments['init_momentum_bias'] is not None and not momentum:

@@ -14,7 +14,9 @@ from titans_pytorch.utils.checks import described
 __all__ = ['Backend', 'DenseBackend', 'DualBackend', 'SpectralBackend', 'StoreInputs', 'Transition', 'choose_backend']
 
 
-def choose_backend(requested: str, network: Module, dim: int, spectral_norm: bool) -> type[Backend]:
+def choose_backend(
+    requested: str, network: Module, dim: int, spectral_norm: bool, proximal_steps: bool = False
+) -> type[Backend]:
     """The backend for a network of width `dim`.
 
     Args:
@@ -26,6 +28,13 @@ def choose_backend(requested: str, network: Module, dim: int, spectral_norm: boo
     if not isinstance(requested, str) or requested not in ('auto', 'dual', 'dense'):
         raise ValueError(f"engine must be 'auto', 'dual' or 'dense', got {described(requested)}")
     dual = SpectralBackend if spectral_norm else DualBackend
+    if proximal_steps:
+        vectors = [name for name, parameter in network.named_parameters() if parameter.ndim < 2]
+        if vectors:
+            raise ValueError(
+                'proximal_steps needs a network of matrices alone, and mem_model_norm_add_residual=False: '
+                f'this one has the vectors {vectors}'
+            )
     if is_built_in(network):
         return DenseBackend if requested == 'dense' else dual
     trial = Trial.of(network, dim)
@@ -36,11 +45,13 @@ def choose_backend(requested: str, network: Module, dim: int, spectral_norm: boo
             'that it accesses through `self`: write what fails there as plain operations on tensors, such as products '
             f'of matrices. It failed: {obstacle_to_all}'
         )
-    if requested == 'dense':
+    if requested == 'dense' and not proximal_steps:
         return DenseBackend
     obstacle = trial.obstacle_to_dual(network)
     if obstacle is None:
-        return dual
+        return DenseBackend if requested == 'dense' else dual
+    if proximal_steps:
+        raise ValueError(f'proximal_steps cannot serve this model: {obstacle}')
     if requested == 'dual':
         raise ValueError(f"engine='dual' cannot serve this model: {obstacle}; use engine='dense'")
     return DenseBackend

@@ -12,10 +12,12 @@ from torch.nn import Module
 
 from titans_pytorch.memory.chunks import Chunks, WeightResidual, beside
 from titans_pytorch.memory.fast_weights import FastWeights, MemoryWeights, StoredBatches, StoredBlock, Weights
+from titans_pytorch.memory.proximal import proximal_deltas
 from titans_pytorch.memory.reference import LossFn, one_chunk, surprise
 from titans_pytorch.memory.schedule import Schedule
 from titans_pytorch.memory_models import PlainMLP
 from titans_pytorch.ops.associative_scan import AssocScan
+from titans_pytorch.utils.functional import replaced
 from titans_pytorch.utils.shapes import Float, concatenated
 
 Transition = Callable[[Weights, Weights], Weights]
@@ -45,6 +47,14 @@ class Gradients(NamedTuple):
     """For each vector minus its gradient, (bh, n, d)."""
     losses: Float[Tensor, 'bh n m']
     """Losses of the rows, unweighted."""
+
+    def proximal(self, step_sizes: Float[Tensor, 'bh n m'], num_steps: int) -> Gradients:
+        """Those of proximal steps."""
+        deltas = {
+            name: proximal_deltas(self.inputs[name], own, step_sizes, self.losses, num_steps)
+            for name, own in self.deltas.items()
+        }
+        return replaced(self, deltas=deltas)
 
     def dense(self, name: str) -> Float[Tensor, 'bh n ...']:
         """Minus the gradient of a parameter, formed."""
@@ -78,6 +88,7 @@ class Backend:
         scan: solves linear recurrences over chunks.
         max_grad_norm: soft bound of a gradient's norm.
         spectral_norm: orthogonalise the momentum.
+        proximal_steps: number of steps that are added up at the same weights, if they are proximal ones.
     """
 
     def __init__(
@@ -88,6 +99,7 @@ class Backend:
         scan: AssocScan,
         max_grad_norm: float | None,
         spectral_norm: bool,
+        proximal_steps: int | None = None,
     ):
         self.network = network
         self.mlp = mlp
@@ -95,6 +107,7 @@ class Backend:
         self.scan = scan
         self.max_grad_norm = max_grad_norm
         self.spectral_norm = spectral_norm
+        self.proximal_steps = proximal_steps
 
     def store(self, inputs: StoreInputs) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m']]:
         """The weights over all steps, those to go on from, and the loss of each row."""

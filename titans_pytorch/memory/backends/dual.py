@@ -105,12 +105,17 @@ class DualBackend(Backend):
     def _scans(self, inputs: StoreInputs) -> bool:
         """True if whole memory batches can be stored by one operation, in factored matrices."""
         without_options = inputs.residual is None and inputs.transition is None and inputs.chunks.modulation is None
-        return self.fused is not None and self.max_grad_norm is None and without_options
+        return self.fused is not None and self._takes_plain_steps and without_options
+
+    @property
+    def _takes_plain_steps(self) -> bool:
+        """True if the update of a chunk is its gradient, times modulation."""
+        return self.max_grad_norm is None and self.proximal_steps is None
 
     def _solves(self, inputs: StoreInputs) -> bool:
         """True for a linear memory whose memory batches are so short that several are solved together."""
         fused, per_batch = self.fused, inputs.schedule.chunks_per_batch
-        if fused is None or fused.first is not None or fused.gamma is not None or self.max_grad_norm is not None:
+        if fused is None or fused.first is not None or fused.gamma is not None or not self._takes_plain_steps:
             return False
         if inputs.transition is not None or per_batch is None:
             return False
@@ -222,8 +227,11 @@ class DualBackend(Backend):
         # a frozen memory builds no graph, although the gradient that it stores comes from one
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._needs_graph(chunks, base, residual)):
             if self.fused is not None and (residual is None or residual.dense.keys() == base.keys()):
-                return self.fused.gradients(chunks, base, residual)
-            return call_outside_inference(self.traced_gradients, chunks, base, residual)
+                found = self.fused.gradients(chunks, base, residual)
+            else:
+                found = call_outside_inference(self.traced_gradients, chunks, base, residual)
+            steps = self.proximal_steps
+            return found if steps is None else found.proximal(chunks.step_sizes, steps)
 
     def _needs_graph(self, chunks: Chunks, base: Weights, residual: WeightResidual | None) -> bool:
         """True if an input of the gradients can have a gradient itself."""
@@ -309,8 +317,8 @@ class DualBackend(Backend):
         return call_with_weights(self.network, weights, rows) if self.mlp is None else self.mlp(weights, rows)
 
     def negative_gradients(self, chunk: Chunks, at: Weights) -> tuple[Weights, Float[Tensor, 'bh m']]:
-        if self.fused is not None:
-            gradients = self.fused.gradients(chunk, at, None)
+        if self.fused is not None or self.proximal_steps is not None:
+            gradients = self.gradients(chunk, at, None)
             formed = {name: gradients.dense(name)[:, 0].to(w.dtype) for name, w in at.items()}
             return formed, gradients.losses[:, 0]
         with torch.inference_mode(False):

@@ -1,0 +1,155 @@
+"""Proximal steps and normalised momentum: what they promise, beside the comparisons that all switches go through."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compare import assert_same
+from memories import DIM, HEAD, inputs, memory
+from torch import nn
+
+from titans_pytorch import MemoryAttention, MemoryMLP, NeuralMemory
+from titans_pytorch.memory.proximal import proximal_deltas
+
+DEPTHS = (1, 2, 3)
+
+
+def proximal(depth: int, chunk_size: int, **kwargs) -> NeuralMemory:
+    changes = {'init_decay_bias': -30.0, 'momentum': False, **kwargs}
+    return memory('proximal steps', chunk_size, chunk_size, model=MemoryMLP(HEAD, depth=depth), **changes)
+
+
+def test_a_step_of_a_linear_memory_minimises_loss_and_distance():
+    """W minimises Σ θ ‖k W − v‖² / d + ‖W − W₀‖² / 2."""
+    mem = proximal(1, 4, default_step_transform_max_lr=50.0)
+    nn.init.constant_(mem.to_decay_factor[0].bias, -40.0)
+    nn.init.zeros_(mem.to_decay_factor[0].weight)
+    seq = inputs(mem, 4)
+    chunks, _ = mem._project_chunks(seq, None)
+    keys, values = chunks.keys[:, 0], chunks.values[:, 0]
+    weighted = 2 * chunks.step_sizes[:, 0, :, None] / HEAD * keys
+    (start,) = mem.init_weights(2).values()
+    system = torch.eye(HEAD, dtype=torch.float64) + keys.mT @ weighted
+    expected = torch.linalg.solve(system, start + weighted.mT @ values)
+    (came,) = mem(seq)[1].weights.values()
+    assert_same(came, expected, 1e-10)
+
+
+def test_a_step_of_one_row_follows_its_error_to_where_it_ends():
+    """One matrix of a network: Δ = −θ ∂ℓ/∂a, with ℓ linearised, at the product that the step leads to."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 5, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    theta = torch.tensor([3.0], dtype=torch.float64)
+
+    def error(product):
+        return (product.tanh() - 0.3).norm() / 3**0.5  # ℓ is its square
+
+    product = x @ weight
+    gradient, value = torch.func.grad_and_value(error)(product)
+    delta = proximal_deltas(x, -theta * 2 * value * gradient, theta, value.square().reshape(1), 1)
+    moved = (x @ x.mT) @ delta
+    linearised = value + (gradient * moved).sum()
+    assert_same(delta, -theta * 2 * linearised * gradient, 1e-12)
+
+
+@pytest.mark.parametrize('theta', [0.1, 10.0, 1e4])
+@pytest.mark.parametrize('chunk_size', [1, 4, 16])
+def test_no_step_of_a_linear_memory_raises_the_loss_of_its_chunk(chunk_size, theta):
+    mem = proximal(1, chunk_size, default_step_transform_max_lr=theta)
+    seq = inputs(mem, chunk_size)
+    with torch.no_grad():
+        _, state, before = mem(seq, return_surprises=True)
+        # the same chunk again, from the weights that it left
+        _, _, after = mem(seq, state=state._replace(seq_index=0), return_surprises=True)
+    weighted = [(losses * step_sizes).sum(dim=-1) for losses, step_sizes in (before, after)]
+    assert (weighted[1] < weighted[0]).all()
+    if theta == 1e4 and chunk_size < HEAD:
+        assert (weighted[1] < 1e-3 * weighted[0]).all()
+
+
+@pytest.mark.parametrize('batch_size', [16, 64])
+@pytest.mark.parametrize('depth', DEPTHS)
+def test_a_memory_stays_finite_where_plain_steps_diverge(depth, batch_size):
+    """Keys of positive features, which all point much the same way; a step that moves a row all the way by itself."""
+
+    def largest(**kwargs) -> float:
+        torch.manual_seed(depth)
+        mem = NeuralMemory(
+            32,
+            chunk_size=16,
+            batch_size=batch_size,
+            mem_model_norm_add_residual=False,
+            qk_l2norm=True,
+            activation=nn.ReLU(),
+            init_decay_bias=-5.0,
+            init_momentum_bias=2.0,
+            default_step_transform_max_lr=16.0,
+            default_model_kwargs={'depth': depth},
+            **kwargs,
+        )
+        with torch.no_grad():
+            return mem(torch.randn(1, 2048, 32))[0].abs().max().item()
+
+    assert not largest() < 1e3
+    assert largest(proximal_steps=True, normalized_momentum=True) < 10
+
+
+def test_rows_that_are_not_stored_have_finite_gradients():
+    mem = proximal(2, 4).float()
+    seq = torch.zeros(2, 8, DIM)
+    seq[:, 4:] = 1.0  # equal rows
+    mask = torch.tensor([[True, False] * 4, [False] * 8])
+    out, state = mem(seq, store_mask=mask)
+    (out.sum() + sum(w.square().sum() for w in state.weights.values())).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in mem.parameters())
+
+
+def test_normalized_momentum_adds_up_to_one_step():
+    """What a single chunk adds to the weights in the end, if nothing is forgotten."""
+    results = []
+    for normalized in (False, True):
+        torch.manual_seed(0)
+        mem = memory('no residual norm', 2, None, normalized_momentum=normalized, model=MemoryMLP(HEAD, depth=1))
+        for gate, logit in ((mem.to_decay_factor, -40.0), (mem.to_momentum, 1.0)):
+            nn.init.zeros_(gate[0].weight)
+            nn.init.constant_(gate[0].bias, logit)
+        torch.manual_seed(0)
+        seq = inputs(mem, 200)
+        mask = torch.zeros(2, 200, dtype=torch.bool)
+        mask[:, :2] = True
+        (start,), (end,) = mem.init_weights(2).values(), mem(seq, store_mask=mask)[1].states[0].values()
+        results.append(end - start)
+    momentum = torch.tensor(1.0, dtype=torch.float64).sigmoid()
+    assert_same(results[1], results[0] * (1 - momentum), 1e-10)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_is_close(dtype):
+    mem = proximal(2, 4).float()
+    seq = inputs(mem, 23).float()
+    expected = mem(seq)[0]
+    with torch.autocast('cpu', dtype):
+        assert_same(mem(seq)[0].float(), expected, 0.05)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'mem_model_norm_add_residual': True}, r"proximal_steps needs a network of matrices alone.*\['norm.gamma'\]"),
+        ({'model': nn.Linear(DIM, DIM)}, 'proximal_steps needs a network of matrices alone'),
+        ({'model': nn.Linear(DIM, DIM, bias=False)}, 'proximal_steps cannot serve this model: .*takes no `linear`'),
+        ({'store_memory_loss_fn': lambda x, y: (x - y).abs().mean(dim=-1)}, 'the default store_memory_loss_fn'),
+        ({'spectral_norm_surprises': True}, 'needs spectral_norm_surprises=False'),
+        ({'momentum': False, 'normalized_momentum': True}, 'normalized_momentum needs momentum=True'),
+        ({'proximal_steps': 1}, 'proximal_steps must be True or False'),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        NeuralMemory(DIM, **{'proximal_steps': True, 'mem_model_norm_add_residual': False, **changes})
+
+
+@pytest.mark.parametrize('engine', ['dual', 'dense'])
+def test_a_network_that_mixes_rows_takes_proximal_steps(engine):
+    mem = memory('proximal steps', model=MemoryAttention(HEAD), engine=engine)
+    assert mem(inputs(mem, 23))[0].isfinite().all()
