@@ -88,16 +88,25 @@ class BadSetting(ValueError):
     pass
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None, zero: bool = False, of: type = int) -> Any:
-    """A setting. `zero`: it may be 0; `of`: the type of the items of a tuple."""
-    return field(default=default, metadata={'help': help, 'choices': choices, 'zero': zero, 'of': of})
+def option(
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    zero: bool = False,
+    negative: bool = False,
+    of: type = int,
+) -> Any:
+    """A setting. `zero`, `negative`: it may be 0, or any number; `of`: the type of the items of a tuple, or of a
+    setting that may be unset."""
+    limits = {'choices': choices, 'zero': zero or negative, 'negative': negative}
+    return field(default=default, metadata={'help': help, 'of': of, **limits})
 
 
 def check_setting(setting: dataclasses.Field[Any], value: Any) -> None:
     """Refuse values whose type is not the default's, and numbers that are not finite and positive (`zero`: or 0)."""
     name, default = setting.name, setting.default
-    choices, zero, of = (setting.metadata[key] for key in ('choices', 'zero', 'of'))
-    kind: type = bool if default is None else type(default)
+    choices, zero, negative, of = (setting.metadata[key] for key in ('choices', 'zero', 'negative', 'of'))
+    kind: type = of if default is None else type(default)
     if value is None and default is None:
         return
     if type(value) is not kind and not (kind is float and type(value) is int):
@@ -109,8 +118,9 @@ def check_setting(setting: dataclasses.Field[Any], value: Any) -> None:
             raise BadSetting(f'{name} must hold items of type {of.__name__}, not {number!r}')
         if type(number) in (int, float):
             wanted, limit = ('an integer below 2**63', 2**63) if type(number) is int else ('a finite number', math.inf)
-            if not (0 < number < limit or (zero and number == 0)):  # NaN is refused as well
-                raise BadSetting(f'{name} must be {wanted}, {"at least" if zero else "above"} 0, not {number}')
+            if not (0 < number < limit or (zero and number == 0) or (negative and -limit < number < 0)):  # nor NaN
+                least = '' if negative else ', at least 0' if zero else ', above 0'
+                raise BadSetting(f'{name} must be {wanted}{least}, not {number}')
 
 
 @dataclass(frozen=True)
@@ -119,8 +129,9 @@ class Config:
 
     PRESET: str = option(
         'auto',
-        'full: the defaults listed here; quick: a small model, for two CPU cores; auto: full with a GPU, else quick',
-        ('auto', 'full', 'quick'),
+        'full: the defaults listed here; quick: a small model, for two CPU cores; stable, quick-stable: the same with '
+        'memories that stay finite at any length; auto: full with a GPU, else quick',
+        ('auto', 'full', 'quick', 'stable', 'quick-stable'),
     )
     RUN_DIR: str = option('', 'folder for checkpoints, metrics, samples and the plot; empty: runs/PRESET')
     DATA: tuple[str, ...] = option(
@@ -172,6 +183,26 @@ class Config:
     NEURAL_MEM_SPEC_NORM_SURPRISES: bool = option(True, 'spectral norm of the surprises (as in Muon)')
     STORE_ATTN_POOL_CHUNKS: bool = option(True, 'pool a chunk by attention for its momentum, decay and step size')
     MEMORY_MODEL_PER_LAYER_LEARNED_LR: bool = option(True, 'a learned step size for each weight matrix of the memory')
+    NEURAL_MEM_INIT_STEP_BIAS: float | None = option(
+        None, 'initial logit of the step sizes; unset: random for each token', of=float, negative=True
+    )
+    NEURAL_MEM_INIT_MOMENTUM_BIAS: float | None = option(
+        None,
+        'initial logit of the momentum; unset: near 0, half of the surprise is carried over',
+        of=float,
+        negative=True,
+    )
+    NEURAL_MEM_INIT_DECAY_BIAS: float | None = option(
+        None,
+        'initial logit of the forgetting of a chunk; unset: near 0, half of the memory is forgotten',
+        of=float,
+        negative=True,
+    )
+    NEURAL_MEM_PROXIMAL_STEPS: bool = option(
+        False,
+        'memory updates that do not overshoot, whatever their size, and momentum that does not add to it; memories '
+        'then have no norm around their network, and need --no-neural-mem-spec-norm-surprises',
+    )
     USE_MEM_ATTENTION_MODEL: bool = option(False, 'a small attention network as memory model instead of the MLP')
 
     DEVICE: str = option('auto', 'auto, cpu, cuda, cuda:1, ...')
@@ -182,14 +213,20 @@ class Config:
         ('auto', 'fp32', 'tf32', 'bf16'),
     )
     USE_ACCELERATED_SCAN: bool | None = option(
-        None, 'accelerated scan of the dense form; no effect here: the memories of this script run in the dual form'
+        None,
+        'accelerated scan of the dense form; no effect here: the memories of this script run in the dual form',
+        of=bool,
     )
-    USE_FLEX_ATTN: bool | None = option(None, 'FlexAttention; unset: on a GPU with Triton')
+    USE_FLEX_ATTN: bool | None = option(None, 'FlexAttention; unset: on a GPU with Triton', of=bool)
     USE_CUDA_GRAPHS: bool | None = option(
-        None, 'capture forward and backward once and replay them, which saves the kernel launches; unset: on a GPU'
+        None,
+        'capture forward and backward once and replay them, which saves the kernel launches; unset: on a GPU',
+        of=bool,
     )
     COMPILE: bool | None = option(
-        None, 'compile forward and backward together, during the first step; unset: on a GPU with Triton'
+        None,
+        'compile forward and backward together, during the first step; unset: on a GPU with Triton',
+        of=bool,
     )
     FSDP: bool = option(
         False,
@@ -225,30 +262,37 @@ class Config:
             )
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    'full': {},
-    'quick': {
-        'NUM_BATCHES': 200,
-        'BATCH_SIZE': 4,
-        'GRADIENT_ACCUMULATE_EVERY': 1,
-        'SEQ_LEN': 128,
-        'LEARNING_RATE': 3e-3,
-        'VALIDATE_EVERY': 50,
-        'VALIDATE_BATCHES': 8,
-        'GENERATE_EVERY': 100,
-        'PRIME_LENGTH': 64,
-        'GENERATE_LENGTH': 192,
-        'CHECKPOINT_EVERY': 100,
-        'DIM': 96,
-        'DEPTH': 2,
-        'HEADS': 4,
-        'DIM_HEAD': 32,
-        'NEURAL_MEM_LAYERS': (2,),
-        'NEURAL_MEM_HEADS': 2,
-        'NEURAL_MEM_DIM_HEAD': 32,
-        'NEURAL_MEM_BATCH_SIZE': 64,
-    },
+QUICK: dict[str, Any] = {
+    'NUM_BATCHES': 200,
+    'BATCH_SIZE': 4,
+    'GRADIENT_ACCUMULATE_EVERY': 1,
+    'SEQ_LEN': 128,
+    'LEARNING_RATE': 3e-3,
+    'VALIDATE_EVERY': 50,
+    'VALIDATE_BATCHES': 8,
+    'GENERATE_EVERY': 100,
+    'PRIME_LENGTH': 64,
+    'GENERATE_LENGTH': 192,
+    'CHECKPOINT_EVERY': 100,
+    'DIM': 96,
+    'DEPTH': 2,
+    'HEADS': 4,
+    'DIM_HEAD': 32,
+    'NEURAL_MEM_LAYERS': (2,),
+    'NEURAL_MEM_HEADS': 2,
+    'NEURAL_MEM_DIM_HEAD': 32,
+    'NEURAL_MEM_BATCH_SIZE': 64,
 }
+# gradients of every chunk at the newest weights
+STABLE: dict[str, Any] = {
+    'NEURAL_MEM_PROXIMAL_STEPS': True,
+    'NEURAL_MEM_SPEC_NORM_SURPRISES': False,
+    'NEURAL_MEM_SEGMENT_LEN': 16,
+    'NEURAL_MEM_BATCH_SIZE': 16,
+    'NEURAL_MEM_MAX_LR': 10.0,
+    'NEURAL_MEM_INIT_DECAY_BIAS': -5.0,
+}
+PRESETS = {'full': {}, 'quick': QUICK, 'stable': STABLE, 'quick-stable': {**QUICK, **STABLE}}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -270,6 +314,8 @@ def build_parser() -> argparse.ArgumentParser:
             kind = {'type': of, 'nargs': '*', 'metavar': 'N' if of is int else 'PATH'}
         elif str(setting.type).startswith('bool'):
             kind = {'action': argparse.BooleanOptionalAction}
+        elif setting.default is None:
+            kind = {'type': setting.metadata['of']}
         # suppressed defaults distinguish options that were given from those that were not
         parser.add_argument(
             '--' + setting.name.lower().replace('_', '-'),
@@ -389,6 +435,12 @@ def describe_model(config: Config) -> dict[str, Any]:
             'use_accelerated_scan': bool(config.USE_ACCELERATED_SCAN),
             'per_parameter_lr_modulation': config.MEMORY_MODEL_PER_LAYER_LEARNED_LR,
             'spectral_norm_surprises': config.NEURAL_MEM_SPEC_NORM_SURPRISES,
+            'init_adaptive_step_bias': config.NEURAL_MEM_INIT_STEP_BIAS,
+            'init_momentum_bias': config.NEURAL_MEM_INIT_MOMENTUM_BIAS,
+            'init_decay_bias': config.NEURAL_MEM_INIT_DECAY_BIAS,
+            'proximal_steps': config.NEURAL_MEM_PROXIMAL_STEPS,
+            'normalized_momentum': config.NEURAL_MEM_PROXIMAL_STEPS and config.NEURAL_MEM_MOMENTUM,
+            'mem_model_norm_add_residual': not config.NEURAL_MEM_PROXIMAL_STEPS,
         },
     )
 
