@@ -54,7 +54,8 @@ SWITCHES: dict[str, dict[str, Any]] = {
     'lookahead values': {'store_with_lookahead_value': True},
     'lookahead values, two keys per token': {'store_with_lookahead_value': True, 'num_kv_per_token': 2},
     'no residual norm': {'mem_model_norm_add_residual': False},
-    'proximal steps': {'proximal_steps': True, 'mem_model_norm_add_residual': False},
+    'proximal steps': {'proximal_steps': True},
+    'proximal steps of a swiglu memory': {'proximal_steps': True, 'model': lambda: MemorySwiGluMLP(HEAD, depth=2)},
     'proximal steps of three matrices': {
         'proximal_steps': True,
         'mem_model_norm_add_residual': False,

@@ -169,8 +169,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         proximal_steps: take the gradient of a chunk at the weights that its step leads to, instead of those before it
             (Levenberg–Marquardt, see `titans_pytorch.memory.proximal`). No step overshoots, however large
             `default_step_transform_max_lr` is: with keys of length 1, dim_head / 2 stores half of a row, and four times
-            as much nearly all of it. Requires a network of matrices alone (`mem_model_norm_add_residual=False`) and the
-            default loss.
+            as much nearly all of it. Requires the default loss, and a network that the dual engine can serve.
         normalized_momentum: S_t = η_t S_{t−1} + (1 − η_t) u_t, for each order, where u_t is the step: momentum then
             spreads a step over time without making it larger.
         checkpoint_every: tokens per checkpoint segment (activation checkpointing). The backward pass recomputes
@@ -421,7 +420,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
     @property
     def _added_steps(self) -> int:
-        """Steps that are added up at the same weights: one of each matrix in each chunk of a memory batch."""
+        """Steps that are added up at the same weights: one of each parameter in each chunk of a memory batch."""
         chunks_per_batch = 1 if self.batch_size is None else self.batch_size // self.store_chunk_size
         return len(self.memory_model_parameter_names) * chunks_per_batch
 

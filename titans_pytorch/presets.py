@@ -21,13 +21,20 @@ def memory_settings(heads: int, dim_head: int, memory_batch: int | None = None, 
     1 % per chunk, as a memory that forgets faster from the start learns to retain little.
 
     Step sizes: the loss is a mean over `dim_head` features, so that a step of dim_head / 2 moves the value retrieved
-    for a key of norm 1 all the way to its target. That is the maximum. If base weights advance every `memory_batch`
-    tokens, all steps of a batch are taken at the same weights, and such steps add up and diverge. The maximum is then
-    dim_head / (32 · memory_batch): training on text at eight times that diverged too, after some hundred steps. In
-    `MemoryAsContextTransformer(paper_order=True)` a memory batch is a segment.
+    for a key of norm 1 all the way to its target. With gradients at the initial weights (no `memory_batch`) that is the
+    maximum. Gradients at the newest weights are taken in proximal steps with normalised momentum, which do not
+    overshoot, up to four times that size. The closer the memory batch is to a single chunk, the more each step stores.
+    In `MemoryAsContextTransformer(paper_order=True)` a memory batch is a segment. With `proximal_steps=False` the
+    maximum is dim_head / (32 · memory_batch), at which next to nothing is stored: plain steps of a memory batch add up,
+    and eight times that diverged in training on text, after some hundred steps.
     """
     heads, dim_head = check_positive(heads=heads, dim_head=dim_head)
     memory_batch = None if memory_batch is None else check_integer('memory_batch', memory_batch, 1)
+    proximal = changes.get('proximal_steps', memory_batch is not None)
+    if proximal:
+        max_step_size = 2.0 * dim_head
+    else:
+        max_step_size = dim_head / (2 if memory_batch is None else 32 * memory_batch)
     return {
         'heads': heads,
         'dim_head': dim_head,
@@ -38,7 +45,9 @@ def memory_settings(heads: int, dim_head: int, memory_batch: int | None = None, 
         'channel_gate': True,
         'init_decay_bias': -5.0,
         'mem_model_norm_add_residual': False,
-        'default_step_transform_max_lr': dim_head / (2 if memory_batch is None else 32 * memory_batch),
+        'default_step_transform_max_lr': max_step_size,
+        'proximal_steps': proximal,
+        'normalized_momentum': proximal and changes.get('momentum', True),
         **changes,
     }
 
@@ -48,7 +57,7 @@ def preset(size: str, memory_batch: int | None = None, **memory_changes: Any) ->
 
         MemoryAsGateTransformer(num_tokens=32000, segment_len=512, neural_memory_segment_len=16, **preset('170M'))
 
-    With `paper_order=True` pass `memory_batch`, the length of a segment: the step sizes without it diverge there.
+    With `paper_order=True` pass `memory_batch`, the length of a segment: the plain steps without it diverge there.
 
     Raises:
         ValueError: for a size that is not in the paper.

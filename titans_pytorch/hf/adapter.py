@@ -78,9 +78,8 @@ def add_memory(
         neural_memory_kwargs: further arguments of `NeuralMemory`, as JSON values: `activation` is a name of
             `configuration.ACTIVATIONS`, and `model` is a dict such as `{'type': 'MemoryMLP', 'dim': 64, 'depth': 2}`.
             Default: the settings of `presets.memory_settings`, but a linear memory without momentum, that is, the delta
-            rule with forgetting. Its keys have length 1, so that no step overshoots, whatever is learned. A deep memory
-            can diverge: with chunks of 16 and memory batches of 64 tokens one did within 100 steps of AdamW at a
-            learning rate of 3e-3.
+            rule with forgetting. Its keys have length 1, so that no step overshoots, whatever is learned. Another
+            `model` takes proximal steps, which do not overshoot either.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit; the message names the argument.
@@ -94,15 +93,16 @@ def add_memory(
     for name in UNAVAILABLE:
         if neural_memory_kwargs.get(name):
             raise ValueError(f'neural_memory_kwargs must leave out {name}, got {neural_memory_kwargs[name]!r}')
-    settings = memory_settings(heads, dim_head, memory_batch, chunk_size=chunk_size, batch_size=memory_batch)
+    settings: dict[str, Any] = {'chunk_size': chunk_size, 'batch_size': memory_batch}
     if 'model' not in neural_memory_kwargs:
         settings |= {
             'model': {'type': 'MemoryMLP', 'dim': dim_head, 'depth': 1},
             'momentum': False,
-            # the steps that a memory batch takes for one key move its value to the target at most
+            # the plain steps that a memory batch takes for one key move its value to the target at most
+            'proximal_steps': False,
             'default_step_transform_max_lr': dim_head / (2 * memory_batch),
         }
-    settings |= neural_memory_kwargs
+    settings = memory_settings(heads, dim_head, memory_batch, **{**settings, **neural_memory_kwargs})
     _attach(model, check_integers('layers', layers), memory_config(**settings), freeze_backbone)
     return model
 

@@ -1,4 +1,17 @@
-"""Proximal steps: gradients of a chunk, taken at the weights that its step leads to."""
+"""Proximal steps: gradients of a chunk, taken at the weights that its step leads to.
+
+A step that minimises loss plus distance has its gradient taken where it ends. Every loss ℓ is the square of an error,
+and the error is taken to be linear in what is moved (Gauss–Newton). Moved by δ along its negative gradient g, the loss
+then has the gradient (1 − δ ‖g‖ / 2ℓ) · g, and the step solves a linear equation for δ. With a step size θ that alone
+moves would make
+
+    δ = θ ‖g‖ / (1 + c)    with the curvature    c = θ ‖g‖² / 2ℓ
+
+so a large step is that of Polyak, 2ℓ / ‖g‖, and no step goes further.
+
+Steps that are added up, of each parameter and each chunk of a memory batch, correct the same errors. Their number
+multiplies the curvature.
+"""
 
 from __future__ import annotations
 
@@ -16,33 +29,50 @@ def proximal_deltas(
     losses: Float[Tensor, '... m'],
     num_steps: int,
 ) -> Float[Tensor, '... m e']:
-    """Δ of a proximal step, from that of a gradient step; the step is Xᵀ Δ.
+    """Δ of the proximal step Xᵀ Δ of a matrix.
 
-    A step that minimises loss plus distance has its gradient taken where it ends. The loss of row i is the square of an
-    error, and the error is taken to be linear in the products (Gauss–Newton). Moved by δ along its negative gradient,
-    the product a_i = x_i W then has the gradient (1 − δ ‖∂ℓ_i/∂a_i‖ / 2ℓ_i) · ∂ℓ_i/∂a_i, and the step moves it by
-    Σ_j (x_i · x_j) Δ_j, so that
+    The step moves the product a_i = x_i W of row i by Σ_j (x_i · x_j) Δ_j, so that
 
         (I + diag(c) X Xᵀ) Δ = −θ ∂ℓ/∂a    with    c_i = θ_i ‖∂ℓ_i/∂a_i‖² / 2ℓ_i
 
     For a linear memory this is exact. The eigenvalues of diag(c) X Xᵀ are not negative: whatever the step size, no
-    error grows, and a large step stores each row as far as the others of its chunk permit. For one row and a large step
-    this is the step size of Polyak, 2ℓ / ‖∇ℓ‖².
+    error grows, and a large step stores each row as far as the others of its chunk permit.
 
     Args:
-        inputs: X, the rows that a matrix was applied to.
+        inputs: X, the rows that the matrix was applied to.
         deltas: −θ ∂ℓ/∂a, minus the gradients of the weighted losses with respect to the products.
+        step_sizes: θ.
         losses: ℓ, mean squared errors, unweighted.
-        num_steps: number of such steps that are added up, of each matrix and each chunk of a memory batch: c is
-            multiplied by it, because they all correct the same errors.
+        num_steps: number of steps that are added up.
     """
     with no_autocast(deltas):
         rows, own = at_least_float32(inputs), at_least_float32(deltas)
-        weighted = 2 * (step_sizes * losses).to(own.dtype)
-        # rows that are not stored, or are stored already, have none of either
-        some = weighted > torch.finfo(own.dtype).tiny
-        curvature = torch.where(some, own.square().sum(dim=-1), 0.0) / torch.where(some, weighted, 1.0)
-        system = num_steps * curvature.unsqueeze(-1) * (rows @ rows.mT)
+        curvatures = num_steps * _curvatures(own, step_sizes * losses)
+        system = curvatures.unsqueeze(-1) * (rows @ rows.mT)
         system = system + torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
         # without the check of `solve`, which waits for the device: the system has no eigenvalue below 1
         return torch.linalg.solve_ex(system, own).result.to(deltas.dtype)
+
+
+def proximal_vector(
+    gradient: Float[Tensor, '... d'],
+    step_sizes: Float[Tensor, '... m'],
+    losses: Float[Tensor, '... m'],
+    num_steps: int,
+) -> Float[Tensor, '... d']:
+    """The proximal step of a vector, along its gradient.
+
+    Args:
+        gradient: minus the gradient of the weighted losses of a chunk.
+        step_sizes, losses, num_steps: as in `proximal_deltas`.
+    """
+    own = at_least_float32(gradient)
+    curvature = _curvatures(own, (step_sizes * losses).sum(dim=-1))
+    return (own / (1 + num_steps * curvature.unsqueeze(-1))).to(gradient.dtype)
+
+
+def _curvatures(gradients: Float[Tensor, '... d'], weighted: Float[Tensor, ...]) -> Float[Tensor, ...]:
+    """‖θ g‖² / 2θℓ; 0 for rows that are not stored, or are stored already, which have neither gradient nor loss."""
+    weighted = 2 * weighted.to(gradients.dtype)
+    some = weighted > torch.finfo(gradients.dtype).tiny
+    return torch.where(some, gradients.square().sum(dim=-1), 0.0) / torch.where(some, weighted, 1.0)

@@ -19,7 +19,7 @@ from torch.nn import Module
 
 from titans_pytorch.memory.chunks import Chunks, UpdateGates, WeightResidual, beside, scaled
 from titans_pytorch.memory.fast_weights import MemoryWeights, Weights
-from titans_pytorch.memory.proximal import proximal_deltas
+from titans_pytorch.memory.proximal import proximal_deltas, proximal_vector
 from titans_pytorch.memory.soft_clamp import soft_clamp_norm
 from titans_pytorch.ops.newton_schulz import newton_schulz
 from titans_pytorch.utils.functional import call_with_weights, transformed
@@ -131,7 +131,7 @@ def _proximal_gradient(
 ) -> tuple[Weights, Float[Tensor, ' m']]:
     names = {id(parameter): name for name, parameter in network.named_parameters()}
 
-    def negative_loss(added: Weights) -> tuple[Tensor, tuple[Tensor, Weights]]:
+    def negative_loss(added: Weights, vectors: Weights) -> tuple[Tensor, tuple[Tensor, Weights]]:
         inputs: Weights = {}
 
         def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -141,17 +141,17 @@ def _proximal_gradient(
             inputs[name] = x
             return x @ weights[name] + added[name]
 
-        losses = loss_fn(call_with_weights(network, {}, keys, linear=linear), values)
+        losses = loss_fn(call_with_weights(network, vectors, keys, linear=linear), values)
         return -(losses * step_sizes).sum(), (losses, inputs)
 
     # the gradient with respect to a product is that with respect to zeros added to it
-    zeros = {name: keys.new_zeros(len(keys), w.shape[-1]) for name, w in weights.items()}
-    deltas, (losses, inputs) = grad(negative_loss, has_aux=True)(zeros)
-    gradients = {
-        name: inputs[name].mT @ proximal_deltas(inputs[name], own, step_sizes, losses, num_steps)
-        for name, own in deltas.items()
-    }
-    return gradients, losses
+    zeros = {name: keys.new_zeros(len(keys), w.shape[-1]) for name, w in weights.items() if w.ndim > 1}
+    vectors = {name: w for name, w in weights.items() if w.ndim == 1}
+    (deltas, of_vectors), (losses, inputs) = grad(negative_loss, argnums=(0, 1), has_aux=True)(zeros, vectors)
+    common = (step_sizes, losses, num_steps)
+    gradients = {name: proximal_vector(own, *common) for name, own in of_vectors.items()}
+    gradients |= {name: x.mT @ proximal_deltas(x, deltas[name], *common) for name, x in inputs.items()}
+    return {name: gradients[name] for name in weights}, losses
 
 
 def one_chunk(gates: Tensor, inputs: Tensor, initial: Tensor) -> Tensor:

@@ -28,13 +28,6 @@ def choose_backend(
     if not isinstance(requested, str) or requested not in ('auto', 'dual', 'dense'):
         raise ValueError(f"engine must be 'auto', 'dual' or 'dense', got {described(requested)}")
     dual = SpectralBackend if spectral_norm else DualBackend
-    if proximal_steps:
-        vectors = [name for name, parameter in network.named_parameters() if parameter.ndim < 2]
-        if vectors:
-            raise ValueError(
-                'proximal_steps needs a network of matrices alone, and mem_model_norm_add_residual=False: '
-                f'this one has the vectors {vectors}'
-            )
     if is_built_in(network):
         return DenseBackend if requested == 'dense' else dual
     trial = Trial.of(network, dim)

@@ -12,7 +12,7 @@ from torch.nn import Module
 
 from titans_pytorch.memory.chunks import Chunks, WeightResidual, beside
 from titans_pytorch.memory.fast_weights import FastWeights, MemoryWeights, StoredBatches, StoredBlock, Weights
-from titans_pytorch.memory.proximal import proximal_deltas
+from titans_pytorch.memory.proximal import proximal_deltas, proximal_vector
 from titans_pytorch.memory.reference import LossFn, one_chunk, surprise
 from titans_pytorch.memory.schedule import Schedule
 from titans_pytorch.memory_models import PlainMLP
@@ -50,11 +50,10 @@ class Gradients(NamedTuple):
 
     def proximal(self, step_sizes: Float[Tensor, 'bh n m'], num_steps: int) -> Gradients:
         """Those of proximal steps."""
-        deltas = {
-            name: proximal_deltas(self.inputs[name], own, step_sizes, self.losses, num_steps)
-            for name, own in self.deltas.items()
-        }
-        return replaced(self, deltas=deltas)
+        common = (step_sizes, self.losses, num_steps)
+        deltas = {name: proximal_deltas(self.inputs[name], own, *common) for name, own in self.deltas.items()}
+        vectors = {name: proximal_vector(own, *common) for name, own in self.vectors.items()}
+        return replaced(self, deltas=deltas, vectors=vectors)
 
     def dense(self, name: str) -> Float[Tensor, 'bh n ...']:
         """Minus the gradient of a parameter, formed."""
