@@ -3,9 +3,9 @@
     python benchmarks/pictures.py                        all pictures, one to two minutes on one CPU core
     python benchmarks/pictures.py surprise retention     some of them
 
-Three pictures are computed here, by memories that were never trained: surprise along a text, retention of a fact, and
-which chunk answers. The others draw published figures: `mqar` and `needle` the tables of `docs/benchmarks.md`,
-`learning` the rows of `learning.csv`.
+Four pictures are computed here, by memories that were never trained: surprise along a text, retention of a fact, which
+chunk answers, and the step sizes at which a memory stores. The others draw published figures: `mqar` and `needle` the
+tables of `docs/benchmarks.md`, `learning` the rows of `learning.csv`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from harness import RESULTS
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from titans_pytorch import NeuralMemory
@@ -298,6 +299,71 @@ def draw_which_chunk(small: bool) -> Figure:
     return figure
 
 
+# step sizes at which a memory stores, and at which it diverges
+
+
+def recall_error(chunk_size: int, depth: int, step: float, pairs: int, sequences: int, **settings: Any) -> float:
+    """Squared error of the values recalled for the last 16 pairs of a sequence, relative to those of an empty memory.
+
+    Keys are positive, so that they point much the same way. Gradients are taken at the newest weights, momentum is 0.5,
+    and nothing is forgotten.
+    """
+    torch.manual_seed(0)
+    memory = untrained_memory(
+        64,
+        chunk_size,
+        step,
+        batch_size=chunk_size,
+        init_decay_bias=logit(0),
+        init_momentum_bias=logit(0.5),
+        default_model_kwargs={'depth': depth, 'expansion_factor': 2.0},
+        **settings,
+    )
+    keys, values = torch.randn(2, sequences, pairs, 64)
+    keys = keys.relu()
+    _, state = memory(torch.stack((keys, keys, values)))
+    wanted = stored_values(memory, values)[:, -16:]
+    answers = memory.recall(keys[:, -16:], state)
+    return ((answers - wanted).square().sum() / wanted.square().sum()).item()
+
+
+STEPS: dict[str, dict[str, Any]] = {
+    'plain steps': {},
+    'proximal steps,\nnormalised momentum': {'proximal_steps': True, 'normalized_momentum': True},
+}
+
+
+def draw_stability(small: bool) -> Figure:
+    chunks, depths, exponents = ([4], [1, 2], [-4, 0]) if small else ([1, 4, 16, 64], [1, 2, 3], [*range(-4, 9)])
+    pairs, sequences = (64, 1) if small else (256, 8)
+    figure = Figure(figsize=(WIDTH, 4.1), layout='constrained')
+    figure.suptitle('Proximal steps store at any size, where plain steps diverge', **TITLE)
+    panels = figure.subplots(len(STEPS), len(depths), sharex=True, sharey=True)
+    for row, (name, settings) in zip(panels, STEPS.items()):
+        for axes, depth in zip(row, depths):
+            errors = [
+                [recall_error(chunk, depth, 0.5 * 2.0**power, pairs, sequences, **settings) for power in exponents]
+                for chunk in chunks
+            ]
+            image = axes.imshow(errors, cmap='Blues_r', vmin=0, vmax=1, aspect='auto')
+            for y, of_chunk in enumerate(errors):
+                for x, error in enumerate(of_chunk):
+                    if not error < 10:
+                        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, color=ORANGE, linewidth=0))
+            axes.grid(visible=False)
+            axes.set_yticks(range(len(chunks)), chunks)
+            axes.set_xticks(
+                range(0, len(exponents), 2),
+                [f'1/{2**-power}' if power < 0 else f'{2**power}' for power in exponents[::2]],
+            )
+        row[0].set_ylabel(f'{name}\n\nchunk', fontsize=8)
+    for axes, depth in zip(panels[0], depths):
+        axes.set_title(f'{depth} {"matrix" if depth == 1 else "matrices"}', fontsize=9)
+    panels[-1][len(depths) // 2].set_xlabel('step size; 1 moves a value all the way, for one key alone')
+    figure.colorbar(image, ax=panels, label='error of recall (orange: above 10, or not finite)', shrink=0.9)
+    return figure
+
+
 # results of the benchmarks
 
 
@@ -382,6 +448,7 @@ PICTURES: dict[str, Callable[[bool], Figure]] = {
     'surprise': draw_surprise,
     'retention': draw_retention,
     'which_chunk': draw_which_chunk,
+    'stability': draw_stability,
     'learning': draw_learning,
     'mqar': draw_mqar,
     'needle': draw_needle,

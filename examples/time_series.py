@@ -22,8 +22,17 @@ class Forecaster(nn.Module):
     def __init__(self, dim: int = 32):
         super().__init__()
         self.embed = nn.Linear(4, dim)  # the last four values
+        # gradients at the newest weights; steps that do not overshoot, however far the series goes on
         self.memory = NeuralMemory(
-            dim, chunk_size=4, batch_size=32, qk_rmsnorm=True, default_step_transform_max_lr=0.1, init_decay_bias=-4.0
+            dim,
+            chunk_size=4,
+            batch_size=4,
+            qk_rmsnorm=True,
+            init_decay_bias=-4.0,
+            default_step_transform_max_lr=4.0,
+            proximal_steps=True,
+            normalized_momentum=True,
+            mem_model_norm_add_residual=False,
         )
         self.predict = nn.Sequential(nn.RMSNorm(dim), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 1))
 

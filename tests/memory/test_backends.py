@@ -128,7 +128,8 @@ def test_the_smaller_of_matrices_and_rows_is_kept():
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_backends_agree_on_any_configuration(data):
-    switches = {}
+    # with larger steps some of them amplify rounding errors from chunk to chunk
+    switches = {'default_step_transform_max_lr': 0.2}
     for extra in data.draw(st.lists(st.sampled_from(DUAL), max_size=3)):
         switches |= {key: value for key, value in SWITCHES[extra].items() if key != 'model'}
     switch = data.draw(st.sampled_from(DUAL))
