@@ -78,6 +78,8 @@ from titans_pytorch.training import (
 )
 
 BYTES = ByteVocabulary()
+EXPLODES = 1000
+"""A gradient whose norm is so many times MAX_GRAD_NORM is warned of."""
 DATA_FOLDER = Path(__file__).resolve().parent / 'data'
 
 
@@ -612,9 +614,14 @@ def training_loop(
     def fail(reason: str) -> NoReturn:
         sys.exit(
             f'\nstopped after {batch} steps: {reason}. Nothing was saved from this state; earlier checkpoints are '
-            f'good. A lower NEURAL_MEM_MAX_LR (now {config.NEURAL_MEM_MAX_LR:g}) or LEARNING_RATE '
-            f'(now {config.LEARNING_RATE:g}) usually helps'
+            f'good. {advice}'
         )
+
+    advice = (
+        '--preset stable and quick-stable have memories that do not diverge. Otherwise, a lower NEURAL_MEM_MAX_LR '
+        f'(now {config.NEURAL_MEM_MAX_LR:g}) or LEARNING_RATE (now {config.LEARNING_RATE:g}) may help'
+    )
+    exploded = False
 
     def save(name: str) -> None:
         weights = model.state_dict()
@@ -717,6 +724,9 @@ def training_loop(
             if not (math.isfinite(train_loss) and math.isfinite(grad_norm)):
                 fail(f'the training loss is {train_loss}, the norm of its gradient {grad_norm}')
             batch, windows_random = batch + 1, generator.get_state()
+            if grad_norm > EXPLODES * config.MAX_GRAD_NORM and not exploded:
+                exploded = True
+                say(f'WARNING: the gradient of step {batch} has norm {grad_norm:.3g}: memories diverge. {advice}')
 
             seconds = time.perf_counter() - started
             if batch == start + 1 and machine.compile:

@@ -353,8 +353,8 @@ def draw_stability(small: bool) -> Figure:
             axes.grid(visible=False)
             axes.set_yticks(range(len(chunks)), chunks)
             axes.set_xticks(
-                range(0, len(exponents), 2),
-                [f'1/{2**-power}' if power < 0 else f'{2**power}' for power in exponents[::2]],
+                range(0, len(exponents), 4),
+                [f'1/{2**-power}' if power < 0 else f'{2**power}' for power in exponents[::4]],
             )
         row[0].set_ylabel(f'{name}\n\nchunk', fontsize=8)
     for axes, depth in zip(panels[0], depths):

@@ -1120,6 +1120,35 @@ def test_options_override_the_preset():
         parse('--precision', 'fp7')
 
 
+def test_settings_that_may_be_unset_have_a_type():
+    assert train_mac.Config(NEURAL_MEM_INIT_DECAY_BIAS=-3).NEURAL_MEM_INIT_DECAY_BIAS == -3
+    for value in (math.inf, math.nan, True, '-3'):
+        with pytest.raises(train_mac.BadSetting, match='NEURAL_MEM_INIT_DECAY_BIAS must be'):
+            train_mac.Config(NEURAL_MEM_INIT_DECAY_BIAS=value)
+
+
+def test_the_stable_presets_keep_gradients_small_at_any_length(text, tmp_path):
+    text.write_bytes(TEXT * 16)
+    sizes = {'SEQ_LEN': 2048, 'BATCH_SIZE': 1, 'NUM_BATCHES': 2}
+    sizes |= {name: train_mac.QUICK[name] for name in ('LEARNING_RATE', 'NEURAL_MEM_BATCH_SIZE')}
+    largest = []
+    for number, memory in enumerate(({}, train_mac.STABLE)):
+        folder = tmp_path / str(number)
+        train_mac.main(options(text, folder, **{**sizes, **memory}))
+        largest.append(max(row['grad_norm'] for row in rows(folder, 'grad_norm').values()))
+    print(largest)
+    assert largest[1] < 5 < largest[0]
+    for preset in ('stable', 'quick-stable'):
+        assert train_mac.STABLE.items() <= train_mac.PRESETS[preset].items()
+
+
+def test_gradients_that_explode_are_warned_of_once(text, tmp_path, capsys):
+    train_mac.main(options(text, tmp_path / 'run', MAX_GRAD_NORM=1e-6, NUM_BATCHES=3))
+    warning = 'WARNING: the gradient of step 1 has norm'
+    output = capsys.readouterr().out
+    assert output.count('WARNING') == 1 and warning in output and '--preset stable' in output
+
+
 @pytest.mark.parametrize(
     'words',
     [
