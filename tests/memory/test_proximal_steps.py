@@ -95,6 +95,13 @@ def test_a_memory_stays_finite_where_plain_steps_diverge(depth, residual_norm, b
     assert largest(proximal_steps=True, normalized_momentum=True) < 10
 
 
+def test_equal_rows_share_a_step_however_large():
+    rows, deltas = torch.ones(3, 4), 1e6 * torch.ones(3, 2)
+    step = proximal_deltas(rows, deltas, torch.full((3,), 1e8), torch.ones(3), 5)
+    # five such steps move the product by 2ℓ / ‖g‖, with g = 0.01 in each of two directions
+    assert_same(5 * rows @ rows.mT @ step, torch.full((3, 2), 2 / 0.02), 1e-3)
+
+
 def test_rows_that_are_not_stored_have_finite_gradients():
     mem = proximal(2, 4).float()
     seq = torch.zeros(2, 8, DIM)

@@ -21,6 +21,9 @@ from torch import Tensor
 from titans_pytorch.utils.precision import at_least_float32, no_autocast
 from titans_pytorch.utils.shapes import Float
 
+LARGEST = 1e4
+"""Curvature of a row, along its own part of the step, from which on larger step sizes make no difference."""
+
 
 def proximal_deltas(
     inputs: Float[Tensor, '... m d'],
@@ -48,7 +51,11 @@ def proximal_deltas(
     with no_autocast(deltas):
         rows, own = at_least_float32(inputs), at_least_float32(deltas)
         curvatures = num_steps * _curvatures(own, step_sizes * losses)
-        system = curvatures.unsqueeze(-1) * (rows @ rows.mT)
+        products = rows @ rows.mT
+        # a step size beyond this limit would change the step by 1e-4, and equal rows would make the system singular
+        shares = LARGEST / (curvatures * products.diagonal(dim1=-2, dim2=-1)).clamp(min=LARGEST)
+        own, curvatures = shares.unsqueeze(-1) * own, shares * curvatures
+        system = curvatures.unsqueeze(-1) * products
         system = system + torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
         # without the check of `solve`, which waits for the device: the system has no eigenvalue below 1
         return torch.linalg.solve_ex(system, own).result.to(deltas.dtype)
