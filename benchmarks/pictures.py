@@ -1,6 +1,6 @@
 """The pictures of `docs/pictures.md`: the memory at work, and the benchmarks' results.
 
-    python benchmarks/pictures.py                        all pictures, one to two minutes on one CPU core
+    python benchmarks/pictures.py                        all pictures, two to three minutes on one CPU core
     python benchmarks/pictures.py surprise retention     some of them
 
 Four pictures are computed here, by memories that were never trained: surprise along a text, retention of a fact, which
