@@ -48,6 +48,7 @@ def main() -> None:
 
     import test_gate_products
     import test_head_norm
+    import test_inverse
     import test_linear_memory_scan
     import test_memory_batch_scan
 
@@ -59,6 +60,7 @@ def main() -> None:
         x, gamma = test_head_norm.problem(2, 2, 16, 64)
         test_head_norm.learned(test_head_norm.head_norm, x, gamma)
         test_gate_products.learned(test_gate_products.gate_products, test_gate_products.problem(2, 64))
+        test_inverse.learned(test_inverse.inverse, test_inverse.problem(2, 64))
 
 
 if __name__ == '__main__':

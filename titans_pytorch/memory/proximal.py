@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from titans_pytorch.ops.inverse import inverse
 from titans_pytorch.utils.precision import at_least_float32, no_autocast
 from titans_pytorch.utils.shapes import Float
 
@@ -57,8 +58,7 @@ def proximal_deltas(
         own, curvatures = shares.unsqueeze(-1) * own, shares * curvatures
         system = curvatures.unsqueeze(-1) * products
         system = system + torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
-        # without the check of `solve`, which waits for the device: the system has no eigenvalue below 1
-        return torch.linalg.solve_ex(system, own).result.to(deltas.dtype)
+        return (inverse(system) @ own).to(deltas.dtype)
 
 
 def proximal_vector(
