@@ -35,6 +35,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     'linear memory': {'default_model_kwargs': {'depth': 1}},
     'memory depth 3': {'default_model_kwargs': {'depth': 3, 'expansion_factor': 2.0}},
     'no convolution': {'conv_kernel': None},
+    'plain steps': {'proximal_steps': False},
 }
 MODELS = {**ARCHITECTURES, **{f'LMM, {name}': (LongTermMemoryModel, {}, own) for name, own in ABLATIONS.items()}}
 
@@ -42,8 +43,8 @@ MODELS = {**ARCHITECTURES, **{f'LMM, {name}': (LongTermMemoryModel, {}, own) for
 def build(name: str, seed: int, memory_batch: int | None = None, **sizes: Any) -> Transformer:
     """One of `MODELS`, with feedforwards widened so that all models have as many parameters as the largest.
 
-    Gradients are taken at the initial weights of the memories, except in the paper's order, where a memory batch is a
-    segment and step sizes are smaller. `sizes` are arguments common to all models.
+    Without `memory_batch` gradients are taken at the initial weights of the memories, except in the paper's order,
+    where a memory batch is a segment. `sizes` are arguments common to all models.
     """
 
     wanted = _largest(memory_batch, tuple(sizes.items()))

@@ -97,6 +97,12 @@ def parser(description: str, models: list[str], steps: int, small_steps: int) ->
     made.add_argument(
         '--small', action='store_true', help='sizes for two CPU cores, with their own section of docs/benchmarks.md'
     )
+    made.add_argument(
+        '--memory-batch',
+        type=int,
+        help='tokens per memory batch, a multiple of the chunk size: gradients at the newest weights, in proximal '
+        'steps; default: gradients at the initial weights, but for the order of the paper',
+    )
     made.add_argument('--seconds', type=float, help='time limit of the training of each run')
     made.add_argument('--json', type=Path, help='append each run to this file when it is done')
     made.add_argument('--report', type=Path, nargs='+', help='print the table of saved runs')
@@ -109,7 +115,8 @@ def settings(options: argparse.Namespace, small: dict[str, Any]) -> dict[str, An
     """Keyword arguments of a run from the options; with `--small` they include the sizes `small`."""
     named = {name: getattr(options, name) for name in ('device', 'learning_rate', 'seconds')}
     steps = options.steps_of[options.small] if options.steps is None else options.steps
-    return {**named, 'steps': steps, **(small if options.small else {})}
+    batch = {} if options.memory_batch is None else {'memory_batch': options.memory_batch}
+    return {**named, 'steps': steps, **(small if options.small else {}), **batch}
 
 
 def measured(
