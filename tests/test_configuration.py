@@ -19,12 +19,11 @@ SIZES = dict(num_tokens=11, dim=8, depth=2, segment_len=4, heads=2, dim_head=4)
 def test_a_model_built_from_json_equals_one_built_by_hand(architecture):
     settings = memory_settings(heads=2, dim_head=4, memory_batch=4)
     network = {'type': 'MemorySwiGluMLP', 'dim': 4, 'depth': 1}
-    config = model_config(architecture, **SIZES, neural_memory_model=network, neural_memory_kwargs=settings)
+    memory = {'neural_memory_batch_size': 4, 'neural_memory_kwargs': settings}
+    config = model_config(architecture, **SIZES, neural_memory_model=network, **memory)
     model = build_model(json.loads(json.dumps(config)))
 
-    by_hand = ARCHITECTURES[architecture](
-        **SIZES, neural_memory_model=MemorySwiGluMLP(4, depth=1), neural_memory_kwargs=settings
-    )
+    by_hand = ARCHITECTURES[architecture](**SIZES, neural_memory_model=MemorySwiGluMLP(4, depth=1), **memory)
     by_hand.load_state_dict(model.state_dict())
     assert str(by_hand) == str(model)
     tokens = torch.randint(11, (2, 9))

@@ -167,11 +167,13 @@ class NeuralMemory(Resettable, InReferenceFormat):
             tokens that the convolutions still see.
         channel_gate: gate the retrieved values per channel instead of per head; also with one head.
         proximal_steps: take the gradient of a chunk at the weights that its step leads to, instead of those before it
-            (Levenberg–Marquardt, see `titans_pytorch.memory.proximal`). No step overshoots, however large
-            `default_step_transform_max_lr` is: with keys of length 1, dim_head / 2 stores half of a row, and four times
-            as much nearly all of it. Requires the default loss, and a network that the dual engine can serve.
-        normalized_momentum: S_t = η_t S_{t−1} + (1 − η_t) u_t, for each order, where u_t is the step: momentum then
-            spreads a step over time without making it larger.
+            (see `titans_pytorch.memory.proximal`), so that steps do not overshoot, however large
+            `default_step_transform_max_lr` is. A linear memory moves half of the way to the value of a key k by a step
+            size of dim_head / (2 ‖k‖²), and four fifths by four times as much. Requires `batch_size`, the default loss
+            and a network that treats rows separately and that the dual engine can serve.
+        normalized_momentum: momentum that spreads the step u of a chunk over later chunks without making it larger, for
+            each order: S_t = (1 − η_t) (P_{t−1} + u_t), where P_t = η_t (P_{t−1} + u_t) is carried over. With momentum,
+            proximal steps need it to be safe from overshooting.
         checkpoint_every: tokens per checkpoint segment (activation checkpointing). The backward pass recomputes
             everything within a segment, so that a training step holds one segment and a state for each of the others,
             for a third more work; `state.updates` is `None`. Requires the dual engine. Default: keep everything.
@@ -408,6 +410,11 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
     @property
     def _backend(self) -> Backend:
+        return self._backend_for(self.batch_size)
+
+    def _backend_for(self, batch_size: int | None) -> Backend:
+        # proximal steps of each parameter in each chunk of a memory batch are added up
+        added = len(self.memory_model_parameter_names) * ((batch_size or 0) // self.store_chunk_size)
         return self._backend_class(
             self._network,
             self.memory_model_parameters.mlp,
@@ -415,14 +422,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
             self.assoc_scan,
             self.max_grad_norm,
             self.spectral_norm_surprises,
-            self._added_steps if self.proximal_steps else None,
+            added if self.proximal_steps else None,
         )
-
-    @property
-    def _added_steps(self) -> int:
-        """Steps that are added up at the same weights: one of each parameter in each chunk of a memory batch."""
-        chunks_per_batch = 1 if self.batch_size is None else self.batch_size // self.store_chunk_size
-        return len(self.memory_model_parameter_names) * chunks_per_batch
 
     @property
     def mixes_tokens(self) -> bool:
@@ -729,7 +730,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         residual = self._weight_residual(prev_weights, pooled, schedule.first_chunk)
         with network_autocast(self._dtype, tokens.device):
             inputs = StoreInputs(chunks, residual, schedule, state.weights, self._transition)
-            over_time, weights, losses = self._backend.store(inputs)
+            over_time, weights, losses = self._backend_for(call.batch_size).store(inputs)
 
         # copied, so that a kept state does not keep the whole input
         rest = PendingSegment(
@@ -792,7 +793,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
             momentum_mix=_optional(self.to_learned_momentum_combine, pooled),
             modulation=None if modulation is None else modulation * self.max_mem_layer_modulation,
             # 1 − η
-            momentum_inputs=(-momentum).sigmoid() if self.normalized_momentum and momentum is not None else None,
+            momentum_shares=(-momentum).sigmoid() if self.normalized_momentum and momentum is not None else None,
         )
         return chunks, pooled
 

@@ -30,7 +30,10 @@ def memory_settings(heads: int, dim_head: int, memory_batch: int | None = None, 
     """
     heads, dim_head = check_positive(heads=heads, dim_head=dim_head)
     memory_batch = None if memory_batch is None else check_integer('memory_batch', memory_batch, 1)
-    proximal = changes.get('proximal_steps', memory_batch is not None)
+    # what changes the loss, or a step afterwards, excludes proximal steps
+    others = ('spectral_norm_surprises', 'max_grad_norm', 'store_memory_loss_fn')
+    plain = memory_batch is None or any(changes.get(name) for name in others)
+    proximal = changes.get('proximal_steps', not plain)
     if proximal:
         max_step_size = 2.0 * dim_head
     else:

@@ -14,9 +14,14 @@ from titans_pytorch.memory.proximal import proximal_deltas
 DEPTHS = (1, 2, 3)
 
 
+class Rowwise(nn.Linear):
+    rowwise = True
+
+
 def proximal(depth: int, chunk_size: int, **kwargs) -> NeuralMemory:
     changes = {'init_decay_bias': -30.0, 'momentum': False, 'mem_model_norm_add_residual': False, **kwargs}
-    return memory('proximal steps', chunk_size, chunk_size, model=MemoryMLP(HEAD, depth=depth), **changes)
+    batch_size = changes.pop('batch_size', chunk_size)
+    return memory('proximal steps', chunk_size, batch_size, model=MemoryMLP(HEAD, depth=depth), **changes)
 
 
 def test_a_step_of_a_linear_memory_minimises_loss_and_distance():
@@ -112,23 +117,33 @@ def test_rows_that_are_not_stored_have_finite_gradients():
     assert all(p.grad is None or p.grad.isfinite().all() for p in mem.parameters())
 
 
-def test_normalized_momentum_adds_up_to_one_step():
-    """What a single chunk adds to the weights in the end, if nothing is forgotten."""
-    results = []
-    for normalized in (False, True):
-        torch.manual_seed(0)
-        mem = memory('no residual norm', 2, None, normalized_momentum=normalized, model=MemoryMLP(HEAD, depth=1))
-        for gate, logit in ((mem.to_decay_factor, -40.0), (mem.to_momentum, 1.0)):
-            nn.init.zeros_(gate[0].weight)
-            nn.init.constant_(gate[0].bias, logit)
-        torch.manual_seed(0)
-        seq = inputs(mem, 200)
-        mask = torch.zeros(2, 200, dtype=torch.bool)
-        mask[:, :2] = True
-        (start,), (end,) = mem.init_weights(2).values(), mem(seq, store_mask=mask)[1].states[0].values()
-        results.append(end - start)
-    momentum = torch.tensor(1.0, dtype=torch.float64).sigmoid()
-    assert_same(results[1], results[0] * (1 - momentum), 1e-10)
+@pytest.mark.parametrize('order', [1, 2])
+def test_normalized_momentum_adds_up_to_one_step(order):
+    """What a single chunk adds to the weights in the end, if nothing is forgotten, whatever the gates."""
+    mem = memory('no residual norm', 2, None, normalized_momentum=True, momentum_order=order)
+    plain = memory('no residual norm', 2, None, momentum=False)
+    plain.load_state_dict(mem.state_dict(), strict=False)
+    for own in (mem, plain):
+        nn.init.zeros_(own.to_decay_factor[0].weight)
+        nn.init.constant_(own.to_decay_factor[0].bias, -40.0)
+    mem.to_momentum[0].weight.data.mul_(10)
+    seq = inputs(mem, 400)
+    mask = torch.zeros(2, 400, dtype=torch.bool)
+    mask[:, :2] = True
+    (start, _), (end, _), (expected, _) = (
+        [*weights.values()]
+        for weights in (mem.init_weights(2), *(own(seq, store_mask=mask)[1].states[0] for own in (mem, plain)))
+    )
+    gates = (mem._project_chunks(seq, None)[0].momentum).sigmoid()
+    assert gates.min() < 0.1 and gates.max() > 0.9
+    assert_same(end - start, expected - start, 1e-9)
+
+
+def test_a_batch_size_for_one_call_counts():
+    mem, longer = (proximal(1, 4, batch_size=batch_size, default_step_transform_max_lr=64.0) for batch_size in (4, 64))
+    longer.load_state_dict(mem.state_dict())
+    seq = inputs(mem, 256)
+    assert_same(mem(seq, ttt_batch_size=64)[0], longer(seq)[0], 1e-9)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
@@ -143,7 +158,11 @@ def test_half_precision_is_close(dtype):
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'model': nn.Linear(DIM, DIM)}, 'proximal_steps cannot serve this model: .*takes no `linear`'),
+        ({'batch_size': None}, 'needs batch_size'),
+        ({'max_grad_norm': 1.0}, 'needs max_grad_norm=None'),
+        ({'max_mem_layer_modulation': 2.0}, 'needs max_mem_layer_modulation of at most 1, got 2.0'),
+        ({'model': MemoryAttention(DIM)}, 'needs a model that treats rows separately'),
+        ({'model': Rowwise(DIM, DIM)}, 'needs a model that the dual engine can serve: .*takes no `linear`'),
         ({'store_memory_loss_fn': lambda x, y: (x - y).abs().mean(dim=-1)}, 'the default store_memory_loss_fn'),
         ({'spectral_norm_surprises': True}, 'needs spectral_norm_surprises=False'),
         ({'momentum': False, 'normalized_momentum': True}, 'normalized_momentum needs momentum=True'),
@@ -152,10 +171,4 @@ def test_half_precision_is_close(dtype):
 )
 def test_what_does_not_fit_is_refused(changes, message):
     with pytest.raises((ValueError, TypeError), match=message):
-        NeuralMemory(DIM, **{'proximal_steps': True, **changes})
-
-
-@pytest.mark.parametrize('engine', ['dual', 'dense'])
-def test_a_network_that_mixes_rows_takes_proximal_steps(engine):
-    mem = memory('proximal steps', model=MemoryAttention(HEAD), engine=engine)
-    assert mem(inputs(mem, 23))[0].isfinite().all()
+        NeuralMemory(DIM, **{'batch_size': 4, 'proximal_steps': True, **changes})

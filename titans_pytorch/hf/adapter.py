@@ -102,7 +102,8 @@ def add_memory(
             'proximal_steps': False,
             'default_step_transform_max_lr': dim_head / (2 * memory_batch),
         }
-    settings = memory_settings(heads, dim_head, memory_batch, **{**settings, **neural_memory_kwargs})
+    sizes = {'heads': heads, 'dim_head': dim_head, 'memory_batch': memory_batch}
+    settings = memory_settings(**{**sizes, **settings, **neural_memory_kwargs})
     _attach(model, check_integers('layers', layers), memory_config(**settings), freeze_backbone)
     return model
 

@@ -32,8 +32,8 @@ class Chunks(NamedTuple):
     the last order counts."""
     modulation: Float[Tensor, 'bh n w'] | None
     """Factors on the update of each parameter."""
-    momentum_inputs: Float[Tensor, 'bh n o'] | None = None
-    """Factors on what each order of momentum takes in; `None`: 1."""
+    momentum_shares: Float[Tensor, 'bh n o'] | None = None
+    """1 − η, the share of what each order holds that it hands on; `None`: momentum is not normalised."""
 
     def split(self, lengths: list[int]) -> list[Chunks]:
         """Blocks of these lengths."""
@@ -48,7 +48,7 @@ class Chunks(NamedTuple):
         """The gates of each chunk's update, as factors."""
         retention = (-at_least_float32(self.decay)).sigmoid()
         momentum = () if self.momentum is None else at_least_float32(self.momentum).sigmoid().unbind(-1)
-        optional = (self.momentum_mix, self.modulation, self.momentum_inputs)
+        optional = (self.momentum_mix, self.modulation, self.momentum_shares)
         return UpdateGates(retention, momentum, *(None if gates is None else gates.unbind(-1) for gates in optional))
 
 
@@ -61,7 +61,7 @@ class UpdateGates(NamedTuple):
     """η of each order; empty without momentum."""
     momentum_mix: Sequence[Tensor] | None
     modulation: Sequence[Tensor] | None
-    momentum_inputs: Sequence[Tensor] | None = None
+    momentum_shares: Sequence[Tensor] | None = None
 
 
 def _split(tensors: Iterable[Tensor | None], lengths: list[int]) -> list[Sequence[Any]]:
@@ -139,7 +139,7 @@ class Coefficients(NamedTuple):
         def by_block(gates: Tensor) -> Tensor:
             return gates.unflatten(1, (num_blocks, -1)).flatten(0, 1)
 
-        of_orders = (chunks.momentum, chunks.momentum_mix, chunks.momentum_inputs)
+        of_orders = (chunks.momentum, chunks.momentum_mix, chunks.momentum_shares)
         with no_autocast(chunks.decay):
             coefficients = cls.of(
                 by_block(chunks.decay), *(None if gates is None else by_block(gates) for gates in of_orders)
@@ -160,7 +160,7 @@ class Coefficients(NamedTuple):
         decay: Float[Tensor, 'bh n'],
         momentum: Float[Tensor, 'bh n o'] | None,
         momentum_mix: Float[Tensor, 'bh n o'] | Float[Tensor, 'bh n o+1'] | None,
-        momentum_inputs: Float[Tensor, 'bh n o'] | None = None,
+        momentum_shares: Float[Tensor, 'bh n o'] | None = None,
     ) -> Coefficients:
         """Coefficients from the gates of `Chunks`."""
 
@@ -178,23 +178,32 @@ class Coefficients(NamedTuple):
         num_orders = log_gates.shape[-1]
         orders: list[Tensor] = []  # of update j, in the momentum after chunk c
         initial: list[Tensor] = []  # of each order's initial momentum, in the momentum after chunk c
+        given: list[tuple[Tensor, Tensor]] = []  # both, in what each order gives to the next
         for order in range(num_orders):
-            products = gate_products(log_gates[..., order])
-            if momentum_inputs is not None:
-                products = products * momentum_inputs[..., order].unsqueeze(-2)
-            from_start = log_gates[..., order : order + 1].cumsum(dim=1).exp()
-            from_start = F.pad(from_start, (order, num_orders - order - 1))
-            orders.append(products @ orders[-1] if order else products)
-            initial.append(products @ initial[-1] + from_start if order else from_start)
+            of_order = log_gates[..., order]
+            if momentum_shares is not None:
+                # an order gives a share of all that it holds, its input included, and only the rest is carried over
+                of_order = F.pad(of_order[:, :-1], (1, 0))
+            held = gate_products(of_order)
+            held_initial = F.pad(of_order.cumsum(dim=1).exp().unsqueeze(-1), (order, num_orders - order - 1))
+            if given:
+                held, held_initial = held @ given[-1][0], held @ given[-1][1] + held_initial
+            carried = passed = (held, held_initial)
+            if momentum_shares is not None:
+                kept, share = log_gates[..., order, None].exp(), momentum_shares[..., order, None].to(held.dtype)
+                carried, passed = (kept * held, kept * held_initial), (share * held, share * held_initial)
+            orders.append(carried[0])
+            initial.append(carried[1])
+            given.append(passed)
 
-        combined, combined_initial = orders[-1], initial[-1]
+        combined, combined_initial = given[-1]
         if momentum_mix is not None:
             mix = momentum_mix.to(retention.dtype)
             with_surprise = mix.shape[-1] > num_orders
             surprise = torch.eye(mix.shape[1], dtype=mix.dtype, device=mix.device).expand_as(retention)
-            nothing = torch.zeros_like(initial[-1])
-            terms = zip(mix.split(1, dim=-1), [surprise] * with_surprise + orders, [nothing] * with_surprise + initial)
-            weighted = [(share * matrix, share * start) for share, matrix, start in terms]
+            nothing = torch.zeros_like(combined_initial)
+            terms = zip(mix.split(1, dim=-1), [(surprise, nothing)] * with_surprise + given)
+            weighted = [(share * matrix, share * start) for share, (matrix, start) in terms]
             combined, combined_initial = (sum(own[1:], own[0]) for own in zip(*weighted))
 
         initial_weights = torch.cat((initial_weights, retention @ combined_initial), dim=-1)

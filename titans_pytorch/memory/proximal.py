@@ -2,15 +2,16 @@
 
 A step that minimises loss plus distance has its gradient taken where it ends. Every loss ℓ is the square of an error,
 and the error is taken to be linear in what is moved (Gauss–Newton). Moved by δ along its negative gradient g, the loss
-then has the gradient (1 − δ ‖g‖ / 2ℓ) · g, and the step solves a linear equation for δ. With a step size θ that alone
-moves would make
+then has the gradient (1 − δ ‖g‖ / 2ℓ) · g, and δ solves a linear equation. If nothing else moved, it would be
 
     δ = θ ‖g‖ / (1 + c)    with the curvature    c = θ ‖g‖² / 2ℓ
 
-so a large step is that of Polyak, 2ℓ / ‖g‖, and no step goes further.
+so that a large step is that of Polyak, 2ℓ / ‖g‖, and none goes further. The rows of a chunk are solved for together.
 
-Steps that are added up, of each parameter and each chunk of a memory batch, correct the same errors. Their number
-multiplies the curvature.
+This is the method of Levenberg and Marquardt with a block-diagonal approximation: each parameter and each chunk takes
+its step by itself, and in place of the Jacobian of a product its norm is used, in the direction of the error. Steps
+that are added up, of several parameters and of the chunks of a memory batch, would each correct the whole error, so
+their number multiplies the curvature. For one matrix and a memory batch of one chunk nothing is approximated.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def proximal_deltas(
 
         (I + diag(c) X Xᵀ) Δ = −θ ∂ℓ/∂a    with    c_i = θ_i ‖∂ℓ_i/∂a_i‖² / 2ℓ_i
 
-    For a linear memory this is exact. The eigenvalues of diag(c) X Xᵀ are not negative: whatever the step size, no
-    error grows, and a large step stores each row as far as the others of its chunk permit.
+    The eigenvalues of diag(c) X Xᵀ are not negative: whatever the step sizes, the weighted loss of the chunk does not
+    grow where the errors are linear, and a large step stores each row as far as the others permit.
 
     Args:
         inputs: X, the rows that the matrix was applied to.

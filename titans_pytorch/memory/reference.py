@@ -170,7 +170,8 @@ def surprise(
     """The update S of the weights, from negative gradients and the momentum before them, (o, bh, …).
 
     Titans eq. 10, S_t = η_t S_{t−1} + u_t with u_t = −θ_t ∇ℓ_t, whose θ is in the gradients already. The momentum of an
-    order is the input of the next one.
+    order is the input of the next one. Normalised momentum is S_t = (1 − η_t) (P_{t−1} + u_t) with
+    P_t = η_t (P_{t−1} + u_t), in which each u counts 1 in all, whatever the gates.
 
     Returns:
         S for each parameter, and the momentum of each order; without momentum, no orders.
@@ -182,17 +183,29 @@ def surprise(
         if max_grad_norm is not None:
             gradient = soft_clamp_norm(gradient, max_grad_norm, batch_axes)
         surprises = [gradient if gates.modulation is None else scaled(gates.modulation[index], gradient)]
+        orders: list[Tensor] = []
         for order, (gate, initial) in enumerate(zip(gates.momentum, momentum.get(name, ()))):
-            taken_in = surprises[-1]
-            if gates.momentum_inputs is not None:
-                taken_in = scaled(gates.momentum_inputs[order], taken_in)
-            surprises.append(recurrence(gate, taken_in, initial))
+            if gates.momentum_shares is None:
+                orders.append(recurrence(gate, surprises[-1], initial))
+                surprises.append(orders[-1])
+            else:
+                # an order gives a share of all that it holds, its input included, and only the rest is carried over
+                orders.append(recurrence(gate, scaled(gate, surprises[-1]), initial))
+                held = surprises[-1] + _before(orders[-1], initial)
+                surprises.append(scaled(gates.momentum_shares[order], held))
         if gates.momentum:
-            new_momentum[name] = surprises[1:]
+            new_momentum[name] = orders
         updates[name] = surprises[-1] if gates.momentum_mix is None else _mixed(surprises, gates.momentum_mix)
     if spectral_norm:
         updates |= _orthogonalised({name: update for name, update in updates.items() if update.ndim > batch_axes + 1})
     return updates, new_momentum
+
+
+def _before(states: Tensor, initial: Tensor) -> Tensor:
+    """The state before each chunk, from those after; `initial` if there is one chunk, without an axis of chunks."""
+    if states.ndim == initial.ndim:
+        return initial
+    return torch.cat((initial.unsqueeze(1), states[:, :-1]), dim=1)
 
 
 def _mixed(surprises: list[Tensor], mix: Sequence[Tensor]) -> Tensor:

@@ -125,14 +125,28 @@ def _check_combinations(settings: Settings, arguments: Mapping[str, Any]) -> Non
     for name in ('proximal_steps', 'normalized_momentum'):
         if arguments[name] and arguments['spectral_norm_surprises']:
             raise ValueError(f'{name} needs spectral_norm_surprises=False, as orthogonal updates have one size')
-    if arguments['proximal_steps'] and arguments['store_memory_loss_fn'] is not default_loss_fn:
-        raise ValueError('proximal_steps needs the default store_memory_loss_fn, the mean squared error')
+    if arguments['proximal_steps']:
+        _check_proximal(settings, arguments)
     if settings.checkpoint_every is not None and arguments['accept_weight_residual']:
         raise ValueError('checkpoint_every keeps no weights over time, which accept_weight_residual needs')
     if arguments['init_momentum_bias'] is not None and not momentum:
         raise ValueError('init_momentum_bias needs momentum=True')
     if arguments['store_with_lookahead_value'] and settings.store_chunk_size * settings.num_kv_per_token == 1:
         warnings.warn('store_with_lookahead_value with chunks of a single row stores nothing', stacklevel=4)
+
+
+def _check_proximal(settings: Settings, arguments: Mapping[str, Any]) -> None:
+    """Whatever changes a step afterwards, or adds up more of them than are known, could make it overshoot."""
+    needs = 'proximal_steps needs'
+    if settings.batch_size is None:
+        # without one the steps of a whole sequence are added up
+        raise ValueError(f'{needs} batch_size, or in a model neural_memory_batch_size')
+    if arguments['store_memory_loss_fn'] is not default_loss_fn:
+        raise ValueError(f'{needs} the default store_memory_loss_fn, the mean squared error')
+    if settings.max_grad_norm is not None:
+        raise ValueError(f'{needs} max_grad_norm=None, which would change the size of a step again')
+    if settings.max_modulation > 1:
+        raise ValueError(f'{needs} max_mem_layer_modulation of at most 1, got {settings.max_modulation}')
 
 
 def _checked_chunk_sizes(chunk_size: Any) -> tuple[int, int]:

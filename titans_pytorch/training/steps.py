@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -39,9 +40,9 @@ class MicroStep:
         broadcast_parameters(model)
         self.model = model
         # not the model itself, so that validation and sampling, whose lengths differ, are not compiled
-        self.loss_of = self._loss
+        self.loss_of, self.compiled_layers = self._loss, {}
         if machine.compile and is_sharded(model):
-            _compile_layers(model)
+            self.compiled_layers = _compiled(model.layers)  # type: ignore[arg-type]
         elif machine.compile:
             self.loss_of = torch.compile(self._loss, fullgraph=True, dynamic=False)
         self.own_micro_batches = micro_batches // num_ranks()
@@ -76,9 +77,10 @@ class MicroStep:
         return self.model(inputs, return_loss=True) / self.own_micro_batches
 
     def _compute(self, inputs: Tensor) -> Tensor:
-        with self.machine.autocast():
-            loss = self.loss_of(inputs)
-        loss.backward()
+        with _in_place_of_forward(self.compiled_layers):
+            with self.machine.autocast():
+                loss = self.loss_of(inputs)
+            loss.backward()
         return loss.detach()
 
     def _capture(self, inputs: Tensor) -> None:
@@ -133,22 +135,24 @@ def validation_loss(
     return sum_over_ranks(losses).mean().item()
 
 
-def _compile_layers(model: nn.Module) -> None:
-    """Compile the layers of a sharded model one by one, because the hooks of FSDP2 between them are Python.
+def _compiled(layers: Iterable[nn.Module]) -> dict[nn.Module, Callable[..., Any]]:
+    """The forward of each layer, compiled by itself, as the hooks of FSDP2 between the layers are Python."""
+    return {layer: torch.compile(layer.forward, fullgraph=True, dynamic=False) for layer in layers}
 
-    In evaluation mode, where lengths differ, they run as they are.
-    """
-    # layers differ and share the code of `forward`, for which PyTorch would compile 8 of them and refuse the next
+
+@contextlib.contextmanager
+def _in_place_of_forward(compiled: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Context in which layers run their compiled forward; elsewhere they are as they were, to be copied and saved."""
     limits = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, len(model.layers))  # type: ignore[arg-type, assignment]
-    for layer in model.layers:  # type: ignore[union-attr]
-        layer.forward = _compiled_in_training(layer)
-
-
-def _compiled_in_training(layer: nn.Module) -> Callable[..., Any]:
-    forward = layer.forward
-    compiled = torch.compile(forward, fullgraph=True, dynamic=False)
-    return lambda *args, **kwargs: (compiled if layer.training else forward)(*args, **kwargs)
+    # layers share the code of their forward, of which PyTorch compiles 8 variants and refuses the next
+    with limits.patch(recompile_limit=limits.recompile_limit + len(compiled)):
+        for layer, forward in compiled.items():
+            layer.forward = forward
+        try:
+            yield
+        finally:
+            for layer in compiled:
+                del layer.forward
 
 
 def _check_shared(name: str, count: int) -> None:

@@ -28,6 +28,8 @@ def choose_backend(
     if not isinstance(requested, str) or requested not in ('auto', 'dual', 'dense'):
         raise ValueError(f"engine must be 'auto', 'dual' or 'dense', got {described(requested)}")
     dual = SpectralBackend if spectral_norm else DualBackend
+    if proximal_steps and not getattr(network, 'rowwise', False):
+        raise ValueError('proximal_steps needs a model that treats rows separately, and says so by `rowwise = True`')
     if is_built_in(network):
         return DenseBackend if requested == 'dense' else dual
     trial = Trial.of(network, dim)
@@ -44,7 +46,7 @@ def choose_backend(
     if obstacle is None:
         return DenseBackend if requested == 'dense' else dual
     if proximal_steps:
-        raise ValueError(f'proximal_steps cannot serve this model: {obstacle}')
+        raise ValueError(f'proximal_steps needs a model that the dual engine can serve: {obstacle}')
     if requested == 'dual':
         raise ValueError(f"engine='dual' cannot serve this model: {obstacle}; use engine='dense'")
     return DenseBackend

@@ -49,7 +49,7 @@ class Gradients(NamedTuple):
     """Losses of the rows, unweighted."""
 
     def proximal(self, step_sizes: Float[Tensor, 'bh n m'], num_steps: int) -> Gradients:
-        """Those of proximal steps."""
+        """The factors and vectors of proximal steps instead."""
         common = (step_sizes, self.losses, num_steps)
         deltas = {name: proximal_deltas(self.inputs[name], own, *common) for name, own in self.deltas.items()}
         vectors = {name: proximal_vector(own, *common) for name, own in self.vectors.items()}
