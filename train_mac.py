@@ -79,7 +79,7 @@ from titans_pytorch.training import (
 
 BYTES = ByteVocabulary()
 EXPLODES = 1000
-"""A gradient whose norm is so many times MAX_GRAD_NORM is warned of."""
+"""Norm of a gradient that a warning is given for, as a multiple of MAX_GRAD_NORM."""
 DATA_FOLDER = Path(__file__).resolve().parent / 'data'
 
 
@@ -202,8 +202,8 @@ class Config:
     )
     NEURAL_MEM_PROXIMAL_STEPS: bool = option(
         False,
-        'memory updates that do not overshoot, whatever their size, and momentum that does not add to it; memories '
-        'then have no norm around their network, and need --no-neural-mem-spec-norm-surprises',
+        'proximal steps and normalised momentum, so that memory updates do not overshoot; the network of a memory then '
+        'has no norm around it; needs --no-neural-mem-spec-norm-surprises',
     )
     USE_MEM_ATTENTION_MODEL: bool = option(False, 'a small attention network as memory model instead of the MLP')
 
@@ -257,6 +257,12 @@ class Config:
                 f'NEURAL_MEM_BATCH_SIZE must be a multiple of NEURAL_MEM_SEGMENT_LEN={self.NEURAL_MEM_SEGMENT_LEN}, '
                 f'not {self.NEURAL_MEM_BATCH_SIZE}'
             )
+        if self.NEURAL_MEM_PROXIMAL_STEPS and self.NEURAL_MEM_SPEC_NORM_SURPRISES:
+            raise BadSetting('NEURAL_MEM_PROXIMAL_STEPS must be with --no-neural-mem-spec-norm-surprises')
+        if self.NEURAL_MEM_PROXIMAL_STEPS and self.USE_MEM_ATTENTION_MODEL:
+            raise BadSetting('NEURAL_MEM_PROXIMAL_STEPS must be without USE_MEM_ATTENTION_MODEL, which mixes tokens')
+        if self.NEURAL_MEM_INIT_MOMENTUM_BIAS is not None and not self.NEURAL_MEM_MOMENTUM:
+            raise BadSetting('NEURAL_MEM_INIT_MOMENTUM_BIAS must be with NEURAL_MEM_MOMENTUM')
         if self.GENERATE_LENGTH <= self.PRIME_LENGTH:
             raise BadSetting(
                 f'GENERATE_LENGTH must be above PRIME_LENGTH={self.PRIME_LENGTH}, which it includes, '
@@ -618,9 +624,11 @@ def training_loop(
         )
 
     advice = (
-        '--preset stable and quick-stable have memories that do not diverge. Otherwise, a lower NEURAL_MEM_MAX_LR '
-        f'(now {config.NEURAL_MEM_MAX_LR:g}) or LEARNING_RATE (now {config.LEARNING_RATE:g}) may help'
+        f'A lower NEURAL_MEM_MAX_LR (now {config.NEURAL_MEM_MAX_LR:g}) or LEARNING_RATE (now {config.LEARNING_RATE:g}) '
+        'may help'
     )
+    if not config.NEURAL_MEM_PROXIMAL_STEPS:
+        advice += '; --preset stable and quick-stable start anew with memories whose steps do not overshoot'
     exploded = False
 
     def save(name: str) -> None:
@@ -726,7 +734,10 @@ def training_loop(
             batch, windows_random = batch + 1, generator.get_state()
             if grad_norm > EXPLODES * config.MAX_GRAD_NORM and not exploded:
                 exploded = True
-                say(f'WARNING: the gradient of step {batch} has norm {grad_norm:.3g}: memories diverge. {advice}')
+                say(
+                    f'WARNING: the gradient of step {batch} has norm {grad_norm:.3g}, which may mean that a memory '
+                    f'diverges. {advice}'
+                )
 
             seconds = time.perf_counter() - started
             if batch == start + 1 and machine.compile:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from harness import RESULTS
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -329,15 +329,17 @@ def recall_error(chunk_size: int, depth: int, step: float, pairs: int, sequences
 
 STEPS: dict[str, dict[str, Any]] = {
     'plain steps': {},
-    'proximal steps,\nnormalised momentum': {'proximal_steps': True, 'normalized_momentum': True},
+    'plain steps,\nnormalised\nmomentum': {'normalized_momentum': True},
+    'proximal steps,\nnormalised\nmomentum': {'normalized_momentum': True, 'proximal_steps': True},
 }
 
 
 def draw_stability(small: bool) -> Figure:
     chunks, depths, exponents = ([4], [1, 2], [-4, 0]) if small else ([1, 4, 16, 64], [1, 2, 3], [*range(-4, 9)])
     pairs, sequences = (64, 1) if small else (256, 8)
-    figure = Figure(figsize=(WIDTH, 4.1), layout='constrained')
-    figure.suptitle('Proximal steps store at any size, where plain steps diverge', **TITLE)
+    figure = Figure(figsize=(WIDTH, 5.4), layout='constrained')
+    figure.suptitle('Proximal steps store where plain steps diverge', **TITLE)
+    colours = colormaps['Blues_r'].with_extremes(over='#F3C9A5')
     panels = figure.subplots(len(STEPS), len(depths), sharex=True, sharey=True)
     for row, (name, settings) in zip(panels, STEPS.items()):
         for axes, depth in zip(row, depths):
@@ -345,7 +347,7 @@ def draw_stability(small: bool) -> Figure:
                 [recall_error(chunk, depth, 0.5 * 2.0**power, pairs, sequences, **settings) for power in exponents]
                 for chunk in chunks
             ]
-            image = axes.imshow(errors, cmap='Blues_r', vmin=0, vmax=1, aspect='auto')
+            image = axes.imshow(errors, cmap=colours, vmin=0, vmax=1, aspect='auto')
             for y, of_chunk in enumerate(errors):
                 for x, error in enumerate(of_chunk):
                     if not error < 10:
@@ -359,8 +361,11 @@ def draw_stability(small: bool) -> Figure:
         row[0].set_ylabel(f'{name}\n\nchunk', fontsize=8)
     for axes, depth in zip(panels[0], depths):
         axes.set_title(f'{depth} {"matrix" if depth == 1 else "matrices"}', fontsize=9)
-    panels[-1][len(depths) // 2].set_xlabel('step size; 1 moves a value all the way, for one key alone')
-    figure.colorbar(image, ax=panels, label='error of recall (orange: above 10, or not finite)', shrink=0.9)
+    panels[-1][len(depths) // 2].set_xlabel(
+        'step size; a plain step of 1 moves the value of a single key to its target'
+    )
+    label = 'error of recall (dark orange: above 10, or not finite)'
+    figure.colorbar(image, ax=panels, label=label, shrink=0.7, extend='max')
     return figure
 
 

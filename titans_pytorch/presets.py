@@ -60,7 +60,7 @@ def preset(size: str, memory_batch: int | None = None, **memory_changes: Any) ->
 
         MemoryAsGateTransformer(num_tokens=32000, segment_len=512, neural_memory_segment_len=16, **preset('170M'))
 
-    With `paper_order=True` pass `memory_batch`, the length of a segment: the plain steps without it diverge there.
+    With `paper_order=True` pass `memory_batch`, the length of a segment: without it, plain steps diverge there.
 
     Raises:
         ValueError: for a size that is not in the paper.
