@@ -299,6 +299,8 @@ STABLE: dict[str, Any] = {
     'NEURAL_MEM_BATCH_SIZE': 16,
     'NEURAL_MEM_MAX_LR': 10.0,
     'NEURAL_MEM_INIT_DECAY_BIAS': -5.0,
+    # a window has many memory batches, which the compiler would unroll
+    'COMPILE': False,
 }
 PRESETS = {'full': {}, 'quick': QUICK, 'stable': STABLE, 'quick-stable': {**QUICK, **STABLE}}
 

@@ -55,7 +55,14 @@ SWITCHES: dict[str, dict[str, Any]] = {
     'lookahead values, two keys per token': {'store_with_lookahead_value': True, 'num_kv_per_token': 2},
     'no residual norm': {'mem_model_norm_add_residual': False},
     'proximal steps': {'proximal_steps': True},
-    'proximal steps of a swiglu memory': {'proximal_steps': True, 'model': lambda: MemorySwiGluMLP(HEAD, depth=2)},
+    'proximal steps of a swiglu memory, normalized momentum of order 2, combined': {
+        'proximal_steps': True,
+        'model': lambda: MemorySwiGluMLP(HEAD, depth=2),
+        'normalized_momentum': True,
+        'momentum_order': 2,
+        'learned_momentum_combine': True,
+        'learned_combine_include_zeroth': True,
+    },
     'proximal steps of three matrices': {
         'proximal_steps': True,
         'mem_model_norm_add_residual': False,
@@ -64,12 +71,6 @@ SWITCHES: dict[str, dict[str, Any]] = {
         'default_step_transform_max_lr': 100.0,
     },
     'normalized momentum': {'normalized_momentum': True},
-    'normalized momentum of order 2, combined': {
-        'normalized_momentum': True,
-        'momentum_order': 2,
-        'learned_momentum_combine': True,
-        'learned_combine_include_zeroth': True,
-    },
     'activation': {'activation': nn.SiLU()},
     'biases': {'init_adaptive_step_bias': -2.0, 'init_momentum_bias': 1.0, 'init_decay_bias': -3.0},
     'l2 norm': {'qk_l2norm': True},
