@@ -63,6 +63,14 @@ def assert_no_worse(compute: Callable[[], Any], exact: Any, floor: float = 0.0) 
         assert error <= max(2 * budget, floor * want.norm()), f'{path}: {error:.2e}, reference {budget:.2e}'
 
 
+def learned(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`function(x)`, and the gradient of a linear function of it with respect to `x`."""
+    x = x.detach().requires_grad_()
+    out = function(x)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out)
+    return out, torch.autograd.grad((out * weights).sum(), x)
+
+
 def randomised(module: torch.nn.Module, scale: float = 0.3) -> torch.nn.Module:
     """The module with all that trains moved away from its initial value, so that no part is trivial."""
     with torch.no_grad():

@@ -1136,7 +1136,6 @@ def test_the_stable_presets_keep_gradients_small_at_any_length(text, tmp_path):
         folder = tmp_path / str(number)
         train_mac.main(options(text, folder, **{**sizes, **memory}))
         largest.append(max(row['grad_norm'] for row in rows(folder, 'grad_norm').values()))
-    print(largest)
     assert largest[1] < 5 < largest[0]
     for preset in ('stable', 'quick-stable'):
         assert train_mac.STABLE.items() <= train_mac.PRESETS[preset].items()

@@ -37,7 +37,7 @@ def by_reference(mem, seq, prev_weights=None):
         spectral_norm=mem.spectral_norm_surprises,
         residual=mem._weight_residual(prev_weights, pooled, 0),
         leading=leading,
-        proximal_steps=mem._backend.proximal_steps,
+        num_proximal_steps=mem._backend.num_proximal_steps,
         **({} if mem._transition is None else {'transition': mem._transition}),
     )
     return mem._combine(retrieved, normed)[:, leading:], weights, losses

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_same
+from compare import assert_same, learned
 
 from titans_pytorch.ops.gate_products import gate_products, reference
 
@@ -15,13 +15,6 @@ CHECKS = ('test_schema', 'test_autograd_registration', 'test_faketensor', 'test_
 
 def problem(*shape, dtype=torch.float32):
     return F.logsigmoid(torch.randn(*shape, dtype=dtype) * 3).to(DEVICE)
-
-
-def learned(function, log_gates):
-    log_gates = log_gates.detach().requires_grad_()
-    out = function(log_gates)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out)
-    return out, torch.autograd.grad((out * weights).sum(), log_gates)
 
 
 @pytest.fixture

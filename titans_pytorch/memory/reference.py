@@ -51,7 +51,7 @@ def store_and_retrieve(
     transition: Callable[[Weights, Weights], Weights] = lambda base, newest: newest,
     residual: WeightResidual | None = None,
     leading: int = 0,
-    proximal_steps: int | None = None,
+    num_proximal_steps: int | None = None,
 ) -> tuple[Float[Tensor, 'bh t d'], MemoryWeights, Float[Tensor, 'bh n m']]:
     """Retrieved values for the queries of a sequence, from its first token on, while its chunks are stored.
 
@@ -64,12 +64,12 @@ def store_and_retrieve(
         residual: weights of another memory, of which a share is added before gradients are taken.
         leading: padding rows in front of the first query, counted in the first group: 1 if the network mixes rows,
             because the first group otherwise has one row fewer than a chunk.
-        proximal_steps: number of steps that are added up at the same weights, if they are proximal ones.
+        num_proximal_steps: number of steps that are added up at the same weights, if they are proximal ones.
 
     Returns:
         the retrieved values, the weights after the last token, and the losses of the rows stored, unweighted.
     """
-    gradient = transformed(vmap, gradient_of_chunk(network, loss_fn, proximal_steps), randomness='different')
+    gradient = transformed(vmap, gradient_of_chunk(network, loss_fn, num_proximal_steps), randomness='different')
     base, newest, momentum = weights
     retrieved, losses = [], []
     for step, rows in groupby(range(queries.shape[1]), key=lambda row: (row - leading + 1) // chunk_size):
@@ -105,12 +105,12 @@ def apply_network(network: Module, weights: Weights, rows: Float[Tensor, 'bh m d
 
 
 def gradient_of_chunk(
-    network: Module, loss_fn: LossFn, proximal_steps: int | None = None
+    network: Module, loss_fn: LossFn, num_proximal_steps: int | None = None
 ) -> Callable[..., tuple[Weights, Float[Tensor, ' m']]]:
     """A function of the weights, keys, values and step sizes of one chunk: minus the gradient of the chunk's loss at
     the weights, or at those that a proximal step leads to, and the loss of each row, unweighted."""
-    if proximal_steps is not None:
-        return partial(_proximal_gradient, network, loss_fn, proximal_steps)
+    if num_proximal_steps is not None:
+        return partial(_proximal_gradient, network, loss_fn, num_proximal_steps)
 
     def negative_loss(weights: Weights, keys: Tensor, values: Tensor, step_sizes: Tensor) -> tuple[Tensor, Tensor]:
         # Titans eq. 12, the associative memory loss: ‖M(k) − v‖², weighted by θ

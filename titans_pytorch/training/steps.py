@@ -143,6 +143,9 @@ def _compiled(layers: Iterable[nn.Module]) -> dict[nn.Module, Callable[..., Any]
 @contextlib.contextmanager
 def _in_place_of_forward(compiled: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Context in which layers run their compiled forward; elsewhere they are as they were, to be copied and saved."""
+    if not compiled:
+        yield
+        return
     limits = torch._dynamo.config
     # layers share the code of their forward, of which PyTorch compiles 8 variants and refuses the next
     with limits.patch(recompile_limit=limits.recompile_limit + len(compiled)):

@@ -87,7 +87,7 @@ class Backend:
         scan: solves linear recurrences over chunks.
         max_grad_norm: soft bound of a gradient's norm.
         spectral_norm: orthogonalise the momentum.
-        proximal_steps: number of steps that are added up at the same weights, if they are proximal ones.
+        num_proximal_steps: number of steps that are added up at the same weights, if they are proximal ones.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Backend:
         scan: AssocScan,
         max_grad_norm: float | None,
         spectral_norm: bool,
-        proximal_steps: int | None = None,
+        num_proximal_steps: int | None = None,
     ):
         self.network = network
         self.mlp = mlp
@@ -106,7 +106,7 @@ class Backend:
         self.scan = scan
         self.max_grad_norm = max_grad_norm
         self.spectral_norm = spectral_norm
-        self.proximal_steps = proximal_steps
+        self.num_proximal_steps = num_proximal_steps
 
     def store(self, inputs: StoreInputs) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m']]:
         """The weights over all steps, those to go on from, and the loss of each row."""

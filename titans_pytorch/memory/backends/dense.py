@@ -52,7 +52,7 @@ class DenseBackend(Backend):
             per_chunk = 0
             at = {name: w.unsqueeze(1) + residual.steps(name) for name, w in base.items()}
 
-        gradient = gradient_of_chunk(self.network, self.loss_fn, self.proximal_steps)
+        gradient = gradient_of_chunk(self.network, self.loss_fn, self.num_proximal_steps)
         over_chunks = vmap(gradient, in_dims=(per_chunk, 0, 0, 0), randomness='different')
         over_heads = transformed(vmap, over_chunks, randomness='different')
         return over_heads(at, chunks.keys, chunks.values, chunks.step_sizes)
@@ -74,6 +74,6 @@ class DenseBackend(Backend):
         with torch.inference_mode(False):
             keys, values, step_sizes = (outside_inference(t.squeeze(1)) for t in chunk[:3])
             at = {name: outside_inference(w) for name, w in at.items()}
-            of_chunk = gradient_of_chunk(self.network, self.loss_fn, self.proximal_steps)
+            of_chunk = gradient_of_chunk(self.network, self.loss_fn, self.num_proximal_steps)
             gradient = transformed(vmap, of_chunk, randomness='different')
             return gradient(at, keys, values, step_sizes)

@@ -110,7 +110,7 @@ class DualBackend(Backend):
     @property
     def _takes_plain_steps(self) -> bool:
         """True if the update of a chunk is its gradient, times modulation."""
-        return self.max_grad_norm is None and self.proximal_steps is None
+        return self.max_grad_norm is None and self.num_proximal_steps is None
 
     def _solves(self, inputs: StoreInputs) -> bool:
         """True for a linear memory whose memory batches are so short that several are solved together."""
@@ -230,8 +230,8 @@ class DualBackend(Backend):
                 found = self.fused.gradients(chunks, base, residual)
             else:
                 found = call_outside_inference(self.traced_gradients, chunks, base, residual)
-            steps = self.proximal_steps
-            return found if steps is None else found.proximal(chunks.step_sizes, steps)
+            added = self.num_proximal_steps
+            return found if added is None else found.proximal(chunks.step_sizes, added)
 
     def _needs_graph(self, chunks: Chunks, base: Weights, residual: WeightResidual | None) -> bool:
         """True if an input of the gradients can have a gradient itself."""
@@ -317,7 +317,7 @@ class DualBackend(Backend):
         return call_with_weights(self.network, weights, rows) if self.mlp is None else self.mlp(weights, rows)
 
     def negative_gradients(self, chunk: Chunks, at: Weights) -> tuple[Weights, Float[Tensor, 'bh m']]:
-        if self.fused is not None or self.proximal_steps is not None:
+        if self.fused is not None or self.num_proximal_steps is not None:
             gradients = self.gradients(chunk, at, None)
             formed = {name: gradients.dense(name)[:, 0].to(w.dtype) for name, w in at.items()}
             return formed, gradients.losses[:, 0]
