@@ -167,7 +167,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
             tokens that the convolutions still see.
         channel_gate: gate the retrieved values per channel instead of per head; also with one head.
         proximal_steps: take the gradient of a chunk at the weights that its step leads to, instead of those before it
-            (see `titans_pytorch.memory.proximal`), so that steps do not overshoot, however large
+            (see `titans_pytorch.ops.proximal_steps`), so that steps do not overshoot, however large
             `default_step_transform_max_lr` is. A linear memory moves half of the way to the value of a key k by a step
             size of dim_head / (2 ‖k‖²), and four fifths by four times as much. Requires `batch_size`, the default loss
             and a network that treats rows separately and that the dual engine can serve.

@@ -59,6 +59,20 @@ def test_a_memory_equals_the_dense_engine(launched, switch):
     assert ('final_state' in launched) == (switch in BY_BATCH)
 
 
+@pytest.mark.parametrize('changes', [{}, {'normalized_momentum': True, 'mem_model_norm_add_residual': False}])
+def test_proximal_steps_on_chip_equal_the_dense_engine(launched, changes, monkeypatch):
+    monkeypatch.setattr(DualBackend, '_stays_on_chip', lambda *_: True)
+    dual, dense = (memory('proximal steps', 2, 4, engine=engine, **changes) for engine in ('dual', 'dense'))
+    dense.to(DEVICE).load_state_dict(dual.float().to(DEVICE).state_dict())
+    seq = inputs(dense, 39).to(DEVICE)
+    results = []
+    for mem in (dual, dense):
+        out, state = mem(seq.to(next(mem.parameters()).dtype))
+        results.append((out, state.states, gradients(mem, out.double().sin().sum())))
+    assert_same(*results, 3e-4)
+    assert launched >= {'memory_batch_scan', 'retrieve_sequence'}
+
+
 @pytest.mark.parametrize('switch', SCANNED)
 def test_states_are_kept_for_several_memory_batches(launched, switch, monkeypatch):
     # three memory batches in a block, and one that is left

@@ -9,7 +9,7 @@ from memories import DIM, HEAD, inputs, memory
 from torch import nn
 
 from titans_pytorch import MemoryAttention, MemoryMLP, NeuralMemory
-from titans_pytorch.memory.proximal import proximal_deltas
+from titans_pytorch.ops.proximal_steps import proximal_deltas
 
 DEPTHS = (1, 2, 3)
 

@@ -5,6 +5,7 @@ Launches of the operations compile to machine code and compute nothing, so that 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,8 +41,8 @@ def main() -> None:
 
     _dispatch.compute_capability = lambda device: _dispatch.HOPPER  # type: ignore[assignment]
     # all phases in one launch, as on a GPU
-    triton_on_chip._launch = lambda kernel, arguments, states, carried: kernel[(1,)](
-        **arguments, **states, first_batch=0, last_batch=1, BEFORE_SUM=True, AFTER_SUM=True, WAITS=True,
+    triton_on_chip._launch = lambda kernel, arguments, states, carried, phases: kernel[(1,)](
+        **arguments, **states, **dict.fromkeys(phases, True), first_batch=0, last_batch=1, WAITS=True,
         counters=torch.zeros(1, dtype=torch.int32), launch_cooperative_grid=True,
     )  # fmt: skip
     JITFunction.run = compile_launch  # type: ignore[method-assign]
@@ -53,10 +54,13 @@ def main() -> None:
     import test_memory_batch_scan
 
     with torch.autocast('cpu', torch.bfloat16):
-        test_linear_memory_scan.learned(test_linear_memory_scan.tensors_of((2, 2, 1, 8), dim=64), 1)
-        for states, norm in ((1, False), (2, True)):
+        for steps in (None, 2):
+            tensors = test_linear_memory_scan.tensors_of((2, 2, 1, 8), dim=64)
+            test_linear_memory_scan.learned(tensors, 1, num_proximal_steps=steps)
+        for states, norm, num_proximal_steps in ((1, False, None), (2, True, None), (2, True, 3)):
             tensors = test_memory_batch_scan.problem(1, 2, 1, 16, 64, 128, states, 2, norm)
-            test_memory_batch_scan.learned(test_memory_batch_scan.scanned, test_memory_batch_scan.leaves(tensors))
+            scanned = partial(test_memory_batch_scan.scanned, num_proximal_steps=num_proximal_steps)
+            test_memory_batch_scan.learned(scanned, test_memory_batch_scan.leaves(tensors))
         x, gamma = test_head_norm.problem(2, 2, 16, 64)
         test_head_norm.learned(test_head_norm.head_norm, x, gamma)
         test_gate_products.learned(test_gate_products.gate_products, test_gate_products.problem(2, 64))

@@ -14,6 +14,7 @@ from titans_pytorch import MemoryMLP, NeuralMemory
 from titans_pytorch.memory.backends import dual as dual_backend
 from titans_pytorch.memory.chunks import Chunks, Coefficients
 from titans_pytorch.ops.linear_memory_scan import linear_memory_scan
+from titans_pytorch.ops.proximal_steps import proximal_deltas
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 SMALL = dict(deadline=None, derandomize=True)
@@ -41,7 +42,7 @@ def problem(blocks, batches, chunks, rows, dim=5, orders=1):
     return inputs, [torch.randn(2, dim, dim, **double) for _ in range(1 + orders)]
 
 
-def by_loop(inputs, states, chunks_per_batch):
+def by_loop(inputs, states, chunks_per_batch, num_proximal_steps=None):
     """Titans eq. 10–13, chunk after chunk: the states before each chunk, the updates' rows and the losses."""
     weights, *momentum = states
     gates = inputs.update_gates()
@@ -51,27 +52,30 @@ def by_loop(inputs, states, chunks_per_batch):
             base = weights
         before.append(torch.stack([weights, *momentum], dim=1))
         error = v - k @ base
-        delta = 2 / v.shape[-1] * theta.unsqueeze(-1) * error
+        loss, delta = error.square().mean(dim=-1), 2 / v.shape[-1] * theta.unsqueeze(-1) * error
+        if num_proximal_steps is not None:
+            delta = proximal_deltas(k, delta, theta, loss, num_proximal_steps)
         update = k.mT @ delta
         for order, share in enumerate(gates.momentum):
             momentum[order] = share[:, chunk, None, None] * momentum[order] + update
             update = momentum[order]
         weights = gates.retention[:, chunk, None, None] * weights + update
         deltas.append(delta)
-        losses.append(error.square().mean(dim=-1))
+        losses.append(loss)
     return [torch.stack(t, dim=1) for t in (before, deltas, losses)], torch.stack([weights, *momentum], dim=1)
 
 
+@pytest.mark.parametrize('num_proximal_steps', [None, 3])
 @pytest.mark.parametrize('orders', [0, 1, 2])
 @pytest.mark.parametrize('sizes', [(1, 1, 1, 1), (2, 4, 1, 1), (3, 2, 3, 2), (2, 3, 2, 3), (2, 1, 3, 1)])
-def test_it_equals_a_loop_over_chunks(sizes, orders):
+def test_it_equals_a_loop_over_chunks(sizes, orders, num_proximal_steps):
     blocks, batches, chunks, rows = sizes
     inputs, states = problem(*sizes, orders=orders)
     leaves = [t.requires_grad_() for t in (*inputs, *states) if t is not None]
     coefficients = Coefficients.of_blocks(inputs, blocks)
-    came = linear_memory_scan(*inputs[:3], states, *coefficients, chunks)
+    came = linear_memory_scan(*inputs[:3], states, *coefficients, chunks, num_proximal_steps)
 
-    (before, deltas, losses), final = by_loop(inputs, states, chunks)
+    (before, deltas, losses), final = by_loop(inputs, states, chunks, num_proximal_steps)
     first_of_block = before[:, :: batches * chunks]
     expected = (first_of_block, final, deltas.flatten(1, 2).view_as(came.deltas), losses.view_as(came.losses))
     for name, own, right in zip(came._fields, came, expected):
@@ -134,6 +138,7 @@ def solved(monkeypatch):
             'per_parameter_lr_modulation': st.booleans(),
             'store_with_lookahead_value': st.booleans(),
             'gated_transition': st.booleans(),
+            'proximal_steps': st.booleans(),
         }
     ),
     momentum=st.booleans(),
@@ -242,12 +247,13 @@ def tensors_of(sizes, dtype=torch.float32, **kwargs):
     return {name: (t if t.dtype == dtype else t.float()).to(DEVICE) for name, t in tensors.items()}
 
 
-def learned(tensors, chunks_per_batch, used=None):
+def learned(tensors, chunks_per_batch, used=None, num_proximal_steps=None):
     """Results of the operation, and gradients of a linear function of those in `used`, by default of all."""
     tensors = {name: t.detach().requires_grad_() for name, t in tensors.items()}
     states = [t for name, t in tensors.items() if name.startswith('state')]
     rows = [tensors[name] for name in ('keys', 'values', 'step_sizes')]
-    out = linear_memory_scan(*rows, states, *(tensors[name] for name in Coefficients._fields), chunks_per_batch)
+    settings = chunks_per_batch, num_proximal_steps
+    out = linear_memory_scan(*rows, states, *(tensors[name] for name in Coefficients._fields), *settings)
     generator, total = torch.Generator().manual_seed(1), 0.0
     for name, t in out._asdict().items():
         weights = torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device)
@@ -259,8 +265,8 @@ def learned(tensors, chunks_per_batch, used=None):
     return {name: t.detach() for name, t in out._asdict().items()}, gradients
 
 
-def exactly(tensors, *args):
-    return learned({name: t.double() for name, t in tensors.items()}, *args)
+def exactly(tensors, *args, **kwargs):
+    return learned({name: t.double() for name, t in tensors.items()}, *args, **kwargs)
 
 
 # blocks, memory batches, chunks and rows; features, orders of momentum
@@ -274,10 +280,21 @@ KERNEL_SIZES = [
 ]
 
 
+@pytest.mark.parametrize('steps', [None, 4])
 @pytest.mark.parametrize(('sizes', 'dim', 'orders'), KERNEL_SIZES)
-def test_kernels_equal_the_reference(kernels, poisoned, sizes, dim, orders):
+def test_kernels_equal_the_reference(kernels, poisoned, sizes, dim, orders, steps):
     tensors = tensors_of(sizes, dim=dim, orders=orders)
-    assert_same(learned(tensors, sizes[2]), exactly(tensors, sizes[2]), EXACT)
+    came, expected = (compute(tensors, sizes[2], num_proximal_steps=steps) for compute in (learned, exactly))
+    assert_same(came, expected, EXACT)
+
+
+@pytest.mark.parametrize('sizes', [(2, 3, 2, 3), (2, 1, 1, 32)])
+def test_large_proximal_steps(kernels, poisoned, sizes):
+    # beyond the limit for half the rows
+    tensors = tensors_of(sizes, dim=48)
+    tensors['step_sizes'][:, :, ::2] *= 1e6
+    came, expected = (compute(tensors, sizes[2], num_proximal_steps=2) for compute in (learned, exactly))
+    assert_same(came, expected, EXACT)
 
 
 def test_rows_that_are_not_stored(kernels, poisoned):
@@ -326,18 +343,22 @@ def test_larger_problems_take_the_reference(kernels, monkeypatch):
         assert_same(learned(tensors, 1), exactly(tensors, 1), 1e-4)
 
 
-def test_the_operation_is_registered_correctly(kernels):
+@pytest.mark.parametrize('own_steps', [0, 2])
+def test_the_operation_is_registered_correctly(kernels, own_steps):
     tensors = [t.requires_grad_() for t in tensors_of((2, 2, 1, 2), dim=16).values()]
     rows, coefficients, states = tensors[:3], tensors[3:7], tensors[7:]
-    arguments = (*rows, torch.stack(states, dim=1).detach().requires_grad_(), *coefficients, 1, torch.float32)
+    stacked = torch.stack(states, dim=1).detach().requires_grad_()
+    arguments = (*rows, stacked, *coefficients, 1, own_steps, torch.float32)
     torch.library.opcheck(kernels.linear_memory_scan, arguments, test_utils=CHECKS)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize('steps', [None, 2])
 @pytest.mark.parametrize(
     ('sizes', 'orders'), [((32, 64, 1, 1), 1), ((8, 4, 1, 16), 1), ((8, 1, 1, 64), 0), ((8, 4, 4, 4), 3)]
 )
-def test_kernels_in_sizes_of_training(kernels, poisoned, sizes, orders):
+def test_kernels_in_sizes_of_training(kernels, poisoned, sizes, orders, steps):
     tensors = tensors_of(sizes, dim=64, orders=orders)
-    tensors['step_sizes'] = tensors['step_sizes'] / sizes[3]
-    assert_same(learned(tensors, sizes[2]), exactly(tensors, sizes[2]), EXACT)
+    tensors['step_sizes'] = tensors['step_sizes'] / (sizes[3] if steps is None else 1)
+    came, expected = (compute(tensors, sizes[2], num_proximal_steps=steps) for compute in (learned, exactly))
+    assert_same(came, expected, EXACT)

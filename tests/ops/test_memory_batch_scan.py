@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from compare import assert_no_worse, assert_same
@@ -10,6 +12,7 @@ import titans_pytorch.ops.memory_batch_scan as operation
 from titans_pytorch.ops.final_state import final_state
 from titans_pytorch.ops.inner_gradient import inner_gradient
 from titans_pytorch.ops.memory_batch_scan import MemoryBatches, memory_batch_scan
+from titans_pytorch.ops.proximal_steps import proximal_deltas, proximal_vector
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 # Triton's interpreter multiplies no bfloat16
@@ -90,19 +93,31 @@ def structured(initial_coefficients):
     return initial_coefficients * read.to(initial_coefficients.dtype)
 
 
-def scanned(tensors, batches_per_block=1):
+def scanned(tensors, batches_per_block=1, num_proximal_steps=None):
     first, last, gamma = states_of(tensors)
     rows = (tensors[name] for name in ('keys', 'values', 'step_sizes'))
     coefficients = tensors['coefficients'], structured(tensors['initial_coefficients'])
-    out = memory_batch_scan(*rows, first or None, last, gamma or None, *coefficients, 1e-5, batches_per_block)
-    return present(out._asdict())
+    settings = 1e-5, batches_per_block, num_proximal_steps
+    return present(memory_batch_scan(*rows, first or None, last, gamma or None, *coefficients, *settings)._asdict())
 
 
 def present(fields):
     return {name: t for name, t in fields.items() if t is not None}
 
 
-def looped(tensors, batches_per_block=1):
+def proximal(gradient, keys, step_sizes, num_steps):
+    """Factors and vectors of proximal steps instead of those of a gradient."""
+    common = step_sizes, gradient.losses, num_steps
+    inputs = {'deltas': keys if gradient.hidden is None else gradient.hidden}
+    if gradient.hidden_deltas is not None:
+        inputs['hidden_deltas'] = keys
+    changes = {name: proximal_deltas(rows, getattr(gradient, name), *common) for name, rows in inputs.items()}
+    if gradient.negative_gamma_gradient is not None:
+        changes['negative_gamma_gradient'] = proximal_vector(gradient.negative_gamma_gradient, *common)
+    return gradient._replace(**changes)
+
+
+def looped(tensors, batches_per_block=1, num_proximal_steps=None):
     """A memory batch after the other, by the operations on one."""
     states, out = states_of(tensors), {name: [] for name in MemoryBatches._fields}
     rows = [
@@ -115,6 +130,8 @@ def looped(tensors, batches_per_block=1):
         first, last, gamma = states
         weights = first[0] if first else None, last[0], gamma[0] if gamma else None
         gradient = inner_gradient(keys, values, step_sizes, *weights, 1e-5)
+        if num_proximal_steps is not None:
+            gradient = proximal(gradient, keys.to(gradient.deltas.dtype), step_sizes, num_proximal_steps)
         for name, t in present(gradient._asdict()).items():
             out[name].append(t.flatten(1, 2) if name in ('hidden', 'hidden_deltas', 'deltas') else t)
         k, negative = keys.to(gradient.deltas.dtype), gradient.negative_gamma_gradient
@@ -149,8 +166,8 @@ def learned(function, tensors, used=None, transposed=False):
     return {name: t.detach() for name, t in out.items()}, dict(zip(wanted, zeros))
 
 
-def exactly(tensors, *args):
-    return learned(looped, leaves(tensors, torch.float64), *args)
+def exactly(tensors, *args, **settings):
+    return learned(partial(looped, **settings), leaves(tensors, torch.float64), *args)
 
 
 @pytest.mark.parametrize('states', [1, 3])
@@ -314,6 +331,41 @@ def test_states_on_chip_under_autocast(on_chip, poisoned, dtype):
     assert_no_worse(lambda: learned_in(LOW, tensors), exactly(tensors))
 
 
+# proximal steps
+
+
+@pytest.mark.parametrize(('depth', 'norm'), NETWORKS)
+def test_proximal_steps_of_the_reference_are_a_loop(depth, norm):
+    tensors = leaves(problem(2, 3, 4, 3, 5, 7, 2, depth, norm), torch.float64)
+    settings = {'batches_per_block': 3, 'num_proximal_steps': 8}
+    came, expected = (learned(partial(function, **settings), tensors) for function in (scanned, looped))
+    assert_same(came, expected, 1e-12)
+
+
+def with_all_kinds_of_rows(tensors, large=30.0):
+    """Large steps, beyond the limit among them, and rows that are not stored."""
+    tensors['step_sizes'] = tensors['step_sizes'] * large
+    tensors['step_sizes'][:, ::2, 0] *= 1e5
+    tensors['step_sizes'][:, 1, -1] = 0
+    return tensors
+
+
+@pytest.mark.parametrize('num_proximal_steps', [2, 12])
+@pytest.mark.parametrize('norm', [True, False])
+@pytest.mark.parametrize('shape', ON_CHIP)
+def test_proximal_steps_on_chip(on_chip, poisoned, shape, norm, num_proximal_steps):
+    tensors = with_all_kinds_of_rows(problem(*shape, 2, norm))
+    came = learned(partial(scanned, num_proximal_steps=num_proximal_steps), leaves(tensors))
+    assert_same(came, exactly(tensors, num_proximal_steps=num_proximal_steps), 3 * EXACT)
+
+
+def test_only_one_output_of_proximal_steps_is_used(on_chip, poisoned):
+    tensors = problem(1, 2, 2, 2, 16, 70, 2)
+    for name in looped(tensors):
+        came = learned(partial(scanned, num_proximal_steps=4), leaves(tensors), [name])
+        assert_same(came, exactly(tensors, [name], num_proximal_steps=4), EXACT, f'of {name} ')
+
+
 def test_states_that_do_not_fit(kernels_everywhere, monkeypatch):
     from titans_pytorch.ops.memory_batch_scan import triton_on_chip
 
@@ -324,12 +376,13 @@ def test_states_that_do_not_fit(kernels_everywhere, monkeypatch):
         assert_same(learned(scanned, leaves(tensors)), exactly(tensors), EXACT)
 
 
-def test_the_operation_on_chip_is_registered_correctly(on_chip):
+@pytest.mark.parametrize('num_proximal_steps', [None, 3])
+def test_the_operation_on_chip_is_registered_correctly(on_chip, num_proximal_steps):
     tensors = leaves(problem(1, 2, 2, 2, 16, 70, 2))
     rows = (tensors[name] for name in ('keys', 'values', 'step_sizes'))
     stacked = (torch.stack(own, dim=1).detach().requires_grad_() for own in states_of(tensors))
     coefficients = (tensors[name] for name in ('coefficients', 'initial_coefficients'))
-    args = (*rows, *stacked, *coefficients, 2, True, 1e-5, torch.float32)
+    args = (*rows, *stacked, *coefficients, 2, True, 1e-5, num_proximal_steps, torch.float32)
     torch.library.opcheck(on_chip.memory_batch_scan_on_chip, args, test_utils=CHECKS)
 
 
@@ -397,6 +450,26 @@ def test_states_on_chip_in_sizes_of_training(on_chip, poisoned, shape, norm, low
     tensors['step_sizes'] = tensors['step_sizes'] * 0.03
     tensors = tensors if low is None else lowered(tensors, low)
     assert_no_worse(lambda: learned_in(low, tensors), exactly(tensors), floor=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('large', [1.0, 30.0])
+@pytest.mark.parametrize('low', [None, torch.bfloat16])
+@pytest.mark.parametrize('norm', [True, False])
+@pytest.mark.parametrize(
+    'shape',
+    [(64, 4, 1, 16, 64, 256, 2), (8, 3, 1, 32, 64, 256, 2), (300, 2, 4, 4, 64, 128, 1), (3, 5, 5, 3, 50, 500, 2)],
+)
+def test_proximal_steps_on_chip_in_sizes_of_training(on_chip, poisoned, shape, norm, low, large):
+    tensors = with_all_kinds_of_rows(problem(*shape, 2, norm), large)
+    tensors = tensors if low is None else lowered(tensors, low)
+    settings = {'num_proximal_steps': (2 + norm) * shape[2]}
+
+    def came():
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=low is not None):
+            return learned(partial(scanned, **settings), leaves(tensors))
+
+    assert_no_worse(came, exactly(tensors, **settings), floor=5e-5)
 
 
 @pytest.mark.gpu

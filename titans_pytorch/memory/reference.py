@@ -19,9 +19,9 @@ from torch.nn import Module
 
 from titans_pytorch.memory.chunks import Chunks, UpdateGates, WeightResidual, beside, scaled
 from titans_pytorch.memory.fast_weights import MemoryWeights, Weights
-from titans_pytorch.memory.proximal import proximal_deltas, proximal_vector
 from titans_pytorch.memory.soft_clamp import soft_clamp_norm
 from titans_pytorch.ops.newton_schulz import newton_schulz
+from titans_pytorch.ops.proximal_steps import proximal_deltas, proximal_vector
 from titans_pytorch.utils.functional import call_with_weights, transformed
 from titans_pytorch.utils.shapes import Float
 

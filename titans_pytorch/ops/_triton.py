@@ -47,6 +47,24 @@ def divide_by_sums_backward(d_log, y, sums, AXIS: tl.constexpr, EPS: tl.constexp
     return d_log, y * tl.where(sums < EPS, EPS, sums)
 
 
+@triton.jit
+def invert(matrices, count, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Inverses of (n, SIZE, SIZE) matrices that need no pivoting, by Gauss–Jordan elimination in place.
+
+    Beyond the first `count` rows and columns they are those of the identity.
+    """
+    row, column = tl.arange(0, SIZE)[None, :, None], tl.arange(0, SIZE)[None, None, :]
+    for pivot in range(count):
+        of_row = tl.sum(tl.where(row == pivot, matrices, 0.0), axis=1, keep_dims=True)
+        of_column = tl.sum(tl.where(column == pivot, matrices, 0.0), axis=2, keep_dims=True)
+        reciprocal = 1.0 / tl.sum(tl.where(column == pivot, of_row, 0.0), axis=2, keep_dims=True)
+        # the eliminated column holds that of the inverse from here on
+        scaled = tl.where(column == pivot, reciprocal, of_row * reciprocal)
+        rest = tl.where(column == pivot, 0.0, matrices) - of_column * scaled
+        matrices = tl.where(row == pivot, scaled, rest)
+    return matrices
+
+
 def tile_size(size: int) -> int:
     """The power of two that holds `size` entries, and at least 16, the shortest side of a product in Triton."""
     return max(16, triton.next_power_of_2(size))

@@ -12,11 +12,11 @@ from torch.nn import Module
 
 from titans_pytorch.memory.chunks import Chunks, WeightResidual, beside
 from titans_pytorch.memory.fast_weights import FastWeights, MemoryWeights, StoredBatches, StoredBlock, Weights
-from titans_pytorch.memory.proximal import proximal_deltas, proximal_vector
 from titans_pytorch.memory.reference import LossFn, one_chunk, surprise
 from titans_pytorch.memory.schedule import Schedule
 from titans_pytorch.memory_models import PlainMLP
 from titans_pytorch.ops.associative_scan import AssocScan
+from titans_pytorch.ops.proximal_steps import proximal_deltas, proximal_vector
 from titans_pytorch.utils.functional import replaced
 from titans_pytorch.utils.shapes import Float, concatenated
 

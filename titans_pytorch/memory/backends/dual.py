@@ -105,19 +105,29 @@ class DualBackend(Backend):
     def _scans(self, inputs: StoreInputs) -> bool:
         """True if whole memory batches can be stored by one operation, in factored matrices."""
         without_options = inputs.residual is None and inputs.transition is None and inputs.chunks.modulation is None
-        return self.fused is not None and self._takes_plain_steps and without_options
+        if self.fused is None or self.max_grad_norm is not None or not without_options:
+            return False
+        # elsewhere one operation would be a loop over the same operations
+        return self.num_proximal_steps is None or self._stays_on_chip(inputs)
 
-    @property
-    def _takes_plain_steps(self) -> bool:
-        """True if the update of a chunk is its gradient, times modulation."""
-        return self.max_grad_norm is None and self.num_proximal_steps is None
+    def _stays_on_chip(self, inputs: StoreInputs) -> bool:
+        """True if one kernel can store all memory batches without its states leaving the chip."""
+        assert self.fused is not None
+        keys, per_batch = inputs.chunks.keys, inputs.schedule.chunks_per_batch
+        if not keys.is_cuda or self.fused.first is None or per_batch is None:
+            return False
+        first, num_states = inputs.weights.newest[self.fused.first], 1 + _num_orders(inputs.chunks)
+        return fits_on_chip(first, num_states, per_batch * keys.shape[2])
 
     def _solves(self, inputs: StoreInputs) -> bool:
         """True for a linear memory whose memory batches are so short that several are solved together."""
         fused, per_batch = self.fused, inputs.schedule.chunks_per_batch
-        if fused is None or fused.first is not None or fused.gamma is not None or not self._takes_plain_steps:
+        if fused is None or fused.first is not None or fused.gamma is not None:
             return False
-        if inputs.transition is not None or per_batch is None:
+        if self.max_grad_norm is not None or inputs.transition is not None or per_batch is None:
+            return False
+        # modulation scales a proximal step, but not its curvature
+        if self.num_proximal_steps is not None and inputs.chunks.modulation is not None:
             return False
         return per_batch * inputs.chunks.keys.shape[2] <= _solved_together(inputs.chunks).in_batch
 
@@ -140,13 +150,8 @@ class DualBackend(Backend):
 
     def _kept_together(self, inputs: StoreInputs) -> int:
         """Most rows of a block of memory batches. States are kept once for a block; within it, weights are factored."""
-        assert self.fused is not None
-        keys, per_batch = inputs.chunks.keys, inputs.schedule.chunks_per_batch
-        if not keys.is_cuda or self.fused.first is None or per_batch is None:
-            return 0
-        first, num_states = inputs.weights.newest[self.fused.first], 1 + _num_orders(inputs.chunks)
         # where states stay on chip, writing them costs more than applying longer factors
-        return MOST_ROWS if fits_on_chip(first, num_states, per_batch * keys.shape[2]) else 0
+        return MOST_ROWS if self._stays_on_chip(inputs) else 0
 
     def _store_batches(
         self,
@@ -161,7 +166,7 @@ class DualBackend(Backend):
         num_batches = chunks.keys.shape[1] // chunks_per_batch
         if num_batches != num_blocks:
             of_batches = Coefficients.of_blocks(chunks, num_batches)
-        return self.fused.store_batches(chunks, coefficients, of_batches, weights)
+        return self.fused.store_batches(chunks, coefficients, of_batches, weights, self.num_proximal_steps)
 
     def _store_linear(
         self,
@@ -178,7 +183,7 @@ class DualBackend(Backend):
         if chunks.modulation is not None:
             chunks = replaced(chunks, step_sizes=chunks.step_sizes * chunks.modulation)
         coefficients = Coefficients.of_blocks(chunks, num_blocks)
-        return self.fused.store_linear(chunks, coefficients, chunks_per_batch, weights)
+        return self.fused.store_linear(chunks, coefficients, chunks_per_batch, weights, self.num_proximal_steps)
 
     def _separately(
         self, blocks: list[Block], chunks: Chunks, residual: WeightResidual | None, formed: set[str]

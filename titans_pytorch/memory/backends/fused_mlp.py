@@ -52,13 +52,19 @@ class FusedMLP(NamedTuple):
         return Gradients(inputs, _present({self.first: out.hidden_deltas, self.last: out.deltas}), vectors, out.losses)
 
     def store_batches(
-        self, chunks: Chunks, coefficients: Coefficients, of_batches: Coefficients, weights: MemoryWeights
+        self,
+        chunks: Chunks,
+        coefficients: Coefficients,
+        of_batches: Coefficients,
+        weights: MemoryWeights,
+        num_proximal_steps: int | None,
     ) -> Stored:
         """Whole memory batches in a row, each with its gradients at the weights that the one before leaves.
 
         Args:
             coefficients: of blocks of one or more memory batches, for which the states are kept.
             of_batches: of each memory batch.
+            num_proximal_steps: number of steps that are added up in a memory batch, if they are proximal ones.
         """
         initial = {name: [w, *weights.momentum.get(name, ())] for name, w in weights.newest.items()}
         first, gamma = (None if name is None else initial[name] for name in (self.first, self.gamma))
@@ -71,6 +77,7 @@ class FusedMLP(NamedTuple):
             of_batches.initial_final,
             self.eps,
             of_batches.steps.shape[1] // coefficients.steps.shape[1],
+            num_proximal_steps,
         )
 
         shape = coefficients.steps.shape[1:3]
@@ -97,12 +104,17 @@ class FusedMLP(NamedTuple):
         return Stored(stored, momentum, out.losses.flatten(1, 2))
 
     def store_linear(
-        self, chunks: Chunks, coefficients: Coefficients, chunks_per_batch: int, weights: MemoryWeights
+        self,
+        chunks: Chunks,
+        coefficients: Coefficients,
+        chunks_per_batch: int,
+        weights: MemoryWeights,
+        num_proximal_steps: int | None,
     ) -> Stored:
         """Whole memory batches in a row, several in each block of `coefficients`, in a memory of one matrix."""
         name = self.last
         states = [weights.newest[name], *weights.momentum.get(name, ())]
-        out = linear_memory_scan(*chunks[:3], states, *coefficients, chunks_per_batch)
+        out = linear_memory_scan(*chunks[:3], states, *coefficients, chunks_per_batch, num_proximal_steps)
         inputs = chunks.keys.to(out.deltas.dtype).unflatten(1, coefficients.steps.shape[1:3]).flatten(2, 3)
         matrices = {name: FactoredMatrix(out.initial, inputs, out.deltas)}
         final, *orders = out.final.unbind(1)

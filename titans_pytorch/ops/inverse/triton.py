@@ -1,4 +1,4 @@
-"""Kernel of inverses: Gauss–Jordan elimination in place, in registers. A program owns a matrix."""
+"""Kernel of inverses. A program owns a matrix, in registers."""
 
 from __future__ import annotations
 
@@ -7,28 +7,19 @@ import triton.language as tl
 from torch import Tensor
 
 from titans_pytorch.ops._registration import register_kernel
+from titans_pytorch.ops._triton import invert
 
 # entries of a matrix that a warp holds
 ENTRIES = 1024
 
 
 @triton.jit
-def _kernel(  # type: ignore[no-untyped-def]
-    matrices, inverses, m, M: tl.constexpr
-):  # fmt: skip
-    row, column = tl.arange(0, M)[:, None], tl.arange(0, M)[None, :]
+def _kernel(matrices, inverses, m, M: tl.constexpr):  # type: ignore[no-untyped-def]
+    row, column = tl.arange(0, M)[None, :, None], tl.arange(0, M)[None, None, :]
     offset = tl.program_id(0).to(tl.int64) * m * m + row * m + column
     inside = (row < m) & (column < m)
-    a = tl.load(matrices + offset, mask=inside, other=0.0)
-    for pivot in range(m):
-        of_row = tl.sum(tl.where(row == pivot, a, 0.0), axis=0)[None, :]
-        of_column = tl.sum(tl.where(column == pivot, a, 0.0), axis=1)[:, None]
-        reciprocal = 1.0 / tl.sum(tl.where(column == pivot, of_row, 0.0))
-        # the eliminated column holds that of the inverse from here on
-        scaled = tl.where(column == pivot, reciprocal, of_row * reciprocal)
-        rest = tl.where(column == pivot, 0.0, a) - of_column * scaled
-        a = tl.where(row == pivot, scaled, rest)
-    tl.store(inverses + offset, a, mask=inside)
+    matrix = tl.load(matrices + offset, mask=inside, other=0.0)
+    tl.store(inverses + offset, invert(matrix, m, M), mask=inside)
 
 
 def _outputs(matrices: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
 """Storing a series of memory batches in a linear memory, M(k) = k W, without one step per memory batch.
 
 The gradient of a row is that of a squared error at the weights at the start of its memory batch, so its update is
-kᵀ δ with δ = β (v − k W_base) and β = 2 θ / d. Within a block of n chunks W_base is itself a combination of the
-block's initial states and of the updates of earlier memory batches, with the coefficients of momentum and decay. All δ
-of a block, the rows of Δ, are therefore the solution of one unit lower triangular system:
+kᵀ δ with δ = β ε, ε = v − k W_base and β = 2 θ / d. Within a block of n chunks W_base is itself a combination of the
+block's initial states and of the updates of earlier memory batches, with the coefficients of momentum and decay. All ε
+of a block, the rows of E, are therefore the solution of one unit lower triangular system:
 
-    (I + diag(β) (A ∘ K Kᵀ)) Δ = diag(β) (V − Σ_k a_k ∘ K state_k)
+    (I + (A ∘ K Kᵀ) diag(β)) E = V − Σ_k a_k ∘ K state_k    and    Δ = diag(β) E
 
 where A holds the coefficient of each row's update in the base weights of each other row, and a_k that of each initial
 state. Only the states pass from block to block:
@@ -13,6 +13,9 @@ state. Only the states pass from block to block:
     state_k ← Σ_c final[k, c] · K_cᵀ Δ_c + Σ_i initial_final[k, i] · state_i
 
 With chunks and memory batches of one token this is the gated delta rule (arXiv 2412.06464), with momentum.
+
+Proximal steps (`titans_pytorch.ops.proximal_steps`) are linear as well, as the curvature of a row is β times the number
+of steps that are added up. That number is then the coefficient, in A, of the updates of a row's own chunk.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from torch import Tensor
 from titans_pytorch.ops._dispatch import use_kernel
 from titans_pytorch.ops.final_state import MOST_STATES
 from titans_pytorch.ops.linear_memory_scan import reference
-from titans_pytorch.utils.precision import operand_dtype
+from titans_pytorch.ops.proximal_steps import LARGEST
+from titans_pytorch.utils.precision import at_least_float32, no_autocast, operand_dtype
 from titans_pytorch.utils.shapes import Float
 
 MOST_ROWS = 64
@@ -57,6 +61,7 @@ def linear_memory_scan(
     final: Float[Tensor, 'bh r k n'],
     initial_final: Float[Tensor, 'bh r k k'],
     chunks_per_batch: int,
+    num_proximal_steps: int | None = None,
 ) -> LinearBlocks:
     """Stores r blocks of n chunks, each of them one or more whole memory batches.
 
@@ -65,25 +70,44 @@ def linear_memory_scan(
         states: the weights before the first block, and the momentum of each order.
         steps, initial_steps, final, initial_final: coefficients of each block, as in `memory.chunks.Coefficients`.
         chunks_per_batch: chunks of a memory batch; they divide n.
+        num_proximal_steps: take proximal steps instead, of which so many are added up at the same weights.
 
     States, gates and sums are in float32 at least, and so is the inverse of the system, which amplifies rounding. With
     operands in half precision, the kernel's other products are in TF32.
     """
     operands, (length, rows) = operand_dtype(keys), (steps.shape[2], keys.shape[2])
+    own_steps = 0
+    if num_proximal_steps is not None:
+        own_steps, step_sizes = num_proximal_steps, _limited(step_sizes, keys, values.shape[-1], num_proximal_steps)
     coefficients = (steps, initial_steps, final, initial_final)
     if use_kernel([keys, values, step_sizes], [*states, *coefficients]) and _supports(keys, states, length * rows):
         from titans_pytorch.ops.linear_memory_scan import triton
 
         stacked = torch.stack(states, dim=1)
-        initial, last, deltas, squares, _, _ = triton.linear_memory_scan(
-            keys, values, step_sizes, stacked, *coefficients, chunks_per_batch, operands
+        initial, last, deltas, errors, _ = triton.linear_memory_scan(
+            keys, values, step_sizes, stacked, *coefficients, chunks_per_batch, own_steps, operands
         )
     else:
-        initial, last, deltas, squares = reference.linear_memory_scan(
-            keys, values, step_sizes, states, *coefficients, chunks_per_batch
+        initial, last, deltas, errors = reference.linear_memory_scan(
+            keys, values, step_sizes, states, *coefficients, chunks_per_batch, own_steps
         )
-    losses = (squares.sum(dim=-1) / values.shape[-1]).unflatten(2, (length, rows))
-    return LinearBlocks(initial, last, deltas.to(operands), losses)
+    errors = errors.unflatten(2, (length, rows))
+    if own_steps:
+        # from where the step ends to where it begins
+        with no_autocast(errors):
+            k, theta = (at_least_float32(t).unflatten(1, (-1, length)) for t in (keys, step_sizes))
+            strengths = (theta * (2 * own_steps / values.shape[-1])).unsqueeze(-1)
+            errors = errors + (k @ k.mT) @ (strengths * errors)
+    return LinearBlocks(initial, last, deltas.to(operands), errors.square().mean(dim=-1))
+
+
+def _limited(
+    step_sizes: Float[Tensor, 'bh rn m'], keys: Float[Tensor, 'bh rn m d'], width: int, num_steps: int
+) -> Float[Tensor, 'bh rn m']:
+    """θ, but for rows whose curvature along their own part of the step would be beyond the limit."""
+    theta = at_least_float32(step_sizes)
+    curvatures = theta * (2 * num_steps / width) * at_least_float32(keys).square().sum(dim=-1)
+    return theta * LARGEST / curvatures.clamp(min=LARGEST)
 
 
 def _supports(keys: Tensor, states: list[Tensor], rows: int) -> bool:

@@ -19,8 +19,13 @@ def linear_memory_scan(
     final: Float[Tensor, 'bh r k n'],
     initial_final: Float[Tensor, 'bh r k k'],
     chunks_per_batch: int,
+    own_steps: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """States before each block and after the last, Δ, and the squared errors (v − k W_base)²."""
+    """States before each block and after the last, Δ, and the errors E with Δ = β E.
+
+    Args:
+        own_steps: the coefficient, in A, of the updates of a row's own chunk.
+    """
     blocks, length, num_states = initial_steps.shape[1:]
     rows_of_chunk, dim = keys.shape[2:]
 
@@ -35,27 +40,33 @@ def linear_memory_scan(
         strengths = (theta * (2 / v.shape[-1])).unsqueeze(-1)
         # chunk c takes its gradient at the weights before the first chunk of its memory batch
         base = torch.arange(length, device=k.device) // chunks_per_batch * chunks_per_batch
-        earlier = of_rows(of_rows(steps.index_select(2, base), 2), 3) * (k @ k.mT)
+        coefficients = steps.index_select(2, base)
+        if own_steps:
+            coefficients = coefficients + own_steps * torch.eye(length, dtype=steps.dtype, device=steps.device)
+        weighted = of_rows(of_rows(coefficients, 2), 3) * (k @ k.mT)
         at_initial = of_rows(initial_steps.index_select(2, base), 2)
 
-        # what does not depend on the states, for all blocks at once: Δ = (from values) − (from states) · states
+        # what does not depend on the states, for all blocks at once: E = (from values) − (from states) · states
         keys_by_state = (at_initial.unsqueeze(-1) * k.unsqueeze(3)).flatten(3)
-        right = strengths * torch.cat((v, keys_by_state), dim=-1)
-        # the diagonal, of ones, is not read
-        solved = torch.linalg.solve_triangular(strengths * earlier, right, upper=False, unitriangular=True)
+        right, system = torch.cat((v, keys_by_state), dim=-1), weighted * strengths.mT
+        if own_steps:
+            solved = torch.linalg.solve(system + torch.eye(system.shape[-1], dtype=k.dtype, device=k.device), right)
+        else:
+            # the diagonal, of ones, is not read
+            solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
         from_values, from_states = solved.split((v.shape[-1], num_states * dim), dim=-1)
         to_states = (of_rows(final, 3).mT.unsqueeze(-1) * k.unsqueeze(3)).flatten(3).mT
 
         state = torch.cat(states, dim=1)
-        initial, deltas = [], []
-        for values_part, states_part, to_state, mix in zip(
-            from_values.unbind(1), from_states.unbind(1), to_states.unbind(1), initial_final.unbind(1)
-        ):
+        initial, errors, deltas = [], [], []
+        parts = (from_values, from_states, strengths, to_states, initial_final)
+        for values_part, states_part, strength, to_state, mix in zip(*(t.unbind(1) for t in parts)):
             initial.append(state)
-            deltas.append(torch.baddbmm(values_part, states_part, state, alpha=-1))
+            errors.append(torch.baddbmm(values_part, states_part, state, alpha=-1))
+            deltas.append(strength * errors[-1])
             carried = (mix @ state.unflatten(1, (num_states, dim)).flatten(2)).view_as(state)
             state = torch.baddbmm(carried, to_state, deltas[-1])
 
-        stacked, delta = torch.stack(initial, dim=1), torch.stack(deltas, dim=1)
-        squares = (v - keys_by_state @ stacked - earlier @ delta).square()
-    return stacked.unflatten(2, (num_states, dim)), state.unflatten(1, (num_states, dim)), delta, squares
+        initial_states = torch.stack(initial, dim=1).unflatten(2, (num_states, dim))
+        final_states = state.unflatten(1, (num_states, dim))
+        return initial_states, final_states, torch.stack(deltas, dim=1), torch.stack(errors, dim=1)

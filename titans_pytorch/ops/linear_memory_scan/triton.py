@@ -1,9 +1,10 @@
 """Kernels of the scan over blocks of a linear memory.
 
 With G = K Kᵀ and P = (I + (A ∘ G) diag(β))⁻¹ the errors of a block are E = P (V − Σ_k a_k ∘ K state_k), and Δ = β E.
-P needs no states, so one launch computes it for all blocks. Only the scan itself goes from block to block, in programs
-that each keep some columns of all states on chip: forward, and from the last block to the first for the gradients of
-states and errors. What then remains of the gradients is again one launch for all blocks.
+P needs no states, so one launch computes it for all blocks. Without proximal steps its system is triangular. Only the
+scan itself goes from block to block, in programs that each keep some columns of all states on chip: forward, and from
+the last block to the first for the gradients of states and errors. What then remains of the gradients is again one
+launch for all blocks.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from titans_pytorch.ops._registration import register_kernel
 from titans_pytorch.ops._triton import (
     contiguous_inside,
+    invert,
     multiply_add,
     named_strides,
     product_precision,
@@ -44,11 +46,14 @@ def _rows_of_block(block, chunks, rows, key_chunk, key_row, ROWS: tl.constexpr):
 
 @triton.jit
 def _load_coefficients_of_rows(  # type: ignore[no-untyped-def]
-    steps, chunk, base, valid, chunks, ROWS: tl.constexpr
+    steps, chunk, base, valid, chunks, own_steps, ROWS: tl.constexpr
 ):  # fmt: skip
-    """A: the coefficient of each row's update (across) in the base weights of each row, zero unless it is earlier."""
-    present = valid[:, None] & valid[None, :] & (chunk[None, :] < base[:, None])
-    return tl.load(steps + base[:, None] * chunks + chunk[None, :], mask=present, other=0.0)
+    """A: the coefficient of each row's update (across) in the base weights of each row, zero unless it is earlier; but
+    `own_steps` for those of its own chunk."""
+    both = valid[:, None] & valid[None, :]
+    present = both & (chunk[None, :] < base[:, None])
+    earlier = tl.load(steps + base[:, None] * chunks + chunk[None, :], mask=present, other=0.0)
+    return tl.where(both & (chunk[None, :] == chunk[:, None]), own_steps, earlier)
 
 
 @triton.jit
@@ -85,9 +90,10 @@ def _inverse(x, ROWS: tl.constexpr, SMALL: tl.constexpr, PRECISION: tl.constexpr
 @triton.jit
 def _inverse_kernel(  # type: ignore[no-untyped-def]
     keys, step_sizes, steps, inverses,
-    blocks, chunks, rows, per_batch, scale,
+    blocks, chunks, rows, per_batch, own_steps, scale,
     key_head, key_chunk, key_row, step_head, step_chunk, step_row,
-    dim: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, SMALL: tl.constexpr, EXACT: tl.constexpr,
+    dim: tl.constexpr, TRIANGULAR: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, SMALL: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     own = tl.program_id(0).to(tl.int64)
     head, block = own // blocks, own % blocks
@@ -97,10 +103,17 @@ def _inverse_kernel(  # type: ignore[no-untyped-def]
     from_keys = keys + head * key_head + to_keys[:, None] + feature[None, :]
     key = tl.load(from_keys, mask=valid[:, None] & (feature < dim)[None, :], other=0.0).to(tl.float32)
     beta = scale * tl.load(step_sizes + head * step_head + to_steps, mask=valid, other=0.0).to(tl.float32)
-    own_steps = steps + own * chunks * chunks
-    earlier = _load_coefficients_of_rows(own_steps, chunk, chunk // per_batch * per_batch, valid, chunks, ROWS)
+    base = chunk // per_batch * per_batch
+    coefficients = _load_coefficients_of_rows(
+        steps + own * chunks * chunks, chunk, base, valid, chunks, own_steps, ROWS
+    )  # fmt: skip
     gram = multiply_add(tl.zeros((ROWS, ROWS), tl.float32), key, tl.trans(key), EXACT, tl.float32)
-    inverse = _inverse(earlier * gram * beta[None, :], ROWS, SMALL, EXACT)
+    weighted = coefficients * gram * beta[None, :]
+    if TRIANGULAR:
+        inverse = _inverse(weighted, ROWS, SMALL, EXACT)
+    else:
+        system = weighted + tl.where(index[:, None] == index[None, :], 1.0, 0.0)
+        inverse = tl.reshape(invert(tl.reshape(system, (1, ROWS, ROWS)), chunks * rows, ROWS), (ROWS, ROWS))
     tl.store(inverses + own * ROWS * ROWS + index[:, None] * ROWS + index[None, :], inverse)
 
 
@@ -121,7 +134,7 @@ def _combine(  # type: ignore[no-untyped-def]
 @triton.jit
 def _forward_kernel(  # type: ignore[no-untyped-def]
     keys, values, step_sizes, inverses, initial_steps, final_coefficients, initial_final, states,
-    initial, final, deltas, errors, squares,
+    initial, final, deltas, errors,
     blocks, chunks, rows, per_batch, parts, scale,
     key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
     dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr,
@@ -162,8 +175,6 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         to_rows = (own * chunks * rows + index)[:, None] * width + column[None, :]
         tl.store(errors + to_rows, error, mask=present)
         tl.store(deltas + to_rows, delta, mask=present)
-        to_squares = squares + (own * chunks * rows + index) * parts + part
-        tl.store(to_squares, tl.sum(error * error, axis=1), mask=valid)
 
         with_key = with_entry[:, None] & valid[None, :]
         key = tl.load(from_keys[None, :] + feature[:, None], mask=with_key, other=0.0).to(tl.float32)
@@ -179,13 +190,13 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _backward_scan_kernel(  # type: ignore[no-untyped-def]
-    d_initial, d_final, d_deltas, d_squares,
-    keys, step_sizes, errors, inverses, initial_steps, final_coefficients, initial_final,
+    d_initial, d_final, d_deltas, d_errors,
+    keys, step_sizes, inverses, initial_steps, final_coefficients, initial_final,
     d_after, d_values, d_states,
     blocks, chunks, rows, per_batch, parts, scale,
     key_head, key_chunk, key_row, step_head, step_chunk, step_row,
     dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr,
-    OF_INITIAL: tl.constexpr, OF_FINAL: tl.constexpr, OF_DELTAS: tl.constexpr, OF_SQUARES: tl.constexpr,
+    OF_INITIAL: tl.constexpr, OF_FINAL: tl.constexpr, OF_DELTAS: tl.constexpr, OF_ERRORS: tl.constexpr,
     DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the states after each block, of the values, and of the states before the first block."""
@@ -221,9 +232,8 @@ def _backward_scan_kernel(  # type: ignore[no-untyped-def]
         if OF_DELTAS:
             d_delta += tl.load(d_deltas + to_rows, mask=present, other=0.0).to(tl.float32)
         d_error = beta[:, None] * d_delta
-        if OF_SQUARES:
-            d_square = tl.load(d_squares + (own * chunks * rows + index) * parts + part, mask=valid, other=0.0)
-            d_error += 2.0 * d_square[:, None] * tl.load(errors + to_rows, mask=present, other=0.0)
+        if OF_ERRORS:
+            d_error += tl.load(d_errors + to_rows, mask=present, other=0.0)
         # transposed
         inverse = tl.load(inverses + own * ROWS * ROWS + index[None, :] * ROWS + index[:, None])
         d_value = tl.dot(inverse, d_error, input_precision=PRECISION)
@@ -248,7 +258,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     d_deltas, d_after, d_values,
     keys, step_sizes, steps, initial_steps, final_coefficients, initial, errors,
     d_keys, d_step_sizes, d_earlier, d_at_base, d_at_final, d_initial_final,
-    blocks, chunks, rows, per_batch, scale,
+    blocks, chunks, rows, per_batch, own_steps, scale,
     key_head, key_chunk, key_row, step_head, step_chunk, step_row,
     dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr, OF_DELTAS: tl.constexpr,
     DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
@@ -265,10 +275,12 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     from_keys = keys + head * key_head + to_keys[:, None] + feature[None, :]
     key = tl.load(from_keys, mask=with_key, other=0.0).to(tl.float32)
     beta = scale * tl.load(step_sizes + head * step_head + to_steps, mask=valid, other=0.0).to(tl.float32)
-    earlier = _load_coefficients_of_rows(steps + own * chunks * chunks, chunk, base, valid, chunks, ROWS)
+    coefficients = _load_coefficients_of_rows(
+        steps + own * chunks * chunks, chunk, base, valid, chunks, own_steps, ROWS
+    )  # fmt: skip
     nothing = tl.zeros((ROWS, ROWS), tl.float32)
     gram = multiply_add(nothing, key, tl.trans(key), PRECISION, tl.float32)
-    weighted = earlier * gram
+    weighted = coefficients * gram
 
     d_weighted = nothing
     d_key = tl.zeros((ROWS, DIM), tl.float32)
@@ -321,7 +333,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
     to_pairs = (own * chunks * rows + index)[:, None] * (chunks * rows) + index[None, :]
     tl.store(d_earlier + to_pairs, d_weighted * gram, mask=valid[:, None] & valid[None, :])
-    d_gram = d_weighted * earlier
+    d_gram = d_weighted * coefficients
     d_key = multiply_add(d_key, d_gram + tl.trans(d_gram), key, PRECISION, tl.float32)
     tl.store(d_keys + (first_row + index)[:, None] * dim + feature[None, :], d_key, mask=with_key)
     tl.store(d_step_sizes + first_row + index, scale * d_beta, mask=valid)
@@ -341,8 +353,9 @@ def _outputs(
     final: Tensor,
     initial_final: Tensor,
     chunks_per_batch: int,
+    own_steps: int,
     operands: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     heads, blocks, chunks, _ = steps.shape
     rows, width = chunks * keys.shape[2], values.shape[-1]
     padded = tile_size(rows)
@@ -350,7 +363,6 @@ def _outputs(
         states.new_empty(heads, blocks, *states.shape[1:]),
         states.new_empty(states.shape),
         states.new_empty(heads, blocks, rows, width, dtype=operands),
-        states.new_empty(heads, blocks, rows, triton.cdiv(width, _columns(width))),
         states.new_empty(heads, blocks, rows, width),
         states.new_empty(heads, blocks, padded, padded),
     )
@@ -361,7 +373,13 @@ def _columns(width: int) -> int:
 
 
 def _arguments(
-    keys: Tensor, step_sizes: Tensor, steps: Tensor, states: Tensor, chunks_per_batch: int, operands: torch.dtype
+    keys: Tensor,
+    step_sizes: Tensor,
+    steps: Tensor,
+    states: Tensor,
+    chunks_per_batch: int,
+    own_steps: int,
+    operands: torch.dtype,
 ) -> dict[str, Any]:
     """Arguments of all kernels."""
     keys = contiguous_inside(keys, 1)
@@ -373,7 +391,8 @@ def _arguments(
         keys=keys, **named_strides('key', keys, 'head chunk row'),
         step_sizes=step_sizes, **named_strides('step', step_sizes, 'head chunk row'),
         blocks=blocks, chunks=chunks, rows=rows, per_batch=chunks_per_batch, parts=triton.cdiv(width, columns),
-        scale=2.0 / width, dim=dim, width=width, STATES=count, PADDED=triton.next_power_of_2(count),
+        own_steps=float(own_steps), TRIANGULAR=own_steps == 0, scale=2.0 / width,
+        dim=dim, width=width, STATES=count, PADDED=triton.next_power_of_2(count),
         DIM=tile_size(dim), ROWS=tile_size(chunks * rows), WIDTH=columns, SMALL=SMALL,
         # of all products but those that form the inverse, where rounding is amplified
         PRECISION=EXACT if operands == torch.float32 else 'tf32', EXACT=EXACT,
@@ -394,14 +413,14 @@ def _forward(
     final: Tensor,
     initial_final: Tensor,
     chunks_per_batch: int,
+    own_steps: int,
     operands: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    outputs = _outputs(
-        keys, values, step_sizes, states, steps, initial_steps, final, initial_final, chunks_per_batch, operands
-    )
-    names = ('initial', 'final', 'deltas', 'squares', 'errors', 'inverses')
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given = keys, values, step_sizes, states, steps, initial_steps, final, initial_final
+    outputs = _outputs(*given, chunks_per_batch, own_steps, operands)
+    names = ('initial', 'final', 'deltas', 'errors', 'inverses')
     values = contiguous_inside(values, 1)
-    arguments = _arguments(keys, step_sizes, steps, states, chunks_per_batch, operands) | dict(
+    arguments = _arguments(keys, step_sizes, steps, states, chunks_per_batch, own_steps, operands) | dict(
         zip(names, outputs),
         values=values, **named_strides('value', values, 'head chunk row'), states=states.contiguous(),
         steps=steps.contiguous(), initial_steps=initial_steps.contiguous(),
@@ -417,7 +436,7 @@ def _backward(
     d_initial: Tensor | None,
     d_final: Tensor | None,
     d_deltas: Tensor | None,
-    d_squares: Tensor | None,
+    d_errors: Tensor | None,
     initial: Tensor,
     errors: Tensor,
     inverses: Tensor,
@@ -430,6 +449,7 @@ def _backward(
     final: Tensor,
     initial_final: Tensor,
     chunks_per_batch: int,
+    own_steps: int,
     operands: torch.dtype,
 ) -> tuple[Tensor, ...]:
     heads, blocks, chunks, _ = steps.shape
@@ -439,7 +459,7 @@ def _backward(
         'd_initial': ('OF_INITIAL', d_initial),
         'd_final': ('OF_FINAL', d_final),
         'd_deltas': ('OF_DELTAS', d_deltas),
-        'd_squares': ('OF_SQUARES', d_squares),
+        'd_errors': ('OF_ERRORS', d_errors),
     }
     results = {
         'd_after': states.new_empty(initial.shape),
@@ -453,7 +473,7 @@ def _backward(
         'd_initial_final': states.new_empty(*initial_final.shape, dim),
     }
     arguments = (
-        _arguments(keys, step_sizes, steps, states, chunks_per_batch, operands)
+        _arguments(keys, step_sizes, steps, states, chunks_per_batch, own_steps, operands)
         | {name: states.new_empty(0) if d is None else d.contiguous() for name, (_, d) in incoming.items()}
         | {flag: d is not None for flag, d in incoming.values()}
         | results
@@ -498,8 +518,8 @@ linear_memory_scan = register_kernel(
     _forward,
     _backward,
     outputs=_outputs,
-    saved=(0, 4, 5),
-    not_differentiable=(4, 5),
-    # the squares serve surprises alone
+    saved=(0, 3, 4),
+    not_differentiable=(4,),
+    # the errors serve surprises alone
     materialize_grads=False,
 )

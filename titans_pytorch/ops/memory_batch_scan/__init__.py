@@ -62,6 +62,7 @@ def memory_batch_scan(
     initial_coefficients: Float[Tensor, 'bh r k k'],
     eps: float,
     batches_per_block: int = 1,
+    num_proximal_steps: int | None = None,
 ) -> MemoryBatches:
     """Stores r memory batches, one after the other.
 
@@ -74,6 +75,8 @@ def memory_batch_scan(
             `final_state`.
         eps: of the norm.
         batches_per_block: memory batches of a block; states are returned for each block. It divides r.
+        num_proximal_steps: take proximal steps instead, of which so many are added up at the same weights (see
+            `titans_pytorch.ops.proximal_steps`); Δ₁, Δ₂ and g are theirs then.
 
     States are in their own precision, products in that of autocast or of the keys.
     """
@@ -86,9 +89,8 @@ def memory_batch_scan(
         from titans_pytorch.ops.memory_batch_scan import triton_on_chip
 
         stacked = [None if own is None else torch.stack(own, dim=1) for own in (first, last, gamma)]
-        outputs = triton_on_chip.memory_batch_scan_on_chip(
-            *rows, *stacked, *coefficients_of_states, batches_per_block, torch.is_grad_enabled(), eps, operands
-        )
+        settings = batches_per_block, torch.is_grad_enabled(), eps, num_proximal_steps, operands
+        outputs = triton_on_chip.memory_batch_scan_on_chip(*rows, *stacked, *coefficients_of_states, *settings)
         out = _present(outputs[: len(MemoryBatches._fields)])
         if gamma is None or out.negative_gamma_gradient is None:
             return out
@@ -96,12 +98,12 @@ def memory_batch_scan(
         return out._replace(negative_gamma_gradient=of_rows.sum(dim=3))
 
     tensors = (*rows, first or [], last, gamma or [], *coefficients_of_states)
-    if uses_kernel and keys.shape[-1] <= WIDEST and len(last) <= MOST_STATES:
+    if uses_kernel and num_proximal_steps is None and keys.shape[-1] <= WIDEST and len(last) <= MOST_STATES:
         from titans_pytorch.ops.memory_batch_scan import triton
 
         out = _present(triton.memory_batch_scan(*tensors, eps, operands))
     else:
-        out = MemoryBatches._make(reference.memory_batch_scan(*tensors, eps, operands))
+        out = MemoryBatches._make(reference.memory_batch_scan(*tensors, eps, num_proximal_steps, operands))
     if batches_per_block == 1:
         return out
     initial = (None if t is None else t[:, ::batches_per_block] for t in out[:3])

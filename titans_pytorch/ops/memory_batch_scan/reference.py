@@ -10,6 +10,7 @@ from torch import Tensor
 
 from titans_pytorch.ops.final_state.reference import final_state
 from titans_pytorch.ops.inner_gradient.reference import inner_gradient
+from titans_pytorch.ops.proximal_steps import proximal_deltas, proximal_vector
 from titans_pytorch.utils.precision import no_autocast
 from titans_pytorch.utils.shapes import Float
 
@@ -24,6 +25,7 @@ def memory_batch_scan(
     coefficients: Float[Tensor, 'bh r k n'],
     initial_coefficients: Float[Tensor, 'bh r k k'],
     eps: float,
+    num_proximal_steps: int | None,
     operands: torch.dtype,
 ) -> tuple[Any, ...]:
     """The fields of `MemoryBatches`."""
@@ -36,10 +38,17 @@ def memory_batch_scan(
         first, last, gamma = states
         weights = first[0] if first else None, last[0], gamma[0] if gamma else None
         gradient = inner_gradient(k, v, theta, *weights, None, None, None, None, eps=eps, operands=operands)
-        gradients.append(gradient)
-        hidden, hidden_deltas, deltas, negative_gamma_gradient, _ = gradient
-
+        hidden, hidden_deltas, deltas, negative_gamma_gradient, losses = gradient
         k = k.to(deltas.dtype)
+        if num_proximal_steps is not None:
+            common = theta, losses, num_proximal_steps
+            if hidden_deltas is not None:
+                hidden_deltas = proximal_deltas(k, hidden_deltas, *common)
+            deltas = proximal_deltas(k if hidden is None else hidden, deltas, *common)
+            if negative_gamma_gradient is not None:
+                negative_gamma_gradient = proximal_vector(negative_gamma_gradient, *common)
+        gradients.append((hidden, hidden_deltas, deltas, negative_gamma_gradient, losses))
+
         if hidden_deltas is not None:
             first = final_state(own, own_initial, first, k, hidden_deltas, operands)
         last = final_state(own, own_initial, last, k if hidden is None else hidden, deltas, operands)
@@ -50,9 +59,9 @@ def memory_batch_scan(
         states = [first, last, gamma]
 
     initial = (_stacked(one) for one in zip(*initial_states))
-    *of_rows, negative_gamma_gradients, losses = (_stacked(one) for one in zip(*gradients))
+    *of_rows, of_gamma, all_losses = (_stacked(one) for one in zip(*gradients))
     of_rows = [None if t is None else t.flatten(2, 3) for t in of_rows]
-    return *initial, *(_stacked(one) for one in states), *of_rows, negative_gamma_gradients, losses
+    return *initial, *(_stacked(one) for one in states), *of_rows, of_gamma, all_losses
 
 
 def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:

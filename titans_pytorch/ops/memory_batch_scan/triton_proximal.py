@@ -1,0 +1,97 @@
+"""Proximal steps inside a kernel: those of `titans_pytorch.ops.proximal_steps`, and the way back through them.
+
+The rows of a memory batch are held together. `together` is 1 for two rows of one chunk and 0 for others, so that the
+systems of all its chunks are one, in blocks.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from titans_pytorch.ops._triton import invert, multiply_add
+from titans_pytorch.ops.proximal_steps import LARGEST as _LARGEST
+
+LARGEST = tl.constexpr(_LARGEST)
+# the smallest normal float32
+TINY = tl.constexpr(1.1754943508222875e-38)
+
+
+@triton.jit
+def curvatures(norms, weighted, num_steps):  # type: ignore[no-untyped-def]
+    """c = ‖θ ∂ℓ/∂a‖² / 2θℓ for all steps that add up; and c over the first and minus c over the second, for the way
+    back."""
+    some = 2 * weighted > TINY
+    of_norm = tl.where(some, num_steps / tl.where(some, 2 * weighted, 1.0), 0.0)
+    c = of_norm * norms
+    return c, of_norm, -c / tl.where(some, weighted, 1.0)
+
+
+@triton.jit
+def _diagonal(matrix, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, ROWS)[None, :]
+    return tl.sum(tl.where(row == column, matrix, 0.0), axis=1)
+
+
+@triton.jit
+def shares(products, c, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The share of each row that is stored, below 1 where its curvature along its own part of the step is beyond the
+    limit."""
+    own = c * _diagonal(products, ROWS)
+    return LARGEST / tl.where(own > LARGEST, own, LARGEST)
+
+
+@triton.jit
+def inverses_of_systems(  # type: ignore[no-untyped-def]
+    first_products, first_c, last_products, last_c, count, ROWS: tl.constexpr
+):
+    """(I + diag(c) X Xᵀ)⁻¹ of two matrices, with c times the share of each row. Both at once, as each step of the
+    elimination waits for the one before."""
+    which = tl.arange(0, 2)[:, None, None]
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, ROWS)[None, :]
+    first, last = first_c[:, None] * first_products, last_c[:, None] * last_products
+    systems = tl.where(which == 0, first[None, :, :], last[None, :, :])
+    found = invert(systems + tl.where(row == column, 1.0, 0.0)[None, :, :], count, ROWS)
+    return tl.sum(tl.where(which == 0, found, 0.0), axis=0), tl.sum(tl.where(which == 1, found, 0.0), axis=0)
+
+
+@triton.jit
+def through_system(matches, products, together, c, share, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The gradients of c, and of the products X Xᵀ, added to their transpose.
+
+    Args:
+        matches: λ Δᵀ, where λ is the inverse, transposed, times the gradient of Δ.
+    """
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, ROWS)[None, :]
+    own_product, own_match = _diagonal(products, ROWS), _diagonal(matches, ROWS)
+    limited = share < 1.0
+    d_c = -share * tl.sum(products * matches, axis=1) - tl.where(limited, own_match / tl.where(limited, c, 1.0), 0.0)
+    d_products = -(share * c)[:, None] * matches * together
+    of_share = tl.where(limited, own_match / tl.where(limited, own_product, 1.0), 0.0)
+    d_products -= tl.where(row == column, of_share[:, None], 0.0)
+    return d_c, d_products + tl.trans(d_products)
+
+
+@triton.jit
+def vector_steps(  # type: ignore[no-untyped-def]
+    of_rows, weighted, together, num_steps, PRECISION: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr
+):
+    """Of the step of a vector, whose gradient is the sum of a chunk's rows: that sum and 1 + c, for each row."""
+    total = multiply_add(tl.zeros((ROWS, DIM), tl.float32), together, of_rows, PRECISION, tl.float32)
+    c, of_norm, of_weighted = curvatures(
+        tl.sum(total * total, axis=1), tl.sum(together * weighted[None, :], axis=1), num_steps
+    )  # fmt: skip
+    return total, 1.0 + c, of_norm, of_weighted
+
+
+@triton.jit
+def through_vector_steps(  # type: ignore[no-untyped-def]
+    d_steps, of_rows, weighted, together, num_steps, PRECISION: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr
+):
+    """The gradients of the rows and of θℓ, from that of each row's part of the step."""
+    total, divisor, of_norm, of_weighted = vector_steps(
+        of_rows, weighted, together, num_steps, PRECISION, ROWS, DIM
+    )  # fmt: skip
+    d_divisor = -tl.sum(together * tl.sum(d_steps * of_rows, axis=1)[None, :], axis=1) / (divisor * divisor)
+    d_rows = d_steps / divisor[:, None] + 2 * (d_divisor * of_norm)[:, None] * total
+    return d_rows, d_divisor * of_weighted
