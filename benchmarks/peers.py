@@ -37,12 +37,14 @@ class Row:
     chunk: int = 0
     memory_batch: int = 0
     depth: int = 0
+    proximal: bool = False
 
     @property
     def name(self) -> str:
         if self.depth == 0:
             return self.mixer
-        return f'{self.mixer}, depth {self.depth}, ({self.chunk}, {self.memory_batch})'
+        steps = ', proximal steps' if self.proximal else ''
+        return f'{self.mixer}, depth {self.depth}, ({self.chunk}, {self.memory_batch}){steps}'
 
     def kwargs(self) -> dict[str, Any]:
         """Arguments of `NeuralMemory`. A linear memory has no norm around it, as in the delta rule."""
@@ -57,10 +59,13 @@ class Row:
             'init_decay_bias': -3.0,
             'default_model_kwargs': {'depth': self.depth, 'expansion_factor': 4.0},
             'mem_model_norm_add_residual': self.depth > 1,
+            # options that the reference lacks
+            **({'proximal_steps': True, 'normalized_momentum': True} if self.proximal else {}),
         }
 
 
 MEMORIES = [(1, 1, 1), (16, 16, 1), (64, 64, 1), (16, 16, 2), (32, 32, 2), (64, 64, 2), (4, 128, 2), (16, 16, 3)]
+PROXIMAL = [(1, 1, 1), (16, 16, 1), (16, 16, 2), (32, 32, 2), (64, 64, 2)]
 PEERS = ['causal attention', 'gated linear attention (fla)', 'gated delta rule (fla)']
 
 
@@ -206,7 +211,8 @@ def main() -> None:
     if options.quick:
         options.lengths, options.tokens, options.repeats = [256], 512, 3
 
-    rows = [Row('memory', *sizes) for sizes in MEMORIES] + [Row(name) for name in PEERS]
+    rows = [Row('memory', *sizes) for sizes in MEMORIES]
+    rows += [Row('memory', *sizes, proximal=True) for sizes in PROXIMAL] + [Row(name) for name in PEERS]
     jobs = [(row, row.name, own_path()) for row in rows]
     if options.reference_path:
         jobs.append((Row('memory', 16, 16, 2), 'reference, depth 2, (16, 16)', options.reference_path))
