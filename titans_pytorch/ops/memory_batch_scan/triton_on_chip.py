@@ -116,10 +116,13 @@ def _store_part(parts, part, own, SIZE: tl.constexpr, ROWS: tl.constexpr, WIDTH:
 
 
 @triton.jit
-def _sum_of_parts(parts, count, SIZE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _sum_of_parts(  # type: ignore[no-untyped-def]
+    parts, COUNT: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
     entry = tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     total = tl.zeros((ROWS, WIDTH), tl.float32)
-    for part in range(count):
+    # all loads at once
+    for part in tl.static_range(COUNT):
         # another multiprocessor wrote it
         total += tl.load(parts + part * SIZE + entry, cache_modifier='.cg')
     return total
@@ -131,15 +134,16 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     first_initial, last_initial, gamma_initial, first_final, last_final, gamma_final,
     hidden, hidden_deltas, deltas, of_gamma, losses, first_saved, last_saved, gamma_saved, products,
     first_inverses, last_inverses, hidden_products, hidden_norms, partial, counters,
-    first_batch, last_batch, batches, batches_per_block, heads, parts, chunks, rows, eps, num_steps,
+    first_batch, last_batch, batches, batches_per_block, heads, chunks, rows, eps, num_steps,
     key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
     dim: tl.constexpr, width: tl.constexpr, NORM: tl.constexpr, STATES: tl.constexpr, MOMENTUM: tl.constexpr,
     PROXIMAL: tl.constexpr, SAVES: tl.constexpr, BEFORE_SUM: tl.constexpr, BEFORE_NORMS: tl.constexpr,
-    AFTER_SUMS: tl.constexpr, WAITS: tl.constexpr, COUNTER_STRIDE: tl.constexpr, SIZE: tl.constexpr,
-    ROWS: tl.constexpr, DIM: tl.constexpr, UNITS: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+    AFTER_SUMS: tl.constexpr, WAITS: tl.constexpr, COUNTER_STRIDE: tl.constexpr, PARTS: tl.constexpr,
+    SIZE: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, UNITS: tl.constexpr,
+    PRECISION: tl.constexpr, OPERAND: tl.constexpr, SOLVED: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    part, groups = program % parts, tl.num_programs(0) // parts
+    part, groups = program % PARTS, tl.num_programs(0) // PARTS
     feature, unit, index = tl.arange(0, DIM), part * UNITS + tl.arange(0, UNITS), tl.arange(0, ROWS)
     with_feature, with_unit, valid = feature < dim, unit < width, index < chunks * rows
     chunk, row = index // rows, index % rows
@@ -153,7 +157,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     meetings: tl.constexpr = 2 if PROXIMAL else 1
     entry = index[:, None] * ROWS + index[None, :]
 
-    for head_index in range(program // parts, heads, groups):
+    for head_index in range(program // PARTS, heads, groups):
         head = tl.cast(head_index, tl.int64)
         counter = counters + head * COUNTER_STRIDE
         w_1, s_1 = _load_matrix(first + head * STATES * size, size, to_first, in_first, MOMENTUM)
@@ -161,7 +165,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         w_gamma, s_gamma = 0.0, 0.0
         if NORM:
             # every program keeps its own
-            own_gamma = gamma + (head * parts + part) * STATES * dim
+            own_gamma = gamma + (head * PARTS + part) * STATES * dim
             w_gamma, s_gamma = _load_matrix(own_gamma, dim, feature, with_feature, MOMENTUM)
 
         for batch in range(first_batch, last_batch):
@@ -173,7 +177,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
             h = multiply_add(nothing, k, w_1, PRECISION, OPERAND)
             a = h * normal_cdf(h)
             # two places in turn: when one is written again, all programs have read it
-            parts_of_y = partial + (head * 2 + batch % 2) * parts * SIZE
+            parts_of_y = partial + (head * 2 + batch % 2) * PARTS * SIZE
             parts_of_products, parts_of_norms = parts_of_y + ROWS * DIM, parts_of_y + ROWS * (DIM + ROWS)
             met = (batch - first_batch) * meetings
             if BEFORE_SUM:
@@ -202,10 +206,10 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                         if part == 0:
                             _store_matrix(to_saved, w_gamma, s_gamma, dim, feature, with_feature, MOMENTUM)
                 tl.store(hidden + (start + index)[:, None] * width + unit[None, :], a, mask=present)
-            wait_for_all(counter, (met + 1) * parts, WAITS)
+            wait_for_all(counter, (met + 1) * PARTS, WAITS)
 
             if BEFORE_NORMS or AFTER_SUMS:
-                y = _sum_of_parts(parts_of_y, parts, SIZE, ROWS, DIM)
+                y = _sum_of_parts(parts_of_y, PARTS, SIZE, ROWS, DIM)
                 to_values = (offset * value_chunk + row * value_row)[:, None] + feature[None, :]
                 v = tl.load(values + head * value_head + to_values, mask=inside, other=0.0).to(tl.float32)
                 to_steps = offset * step_chunk + row * step_row
@@ -221,12 +225,12 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                     if BEFORE_NORMS:
                         own_norms = tl.sum(hidden_delta * hidden_delta, axis=1)
                         _store_part(parts_of_norms, part, own_norms[:, None], SIZE, ROWS, 1)
-                    wait_for_all(counter, (met + 2) * parts, WAITS)
+                    wait_for_all(counter, (met + 2) * PARTS, WAITS)
 
             if AFTER_SUMS:
                 if PROXIMAL:
-                    norms = tl.sum(_sum_of_parts(parts_of_norms, parts, SIZE, ROWS, 1), axis=1)
-                    last_products = together * _sum_of_parts(parts_of_products, parts, SIZE, ROWS, ROWS)
+                    norms = tl.sum(_sum_of_parts(parts_of_norms, PARTS, SIZE, ROWS, 1), axis=1)
+                    last_products = together * _sum_of_parts(parts_of_products, PARTS, SIZE, ROWS, ROWS)
                     first_products = together * multiply_add(no_products, k, tl.trans(k), PRECISION, OPERAND)
                     weighted = theta * loss
                     first_c, _, _ = curvatures(norms, weighted, num_steps)
@@ -237,13 +241,13 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                         first_products, first_share * first_c, last_products, last_share * last_c, chunks * rows, ROWS
                     )
                     hidden_delta *= first_share[:, None]
-                    hidden_delta = multiply_add(nothing, first_inverse, hidden_delta, PRECISION, tl.float32)
+                    hidden_delta = multiply_add(nothing, first_inverse, hidden_delta, SOLVED, tl.float32)
                     delta *= last_share[:, None]
                     delta = multiply_add(
-                        tl.zeros((ROWS, DIM), tl.float32), last_inverse, delta, PRECISION, tl.float32
+                        tl.zeros((ROWS, DIM), tl.float32), last_inverse, delta, SOLVED, tl.float32
                     )  # fmt: skip
                     if NORM:
-                        _, divisor, _, _ = vector_steps(of_rows, weighted, together, num_steps, PRECISION, ROWS, DIM)
+                        _, divisor, _, _ = vector_steps(of_rows, weighted, together, num_steps, SOLVED, ROWS, DIM)
                         of_rows /= divisor[:, None]
                     if SAVES:
                         if part == 0:
@@ -277,7 +281,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
             _store_matrix(first_final + head * STATES * size, w_1, s_1, size, to_first, in_first, MOMENTUM)
             _store_matrix(last_final + head * STATES * size, w_2, s_2, size, to_last, in_last, MOMENTUM)
             if NORM:
-                to_final = gamma_final + (head * parts + part) * STATES * dim
+                to_final = gamma_final + (head * PARTS + part) * STATES * dim
                 _store_matrix(to_final, w_gamma, s_gamma, dim, feature, with_feature, MOMENTUM)
 
 
@@ -309,17 +313,17 @@ def _dot(a, b):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _step_back(g_weights, g_momentum, w, momentum, d_weights, mix, MOMENTUM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """G before a memory batch from G after it, and the gradients of the three coefficients of `mix`."""
+def _step_back(g_weights, g_momentum, w, momentum, inside, mix, MOMENTUM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """G before a memory batch from G after it, but for what passes through gradients; and the gradients of the three
+    coefficients of `mix`."""
     kept, added, kept_momentum = mix
     d_kept = _dot(g_weights, w)
     d_added, d_kept_momentum = d_kept, d_kept
     if MOMENTUM:
-        d_added, d_kept_momentum = _dot(g_weights, momentum), _dot(g_momentum, momentum)
+        s = tl.load(momentum, mask=inside, other=0.0)
+        d_added, d_kept_momentum = _dot(g_weights, s), _dot(g_momentum, s)
         g_momentum = added * g_weights + kept_momentum * g_momentum
-    # the weights that gradients were taken at
-    g_weights = kept * g_weights + d_weights
-    return g_weights, g_momentum, d_kept, d_added, d_kept_momentum
+    return kept * g_weights, g_momentum, d_kept, d_added, d_kept_momentum
 
 
 @triton.jit(do_not_specialize=['first_batch', 'last_batch', 'batches'])
@@ -330,19 +334,20 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     hidden, hidden_deltas, deltas, of_gamma, first_saved, last_saved, gamma_saved, products,
     first_inverses, last_inverses, hidden_products, hidden_norms,
     d_keys, d_values, d_step_sizes, d_coefficients, d_initial_coefficients, partial, counters,
-    first_batch, last_batch, batches, batches_per_block, heads, parts, chunks, rows, eps, num_steps,
+    first_batch, last_batch, batches, batches_per_block, heads, chunks, rows, eps, num_steps,
     d_hidden_head, d_hidden_batch, d_hidden_row, d_hidden_unit,
     key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
     dim: tl.constexpr, width: tl.constexpr, NORM: tl.constexpr, STATES: tl.constexpr, MOMENTUM: tl.constexpr,
     FIRST_INITIAL: tl.constexpr, LAST_INITIAL: tl.constexpr, GAMMA_INITIAL: tl.constexpr, OF_HIDDEN: tl.constexpr,
     OF_HIDDEN_DELTAS: tl.constexpr, OF_DELTAS: tl.constexpr, OF_GAMMA: tl.constexpr, LOSSES: tl.constexpr,
     PROXIMAL: tl.constexpr, BEFORE_SUM: tl.constexpr, AFTER_SUMS: tl.constexpr, WAITS: tl.constexpr,
-    COUNTER_STRIDE: tl.constexpr, SIZE: tl.constexpr,
-    ROWS: tl.constexpr, DIM: tl.constexpr, UNITS: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+    COUNTER_STRIDE: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr,
+    ROWS: tl.constexpr, DIM: tl.constexpr, UNITS: tl.constexpr,
+    PRECISION: tl.constexpr, OPERAND: tl.constexpr, SOLVED: tl.constexpr,
 ):  # fmt: skip
     """Memory batches in reverse, `first_batch` to `last_batch` counted from the end."""
     program = tl.program_id(0)
-    part, groups = program % parts, tl.num_programs(0) // parts
+    part, groups = program % PARTS, tl.num_programs(0) // PARTS
     feature, unit, index = tl.arange(0, DIM), part * UNITS + tl.arange(0, UNITS), tl.arange(0, ROWS)
     with_feature, with_unit, valid = feature < dim, unit < width, index < chunks * rows
     chunk, row = index // rows, index % rows
@@ -354,7 +359,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     no_products = tl.zeros((ROWS, ROWS), tl.float32)
     together, entry = tl.where(chunk[:, None] == chunk[None, :], 1.0, 0.0), index[:, None] * ROWS + index[None, :]
 
-    for head_index in range(program // parts, heads, groups):
+    for head_index in range(program // PARTS, heads, groups):
         head = tl.cast(head_index, tl.int64)
         counter = counters + head * COUNTER_STRIDE
         g_1, t_1 = _load_matrix(d_first + head * STATES * size, size, to_first, in_first, MOMENTUM)
@@ -362,7 +367,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         g_gamma, t_gamma = 0.0, 0.0
         if NORM:
             # every program keeps its own
-            to_gamma = d_gamma + (head * parts + part) * STATES * dim
+            to_gamma = d_gamma + (head * PARTS + part) * STATES * dim
             g_gamma, t_gamma = _load_matrix(to_gamma, dim, feature, with_feature, MOMENTUM)
 
         for step in range(first_batch, last_batch):
@@ -414,7 +419,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
             slope = gelu_derivative(h)
             g = multiply_add(nothing, own_delta, tl.trans(w_2), PRECISION, OPERAND)
             first_c, of_norms, of_weighted, first_share, first_products = 0.0, 0.0, 0.0, 0.0, 0.0
-            parts_of_delta = partial + (head * 2 + step % 2) * parts * SIZE
+            parts_of_delta = partial + (head * 2 + step % 2) * PARTS * SIZE
             parts_of_norms, parts_of_gradient = parts_of_delta + ROWS * DIM, parts_of_delta + 2 * ROWS * DIM
             parts_of_matches = parts_of_delta + 3 * ROWS * DIM
             if PROXIMAL:
@@ -424,8 +429,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                 first_products = together * multiply_add(no_products, k, tl.trans(k), PRECISION, OPERAND)
                 first_share = shares(first_products, first_c, ROWS)
                 inverse = tl.load(first_inverses + own * ROWS * ROWS + entry)
-                dual = multiply_add(nothing, tl.trans(inverse), d_hidden_delta, PRECISION, tl.float32)
-                matches = multiply_add(no_products, dual, tl.trans(hidden_delta), PRECISION, tl.float32)
+                dual = multiply_add(nothing, tl.trans(inverse), d_hidden_delta, SOLVED, tl.float32)
+                matches = multiply_add(no_products, dual, tl.trans(hidden_delta), SOLVED, tl.float32)
                 d_hidden_delta = first_share[:, None] * dual
                 if BEFORE_SUM:
                     # what the norms of Δ₁ are to add to the gradient of Δ₂, but for a factor of each row
@@ -438,16 +443,16 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                 if not PROXIMAL:
                     d_delta = multiply_add(d_delta, d_hidden_delta * slope, w_2, PRECISION, OPERAND)
                 _store_part(parts_of_delta, part, d_delta, SIZE, ROWS, DIM)
-            wait_for_all(counter, (step - first_batch + 1) * parts, WAITS)
+            wait_for_all(counter, (step - first_batch + 1) * PARTS, WAITS)
 
             if AFTER_SUMS:
-                d_delta = _sum_of_parts(parts_of_delta, parts, SIZE, ROWS, DIM)
+                d_delta = _sum_of_parts(parts_of_delta, PARTS, SIZE, ROWS, DIM)
                 if OF_DELTAS:
                     d_delta += tl.load(d_deltas + to_rows, mask=inside, other=0.0).to(tl.float32)
                 d_of_rows, d_loss, d_weighted = 0.0, 0.0, 0.0
                 d_first_products, d_last_products = no_products, no_products
                 if PROXIMAL:
-                    matches = _sum_of_parts(parts_of_matches, parts, SIZE, ROWS, ROWS)
+                    matches = _sum_of_parts(parts_of_matches, PARTS, SIZE, ROWS, ROWS)
                     d_c, d_first_products = through_system(
                         matches, first_products, together, first_c, first_share, ROWS
                     )  # fmt: skip
@@ -459,13 +464,13 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                     last_products = tl.load(hidden_products + own * ROWS * ROWS + entry)
                     share = shares(last_products, c, ROWS)
                     inverse = tl.load(last_inverses + own * ROWS * ROWS + entry)
-                    dual = multiply_add(no_rows, tl.trans(inverse), d_delta, PRECISION, tl.float32)
-                    matches = multiply_add(no_products, dual, tl.trans(delta), PRECISION, tl.float32)
+                    dual = multiply_add(no_rows, tl.trans(inverse), d_delta, SOLVED, tl.float32)
+                    matches = multiply_add(no_products, dual, tl.trans(delta), SOLVED, tl.float32)
                     d_c, d_last_products = through_system(matches, last_products, together, c, share, ROWS)
                     d_weighted += d_c * of_weighted
                     d_delta = share[:, None] * dual + 2 * (d_c * of_norms)[:, None] * own_delta
-                    d_delta += _sum_of_parts(parts_of_gradient, parts, SIZE, ROWS, DIM)
-                    d_delta += d_norms * _sum_of_parts(parts_of_norms, parts, SIZE, ROWS, DIM)
+                    d_delta += _sum_of_parts(parts_of_gradient, PARTS, SIZE, ROWS, DIM)
+                    d_delta += d_norms * _sum_of_parts(parts_of_norms, PARTS, SIZE, ROWS, DIM)
                 d_g = d_hidden_delta * slope
                 if NORM:
                     own_of_gamma = tl.load(of_gamma + to_rows, mask=inside, other=0.0)
@@ -481,7 +486,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                         d_of_rows += tl.load(d_of_gamma + to_rows, mask=inside, other=0.0)
                     if PROXIMAL:
                         d_of_rows, d_own = through_vector_steps(
-                            d_of_rows, of_rows, weighted, together, num_steps, PRECISION, ROWS, DIM
+                            d_of_rows, of_rows, weighted, together, num_steps, SOLVED, ROWS, DIM
                         )
                         d_weighted += d_own
                 if LOSSES:
@@ -501,10 +506,12 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                     if PROXIMAL:
                         d_k = multiply_add(d_k, d_first_products, k, PRECISION, OPERAND)
 
+                w_1 = tl.load(first_saved + own * STATES * size + to_first, mask=in_first, other=0.0)
+                w_2 = tl.load(last_saved + own * STATES * size + to_last, mask=in_last, other=0.0)
                 d_a = multiply_add(d_a, d_product, tl.trans(w_2), PRECISION, OPERAND)
                 d_h = d_a * slope + g * d_hidden_delta * gelu_second_derivative(h)
                 d_k = multiply_add(d_k, d_h, tl.trans(w_1), PRECISION, OPERAND)
-                to_parts = own * parts + part
+                to_parts = own * PARTS + part
                 tl.store(
                     d_keys + (to_parts * chunks * rows + index)[:, None] * dim + feature[None, :], d_k, mask=inside
                 )
@@ -513,23 +520,19 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                 if MOMENTUM:
                     tl.store(to_coefficients + chunks * rows, of_momentum, mask=valid)
 
-                # gradients of the weights, and back before the memory batch
-                d_first_weights = multiply_add(tl.zeros((DIM, UNITS), tl.float32), tl.trans(k), d_h, PRECISION, OPERAND)
-                d_last_weights = multiply_add(
-                    tl.zeros((UNITS, DIM), tl.float32), tl.trans(a), d_product, PRECISION, OPERAND
-                )
-                d_last_weights = multiply_add(d_last_weights, tl.trans(d_g), own_delta, PRECISION, OPERAND)
+                # back before the memory batch
                 mix = _load_mix(initial_coefficients, own, MOMENTUM)
-                s_1, s_2 = w_1, w_2
-                if MOMENTUM:
-                    s_1 = tl.load(first_saved + (own * STATES + 1) * size + to_first, mask=in_first, other=0.0)
-                    s_2 = tl.load(last_saved + (own * STATES + 1) * size + to_last, mask=in_last, other=0.0)
+                from_saved = first_saved + (own * STATES) * size + to_first
                 g_1, t_1, d_kept, d_added, d_kept_momentum = _step_back(
-                    g_1, t_1, w_1, s_1, d_first_weights, mix, MOMENTUM
+                    g_1, t_1, w_1, from_saved + size, in_first, mix, MOMENTUM
                 )
+                g_1 = multiply_add(g_1, tl.trans(k), d_h, PRECISION, OPERAND)
+                from_saved = last_saved + (own * STATES) * size + to_last
                 g_2, t_2, d_kept_2, d_added_2, d_kept_momentum_2 = _step_back(
-                    g_2, t_2, w_2, s_2, d_last_weights, mix, MOMENTUM
+                    g_2, t_2, w_2, from_saved + size, in_last, mix, MOMENTUM
                 )
+                g_2 = multiply_add(g_2, tl.trans(a), d_product, PRECISION, OPERAND)
+                g_2 = multiply_add(g_2, tl.trans(d_g), own_delta, PRECISION, OPERAND)
                 d_kept += d_kept_2
                 d_added += d_added_2
                 d_kept_momentum += d_kept_momentum_2
@@ -568,7 +571,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
             _store_matrix(d_first + head * STATES * size, g_1, t_1, size, to_first, in_first, MOMENTUM)
             _store_matrix(d_last + head * STATES * size, g_2, t_2, size, to_last, in_last, MOMENTUM)
             if NORM:
-                to_gamma = d_gamma + (head * parts + part) * STATES * dim
+                to_gamma = d_gamma + (head * PARTS + part) * STATES * dim
                 _store_matrix(to_gamma, g_gamma, t_gamma, dim, feature, with_feature, MOMENTUM)
 
 
@@ -668,7 +671,7 @@ def _forward(
     shared = _arguments(
         keys, values, step_sizes, first, coefficients, initial_coefficients, eps, num_proximal_steps, operands, FORWARD
     )
-    parts = shared['parts']
+    parts = shared['PARTS']
     arguments: dict[str, Any] = shared | dict(zip(OUTPUTS, outputs)) | dict(batches_per_block=batches_per_block)
     absent = coefficients.new_empty(0)
     states = dict(first=first.contiguous(), last=last.contiguous(), gamma=absent)
@@ -718,7 +721,7 @@ def _backward(
     shared = _arguments(
         keys, values, step_sizes, first, coefficients, initial_coefficients, eps, num_proximal_steps, operands, BACKWARD
     )
-    parts = shared['parts']
+    parts = shared['PARTS']
     absent = coefficients.new_empty(0)
 
     def final_gradient(name: str, shape: torch.Size) -> Tensor:
@@ -810,7 +813,7 @@ def _arguments(
     keys, values = contiguous_inside(keys, 1), contiguous_inside(values, 1)
     heads, batches, count, chunks = coefficients.shape
     rows, dim = keys.shape[2:]
-    width = first.shape[3]
+    width, precision = first.shape[3], product_precision(operands)
     padded, on_chip, proximal = tile_size(dim), tile_size(chunks * rows), num_proximal_steps is not None
     parts, size = triton.cdiv(width, UNITS), way.entries(on_chip, padded, proximal)
     return dict(
@@ -819,10 +822,12 @@ def _arguments(
         step_sizes=step_sizes, **named_strides('step', step_sizes, 'head chunk row'),
         coefficients=coefficients.contiguous(), initial_coefficients=initial_coefficients.contiguous(),
         partial=coefficients.new_empty(heads, 2, parts, size),
-        batches=batches, heads=heads, parts=parts, chunks=chunks, rows=rows, eps=eps,
+        batches=batches, heads=heads, chunks=chunks, rows=rows, eps=eps,
         num_steps=float(num_proximal_steps or 0), PROXIMAL=proximal,
         dim=dim, width=width, STATES=count, MOMENTUM=count > 1, COUNTER_STRIDE=COUNTER_STRIDE, SIZE=size,
-        ROWS=on_chip, DIM=padded, UNITS=UNITS, num_warps=WARPS, **product_precision(operands),
+        PARTS=parts, ROWS=on_chip, DIM=padded, UNITS=UNITS, num_warps=WARPS, **precision,
+        # of products with inverses
+        SOLVED=precision['PRECISION'] if operands == torch.float32 else 'tf32',
     )  # fmt: skip
 
 
@@ -839,7 +844,7 @@ def _launch(
         states, carried: arguments that hold the states at the start of the first launch, and between launches.
         phases: flags of the kernel, for what lies between two meetings of programs.
     """
-    heads, batches, parts = arguments['heads'], arguments['batches'], arguments['parts']
+    heads, batches, parts = arguments['heads'], arguments['batches'], arguments['PARTS']
     device = arguments['keys'].device
 
     def launch(first_batch: int, last_batch: int, present: tuple[str, ...], waits: bool) -> None:
