@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import models  # noqa: E402
 import mqar  # noqa: E402
 import needle  # noqa: E402
 import runs  # noqa: E402
+import word_problem  # noqa: E402
 
 TINY = {'dim': 16, 'depth': 1, 'dim_head': 8, 'segment_len': 8, 'neural_memory_segment_len': 4}
 
@@ -88,6 +90,31 @@ def test_needle_and_enwik8_train(name, text_file):
     assert came['steps'] == 3 and 0 < came['late'] < 9 and 0 < came['whole'] < 9
 
 
+def test_swaps_lead_to_the_orders_they_should():
+    table = word_problem.group_table(3)
+    swaps, orders = word_problem.examples(4, 9, table, torch.Generator().manual_seed(0))
+    all_orders, all_swaps = [*itertools.permutations('abc')], [(0, 0), (0, 1), (0, 2), (1, 2)]
+    for row, targets in zip(swaps.tolist(), orders.tolist()):
+        items = [*'abc']
+        for swap, target in zip(row, targets):
+            i, j = all_swaps[swap]
+            items[i], items[j] = items[j], items[i]
+            assert all_orders[target] == tuple(items)
+
+
+@pytest.mark.parametrize('name', word_problem.MODELS)
+def test_word_problem_trains(name):
+    settings = {'device': 'cpu', 'steps': 2, 'learning_rate': 1e-2, 'group': 3, 'batch': 2}
+    came = word_problem.run(name, 0, **settings, trained=4, tested=[4, 6], dim=16, dim_head=8)
+    assert came['accuracy'].keys() == {'4', '6'}
+
+
+def test_a_linear_memory_learns_parity():
+    settings = {'device': 'cpu', 'steps': 150, 'learning_rate': 1e-2, 'group': 2, 'batch': 16}
+    came = word_problem.run('linear, steps to 2', 0, **settings, trained=8, tested=[8], dim=32, dim_head=16)
+    assert came['accuracy']['8'] > 0.9
+
+
 def test_no_decay_forgets_nothing_and_stays_so():
     model = models.build('LMM, no decay', 0, num_tokens=32, **TINY)
     decay = model.layers[0].memory.to_decay_factor
@@ -104,7 +131,7 @@ def test_tables_show_spread_and_what_diverged():
 
 HELP = """
 import runpy
-for script in ('mqar', 'needle', 'enwik8'):
+for script in ('mqar', 'needle', 'word_problem', 'enwik8'):
     try:
         runpy.run_path(f'{script}.py', run_name='__main__')
     except SystemExit as ended:
@@ -115,6 +142,6 @@ for script in ('mqar', 'needle', 'enwik8'):
 def test_a_command_says_what_it_does():
     """As scripts in their own folder, all in one process, as it imports PyTorch but once."""
     done = subprocess.run([sys.executable, '-c', HELP, '--help'], cwd=TASKS, capture_output=True, text=True)
-    for script in ('mqar', 'needle', 'enwik8'):
+    for script in ('mqar', 'needle', 'word_problem', 'enwik8'):
         text, _, done.stdout = done.stdout.partition(f'status of {script} 0\n')
         assert '--seeds' in text, done.stderr

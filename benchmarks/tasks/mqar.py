@@ -4,6 +4,8 @@
     python benchmarks/tasks/mqar.py --models LMM MAG --json runs.jsonl
     python benchmarks/tasks/mqar.py --small                           (two CPU cores, half an hour)
     python benchmarks/tasks/mqar.py --report runs.jsonl --write
+    python benchmarks/tasks/mqar.py --models LMM "LMM, linear memory" --memory-batch 16 --steps 900
+        --learning-rate 3e-3 --vocabulary 512 --trained 256/32 --tested 256/32 512/64 1024/128
 
 A sequence begins with pairs of a key and a value. Each key appears once more later, as a query whose answer is its
 value. Half of the vocabulary of 8,192 is keys. Training goes from 64 tokens with 4 pairs to 256 with 64, tests go up to
@@ -104,14 +106,26 @@ def run(
     return {'steps': done, 'parameters': models.num_parameters(model), 'accuracy': tests}
 
 
+def sizes(text: str) -> tuple[int, int]:
+    """Length and pairs, given as `256/32`."""
+    length, pairs = map(int, text.split('/'))
+    return length, pairs
+
+
 def main() -> None:
     parser = runs.parser(__doc__ or '', [*models.MODELS], steps=2500, small_steps=400)
+    parser.add_argument('--vocabulary', type=int, help=f'words, half of them keys; default: {VOCABULARY:,}')
+    parser.add_argument('--trained', type=sizes, nargs='+', help='tokens/pairs of training sequences, in turn')
+    parser.add_argument('--tested', type=sizes, nargs='+', help='tokens/pairs of test sequences')
     options = parser.parse_args()
-    one = partial(run, **runs.settings(options, SMALL))
-    where, results = runs.measured(options, one)
-    tested = SMALL['tested'] if options.small else TESTED
-    columns = {f'{n}/{p}': (lambda r, key=f'{n}/{p}': 100 * r['accuracy'][key]) for n, p in tested}
-    runs.report(options, 'mqar', where, results, columns, 1, [*models.MODELS])
+    own = {name: getattr(options, name) for name in ('vocabulary', 'trained', 'tested') if getattr(options, name)}
+    settings = {**runs.settings(options, SMALL), **own}
+    where, results = runs.measured(options, partial(run, **settings))
+    columns = {
+        f'{n}/{p}': (lambda r, key=f'{n}/{p}': 100 * r['accuracy'][key]) for n, p in settings.get('tested', TESTED)
+    }
+    task = f'mqar of {options.vocabulary} words' if options.vocabulary else 'mqar'
+    runs.report(options, task, where, results, columns, 1, [*models.MODELS])
 
 
 if __name__ == '__main__':

@@ -17,7 +17,7 @@ itself, and states stay in memory between launches.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -575,25 +575,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                 _store_matrix(to_gamma, g_gamma, t_gamma, dim, feature, with_feature, MOMENTUM)
 
 
-class Way(NamedTuple):
-    """Forward or backward."""
-
-    phases: tuple[str, ...]
-    """What lies between two meetings of programs."""
-    rows: int
-    """Sums of as many rows as are on chip, of a program's part in them; and of proximal steps:"""
-    proximal_rows: int
-    vectors: int
-
-    def entries(self, rows: int, features: int, proximal: bool) -> int:
-        """Of a program's part of all sums of a memory batch."""
-        if not proximal:
-            return self.rows * rows * features
-        return rows * (self.proximal_rows * features + rows + self.vectors)
-
-
-FORWARD = Way(('BEFORE_SUM', 'BEFORE_NORMS', 'AFTER_SUMS'), 1, 1, 1)
-BACKWARD = Way(('BEFORE_SUM', 'AFTER_SUMS'), 1, 3, 0)
+# what lies between two meetings of programs, forward and backward
+FORWARD, BACKWARD = ('BEFORE_SUM', 'BEFORE_NORMS', 'AFTER_SUMS'), ('BEFORE_SUM', 'AFTER_SUMS')
 
 
 def _outputs(
@@ -680,7 +663,7 @@ def _forward(
         states['gamma'] = gamma.unsqueeze(1).expand(-1, parts, -1, -1).contiguous()
         arguments['gamma_final'] = torch.empty_like(states['gamma'])
     carried = {name: arguments[f'{name}_final'] for name in states}
-    _launch(_forward_kernel, arguments | dict(NORM=gamma is not None, SAVES=saves), states, carried, FORWARD.phases)
+    _launch(_forward_kernel, arguments | dict(NORM=gamma is not None, SAVES=saves), states, carried, FORWARD)
     if gamma is not None:
         outputs[5].copy_(arguments['gamma_final'][:, 0])
     return [*outputs]
@@ -763,7 +746,7 @@ def _backward(
         | results
     )
     states = dict(d_first=d_first, d_last=d_last, d_gamma=d_gamma)
-    _launch(_backward_kernel, arguments, states, states, BACKWARD.phases)
+    _launch(_backward_kernel, arguments, states, states, BACKWARD)
 
     d_coefficients = results['d_coefficients'].sum(dim=2).unflatten(-1, (chunks, rows)).sum(dim=-1)
     kept, added, kept_momentum = results['d_initial_coefficients'].sum(dim=2).unbind(-1)
@@ -807,7 +790,7 @@ def _arguments(
     eps: float,
     num_proximal_steps: int | None,
     operands: torch.dtype,
-    way: Way,
+    phases: tuple[str, ...],
 ) -> dict[str, Any]:
     """Arguments of both kernels."""
     keys, values = contiguous_inside(keys, 1), contiguous_inside(values, 1)
@@ -815,7 +798,12 @@ def _arguments(
     rows, dim = keys.shape[2:]
     width, precision = first.shape[3], product_precision(operands)
     padded, on_chip, proximal = tile_size(dim), tile_size(chunks * rows), num_proximal_steps is not None
-    parts, size = triton.cdiv(width, UNITS), way.entries(on_chip, padded, proximal)
+    parts = triton.cdiv(width, UNITS)
+    # of each row, entries of a program's part of all sums
+    entries = padded
+    if proximal:
+        entries += on_chip + 1 if phases == FORWARD else on_chip + 2 * padded
+    size = on_chip * entries
     return dict(
         keys=keys, **named_strides('key', keys, 'head chunk row'),
         values=values, **named_strides('value', values, 'head chunk row'),
