@@ -79,7 +79,7 @@ def accuracy(model: nn.Module, length: int, pairs: int, vocabulary: int, generat
     right = []
     for _ in range(4):
         tokens, places, values = examples(max(2, 2**15 // length), length, pairs, vocabulary, generator)
-        right.append((answers(model, tokens, places).argmax(dim=-1) == values).float().mean())
+        right.append(runs.right(answers(model, tokens, places), values).mean())
     return torch.stack(right).mean().item()
 
 

@@ -73,6 +73,12 @@ class Trainer:
         return result
 
 
+def right(logits: Tensor, targets: Tensor) -> Tensor:
+    """1 where the target has the largest logit, else 0; NaN where logits are, as after training has diverged."""
+    found = (logits.argmax(dim=-1) == targets).float()
+    return found.masked_fill(logits.isnan().any(dim=-1), math.nan)
+
+
 def train(trainer: Trainer, batches: Iterator[tuple[Tensor, ...]], steps: int, seconds: float | None) -> int:
     """Train for `steps` steps or about `seconds` seconds; returns the number of steps done."""
     started = time.perf_counter()
@@ -186,7 +192,8 @@ def report(
     text = f'{where}\n\n{table(["model", "parameters", "steps", "seeds", *columns], rows)}'
     print(f'\n{text}')
     if options.write:
-        write_section(f'task, {task}{", small" * options.small}', text)
+        batch = f', memory batch {options.memory_batch}' if options.memory_batch else ''
+        write_section(f'task, {task}{batch}{", small" * options.small}', text)
     print(json.dumps({'machine': where, 'results': results}))
 
 

@@ -84,10 +84,8 @@ def batches(batch: int, length: int, table: Tensor, generator: torch.Generator) 
 def accuracy(model: nn.Module, length: int, table: Tensor, generator: torch.Generator) -> float:
     """At the last token."""
     swaps, orders = examples(512, length, table, generator)
-    right = [
-        model(part)[:, -1].argmax(dim=-1) == target[:, -1] for part, target in zip(swaps.split(128), orders.split(128))
-    ]
-    return torch.cat(right).float().mean().item()
+    parts = zip(swaps.split(128), orders[:, -1].split(128))
+    return torch.cat([runs.right(model(part)[:, -1], last) for part, last in parts]).mean().item()
 
 
 def build(name: str, seed: int, num_tokens: int, longest: int, **sizes: Any) -> Transformer:
