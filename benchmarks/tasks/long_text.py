@@ -1,6 +1,6 @@
 """Bits per byte by position in long windows of text, for all models at equal numbers of parameters and equal time.
 
-    python benchmarks/tasks/long_text.py --data train.gz --test test.gz --memory-batch 16 --together --json runs.jsonl
+    python benchmarks/tasks/long_text.py --data train.gz --test test.gz --memory-batch 16 --json runs.jsonl
     python benchmarks/tasks/long_text.py --report runs.jsonl --plot docs/assets/long-text.png --write
 
 Models train for `--seconds` on random windows of 4,096 bytes. They are tested on windows of 65,536 bytes of other text,
@@ -8,9 +8,9 @@ sixteen times as long, which they read as a stream: in pieces, each call with th
 that memory use is constant. Attention sees 512 bytes back in every model. A model whose bits per byte go on falling
 beyond that has remembered what its attention no longer sees.
 
-Time counts from the second training step; building, compiling and capturing come before. One after the other, models
-have the device to themselves. With `--together` they train at the same time, in one process each, which start
-together and share the device equally: equal time then means equal processes on one card for equal time.
+Models train one after the other, each with the device to itself. Time counts from the second step on: building,
+compiling and capturing come before. Several at once on one GPU would take turns on it, and leave it as idle in their
+turns as now.
 """
 
 from __future__ import annotations
@@ -18,13 +18,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
 import statistics
-import sys
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +34,10 @@ from torch import Tensor, nn
 
 from titans_pytorch.utils.precision import at_least_float32
 
-SIZES = {'dim': 256, 'depth': 6, 'dim_head': 64, 'segment_len': 512, 'neural_memory_segment_len': 16}
+SIZES = {
+    **{'dim': 320, 'depth': 4, 'dim_head': 64, 'segment_len': 512, 'neural_memory_segment_len': 16},
+    'use_flex_attn': True,
+}
 EDGES = (0, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 """Positions are put into bins between these, as far as the windows reach."""
 
@@ -59,7 +58,8 @@ def bits_of_stream(model: nn.Module, windows: Tensor, piece: int) -> Tensor:
     state, bits = None, []
     for start in range(0, windows.shape[1] - 1, piece):
         given = windows[:, start : start + piece + 1]
-        logits, state = model(given[:, :-1], state=state, return_state=True)
+        # FlexAttention would compile for every number of keys that a state holds
+        logits, state = model(given[:, :-1], state=state, return_state=True, disable_flex_attn=True)
         losses = F.cross_entropy(at_least_float32(logits).flatten(0, 1), given[:, 1:].flatten(), reduction='none')
         bits.append(losses.view(len(windows), -1) / math.log(2))
     return torch.cat(bits, dim=1)
@@ -86,16 +86,15 @@ def bits_by_position(
 
 
 class Clock:
-    """Time of training: the wall time from `start`, which waits for the device and for the other processes."""
+    """Time of training: the wall time from `start`, which waits for the device."""
 
-    def __init__(self, seconds: float | None, on_gpu: bool, wait_for_others: Callable[[], None]):
-        self.seconds, self.on_gpu, self.wait_for_others = seconds, on_gpu, wait_for_others
+    def __init__(self, seconds: float | None, on_gpu: bool):
+        self.seconds, self.on_gpu = seconds, on_gpu
         self.started: float | None = None
 
     def start(self) -> None:
         if self.on_gpu:
             torch.cuda.synchronize()
-        self.wait_for_others()
         self.started = time.perf_counter()
 
     def elapsed(self, wait: bool = False) -> float:
@@ -151,14 +150,12 @@ def run(
     data: Path | None,
     test: Path | None = None,
     seconds: float | None = None,
-    batch: int = 16,
+    batch: int = 12,
     trained: int = 4096,
     tested: int = EDGES[-1],
     stride: int = 16384,
     piece: int = 4096,
     edges: tuple[int, ...] = EDGES,
-    together: int = 1,
-    wait_for_others: Callable[[], None] = lambda: None,
     **sizes: Any,
 ) -> dict[str, Any]:
     """Train one model and test it. Without a file `test`, the last twentieth of `data` is for testing."""
@@ -166,7 +163,7 @@ def run(
     held_out = text[len(text) * 19 // 20 :] if test is None else texts.read(test).to(device)
     text = text[: len(text) * 19 // 20] if test is None else text
     model = models.build(name, seed, num_tokens=256, **{**SIZES, **sizes}).to(device)
-    clock = Clock(seconds, text.is_cuda, wait_for_others)
+    clock = Clock(seconds, text.is_cuda)
 
     def progress(step: int) -> float:
         return max(step / steps, clock.progress())
@@ -185,7 +182,6 @@ def run(
     bits = bits_by_position(model, held_out, tested, stride, piece, batch, edges)
     return {
         'parameters': models.num_parameters(model),
-        'together': together,
         'batch': batch,
         'trained': trained,
         'bytes': done['steps'] * batch * trained,
@@ -207,54 +203,6 @@ def labels(edges: tuple[int, ...]) -> list[str]:
         f'{start // 1024}–{stop // 1024}K' if start % 1024 == stop % 1024 == 0 and start else f'{start}–{stop}'
         for start, stop in zip(edges, edges[1:])
     ]
-
-
-# all models at once
-
-_barrier: threading.Barrier | None = None
-
-
-def _join(barrier: Any) -> None:
-    global _barrier
-    _barrier = barrier
-
-
-def _wait_for_others() -> None:
-    """Until every process has done its first step; those that others keep waiting too long go on without them."""
-    assert _barrier is not None
-    try:
-        _barrier.wait()
-    except threading.BrokenBarrierError:
-        print('  another process failed or was late: training without it', flush=True)
-
-
-def _one_of_several(name: str, seed: int, one: Callable[..., dict[str, Any]], notes: Path | None) -> dict[str, Any]:
-    assert _barrier is not None
-    try:
-        return runs.noted(name, seed, partial(one, together=_barrier.parties, wait_for_others=_wait_for_others), notes)
-    except BaseException:
-        _barrier.abort()
-        raise
-
-
-def measured_together(
-    options: argparse.Namespace, one: Callable[..., dict[str, Any]]
-) -> tuple[str, list[dict[str, Any]]]:
-    """As `runs.measured`, with one process for each model, all at the same time; one seed after the other."""
-    context, results = multiprocessing.get_context('spawn'), []
-    for seed in range(options.first_seed, options.first_seed + options.seeds):
-        barrier = context.Barrier(len(options.models), timeout=options.patience)
-        with ProcessPoolExecutor(len(options.models), context, _join, (barrier,)) as pool:
-            started = [pool.submit(_one_of_several, name, seed, one, options.json) for name in options.models]
-            for each in as_completed(started):
-                if error := each.exception():
-                    print(f'{options.models[started.index(each)]} failed: {error}', file=sys.stderr, flush=True)
-                else:
-                    results.append(each.result())
-    return runs.machine(), results
-
-
-# tables and a picture
 
 
 def report(options: argparse.Namespace, where: str, results: list[dict[str, Any]]) -> None:
@@ -280,7 +228,7 @@ def report(options: argparse.Namespace, where: str, results: list[dict[str, Any]
         by_position.append([name, *(runs.spread([result['bits'][at] for result in own], 3) for at in bins)])
 
     heads = ['model', 'parameters', 'steps', 'bytes seen', 'throughput', 'gradient norm, median', 'worst']
-    parts = [where, sharing(results), runs.table(heads, training), runs.table(['position', *bins], by_position)]
+    parts = [where, conditions(results), runs.table(heads, training), runs.table(['position', *bins], by_position)]
     if BASELINE in grouped:
         rows = [
             [name, *(f'{mean:+.3f} ± {error:.3f}' for mean, error in differences(grouped[name], grouped[BASELINE]))]
@@ -297,16 +245,15 @@ def report(options: argparse.Namespace, where: str, results: list[dict[str, Any]
         runs.write_section(f'task, long text{", small" * options.small}', text)
 
 
-def sharing(results: list[dict[str, Any]]) -> str:
-    """A sentence on what equal time means in these runs."""
+def conditions(results: list[dict[str, Any]]) -> str:
+    """A sentence on training and testing in these runs."""
     seconds = {round(result['trained_seconds']) for result in results}
     time_of_each = f'{min(seconds)} s' if len(seconds) == 1 else f'{min(seconds)}–{max(seconds)} s'
-    counts = {result['together'] for result in results}
-    if counts == {1}:
-        return f'Each model trained for {time_of_each}, with the device to itself.'
-    number = ' or '.join(f'{count}' for count in sorted(counts))
+    first = results[0]
     return (
-        f'Each model trained for {time_of_each}, in {number} equal processes that shared one device at the same time.'
+        f'{time_of_each} of training for each model, one after the other on the same device; {first["batch"]} windows '
+        f'of {first["trained"]:,} bytes per step; tested on {len(first["windows"])} windows of {first["tested"]:,} '
+        f'bytes, {first["stride"]:,} apart.'
     )
 
 
@@ -351,11 +298,7 @@ def main() -> None:
     parser.set_defaults(seconds=480.0, seeds=1)
     parser.add_argument('--data', type=Path, help='a file of text, gzipped or not; default: enwik8 in data/')
     parser.add_argument('--test', type=Path, help='text for testing; default: the last twentieth of the data')
-    parser.add_argument('--together', action='store_true', help='train all models at once, in one process each')
-    parser.add_argument(
-        '--patience', type=float, default=240.0, help='with --together: seconds to wait for the first step of others'
-    )
-    parser.add_argument('--batch', type=int, help='windows per step; default: 16')
+    parser.add_argument('--batch', type=int, help='windows per step; default: 12')
     parser.add_argument('--stride', type=int, help='bytes between the beginnings of windows in the test')
     parser.add_argument(
         '--memory',
@@ -367,8 +310,7 @@ def main() -> None:
     settings = runs.settings(options, SMALL)
     settings |= {name: own for name in ('batch', 'stride') if (own := getattr(options, name)) is not None}
     one = partial(run, data=options.data, test=options.test, memory=options.memory, **settings)
-    measure = measured_together if options.together and not options.report else runs.measured
-    report(options, *measure(options, one))
+    report(options, *runs.measured(options, one))
 
 
 if __name__ == '__main__':

@@ -77,6 +77,7 @@ def _built(
     common: dict[str, Any] = {**sizes, 'heads': heads, 'ff_mult': ff_mult, **kwargs}
     if 'paper_order' in kwargs:
         memory_batch = sizes['segment_len']
+        common.pop('use_flex_attn', None)  # has no such implementation
     else:
         common['neural_memory_batch_size'] = memory_batch
     settings = memory_settings(
