@@ -5,12 +5,12 @@
 
 Models train for `--seconds` on random windows of 4,096 bytes. They are tested on windows of 65,536 bytes of other text,
 sixteen times as long, which they read as a stream: in pieces, each call with the state that the last one returned, so
-that memory use is constant. Attention sees 512 bytes back in every model. A model whose bits per byte go on falling
-beyond that has remembered what its attention no longer sees.
+that memory use is constant. Attention sees 512 bytes back, in windows that slide or, in MAC, in blocks of 512. Through
+four layers of sliding windows a byte can depend on the 2,048 before it: beyond that, only a memory can make bits per
+byte fall.
 
 Models train one after the other, each with the device to itself. Time counts from the second step on: building,
-compiling and capturing come before. Several at once on one GPU would take turns on it, and leave it as idle in their
-turns as now.
+compiling and capturing come before.
 """
 
 from __future__ import annotations
