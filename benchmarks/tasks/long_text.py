@@ -70,8 +70,8 @@ def bits_by_position(
 ) -> Tensor:
     """Mean bits per byte in each bin of positions, of each window of the text: (windows, bins).
 
-    Windows begin every `stride` bytes. Where that is less than their length, the bins cover nearly the same bytes, and
-    differ in little but how much text came before.
+    Windows begin every `stride` bytes. Bins at least as long cover nearly the same bytes, shorter ones different samples
+    of them: small differences between bins may be those of the text, where differences between models are not.
     """
     windows = text.unfold(0, length + 1, stride)
     on_gpu = text.is_cuda
@@ -251,7 +251,7 @@ def conditions(results: list[dict[str, Any]]) -> str:
     time_of_each = f'{min(seconds)} s' if len(seconds) == 1 else f'{min(seconds)}–{max(seconds)} s'
     first = results[0]
     return (
-        f'{time_of_each} of training for each model, one after the other on the same device; {first["batch"]} windows '
+        f'{time_of_each} of training for each model, one after the other on the same device; {first["batch"]} windows\n'
         f'of {first["trained"]:,} bytes per step; tested on {len(first["windows"])} windows of {first["tested"]:,} '
         f'bytes, {first["stride"]:,} apart.'
     )
