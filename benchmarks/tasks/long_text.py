@@ -70,8 +70,8 @@ def bits_by_position(
 ) -> Tensor:
     """Mean bits per byte in each bin of positions, of each window of the text: (windows, bins).
 
-    Windows begin every `stride` bytes. Bins at least as long cover nearly the same bytes, shorter ones different samples
-    of them: small differences between bins may be those of the text, where differences between models are not.
+    Windows begin every `stride` bytes. Bins at least as long cover nearly the same bytes, shorter ones different
+    samples of them: small differences between bins may be those of the text. All models read the same bytes.
     """
     windows = text.unfold(0, length + 1, stride)
     on_gpu = text.is_cuda
