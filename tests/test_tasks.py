@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 TASKS = Path(__file__).resolve().parent.parent / 'benchmarks' / 'tasks'
 sys.path.append(str(TASKS))
 import enwik8  # noqa: E402
+import long_text  # noqa: E402
 import models  # noqa: E402
 import mqar  # noqa: E402
 import needle  # noqa: E402
@@ -20,6 +22,9 @@ import runs  # noqa: E402
 import word_problem  # noqa: E402
 
 TINY = {'dim': 16, 'depth': 1, 'dim_head': 8, 'segment_len': 8, 'neural_memory_segment_len': 4}
+
+
+SMALL_TEXT = {'trained': 48, 'tested': 64, 'stride': 32, 'piece': 24, 'batch': 2, 'edges': (0, 16, 32)}
 
 
 @pytest.fixture
@@ -115,6 +120,49 @@ def test_a_linear_memory_learns_parity():
     assert came['accuracy']['8'] > 0.9
 
 
+@pytest.mark.parametrize('name', models.ARCHITECTURES)
+def test_bits_of_a_stream_are_those_of_one_pass(name):
+    model = models.build(name, 0, memory_batch=4, memory={'init_adaptive_step_bias': -2.0}, num_tokens=256, **TINY)
+    windows = torch.randint(0, 256, (2, 49), generator=torch.Generator().manual_seed(0))
+    in_pieces, at_once = (long_text.bits_of_stream(model.double(), windows, piece) for piece in (13, 48))
+    # angles of rotary positions are computed in float32
+    torch.testing.assert_close(in_pieces, at_once, rtol=0, atol=1e-6)
+
+
+def test_bins_of_long_text_hold_the_bits_of_their_positions():
+    model = models.build('attention alone', 0, num_tokens=256, **TINY).double()
+    text = torch.randint(0, 256, (70,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = long_text.bits_by_position(model, text, 32, 16, 8, 2, (0, 8, 32))
+    windows = torch.stack([text[start : start + 33] for start in (0, 16, 32)]).long()
+    each = long_text.bits_of_stream(model, windows, 32)
+    expected = torch.stack([each[:, :8].mean(dim=1), each[:, 8:].mean(dim=1)], dim=1)
+    torch.testing.assert_close(found, expected)
+    assert long_text.labels(long_text.EDGES)[:3] == ['0–512', '512–1024', '1–2K']
+
+
+def test_long_text_trains_for_equal_time_and_reports(text_file, tmp_path, monkeypatch, capsys):
+    saved, picture = tmp_path / 'runs.jsonl', tmp_path / 'picture.png'
+    monkeypatch.setattr(long_text, 'SMALL', {**SMALL_TEXT, **TINY})
+    command = ['long_text.py', '--small', '--device', 'cpu', '--models', 'MAG', 'attention alone']
+    given = ['--data', str(text_file), '--memory-batch', '4', '--seconds', '0.2', '--json', str(saved)]
+    monkeypatch.setattr(sys, 'argv', [*command, *given])
+    long_text.main()
+    results = [json.loads(line)['result'] for line in saved.read_text().splitlines()]
+    assert [result['model'] for result in results] == ['MAG', 'attention alone']
+    for result in results:
+        assert result['trained_seconds'] >= 0.2 and result['bytes'] == result['steps'] * 2 * 48
+        assert [*result['bits']] == ['0–16', '16–32', '32–64'] and 0 < min(result['bits'].values()) < 9
+        assert 0 < result['median_norm'] <= result['worst_norm']
+
+    capsys.readouterr()
+    pytest.importorskip('matplotlib')
+    monkeypatch.setattr(sys, 'argv', ['long_text.py', '--report', str(saved), '--plot', str(picture)])
+    long_text.main()
+    table = capsys.readouterr().out
+    assert '| position | 0–16 | 16–32 | 32–64 |' in table and '| minus attention alone |' in table
+    assert picture.stat().st_size > 1000
+
+
 def test_no_decay_forgets_nothing_and_stays_so():
     model = models.build('LMM, no decay', 0, num_tokens=32, **TINY)
     decay = model.layers[0].memory.to_decay_factor
@@ -131,7 +179,7 @@ def test_tables_show_spread_and_what_diverged():
 
 HELP = """
 import runpy
-for script in ('mqar', 'needle', 'word_problem', 'enwik8'):
+for script in ('mqar', 'needle', 'word_problem', 'enwik8', 'long_text'):
     try:
         runpy.run_path(f'{script}.py', run_name='__main__')
     except SystemExit as ended:
@@ -142,6 +190,6 @@ for script in ('mqar', 'needle', 'word_problem', 'enwik8'):
 def test_a_command_says_what_it_does():
     """As scripts in their own folder, all in one process, as it imports PyTorch but once."""
     done = subprocess.run([sys.executable, '-c', HELP, '--help'], cwd=TASKS, capture_output=True, text=True)
-    for script in ('mqar', 'needle', 'word_problem', 'enwik8'):
+    for script in ('mqar', 'needle', 'word_problem', 'enwik8', 'long_text'):
         text, _, done.stdout = done.stdout.partition(f'status of {script} 0\n')
         assert '--seeds' in text, done.stderr

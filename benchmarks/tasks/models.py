@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,36 +40,44 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 MODELS = {**ARCHITECTURES, **{f'LMM, {name}': (LongTermMemoryModel, {}, own) for name, own in ABLATIONS.items()}}
 
 
-def build(name: str, seed: int, memory_batch: int | None = None, **sizes: Any) -> Transformer:
+def build(
+    name: str, seed: int, memory_batch: int | None = None, memory: Mapping[str, Any] = {}, **sizes: Any
+) -> Transformer:
     """One of `MODELS`, with feedforwards widened so that all models have as many parameters as the largest.
 
     Without `memory_batch` gradients are taken at the initial weights of the memories, except in the paper's order,
-    where a memory batch is a segment. `sizes` are arguments common to all models.
+    where a memory batch is a segment. `memory` are arguments of all memories, except where a model has its own; `sizes`
+    are arguments common to all models.
     """
 
-    wanted = _largest(memory_batch, tuple(sizes.items()))
+    common = {'memory_batch': memory_batch, 'memory': memory, 'sizes': sizes}
+    if (key := repr(common)) not in _largest:
+        _largest[key] = max(_count(other, **common) for other in MODELS)
     # a feedforward has 2 · dim² weights for each unit of `ff_mult`
-    missing = wanted - _count(name, memory_batch, sizes)
-    return _built(name, seed, memory_batch, sizes, 4.0 + missing / (2 * sizes['dim'] ** 2 * sizes['depth']))
+    missing = _largest[key] - _count(name, **common)
+    return _built(name, seed, 4.0 + missing / (2 * sizes['dim'] ** 2 * sizes['depth']), **common)
 
 
-@cache
-def _largest(memory_batch: int | None, sizes: tuple[tuple[str, Any], ...]) -> int:
-    return max(_count(name, memory_batch, dict(sizes)) for name in MODELS)
+_largest: dict[str, int] = {}
+"""Parameters of the largest model, by the arguments common to all."""
 
 
-def _count(name: str, memory_batch: int | None, sizes: dict[str, Any]) -> int:
+def _count(name: str, **common: Any) -> int:
     with torch.device('meta'):
-        return num_parameters(_built(name, 0, memory_batch, sizes, 4.0))
+        return num_parameters(_built(name, 0, 4.0, **common))
 
 
-def _built(name: str, seed: int, memory_batch: int | None, sizes: dict[str, Any], ff_mult: float) -> Transformer:
+def _built(
+    name: str, seed: int, ff_mult: float, memory_batch: int | None, memory: Mapping[str, Any], sizes: dict[str, Any]
+) -> Transformer:
     torch.manual_seed(seed)
-    kind, kwargs, memory = MODELS[name]
+    kind, kwargs, own = MODELS[name]
+    memory = {**memory, **own}
     heads = sizes['dim'] // sizes['dim_head']
     common: dict[str, Any] = {**sizes, 'heads': heads, 'ff_mult': ff_mult, **kwargs}
     if 'paper_order' in kwargs:
         memory_batch = sizes['segment_len']
+        common.pop('use_flex_attn', None)  # has no such implementation
     else:
         common['neural_memory_batch_size'] = memory_batch
     settings = memory_settings(

@@ -24,9 +24,22 @@ Loss = Callable[..., Tensor]
 
 
 class Trainer:
-    """AdamW with warm-up, cosine decay and gradient clipping; on a GPU in bf16, with one CUDA graph per batch shape."""
+    """AdamW with warm-up, cosine decay and gradient clipping; on a GPU in bf16, with one CUDA graph per batch shape.
 
-    def __init__(self, model: nn.Module, loss: Loss, steps: int, learning_rate: float):
+    `progress` is the share of the training done before a step, for training that ends after some time rather than
+    `steps`; the first twentieth is the warm-up. `norm` is the norm of the last gradients, before clipping.
+    """
+
+    norm: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        steps: int,
+        learning_rate: float,
+        progress: Callable[[int], float] | None = None,
+    ):
         decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
         others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
         groups = [{'params': decayed, 'weight_decay': 0.1}, {'params': others, 'weight_decay': 0.0}]
@@ -35,8 +48,9 @@ class Trainer:
         warmup = max(1, steps // 20)
 
         def schedule(step: int) -> float:
-            progress = min(1.0, step / steps)
-            return min(1.0, (step + 1) / warmup) * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+            done = min(1.0, step / steps if progress is None else progress(step))
+            warm = min(1.0, (step + 1) / warmup if progress is None else max((step + 1) / 1000, done * 20))
+            return warm * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
         self.parameters = decayed + others
@@ -46,7 +60,7 @@ class Trainer:
     def step(self, *batch: Tensor) -> Tensor:
         """The loss, which the next step overwrites."""
         loss = self._replayed(batch) if self.on_gpu else self._gradients(batch)
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not self.on_gpu)
         self.schedule.step()
@@ -136,19 +150,22 @@ def measured(
             raise SystemExit(f'a table takes runs of one machine, got {sorted(machines)}')
         last = {(note['result']['model'], note['result']['seed']): note['result'] for note in notes}
         return notes[0]['machine'], [*last.values()]
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    return machine(), [noted(name, seed, run, options.json) for seed in seeds for name in options.models]
+
+
+def noted(name: str, seed: int, run: Callable[[str, int], dict[str, Any]], notes: Path | None) -> dict[str, Any]:
+    """The result of one run, printed and appended to the file `notes`."""
+    print(f'{name}, seed {seed}', flush=True)
     torch.set_float32_matmul_precision('high')
-    results = []
-    for seed in range(options.first_seed, options.first_seed + options.seeds):
-        for name in options.models:
-            print(f'{name}, seed {seed}', flush=True)
-            started = time.perf_counter()
-            results.append({'model': name, 'seed': seed, **run(name, seed)})
-            results[-1]['seconds'] = round(time.perf_counter() - started, 1)
-            print(f'  {json.dumps(results[-1])}', flush=True)
-            if options.json:
-                with open(options.json, 'a') as notes_file:
-                    notes_file.write(json.dumps({'machine': machine(), 'result': results[-1]}) + '\n')
-    return machine(), results
+    started = time.perf_counter()
+    result = {'model': name, 'seed': seed, **run(name, seed)}
+    result['seconds'] = round(time.perf_counter() - started, 1)
+    print(f'  {json.dumps(result)}', flush=True)
+    if notes:
+        with open(notes, 'a') as file:
+            file.write(json.dumps({'machine': machine(), 'result': result}) + '\n')
+    return result
 
 
 def spread(values: list[float], digits: int) -> str:

@@ -12,14 +12,18 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parents[2] / 'data'
 
 
-def load(path: Path | None, num_bytes: int = 4_000_000) -> tuple[Tensor, Tensor, Tensor]:
-    """Training, validation and test bytes; `path` is a file of text, gzipped or not. Default: enwik8 in `data/`."""
+def read(path: Path | None, num_bytes: int = -1) -> Tensor:
+    """The first bytes, or all, of a file of text, gzipped or not, as uint8. Default: enwik8 in `data/`."""
     path = HERE / 'enwik8.gz' if path is None else path
     if not path.exists():
         raise SystemExit(f'no text at {path}: give a file with --data')
     with gzip.open(path) if path.suffix == '.gz' else path.open('rb') as file:
-        content = file.read(num_bytes)
-    text = torch.frombuffer(bytearray(content), dtype=torch.uint8).long()
+        return torch.frombuffer(bytearray(file.read(num_bytes)), dtype=torch.uint8)
+
+
+def load(path: Path | None, num_bytes: int = 4_000_000) -> tuple[Tensor, Tensor, Tensor]:
+    """Training, validation and test bytes of the file that `read` reads."""
+    text = read(path, num_bytes).long()
     first, second = int(len(text) * 0.9), int(len(text) * 0.95)
     return text[:first], text[first:second], text[second:]
 
