@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ import models  # noqa: E402
 import mqar  # noqa: E402
 import needle  # noqa: E402
 import runs  # noqa: E402
+import step_sizes  # noqa: E402
 import word_problem  # noqa: E402
 
 TINY = {'dim': 16, 'depth': 1, 'dim_head': 8, 'segment_len': 8, 'neural_memory_segment_len': 4}
@@ -114,6 +116,17 @@ def test_word_problem_trains(name):
     assert came['accuracy'].keys() == {'4', '6'}
 
 
+@pytest.mark.parametrize('name', ['chunk 4, depth 2, proximal, 4', 'chunk 16, depth 1, plain, 1/16'])
+def test_step_sizes_train(name):
+    came = step_sizes.run(name, 0, device='cpu', steps=2, learning_rate=1e-2, seconds=None)
+    assert came['steps'] == 2 and 0 <= came['accuracy'] <= 1
+
+
+def test_plain_steps_that_are_too_large_diverge():
+    came = step_sizes.run('chunk 4, depth 3, plain, 4', 0, device='cpu', steps=2, learning_rate=1e-2, seconds=None)
+    assert came['steps'] == 0 and math.isnan(came['accuracy'])
+
+
 def test_a_linear_memory_learns_parity():
     settings = {'device': 'cpu', 'steps': 150, 'learning_rate': 1e-2, 'group': 2, 'batch': 16}
     came = word_problem.run('linear, steps to 2', 0, **settings, trained=8, tested=[8], dim=32, dim_head=16)
@@ -179,7 +192,7 @@ def test_tables_show_spread_and_what_diverged():
 
 HELP = """
 import runpy
-for script in ('mqar', 'needle', 'word_problem', 'enwik8', 'long_text'):
+for script in ('mqar', 'needle', 'word_problem', 'step_sizes', 'enwik8', 'long_text'):
     try:
         runpy.run_path(f'{script}.py', run_name='__main__')
     except SystemExit as ended:
@@ -190,6 +203,6 @@ for script in ('mqar', 'needle', 'word_problem', 'enwik8', 'long_text'):
 def test_a_command_says_what_it_does():
     """As scripts in their own folder, all in one process, as it imports PyTorch but once."""
     done = subprocess.run([sys.executable, '-c', HELP, '--help'], cwd=TASKS, capture_output=True, text=True)
-    for script in ('mqar', 'needle', 'word_problem', 'enwik8', 'long_text'):
+    for script in ('mqar', 'needle', 'word_problem', 'step_sizes', 'enwik8', 'long_text'):
         text, _, done.stdout = done.stdout.partition(f'status of {script} 0\n')
         assert '--seeds' in text, done.stderr
