@@ -4,7 +4,7 @@
     python benchmarks/tasks/mqar.py --models LMM MAG --json runs.jsonl
     python benchmarks/tasks/mqar.py --small                           (two CPU cores, half an hour)
     python benchmarks/tasks/mqar.py --report runs.jsonl --write
-    python benchmarks/tasks/mqar.py --models LMM "LMM, linear memory" --memory-batch 16 --steps 900
+    python benchmarks/tasks/mqar.py --models LMM "LMM, linear memory" --memory-batch 16 --steps 900 \\
         --learning-rate 3e-3 --vocabulary 512 --trained 256/32 --tested 256/32 512/64 1024/128
 
 A sequence begins with pairs of a key and a value. Each key appears once more later, as a query whose answer is its
@@ -117,15 +117,15 @@ def main() -> None:
     parser.add_argument('--vocabulary', type=int, help=f'words, half of them keys; default: {VOCABULARY:,}')
     parser.add_argument('--trained', type=sizes, nargs='+', help='tokens/pairs of training sequences, in turn')
     parser.add_argument('--tested', type=sizes, nargs='+', help='tokens/pairs of test sequences')
+    parser.add_argument('--section', default='mqar', help='of docs/benchmarks.md, for --write; default: mqar')
     options = parser.parse_args()
     own = {name: getattr(options, name) for name in ('vocabulary', 'trained', 'tested') if getattr(options, name)}
+    if own and options.write and options.section == 'mqar':
+        parser.error('--write with sizes of your own needs --section, as its table is not that of the default sizes')
     settings = {**runs.settings(options, SMALL), **own}
     where, results = runs.measured(options, partial(run, **settings))
-    columns = {
-        f'{n}/{p}': (lambda r, key=f'{n}/{p}': 100 * r['accuracy'][key]) for n, p in settings.get('tested', TESTED)
-    }
-    task = f'mqar of {options.vocabulary} words' if options.vocabulary else 'mqar'
-    runs.report(options, task, where, results, columns, 1, [*models.MODELS])
+    columns = {key: (lambda r, key=key: 100 * r['accuracy'][key]) for key in results[0]['accuracy']}
+    runs.report(options, options.section, where, results, columns, 1, [*models.MODELS])
 
 
 if __name__ == '__main__':

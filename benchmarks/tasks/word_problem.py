@@ -35,7 +35,8 @@ TRAINED, TESTED = 32, [8, 16, 32, 64, 128]
 SIZES = {'dim': 128, 'depth': 2, 'dim_head': 64}
 SMALL = {'dim': 32, 'dim_head': 16, 'batch': 16, 'trained': 8, 'tested': [8, 16], 'group': 2}
 
-# depth of the memory, and the largest step relative to one that stores a value all the way; proximal ones none exceeds
+# depth of the memory, and its largest step, relative to one that moves a value all the way; `None`: proximal steps,
+# which need no limit
 MEMORIES: dict[str, tuple[int, float | None]] = {
     'linear, steps to 1': (1, 1.0),
     'linear, steps to 2': (1, 2.0),
@@ -137,8 +138,9 @@ def main() -> None:
     parser = runs.parser(__doc__ or '', MODELS, steps=3000, small_steps=200)
     parser.add_argument('--group', type=int, default=5, help='items of the symmetric group; 2 is parity')
     options = parser.parse_args()
+    if options.memory_batch is not None:
+        parser.error('--memory-batch: chunks and memory batches are single tokens here')
     settings = {'group': options.group, **runs.settings(options, SMALL)}
-    settings.pop('memory_batch', None)
     where, results = runs.measured(options, partial(run, **settings))
     tested = settings.get('tested', TESTED)
     columns = {str(n): (lambda r, key=str(n): 100 * r['accuracy'][key]) for n in tested}

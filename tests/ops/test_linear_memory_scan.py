@@ -65,12 +65,25 @@ def by_loop(inputs, states, chunks_per_batch, num_proximal_steps=None):
     return [torch.stack(t, dim=1) for t in (before, deltas, losses)], torch.stack([weights, *momentum], dim=1)
 
 
+LOOP_SIZES = [(1, 1, 1, 1), (2, 4, 1, 1), (3, 2, 3, 2), (2, 3, 2, 3), (2, 1, 3, 1)]
+
+
 @pytest.mark.parametrize('num_proximal_steps', [None, 3])
 @pytest.mark.parametrize('orders', [0, 1, 2])
-@pytest.mark.parametrize('sizes', [(1, 1, 1, 1), (2, 4, 1, 1), (3, 2, 3, 2), (2, 3, 2, 3), (2, 1, 3, 1)])
+@pytest.mark.parametrize('sizes', LOOP_SIZES)
 def test_it_equals_a_loop_over_chunks(sizes, orders, num_proximal_steps):
+    assert_equals_a_loop(*problem(*sizes, orders=orders), sizes, num_proximal_steps)
+
+
+@pytest.mark.parametrize('sizes', LOOP_SIZES)
+def test_the_limit_of_proximal_steps_is_that_of_a_loop(sizes):
+    inputs, states = problem(*sizes)
+    inputs.step_sizes[:, ::2] *= 1e6
+    assert_equals_a_loop(inputs, states, sizes, 3)
+
+
+def assert_equals_a_loop(inputs, states, sizes, num_proximal_steps):
     blocks, batches, chunks, rows = sizes
-    inputs, states = problem(*sizes, orders=orders)
     leaves = [t.requires_grad_() for t in (*inputs, *states) if t is not None]
     coefficients = Coefficients.of_blocks(inputs, blocks)
     came = linear_memory_scan(*inputs[:3], states, *coefficients, chunks, num_proximal_steps)
@@ -87,6 +100,20 @@ def test_it_equals_a_loop_over_chunks(sizes, orders, num_proximal_steps):
         total = sum((t * w).sum() for t, w in zip(outputs, weights))
         results.append(torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True))
     assert_same(*results, 1e-11, 'gradient ')
+
+
+@pytest.mark.parametrize('sizes', [(1, 2, 1, 16), (1, 4, 4, 4)])
+def test_losses_in_float32_do_not_depend_on_the_steps_after_them(sizes):
+    """Keys that are far from dependent, so that nothing but the computation of the losses limits precision."""
+    inputs, states = problem(*sizes, dim=64)
+    coefficients, found = Coefficients.of_blocks(inputs, 1), []
+    for dtype in (torch.float32, torch.float64):
+        keys, values = inputs.keys.to(dtype), inputs.values.to(dtype)
+        theta = (30 * inputs.step_sizes).to(dtype).requires_grad_()
+        rows = keys, values, theta, [state.to(dtype) for state in states]
+        losses = linear_memory_scan(*rows, *coefficients.to(dtype), sizes[2], 3).losses
+        found.append(torch.autograd.grad(losses.sum(), theta)[0])
+    assert (found[0] - found[1]).norm() < 1e-4 * found[1].norm()
 
 
 def test_second_derivatives():
@@ -343,12 +370,12 @@ def test_larger_problems_take_the_reference(kernels, monkeypatch):
         assert_same(learned(tensors, 1), exactly(tensors, 1), 1e-4)
 
 
-@pytest.mark.parametrize('own_steps', [0, 2])
-def test_the_operation_is_registered_correctly(kernels, own_steps):
+@pytest.mark.parametrize('own_coefficient', [0, 2])
+def test_the_operation_is_registered_correctly(kernels, own_coefficient):
     tensors = [t.requires_grad_() for t in tensors_of((2, 2, 1, 2), dim=16).values()]
     rows, coefficients, states = tensors[:3], tensors[3:7], tensors[7:]
     stacked = torch.stack(states, dim=1).detach().requires_grad_()
-    arguments = (*rows, stacked, *coefficients, 1, own_steps, torch.float32)
+    arguments = (*rows, stacked, *coefficients, 1, own_coefficient, torch.float32)
     torch.library.opcheck(kernels.linear_memory_scan, arguments, test_utils=CHECKS)
 
 

@@ -359,6 +359,15 @@ def test_proximal_steps_on_chip(on_chip, poisoned, shape, norm, num_proximal_ste
     assert_same(came, exactly(tensors, num_proximal_steps=num_proximal_steps), 3 * EXACT)
 
 
+def test_proximal_steps_of_almost_nothing_on_chip(on_chip, poisoned):
+    # quotients of losses that underflow
+    tensors = problem(1, 2, 2, 2, 16, 70, 2)
+    for theta in (1e-40, 8e-39, 1e-30, 1e-20):
+        tensors['step_sizes'] = torch.full_like(tensors['step_sizes'], theta)
+        came = learned(partial(scanned, num_proximal_steps=64), leaves(tensors))
+        assert_same(came, exactly(tensors, num_proximal_steps=64), EXACT)
+
+
 def test_only_one_output_of_proximal_steps_is_used(on_chip, poisoned):
     tensors = problem(1, 2, 2, 2, 16, 70, 2)
     for name in looped(tensors):

@@ -26,6 +26,9 @@ from titans_pytorch.utils.shapes import Float
 LARGEST = 1e4
 """Curvature of a row, along its own part of the step, from which on larger step sizes make no difference."""
 
+NOTHING = 1e-30
+"""Weighted loss up to which a row counts as stored already: its curvature would be a quotient of underflows."""
+
 
 def proximal_deltas(
     inputs: Float[Tensor, '... m d'],
@@ -82,5 +85,5 @@ def proximal_vector(
 def _curvatures(gradients: Float[Tensor, '... d'], weighted: Float[Tensor, ...]) -> Float[Tensor, ...]:
     """‖θ g‖² / 2θℓ; 0 for rows that are not stored, or are stored already, which have neither gradient nor loss."""
     weighted = 2 * weighted.to(gradients.dtype)
-    some = weighted > torch.finfo(gradients.dtype).tiny
+    some = weighted > NOTHING
     return torch.where(some, gradients.square().sum(dim=-1), 0.0) / torch.where(some, weighted, 1.0)

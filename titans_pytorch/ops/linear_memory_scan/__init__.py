@@ -15,7 +15,9 @@ state. Only the states pass from block to block:
 With chunks and memory batches of one token this is the gated delta rule (arXiv 2412.06464), with momentum.
 
 Proximal steps (`titans_pytorch.ops.proximal_steps`) are linear as well, as the curvature of a row is β times the number
-of steps that are added up. That number is then the coefficient, in A, of the updates of a row's own chunk.
+of steps that are added up. That number is then the coefficient, in A, of the updates of a row's own chunk, so that the
+system is triangular in blocks of chunks only, and E are the errors where steps end. The limit of the curvature there is
+one of θ here.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from titans_pytorch.ops._dispatch import use_kernel
 from titans_pytorch.ops.final_state import MOST_STATES
 from titans_pytorch.ops.linear_memory_scan import reference
 from titans_pytorch.ops.proximal_steps import LARGEST
-from titans_pytorch.utils.precision import at_least_float32, no_autocast, operand_dtype
+from titans_pytorch.utils.precision import at_least_float32, operand_dtype
 from titans_pytorch.utils.shapes import Float
 
 MOST_ROWS = 64
@@ -76,35 +78,34 @@ def linear_memory_scan(
     operands in half precision, the kernel's other products are in TF32.
     """
     operands, (length, rows) = operand_dtype(keys), (steps.shape[2], keys.shape[2])
-    own_steps = 0
+    own_coefficient = 0
     if num_proximal_steps is not None:
-        own_steps, step_sizes = num_proximal_steps, _limited(step_sizes, keys, values.shape[-1], num_proximal_steps)
+        own_coefficient = num_proximal_steps
+        step_sizes = _limited(step_sizes, keys, values.shape[-1], num_proximal_steps)
     coefficients = (steps, initial_steps, final, initial_final)
     if use_kernel([keys, values, step_sizes], [*states, *coefficients]) and _supports(keys, states, length * rows):
         from titans_pytorch.ops.linear_memory_scan import triton
 
         stacked = torch.stack(states, dim=1)
         initial, last, deltas, errors, _ = triton.linear_memory_scan(
-            keys, values, step_sizes, stacked, *coefficients, chunks_per_batch, own_steps, operands
+            keys, values, step_sizes, stacked, *coefficients, chunks_per_batch, own_coefficient, operands
         )
     else:
         initial, last, deltas, errors = reference.linear_memory_scan(
-            keys, values, step_sizes, states, *coefficients, chunks_per_batch, own_steps
+            keys, values, step_sizes, states, *coefficients, chunks_per_batch, own_coefficient
         )
-    errors = errors.unflatten(2, (length, rows))
-    if own_steps:
-        # from where the step ends to where it begins
-        with no_autocast(errors):
-            k, theta = (at_least_float32(t).unflatten(1, (-1, length)) for t in (keys, step_sizes))
-            strengths = (theta * (2 * own_steps / values.shape[-1])).unsqueeze(-1)
-            errors = errors + (k @ k.mT) @ (strengths * errors)
-    return LinearBlocks(initial, last, deltas.to(operands), errors.square().mean(dim=-1))
+    if own_coefficient:
+        # losses are those before the step, while E is where it ends
+        given = keys, values, step_sizes, steps, initial_steps, chunks_per_batch
+        errors = reference.errors_at_base(*given, initial, errors)
+    losses = errors.square().mean(dim=-1).unflatten(2, (length, rows))
+    return LinearBlocks(initial, last, deltas.to(operands), losses)
 
 
 def _limited(
     step_sizes: Float[Tensor, 'bh rn m'], keys: Float[Tensor, 'bh rn m d'], width: int, num_steps: int
 ) -> Float[Tensor, 'bh rn m']:
-    """θ, but for rows whose curvature along their own part of the step would be beyond the limit."""
+    """θ, or less for rows whose curvature along their own part of the step would be beyond `LARGEST`."""
     theta = at_least_float32(step_sizes)
     curvatures = theta * (2 * num_steps / width) * at_least_float32(keys).square().sum(dim=-1)
     return theta * LARGEST / curvatures.clamp(min=LARGEST)

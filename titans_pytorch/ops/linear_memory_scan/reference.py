@@ -19,43 +19,27 @@ def linear_memory_scan(
     final: Float[Tensor, 'bh r k n'],
     initial_final: Float[Tensor, 'bh r k k'],
     chunks_per_batch: int,
-    own_steps: int,
+    own_coefficient: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """States before each block and after the last, Δ, and the errors E with Δ = β E.
 
     Args:
-        own_steps: the coefficient, in A, of the updates of a row's own chunk.
+        own_coefficient: of the updates of a row's own chunk, in A.
     """
-    blocks, length, num_states = initial_steps.shape[1:]
-    rows_of_chunk, dim = keys.shape[2:]
-
-    def rows(t: Tensor) -> Tensor:
-        return at_least_float32(t).unflatten(1, (blocks, length)).flatten(2, 3)
-
-    def of_rows(coefficients: Tensor, dim: int) -> Tensor:
-        return coefficients.repeat_interleave(rows_of_chunk, dim=dim)
-
+    num_states, dim = initial_steps.shape[3], keys.shape[3]
     with no_autocast(keys):
-        k, v, theta = rows(keys), rows(values), rows(step_sizes)
-        strengths = (theta * (2 / v.shape[-1])).unsqueeze(-1)
-        # chunk c takes its gradient at the weights before the first chunk of its memory batch
-        base = torch.arange(length, device=k.device) // chunks_per_batch * chunks_per_batch
-        coefficients = steps.index_select(2, base)
-        if own_steps:
-            coefficients = coefficients + own_steps * torch.eye(length, dtype=steps.dtype, device=steps.device)
-        weighted = of_rows(of_rows(coefficients, 2), 3) * (k @ k.mT)
-        at_initial = of_rows(initial_steps.index_select(2, base), 2)
-
+        k, v, strengths = rows_of_blocks(keys, values, step_sizes, steps)
+        weighted, keys_by_state = products(k, steps, initial_steps, chunks_per_batch, own_coefficient)
         # what does not depend on the states, for all blocks at once: E = (from values) − (from states) · states
-        keys_by_state = (at_initial.unsqueeze(-1) * k.unsqueeze(3)).flatten(3)
         right, system = torch.cat((v, keys_by_state), dim=-1), weighted * strengths.mT
-        if own_steps:
+        if own_coefficient:
             solved = torch.linalg.solve(system + torch.eye(system.shape[-1], dtype=k.dtype, device=k.device), right)
         else:
             # the diagonal, of ones, is not read
             solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
         from_values, from_states = solved.split((v.shape[-1], num_states * dim), dim=-1)
-        to_states = (of_rows(final, 3).mT.unsqueeze(-1) * k.unsqueeze(3)).flatten(3).mT
+        of_row = final.repeat_interleave(keys.shape[2], dim=3)
+        to_states = (of_row.mT.unsqueeze(-1) * k.unsqueeze(3)).flatten(3).mT
 
         state = torch.cat(states, dim=1)
         initial, errors, deltas = [], [], []
@@ -70,3 +54,51 @@ def linear_memory_scan(
         initial_states = torch.stack(initial, dim=1).unflatten(2, (num_states, dim))
         final_states = state.unflatten(1, (num_states, dim))
         return initial_states, final_states, torch.stack(deltas, dim=1), torch.stack(errors, dim=1)
+
+
+def errors_at_base(
+    keys: Float[Tensor, 'bh rn m d'],
+    values: Float[Tensor, 'bh rn m e'],
+    step_sizes: Float[Tensor, 'bh rn m'],
+    steps: Float[Tensor, 'bh r n n'],
+    initial_steps: Float[Tensor, 'bh r n k'],
+    chunks_per_batch: int,
+    initial: Float[Tensor, 'bh r k d e'],
+    errors: Float[Tensor, 'bh r t e'],
+) -> Float[Tensor, 'bh r t e']:
+    """V − K W_base, given the states before each block and E."""
+    with no_autocast(keys):
+        k, v, strengths = rows_of_blocks(keys, values, step_sizes, steps)
+        weighted, keys_by_state = products(k, steps, initial_steps, chunks_per_batch, 0)
+        return v - keys_by_state @ initial.flatten(2, 3) - weighted @ (strengths * errors)
+
+
+def rows_of_blocks(
+    keys: Tensor, values: Tensor, step_sizes: Tensor, steps: Float[Tensor, 'bh r n n']
+) -> tuple[Float[Tensor, 'bh r t d'], Float[Tensor, 'bh r t e'], Float[Tensor, 'bh r t 1']]:
+    """K, V and β."""
+    k, v, theta = (at_least_float32(t).unflatten(1, steps.shape[1:3]).flatten(2, 3) for t in (keys, values, step_sizes))
+    return k, v, (theta * (2 / v.shape[-1])).unsqueeze(-1)
+
+
+def products(
+    k: Float[Tensor, 'bh r t d'],
+    steps: Float[Tensor, 'bh r n n'],
+    initial_steps: Float[Tensor, 'bh r n k'],
+    chunks_per_batch: int,
+    own_coefficient: int,
+) -> tuple[Float[Tensor, 'bh r t t'], Float[Tensor, 'bh r t kd']]:
+    """A ∘ K Kᵀ, and a_k ∘ K for all states k side by side."""
+    length, rows = steps.shape[2], k.shape[2] // steps.shape[2]
+
+    def of_rows(coefficients: Tensor, dim: int) -> Tensor:
+        return coefficients.repeat_interleave(rows, dim=dim)
+
+    # chunk c takes its gradient at the weights before the first chunk of its memory batch
+    base = torch.arange(length, device=k.device) // chunks_per_batch * chunks_per_batch
+    coefficients = steps.index_select(2, base)
+    if own_coefficient:
+        coefficients = coefficients + own_coefficient * torch.eye(length, dtype=steps.dtype, device=steps.device)
+    at_initial = of_rows(initial_steps.index_select(2, base), 2)
+    weighted = of_rows(of_rows(coefficients, 2), 3) * (k @ k.mT)
+    return weighted, (at_initial.unsqueeze(-1) * k.unsqueeze(3)).flatten(3)

@@ -46,14 +46,14 @@ def _rows_of_block(block, chunks, rows, key_chunk, key_row, ROWS: tl.constexpr):
 
 @triton.jit
 def _load_coefficients_of_rows(  # type: ignore[no-untyped-def]
-    steps, chunk, base, valid, chunks, own_steps, ROWS: tl.constexpr
+    steps, chunk, base, valid, chunks, own_coefficient, ROWS: tl.constexpr
 ):  # fmt: skip
     """A: the coefficient of each row's update (across) in the base weights of each row, zero unless it is earlier; but
-    `own_steps` for those of its own chunk."""
+    `own_coefficient` for those of its own chunk."""
     both = valid[:, None] & valid[None, :]
     present = both & (chunk[None, :] < base[:, None])
     earlier = tl.load(steps + base[:, None] * chunks + chunk[None, :], mask=present, other=0.0)
-    return tl.where(both & (chunk[None, :] == chunk[:, None]), own_steps, earlier)
+    return tl.where(both & (chunk[None, :] == chunk[:, None]), own_coefficient, earlier)
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def _inverse(x, ROWS: tl.constexpr, SMALL: tl.constexpr, PRECISION: tl.constexpr
 @triton.jit
 def _inverse_kernel(  # type: ignore[no-untyped-def]
     keys, step_sizes, steps, inverses,
-    blocks, chunks, rows, per_batch, own_steps, scale,
+    blocks, chunks, rows, per_batch, own_coefficient, scale,
     key_head, key_chunk, key_row, step_head, step_chunk, step_row,
     dim: tl.constexpr, TRIANGULAR: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, SMALL: tl.constexpr,
     EXACT: tl.constexpr,
@@ -105,7 +105,7 @@ def _inverse_kernel(  # type: ignore[no-untyped-def]
     beta = scale * tl.load(step_sizes + head * step_head + to_steps, mask=valid, other=0.0).to(tl.float32)
     base = chunk // per_batch * per_batch
     coefficients = _load_coefficients_of_rows(
-        steps + own * chunks * chunks, chunk, base, valid, chunks, own_steps, ROWS
+        steps + own * chunks * chunks, chunk, base, valid, chunks, own_coefficient, ROWS
     )  # fmt: skip
     gram = multiply_add(tl.zeros((ROWS, ROWS), tl.float32), key, tl.trans(key), EXACT, tl.float32)
     weighted = coefficients * gram * beta[None, :]
@@ -138,7 +138,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     blocks, chunks, rows, per_batch, parts, scale,
     key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
     dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr,
-    DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, SOLVED: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     head, part = (program // parts).to(tl.int64), program % parts
@@ -170,7 +170,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         at_base = tl.load(initial_steps + base[:, None] * STATES + state[None, :], mask=with_key, other=0.0)
         value -= tl.dot(at_base * key, w, input_precision=PRECISION)
         inverse = tl.load(inverses + own * ROWS * ROWS + index[:, None] * ROWS + index[None, :])
-        error = tl.dot(inverse, value, input_precision=PRECISION)
+        error = tl.dot(inverse, value, input_precision=SOLVED)
         delta = beta[:, None] * error
         to_rows = (own * chunks * rows + index)[:, None] * width + column[None, :]
         tl.store(errors + to_rows, error, mask=present)
@@ -197,7 +197,7 @@ def _backward_scan_kernel(  # type: ignore[no-untyped-def]
     key_head, key_chunk, key_row, step_head, step_chunk, step_row,
     dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr,
     OF_INITIAL: tl.constexpr, OF_FINAL: tl.constexpr, OF_DELTAS: tl.constexpr, OF_ERRORS: tl.constexpr,
-    DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, SOLVED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the states after each block, of the values, and of the states before the first block."""
     program = tl.program_id(0)
@@ -236,7 +236,7 @@ def _backward_scan_kernel(  # type: ignore[no-untyped-def]
             d_error += tl.load(d_errors + to_rows, mask=present, other=0.0)
         # transposed
         inverse = tl.load(inverses + own * ROWS * ROWS + index[None, :] * ROWS + index[:, None])
-        d_value = tl.dot(inverse, d_error, input_precision=PRECISION)
+        d_value = tl.dot(inverse, d_error, input_precision=SOLVED)
         tl.store(d_values + to_rows, d_value, mask=present)
 
         with_key = with_entry[:, None] & valid[None, :]
@@ -257,8 +257,8 @@ def _backward_scan_kernel(  # type: ignore[no-untyped-def]
 def _backward_kernel(  # type: ignore[no-untyped-def]
     d_deltas, d_after, d_values,
     keys, step_sizes, steps, initial_steps, final_coefficients, initial, errors,
-    d_keys, d_step_sizes, d_earlier, d_at_base, d_at_final, d_initial_final,
-    blocks, chunks, rows, per_batch, own_steps, scale,
+    d_keys, d_step_sizes, d_coefficients, d_at_base, d_at_final, d_initial_final,
+    blocks, chunks, rows, per_batch, own_coefficient, scale,
     key_head, key_chunk, key_row, step_head, step_chunk, step_row,
     dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr, OF_DELTAS: tl.constexpr,
     DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
@@ -276,7 +276,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     key = tl.load(from_keys, mask=with_key, other=0.0).to(tl.float32)
     beta = scale * tl.load(step_sizes + head * step_head + to_steps, mask=valid, other=0.0).to(tl.float32)
     coefficients = _load_coefficients_of_rows(
-        steps + own * chunks * chunks, chunk, base, valid, chunks, own_steps, ROWS
+        steps + own * chunks * chunks, chunk, base, valid, chunks, own_coefficient, ROWS
     )  # fmt: skip
     nothing = tl.zeros((ROWS, ROWS), tl.float32)
     gram = multiply_add(nothing, key, tl.trans(key), PRECISION, tl.float32)
@@ -332,7 +332,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
             tl.store(d_initial_final + to_pair, total, mask=with_feature)
 
     to_pairs = (own * chunks * rows + index)[:, None] * (chunks * rows) + index[None, :]
-    tl.store(d_earlier + to_pairs, d_weighted * gram, mask=valid[:, None] & valid[None, :])
+    tl.store(d_coefficients + to_pairs, d_weighted * gram, mask=valid[:, None] & valid[None, :])
     d_gram = d_weighted * coefficients
     d_key = multiply_add(d_key, d_gram + tl.trans(d_gram), key, PRECISION, tl.float32)
     tl.store(d_keys + (first_row + index)[:, None] * dim + feature[None, :], d_key, mask=with_key)
@@ -353,7 +353,7 @@ def _outputs(
     final: Tensor,
     initial_final: Tensor,
     chunks_per_batch: int,
-    own_steps: int,
+    own_coefficient: int,
     operands: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     heads, blocks, chunks, _ = steps.shape
@@ -378,7 +378,7 @@ def _arguments(
     steps: Tensor,
     states: Tensor,
     chunks_per_batch: int,
-    own_steps: int,
+    own_coefficient: int,
     operands: torch.dtype,
 ) -> dict[str, Any]:
     """Arguments of all kernels."""
@@ -387,15 +387,17 @@ def _arguments(
     _, count, dim, width = states.shape
     rows = keys.shape[2]
     columns = _columns(width)
+    precision = EXACT if operands == torch.float32 else 'tf32'
     return dict(
         keys=keys, **named_strides('key', keys, 'head chunk row'),
         step_sizes=step_sizes, **named_strides('step', step_sizes, 'head chunk row'),
         blocks=blocks, chunks=chunks, rows=rows, per_batch=chunks_per_batch, parts=triton.cdiv(width, columns),
-        own_steps=float(own_steps), TRIANGULAR=own_steps == 0, scale=2.0 / width,
+        own_coefficient=float(own_coefficient), TRIANGULAR=own_coefficient == 0, scale=2.0 / width,
         dim=dim, width=width, STATES=count, PADDED=triton.next_power_of_2(count),
         DIM=tile_size(dim), ROWS=tile_size(chunks * rows), WIDTH=columns, SMALL=SMALL,
-        # of all products but those that form the inverse, where rounding is amplified
-        PRECISION=EXACT if operands == torch.float32 else 'tf32', EXACT=EXACT,
+        # of all products but those that form the inverse, where rounding is amplified; so it is in products with the
+        # inverse, if proximal steps are large
+        PRECISION=precision, SOLVED=EXACT if own_coefficient else precision, EXACT=EXACT,
     )  # fmt: skip
 
 
@@ -413,14 +415,14 @@ def _forward(
     final: Tensor,
     initial_final: Tensor,
     chunks_per_batch: int,
-    own_steps: int,
+    own_coefficient: int,
     operands: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     given = keys, values, step_sizes, states, steps, initial_steps, final, initial_final
-    outputs = _outputs(*given, chunks_per_batch, own_steps, operands)
+    outputs = _outputs(*given, chunks_per_batch, own_coefficient, operands)
     names = ('initial', 'final', 'deltas', 'errors', 'inverses')
     values = contiguous_inside(values, 1)
-    arguments = _arguments(keys, step_sizes, steps, states, chunks_per_batch, own_steps, operands) | dict(
+    arguments = _arguments(keys, step_sizes, steps, states, chunks_per_batch, own_coefficient, operands) | dict(
         zip(names, outputs),
         values=values, **named_strides('value', values, 'head chunk row'), states=states.contiguous(),
         steps=steps.contiguous(), initial_steps=initial_steps.contiguous(),
@@ -449,7 +451,7 @@ def _backward(
     final: Tensor,
     initial_final: Tensor,
     chunks_per_batch: int,
-    own_steps: int,
+    own_coefficient: int,
     operands: torch.dtype,
 ) -> tuple[Tensor, ...]:
     heads, blocks, chunks, _ = steps.shape
@@ -467,13 +469,13 @@ def _backward(
         'd_keys': states.new_empty(*keys.shape[:-1], dim),
         'd_values': states.new_empty(values.shape),
         'd_step_sizes': states.new_empty(step_sizes.shape),
-        'd_earlier': states.new_empty(*of_rows, chunks * rows),
+        'd_coefficients': states.new_empty(*of_rows, chunks * rows),
         'd_at_base': states.new_empty(*of_rows, count),
         'd_at_final': states.new_empty(*of_rows, count),
         'd_initial_final': states.new_empty(*initial_final.shape, dim),
     }
     arguments = (
-        _arguments(keys, step_sizes, steps, states, chunks_per_batch, own_steps, operands)
+        _arguments(keys, step_sizes, steps, states, chunks_per_batch, own_coefficient, operands)
         | {name: states.new_empty(0) if d is None else d.contiguous() for name, (_, d) in incoming.items()}
         | {flag: d is not None for flag, d in incoming.values()}
         | results
@@ -495,7 +497,7 @@ def _backward(
         first = batches.sum(dim=3, keepdim=True)
         return torch.nn.functional.pad(first, (0, 0, 0, chunks_per_batch - 1)).flatten(2, 3)
 
-    d_steps, d_initial_steps = results['d_earlier'], results['d_at_base']
+    d_steps, d_initial_steps = results['d_coefficients'], results['d_at_base']
     if rows > 1:
         d_steps = sum_over_rows(sum_over_rows(d_steps, 3), 2)
         d_initial_steps = sum_over_rows(d_initial_steps, 2)

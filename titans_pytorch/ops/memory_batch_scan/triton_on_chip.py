@@ -7,9 +7,10 @@ written out before each block of memory batches, for retrieval, and before each 
 products, for the backward. That goes from the last memory batch to the first, with the gradient G of the states on
 chip.
 
-Proximal steps (`triton_proximal.py`) add sums: of the products of hidden rows with each other, together with that
-above, and of the squared norms of Δ₁, for which programs meet a second time; backward, of what depends on Δ₁, at once.
-Every program solves the same systems, of as many equations as a memory batch has rows.
+Proximal steps (`triton_proximal.py`) need more sums. Products of hidden rows with each other are added up at the same
+meeting, and for the squared norms of Δ₁ programs meet a second time. Backward they meet once, also for the sums over
+hidden features of what comes through Δ₁. Every program solves all systems by itself; they have as many equations as a
+memory batch has rows.
 
 Where programs cannot wait for each other, in Triton's interpreter, what lies between two such meetings is launched by
 itself, and states stay in memory between launches.
@@ -17,6 +18,7 @@ itself, and states stay in memory between launches.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -121,7 +123,7 @@ def _sum_of_parts(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     entry = tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     total = tl.zeros((ROWS, WIDTH), tl.float32)
-    # all loads at once
+    # unrolled, so that the loads overlap
     for part in tl.static_range(COUNT):
         # another multiprocessor wrote it
         total += tl.load(parts + part * SIZE + entry, cache_modifier='.cg')
@@ -140,7 +142,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     PROXIMAL: tl.constexpr, SAVES: tl.constexpr, BEFORE_SUM: tl.constexpr, BEFORE_NORMS: tl.constexpr,
     AFTER_SUMS: tl.constexpr, WAITS: tl.constexpr, COUNTER_STRIDE: tl.constexpr, PARTS: tl.constexpr,
     SIZE: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, UNITS: tl.constexpr,
-    PRECISION: tl.constexpr, OPERAND: tl.constexpr, SOLVED: tl.constexpr,
+    PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     part, groups = program % PARTS, tl.num_programs(0) // PARTS
@@ -152,8 +154,9 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     to_last, in_last = unit[:, None] * dim + feature[None, :], with_unit[:, None] & with_feature[None, :]
     inside, present = valid[:, None] & with_feature[None, :], valid[:, None] & with_unit[None, :]
     nothing, no_products = tl.zeros((ROWS, UNITS), tl.float32), tl.zeros((ROWS, ROWS), tl.float32)
-    # rows of one chunk, and the meetings of a memory batch
+    # 1 for rows of the same chunk
     together = tl.where(chunk[:, None] == chunk[None, :], 1.0, 0.0)
+    # of the programs of a head, in each memory batch
     meetings: tl.constexpr = 2 if PROXIMAL else 1
     entry = index[:, None] * ROWS + index[None, :]
 
@@ -241,13 +244,13 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                         first_products, first_share * first_c, last_products, last_share * last_c, chunks * rows, ROWS
                     )
                     hidden_delta *= first_share[:, None]
-                    hidden_delta = multiply_add(nothing, first_inverse, hidden_delta, SOLVED, tl.float32)
+                    hidden_delta = multiply_add(nothing, first_inverse, hidden_delta, PRECISION, tl.float32)
                     delta *= last_share[:, None]
                     delta = multiply_add(
-                        tl.zeros((ROWS, DIM), tl.float32), last_inverse, delta, SOLVED, tl.float32
+                        tl.zeros((ROWS, DIM), tl.float32), last_inverse, delta, PRECISION, tl.float32
                     )  # fmt: skip
                     if NORM:
-                        _, divisor, _, _ = vector_steps(of_rows, weighted, together, num_steps, SOLVED, ROWS, DIM)
+                        _, divisor, _, _ = vector_steps(of_rows, weighted, together, num_steps, PRECISION, ROWS, DIM)
                         of_rows /= divisor[:, None]
                     if SAVES:
                         if part == 0:
@@ -343,7 +346,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     PROXIMAL: tl.constexpr, BEFORE_SUM: tl.constexpr, AFTER_SUMS: tl.constexpr, WAITS: tl.constexpr,
     COUNTER_STRIDE: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr,
     ROWS: tl.constexpr, DIM: tl.constexpr, UNITS: tl.constexpr,
-    PRECISION: tl.constexpr, OPERAND: tl.constexpr, SOLVED: tl.constexpr,
+    PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Memory batches in reverse, `first_batch` to `last_batch` counted from the end."""
     program = tl.program_id(0)
@@ -429,8 +432,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                 first_products = together * multiply_add(no_products, k, tl.trans(k), PRECISION, OPERAND)
                 first_share = shares(first_products, first_c, ROWS)
                 inverse = tl.load(first_inverses + own * ROWS * ROWS + entry)
-                dual = multiply_add(nothing, tl.trans(inverse), d_hidden_delta, SOLVED, tl.float32)
-                matches = multiply_add(no_products, dual, tl.trans(hidden_delta), SOLVED, tl.float32)
+                dual = multiply_add(nothing, tl.trans(inverse), d_hidden_delta, PRECISION, tl.float32)
+                matches = multiply_add(no_products, dual, tl.trans(hidden_delta), PRECISION, tl.float32)
                 d_hidden_delta = first_share[:, None] * dual
                 if BEFORE_SUM:
                     # what the norms of Δ₁ are to add to the gradient of Δ₂, but for a factor of each row
@@ -464,8 +467,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                     last_products = tl.load(hidden_products + own * ROWS * ROWS + entry)
                     share = shares(last_products, c, ROWS)
                     inverse = tl.load(last_inverses + own * ROWS * ROWS + entry)
-                    dual = multiply_add(no_rows, tl.trans(inverse), d_delta, SOLVED, tl.float32)
-                    matches = multiply_add(no_products, dual, tl.trans(delta), SOLVED, tl.float32)
+                    dual = multiply_add(no_rows, tl.trans(inverse), d_delta, PRECISION, tl.float32)
+                    matches = multiply_add(no_products, dual, tl.trans(delta), PRECISION, tl.float32)
                     d_c, d_last_products = through_system(matches, last_products, together, c, share, ROWS)
                     d_weighted += d_c * of_weighted
                     d_delta = share[:, None] * dual + 2 * (d_c * of_norms)[:, None] * own_delta
@@ -486,7 +489,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                         d_of_rows += tl.load(d_of_gamma + to_rows, mask=inside, other=0.0)
                     if PROXIMAL:
                         d_of_rows, d_own = through_vector_steps(
-                            d_of_rows, of_rows, weighted, together, num_steps, SOLVED, ROWS, DIM
+                            d_of_rows, of_rows, weighted, together, num_steps, PRECISION, ROWS, DIM
                         )
                         d_weighted += d_own
                 if LOSSES:
@@ -652,8 +655,10 @@ def _forward(
     given = (keys, values, step_sizes, first, last, gamma, coefficients, initial_coefficients)
     outputs = _outputs(*given, batches_per_block, saves, eps, num_proximal_steps, operands)
     shared = _arguments(
-        keys, values, step_sizes, first, coefficients, initial_coefficients, eps, num_proximal_steps, operands, FORWARD
-    )
+        keys, values, step_sizes, first, coefficients, initial_coefficients, eps, num_proximal_steps, operands,
+        # y, products of hidden rows, and norms
+        lambda rows, features, proximal: features + (rows + 1 if proximal else 0),
+    )  # fmt: skip
     parts = shared['PARTS']
     arguments: dict[str, Any] = shared | dict(zip(OUTPUTS, outputs)) | dict(batches_per_block=batches_per_block)
     absent = coefficients.new_empty(0)
@@ -702,8 +707,10 @@ def _backward(
     heads, batches, count, chunks = coefficients.shape
     rows, dim = keys.shape[2:]
     shared = _arguments(
-        keys, values, step_sizes, first, coefficients, initial_coefficients, eps, num_proximal_steps, operands, BACKWARD
-    )
+        keys, values, step_sizes, first, coefficients, initial_coefficients, eps, num_proximal_steps, operands,
+        # the gradient of Δ₂, what norms and Δ₁ add to that of the gradient, and matches of Δ₁
+        lambda rows, features, proximal: features + (2 * features + rows if proximal else 0),
+    )  # fmt: skip
     parts = shared['PARTS']
     absent = coefficients.new_empty(0)
 
@@ -790,20 +797,20 @@ def _arguments(
     eps: float,
     num_proximal_steps: int | None,
     operands: torch.dtype,
-    phases: tuple[str, ...],
+    entries_of_row: Callable[[int, int, bool], int],
 ) -> dict[str, Any]:
-    """Arguments of both kernels."""
+    """Arguments of both kernels.
+
+    Args:
+        entries_of_row: for each row on chip, entries of a program's part of all sums of a memory batch, given the rows
+            on chip, the padded features, and whether steps are proximal.
+    """
     keys, values = contiguous_inside(keys, 1), contiguous_inside(values, 1)
     heads, batches, count, chunks = coefficients.shape
     rows, dim = keys.shape[2:]
-    width, precision = first.shape[3], product_precision(operands)
+    width = first.shape[3]
     padded, on_chip, proximal = tile_size(dim), tile_size(chunks * rows), num_proximal_steps is not None
-    parts = triton.cdiv(width, UNITS)
-    # of each row, entries of a program's part of all sums
-    entries = padded
-    if proximal:
-        entries += on_chip + 1 if phases == FORWARD else on_chip + 2 * padded
-    size = on_chip * entries
+    parts, size = triton.cdiv(width, UNITS), on_chip * entries_of_row(on_chip, padded, proximal)
     return dict(
         keys=keys, **named_strides('key', keys, 'head chunk row'),
         values=values, **named_strides('value', values, 'head chunk row'),
@@ -813,9 +820,7 @@ def _arguments(
         batches=batches, heads=heads, chunks=chunks, rows=rows, eps=eps,
         num_steps=float(num_proximal_steps or 0), PROXIMAL=proximal,
         dim=dim, width=width, STATES=count, MOMENTUM=count > 1, COUNTER_STRIDE=COUNTER_STRIDE, SIZE=size,
-        PARTS=parts, ROWS=on_chip, DIM=padded, UNITS=UNITS, num_warps=WARPS, **precision,
-        # of products with inverses
-        SOLVED=precision['PRECISION'] if operands == torch.float32 else 'tf32',
+        PARTS=parts, ROWS=on_chip, DIM=padded, UNITS=UNITS, num_warps=WARPS, **product_precision(operands),
     )  # fmt: skip
 
 

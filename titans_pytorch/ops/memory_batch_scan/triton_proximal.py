@@ -9,19 +9,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from titans_pytorch.ops import proximal_steps
 from titans_pytorch.ops._triton import invert, multiply_add
-from titans_pytorch.ops.proximal_steps import LARGEST as _LARGEST
 
-LARGEST = tl.constexpr(_LARGEST)
-# the smallest normal float32
-TINY = tl.constexpr(1.1754943508222875e-38)
+LARGEST, NOTHING = tl.constexpr(proximal_steps.LARGEST), tl.constexpr(proximal_steps.NOTHING)
 
 
 @triton.jit
 def curvatures(norms, weighted, num_steps):  # type: ignore[no-untyped-def]
     """c = ‖θ ∂ℓ/∂a‖² / 2θℓ for all steps that add up; and c over the first and minus c over the second, for the way
     back."""
-    some = 2 * weighted > TINY
+    some = 2 * weighted > NOTHING
     of_norm = tl.where(some, num_steps / tl.where(some, 2 * weighted, 1.0), 0.0)
     c = of_norm * norms
     return c, of_norm, -c / tl.where(some, weighted, 1.0)
@@ -58,6 +56,9 @@ def inverses_of_systems(  # type: ignore[no-untyped-def]
 @triton.jit
 def through_system(matches, products, together, c, share, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
     """The gradients of c, and of the products X Xᵀ, added to their transpose.
+
+    With s the share of a row and o its own part, the step solves s o = Δ + s c ∘ (X Xᵀ Δ). Where the limit holds,
+    s c (X Xᵀ)_ii is constant, and s has the gradient λ_i · o_i − c_i Σ_j (X Xᵀ)_ij λ_i · Δ_j = λ_i · Δ_i / s_i.
 
     Args:
         matches: λ Δᵀ, where λ is the inverse, transposed, times the gradient of Δ.
