@@ -372,10 +372,11 @@ def draw_stability(small: bool) -> Figure:
 # results of the benchmarks
 
 
-def results(section: str) -> list[dict[str, str]]:
-    """Rows of the table in a section of `docs/benchmarks.md`, by the heads of their columns."""
+def results(section: str, first: str = 'model') -> list[dict[str, str]]:
+    """Rows of the table with this first head in a section of `docs/benchmarks.md`, by the heads of their columns."""
     text = RESULTS.read_text().split(f'<!-- {section} -->\n')[1].split(f'<!-- end of {section} -->')[0]
-    heads, _, *rows = ([cell.strip() for cell in line.split('|')[1:-1]] for line in text.splitlines() if '|' in line)
+    (own,) = (part for part in text.split('\n\n') if part.startswith(f'| {first} |'))
+    heads, _, *rows = ([cell.strip() for cell in line.split('|')[1:-1]] for line in own.strip().splitlines())
     return [dict(zip(heads, row)) for row in rows]
 
 
@@ -429,6 +430,21 @@ def draw_needle(small: bool) -> Figure:
     return figure
 
 
+def draw_long_text(small: bool) -> Figure:
+    axes = (figure := Figure(figsize=(WIDTH, 3.7), layout='constrained')).subplots()
+    places = {'MAC': 1.70, 'LMM': 1.46, 'MAG': 1.275, 'MAL': 1.115, 'attention alone': 1.03}
+    colours = {'attention alone': GREEN, 'MAL': ORANGE, 'MAG': BLUE}
+    for row in results('task, long text', 'position'):
+        name, *bits = row.values()
+        colour = colours.get(name, GREY)
+        axes.plot([float(of) for of in bits], 'o-', color=colour, linewidth=2, markersize=4)
+        axes.text(6.5, places[name], name, color=colours.get(name, '#555555'), weight='bold', ha='center')
+    axes.set_xticks(range(len(bits)), [*row][1:], fontsize=8)
+    axes.set(xlabel='position in the window, in bytes', ylabel='bits per byte')
+    axes.set_title('After the same time, attention models C code better at every distance')
+    return figure
+
+
 def draw_learning(small: bool) -> Figure:
     with (BENCHMARKS / 'learning.csv').open() as file:
         rows = [*csv.DictReader(line for line in file if not line.startswith('#'))]
@@ -457,6 +473,7 @@ PICTURES: dict[str, Callable[[bool], Figure]] = {
     'learning': draw_learning,
     'mqar': draw_mqar,
     'needle': draw_needle,
+    'long_text': draw_long_text,
 }
 
 

@@ -1,7 +1,7 @@
 """Bits per byte by position in long windows of text, for all models at equal numbers of parameters and equal time.
 
     python benchmarks/tasks/long_text.py --data train.gz --test test.gz --memory-batch 16 --json runs.jsonl
-    python benchmarks/tasks/long_text.py --report runs.jsonl --plot docs/assets/long-text.png --write
+    python benchmarks/tasks/long_text.py --report runs.jsonl --plot long_text.png --write
 
 Models train for `--seconds` on random windows of 4,096 bytes. They are tested on windows of 65,536 bytes of other text,
 sixteen times as long, which they read as a stream: in pieces, each call with the state that the last one returned, so
