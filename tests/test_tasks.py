@@ -116,7 +116,7 @@ def test_word_problem_trains(name):
     assert came['accuracy'].keys() == {'4', '6'}
 
 
-@pytest.mark.parametrize('name', ['chunk 4, depth 2, proximal, 4', 'chunk 16, depth 1, plain, 1/16'])
+@pytest.mark.parametrize('name', ['chunk 4, depth 1, proximal, 4', 'chunk 16, depth 1, plain, 1/16'])
 def test_step_sizes_train(name):
     came = step_sizes.run(name, 0, device='cpu', steps=2, learning_rate=1e-2, seconds=None)
     assert came['steps'] == 2 and 0 <= came['accuracy'] <= 1
