@@ -9,7 +9,7 @@ import random
 import shutil
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from compare import all_in_float64, assert_same
+from filelock import FileLock
 from torch import Tensor
 
 import train_mac
@@ -139,16 +140,20 @@ def free_ports(count: int) -> list[int]:
 
 
 @pytest.fixture(scope='module')
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with runs of one process and of two."""
-    folder = tmp_path_factory.mktemp('runs')
-    (folder / 'text').write_bytes(TEXT)
-    torch.multiprocessing.spawn(_process, args=(free_ports(6), folder), nprocs=PROCESSES)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    assert train_mac.main(words(folder, '--run-dir', str(folder / 'one'))) == 0
-    yield folder
-    torch.set_num_threads(threads)
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs of one process and of two, which all workers of pytest-xdist share."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if 'PYTEST_XDIST_WORKER' in os.environ else root) / 'runs'
+    complete = folder / 'complete'
+    with FileLock(f'{folder}.lock'):
+        if not complete.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            (folder / 'text').write_bytes(TEXT)
+            torch.multiprocessing.spawn(_process, args=(free_ports(6), folder), nprocs=PROCESSES)
+            assert train_mac.main(words(folder, '--run-dir', str(folder / 'one'))) == 0
+            complete.touch()
+    return folder
 
 
 def assert_same_run(came: Path, expected: Path, count: int) -> None:
