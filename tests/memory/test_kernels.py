@@ -64,7 +64,7 @@ def test_proximal_steps_on_chip_equal_the_dense_engine(launched, changes, monkey
     monkeypatch.setattr(DualBackend, '_stays_on_chip', lambda *_: True)
     dual, dense = (memory('proximal steps', 2, 4, engine=engine, **changes) for engine in ('dual', 'dense'))
     dense.to(DEVICE).load_state_dict(dual.float().to(DEVICE).state_dict())
-    seq = inputs(dense, 39).to(DEVICE)
+    seq = inputs(dense, 19).to(DEVICE)
     results = []
     for mem in (dual, dense):
         out, state = mem(seq.to(next(mem.parameters()).dtype))
