@@ -258,9 +258,9 @@ def conditions(results: list[dict[str, Any]]) -> str:
 
 
 def differences(own: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> list[tuple[float, float]]:
-    """Difference in bits per byte from the baseline in each bin, and its standard error over stretches of text.
+    """Difference in bits per byte from the baseline in each bin, and its standard error over sections of text.
 
-    Windows that begin in the same stretch, as long as a window, count as one, as most of their bytes are the same.
+    Windows that begin in the same section, as long as a window, count as one, as most of their bytes are the same.
     """
 
     def by_window(results: list[dict[str, Any]]) -> Tensor:
@@ -268,8 +268,8 @@ def differences(own: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> li
 
     difference = by_window(own) - by_window(baseline)
     each = max(1, own[0]['tested'] // own[0]['stride'])
-    stretches = torch.stack([part.mean(dim=0) for part in difference.split(each)])
-    errors = stretches.std(dim=0) / len(stretches) ** 0.5 if len(stretches) > 1 else stretches[0] * math.nan
+    sections = torch.stack([part.mean(dim=0) for part in difference.split(each)])
+    errors = sections.std(dim=0) / len(sections) ** 0.5 if len(sections) > 1 else sections[0] * math.nan
     return [*zip(difference.mean(dim=0).tolist(), errors.tolist())]
 
 

@@ -421,12 +421,12 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
             h = multiply_add(nothing, k, w_1, PRECISION, OPERAND)
             slope = gelu_derivative(h)
             g = multiply_add(nothing, own_delta, tl.trans(w_2), PRECISION, OPERAND)
-            first_c, of_norms, of_weighted, first_share, first_products = 0.0, 0.0, 0.0, 0.0, 0.0
             parts_of_delta = partial + (head * 2 + step % 2) * PARTS * SIZE
             parts_of_norms, parts_of_gradient = parts_of_delta + ROWS * DIM, parts_of_delta + 2 * ROWS * DIM
             parts_of_matches = parts_of_delta + 3 * ROWS * DIM
             if PROXIMAL:
-                weighted = theta_row * tl.sum(difference * difference, axis=1) / dim
+                loss = tl.sum(difference * difference, axis=1) / dim
+                weighted = theta_row * loss
                 norms = tl.load(hidden_norms + own * ROWS + index)
                 first_c, of_norms, of_weighted = curvatures(norms, weighted, num_steps)
                 first_products = together * multiply_add(no_products, k, tl.trans(k), PRECISION, OPERAND)
@@ -453,7 +453,6 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                 if OF_DELTAS:
                     d_delta += tl.load(d_deltas + to_rows, mask=inside, other=0.0).to(tl.float32)
                 d_of_rows, d_loss, d_weighted = 0.0, 0.0, 0.0
-                d_first_products, d_last_products = no_products, no_products
                 if PROXIMAL:
                     matches = _sum_of_parts(parts_of_matches, PARTS, SIZE, ROWS, ROWS)
                     d_c, d_first_products = through_system(
@@ -500,7 +499,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                     y, k, v, theta, gain, d_delta, d_of_rows, d_loss, inside, eps, dim, NORM
                 )
                 if PROXIMAL:
-                    d_step += d_weighted * tl.sum(difference * difference, axis=1) / dim
+                    d_step += d_weighted * loss
                     d_a = multiply_add(d_a, d_last_products, a, PRECISION, OPERAND)
                 if part == 0:
                     tl.store(d_step_sizes + start + index, d_step, mask=valid)
@@ -525,12 +524,12 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
                 # back before the memory batch
                 mix = _load_mix(initial_coefficients, own, MOMENTUM)
-                from_saved = first_saved + (own * STATES) * size + to_first
+                from_saved = first_saved + own * STATES * size + to_first
                 g_1, t_1, d_kept, d_added, d_kept_momentum = _step_back(
                     g_1, t_1, w_1, from_saved + size, in_first, mix, MOMENTUM
                 )
                 g_1 = multiply_add(g_1, tl.trans(k), d_h, PRECISION, OPERAND)
-                from_saved = last_saved + (own * STATES) * size + to_last
+                from_saved = last_saved + own * STATES * size + to_last
                 g_2, t_2, d_kept_2, d_added_2, d_kept_momentum_2 = _step_back(
                     g_2, t_2, w_2, from_saved + size, in_last, mix, MOMENTUM
                 )
