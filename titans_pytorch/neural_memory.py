@@ -25,10 +25,13 @@ from titans_pytorch.memory.modules import (
     HeadsFirst,
     L2Norm,
     MultiheadRMSNorm,
+    SplitHeads,
     gate,
+    join_heads,
     linear_from,
     pointwise,
     projection,
+    rows_of_heads,
 )
 from titans_pytorch.memory.reference import LossFn, default_loss_fn
 from titans_pytorch.memory.schedule import QueryGroups, Schedule
@@ -62,6 +65,7 @@ from titans_pytorch.utils.precision import (
     in_module_precision,
     network_autocast,
     network_rows,
+    operand_dtype,
 )
 from titans_pytorch.utils.shapes import Bool, Float, Int, concatenated, is_empty
 
@@ -281,7 +285,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         self.conv_context = 0 if conv_kernel is None else conv_kernel - 1
         norm = partial(MultiheadRMSNorm, dim_head, heads) if qk_rmsnorm else L2Norm if qk_l2norm else nn.Identity
         self.q_norm, self.k_norm = norm(), norm()
-        self.split_kv_heads = Rearrange('b n (h u d) -> b h (n u) d', h=heads, u=num_kv_per_token)
+        self.split_heads, self.split_kv_heads = SplitHeads(heads), SplitHeads(heads, num_kv_per_token)
 
         # retrieved values
 
@@ -493,19 +497,19 @@ class NeuralMemory(Resettable, InReferenceFormat):
         state = EMPTY if state is None else state
         if self.checkpoint_every is not None and torch.is_grad_enabled():
             pieces = call.pieces(self.checkpoint_every)
-            retrieved, next_state, surprises = self._checkpointed(pieces, state, prev_weights)
+            retrieved, next_state, surprises = self._checkpointed(pieces, state, prev_weights, return_surprises)
         else:
-            retrieved, next_state, surprises = self._forward(call, state, prev_weights)
+            retrieved, next_state, surprises = self._forward(call, state, prev_weights, return_surprises)
         # a later call does not use the initial weights, and a short one completes no chunk
         retrieved = depending_on(self.parameters(), retrieved)
         next_state = next_state.detach() if detach_mem_state else next_state
         return (retrieved, next_state, surprises) if return_surprises else (retrieved, next_state)
 
     def _forward(
-        self, call: Call, state: NeuralMemState, prev_weights: Mapping[str, Tensor] | None
-    ) -> tuple[Float[Tensor, 'b n d'], NeuralMemState, Surprises]:
+        self, call: Call, state: NeuralMemState, prev_weights: Mapping[str, Tensor] | None, with_surprises: bool
+    ) -> tuple[Float[Tensor, 'b n d'], NeuralMemState, Surprises | None]:
         before = self._opened(state, call.queries)
-        weights, after, surprises = self._store(call, before, prev_weights)
+        weights, after, surprises = self._store(call, before, prev_weights, with_surprises)
         position = self._position_in_chunk(before.pending, call.stores)
         rows, carried = self._query_rows(call.queries, before.pending, position)
         retrieved = self._retrieve(call.queries.shape[1], rows, weights, position)
@@ -514,12 +518,16 @@ class NeuralMemory(Resettable, InReferenceFormat):
         return retrieved, after.to_state(weights), surprises
 
     def _checkpointed(
-        self, pieces: Iterable[Call], state: NeuralMemState, prev_weights: Mapping[str, Tensor] | None
-    ) -> tuple[Float[Tensor, 'b n d'], NeuralMemState, Surprises]:
+        self,
+        pieces: Iterable[Call],
+        state: NeuralMemState,
+        prev_weights: Mapping[str, Tensor] | None,
+        with_surprises: bool,
+    ) -> tuple[Float[Tensor, 'b n d'], NeuralMemState, Surprises | None]:
         """`_forward` piece by piece, each of which the backward pass recomputes."""
 
         def forward(piece: Call, state: NeuralMemState) -> Any:
-            retrieved, after, surprises = self._forward(piece, state, prev_weights)
+            retrieved, after, surprises = self._forward(piece, state, prev_weights, with_surprises)
             return retrieved, replaced(after, updates=None), surprises
 
         retrieved, surprises = [], []
@@ -527,7 +535,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
             out, state, surprise = checkpoint(forward, piece, state, use_reentrant=False)
             retrieved.append(out)
             surprises.append(surprise)
-        return torch.cat(retrieved, dim=1), state, Surprises.joined(surprises)
+        return torch.cat(retrieved, dim=1), state, Surprises.joined(surprises) if with_surprises else None
 
     def store_memories(
         self,
@@ -560,7 +568,9 @@ class NeuralMemory(Resettable, InReferenceFormat):
         before = self._opened(
             (seq_index, weights, None, past_state, None), queries, names=('seq_index', 'weights', 'past_state')
         )
-        over_time, after, surprises = self._store(Call(queries, seq, mask, None), before, prev_weights)
+        over_time, after, surprises = self._store(
+            Call(queries, seq, mask, None), before, prev_weights, return_surprises
+        )
         next_state = after.to_state(over_time)
         return (next_state.updates, next_state, *((surprises,) if return_surprises else ()))
 
@@ -593,7 +603,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         else:
             base = self._opened(EMPTY if state is None else state, seq).weights.base
         normed = self.retrieve_norm(seq)
-        queries = self._queries_of(pointwise(self.to_queries)(normed))
+        queries = self._queries_of(normed, pointwise(self.to_queries))
         return self._combine(self._apply_network(base, queries), normed)
 
     def _opened(self, state: Any, seq: Float[Tensor, 'b n d'], **names: Any) -> OpenState:
@@ -684,7 +694,6 @@ class NeuralMemory(Resettable, InReferenceFormat):
             if buffers.queries is not None:
                 buffers.queries.copy_(rows[:, 1:])
             normed = self.retrieve_norm(rows)
-            projected, normed = self.to_queries(normed), normed[:, context:]
             plain = PlainRetrieval.of(
                 self.heads,
                 self.memory_model_parameters.mlp,
@@ -693,9 +702,10 @@ class NeuralMemory(Resettable, InReferenceFormat):
                 self.retrieve_gate,
                 self._dtype,
             )
+            own = normed[:, context:]
             if plain is None:
-                return self._combine(self._apply_network(newest, self._queries_of(projected)), normed)
-            return self.combine_heads(plain(newest, projected, normed))
+                return self._combine(self._apply_network(newest, self._queries_of(normed, self.to_queries)), own)
+            return self.combine_heads(plain(newest, self.to_queries(normed), own))
 
         assert buffers.queries is not None
         if begins_group and context:
@@ -714,8 +724,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
     # storing
 
     def _store(
-        self, call: Call, state: OpenState, prev_weights: Mapping[str, Tensor] | None
-    ) -> tuple[FastWeights, OpenState, Surprises]:
+        self, call: Call, state: OpenState, prev_weights: Mapping[str, Tensor] | None, with_surprises: bool
+    ) -> tuple[FastWeights, OpenState, Surprises | None]:
         pending, chunk_size = state.pending, self.store_chunk_size
         tokens = concatenated((pending.tokens, call.to_store), dim=-2)
         mask = _joined_masks(pending, call)
@@ -729,7 +739,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         chunks, pooled = self._project_chunks(rows, None if mask is None else mask[:, :complete])
         residual = self._weight_residual(prev_weights, pooled, schedule.first_chunk)
         with network_autocast(self._dtype, tokens.device):
-            inputs = StoreInputs(chunks, residual, schedule, state.weights, self._transition)
+            inputs = StoreInputs(chunks, residual, schedule, state.weights, self._transition, with_surprises)
             over_time, weights, losses = self._backend_for(call.batch_size).store(inputs)
 
         # copied, so that a kept state does not keep the whole input
@@ -739,7 +749,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
             before=rows[..., complete:, :].clone() if self.conv_context else None,
         )
         after = OpenState(state.seq_index + complete, weights, rest)
-        return over_time, after, self._surprises(losses, chunks.step_sizes)
+        return over_time, after, None if losses is None else self._surprises(losses, chunks.step_sizes)
 
     @property
     def _rows_per_chunk(self) -> int:
@@ -761,8 +771,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
         seq, values_seq = normed if self.qkv_receives_diff_views else (normed, normed)
         pooled = self.reduce_to_chunk_rep(seq[:, self.conv_context :])
         chunk_size, rows = self.store_chunk_size, self.store_chunk_size * self.num_kv_per_token
-        keys = self.k_norm(self.split_kv_heads(self.to_keys(seq)))
-        values = self.split_kv_heads(self.to_values(values_seq))
+        keys = rows_of_heads(seq, self.to_keys, self.split_kv_heads, self.k_norm)
+        values = rows_of_heads(values_seq, self.to_values, self.split_kv_heads)
         keys, values = (rearrange(t, 'b h (n m) d -> (b h) n m d', m=rows) for t in (keys, values))
         keys, values = (network_rows(t, self._dtype) for t in (keys, values))
 
@@ -872,19 +882,18 @@ class NeuralMemory(Resettable, InReferenceFormat):
     def _queries(self, rows: Float[Tensor, 'b t d']) -> tuple[Float[Tensor, 'b n d'], Float[Tensor, 'bh n e']]:
         """Normalised rows and their queries, without those in front that are context of the convolutions."""
         normed = for_products(self.retrieve_norm(rows))
-        queries = self._queries_of(self.to_queries(normed))
+        queries = self._queries_of(normed, self.to_queries)
         return normed[:, self.conv_context :], network_rows(queries, self._dtype)
 
-    def _queries_of(self, projected: Float[Tensor, 'b n d']) -> Float[Tensor, 'bh n e']:
-        return self.q_norm(projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)).flatten(0, 1)
+    def _queries_of(self, normed: Float[Tensor, 'b t d'], projection: Module) -> Float[Tensor, 'bh n e']:
+        return rows_of_heads(normed, projection, self.split_heads, self.q_norm).flatten(0, 1)
 
     def _combine(self, values: Float[Tensor, 'bh n e'], normed: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
         """Retrieved values of all heads, gated and combined."""
-        values = in_module_precision(values, self._dtype)
-        values = self.multihead_rmsnorm(values.unflatten(0, (-1, self.heads)))
-        if self.retrieve_gate is not None:
-            values = values * self.retrieve_gate(normed)
-        return self.combine_heads(values.transpose(1, 2).flatten(2))
+        values = in_module_precision(values, self._dtype).unflatten(0, (-1, self.heads))
+        # to combine heads is a product
+        dtype = operand_dtype(values) if self.heads > 1 else None
+        return self.combine_heads(join_heads(values, self.multihead_rmsnorm, self.retrieve_gate, normed, dtype))
 
 
 def _optional(module: Module | None, x: Tensor) -> Tensor | None:

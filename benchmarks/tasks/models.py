@@ -53,9 +53,12 @@ def build(
     common = {'memory_batch': memory_batch, 'memory': memory, 'sizes': sizes}
     if (key := repr(common)) not in _largest:
         _largest[key] = max(_count(other, **common) for other in MODELS)
-    # a feedforward has 2 · dim² weights for each unit of `ff_mult`
+    # a feedforward of width w has about 3 · dim · w weights; products need widths that are multiples of 8 to be fast
     missing = _largest[key] - _count(name, **common)
-    return _built(name, seed, 4.0 + missing / (2 * sizes['dim'] ** 2 * sizes['depth']), **common)
+    dim, depth = sizes['dim'], sizes['depth']
+    width = 8 * round((8 / 3 * dim + missing / (3 * dim * depth)) / 8)
+    # a little more, so that rounding down gives this width
+    return _built(name, seed, (width + 0.5) * 3 / (2 * dim), **common)
 
 
 _largest: dict[str, int] = {}

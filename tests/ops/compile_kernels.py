@@ -48,10 +48,12 @@ def main() -> None:
     JITFunction.run = compile_launch  # type: ignore[method-assign]
 
     import test_gate_products
+    import test_gated_heads
     import test_head_norm
     import test_inverse
     import test_linear_memory_scan
     import test_memory_batch_scan
+    import test_short_convolution
 
     with torch.autocast('cpu', torch.bfloat16):
         for steps in (None, 2):
@@ -63,6 +65,10 @@ def main() -> None:
             test_memory_batch_scan.learned(scanned, test_memory_batch_scan.leaves(tensors))
         x, gamma = test_head_norm.problem(2, 2, 16, 64)
         test_head_norm.learned(test_head_norm.head_norm, x, gamma)
+        for kind in test_gated_heads.KINDS:
+            test_gated_heads.learned(test_gated_heads.gated_heads, *test_gated_heads.problem(1, 2, 16, 64, *kind))
+        tensors = test_short_convolution.problem(1, 20, 2, 1, 64, 4)
+        test_short_convolution.learned(test_short_convolution.short_convolution, *tensors, True)
         test_gate_products.learned(test_gate_products.gate_products, test_gate_products.problem(2, 64))
         test_inverse.learned(test_inverse.inverse, test_inverse.problem(2, 64))
 

@@ -7,8 +7,10 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import Linear, Module, Parameter
 
+from titans_pytorch.ops.gated_heads import gated_heads
 from titans_pytorch.ops.head_norm import head_norm
 from titans_pytorch.ops.norms import l2_norm
+from titans_pytorch.ops.short_convolution import short_convolution
 from titans_pytorch.utils.functional import is_intercepted
 from titans_pytorch.utils.parameters import Resettable
 from titans_pytorch.utils.shapes import Float
@@ -26,12 +28,18 @@ class MultiheadRMSNorm(Module):
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.gamma)
 
-    def forward(self, x: Float[Tensor, 'b h n d']) -> Float[Tensor, 'b h n d']:
+    @property
+    def is_plain(self) -> bool:
+        """True if the inner norm is as this class makes it."""
         inner = self.rmsnorm
-        plain = type(inner) is nn.RMSNorm and inner.weight is None and inner.eps is None
-        if plain and x.shape[-1:] == inner.normalized_shape and not is_intercepted((inner,)):
+        if type(inner) is not nn.RMSNorm or inner.normalized_shape != self.gamma.shape[-1:] or is_intercepted((inner,)):
+            return False
+        return inner.weight is None and inner.eps is None
+
+    def forward(self, x: Float[Tensor, 'b h n d']) -> Float[Tensor, 'b h n d']:
+        if self.is_plain and x.shape[-1:] == self.gamma.shape[-1:]:
             return head_norm(x, self.gamma)
-        return inner(x) * (self.gamma + 1.0)
+        return self.rmsnorm(x) * (self.gamma + 1.0)
 
 
 class AveragePool(Module):
@@ -111,6 +119,57 @@ def pointwise(projection: Module) -> Module:
     if not isinstance(projection, nn.Sequential):
         return projection
     return nn.Sequential(*(part for part in projection if not isinstance(part, CausalConv)))
+
+
+class SplitHeads(Module):
+    """Rows of each head, next to each other where a token has several: (b, n, h · u · d) to (b, h, n · u, d)."""
+
+    def __init__(self, heads: int, per_token: int = 1):
+        super().__init__()
+        self.heads, self.per_token = heads, per_token
+
+    def forward(self, x: Float[Tensor, 'b n hud']) -> Float[Tensor, 'b h nu d']:
+        return x.unflatten(-1, (self.heads, self.per_token, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def rows_of_heads(
+    tokens: Float[Tensor, 'b t d'], projection: Module, split: SplitHeads, norm: Module | None = None
+) -> Float[Tensor, 'b h nu e']:
+    """Queries, keys or values of each head: tokens after a `projection`, split and, if `norm` is given, normalised."""
+    norms = () if norm is None else (norm,)
+    if isinstance(projection, nn.Sequential) and [type(part) for part in projection] == [Linear, CausalConv, nn.SiLU]:
+        linear, causal, activation = projection
+        assert isinstance(causal, CausalConv)
+        modules = (projection, linear, causal, causal.conv, activation, split, *norms)
+        if tokens.shape[1] > causal.context and not is_intercepted(modules):
+            normalize = type(norm) is L2Norm
+            rows = short_convolution(linear(tokens), causal.conv.weight, split.heads, split.per_token, normalize)
+            return rows if norm is None or normalize else norm(rows)
+    rows = split(projection(tokens))
+    return rows if norm is None else norm(rows)
+
+
+def join_heads(
+    values: Float[Tensor, 'b h n e'],
+    norm: Module,
+    gate: nn.Sequential | None,
+    tokens: Float[Tensor, 'b n d'],
+    dtype: torch.dtype | None,
+) -> Float[Tensor, 'b n he']:
+    """Retrieved values of all heads side by side, normalised and gated.
+
+    Args:
+        gate: maps tokens to gates: a linear map, `HeadsFirst` and a sigmoid.
+        dtype: of the result, where it can be chosen.
+    """
+    has_norm = isinstance(norm, MultiheadRMSNorm)
+    is_plain = norm.is_plain if isinstance(norm, MultiheadRMSNorm) else type(norm) is nn.Identity
+    if gate is not None and is_plain and not is_intercepted((norm, gate, *gate)):
+        return gated_heads(values, norm.gamma if has_norm else None, gate[0](tokens), dtype)
+    values = norm(values)
+    if gate is not None:
+        values = values * gate(tokens)
+    return values.transpose(1, 2).flatten(2)
 
 
 class PerHead(Module):

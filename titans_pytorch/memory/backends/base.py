@@ -34,6 +34,8 @@ class StoreInputs(NamedTuple):
     """Before the first chunk."""
     transition: Transition | None
     """`None` if the base weights of a memory batch are the newest weights."""
+    with_losses: bool = True
+    """False if nobody reads the losses of the rows."""
 
 
 class Gradients(NamedTuple):
@@ -66,8 +68,9 @@ class Stored(NamedTuple):
     over_time: StoredBlock | StoredBatches
     momentum: Weights
     """After the last chunk, (o, bh, …); empty without momentum."""
-    losses: Float[Tensor, 'bh n m']
-    """‖M(k) − v‖² of each row before it is stored, unweighted: the surprise of the row."""
+    losses: Float[Tensor, 'bh n m'] | None
+    """‖M(k) − v‖² of each row before it is stored, unweighted: the surprise of the row. `None` where it would have to
+    be computed for nobody."""
 
 
 class PreparedBlock(NamedTuple):
@@ -108,8 +111,8 @@ class Backend:
         self.spectral_norm = spectral_norm
         self.num_proximal_steps = num_proximal_steps
 
-    def store(self, inputs: StoreInputs) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m']]:
-        """The weights over all steps, those to go on from, and the loss of each row."""
+    def store(self, inputs: StoreInputs) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m'] | None]:
+        """The weights over all steps, those to go on from, and the loss of each row, if `inputs.with_losses`."""
         if isinstance(inputs.schedule.num_chunks, torch.SymInt):
             refuse_dynamic_length()
         weights, transition = inputs.weights, inputs.transition
@@ -117,12 +120,14 @@ class Backend:
         for prepared in self.prepare(inputs):
             block = prepared.store(weights)
             stored.append(block.over_time)
-            losses.append(block.losses)
+            if block.losses is not None:
+                losses.append(block.losses)
             base, newest = weights.base, block.over_time.final
             if prepared.ends_batch:
                 base = newest = newest if transition is None else transition(base, newest)
             weights = MemoryWeights(base, newest, block.momentum)
-        return FastWeights.joined(stored, weights.newest), weights, concatenated(losses, dim=1)
+        all_losses = concatenated(losses, dim=1) if inputs.with_losses else None
+        return FastWeights.joined(stored, weights.newest), weights, all_losses
 
     def prepare(self, inputs: StoreInputs) -> Iterable[PreparedBlock]:
         """The blocks of a call in order, each to be stored in the weights that the one before leaves."""

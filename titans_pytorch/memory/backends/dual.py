@@ -59,7 +59,7 @@ class DualBackend(Backend):
         """The network as a memory MLP under the default loss, for which there are fused operations; else `None`."""
         return FusedMLP.of(self.mlp) if self.loss_fn is default_loss_fn else None
 
-    def store(self, inputs: StoreInputs) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m']]:
+    def store(self, inputs: StoreInputs) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m'] | None]:
         if isinstance(inputs.schedule.num_chunks, torch.SymInt):
             # the gradients of other networks, and of the scan itself, need transforms that the scan does not support
             if torch.is_grad_enabled() or self.fused is None:
@@ -80,7 +80,8 @@ class DualBackend(Backend):
             in_batches = at_newest and all(block.is_batch for block in group)
             if in_batches and solves:
                 rows = _solved_together(chunks).in_block
-                yield from self._in_blocks(self._store_linear, group, rows, group_chunks, group_residual)
+                store = partial(self._store_linear, inputs.with_losses)
+                yield from self._in_blocks(store, group, rows, group_chunks, group_residual)
             elif in_batches and scans and not formed:
                 rows = self._kept_together(inputs)
                 yield from self._in_blocks(self._store_batches, group, rows, group_chunks, None)
@@ -170,6 +171,7 @@ class DualBackend(Backend):
 
     def _store_linear(
         self,
+        with_losses: bool,
         chunks: Chunks,
         residual: WeightResidual | None,
         num_blocks: int,
@@ -183,7 +185,9 @@ class DualBackend(Backend):
         if chunks.modulation is not None:
             chunks = replaced(chunks, step_sizes=chunks.step_sizes * chunks.modulation)
         coefficients = Coefficients.of_blocks(chunks, num_blocks)
-        return self.fused.store_linear(chunks, coefficients, chunks_per_batch, weights, self.num_proximal_steps)
+        return self.fused.store_linear(
+            chunks, coefficients, chunks_per_batch, weights, self.num_proximal_steps, with_losses
+        )
 
     def _separately(
         self, blocks: list[Block], chunks: Chunks, residual: WeightResidual | None, formed: set[str]

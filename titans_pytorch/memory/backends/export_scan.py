@@ -20,7 +20,7 @@ def scan_chunks(backend: Backend, inputs: StoreInputs) -> tuple[FastWeights, Mem
     # imported where it is used: PyTorch may yet move it
     from torch._higher_order_ops.scan import scan
 
-    chunks, residual, schedule, weights, transition = inputs
+    chunks, residual, schedule, weights, transition, _ = inputs
     given = [index for index, t in enumerate(chunks) if t is not None]
     added: Any = ()
     if residual is not None:
@@ -49,6 +49,7 @@ def scan_chunks(backend: Backend, inputs: StoreInputs) -> tuple[FastWeights, Mem
         newest = {name: torch.where(ends, moved[name], w) for name, w in final.items()}
         base = {name: torch.where(ends, moved[name], w) for name, w in weights.base.items()}
         carried = _unaliased((base, newest, stored.momentum))
+        assert stored.losses is not None
         return carried, _unaliased((weights.newest, stored.losses[:, 0]))
 
     carry = _unaliased(tuple(weights))

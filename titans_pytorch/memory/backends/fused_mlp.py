@@ -110,18 +110,20 @@ class FusedMLP(NamedTuple):
         chunks_per_batch: int,
         weights: MemoryWeights,
         num_proximal_steps: int | None,
+        with_losses: bool,
     ) -> Stored:
         """Whole memory batches in a row, several in each block of `coefficients`, in a memory of one matrix."""
         name = self.last
         states = [weights.newest[name], *weights.momentum.get(name, ())]
-        out = linear_memory_scan(*chunks[:3], states, *coefficients, chunks_per_batch, num_proximal_steps)
+        out = linear_memory_scan(*chunks[:3], states, *coefficients, chunks_per_batch, num_proximal_steps, with_losses)
         inputs = chunks.keys.to(out.deltas.dtype).unflatten(1, coefficients.steps.shape[1:3]).flatten(2, 3)
         matrices = {name: FactoredMatrix(out.initial, inputs, out.deltas)}
         final, *orders = out.final.unbind(1)
         stored = StoredBatches(
             {}, {name: final}, FactoredBlocks(coefficients.steps, coefficients.initial_steps, matrices)
         )
-        return Stored(stored, {name: stacked(orders)} if orders else {}, out.losses.flatten(1, 2))
+        losses = None if out.losses is None else out.losses.flatten(1, 2)
+        return Stored(stored, {name: stacked(orders)} if orders else {}, losses)
 
     def is_factored_in(self, weights: FastWeights) -> bool:
         """True if all matrices of the network are factored."""

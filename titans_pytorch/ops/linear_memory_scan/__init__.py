@@ -49,7 +49,7 @@ class LinearBlocks(NamedTuple):
     """States after the last block."""
     deltas: Float[Tensor, 'bh r t e']
     """Δ, in the precision of products."""
-    losses: Float[Tensor, 'bh r n m']
+    losses: Float[Tensor, 'bh r n m'] | None
     """Mean squared errors of the rows before they are stored, unweighted."""
 
 
@@ -64,6 +64,7 @@ def linear_memory_scan(
     initial_final: Float[Tensor, 'bh r k k'],
     chunks_per_batch: int,
     num_proximal_steps: int | None = None,
+    with_losses: bool = True,
 ) -> LinearBlocks:
     """Stores r blocks of n chunks, each of them one or more whole memory batches.
 
@@ -94,6 +95,8 @@ def linear_memory_scan(
         initial, last, deltas, errors = reference.linear_memory_scan(
             keys, values, step_sizes, states, *coefficients, chunks_per_batch, own_coefficient
         )
+    if not with_losses:
+        return LinearBlocks(initial, last, deltas.to(operands), None)
     if own_coefficient:
         # losses are those before the step, while E is where it ends
         given = keys, values, step_sizes, steps, initial_steps, chunks_per_batch
