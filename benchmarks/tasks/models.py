@@ -29,6 +29,12 @@ ARCHITECTURES: dict[str, tuple[type[Transformer], dict[str, Any], dict[str, Any]
     'MAG': (MemoryAsGateTransformer, {}, {}),
     'MAL': (MemoryAsLayerTransformer, {}, {}),
 }
+HYBRIDS: dict[str, tuple[type[Transformer], dict[str, Any], dict[str, Any]]] = {
+    f'{name}, memory in layer {layer}': (kind, {**kwargs, 'neural_memory_layers': (layer,)}, own)
+    for name, (kind, kwargs, own) in ARCHITECTURES.items()
+    for layer in (2, 3)
+    if name in ('MAC', 'MAG', 'MAL')
+}
 ABLATIONS: dict[str, dict[str, Any]] = {
     'no momentum': {'momentum': False},
     'no decay': {'init_decay_bias': -30.0},
@@ -37,7 +43,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     'no convolution': {'conv_kernel': None},
     'plain steps': {'proximal_steps': False},
 }
-MODELS = {**ARCHITECTURES, **{f'LMM, {name}': (LongTermMemoryModel, {}, own) for name, own in ABLATIONS.items()}}
+MODELS = {**ARCHITECTURES, **HYBRIDS, **{f'LMM, {name}': (LongTermMemoryModel, {}, own) for name, own in ABLATIONS.items()}}
 
 
 def build(
