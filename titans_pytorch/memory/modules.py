@@ -162,10 +162,11 @@ def join_heads(
         gate: maps tokens to gates: a linear map, `HeadsFirst` and a sigmoid.
         dtype: of the result, where it can be chosen.
     """
-    has_norm = isinstance(norm, MultiheadRMSNorm)
-    is_plain = norm.is_plain if isinstance(norm, MultiheadRMSNorm) else type(norm) is nn.Identity
+    gamma, is_plain = None, type(norm) is nn.Identity
+    if isinstance(norm, MultiheadRMSNorm):
+        gamma, is_plain = norm.gamma, norm.is_plain
     if gate is not None and is_plain and not is_intercepted((norm, gate, *gate)):
-        return gated_heads(values, norm.gamma if has_norm else None, gate[0](tokens), dtype)
+        return gated_heads(values, gamma, gate[0](tokens), dtype)
     values = norm(values)
     if gate is not None:
         values = values * gate(tokens)

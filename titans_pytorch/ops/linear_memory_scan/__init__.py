@@ -30,8 +30,7 @@ from torch import Tensor
 from titans_pytorch.ops._dispatch import use_kernel
 from titans_pytorch.ops.final_state import MOST_STATES
 from titans_pytorch.ops.linear_memory_scan import reference
-from titans_pytorch.ops.proximal_steps import LARGEST
-from titans_pytorch.utils.precision import at_least_float32, operand_dtype
+from titans_pytorch.utils.precision import operand_dtype
 from titans_pytorch.utils.shapes import Float
 
 MOST_ROWS = 64
@@ -82,13 +81,12 @@ def linear_memory_scan(
     own_coefficient = 0
     if num_proximal_steps is not None:
         own_coefficient = num_proximal_steps
-        step_sizes = _limited(step_sizes, keys, values.shape[-1], num_proximal_steps)
     coefficients = (steps, initial_steps, final, initial_final)
     if use_kernel([keys, values, step_sizes], [*states, *coefficients]) and _supports(keys, states, length * rows):
         from titans_pytorch.ops.linear_memory_scan import triton
 
         stacked = torch.stack(states, dim=1)
-        initial, last, deltas, errors, _ = triton.linear_memory_scan(
+        initial, last, deltas, errors, *_ = triton.linear_memory_scan(
             keys, values, step_sizes, stacked, *coefficients, chunks_per_batch, own_coefficient, operands
         )
     else:
@@ -99,19 +97,10 @@ def linear_memory_scan(
         return LinearBlocks(initial, last, deltas.to(operands), None)
     if own_coefficient:
         # losses are those before the step, while E is where it ends
-        given = keys, values, step_sizes, steps, initial_steps, chunks_per_batch
+        given = keys, values, step_sizes, steps, initial_steps, chunks_per_batch, own_coefficient
         errors = reference.errors_at_base(*given, initial, errors)
     losses = errors.square().mean(dim=-1).unflatten(2, (length, rows))
     return LinearBlocks(initial, last, deltas.to(operands), losses)
-
-
-def _limited(
-    step_sizes: Float[Tensor, 'bh rn m'], keys: Float[Tensor, 'bh rn m d'], width: int, num_steps: int
-) -> Float[Tensor, 'bh rn m']:
-    """θ, or less for rows whose curvature along their own part of the step would be beyond `LARGEST`."""
-    theta = at_least_float32(step_sizes)
-    curvatures = theta * (2 * num_steps / width) * at_least_float32(keys).square().sum(dim=-1)
-    return theta * LARGEST / curvatures.clamp(min=LARGEST)
 
 
 def _supports(keys: Tensor, states: list[Tensor], rows: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from titans_pytorch.ops.proximal_steps import LARGEST
 from titans_pytorch.utils.precision import at_least_float32, no_autocast
 from titans_pytorch.utils.shapes import Float
 
@@ -28,7 +29,7 @@ def linear_memory_scan(
     """
     num_states, dim = initial_steps.shape[3], keys.shape[3]
     with no_autocast(keys):
-        k, v, strengths = rows_of_blocks(keys, values, step_sizes, steps)
+        k, v, strengths = rows_of_blocks(keys, values, step_sizes, steps, own_coefficient)
         weighted, keys_by_state = products(k, steps, initial_steps, chunks_per_batch, own_coefficient)
         # what does not depend on the states, for all blocks at once: E = (from values) − (from states) · states
         right, system = torch.cat((v, keys_by_state), dim=-1), weighted * strengths.mT
@@ -63,22 +64,27 @@ def errors_at_base(
     steps: Float[Tensor, 'bh r n n'],
     initial_steps: Float[Tensor, 'bh r n k'],
     chunks_per_batch: int,
+    own_coefficient: int,
     initial: Float[Tensor, 'bh r k d e'],
     errors: Float[Tensor, 'bh r t e'],
 ) -> Float[Tensor, 'bh r t e']:
     """V − K W_base, given the states before each block and E."""
     with no_autocast(keys):
-        k, v, strengths = rows_of_blocks(keys, values, step_sizes, steps)
+        k, v, strengths = rows_of_blocks(keys, values, step_sizes, steps, own_coefficient)
         weighted, keys_by_state = products(k, steps, initial_steps, chunks_per_batch, 0)
         return v - keys_by_state @ initial.flatten(2, 3) - weighted @ (strengths * errors)
 
 
 def rows_of_blocks(
-    keys: Tensor, values: Tensor, step_sizes: Tensor, steps: Float[Tensor, 'bh r n n']
+    keys: Tensor, values: Tensor, step_sizes: Tensor, steps: Float[Tensor, 'bh r n n'], own_coefficient: int
 ) -> tuple[Float[Tensor, 'bh r t d'], Float[Tensor, 'bh r t e'], Float[Tensor, 'bh r t 1']]:
-    """K, V and β."""
+    """K, V and β, which is limited where the curvature of a row along its own part of the step is beyond `LARGEST`."""
     k, v, theta = (at_least_float32(t).unflatten(1, steps.shape[1:3]).flatten(2, 3) for t in (keys, values, step_sizes))
-    return k, v, (theta * (2 / v.shape[-1])).unsqueeze(-1)
+    beta = theta * (2 / v.shape[-1])
+    if own_coefficient:
+        curvatures = beta * own_coefficient * k.square().sum(dim=-1)
+        beta = beta * LARGEST / curvatures.clamp(min=LARGEST)
+    return k, v, beta.unsqueeze(-1)
 
 
 def products(

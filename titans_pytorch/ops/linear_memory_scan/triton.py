@@ -26,6 +26,7 @@ from titans_pytorch.ops._triton import (
     taken_by,
     tile_size,
 )
+from titans_pytorch.ops.proximal_steps import LARGEST
 
 # rows and columns of the systems that are solved row by row, before they are combined
 SMALL = 16
@@ -89,8 +90,8 @@ def _inverse(x, ROWS: tl.constexpr, SMALL: tl.constexpr, PRECISION: tl.constexpr
 
 @triton.jit
 def _inverse_kernel(  # type: ignore[no-untyped-def]
-    keys, step_sizes, steps, inverses,
-    blocks, chunks, rows, per_batch, own_coefficient, scale,
+    keys, step_sizes, steps, inverses, strengths,
+    blocks, chunks, rows, per_batch, own_coefficient, scale, largest,
     key_head, key_chunk, key_row, step_head, step_chunk, step_row,
     dim: tl.constexpr, TRIANGULAR: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, SMALL: tl.constexpr,
     EXACT: tl.constexpr,
@@ -108,13 +109,15 @@ def _inverse_kernel(  # type: ignore[no-untyped-def]
         steps + own * chunks * chunks, chunk, base, valid, chunks, own_coefficient, ROWS
     )  # fmt: skip
     gram = multiply_add(tl.zeros((ROWS, ROWS), tl.float32), key, tl.trans(key), EXACT, tl.float32)
-    weighted = coefficients * gram * beta[None, :]
     if TRIANGULAR:
-        inverse = _inverse(weighted, ROWS, SMALL, EXACT)
+        inverse = _inverse(coefficients * gram * beta[None, :], ROWS, SMALL, EXACT)
     else:
-        system = weighted + tl.where(index[:, None] == index[None, :], 1.0, 0.0)
+        squared = tl.sum(key * key, axis=1)
+        beta *= largest / tl.maximum(own_coefficient * beta * squared, largest)
+        system = coefficients * gram * beta[None, :] + tl.where(index[:, None] == index[None, :], 1.0, 0.0)
         inverse = tl.reshape(invert(tl.reshape(system, (1, ROWS, ROWS)), chunks * rows, ROWS), (ROWS, ROWS))
     tl.store(inverses + own * ROWS * ROWS + index[:, None] * ROWS + index[None, :], inverse)
+    tl.store(strengths + own * ROWS + index, beta)
 
 
 @triton.jit
@@ -133,10 +136,10 @@ def _combine(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _forward_kernel(  # type: ignore[no-untyped-def]
-    keys, values, step_sizes, inverses, initial_steps, final_coefficients, initial_final, states,
+    keys, values, inverses, strengths, initial_steps, final_coefficients, initial_final, states,
     initial, final, deltas, errors,
-    blocks, chunks, rows, per_batch, parts, scale,
-    key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
+    blocks, chunks, rows, per_batch, parts,
+    key_head, key_chunk, key_row, value_head, value_chunk, value_row,
     dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr,
     DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, SOLVED: tl.constexpr,
 ):  # fmt: skip
@@ -157,12 +160,11 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         tl.store(initial + own * size + to_states, w, mask=inside)
         chunk, to_keys, valid = _rows_of_block(block, chunks, rows, key_chunk, key_row, ROWS)
         _, to_values, _ = _rows_of_block(block, chunks, rows, value_chunk, value_row, ROWS)
-        _, to_steps, _ = _rows_of_block(block, chunks, rows, step_chunk, step_row, ROWS)
         from_keys = keys + head * key_head + to_keys
         present = valid[:, None] & with_column[None, :]
         from_values = values + head * value_head + to_values[:, None] + column[None, :]
         value = tl.load(from_values, mask=present, other=0.0).to(tl.float32)
-        beta = scale * tl.load(step_sizes + head * step_head + to_steps, mask=valid, other=0.0).to(tl.float32)
+        beta = tl.load(strengths + own * ROWS + index)
 
         with_key = valid[:, None] & with_entry[None, :]
         key = tl.load(from_keys[:, None] + feature[None, :], mask=with_key, other=0.0).to(tl.float32)
@@ -191,10 +193,10 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _backward_scan_kernel(  # type: ignore[no-untyped-def]
     d_initial, d_final, d_deltas, d_errors,
-    keys, step_sizes, inverses, initial_steps, final_coefficients, initial_final,
+    keys, inverses, strengths, initial_steps, final_coefficients, initial_final,
     d_after, d_values, d_states,
-    blocks, chunks, rows, per_batch, parts, scale,
-    key_head, key_chunk, key_row, step_head, step_chunk, step_row,
+    blocks, chunks, rows, per_batch, parts,
+    key_head, key_chunk, key_row,
     dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr,
     OF_INITIAL: tl.constexpr, OF_FINAL: tl.constexpr, OF_DELTAS: tl.constexpr, OF_ERRORS: tl.constexpr,
     DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, SOLVED: tl.constexpr,
@@ -218,10 +220,9 @@ def _backward_scan_kernel(  # type: ignore[no-untyped-def]
         own = head * blocks + block
         tl.store(d_after + own * size + to_states, d_w, mask=inside)
         chunk, to_keys, valid = _rows_of_block(block, chunks, rows, key_chunk, key_row, ROWS)
-        _, to_steps, _ = _rows_of_block(block, chunks, rows, step_chunk, step_row, ROWS)
         from_keys = keys + head * key_head + to_keys
         present = valid[:, None] & with_column[None, :]
-        beta = scale * tl.load(step_sizes + head * step_head + to_steps, mask=valid, other=0.0).to(tl.float32)
+        beta = tl.load(strengths + own * ROWS + index)
         to_rows = (own * chunks * rows + index)[:, None] * width + column[None, :]
 
         with_key = valid[:, None] & with_entry[None, :]
@@ -256,11 +257,12 @@ def _backward_scan_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _backward_kernel(  # type: ignore[no-untyped-def]
     d_deltas, d_after, d_values,
-    keys, step_sizes, steps, initial_steps, final_coefficients, initial, errors,
+    keys, step_sizes, steps, initial_steps, final_coefficients, initial, errors, strengths,
     d_keys, d_step_sizes, d_coefficients, d_at_base, d_at_final, d_initial_final,
-    blocks, chunks, rows, per_batch, own_coefficient, scale,
+    blocks, chunks, rows, per_batch, own_coefficient, scale, largest,
     key_head, key_chunk, key_row, step_head, step_chunk, step_row,
     dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr, OF_DELTAS: tl.constexpr,
+    TRIANGULAR: tl.constexpr,
     DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients that are left, of coefficients for each row."""
@@ -269,12 +271,11 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     feature, index, state = tl.arange(0, DIM), tl.arange(0, ROWS), tl.arange(0, PADDED)
     with_feature = feature < dim
     chunk, to_keys, valid = _rows_of_block(block, chunks, rows, key_chunk, key_row, ROWS)
-    _, to_steps, _ = _rows_of_block(block, chunks, rows, step_chunk, step_row, ROWS)
     base = chunk // per_batch * per_batch
     with_key = valid[:, None] & with_feature[None, :]
     from_keys = keys + head * key_head + to_keys[:, None] + feature[None, :]
     key = tl.load(from_keys, mask=with_key, other=0.0).to(tl.float32)
-    beta = scale * tl.load(step_sizes + head * step_head + to_steps, mask=valid, other=0.0).to(tl.float32)
+    beta = tl.load(strengths + own * ROWS + index)
     coefficients = _load_coefficients_of_rows(
         steps + own * chunks * chunks, chunk, base, valid, chunks, own_coefficient, ROWS
     )  # fmt: skip
@@ -335,6 +336,14 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     tl.store(d_coefficients + to_pairs, d_weighted * gram, mask=valid[:, None] & valid[None, :])
     d_gram = d_weighted * coefficients
     d_key = multiply_add(d_key, d_gram + tl.trans(d_gram), key, PRECISION, tl.float32)
+    if not TRIANGULAR:
+        # where β is limited, it is inversely proportional to k², and does not depend on the step size
+        _, to_steps, _ = _rows_of_block(block, chunks, rows, step_chunk, step_row, ROWS)
+        given = scale * tl.load(step_sizes + head * step_head + to_steps, mask=valid, other=0.0).to(tl.float32)
+        squared = tl.sum(key * key, axis=1)
+        limited = own_coefficient * given * squared > largest
+        d_key -= tl.where(limited, 2.0 * beta * d_beta / tl.where(limited, squared, 1.0), 0.0)[:, None] * key
+        d_beta = tl.where(limited, 0.0, d_beta)
     tl.store(d_keys + (first_row + index)[:, None] * dim + feature[None, :], d_key, mask=with_key)
     tl.store(d_step_sizes + first_row + index, scale * d_beta, mask=valid)
     to_states = (first_row + index)[:, None] * STATES + state[None, :]
@@ -355,7 +364,7 @@ def _outputs(
     chunks_per_batch: int,
     own_coefficient: int,
     operands: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     heads, blocks, chunks, _ = steps.shape
     rows, width = chunks * keys.shape[2], values.shape[-1]
     padded = tile_size(rows)
@@ -365,6 +374,7 @@ def _outputs(
         states.new_empty(heads, blocks, rows, width, dtype=operands),
         states.new_empty(heads, blocks, rows, width),
         states.new_empty(heads, blocks, padded, padded),
+        states.new_empty(heads, blocks, padded),
     )
 
 
@@ -392,7 +402,7 @@ def _arguments(
         keys=keys, **named_strides('key', keys, 'head chunk row'),
         step_sizes=step_sizes, **named_strides('step', step_sizes, 'head chunk row'),
         blocks=blocks, chunks=chunks, rows=rows, per_batch=chunks_per_batch, parts=triton.cdiv(width, columns),
-        own_coefficient=float(own_coefficient), TRIANGULAR=own_coefficient == 0, scale=2.0 / width,
+        own_coefficient=float(own_coefficient), TRIANGULAR=own_coefficient == 0, scale=2.0 / width, largest=LARGEST,
         dim=dim, width=width, STATES=count, PADDED=triton.next_power_of_2(count),
         DIM=tile_size(dim), ROWS=tile_size(chunks * rows), WIDTH=columns, SMALL=SMALL,
         # of all products but those that form the inverse, where rounding is amplified; so it is in products with the
@@ -417,10 +427,10 @@ def _forward(
     chunks_per_batch: int,
     own_coefficient: int,
     operands: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     given = keys, values, step_sizes, states, steps, initial_steps, final, initial_final
     outputs = _outputs(*given, chunks_per_batch, own_coefficient, operands)
-    names = ('initial', 'final', 'deltas', 'errors', 'inverses')
+    names = ('initial', 'final', 'deltas', 'errors', 'inverses', 'strengths')
     values = contiguous_inside(values, 1)
     arguments = _arguments(keys, step_sizes, steps, states, chunks_per_batch, own_coefficient, operands) | dict(
         zip(names, outputs),
@@ -442,6 +452,7 @@ def _backward(
     initial: Tensor,
     errors: Tensor,
     inverses: Tensor,
+    strengths: Tensor,
     keys: Tensor,
     values: Tensor,
     step_sizes: Tensor,
@@ -480,7 +491,7 @@ def _backward(
         | {flag: d is not None for flag, d in incoming.values()}
         | results
         | dict(
-            initial=initial, errors=errors, inverses=inverses,
+            initial=initial, errors=errors, inverses=inverses, strengths=strengths,
             steps=steps.contiguous(), initial_steps=initial_steps.contiguous(),
             final_coefficients=final.contiguous(), initial_final=initial_final.contiguous(),
         )
@@ -520,8 +531,8 @@ linear_memory_scan = register_kernel(
     _forward,
     _backward,
     outputs=_outputs,
-    saved=(0, 3, 4),
-    not_differentiable=(4,),
+    saved=(0, 3, 4, 5),
+    not_differentiable=(4, 5),
     # the errors serve surprises alone
     materialize_grads=False,
 )

@@ -12,10 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from titans_pytorch.ops._registration import register_kernel
-from titans_pytorch.ops._triton import contiguous_inside, named_strides
+from titans_pytorch.ops._triton import contiguous_inside, named_strides, taken_by
 
-# entries of a program, forward and backward
-ENTRIES, GRADIENT_ENTRIES = 4096, 2048
+# entries of a program
+ENTRIES = 4096
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def _convolved(  # type: ignore[no-untyped-def]
     x, weight, row, n, x_row, feature, with_feature, WIDTH: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr
 ):  # fmt: skip
     """Σ_j w_j x_{t+j} for the outputs t in `row`, zero for those that do not exist."""
-    inside = ((row >= 0) & (row < n))[:, None] & with_feature[None, :]
+    inside = (row < n)[:, None] & with_feature[None, :]
     total = tl.zeros((ROWS, DIM), tl.float32)
     for j in tl.static_range(WIDTH):
         w = tl.load(weight + feature * WIDTH + j, mask=with_feature, other=0.0).to(tl.float32)
@@ -60,44 +60,55 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _backward_kernel(  # type: ignore[no-untyped-def]
-    d_out, x, weight, d_x, d_weight,
+def _activation_backward_kernel(  # type: ignore[no-untyped-def]
+    d_out, x, weight, d_convolved, d_weight,
     n, groups, per_token, x_batch, x_row, d_batch, d_head, d_row,
     dim: tl.constexpr, WIDTH: tl.constexpr, NORMALIZE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Rows of x in a program. Token t of x takes part in the outputs t − k + 1 to t, which are computed again."""
+    """Through norm and activation, and to the weights: a part of their gradient in each program."""
     batch, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
     row, feature = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM)
     with_feature = feature < dim
     own_x, own_weight = x + batch * x_batch + group * dim, weight + group * dim * WIDTH
-    own_d = d_out + batch * d_batch + group // per_token * d_head + group % per_token * d_row
-    own_d_weight = d_weight + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * dim * WIDTH
-    d_own = tl.zeros((ROWS, DIM), tl.float32)
+    convolved, inside = _convolved(own_x, own_weight, row, n, x_row, feature, with_feature, WIDTH, ROWS, DIM)
+    from_d = (
+        d_out + batch * d_batch + group // per_token * d_head + (row * per_token + group % per_token)[:, None] * d_row
+    )
+    d_y = tl.load(from_d + feature[None, :], mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(convolved)
+    if NORMALIZE:
+        y = convolved * sigmoid
+        inverse, varies = _inverse_length(y)
+        y *= inverse
+        along = tl.where(varies, tl.sum(d_y * y, axis=1)[:, None], 0.0)
+        d_y = inverse * (d_y - along * y)
+    d_own = d_y * sigmoid * (1.0 + convolved * (1.0 - sigmoid))
+    tl.store(d_convolved + ((batch * n + row[:, None]) * groups + group) * dim + feature[None, :], d_own, mask=inside)
+    to_weight = d_weight + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * dim * WIDTH
+    for j in tl.static_range(WIDTH):
+        given = tl.load(own_x + (row + j)[:, None] * x_row + feature[None, :], mask=inside, other=0.0).to(tl.float32)
+        tl.store(to_weight + feature * WIDTH + j, tl.sum(given * d_own, axis=0), mask=with_feature)
+
+
+@triton.jit
+def _convolution_backward_kernel(  # type: ignore[no-untyped-def]
+    d_convolved, weight, d_x,
+    n, groups, dim: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Token t is part of outputs t − j: its gradient is Σ_j w_j d_{t−j}."""
+    batch, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
+    row, feature = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM)
+    with_feature = feature < dim
+    total = tl.zeros((ROWS, DIM), tl.float32)
     for j in tl.static_range(WIDTH):
         output = row - j
-        convolved, inside = _convolved(own_x, own_weight, output, n, x_row, feature, with_feature, WIDTH, ROWS, DIM)
-        from_d = own_d + output[:, None] * per_token * d_row + feature[None, :]
-        d_y = tl.load(from_d, mask=inside, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(convolved)
-        if NORMALIZE:
-            y = convolved * sigmoid
-            inverse, varies = _inverse_length(y)
-            y *= inverse
-            along = tl.where(varies, tl.sum(d_y * y, axis=1)[:, None], 0.0)
-            d_y = inverse * (d_y - along * y)
-        d_convolved = d_y * sigmoid * (1.0 + convolved * (1.0 - sigmoid))
-        w = tl.load(own_weight + feature * WIDTH + j, mask=with_feature, other=0.0).to(tl.float32)
-        d_own += w[None, :] * d_convolved
-        if j == 0:
-            # every output is in one program here
-            for i in tl.static_range(WIDTH):
-                from_x = own_x + (output + i)[:, None] * x_row + feature[None, :]
-                given = tl.load(from_x, mask=inside, other=0.0).to(tl.float32)
-                of_weight = tl.sum(given * d_convolved, axis=0)
-                tl.store(own_d_weight + feature * WIDTH + i, of_weight, mask=with_feature)
+        w = tl.load(weight + (group * dim + feature) * WIDTH + j, mask=with_feature, other=0.0).to(tl.float32)
+        from_d = d_convolved + ((batch * n + output[:, None]) * groups + group) * dim + feature[None, :]
+        inside = ((output >= 0) & (output < n))[:, None] & with_feature[None, :]
+        total += w[None, :] * tl.load(from_d, mask=inside, other=0.0).to(tl.float32)
     tokens = n + WIDTH - 1
-    to_x = d_x + (batch * tokens + row)[:, None] * groups * dim + group * dim + feature[None, :]
-    tl.store(to_x, d_own, mask=(row < tokens)[:, None] & with_feature[None, :])
+    to_x = d_x + ((batch * tokens + row[:, None]) * groups + group) * dim + feature[None, :]
+    tl.store(to_x, total, mask=(row < tokens)[:, None] & with_feature[None, :])
 
 
 def _outputs(x: Tensor, weight: Tensor, heads: int, per_token: int, normalize: bool) -> Tensor:
@@ -106,25 +117,24 @@ def _outputs(x: Tensor, weight: Tensor, heads: int, per_token: int, normalize: b
 
 
 def _arguments(
-    x: Tensor, weight: Tensor, heads: int, per_token: int, normalize: bool, rows: int, entries: int
+    x: Tensor, weight: Tensor, heads: int, per_token: int, normalize: bool
 ) -> tuple[tuple[int, int], dict[str, Any]]:
-    """The grid over so many rows, and what both kernels take."""
+    """The grid over the outputs, and what all kernels take."""
     x = contiguous_inside(x, 1)
     groups, width = heads * per_token, weight.shape[-1]
-    dim = x.shape[2] // groups
+    n, dim = x.shape[1] - width + 1, x.shape[2] // groups
     padded = triton.next_power_of_2(dim)
-    in_program = max(1, min(entries // padded, triton.next_power_of_2(rows)))
+    rows = max(1, min(ENTRIES // padded, triton.next_power_of_2(n)))
     arguments = dict(
-        x=x, **named_strides('x', x, 'batch row'), weight=weight.contiguous(), n=x.shape[1] - width + 1,
-        groups=groups, per_token=per_token, dim=dim, WIDTH=width, NORMALIZE=normalize, DIM=padded, ROWS=in_program,
-        num_warps=4,
+        x=x, **named_strides('x', x, 'batch row'), weight=weight.contiguous(), n=n, groups=groups,
+        per_token=per_token, dim=dim, WIDTH=width, NORMALIZE=normalize, DIM=padded, ROWS=rows, num_warps=4,
     )  # fmt: skip
-    return (len(x) * groups, triton.cdiv(rows, in_program)), arguments
+    return (len(x) * groups, triton.cdiv(n, rows)), arguments
 
 
 def _forward(x: Tensor, weight: Tensor, heads: int, per_token: int, normalize: bool) -> Tensor:  # b t hud, hud 1 k
     out = _outputs(x, weight, heads, per_token, normalize)
-    grid, arguments = _arguments(x, weight, heads, per_token, normalize, x.shape[1] - weight.shape[-1] + 1, ENTRIES)
+    grid, arguments = _arguments(x, weight, heads, per_token, normalize)
     _forward_kernel[grid](**arguments, out=out)
     return out
 
@@ -132,13 +142,18 @@ def _forward(x: Tensor, weight: Tensor, heads: int, per_token: int, normalize: b
 def _backward(
     d_out: Tensor, x: Tensor, weight: Tensor, heads: int, per_token: int, normalize: bool
 ) -> tuple[Tensor, Tensor]:
-    grid, arguments = _arguments(x, weight, heads, per_token, normalize, x.shape[1], GRADIENT_ENTRIES)
+    grid, arguments = _arguments(x, weight, heads, per_token, normalize)
+    groups, dim, width = heads * per_token, arguments['dim'], weight.shape[-1]
     d_out = contiguous_inside(d_out, 1)
-    d_x = x.new_empty(x.shape)
-    d_weight = x.new_empty(len(x), weight.shape[0] // arguments['dim'], grid[1], arguments['dim'], weight.shape[-1],
-                           dtype=torch.float32)  # fmt: skip
+    d_x, d_convolved = x.new_empty(x.shape), x.new_empty(len(x), arguments['n'], x.shape[2])
+    d_weight = x.new_empty(len(x), groups, grid[1], dim, width, dtype=torch.float32)
     strides = named_strides('d', d_out, 'batch head row')
-    _backward_kernel[grid](**arguments, **strides, d_out=d_out, d_x=d_x, d_weight=d_weight)
+    _activation_backward_kernel[grid](
+        **arguments, **strides, d_out=d_out, d_convolved=d_convolved, d_weight=d_weight
+    )  # fmt: skip
+    arguments = taken_by(_convolution_backward_kernel, arguments) | dict(num_warps=4)
+    over_tokens = (grid[0], triton.cdiv(x.shape[1], arguments['ROWS']))
+    _convolution_backward_kernel[over_tokens](**arguments, d_convolved=d_convolved, d_x=d_x)
     return d_x, d_weight.sum(dim=(0, 2)).view(weight.shape).to(weight.dtype)
 
 
