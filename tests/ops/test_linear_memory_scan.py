@@ -315,7 +315,7 @@ def test_kernels_equal_the_reference(kernels, poisoned, sizes, dim, orders, step
     assert_same(came, expected, EXACT)
 
 
-@pytest.mark.parametrize('sizes', [(2, 3, 2, 3), (2, 1, 1, 32)])
+@pytest.mark.parametrize('sizes', [(2, 3, 2, 3), (2, 1, 1, 32), (2, 16, 1, 4), (2, 4, 1, 16), (2, 64, 4, 1)])
 def test_large_proximal_steps(kernels, poisoned, sizes):
     # beyond the limit for half the rows
     tensors = tensors_of(sizes, dim=48)

@@ -28,7 +28,7 @@ from titans_pytorch.ops._triton import (
 )
 from titans_pytorch.ops.proximal_steps import LARGEST
 
-# rows and columns of the systems that are solved row by row, before they are combined
+# rows and columns of the systems that are solved by elimination, before they are combined
 SMALL = 16
 # columns of the states that a program keeps on chip
 MOST_COLUMNS = 32
@@ -58,20 +58,29 @@ def _load_coefficients_of_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _inverse(x, ROWS: tl.constexpr, SMALL: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(I + x)⁻¹ for a strictly lower triangular x."""
+def _inverse(  # type: ignore[no-untyped-def]
+    x, count, TRIANGULAR: tl.constexpr, ROWS: tl.constexpr, SMALL: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """(I + x)⁻¹ for a strictly lower triangular x, or one whose blocks of SMALL rows on the diagonal are full.
+
+    Rows and columns of x beyond the first `count` are zero.
+    """
     SIDE: tl.constexpr = ROWS // SMALL
     index = tl.arange(0, ROWS)
     in_block = index[:, None] // SMALL == index[None, :] // SMALL
-    # the blocks on the diagonal, row after row: row_i of the inverse is e_i − Σ_{j<i} x_ij row_j
     small = tl.sum(tl.reshape(tl.where(in_block, x, 0.0), (SIDE, SMALL, SIDE, SMALL)), axis=2)
     row = tl.arange(0, SMALL)
-    solved = tl.zeros((SIDE, SMALL, SMALL), tl.float32) + tl.where(row[:, None] == row[None, :], 1.0, 0.0)[None, :, :]
-    for i in range(1, SMALL):
-        own = (row == i)[None, :, None]
-        coefficients = tl.sum(tl.where(own, small, 0.0), axis=1)
-        combined = tl.sum(coefficients[:, :, None] * tl.where((row < i)[None, :, None], solved, 0.0), axis=1)
-        solved -= tl.where(own, combined[:, None, :], 0.0)
+    identity = tl.zeros((SIDE, SMALL, SMALL), tl.float32) + tl.where(row[:, None] == row[None, :], 1.0, 0.0)[None, :, :]
+    if TRIANGULAR:
+        # row_i of the inverse is e_i − Σ_{j<i} x_ij row_j
+        solved = identity
+        for i in range(1, SMALL):
+            own = (row == i)[None, :, None]
+            coefficients = tl.sum(tl.where(own, small, 0.0), axis=1)
+            combined = tl.sum(coefficients[:, :, None] * tl.where((row < i)[None, :, None], solved, 0.0), axis=1)
+            solved -= tl.where(own, combined[:, None, :], 0.0)
+    else:
+        solved = invert(small + identity, tl.minimum(count, SMALL), SMALL)
     side = tl.arange(0, SIDE)
     apart = tl.where((side[:, None] == side[None, :])[:, None, :, None], solved[:, :, None, :], 0.0)
     inverse = tl.reshape(apart, (ROWS, ROWS))
@@ -109,13 +118,9 @@ def _inverse_kernel(  # type: ignore[no-untyped-def]
         steps + own * chunks * chunks, chunk, base, valid, chunks, own_coefficient, ROWS
     )  # fmt: skip
     gram = multiply_add(tl.zeros((ROWS, ROWS), tl.float32), key, tl.trans(key), EXACT, tl.float32)
-    if TRIANGULAR:
-        inverse = _inverse(coefficients * gram * beta[None, :], ROWS, SMALL, EXACT)
-    else:
-        squared = tl.sum(key * key, axis=1)
-        beta *= largest / tl.maximum(own_coefficient * beta * squared, largest)
-        system = coefficients * gram * beta[None, :] + tl.where(index[:, None] == index[None, :], 1.0, 0.0)
-        inverse = tl.reshape(invert(tl.reshape(system, (1, ROWS, ROWS)), chunks * rows, ROWS), (ROWS, ROWS))
+    if not TRIANGULAR:
+        beta *= largest / tl.maximum(own_coefficient * beta * tl.sum(key * key, axis=1), largest)
+    inverse = _inverse(coefficients * gram * beta[None, :], chunks * rows, TRIANGULAR, ROWS, SMALL, EXACT)
     tl.store(inverses + own * ROWS * ROWS + index[:, None] * ROWS + index[None, :], inverse)
     tl.store(strengths + own * ROWS + index, beta)
 
@@ -396,7 +401,7 @@ def _arguments(
     _, blocks, chunks, _ = steps.shape
     _, count, dim, width = states.shape
     rows = keys.shape[2]
-    columns = _columns(width)
+    columns, on_chip = _columns(width), tile_size(chunks * rows)
     precision = EXACT if operands == torch.float32 else 'tf32'
     return dict(
         keys=keys, **named_strides('key', keys, 'head chunk row'),
@@ -404,7 +409,9 @@ def _arguments(
         blocks=blocks, chunks=chunks, rows=rows, per_batch=chunks_per_batch, parts=triton.cdiv(width, columns),
         own_coefficient=float(own_coefficient), TRIANGULAR=own_coefficient == 0, scale=2.0 / width, largest=LARGEST,
         dim=dim, width=width, STATES=count, PADDED=triton.next_power_of_2(count),
-        DIM=tile_size(dim), ROWS=tile_size(chunks * rows), WIDTH=columns, SMALL=SMALL,
+        DIM=tile_size(dim), ROWS=on_chip, WIDTH=columns,
+        # a chunk lies within a block on the diagonal
+        SMALL=SMALL if own_coefficient == 0 or SMALL % rows == 0 else on_chip,
         # of all products but those that form the inverse, where rounding is amplified; so it is in products with the
         # inverse, if proximal steps are large
         PRECISION=precision, SOLVED=EXACT if own_coefficient else precision, EXACT=EXACT,
