@@ -324,6 +324,10 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         """Each window separately; sliding ones together with the window before."""
         batch, length, window = queries.shape[0], queries.shape[-2], self.total_segment_len
         num_cached = keys.shape[-2] - length
+        # a window need not be longer than the sequence
+        end = first + num_cached + length
+        in_one = isinstance(length, int) and end <= window
+        window = end if in_one else window
         # windows begin at the start of the sequence; no query sees positions before `first`
         lead = first % window
         num_windows, in_last = divided(length, window, lead + num_cached)
@@ -336,7 +340,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         queries, keys, values = (t.transpose(1, 2) for t in by_window)
 
         mask = None
-        if self.sliding:
+        if self.sliding and not in_one:
             mask = self._window_mask(queries.shape[1], queries.device)
             mask = repeat(mask, 'w i j -> (b w) 1 i j', b=batch)
             keys, values = (torch.cat((_shifted(t), t), dim=-2) for t in (keys, values))

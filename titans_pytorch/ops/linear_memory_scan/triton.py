@@ -1,10 +1,9 @@
 """Kernels of the scan over blocks of a linear memory.
 
 With G = K Kᵀ and P = (I + (A ∘ G) diag(β))⁻¹ the errors of a block are E = P (V − Σ_k a_k ∘ K state_k), and Δ = β E.
-P needs no states, so one launch computes it for all blocks. Without proximal steps its system is triangular. Only the
-scan itself goes from block to block, in programs that each keep some columns of all states on chip: forward, and from
-the last block to the first for the gradients of states and errors. What then remains of the gradients is again one
-launch for all blocks.
+P needs no states, so one launch computes it for all blocks. Only the scan itself goes from block to block, in programs
+that each keep some columns of all states on chip: forward, and from the last block to the first for the gradients of
+states and errors. What then remains of the gradients is again one launch for all blocks.
 """
 
 from __future__ import annotations
@@ -58,10 +57,8 @@ def _load_coefficients_of_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _inverse(  # type: ignore[no-untyped-def]
-    x, count, TRIANGULAR: tl.constexpr, ROWS: tl.constexpr, SMALL: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """(I + x)⁻¹ for a strictly lower triangular x, or one whose blocks of SMALL rows on the diagonal are full.
+def _inverse(x, count, ROWS: tl.constexpr, SMALL: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(I + x)⁻¹ for an x that is strictly lower triangular, but for its blocks of SMALL rows on the diagonal.
 
     Rows and columns of x beyond the first `count` are zero.
     """
@@ -71,16 +68,7 @@ def _inverse(  # type: ignore[no-untyped-def]
     small = tl.sum(tl.reshape(tl.where(in_block, x, 0.0), (SIDE, SMALL, SIDE, SMALL)), axis=2)
     row = tl.arange(0, SMALL)
     identity = tl.zeros((SIDE, SMALL, SMALL), tl.float32) + tl.where(row[:, None] == row[None, :], 1.0, 0.0)[None, :, :]
-    if TRIANGULAR:
-        # row_i of the inverse is e_i − Σ_{j<i} x_ij row_j
-        solved = identity
-        for i in range(1, SMALL):
-            own = (row == i)[None, :, None]
-            coefficients = tl.sum(tl.where(own, small, 0.0), axis=1)
-            combined = tl.sum(coefficients[:, :, None] * tl.where((row < i)[None, :, None], solved, 0.0), axis=1)
-            solved -= tl.where(own, combined[:, None, :], 0.0)
-    else:
-        solved = invert(small + identity, tl.minimum(count, SMALL), SMALL)
+    solved = invert(small + identity, tl.minimum(count, SMALL), SMALL)
     side = tl.arange(0, SIDE)
     apart = tl.where((side[:, None] == side[None, :])[:, None, :, None], solved[:, :, None, :], 0.0)
     inverse = tl.reshape(apart, (ROWS, ROWS))
@@ -102,7 +90,7 @@ def _inverse_kernel(  # type: ignore[no-untyped-def]
     keys, step_sizes, steps, inverses, strengths,
     blocks, chunks, rows, per_batch, own_coefficient, scale, largest,
     key_head, key_chunk, key_row, step_head, step_chunk, step_row,
-    dim: tl.constexpr, TRIANGULAR: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, SMALL: tl.constexpr,
+    dim: tl.constexpr, PROXIMAL: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, SMALL: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
     own = tl.program_id(0).to(tl.int64)
@@ -118,9 +106,9 @@ def _inverse_kernel(  # type: ignore[no-untyped-def]
         steps + own * chunks * chunks, chunk, base, valid, chunks, own_coefficient, ROWS
     )  # fmt: skip
     gram = multiply_add(tl.zeros((ROWS, ROWS), tl.float32), key, tl.trans(key), EXACT, tl.float32)
-    if not TRIANGULAR:
+    if PROXIMAL:
         beta *= largest / tl.maximum(own_coefficient * beta * tl.sum(key * key, axis=1), largest)
-    inverse = _inverse(coefficients * gram * beta[None, :], chunks * rows, TRIANGULAR, ROWS, SMALL, EXACT)
+    inverse = _inverse(coefficients * gram * beta[None, :], chunks * rows, ROWS, SMALL, EXACT)
     tl.store(inverses + own * ROWS * ROWS + index[:, None] * ROWS + index[None, :], inverse)
     tl.store(strengths + own * ROWS + index, beta)
 
@@ -262,12 +250,12 @@ def _backward_scan_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _backward_kernel(  # type: ignore[no-untyped-def]
     d_deltas, d_after, d_values,
-    keys, step_sizes, steps, initial_steps, final_coefficients, initial, errors, strengths,
+    keys, steps, initial_steps, final_coefficients, initial, errors, strengths,
     d_keys, d_step_sizes, d_coefficients, d_at_base, d_at_final, d_initial_final,
     blocks, chunks, rows, per_batch, own_coefficient, scale, largest,
-    key_head, key_chunk, key_row, step_head, step_chunk, step_row,
+    key_head, key_chunk, key_row,
     dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr, OF_DELTAS: tl.constexpr,
-    TRIANGULAR: tl.constexpr,
+    PROXIMAL: tl.constexpr,
     DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients that are left, of coefficients for each row."""
@@ -341,12 +329,10 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     tl.store(d_coefficients + to_pairs, d_weighted * gram, mask=valid[:, None] & valid[None, :])
     d_gram = d_weighted * coefficients
     d_key = multiply_add(d_key, d_gram + tl.trans(d_gram), key, PRECISION, tl.float32)
-    if not TRIANGULAR:
-        # where β is limited, it is inversely proportional to k², and does not depend on the step size
-        _, to_steps, _ = _rows_of_block(block, chunks, rows, step_chunk, step_row, ROWS)
-        given = scale * tl.load(step_sizes + head * step_head + to_steps, mask=valid, other=0.0).to(tl.float32)
+    if PROXIMAL:
+        # where β is limited, to largest / (own_coefficient · k²), it does not depend on the step size
         squared = tl.sum(key * key, axis=1)
-        limited = own_coefficient * given * squared > largest
+        limited = own_coefficient * beta * squared > largest * (1 - 1e-6)
         d_key -= tl.where(limited, 2.0 * beta * d_beta / tl.where(limited, squared, 1.0), 0.0)[:, None] * key
         d_beta = tl.where(limited, 0.0, d_beta)
     tl.store(d_keys + (first_row + index)[:, None] * dim + feature[None, :], d_key, mask=with_key)
@@ -407,7 +393,7 @@ def _arguments(
         keys=keys, **named_strides('key', keys, 'head chunk row'),
         step_sizes=step_sizes, **named_strides('step', step_sizes, 'head chunk row'),
         blocks=blocks, chunks=chunks, rows=rows, per_batch=chunks_per_batch, parts=triton.cdiv(width, columns),
-        own_coefficient=float(own_coefficient), TRIANGULAR=own_coefficient == 0, scale=2.0 / width, largest=LARGEST,
+        own_coefficient=float(own_coefficient), PROXIMAL=own_coefficient != 0, scale=2.0 / width, largest=LARGEST,
         dim=dim, width=width, STATES=count, PADDED=triton.next_power_of_2(count),
         DIM=tile_size(dim), ROWS=on_chip, WIDTH=columns,
         # a chunk lies within a block on the diagonal
