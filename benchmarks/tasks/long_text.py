@@ -299,11 +299,15 @@ def main() -> None:
     parser.add_argument('--data', type=Path, help='a file of text, gzipped or not; default: enwik8 in data/')
     parser.add_argument('--test', type=Path, help='text for testing; default: the last twentieth of the data')
     parser.add_argument('--batch', type=int, help='windows per step; default: 12')
+    parser.add_argument('--trained', type=int, help='bytes of a window in training; default: 4,096')
+    parser.add_argument('--segment-len', type=int, help='bytes that attention sees; default: 512')
     parser.add_argument('--stride', type=int, help='bytes between the beginnings of windows in the test')
     parser.add_argument('--memory', type=json.loads, default={}, help='arguments of all memories, as JSON')
     options = parser.parse_args()
     settings = runs.settings(options, SMALL)
-    settings |= {name: own for name in ('batch', 'stride') if (own := getattr(options, name)) is not None}
+    for name in ('batch', 'stride', 'trained', 'segment_len'):
+        if (own := getattr(options, name)) is not None:
+            settings[name] = own
     one = partial(run, data=options.data, test=options.test, memory=options.memory, **settings)
     report(options, *runs.measured(options, one))
 

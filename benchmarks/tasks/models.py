@@ -29,11 +29,12 @@ ARCHITECTURES: dict[str, tuple[type[Transformer], dict[str, Any], dict[str, Any]
     'MAG': (MemoryAsGateTransformer, {}, {}),
     'MAL': (MemoryAsLayerTransformer, {}, {}),
 }
+PEERS: dict[str, tuple[type[Transformer], dict[str, Any], dict[str, Any]]] = {
+    # windows longer than any text
+    'full attention': (MemoryAsGateTransformer, {'neural_memory_layers': (), 'segment_len': 2**20}, {}),
+}
 HYBRIDS: dict[str, tuple[type[Transformer], dict[str, Any], dict[str, Any]]] = {
-    f'{name}, memory in layer {layer}': (kind, {**kwargs, 'neural_memory_layers': (layer,)}, own)
-    for name, (kind, kwargs, own) in ARCHITECTURES.items()
-    for layer in (2, 3)
-    if name in ('MAC', 'MAG', 'MAL')
+    f'{name}, one memory': ARCHITECTURES[name] for name in ('MAC', 'MAG', 'MAL')
 }
 ABLATIONS: dict[str, dict[str, Any]] = {
     'no momentum': {'momentum': False},
@@ -43,7 +44,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     'no convolution': {'conv_kernel': None},
     'plain steps': {'proximal_steps': False},
 }
-MODELS = {**ARCHITECTURES, **HYBRIDS, **{f'LMM, {name}': (LongTermMemoryModel, {}, own) for name, own in ABLATIONS.items()}}
+OF_LMM = {f'LMM, {name}': (LongTermMemoryModel, {}, own) for name, own in ABLATIONS.items()}
+MODELS = {**ARCHITECTURES, **PEERS, **HYBRIDS, **OF_LMM}
 
 
 def build(
@@ -82,16 +84,19 @@ def _built(
     torch.manual_seed(seed)
     kind, kwargs, own = MODELS[name]
     memory = {**memory, **own}
-    heads = sizes['dim'] // sizes['dim_head']
+    heads, dim_head = sizes['dim'] // sizes['dim_head'], sizes['dim_head']
     common: dict[str, Any] = {**sizes, 'heads': heads, 'ff_mult': ff_mult, **kwargs}
+    if name in HYBRIDS:
+        # in the middle, where tokens know the ones before them
+        common['neural_memory_layers'] = (max(1, sizes['depth'] // 2),)
     if 'paper_order' in kwargs:
         memory_batch = sizes['segment_len']
         common.pop('use_flex_attn', None)  # has no such implementation
     else:
         common['neural_memory_batch_size'] = memory_batch
     settings = memory_settings(
-        heads,
-        sizes['dim_head'],
+        memory.pop('heads', heads),
+        memory.pop('dim_head', dim_head),
         memory_batch,
         **{'default_model_kwargs': {'depth': 2, 'expansion_factor': 2.0}, **memory},
     )

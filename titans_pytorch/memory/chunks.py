@@ -170,7 +170,7 @@ class Coefficients(NamedTuple):
 
         log_retention = log_gate(-decay)
         retention = gate_products(log_retention)
-        initial_weights = log_retention.cumsum(dim=-1).exp().unsqueeze(-1)
+        initial_weights = _left_of_start(retention, log_retention)
         if momentum is None:
             return cls._shifted(retention, initial_weights, [], [])
 
@@ -185,7 +185,7 @@ class Coefficients(NamedTuple):
                 # an order gives a share of all that it holds, its input included, and only the rest is carried over
                 of_order = F.pad(of_order[:, :-1], (1, 0))
             held = gate_products(of_order)
-            held_initial = F.pad(of_order.cumsum(dim=1).exp().unsqueeze(-1), (order, num_orders - order - 1))
+            held_initial = F.pad(_left_of_start(held, of_order), (order, num_orders - order - 1))
             if given:
                 held, held_initial = held @ given[-1][0], held @ given[-1][1] + held_initial
             carried = passed = (held, held_initial)
@@ -226,6 +226,11 @@ class Coefficients(NamedTuple):
             final=torch.cat([final_weights, *(order[:, -1:] for order in orders)], dim=1),
             initial_final=torch.stack([initial[:, -1], *final_orders], dim=1),
         )
+
+
+def _left_of_start(products: Float[Tensor, 'bh n n'], log_gates: Float[Tensor, 'bh n']) -> Float[Tensor, 'bh n 1']:
+    """g_0 · … · g_c, given the products of the gates after each step: what is left of an initial state at step c."""
+    return products[..., :1] * log_gates[:, :1].exp().unsqueeze(-1)
 
 
 def beside(factors: Tensor, tensors: Tensor) -> Tensor:
