@@ -432,16 +432,20 @@ def draw_needle(small: bool) -> Figure:
 
 def draw_long_text(small: bool) -> Figure:
     axes = (figure := Figure(figsize=(WIDTH, 3.7), layout='constrained')).subplots()
-    places = {'MAC': 1.70, 'LMM': 1.46, 'MAG': 1.275, 'MAL': 1.115, 'attention alone': 1.03}
-    colours = {'attention alone': GREEN, 'MAL': ORANGE, 'MAG': BLUE}
-    for row in results('task, long text', 'position'):
-        name, *bits = row.values()
-        colour = colours.get(name, GREY)
-        axes.plot([float(of) for of in bits], 'o-', color=colour, linewidth=2, markersize=4)
-        axes.text(6.5, places[name], name, color=colours.get(name, '#555555'), weight='bold', ha='center')
-    axes.set_xticks(range(len(bits)), [*row][1:], fontsize=8)
+    rows = {row['position']: [*row.values()][1:] for row in results('task, long text', 'position')}
+    wide = results('task, long text, windows of 512', 'position')[0]
+    assert wide['position'] == 'attention alone'
+    lines = {
+        'attention alone, 128 bytes': (rows['attention alone'], GREEN, '-', 1.135),
+        'LMM, no attention': (rows['LMM'], ORANGE, '-', 1.045),
+        'attention alone, 512 bytes': ([*wide.values()][1:], GREY, '--', 0.995),
+    }
+    for name, (bits, colour, style, place) in lines.items():
+        axes.plot([float(of) for of in bits], 'o', linestyle=style, color=colour, linewidth=2, markersize=4)
+        axes.text(5.5, place, name, color='#555555' if colour == GREY else colour, weight='bold', ha='center')
+    axes.set_xticks(range(len(wide) - 1), [*wide][1:], fontsize=8)
     axes.set(xlabel='position in the window, in bytes', ylabel='bits per byte')
-    axes.set_title('After the same time, attention models C code better at every distance')
+    axes.set_title('A memory is worth more than 128 bytes of attention, and less than 512')
     return figure
 
 

@@ -242,7 +242,7 @@ def report(options: argparse.Namespace, where: str, results: list[dict[str, Any]
     if options.plot:
         plot(options.plot, {name: grouped[name] for name in names})
     if options.write:
-        runs.write_section(f'task, long text{", small" * options.small}', text)
+        runs.write_section(f'task, {options.section}{", small" * options.small}', text)
 
 
 def conditions(results: list[dict[str, Any]]) -> str:
@@ -302,6 +302,7 @@ def main() -> None:
     parser.add_argument('--trained', type=int, help='bytes of a window in training; default: 4,096')
     parser.add_argument('--segment-len', type=int, help='bytes that attention sees; default: 512')
     parser.add_argument('--stride', type=int, help='bytes between the beginnings of windows in the test')
+    parser.add_argument('--section', default='long text', help='of docs/benchmarks.md, for --write')
     parser.add_argument('--memory', type=json.loads, default={}, help='arguments of all memories, as JSON')
     options = parser.parse_args()
     settings = runs.settings(options, SMALL)
