@@ -21,7 +21,10 @@ import mqar  # noqa: E402
 import needle  # noqa: E402
 import runs  # noqa: E402
 import step_sizes  # noqa: E402
+import text as texts  # noqa: E402
 import word_problem  # noqa: E402
+
+from titans_pytorch.training import open_run  # noqa: E402
 
 TINY = {'dim': 16, 'depth': 1, 'dim_head': 8, 'segment_len': 8, 'neural_memory_segment_len': 4}
 
@@ -154,11 +157,11 @@ def test_bins_of_long_text_hold_the_bits_of_their_positions():
 
 
 def test_long_text_trains_for_equal_time_and_reports(text_file, tmp_path, monkeypatch, capsys):
-    saved, picture = tmp_path / 'runs.jsonl', tmp_path / 'picture.png'
+    saved, picture, trained = tmp_path / 'runs.jsonl', tmp_path / 'picture.png', tmp_path / 'runs'
     monkeypatch.setattr(long_text, 'SMALL', {**SMALL_TEXT, **TINY})
     command = ['long_text.py', '--small', '--device', 'cpu', '--models', 'MAG', 'attention alone']
     given = ['--data', str(text_file), '--memory-batch', '4', '--seconds', '0.2', '--json', str(saved)]
-    monkeypatch.setattr(sys, 'argv', [*command, *given])
+    monkeypatch.setattr(sys, 'argv', [*command, *given, '--save', str(trained)])
     long_text.main()
     results = [json.loads(line)['result'] for line in saved.read_text().splitlines()]
     assert [result['model'] for result in results] == ['MAG', 'attention alone']
@@ -166,6 +169,14 @@ def test_long_text_trains_for_equal_time_and_reports(text_file, tmp_path, monkey
         assert result['trained_seconds'] >= 0.2 and result['bytes'] == result['steps'] * 2 * 48
         assert [*result['bits']] == ['0–16', '16–32', '32–64'] and 0 < min(result['bits'].values()) < 9
         assert 0 < result['median_norm'] <= result['worst_norm']
+
+        run = open_run(trained / f'{result["model"]}, seed 0', device='cpu', precision='fp32')
+        assert run.steps == result['steps'] and models.num_parameters(run.model) == result['parameters']
+        text = texts.read(text_file)
+        held_out = text[len(text) * 19 // 20 :]
+        tested = {name: SMALL_TEXT[name] for name in ('stride', 'piece', 'batch')}
+        bits = long_text.bits_by_position(run.model, held_out, 64, **tested, edges=(0, 16, 32, 64))
+        torch.testing.assert_close(bits.mean(dim=0).tolist(), [*result['bits'].values()], rtol=0, atol=1e-5)
 
     capsys.readouterr()
     pytest.importorskip('matplotlib')

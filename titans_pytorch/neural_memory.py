@@ -749,7 +749,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
             before=rows[..., complete:, :].clone() if self.conv_context else None,
         )
         after = OpenState(state.seq_index + complete, weights, rest)
-        return over_time, after, None if losses is None else self._surprises(losses, chunks.step_sizes)
+        surprises = None if losses is None else self._surprises(losses, chunks.step_sizes)
+        return over_time, after, surprises
 
     @property
     def _rows_per_chunk(self) -> int:
@@ -891,7 +892,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
     def _combine(self, values: Float[Tensor, 'bh n e'], normed: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
         """Retrieved values of all heads, gated and combined."""
         values = in_module_precision(values, self._dtype).unflatten(0, (-1, self.heads))
-        # to combine heads is a product
+        # the projection that combines heads would cast its input to it
         dtype = operand_dtype(values) if self.heads > 1 else None
         return self.combine_heads(join_heads(values, self.multihead_rmsnorm, self.retrieve_gate, normed, dtype))
 

@@ -9,6 +9,10 @@ that memory use is constant. Attention sees 512 bytes back, in windows that slid
 four layers of sliding windows a byte can depend on the 2,048 before it: beyond that, only a memory can make bits per
 byte fall.
 
+With `--save runs` each model is left in a folder that `python -m titans_pytorch` opens:
+
+    python -m titans_pytorch generate --run 'runs/LMM, seed 0' --file beginning.c
+
 Models train one after the other, each with the device to itself. Time counts from the second step on: building,
 compiling and capturing come before.
 """
@@ -32,6 +36,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titans_pytorch.training.checkpoints import write_checkpoint
+from titans_pytorch.training.run_folder import describe_run
+from titans_pytorch.training.vocabulary import ByteVocabulary
 from titans_pytorch.utils.precision import at_least_float32
 
 SIZES = {
@@ -156,13 +163,19 @@ def run(
     stride: int = 16384,
     piece: int = 4096,
     edges: tuple[int, ...] = EDGES,
+    save: Path | None = None,
     **sizes: Any,
 ) -> dict[str, Any]:
-    """Train one model and test it. Without a file `test`, the last twentieth of `data` is for testing."""
+    """Train one model and test it. Without a file `test`, the last twentieth of `data` is for testing.
+
+    Args:
+        save: a folder for the folders of the trained models.
+    """
     text = texts.read(data).to(device)
     held_out = text[len(text) * 19 // 20 :] if test is None else texts.read(test).to(device)
     text = text[: len(text) * 19 // 20] if test is None else text
-    model = models.build(name, seed, num_tokens=256, **{**SIZES, **sizes}).to(device)
+    options = {'num_tokens': 256, **SIZES, **sizes}
+    model = models.build(name, seed, **options).to(device)
     clock = Clock(seconds, text.is_cuda)
 
     def progress(step: int) -> float:
@@ -172,6 +185,8 @@ def run(
     generator = torch.Generator(device).manual_seed(seed)
     windows = texts.windows(text, batch, trained + 1, generator)
     done = train(trainer, lambda: next(windows).long(), steps, clock, name)
+    if save is not None:
+        save_run(save / f'{name}, seed {seed}', models.config(name, **options), model, done['steps'])
     peak = torch.cuda.max_memory_allocated() if text.is_cuda else None
     del trainer
     if text.is_cuda:
@@ -195,6 +210,12 @@ def run(
         'bits': dict(zip(labels(edges), bits.mean(dim=0).tolist())),
         'windows': [[round(value, 4) for value in window] for window in bits.tolist()],
     }
+
+
+def save_run(folder: Path, config: dict[str, Any], model: nn.Module, steps: int) -> None:
+    folder.mkdir(parents=True)
+    describe_run(folder, config, ByteVocabulary())
+    write_checkpoint(folder / 'trained.pt', {'model_state_dict': model.state_dict(), 'batch': steps})
 
 
 def labels(edges: tuple[int, ...]) -> list[str]:
@@ -302,6 +323,7 @@ def main() -> None:
     parser.add_argument('--trained', type=int, help='bytes of a window in training; default: 4,096')
     parser.add_argument('--segment-len', type=int, help='bytes that attention sees; default: 512')
     parser.add_argument('--stride', type=int, help='bytes between the beginnings of windows in the test')
+    parser.add_argument('--save', type=Path, help='folder for the trained models, in a folder each')
     parser.add_argument('--section', default='long text', help='of docs/benchmarks.md, for --write')
     parser.add_argument('--memory', type=json.loads, default={}, help='arguments of all memories, as JSON')
     options = parser.parse_args()
@@ -309,7 +331,8 @@ def main() -> None:
     for name in ('batch', 'stride', 'trained', 'segment_len'):
         if (own := getattr(options, name)) is not None:
             settings[name] = own
-    one = partial(run, data=options.data, test=options.test, memory=options.memory, **settings)
+    files = {'data': options.data, 'test': options.test, 'save': options.save}
+    one = partial(run, **files, memory=options.memory, **settings)
     report(options, *runs.measured(options, one))
 
 

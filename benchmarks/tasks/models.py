@@ -11,31 +11,24 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from titans_pytorch import (
-    LongTermMemoryModel,
-    MemoryAsContextTransformer,
-    MemoryAsGateTransformer,
-    MemoryAsLayerTransformer,
-)
+from titans_pytorch.configuration import build_model, model_config
 from titans_pytorch.models.base import Transformer
 from titans_pytorch.presets import memory_settings
 
-ARCHITECTURES: dict[str, tuple[type[Transformer], dict[str, Any], dict[str, Any]]] = {
-    # name: class, arguments of the model, arguments of its memories
-    'attention alone': (MemoryAsGateTransformer, {'neural_memory_layers': ()}, {}),
-    'LMM': (LongTermMemoryModel, {}, {}),
-    'MAC': (MemoryAsContextTransformer, {'num_longterm_mem_tokens': 4, 'num_residual_streams': 1}, {}),
-    'MAC, paper order': (MemoryAsContextTransformer, {'paper_order': True, 'num_residual_streams': 1}, {}),
-    'MAG': (MemoryAsGateTransformer, {}, {}),
-    'MAL': (MemoryAsLayerTransformer, {}, {}),
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    # name: architecture, and arguments of the model
+    'attention alone': ('mag', {'neural_memory_layers': ()}),
+    'LMM': ('lmm', {}),
+    'MAC': ('mac', {'num_longterm_mem_tokens': 4, 'num_residual_streams': 1}),
+    'MAC, paper order': ('mac', {'paper_order': True, 'num_residual_streams': 1}),
+    'MAG': ('mag', {}),
+    'MAL': ('mal', {}),
 }
-PEERS: dict[str, tuple[type[Transformer], dict[str, Any], dict[str, Any]]] = {
+PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     # windows longer than any text
-    'full attention': (MemoryAsGateTransformer, {'neural_memory_layers': (), 'segment_len': 2**20}, {}),
+    'full attention': ('mag', {'neural_memory_layers': (), 'segment_len': 2**20}),
 }
-HYBRIDS: dict[str, tuple[type[Transformer], dict[str, Any], dict[str, Any]]] = {
-    f'{name}, one memory': ARCHITECTURES[name] for name in ('MAC', 'MAG', 'MAL')
-}
+HYBRIDS = {f'{name}, one memory': ARCHITECTURES[name] for name in ('MAC', 'MAG', 'MAL')}
 ABLATIONS: dict[str, dict[str, Any]] = {
     'no momentum': {'momentum': False},
     'no decay': {'init_decay_bias': -30.0},
@@ -44,20 +37,30 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     'no convolution': {'conv_kernel': None},
     'plain steps': {'proximal_steps': False},
 }
-OF_LMM = {f'LMM, {name}': (LongTermMemoryModel, {}, own) for name, own in ABLATIONS.items()}
+OF_LMM = {f'LMM, {name}': ARCHITECTURES['LMM'] for name in ABLATIONS}
 MODELS = {**ARCHITECTURES, **PEERS, **HYBRIDS, **OF_LMM}
 
 
-def build(
-    name: str, seed: int, memory_batch: int | None = None, memory: Mapping[str, Any] = {}, **sizes: Any
-) -> Transformer:
-    """One of `MODELS`, with feedforwards widened so that all models have as many parameters as the largest.
+def build(name: str, seed: int, **options: Any) -> Transformer:
+    """The model of `config(name, **options)`."""
+    torch.manual_seed(seed)
+    model = build_model(config(name, **options))
+    if name == 'LMM, no decay':
+        for module in model.modules():
+            decay = getattr(module, 'to_decay_factor', None)
+            if isinstance(decay, nn.Sequential):
+                decay.requires_grad_(False)  # at its logit nothing is forgotten
+    return model
+
+
+def config(name: str, memory_batch: int | None = None, memory: Mapping[str, Any] = {}, **sizes: Any) -> dict[str, Any]:
+    """Configuration of one of `MODELS`, with feedforwards widened so that all models have as many parameters as the
+    largest, to within 12 · dim · depth.
 
     Without `memory_batch` gradients are taken at the initial weights of the memories, except in the paper's order,
     where a memory batch is a segment. `memory` are arguments of all memories, except where a model has its own; `sizes`
     are arguments common to all models.
     """
-
     common = {'memory_batch': memory_batch, 'memory': memory, 'sizes': sizes}
     if (key := repr(common)) not in _largest:
         _largest[key] = max(_count(other, **common) for other in MODELS)
@@ -66,7 +69,7 @@ def build(
     dim, depth = sizes['dim'], sizes['depth']
     width = 8 * round((8 / 3 * dim + missing / (3 * dim * depth)) / 8)
     # a little more, so that rounding down gives this width
-    return _built(name, seed, (width + 0.5) * 3 / (2 * dim), **common)
+    return _config(name, (width + 0.5) * 3 / (2 * dim), **common)
 
 
 _largest: dict[str, int] = {}
@@ -75,15 +78,14 @@ _largest: dict[str, int] = {}
 
 def _count(name: str, **common: Any) -> int:
     with torch.device('meta'):
-        return num_parameters(_built(name, 0, 4.0, **common))
+        return num_parameters(build_model(_config(name, 4.0, **common)))
 
 
-def _built(
-    name: str, seed: int, ff_mult: float, memory_batch: int | None, memory: Mapping[str, Any], sizes: dict[str, Any]
-) -> Transformer:
-    torch.manual_seed(seed)
-    kind, kwargs, own = MODELS[name]
-    memory = {**memory, **own}
+def _config(
+    name: str, ff_mult: float, memory_batch: int | None, memory: Mapping[str, Any], sizes: dict[str, Any]
+) -> dict[str, Any]:
+    architecture, kwargs = MODELS[name]
+    memory = {**memory, **ABLATIONS.get(name.removeprefix('LMM, '), {})}
     heads, dim_head = sizes['dim'] // sizes['dim_head'], sizes['dim_head']
     common: dict[str, Any] = {**sizes, 'heads': heads, 'ff_mult': ff_mult, **kwargs}
     if name in HYBRIDS:
@@ -100,13 +102,7 @@ def _built(
         memory_batch,
         **{'default_model_kwargs': {'depth': 2, 'expansion_factor': 2.0}, **memory},
     )
-    model = kind(**common, neural_memory_kwargs=settings)
-    if memory.get('init_decay_bias', 0) < -20:
-        for module in model.modules():
-            decay = getattr(module, 'to_decay_factor', None)
-            if isinstance(decay, nn.Sequential):
-                decay.requires_grad_(False)  # at a logit of −30 nothing is forgotten
-    return model
+    return model_config(architecture, **common, neural_memory_kwargs=settings)
 
 
 def num_parameters(model: nn.Module) -> int:

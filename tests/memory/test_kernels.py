@@ -13,6 +13,7 @@ from titans_pytorch.memory.backends import DualBackend
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 OPERATIONS = ('inner_gradient', 'final_state', 'memory_batch_scan', 'retrieve_sequence')
+OF_HEADS = ('short_convolution', 'gated_heads')
 # matrices are no larger than a chunk's rows, and are formed; or are factored, but not stored by a scan
 FORMED = ['spectral norm', 'two keys per token', 'linear memory']
 BY_BATCH = ['soft clamp']
@@ -27,7 +28,7 @@ def launched(kernels_everywhere, monkeypatch):
     def noted(name, operation):
         return lambda *args: (launched.add(name), operation(*args))[1]
 
-    files = [(name, 'triton', name) for name in OPERATIONS]
+    files = [(name, 'triton', name) for name in OPERATIONS + OF_HEADS]
     for name, file, function in (*files, ('memory_batch_scan', 'triton_on_chip', 'memory_batch_scan_on_chip')):
         kernels = importlib.import_module(f'titans_pytorch.ops.{name}.{file}')
         monkeypatch.setattr(kernels, function, noted(name, getattr(kernels, function)))
@@ -57,6 +58,24 @@ def test_a_memory_equals_the_dense_engine(launched, switch):
     assert ('inner_gradient' in launched) == (switch not in SCANNED)
     assert ('retrieve_sequence' in launched) == ('final_state' in launched or switch in SCANNED)
     assert ('final_state' in launched) == (switch in BY_BATCH)
+
+
+@pytest.mark.parametrize('changes', [{}, {'qk_l2norm': True, 'post_rmsnorm': True, 'num_kv_per_token': 2}])
+@pytest.mark.parametrize('channel_gate', [False, True])
+def test_queries_keys_and_values_equal_those_of_the_dense_engine(launched, changes, channel_gate):
+    options = {**changes, 'channel_gate': channel_gate}
+    dual, dense = (memory('convolution', engine=engine, **options) for engine in ('dual', 'dense'))
+    dense.to(DEVICE).load_state_dict(dual.float().to(DEVICE).state_dict())
+    seq, mask = inputs(dense, 17).to(DEVICE), torch.rand(2, 17, device=DEVICE) < 0.7
+    results = []
+    for mem in (dual, dense):
+        own = seq.to(next(mem.parameters()).dtype)
+        first, state = mem(own[:, :7], store_mask=mask[:, :7])
+        rest, state = mem(own[:, 7:], state=state, store_mask=mask[:, 7:])
+        out = torch.cat((first, rest), dim=1)
+        results.append((out, state.states, gradients(mem, out.double().sin().sum())))
+    assert_same(*results, 3e-4)
+    assert launched >= {*OF_HEADS}
 
 
 @pytest.mark.parametrize('changes', [{}, {'normalized_momentum': True, 'mem_model_norm_add_residual': False}])

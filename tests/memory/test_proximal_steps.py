@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import assert_same
+from compare import assert_same, gradients
 from memories import DIM, HEAD, inputs, memory
 from torch import nn
 
@@ -172,3 +172,13 @@ def test_half_precision_is_close(dtype):
 def test_what_does_not_fit_is_refused(changes, message):
     with pytest.raises((ValueError, TypeError), match=message):
         NeuralMemory(DIM, **{'batch_size': 4, 'proximal_steps': True, **changes})
+
+
+def test_surprises_on_request_change_nothing():
+    mem = memory('linear memory', 1, 1, proximal_steps=True, mem_model_norm_add_residual=False)
+    seq, results = inputs(mem, 9), []
+    for requested in (True, False):
+        out, state, *surprises = mem(seq, return_surprises=requested)
+        assert len(surprises) == requested
+        results.append((out, state.states, gradients(mem, out.sin().sum())))
+    assert_same(*results, 1e-12)

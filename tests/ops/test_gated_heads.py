@@ -80,6 +80,8 @@ def test_other_inputs_take_the_reference(kernels, monkeypatch):
     for shape in ((1, 1, 2, 257), (1, 2, 0, 8)):
         tensors = problem(*shape, True, True)
         assert_same(gated_heads(*tensors), reference.gated_heads(*tensors), 0.0)
+    x, gamma, logits = problem(1, 2, 3, 8, True, True)
+    assert_same(gated_heads(x, gamma[:1], logits), reference.gated_heads(x, gamma[:1], logits), 0.0)
 
 
 @pytest.mark.parametrize('kind', KINDS[::3])

@@ -315,13 +315,26 @@ def test_kernels_equal_the_reference(kernels, poisoned, sizes, dim, orders, step
     assert_same(came, expected, EXACT)
 
 
-@pytest.mark.parametrize('sizes', [(2, 3, 2, 3), (2, 1, 1, 32), (2, 16, 1, 4), (2, 4, 1, 16), (2, 64, 4, 1)])
-def test_large_proximal_steps(kernels, poisoned, sizes):
+@pytest.mark.parametrize('sizes', [(2, 3, 2, 3), (2, 1, 1, 32), (2, 16, 1, 4), (2, 4, 1, 16), (2, 16, 4, 1)])
+def test_large_proximal_steps(kernels, poisoned, monkeypatch, sizes):
     # beyond the limit for half the rows
-    tensors = tensors_of(sizes, dim=48)
-    tensors['step_sizes'][:, :, ::2] *= 1e6
+    tensors, launched, operation = tensors_of(sizes, dim=48), [], kernels.linear_memory_scan
+    tensors['step_sizes'].view(2, -1)[:, ::2] *= 1e6
+    monkeypatch.setattr(kernels, 'linear_memory_scan', lambda *args: (launched.append(args), operation(*args))[1])
     came, expected = (compute(tensors, sizes[2], num_proximal_steps=2) for compute in (learned, exactly))
     assert_same(came, expected, EXACT)
+    assert len(launched) == 1
+
+
+@pytest.mark.parametrize('steps', [None, 2])
+def test_losses_are_computed_on_request(steps):
+    tensors = tensors_of((2, 3, 1, 2), dim=16)
+    rows = [tensors[name] for name in ('keys', 'values', 'step_sizes')]
+    states = [t for name, t in tensors.items() if name.startswith('state')]
+    given = (*rows, states, *(tensors[name] for name in Coefficients._fields), 1, steps)
+    expected, came = linear_memory_scan(*given), linear_memory_scan(*given, with_losses=False)
+    assert came.losses is None
+    assert_same(came[:3], expected[:3], 0.0)
 
 
 def test_rows_that_are_not_stored(kernels, poisoned):

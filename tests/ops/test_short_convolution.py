@@ -29,8 +29,8 @@ def learned(function, x, weight, heads, per_token, normalize, transposed=False):
     x, weight = (t.detach().requires_grad_() for t in (x, weight))
     out = function(x, weight, heads, per_token, normalize)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out)
-    used = (out.transpose(1, 2) * 1.0 * weights.transpose(1, 2)) if transposed else out * weights
-    return out.detach(), torch.autograd.grad(used.sum(), (x, weight))
+    weights = weights.transpose(1, 2).contiguous().transpose(1, 2) if transposed else weights
+    return out.detach(), torch.autograd.grad(out, (x, weight), weights)
 
 
 def in_float64(x, weight, *sizes):

@@ -324,10 +324,9 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         """Each window separately; sliding ones together with the window before."""
         batch, length, window = queries.shape[0], queries.shape[-2], self.total_segment_len
         num_cached = keys.shape[-2] - length
-        # a window need not be longer than the sequence
-        end = first + num_cached + length
-        in_one = isinstance(length, int) and end <= window
-        window = end if in_one else window
+        # padding to a long window would cost time and memory; a symbolic length is not compared, as that would limit it
+        in_one = isinstance(length, int) and keys.shape[-2] == length <= window
+        window = length if in_one else window
         # windows begin at the start of the sequence; no query sees positions before `first`
         lead = first % window
         num_windows, in_last = divided(length, window, lead + num_cached)

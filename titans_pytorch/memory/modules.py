@@ -133,44 +133,69 @@ class SplitHeads(Module):
 
 
 def rows_of_heads(
-    tokens: Float[Tensor, 'b t d'], projection: Module, split: SplitHeads, norm: Module | None = None
+    tokens: Float[Tensor, 'b t d'], projection: Module, split: Module, norm: Module | None = None
 ) -> Float[Tensor, 'b h nu e']:
     """Queries, keys or values of each head: tokens after a `projection`, split and, if `norm` is given, normalised."""
-    norms = () if norm is None else (norm,)
-    if isinstance(projection, nn.Sequential) and [type(part) for part in projection] == [Linear, CausalConv, nn.SiLU]:
-        linear, causal, activation = projection
-        assert isinstance(causal, CausalConv)
-        modules = (projection, linear, causal, causal.conv, activation, split, *norms)
-        if tokens.shape[1] > causal.context and not is_intercepted(modules):
-            normalize = type(norm) is L2Norm
-            rows = short_convolution(linear(tokens), causal.conv.weight, split.heads, split.per_token, normalize)
-            return rows if norm is None or normalize else norm(rows)
+    causal = _short_convolution_of(projection, split, norm)
+    if causal is not None and tokens.shape[1] > causal.context:
+        assert isinstance(projection, nn.Sequential) and isinstance(split, SplitHeads)
+        normalize = type(norm) is L2Norm
+        projected = projection[0](tokens)
+        rows = short_convolution(projected, causal.conv.weight, split.heads, split.per_token, normalize)
+        return rows if norm is None or normalize else norm(rows)
     rows = split(projection(tokens))
     return rows if norm is None else norm(rows)
+
+
+def _short_convolution_of(projection: Module, split: Module, norm: Module | None) -> CausalConv | None:
+    """The convolution of a projection with SiLU; `None` without one, and where a part has been replaced or hooked."""
+    if type(projection) is not nn.Sequential or type(split) is not SplitHeads:
+        return None
+    _, *parts = projection
+    if [type(part) for part in parts] != [CausalConv, nn.SiLU]:
+        return None
+    causal = parts[0]
+    assert isinstance(causal, CausalConv)
+    if type(causal.conv) is not nn.Conv1d or causal.conv.bias is not None:
+        return None
+    modules = (projection, *parts, causal.conv, split, *(() if norm is None else (norm,)))
+    return None if is_intercepted(modules) else causal
 
 
 def join_heads(
     values: Float[Tensor, 'b h n e'],
     norm: Module,
-    gate: nn.Sequential | None,
+    gate: Module | None,
     tokens: Float[Tensor, 'b n d'],
     dtype: torch.dtype | None,
 ) -> Float[Tensor, 'b n he']:
     """Retrieved values of all heads side by side, normalised and gated.
 
     Args:
-        gate: maps tokens to gates: a linear map, `HeadsFirst` and a sigmoid.
-        dtype: of the result, where it can be chosen.
+        gate: maps tokens to gates.
+        dtype: of the result. Default: as PyTorch promotes the parts.
     """
     gamma, is_plain = None, type(norm) is nn.Identity
-    if isinstance(norm, MultiheadRMSNorm):
+    if type(norm) is MultiheadRMSNorm:
         gamma, is_plain = norm.gamma, norm.is_plain
-    if gate is not None and is_plain and not is_intercepted((norm, gate, *gate)):
-        return gated_heads(values, gamma, gate[0](tokens), dtype)
+    to_logits = logits_of(gate)
+    if to_logits is not None and is_plain and not is_intercepted((norm,)):
+        return gated_heads(values, gamma, to_logits(tokens), dtype)
     values = norm(values)
     if gate is not None:
         values = values * gate(tokens)
-    return values.transpose(1, 2).flatten(2)
+    return values.transpose(1, 2).flatten(2).to(values.dtype if dtype is None else dtype)
+
+
+def logits_of(gate: Module | None) -> Module | None:
+    """The map to the logits of a gate that is a sigmoid for each head, or for each of its features; `None` without a
+    gate, and where a part of it has been replaced or hooked."""
+    if type(gate) is not nn.Sequential:
+        return None
+    to_logits, *parts = gate
+    if [type(part) for part in parts] != [HeadsFirst, nn.Sigmoid] or is_intercepted((gate, *parts)):
+        return None
+    return to_logits
 
 
 class PerHead(Module):

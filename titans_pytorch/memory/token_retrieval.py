@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import Module
 
 from titans_pytorch.memory.fast_weights import Weights
-from titans_pytorch.memory.modules import MultiheadRMSNorm
+from titans_pytorch.memory.modules import MultiheadRMSNorm, logits_of
 from titans_pytorch.memory_models import PlainMLP
 from titans_pytorch.ops.token_retrieval import token_retrieval
 from titans_pytorch.utils.functional import is_intercepted
@@ -33,29 +33,26 @@ class PlainRetrieval(NamedTuple):
         mlp: PlainMLP | None,
         query_norm: Module,
         value_norm: Module,
-        gate: nn.Sequential | None,
+        gate: Module | None,
         dtype: torch.dtype,
     ) -> PlainRetrieval | None:
         """`None` for parts that the operation does not cover: other networks, norms and gates, half precision, hooks.
 
         Args:
-            gate: a linear map to logits, followed by a sigmoid.
+            gate: maps tokens to gates.
             dtype: precision of the memory's module.
         """
         if mlp is None or len(mlp.matrices) > 2 or dtype not in (torch.float32, torch.float64):
             return None
         if type(query_norm) not in (nn.Identity, MultiheadRMSNorm) or type(value_norm) is not nn.Identity:
             return None
-        if gate is not None and (type(gate[0]) is not nn.Linear or gate[0].out_features != heads):
+        to_gate = logits_of(gate)
+        if gate is not None and (type(to_gate) is not nn.Linear or to_gate.out_features != heads):
             return None
-        if is_intercepted((query_norm, value_norm, *(() if gate is None else (gate, *gate)))):
+        if is_intercepted((query_norm, value_norm, *(() if to_gate is None else (to_gate,)))):
             return None
-        return cls(
-            heads,
-            mlp,
-            query_norm if isinstance(query_norm, MultiheadRMSNorm) else None,
-            None if gate is None else gate[0],  # type: ignore[arg-type]
-        )
+        assert to_gate is None or isinstance(to_gate, nn.Linear)
+        return cls(heads, mlp, query_norm if isinstance(query_norm, MultiheadRMSNorm) else None, to_gate)
 
     def __call__(
         self, weights: Weights, projected: Float[Tensor, 'b 1 hd'], normed: Float[Tensor, 'b 1 d']

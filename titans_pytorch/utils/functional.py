@@ -83,7 +83,13 @@ def is_intercepted(modules: Iterable[Module]) -> bool:
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or 'forward' in vars(m)
         for m in modules
     )
-    return own or bool(module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks)
+    of_all_modules = (
+        module_hooks._global_forward_hooks,
+        module_hooks._global_forward_pre_hooks,
+        module_hooks._global_backward_hooks,
+        module_hooks._global_backward_pre_hooks,
+    )
+    return own or any(of_all_modules)
 
 
 def frozen_as_buffers(model: Module) -> Module:

@@ -15,12 +15,14 @@ from titans_pytorch.memory.schedule import Schedule
 from titans_pytorch.utils.shapes import Float
 
 
-def scan_chunks(backend: Backend, inputs: StoreInputs) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m']]:
+def scan_chunks(
+    backend: Backend, inputs: StoreInputs
+) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m'] | None]:
     """`Backend.store` as a graph that does not grow with the number of chunks, which is symbolic."""
     # imported where it is used: PyTorch may yet move it
     from torch._higher_order_ops.scan import scan
 
-    chunks, residual, schedule, weights, transition, _ = inputs
+    chunks, residual, schedule, weights, transition, with_losses = inputs
     given = [index for index, t in enumerate(chunks) if t is not None]
     added: Any = ()
     if residual is not None:
@@ -61,7 +63,8 @@ def scan_chunks(backend: Backend, inputs: StoreInputs) -> tuple[FastWeights, Mem
     carry, by_chunk = scan(store_one, carry, every)
     before, losses = _chunks_first(by_chunk)
     weights = MemoryWeights(*carry)
-    return FastWeights.joined([StoredBlock(before, weights.newest)], weights.newest), weights, losses
+    over_time = FastWeights.joined([StoredBlock(before, weights.newest)], weights.newest)
+    return over_time, weights, losses if with_losses else None
 
 
 def _chunks_first(tensors: Any) -> Any:

@@ -29,13 +29,15 @@ def gated_heads(
     """
     if dtype is None:
         dtype = reduce(torch.promote_types, (t.dtype for t in (x, gamma, logits) if t is not None))
-    if use_kernel([x, gamma, logits], capability=VOLTA) and _supports(x, logits):
+    if use_kernel([x, gamma, logits], capability=VOLTA) and _supports(x, gamma, logits):
         from titans_pytorch.ops.gated_heads import triton
 
         return triton.gated_heads(x, gamma, logits, dtype)
     return reference.gated_heads(x, gamma, logits).to(dtype)
 
 
-def _supports(x: Tensor, logits: Tensor) -> bool:
+def _supports(x: Tensor, gamma: Tensor | None, logits: Tensor) -> bool:
     heads, dim = x.shape[1], x.shape[3]
+    if gamma is not None and gamma.shape != (heads, 1, dim):
+        return False
     return dim <= _WIDEST and logits.shape[-1] in (heads, heads * dim) and x.numel() > 0

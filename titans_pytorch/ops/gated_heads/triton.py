@@ -21,8 +21,8 @@ def _load(  # type: ignore[no-untyped-def]
     NORM: tl.constexpr, PER_FEATURE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Rows of a head over their length, that length's inverse, 1 + γ, and gates; with the numbers of the rows."""
-    batch, head = (own_head // heads).to(tl.int64), own_head % heads
-    row, feature = first + tl.arange(0, ROWS), tl.arange(0, DIM)
+    batch, head = (own_head // heads).to(tl.int64), (own_head % heads).to(tl.int64)
+    row, feature = (first + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, DIM)
     inside = (row < n)[:, None] & (feature < dim)[None, :]
     from_x = x + batch * x_batch + head * x_head + row[:, None] * x_row + feature[None, :]
     own = tl.load(from_x, mask=inside, other=0.0).to(tl.float32)
@@ -70,7 +70,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     if PER_FEATURE:
         tl.store(d_logits + to_heads, d_logit, mask=inside)
     else:
-        batch, head = (own_head // heads).to(tl.int64), own_head % heads
+        batch, head = (own_head // heads).to(tl.int64), (own_head % heads).to(tl.int64)
         of_rows = tl.sum(tl.where(inside, d_logit, 0.0), axis=1)
         tl.store(d_logits + (batch * n + row) * heads + head, of_rows, mask=row < n)
     d_own = d_gated * gate

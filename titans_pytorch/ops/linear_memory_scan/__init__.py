@@ -78,9 +78,7 @@ def linear_memory_scan(
     operands in half precision, the kernel's other products are in TF32.
     """
     operands, (length, rows) = operand_dtype(keys), (steps.shape[2], keys.shape[2])
-    own_coefficient = 0
-    if num_proximal_steps is not None:
-        own_coefficient = num_proximal_steps
+    own_coefficient = num_proximal_steps or 0
     coefficients = (steps, initial_steps, final, initial_final)
     if use_kernel([keys, values, step_sizes], [*states, *coefficients]) and _supports(keys, states, length * rows):
         from titans_pytorch.ops.linear_memory_scan import triton

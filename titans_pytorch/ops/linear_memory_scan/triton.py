@@ -1,6 +1,7 @@
 """Kernels of the scan over blocks of a linear memory.
 
-With G = K Kᵀ and P = (I + (A ∘ G) diag(β))⁻¹ the errors of a block are E = P (V − Σ_k a_k ∘ K state_k), and Δ = β E.
+With G = K Kᵀ and P = (I + (A ∘ G) diag(β))⁻¹ the errors of a block are E = P (V − Σ_k a_k ∘ K state_k), and Δ = β E,
+where β, the `strengths`, are limited if steps are proximal.
 P needs no states, so one launch computes it for all blocks. Only the scan itself goes from block to block, in programs
 that each keep some columns of all states on chip: forward, and from the last block to the first for the gradients of
 states and errors. What then remains of the gradients is again one launch for all blocks.
@@ -330,7 +331,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     d_gram = d_weighted * coefficients
     d_key = multiply_add(d_key, d_gram + tl.trans(d_gram), key, PRECISION, tl.float32)
     if PROXIMAL:
-        # where β is limited, to largest / (own_coefficient · k²), it does not depend on the step size
+        # where β is limited, to largest / (own_coefficient · k²), it does not depend on the step size. The margin is
+        # for squares that were added up in another order when it was limited
         squared = tl.sum(key * key, axis=1)
         limited = own_coefficient * beta * squared > largest * (1 - 1e-6)
         d_key -= tl.where(limited, 2.0 * beta * d_beta / tl.where(limited, squared, 1.0), 0.0)[:, None] * key
@@ -396,7 +398,7 @@ def _arguments(
         own_coefficient=float(own_coefficient), PROXIMAL=own_coefficient != 0, scale=2.0 / width, largest=LARGEST,
         dim=dim, width=width, STATES=count, PADDED=triton.next_power_of_2(count),
         DIM=tile_size(dim), ROWS=on_chip, WIDTH=columns,
-        # a chunk lies within a block on the diagonal
+        # proximal steps fill the system within a chunk, so that a block on the diagonal must hold whole chunks
         SMALL=SMALL if own_coefficient == 0 or SMALL % rows == 0 else on_chip,
         # of all products but those that form the inverse, where rounding is amplified; so it is in products with the
         # inverse, if proximal steps are large

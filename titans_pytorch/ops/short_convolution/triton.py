@@ -46,8 +46,9 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     n, groups, per_token, x_batch, x_row,
     dim: tl.constexpr, WIDTH: tl.constexpr, NORMALIZE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    batch, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
-    row, feature = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM)
+    program = tl.program_id(0).to(tl.int64)
+    batch, group = program // groups, program % groups
+    row, feature = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, DIM)
     with_feature = feature < dim
     own_x, own_weight = x + batch * x_batch + group * dim, weight + group * dim * WIDTH
     convolved, inside = _convolved(own_x, own_weight, row, n, x_row, feature, with_feature, WIDTH, ROWS, DIM)
@@ -66,8 +67,9 @@ def _activation_backward_kernel(  # type: ignore[no-untyped-def]
     dim: tl.constexpr, WIDTH: tl.constexpr, NORMALIZE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Through norm and activation, and to the weights: a part of their gradient in each program."""
-    batch, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
-    row, feature = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM)
+    program = tl.program_id(0).to(tl.int64)
+    batch, group = program // groups, program % groups
+    row, feature = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, DIM)
     with_feature = feature < dim
     own_x, own_weight = x + batch * x_batch + group * dim, weight + group * dim * WIDTH
     convolved, inside = _convolved(own_x, own_weight, row, n, x_row, feature, with_feature, WIDTH, ROWS, DIM)
@@ -84,7 +86,7 @@ def _activation_backward_kernel(  # type: ignore[no-untyped-def]
         d_y = inverse * (d_y - along * y)
     d_own = d_y * sigmoid * (1.0 + convolved * (1.0 - sigmoid))
     tl.store(d_convolved + ((batch * n + row[:, None]) * groups + group) * dim + feature[None, :], d_own, mask=inside)
-    to_weight = d_weight + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * dim * WIDTH
+    to_weight = d_weight + (program * tl.num_programs(1) + tl.program_id(1)) * dim * WIDTH
     for j in tl.static_range(WIDTH):
         given = tl.load(own_x + (row + j)[:, None] * x_row + feature[None, :], mask=inside, other=0.0).to(tl.float32)
         tl.store(to_weight + feature * WIDTH + j, tl.sum(given * d_own, axis=0), mask=with_feature)
@@ -96,8 +98,9 @@ def _convolution_backward_kernel(  # type: ignore[no-untyped-def]
     n, groups, dim: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Token t is part of outputs t − j: its gradient is Σ_j w_j d_{t−j}."""
-    batch, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
-    row, feature = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM)
+    program = tl.program_id(0).to(tl.int64)
+    batch, group = program // groups, program % groups
+    row, feature = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, DIM)
     with_feature = feature < dim
     total = tl.zeros((ROWS, DIM), tl.float32)
     for j in tl.static_range(WIDTH):
