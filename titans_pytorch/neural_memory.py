@@ -22,7 +22,6 @@ from titans_pytorch.memory.initial_weights import InitialWeights
 from titans_pytorch.memory.modules import (
     AttentionPool,
     AveragePool,
-    HeadsFirst,
     L2Norm,
     MultiheadRMSNorm,
     SplitHeads,
@@ -293,7 +292,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         self.combine_heads = Linear(dim_inner, dim, bias=False) if heads > 1 else nn.Identity()
         num_gates = dim_inner if channel_gate else heads if heads > 1 else 0
         self.retrieve_gate = (
-            nn.Sequential(Linear(dim, num_gates, bias=False), HeadsFirst(heads), nn.Sigmoid()) if num_gates else None
+            nn.Sequential(Linear(dim, num_gates, bias=False), SplitHeads(heads), nn.Sigmoid()) if num_gates else None
         )
 
         # gates: step sizes per key, the rest per chunk

@@ -11,7 +11,6 @@ from torch import nn
 from titans_pytorch import without_kernels
 from titans_pytorch.memory.modules import (
     AveragePool,
-    HeadsFirst,
     L2Norm,
     MultiheadRMSNorm,
     SplitHeads,
@@ -67,7 +66,7 @@ class OfHeads(nn.Module):
         self.to_keys, self.split = projection(16, 16 * per_token, nn.SiLU(), 4), SplitHeads(2, per_token)
         self.key_norm = norm
         self.value_norm = nn.Identity() if norm is None else MultiheadRMSNorm(8, 2)
-        self.gate = nn.Sequential(nn.Linear(16, gates, bias=False), HeadsFirst(2), nn.Sigmoid())
+        self.gate = nn.Sequential(nn.Linear(16, gates, bias=False), SplitHeads(2), nn.Sigmoid())
 
     def forward(self, tokens, values):
         joined = join_heads(values, self.value_norm, self.gate, tokens, None)

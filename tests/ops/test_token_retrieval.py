@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from titans_pytorch import MemoryAsContextTransformer, NeuralMemory, without_kernels
 from titans_pytorch.generation.stepper import Stepper
-from titans_pytorch.memory.modules import HeadsFirst, L2Norm, MultiheadRMSNorm
+from titans_pytorch.memory.modules import L2Norm, MultiheadRMSNorm, SplitHeads
 from titans_pytorch.memory.state import copy_weights
 from titans_pytorch.memory.token_retrieval import PlainRetrieval
 from titans_pytorch.memory_models import MemoryMLP, PlainMLP, ResidualNorm
@@ -74,7 +74,7 @@ def problem(dim_head, hidden=None, heads=3, query_norm=True, norm=True, gate=Tru
         name: random(batch * heads, *p.shape) * (0.5 if p.ndim == 1 else p.shape[0] ** -0.5)
         for name, p in model.named_parameters()
     }
-    to_gates = nn.Sequential(nn.Linear(21, heads, bias=False), HeadsFirst(heads), nn.Sigmoid())
+    to_gates = nn.Sequential(nn.Linear(21, heads, bias=False), SplitHeads(heads), nn.Sigmoid())
     parts = Parts(
         heads=heads,
         network=model,
@@ -163,7 +163,7 @@ def test_what_the_operation_is_not_for():
     class Changed(MemoryMLP):
         pass
 
-    channels = nn.Sequential(nn.Linear(21, 48), HeadsFirst(3), nn.Sigmoid()).to(DEVICE)
+    channels = nn.Sequential(nn.Linear(21, 48), SplitHeads(3), nn.Sigmoid()).to(DEVICE)
     assert parts.plain() is not None
     for changes in (
         {'gate': channels},

@@ -17,7 +17,7 @@ from x_transformers.attend import Attend
 
 from titans_pytorch.attention.masks import after_persistent, over_positions, segmented, segmented_block_mask
 from titans_pytorch.attention.rotary import KeyValues, Rotary, check_rotary_width, rotate
-from titans_pytorch.memory.modules import HeadsFirst
+from titans_pytorch.memory.modules import SplitHeads
 from titans_pytorch.ops.token_attention import Position, RingLayout, ValueMix, token_attention
 from titans_pytorch.utils.checks import (
     check_broadcasts,
@@ -116,7 +116,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         self.to_qkv = Linear(dim, dim_inner * 3, bias=False)
         self.to_out = Linear(dim_inner, dim, bias=False)
         self.to_learned_v_mix = (
-            nn.Sequential(Linear(dim, heads), HeadsFirst(heads), nn.Sigmoid()) if accept_value_residual else None
+            nn.Sequential(Linear(dim, heads), SplitHeads(heads), nn.Sigmoid()) if accept_value_residual else None
         )
         self.heads, self.dim_head = heads, dim_head
         self.merge_heads = Rearrange('b h n d -> b n (h d)')

@@ -193,7 +193,7 @@ def logits_of(gate: Module | None) -> Module | None:
     if type(gate) is not nn.Sequential:
         return None
     to_logits, *parts = gate
-    if [type(part) for part in parts] != [HeadsFirst, nn.Sigmoid] or is_intercepted((gate, *parts)):
+    if [type(part) for part in parts] != [SplitHeads, nn.Sigmoid] or is_intercepted((gate, *parts)):
         return None
     return to_logits
 
@@ -207,17 +207,6 @@ class PerHead(Module):
 
     def forward(self, x: Float[Tensor, 'b n hg']) -> Float[Tensor, 'bh n g']:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2).flatten(0, 1)
-
-
-class HeadsFirst(Module):
-    """Rearrangement of gates for each head, (b, n, h · g), to (b, h, n, g), where they scale the rows of the head."""
-
-    def __init__(self, heads: int):
-        super().__init__()
-        self.heads = heads
-
-    def forward(self, x: Float[Tensor, 'b n hg']) -> Float[Tensor, 'b h n g']:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 def gate(
