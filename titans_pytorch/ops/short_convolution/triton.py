@@ -20,16 +20,21 @@ ENTRIES = 4096
 
 @triton.jit
 def _convolved(  # type: ignore[no-untyped-def]
-    x, weight, row, n, x_row, feature, with_feature, WIDTH: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr
+    x, weight, n, groups, x_batch, x_row,
+    dim: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Σ_j w_j x_{t+j} for the outputs t in `row`, zero for those that do not exist."""
+    """Σ_j w_j x_{t+j} for the outputs t of a program, zero where there are none; their places, and where x_t is."""
+    program = tl.program_id(0).to(tl.int64)
+    batch, group = program // groups, program % groups
+    row, feature = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, DIM)
+    with_feature = feature < dim
     inside = (row < n)[:, None] & with_feature[None, :]
+    from_x = x + batch * x_batch + row[:, None] * x_row + (group * dim + feature)[None, :]
     total = tl.zeros((ROWS, DIM), tl.float32)
     for j in tl.static_range(WIDTH):
-        w = tl.load(weight + feature * WIDTH + j, mask=with_feature, other=0.0).to(tl.float32)
-        given = tl.load(x + (row + j)[:, None] * x_row + feature[None, :], mask=inside, other=0.0)
-        total += w[None, :] * given.to(tl.float32)
-    return total, inside
+        w = tl.load(weight + (group * dim + feature) * WIDTH + j, mask=with_feature, other=0.0).to(tl.float32)
+        total += w[None, :] * tl.load(from_x + j * x_row, mask=inside, other=0.0).to(tl.float32)
+    return total, batch, group, row, feature, inside, from_x
 
 
 @triton.jit
@@ -46,12 +51,9 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     n, groups, per_token, x_batch, x_row,
     dim: tl.constexpr, WIDTH: tl.constexpr, NORMALIZE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    batch, group = program // groups, program % groups
-    row, feature = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, DIM)
-    with_feature = feature < dim
-    own_x, own_weight = x + batch * x_batch + group * dim, weight + group * dim * WIDTH
-    convolved, inside = _convolved(own_x, own_weight, row, n, x_row, feature, with_feature, WIDTH, ROWS, DIM)
+    convolved, batch, group, row, feature, inside, _ = _convolved(
+        x, weight, n, groups, x_batch, x_row, dim, WIDTH, DIM, ROWS
+    )  # fmt: skip
     y = convolved * tl.sigmoid(convolved)
     if NORMALIZE:
         inverse, _ = _inverse_length(y)
@@ -67,16 +69,12 @@ def _activation_backward_kernel(  # type: ignore[no-untyped-def]
     dim: tl.constexpr, WIDTH: tl.constexpr, NORMALIZE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Through norm and activation, and to the weights: a part of their gradient in each program."""
-    program = tl.program_id(0).to(tl.int64)
-    batch, group = program // groups, program % groups
-    row, feature = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, DIM)
-    with_feature = feature < dim
-    own_x, own_weight = x + batch * x_batch + group * dim, weight + group * dim * WIDTH
-    convolved, inside = _convolved(own_x, own_weight, row, n, x_row, feature, with_feature, WIDTH, ROWS, DIM)
-    from_d = (
-        d_out + batch * d_batch + group // per_token * d_head + (row * per_token + group % per_token)[:, None] * d_row
-    )
-    d_y = tl.load(from_d + feature[None, :], mask=inside, other=0.0).to(tl.float32)
+    convolved, batch, group, row, feature, inside, from_x = _convolved(
+        x, weight, n, groups, x_batch, x_row, dim, WIDTH, DIM, ROWS
+    )  # fmt: skip
+    from_d = d_out + batch * d_batch + group // per_token * d_head + feature[None, :]
+    from_d += (row * per_token + group % per_token)[:, None] * d_row
+    d_y = tl.load(from_d, mask=inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(convolved)
     if NORMALIZE:
         y = convolved * sigmoid
@@ -86,10 +84,11 @@ def _activation_backward_kernel(  # type: ignore[no-untyped-def]
         d_y = inverse * (d_y - along * y)
     d_own = d_y * sigmoid * (1.0 + convolved * (1.0 - sigmoid))
     tl.store(d_convolved + ((batch * n + row[:, None]) * groups + group) * dim + feature[None, :], d_own, mask=inside)
-    to_weight = d_weight + (program * tl.num_programs(1) + tl.program_id(1)) * dim * WIDTH
+    part = (batch * groups + group) * tl.num_programs(1) + tl.program_id(1)
+    to_weight = d_weight + (part * dim + feature) * WIDTH
     for j in tl.static_range(WIDTH):
-        given = tl.load(own_x + (row + j)[:, None] * x_row + feature[None, :], mask=inside, other=0.0).to(tl.float32)
-        tl.store(to_weight + feature * WIDTH + j, tl.sum(given * d_own, axis=0), mask=with_feature)
+        given = tl.load(from_x + j * x_row, mask=inside, other=0.0).to(tl.float32)
+        tl.store(to_weight + j, tl.sum(given * d_own, axis=0), mask=feature < dim)
 
 
 @triton.jit
