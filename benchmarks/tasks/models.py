@@ -27,6 +27,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     # windows longer than any text
     'full attention': ('mag', {'neural_memory_layers': (), 'segment_len': 2**20}),
+    # as in Gated DeltaNet: each token is stored by a step of its own, up to the value of its key
+    'gated delta rule': ('lmm', {'neural_memory_segment_len': 1, 'neural_memory_batch_size': 1}),
 }
 HYBRIDS = {f'{name}, one memory': ARCHITECTURES[name] for name in ('MAC', 'MAG', 'MAL')}
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -37,6 +39,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     'no convolution': {'conv_kernel': None},
     'plain steps': {'proximal_steps': False},
 }
+DELTA_RULE = {'default_model_kwargs': {'depth': 1}, 'momentum': False, 'proximal_steps': False}
 OF_LMM = {f'LMM, {name}': ARCHITECTURES['LMM'] for name in ABLATIONS}
 MODELS = {**ARCHITECTURES, **PEERS, **HYBRIDS, **OF_LMM}
 
@@ -85,8 +88,10 @@ def _config(
     name: str, ff_mult: float, memory_batch: int | None, memory: Mapping[str, Any], sizes: dict[str, Any]
 ) -> dict[str, Any]:
     architecture, kwargs = MODELS[name]
-    memory = {**memory, **ABLATIONS.get(name.removeprefix('LMM, '), {})}
     heads, dim_head = sizes['dim'] // sizes['dim_head'], sizes['dim_head']
+    memory = {'heads': heads, 'dim_head': dim_head, **memory, **ABLATIONS.get(name.removeprefix('LMM, '), {})}
+    if name == 'gated delta rule':
+        memory |= {**DELTA_RULE, 'default_step_transform_max_lr': memory['dim_head'] / 2}
     common: dict[str, Any] = {**sizes, 'heads': heads, 'ff_mult': ff_mult, **kwargs}
     if name in HYBRIDS:
         # in the middle, where tokens know the ones before them
@@ -95,12 +100,9 @@ def _config(
         memory_batch = sizes['segment_len']
         common.pop('use_flex_attn', None)  # has no such implementation
     else:
-        common['neural_memory_batch_size'] = memory_batch
+        memory_batch = common.setdefault('neural_memory_batch_size', memory_batch)
     settings = memory_settings(
-        memory.pop('heads', heads),
-        memory.pop('dim_head', dim_head),
-        memory_batch,
-        **{'default_model_kwargs': {'depth': 2, 'expansion_factor': 2.0}, **memory},
+        **{'memory_batch': memory_batch, 'default_model_kwargs': {'depth': 2, 'expansion_factor': 2.0}, **memory}
     )
     return model_config(architecture, **common, neural_memory_kwargs=settings)
 
