@@ -70,6 +70,17 @@ def tile_size(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
+# entries of a program that goes over rows and holds all features of each
+_ENTRIES_OF_ROWS = 4096
+
+
+def whole_rows(count: int, dim: int) -> dict[str, int]:
+    """Constants of a program that holds several of `count` rows with all their features: DIM, ROWS and its warps."""
+    features = triton.next_power_of_2(dim)
+    rows = max(1, min(_ENTRIES_OF_ROWS // features, triton.next_power_of_2(count)))
+    return {'DIM': features, 'ROWS': rows, 'num_warps': 4}
+
+
 def contiguous_inside(t: Tensor, axes: int) -> Tensor:
     """`t` with its last one or two axes contiguous; those before may have any strides, zero among them."""
     strides = (t.shape[-1], 1)[-axes:]

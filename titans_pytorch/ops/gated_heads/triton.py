@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from titans_pytorch.ops._registration import register_kernel
-from titans_pytorch.ops._triton import contiguous_inside, named_strides
-from titans_pytorch.ops.head_norm.triton import ENTRIES, EPS
+from titans_pytorch.ops._triton import contiguous_inside, named_strides, whole_rows
+from titans_pytorch.ops.head_norm.triton import EPS
 
 
 @triton.jit
@@ -92,14 +92,12 @@ def _arguments(x: Tensor, gamma: Tensor | None, logits: Tensor) -> tuple[tuple[i
     """The grid, and what both kernels take."""
     x, logits = contiguous_inside(x, 1), contiguous_inside(logits, 1)
     batch, heads, n, dim = x.shape
-    padded = triton.next_power_of_2(dim)
-    rows = max(1, min(ENTRIES // padded, triton.next_power_of_2(n)))
     arguments = dict(
         x=x, **named_strides('x', x, 'batch head row'), logits=logits, **named_strides('l', logits, 'batch row'),
         gamma=x.new_empty(0) if gamma is None else gamma.contiguous(), NORM=gamma is not None,
-        PER_FEATURE=logits.shape[-1] != heads, heads=heads, n=n, eps=EPS, dim=dim, DIM=padded, ROWS=rows, num_warps=4,
+        PER_FEATURE=logits.shape[-1] != heads, heads=heads, n=n, eps=EPS, dim=dim, **whole_rows(n, dim),
     )  # fmt: skip
-    return (batch * heads, triton.cdiv(n, rows)), arguments
+    return (batch * heads, triton.cdiv(n, arguments['ROWS'])), arguments
 
 
 def _forward(x: Tensor, gamma: Tensor | None, logits: Tensor, dtype: torch.dtype) -> Tensor:  # b h n d, h 1 d, b n hg

@@ -11,11 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from titans_pytorch.ops._registration import register_kernel
-from titans_pytorch.ops._triton import contiguous_inside, named_strides
+from titans_pytorch.ops._triton import contiguous_inside, named_strides, whole_rows
 
 EPS = torch.finfo(torch.float32).eps
-# entries of a program
-ENTRIES = 4096
 
 
 @triton.jit
@@ -76,13 +74,11 @@ def _arguments(x: Tensor, gamma: Tensor) -> tuple[tuple[int, int], dict[str, Any
     """The grid, and what both kernels take."""
     x = contiguous_inside(x, 1)
     batch, n, heads, dim = x.shape
-    padded = triton.next_power_of_2(dim)
-    rows = max(1, min(ENTRIES // padded, triton.next_power_of_2(n)))
     arguments = dict(
         x=x, **named_strides('x', x, 'batch row head'), gamma=gamma.contiguous(), heads=heads, n=n, eps=EPS,
-        dim=dim, DIM=padded, ROWS=rows, num_warps=4,
+        dim=dim, **whole_rows(n, dim),
     )  # fmt: skip
-    return (batch * heads, triton.cdiv(n, rows)), arguments
+    return (batch * heads, triton.cdiv(n, arguments['ROWS'])), arguments
 
 
 def _forward(x: Tensor, gamma: Tensor, dtype: torch.dtype) -> Tensor:  # b n h d, h 1 d

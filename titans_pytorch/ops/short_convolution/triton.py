@@ -12,10 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from titans_pytorch.ops._registration import register_kernel
-from titans_pytorch.ops._triton import contiguous_inside, named_strides, taken_by
-
-# entries of a program
-ENTRIES = 4096
+from titans_pytorch.ops._triton import contiguous_inside, named_strides, taken_by, whole_rows
 
 
 @triton.jit
@@ -125,13 +122,11 @@ def _arguments(
     x = contiguous_inside(x, 1)
     groups, width = heads * per_token, weight.shape[-1]
     n, dim = x.shape[1] - width + 1, x.shape[2] // groups
-    padded = triton.next_power_of_2(dim)
-    rows = max(1, min(ENTRIES // padded, triton.next_power_of_2(n)))
     arguments = dict(
         x=x, **named_strides('x', x, 'batch row'), weight=weight.contiguous(), n=n, groups=groups,
-        per_token=per_token, dim=dim, WIDTH=width, NORMALIZE=normalize, DIM=padded, ROWS=rows, num_warps=4,
+        per_token=per_token, dim=dim, WIDTH=width, NORMALIZE=normalize, **whole_rows(n, dim),
     )  # fmt: skip
-    return (len(x) * groups, triton.cdiv(n, rows)), arguments
+    return (len(x) * groups, triton.cdiv(n, arguments['ROWS'])), arguments
 
 
 def _forward(x: Tensor, weight: Tensor, heads: int, per_token: int, normalize: bool) -> Tensor:  # b t hud, hud 1 k
@@ -153,7 +148,7 @@ def _backward(
     _activation_backward_kernel[grid](
         **arguments, **strides, d_out=d_out, d_convolved=d_convolved, d_weight=d_weight
     )  # fmt: skip
-    arguments = taken_by(_convolution_backward_kernel, arguments) | dict(num_warps=4)
+    arguments = taken_by(_convolution_backward_kernel, arguments) | dict(num_warps=arguments['num_warps'])
     over_tokens = (grid[0], triton.cdiv(x.shape[1], arguments['ROWS']))
     _convolution_backward_kernel[over_tokens](**arguments, d_convolved=d_convolved, d_x=d_x)
     return d_x, d_weight.sum(dim=(0, 2)).view(weight.shape).to(weight.dtype)
