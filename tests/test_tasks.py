@@ -79,13 +79,13 @@ def test_every_one_of_many_needles_is_asked_for_behind_it():
 
 @pytest.mark.parametrize('name', models.MODELS)
 def test_mqar_trains(name):
-    settings = {'device': 'cpu', 'steps': 2, 'learning_rate': 1e-2, 'tokens': 64, 'vocabulary': 32}
+    settings = {'training': runs.Training('cpu', 2, 1e-2), 'tokens': 64, 'vocabulary': 32}
     came = mqar.run(name, 0, **settings, trained=[(32, 2)], tested=[(32, 2), (64, 4)], **TINY)
     assert came['accuracy'].keys() == {'32/2', '64/4'} and all(0 <= share <= 1 for share in came['accuracy'].values())
 
 
 def test_a_model_learns_mqar():
-    settings = {'device': 'cpu', 'steps': 250, 'learning_rate': 1e-2, 'tokens': 512, 'vocabulary': 16}
+    settings = {'training': runs.Training('cpu', 250, 1e-2), 'tokens': 512, 'vocabulary': 16}
     sizes = {**TINY, 'dim': 32, 'dim_head': 16, 'depth': 2, 'segment_len': 16}
     came = mqar.run('attention alone', 0, **settings, trained=[(16, 2)], tested=[(16, 2)], **sizes)
     assert came['accuracy']['16/2'] > 0.4  # a guess among the values is right in one of eight
@@ -93,7 +93,7 @@ def test_a_model_learns_mqar():
 
 @pytest.mark.parametrize('name', ['attention alone', 'MAC, paper order', 'LMM, no decay'])
 def test_needle_and_enwik8_train(name, text_file):
-    settings = {'device': 'cpu', 'steps': 3, 'learning_rate': 1e-2, 'data': text_file}
+    settings = {'training': runs.Training('cpu', 3, 1e-2), 'data': text_file}
     came = needle.run(name, 0, **settings, tokens=128, trained=[64], tested=[48], examples=2, **TINY)
     assert 0 <= came['accuracy']['48'] <= 1
     came = enwik8.run(name, 0, **settings, batch=2, trained=48, tested=64, num_windows=4, **TINY)
@@ -114,24 +114,24 @@ def test_swaps_lead_to_the_orders_they_should():
 
 @pytest.mark.parametrize('name', word_problem.MODELS)
 def test_word_problem_trains(name):
-    settings = {'device': 'cpu', 'steps': 2, 'learning_rate': 1e-2, 'group': 3, 'batch': 2}
+    settings = {'training': runs.Training('cpu', 2, 1e-2), 'group': 3, 'batch': 2}
     came = word_problem.run(name, 0, **settings, trained=4, tested=[4, 6], dim=16, dim_head=8)
     assert came['accuracy'].keys() == {'4', '6'}
 
 
 @pytest.mark.parametrize('name', ['chunk 4, depth 1, proximal, 4', 'chunk 16, depth 1, plain, 1/16'])
 def test_step_sizes_train(name):
-    came = step_sizes.run(name, 0, device='cpu', steps=2, learning_rate=1e-2, seconds=None)
+    came = step_sizes.run(name, 0, runs.Training('cpu', 2, 1e-2))
     assert came['steps'] == 2 and 0 <= came['accuracy'] <= 1
 
 
 def test_plain_steps_that_are_too_large_diverge():
-    came = step_sizes.run('chunk 4, depth 3, plain, 4', 0, device='cpu', steps=2, learning_rate=1e-2, seconds=None)
+    came = step_sizes.run('chunk 4, depth 3, plain, 4', 0, runs.Training('cpu', 2, 1e-2))
     assert came['steps'] == 0 and math.isnan(came['accuracy'])
 
 
 def test_a_linear_memory_learns_parity():
-    settings = {'device': 'cpu', 'steps': 150, 'learning_rate': 1e-2, 'group': 2, 'batch': 16}
+    settings = {'training': runs.Training('cpu', 150, 1e-2), 'group': 2, 'batch': 16}
     came = word_problem.run('linear, steps to 2', 0, **settings, trained=8, tested=[8], dim=32, dim_head=16)
     assert came['accuracy']['8'] > 0.9
 

@@ -51,24 +51,21 @@ def bits_per_byte(model: nn.Module, text: Tensor, length: int, num_windows: int)
 def run(
     name: str,
     seed: int,
-    device: str,
-    steps: int,
-    learning_rate: float,
+    training: runs.Training,
     data: Path | None,
     batch: int = 16,
     trained: int = 1024,
     tested: int = TESTED,
     num_windows: int = 48,
-    seconds: float | None = None,
     **sizes: Any,
 ) -> dict[str, Any]:
     """Train one model and test it."""
-    train_text, _, test_text = (part.to(device) for part in texts.load(data))
-    model = models.build(name, seed, num_tokens=256, **{**SIZES, **sizes}).to(device)
-    trainer = runs.Trainer(model, loss, steps, learning_rate)
-    generator = torch.Generator(device).manual_seed(seed)
+    train_text, _, test_text = (part.to(training.device) for part in texts.load(data))
+    model = models.build(name, seed, num_tokens=256, **{**SIZES, **sizes}).to(training.device)
+    trainer = runs.Trainer(model, loss, training)
+    generator = torch.Generator(training.device).manual_seed(seed)
     given = ((window,) for window in texts.windows(train_text, batch, trained + 1, generator))
-    done = runs.train(trainer, given, steps, seconds)
+    done = runs.train(trainer, given, training)
     whole, late = bits_per_byte(model, test_text, tested, num_windows)
     return {'steps': done, 'parameters': models.num_parameters(model), 'whole': whole, 'late': late}
 

@@ -13,8 +13,9 @@ With `--save runs` each model is left in a folder that `python -m titans_pytorch
 
     python -m titans_pytorch generate --run 'runs/LMM, seed 0' --file beginning.c
 
-Models train one after the other, each with the device to itself. Time counts from the second step on: building,
-compiling and capturing come before.
+Models train one after the other, each with a device to itself. Time counts from the second step on: building,
+compiling and capturing come before. With `--compile` the training step is compiled, which needs a minute for each
+model.
 """
 
 from __future__ import annotations
@@ -151,12 +152,9 @@ def train(
 def run(
     name: str,
     seed: int,
-    device: str,
-    steps: int,
-    learning_rate: float,
+    training: runs.Training,
     data: Path | None,
     test: Path | None = None,
-    seconds: float | None = None,
     batch: int = 12,
     trained: int = 4096,
     tested: int = EDGES[-1],
@@ -171,20 +169,20 @@ def run(
     Args:
         save: a folder for the folders of the trained models.
     """
-    text = texts.read(data).to(device)
-    held_out = text[len(text) * 19 // 20 :] if test is None else texts.read(test).to(device)
+    text = texts.read(data).to(training.device)
+    held_out = text[len(text) * 19 // 20 :] if test is None else texts.read(test).to(training.device)
     text = text[: len(text) * 19 // 20] if test is None else text
     options = {'num_tokens': 256, **SIZES, **sizes}
-    model = models.build(name, seed, **options).to(device)
-    clock = Clock(seconds, text.is_cuda)
+    model = models.build(name, seed, **options).to(training.device)
+    clock = Clock(training.seconds, text.is_cuda)
 
     def progress(step: int) -> float:
-        return max(step / steps, clock.progress())
+        return max(step / training.steps, clock.progress())
 
-    trainer = runs.Trainer(model, loss, steps, learning_rate, progress)
-    generator = torch.Generator(device).manual_seed(seed)
+    trainer = runs.Trainer(model, loss, training, progress)
+    generator = torch.Generator(training.device).manual_seed(seed)
     windows = texts.windows(text, batch, trained + 1, generator)
-    done = train(trainer, lambda: next(windows).long(), steps, clock, name)
+    done = train(trainer, lambda: next(windows).long(), training.steps, clock, name)
     if save is not None:
         save_run(save / f'{name}, seed {seed}', models.config(name, **options), model, done['steps'])
     peak = torch.cuda.max_memory_allocated() if text.is_cuda else None
@@ -197,6 +195,7 @@ def run(
     bits = bits_by_position(model, held_out, tested, stride, piece, batch, edges)
     return {
         'parameters': models.num_parameters(model),
+        'compiled': training.compile,
         'batch': batch,
         'trained': trained,
         'bytes': done['steps'] * batch * trained,
@@ -271,8 +270,9 @@ def conditions(results: list[dict[str, Any]]) -> str:
     seconds = {round(result['trained_seconds']) for result in results}
     time_of_each = f'{min(seconds)} s' if len(seconds) == 1 else f'{min(seconds)}–{max(seconds)} s'
     first = results[0]
+    compiled = 'compiled ' * first.get('compiled', False)
     return (
-        f'{time_of_each} of training for each model, one after the other on the same device; {first["batch"]} windows\n'
+        f'{time_of_each} of training in {compiled}steps for each model, one GPU each; {first["batch"]} windows\n'
         f'of {first["trained"]:,} bytes per step; tested on {len(first["windows"])} windows of {first["tested"]:,} '
         f'bytes, {first["stride"]:,} apart.'
     )

@@ -86,22 +86,19 @@ def accuracy(model: nn.Module, length: int, pairs: int, vocabulary: int, generat
 def run(
     name: str,
     seed: int,
-    device: str,
-    steps: int,
-    learning_rate: float,
+    training: runs.Training,
     tokens: int = 2**14,
     vocabulary: int = VOCABULARY,
     trained: list[tuple[int, int]] = TRAINED,
     tested: list[tuple[int, int]] = TESTED,
-    seconds: float | None = None,
     **sizes: Any,
 ) -> dict[str, Any]:
     """Train one model and test it."""
-    model = models.build(name, seed, num_tokens=vocabulary, **{**SIZES, **sizes}).to(device)
-    trainer = runs.Trainer(model, loss, steps, learning_rate)
-    generator = torch.Generator(device).manual_seed(seed)
-    done = runs.train(trainer, batches(trained, tokens, vocabulary, generator), steps, seconds)
-    held_out = torch.Generator(device).manual_seed(10_000 + seed)
+    model = models.build(name, seed, num_tokens=vocabulary, **{**SIZES, **sizes}).to(training.device)
+    trainer = runs.Trainer(model, loss, training)
+    generator = torch.Generator(training.device).manual_seed(seed)
+    done = runs.train(trainer, batches(trained, tokens, vocabulary, generator), training)
+    held_out = torch.Generator(training.device).manual_seed(10_000 + seed)
     tests = {f'{length}/{pairs}': accuracy(model, length, pairs, vocabulary, held_out) for length, pairs in tested}
     return {'steps': done, 'parameters': models.num_parameters(model), 'accuracy': tests}
 

@@ -113,24 +113,21 @@ def accuracy(model: nn.Module, text: Tensor, length: int, generator: torch.Gener
 def run(
     name: str,
     seed: int,
-    device: str,
-    steps: int,
-    learning_rate: float,
+    training: runs.Training,
     data: Path | None,
     tokens: int = 2**15,
     trained: list[int] = TRAINED,
     tested: list[int] = LENGTHS,
     examples: int = 128,
-    seconds: float | None = None,
     **sizes: Any,
 ) -> dict[str, Any]:
     """Train one model and test it."""
-    train_text, _, test_text = (part.to(device) for part in texts.load(data))
-    model = models.build(name, seed, num_tokens=256, **{**SIZES, **sizes}).to(device)
-    trainer = runs.Trainer(model, loss, steps, learning_rate)
-    generator = torch.Generator(device).manual_seed(seed)
-    done = runs.train(trainer, batches(train_text, tokens, trained, generator), steps, seconds)
-    held_out = torch.Generator(device).manual_seed(10_000 + seed)
+    train_text, _, test_text = (part.to(training.device) for part in texts.load(data))
+    model = models.build(name, seed, num_tokens=256, **{**SIZES, **sizes}).to(training.device)
+    trainer = runs.Trainer(model, loss, training)
+    generator = torch.Generator(training.device).manual_seed(seed)
+    done = runs.train(trainer, batches(train_text, tokens, trained, generator), training)
+    held_out = torch.Generator(training.device).manual_seed(10_000 + seed)
     tests = {f'{length}': accuracy(model, test_text, length, held_out, examples) for length in tested}
     return {'steps': done, 'parameters': models.num_parameters(model), 'accuracy': tests}
 

@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,22 @@ from harness import captured, machine, table, write_section  # noqa: E402
 
 Loss = Callable[..., Tensor]
 """The training loss, as a function of the model and the tensors of a batch."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What all tasks leave to the command line.
+
+    Args:
+        seconds: limit of the time that a run trains.
+        compile: whether forward and backward go through `torch.compile`.
+    """
+
+    device: str
+    steps: int
+    learning_rate: float
+    seconds: float | None = None
+    compile: bool = False
 
 
 class Trainer:
@@ -36,15 +53,15 @@ class Trainer:
         self,
         model: nn.Module,
         loss: Loss,
-        steps: int,
-        learning_rate: float,
+        training: Training,
         progress: Callable[[int], float] | None = None,
     ):
         decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
         others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
         groups = [{'params': decayed, 'weight_decay': 0.1}, {'params': others, 'weight_decay': 0.0}]
         on_gpu = next(model.parameters()).is_cuda
-        self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=on_gpu)
+        self.optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, betas=(0.9, 0.95), fused=on_gpu)
+        steps = training.steps
         warmup = max(1, steps // 20)
 
         def schedule(step: int) -> float:
@@ -54,7 +71,8 @@ class Trainer:
 
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
         self.parameters = decayed + others
-        self.model, self.loss, self.on_gpu = model, loss, on_gpu
+        self.model, self.on_gpu = model, on_gpu
+        self.loss = torch.compile(loss) if training.compile else loss
         self.graphs: dict[tuple[torch.Size, ...], tuple[list[Tensor], Callable[[], Any], Tensor]] = {}
 
     def step(self, *batch: Tensor) -> Tensor:
@@ -93,16 +111,16 @@ def right(logits: Tensor, targets: Tensor) -> Tensor:
     return found.masked_fill(logits.isnan().any(dim=-1), math.nan)
 
 
-def train(trainer: Trainer, batches: Iterator[tuple[Tensor, ...]], steps: int, seconds: float | None) -> int:
-    """Train for `steps` steps or about `seconds` seconds; returns the number of steps done."""
+def train(trainer: Trainer, batches: Iterator[tuple[Tensor, ...]], training: Training) -> int:
+    """Train until the steps or the seconds are over; returns the number of steps done."""
     started = time.perf_counter()
-    for step in range(steps):
+    for step in range(training.steps):
         loss = trainer.step(*next(batches))
         if step % 200 == 0:
             print(f'  step {step}: loss {loss.item():.4f}, {time.perf_counter() - started:.0f} s', flush=True)
-            if seconds is not None and time.perf_counter() - started > seconds:
+            if training.seconds is not None and time.perf_counter() - started > training.seconds:
                 return step + 1
-    return steps
+    return training.steps
 
 
 def parser(description: str, models: list[str], steps: int, small_steps: int) -> argparse.ArgumentParser:
@@ -124,6 +142,7 @@ def parser(description: str, models: list[str], steps: int, small_steps: int) ->
         'steps; default: gradients at the initial weights, but for the order of the paper',
     )
     made.add_argument('--seconds', type=float, help='time limit of the training of each run')
+    made.add_argument('--compile', action='store_true', help='compile the training step (torch.compile)')
     made.add_argument('--json', type=Path, help='append each run to this file when it is done')
     made.add_argument('--report', type=Path, nargs='+', help='print the table of saved runs')
     made.add_argument('--write', action='store_true', help='put the table into docs/benchmarks.md')
@@ -133,10 +152,10 @@ def parser(description: str, models: list[str], steps: int, small_steps: int) ->
 
 def settings(options: argparse.Namespace, small: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of a run from the options; with `--small` they include the sizes `small`."""
-    named = {name: getattr(options, name) for name in ('device', 'learning_rate', 'seconds')}
     steps = options.steps_of[options.small] if options.steps is None else options.steps
+    training = Training(options.device, steps, options.learning_rate, options.seconds, options.compile)
     batch = {} if options.memory_batch is None else {'memory_batch': options.memory_batch}
-    return {**named, 'steps': steps, **(small if options.small else {}), **batch}
+    return {'training': training, **(small if options.small else {}), **batch}
 
 
 def measured(

@@ -41,7 +41,7 @@ def cell(chunk: int, depth: int, kind: str, size: str) -> str:
 CELLS = {cell(*own): own for own in itertools.product(SEQUENCES, DEPTHS, STEPS, STEP_SIZES)}
 
 
-def run(name: str, seed: int, device: str, steps: int, learning_rate: float, seconds: float | None) -> dict[str, Any]:
+def run(name: str, seed: int, training: runs.Training) -> dict[str, Any]:
     """Train one model, until it diverges or for `steps` steps, and test it on sequences of the length of training."""
     chunk, depth, kind, size = CELLS[name]
     torch.manual_seed(seed)
@@ -63,15 +63,15 @@ def run(name: str, seed: int, device: str, steps: int, learning_rate: float, sec
         neural_memory_segment_len=chunk,
         neural_memory_batch_size=chunk,
         neural_memory_kwargs=memory,
-    ).to(device)
-    trainer = runs.Trainer(model, mqar.loss, steps, learning_rate)
-    generator = torch.Generator(device).manual_seed(seed)
+    ).to(training.device)
+    trainer = runs.Trainer(model, mqar.loss, training)
+    generator = torch.Generator(training.device).manual_seed(seed)
     batches = mqar.batches([SEQUENCES[chunk]], TOKENS, VOCABULARY, generator)
-    result = {'parameters': models.num_parameters(model), 'steps': steps, 'accuracy': math.nan}
-    for step in range(steps):
+    result = {'parameters': models.num_parameters(model), 'steps': training.steps, 'accuracy': math.nan}
+    for step in range(training.steps):
         if not trainer.step(*next(batches)).item() <= 50:
             return {**result, 'steps': step}
-    held_out = torch.Generator(device).manual_seed(10_000 + seed)
+    held_out = torch.Generator(training.device).manual_seed(10_000 + seed)
     return {**result, 'accuracy': mqar.accuracy(model, *SEQUENCES[chunk], VOCABULARY, held_out)}
 
 

@@ -113,23 +113,20 @@ def build(name: str, seed: int, num_tokens: int, longest: int, **sizes: Any) -> 
 def run(
     name: str,
     seed: int,
-    device: str,
-    steps: int,
-    learning_rate: float,
+    training: runs.Training,
     group: int,
     batch: int = 128,
     trained: int = TRAINED,
     tested: list[int] = TESTED,
-    seconds: float | None = None,
     **sizes: Any,
 ) -> dict[str, Any]:
     """Train one model and test it."""
-    table = group_table(group).to(device)
-    model = build(name, seed, max(table.shape), max(tested), **{**SIZES, **sizes}).to(device)
-    trainer = runs.Trainer(model, loss, steps, learning_rate)
-    generator = torch.Generator(device).manual_seed(seed)
-    done = runs.train(trainer, batches(batch, trained, table, generator), steps, seconds)
-    held_out = torch.Generator(device).manual_seed(10_000 + seed)
+    table = group_table(group).to(training.device)
+    model = build(name, seed, max(table.shape), max(tested), **{**SIZES, **sizes}).to(training.device)
+    trainer = runs.Trainer(model, loss, training)
+    generator = torch.Generator(training.device).manual_seed(seed)
+    done = runs.train(trainer, batches(batch, trained, table, generator), training)
+    held_out = torch.Generator(training.device).manual_seed(10_000 + seed)
     tests = {str(length): accuracy(model, length, table, held_out) for length in tested}
     return {'steps': done, 'parameters': models.num_parameters(model), 'accuracy': tests}
 
