@@ -1,10 +1,10 @@
 """Kernels of the scan over blocks of a linear memory.
 
-With G = K Kᵀ and P = (I + (A ∘ G) diag(β))⁻¹ the errors of a block are E = P (V − Σ_k a_k ∘ K state_k), and Δ = β E,
+With G = K Kᵀ and P = (I + (A ∘ G) diag(β))⁻¹ the errors of a block are E = P V − Σ_k P (a_k ∘ K) state_k, and Δ = β E,
 where β, the `strengths`, are limited if steps are proximal.
-P needs no states, so one launch computes it for all blocks. Only the scan itself goes from block to block, in programs
-that each keep some columns of all states on chip: forward, and from the last block to the first for the gradients of
-states and errors. What then remains of the gradients is again one launch for all blocks.
+P, P V and P (a_k ∘ K) need no states, so they are computed for all blocks at once. Only the scan itself goes from block
+to block, in programs that each keep some columns of all states on chip: forward, and from the last block to the first
+for the gradients of states and errors. What then remains of the gradients is again one launch for all blocks.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ SMALL = 16
 # columns of the states that a program keeps on chip
 MOST_COLUMNS = 32
 WARPS, GRADIENT_WARPS = 4, 8
+# entries of the states for each warp of a scan, beyond which it has eight warps
+MOST_ENTRIES_OF_WARPS = 1024
 EXACT = product_precision(torch.float32)['PRECISION']
 
 
@@ -115,6 +117,41 @@ def _inverse_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _solve_kernel(  # type: ignore[no-untyped-def]
+    keys, values, inverses, initial_steps, solved_keys, solved_values,
+    blocks, chunks, rows, per_batch,
+    key_head, key_chunk, key_row, value_head, value_chunk, value_row,
+    dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, OF_VALUES: tl.constexpr,
+    DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, SOLVED: tl.constexpr,
+):  # fmt: skip
+    """P (a_k ∘ K) for all states side by side, and P V."""
+    own = tl.program_id(0).to(tl.int64)
+    head, block = own // blocks, own % blocks
+    feature, index = tl.arange(0, DIM), tl.arange(0, ROWS)
+    with_feature = feature < dim
+    chunk, to_keys, valid = _rows_of_block(block, chunks, rows, key_chunk, key_row, ROWS)
+    with_key = valid[:, None] & with_feature[None, :]
+    from_keys = keys + head * key_head + to_keys[:, None] + feature[None, :]
+    key = tl.load(from_keys, mask=with_key, other=0.0).to(tl.float32)
+    inverse = tl.load(inverses + own * ROWS * ROWS + index[:, None] * ROWS + index[None, :])
+    row = own * chunks * rows + index
+    base = own * chunks + chunk // per_batch * per_batch
+    for k in tl.static_range(STATES):
+        at_base = tl.load(initial_steps + base * STATES + k, mask=valid, other=0.0)
+        solved = tl.dot(inverse, at_base[:, None] * key, input_precision=SOLVED)
+        tl.store(solved_keys + row[:, None] * STATES * dim + k * dim + feature[None, :], solved, mask=with_key)
+    if OF_VALUES:
+        _, to_values, _ = _rows_of_block(block, chunks, rows, value_chunk, value_row, ROWS)
+        for first_column in range(0, width, WIDTH):
+            column = first_column + tl.arange(0, WIDTH)
+            present = valid[:, None] & (column < width)[None, :]
+            from_values = values + head * value_head + to_values[:, None] + column[None, :]
+            value = tl.load(from_values, mask=present, other=0.0).to(tl.float32)
+            value = tl.dot(inverse, value, input_precision=SOLVED)
+            tl.store(solved_values + row[:, None] * width + column[None, :], value, mask=present)
+
+
+@triton.jit
 def _combine(  # type: ignore[no-untyped-def]
     states, coefficients, by_result, by_given, state, feature, column, inside,
     dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr,
@@ -130,13 +167,13 @@ def _combine(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _forward_kernel(  # type: ignore[no-untyped-def]
-    keys, values, inverses, strengths, initial_steps, final_coefficients, initial_final, states,
-    initial, final, deltas, errors,
-    blocks, chunks, rows, per_batch, parts,
-    key_head, key_chunk, key_row, value_head, value_chunk, value_row,
+    keys, solved_keys, strengths, final_coefficients, initial_final, states, initial, final, deltas, errors,
+    blocks, chunks, rows, parts,
+    key_head, key_chunk, key_row,
     dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr,
-    DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, SOLVED: tl.constexpr,
+    DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """States before each block and after the last, and E and Δ, where `errors` hold P V before."""
     program = tl.program_id(0)
     head, part = (program // parts).to(tl.int64), program % parts
     column, index = part * WIDTH + tl.arange(0, WIDTH), tl.arange(0, ROWS)
@@ -151,51 +188,43 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     w = tl.load(states + head * size + to_states, mask=inside, other=0.0)
     for block in range(blocks):
         own = head * blocks + block
-        tl.store(initial + own * size + to_states, w, mask=inside)
         chunk, to_keys, valid = _rows_of_block(block, chunks, rows, key_chunk, key_row, ROWS)
-        _, to_values, _ = _rows_of_block(block, chunks, rows, value_chunk, value_row, ROWS)
-        from_keys = keys + head * key_head + to_keys
-        present = valid[:, None] & with_column[None, :]
-        from_values = values + head * value_head + to_values[:, None] + column[None, :]
-        value = tl.load(from_values, mask=present, other=0.0).to(tl.float32)
-        beta = tl.load(strengths + own * ROWS + index)
+        row, present = own * chunks * rows + index, valid[:, None] & with_column[None, :]
+        to_rows = row[:, None] * width + column[None, :]
+        tl.store(initial + own * size + to_states, w, mask=inside)
+        # what one thread has stored, another reads
+        tl.debug_barrier()
+        mix = initial_final + own * STATES * STATES
+        carried = _combine(initial + own * size, mix, STATES, 1, state, feature, column, inside, dim, width, STATES)
 
-        with_key = valid[:, None] & with_entry[None, :]
-        key = tl.load(from_keys[:, None] + feature[None, :], mask=with_key, other=0.0).to(tl.float32)
-        base = own * chunks + chunk // per_batch * per_batch
-        at_base = tl.load(initial_steps + base[:, None] * STATES + state[None, :], mask=with_key, other=0.0)
-        value -= tl.dot(at_base * key, w, input_precision=PRECISION)
-        inverse = tl.load(inverses + own * ROWS * ROWS + index[:, None] * ROWS + index[None, :])
-        error = tl.dot(inverse, value, input_precision=SOLVED)
-        delta = beta[:, None] * error
-        to_rows = (own * chunks * rows + index)[:, None] * width + column[None, :]
+        from_solved = solved_keys + row[:, None] * STATES * dim + (state * dim + feature)[None, :]
+        solved = tl.load(from_solved, mask=valid[:, None] & with_entry[None, :], other=0.0)
+        error = tl.load(errors + to_rows, mask=present, other=0.0)
+        error -= tl.dot(solved, w, input_precision=PRECISION)
+        delta = tl.load(strengths + own * ROWS + index)[:, None] * error
         tl.store(errors + to_rows, error, mask=present)
         tl.store(deltas + to_rows, delta, mask=present)
 
         with_key = with_entry[:, None] & valid[None, :]
-        key = tl.load(from_keys[None, :] + feature[:, None], mask=with_key, other=0.0).to(tl.float32)
+        from_keys = keys + head * key_head + to_keys[None, :] + feature[:, None]
         to_final = (own * STATES + state)[:, None] * chunks + chunk[None, :]
+        key = tl.load(from_keys, mask=with_key, other=0.0).to(tl.float32)
         key *= tl.load(final_coefficients + to_final, mask=with_key, other=0.0)
-        # what one thread has stored, another reads
-        tl.debug_barrier()
-        mix = initial_final + own * STATES * STATES
-        w = _combine(initial + own * size, mix, STATES, 1, state, feature, column, inside, dim, width, STATES)
-        w = tl.dot(key, delta, w, input_precision=PRECISION)
+        w = tl.dot(key, delta, carried, input_precision=PRECISION)
     tl.store(final + head * size + to_states, w, mask=inside)
 
 
 @triton.jit
 def _backward_scan_kernel(  # type: ignore[no-untyped-def]
     d_initial, d_final, d_deltas, d_errors,
-    keys, inverses, strengths, initial_steps, final_coefficients, initial_final,
-    d_after, d_values, d_states,
-    blocks, chunks, rows, per_batch, parts,
+    keys, solved_keys, strengths, final_coefficients, initial_final, d_after, d_solved, d_states,
+    blocks, chunks, rows, parts,
     key_head, key_chunk, key_row,
     dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr,
     OF_INITIAL: tl.constexpr, OF_FINAL: tl.constexpr, OF_DELTAS: tl.constexpr, OF_ERRORS: tl.constexpr,
-    DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, SOLVED: tl.constexpr,
+    DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the states after each block, of the values, and of the states before the first block."""
+    """Gradients of the states after each block, of E, and of the states before the first block."""
     program = tl.program_id(0)
     head, part = (program // parts).to(tl.int64), program % parts
     column, index = part * WIDTH + tl.arange(0, WIDTH), tl.arange(0, ROWS)
@@ -208,58 +237,52 @@ def _backward_scan_kernel(  # type: ignore[no-untyped-def]
 
     d_w = tl.zeros((PADDED * DIM, WIDTH), tl.float32)
     if OF_FINAL:
-        d_w += tl.load(d_final + head * size + to_states, mask=inside, other=0.0)
-    for from_last in range(blocks):
-        block = blocks - 1 - from_last
+        d_w = tl.load(d_final + head * size + to_states, mask=inside, other=0.0)
+    for step in range(blocks):
+        block = blocks - 1 - step
         own = head * blocks + block
-        tl.store(d_after + own * size + to_states, d_w, mask=inside)
         chunk, to_keys, valid = _rows_of_block(block, chunks, rows, key_chunk, key_row, ROWS)
-        from_keys = keys + head * key_head + to_keys
-        present = valid[:, None] & with_column[None, :]
-        beta = tl.load(strengths + own * ROWS + index)
-        to_rows = (own * chunks * rows + index)[:, None] * width + column[None, :]
+        row, present = own * chunks * rows + index, valid[:, None] & with_column[None, :]
+        to_rows = row[:, None] * width + column[None, :]
+        tl.store(d_after + own * size + to_states, d_w, mask=inside)
+        # what one thread has stored, another reads
+        tl.debug_barrier()
+        mix = initial_final + own * STATES * STATES
+        carried = _combine(d_after + own * size, mix, 1, STATES, state, feature, column, inside, dim, width, STATES)
+        if OF_INITIAL:
+            carried += tl.load(d_initial + own * size + to_states, mask=inside, other=0.0)
 
         with_key = valid[:, None] & with_entry[None, :]
-        key = tl.load(from_keys[:, None] + feature[None, :], mask=with_key, other=0.0).to(tl.float32)
         to_final = (own * STATES + state)[None, :] * chunks + chunk[:, None]
+        from_keys = keys + head * key_head + to_keys[:, None] + feature[None, :]
+        key = tl.load(from_keys, mask=with_key, other=0.0).to(tl.float32)
         key *= tl.load(final_coefficients + to_final, mask=with_key, other=0.0)
         d_delta = tl.dot(key, d_w, input_precision=PRECISION)
         if OF_DELTAS:
             d_delta += tl.load(d_deltas + to_rows, mask=present, other=0.0).to(tl.float32)
-        d_error = beta[:, None] * d_delta
+        d_error = tl.load(strengths + own * ROWS + index)[:, None] * d_delta
         if OF_ERRORS:
             d_error += tl.load(d_errors + to_rows, mask=present, other=0.0)
-        # transposed
-        inverse = tl.load(inverses + own * ROWS * ROWS + index[None, :] * ROWS + index[:, None])
-        d_value = tl.dot(inverse, d_error, input_precision=SOLVED)
-        tl.store(d_values + to_rows, d_value, mask=present)
+        tl.store(d_solved + to_rows, d_error, mask=present)
 
-        with_key = with_entry[:, None] & valid[None, :]
-        key = tl.load(from_keys[None, :] + feature[:, None], mask=with_key, other=0.0).to(tl.float32)
-        base = own * chunks + chunk // per_batch * per_batch
-        key *= tl.load(initial_steps + base[None, :] * STATES + state[:, None], mask=with_key, other=0.0)
-        # what one thread has stored, another reads
-        tl.debug_barrier()
-        mix = initial_final + own * STATES * STATES
-        d_w = _combine(d_after + own * size, mix, 1, STATES, state, feature, column, inside, dim, width, STATES)
-        d_w = tl.dot(-key, d_value, d_w, input_precision=PRECISION)
-        if OF_INITIAL:
-            d_w += tl.load(d_initial + own * size + to_states, mask=inside, other=0.0)
+        from_solved = solved_keys + row[None, :] * STATES * dim + (state * dim + feature)[:, None]
+        solved = tl.load(from_solved, mask=with_entry[:, None] & valid[None, :], other=0.0)
+        d_w = tl.dot(-solved, d_error, carried, input_precision=PRECISION)
     tl.store(d_states + head * size + to_states, d_w, mask=inside)
 
 
 @triton.jit
 def _backward_kernel(  # type: ignore[no-untyped-def]
     d_deltas, d_after, d_values,
-    keys, steps, initial_steps, final_coefficients, initial, errors, strengths,
+    keys, inverses, steps, initial_steps, final_coefficients, initial, errors, strengths,
     d_keys, d_step_sizes, d_coefficients, d_at_base, d_at_final, d_initial_final,
     blocks, chunks, rows, per_batch, own_coefficient, scale, largest,
     key_head, key_chunk, key_row,
     dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr, OF_DELTAS: tl.constexpr,
     PROXIMAL: tl.constexpr,
-    DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, SOLVED: tl.constexpr,
 ):  # fmt: skip
-    """The gradients that are left, of coefficients for each row."""
+    """The gradients that are left, of coefficients for each row; `d_values` hold those of E before."""
     own = tl.program_id(0).to(tl.int64)
     head, block = own // blocks, own % blocks
     feature, index, state = tl.arange(0, DIM), tl.arange(0, ROWS), tl.arange(0, PADDED)
@@ -276,12 +299,17 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     nothing = tl.zeros((ROWS, ROWS), tl.float32)
     gram = multiply_add(nothing, key, tl.trans(key), PRECISION, tl.float32)
     weighted = coefficients * gram
+    # transposed
+    inverse = tl.load(inverses + own * ROWS * ROWS + index[None, :] * ROWS + index[:, None])
 
     d_weighted = nothing
     d_key = tl.zeros((ROWS, DIM), tl.float32)
     d_beta = tl.zeros((ROWS,), tl.float32)
     at_base = tl.zeros((ROWS, PADDED), tl.float32)
     at_final = tl.zeros((ROWS, PADDED), tl.float32)
+    # of the mixture of states, what each feature contributes
+    pair = tl.arange(0, PADDED * PADDED)[:, None]
+    mixed = tl.zeros((PADDED * PADDED, DIM), tl.float32)
     size: tl.constexpr = dim * width
     first_row = own * chunks * rows
     for first_column in range(0, width, WIDTH):
@@ -290,6 +318,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         to_rows = (first_row + index)[:, None] * width + column[None, :]
         error = tl.load(errors + to_rows, mask=present, other=0.0)
         d_value = tl.load(d_values + to_rows, mask=present, other=0.0)
+        d_value = tl.dot(inverse, d_value, input_precision=SOLVED)
+        tl.store(d_values + to_rows, d_value, mask=present)
         delta = beta[:, None] * error
         d_weighted = multiply_add(d_weighted, d_value, tl.trans(-delta), PRECISION, tl.float32)
         d_delta = tl.dot(tl.trans(weighted), -d_value, input_precision=PRECISION)
@@ -305,26 +335,20 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
             d_delta += coefficient[:, None] * product
             d_key = multiply_add(d_key, coefficient[:, None] * delta, tl.trans(d_w), PRECISION, tl.float32)
 
-            coefficient = tl.load(initial_steps + (own * chunks + base) * STATES + k, mask=valid, other=0.0)
-            w = tl.load(initial + (own * STATES + k) * size + to_state, mask=inside, other=0.0)
-            product = tl.dot(key, w, input_precision=PRECISION)
-            at_base -= tl.where(state == k, tl.sum(d_value * product, axis=1)[:, None], 0.0)
-            d_key = multiply_add(d_key, coefficient[:, None] * d_value, tl.trans(-w), PRECISION, tl.float32)
+            for i in tl.static_range(STATES):
+                w = tl.load(initial + (own * STATES + i) * size + to_state, mask=inside, other=0.0)
+                mixed += tl.where(pair == k * PADDED + i, tl.sum(d_w * w, axis=1)[None, :], 0.0)
+                if i == k:
+                    coefficient = tl.load(initial_steps + (own * chunks + base) * STATES + k, mask=valid, other=0.0)
+                    product = tl.dot(key, w, input_precision=PRECISION)
+                    at_base -= tl.where(state == k, tl.sum(d_value * product, axis=1)[:, None], 0.0)
+                    d_key = multiply_add(d_key, coefficient[:, None] * d_value, tl.trans(-w), PRECISION, tl.float32)
         d_beta += tl.sum(d_delta * error, axis=1)
 
-    # of the mixture of states, what each feature contributes
-    for k in tl.static_range(STATES):
-        for i in tl.static_range(STATES):
-            total = tl.zeros((DIM,), tl.float32)
-            for first_column in range(0, width, WIDTH):
-                column = first_column + tl.arange(0, WIDTH)
-                inside = with_feature[:, None] & (column < width)[None, :]
-                to_state = feature[:, None] * width + column[None, :]
-                d_w = tl.load(d_after + (own * STATES + k) * size + to_state, mask=inside, other=0.0)
-                w = tl.load(initial + (own * STATES + i) * size + to_state, mask=inside, other=0.0)
-                total += tl.sum(d_w * w, axis=1)
-            to_pair = (own * STATES * STATES + k * STATES + i) * dim + feature
-            tl.store(d_initial_final + to_pair, total, mask=with_feature)
+    of_result, of_given = pair // PADDED, pair % PADDED
+    to_pair = ((own * STATES + of_result) * STATES + of_given) * dim + feature[None, :]
+    with_pair = (of_result < STATES) & (of_given < STATES) & with_feature[None, :]
+    tl.store(d_initial_final + to_pair, mixed, mask=with_pair)
 
     to_pairs = (own * chunks * rows + index)[:, None] * (chunks * rows) + index[None, :]
     tl.store(d_coefficients + to_pairs, d_weighted * gram, mask=valid[:, None] & valid[None, :])
@@ -434,9 +458,21 @@ def _forward(
         final_coefficients=final.contiguous(), initial_final=initial_final.contiguous(),
     )  # fmt: skip
     heads, blocks = steps.shape[:2]
+    solved = dict(solved_keys=_solved_keys(keys, steps, states), solved_values=arguments['errors'], OF_VALUES=True)
     _launch(_inverse_kernel, heads * blocks, arguments, WARPS)
-    _launch(_forward_kernel, heads * arguments['parts'], arguments, WARPS)
+    _launch(_solve_kernel, heads * blocks, arguments | solved, WARPS)
+    _launch(_forward_kernel, heads * arguments['parts'], arguments | solved, _warps_of_scan(arguments))
     return outputs
+
+
+def _solved_keys(keys: Tensor, steps: Tensor, states: Tensor) -> Tensor:
+    """Room for P (a_k ∘ K) of all states k side by side."""
+    heads, blocks, chunks, _ = steps.shape
+    return states.new_empty(heads, blocks, chunks * keys.shape[2], states.shape[1] * states.shape[2])
+
+
+def _warps_of_scan(arguments: dict[str, Any]) -> int:
+    return 8 if arguments['PADDED'] * arguments['DIM'] * arguments['WIDTH'] > MOST_ENTRIES_OF_WARPS * WARPS else WARPS
 
 
 def _backward(
@@ -486,12 +522,16 @@ def _backward(
         | {flag: d is not None for flag, d in incoming.values()}
         | results
         | dict(
+            solved_keys=_solved_keys(keys, steps, states), d_solved=results['d_values'],
             initial=initial, errors=errors, inverses=inverses, strengths=strengths,
             steps=steps.contiguous(), initial_steps=initial_steps.contiguous(),
             final_coefficients=final.contiguous(), initial_final=initial_final.contiguous(),
         )
     )  # fmt: skip
-    _launch(_backward_scan_kernel, heads * arguments['parts'], arguments, WARPS)
+    # values are of no account
+    absent = dict(values=keys, **named_strides('value', None, 'head chunk row'), solved_values=keys, OF_VALUES=False)
+    _launch(_solve_kernel, heads * blocks, arguments | absent, WARPS)
+    _launch(_backward_scan_kernel, heads * arguments['parts'], arguments, _warps_of_scan(arguments))
     _launch(_backward_kernel, heads * blocks, arguments, GRADIENT_WARPS)
 
     # from rows to chunks, and for the base weights to the first chunk of each memory batch
