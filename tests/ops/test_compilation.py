@@ -14,13 +14,7 @@ KERNELS = {
     'gated_heads.triton': ('_backward_kernel', '_forward_kernel'),
     'inverse.triton': ('_kernel',),
     'head_norm.triton': ('_backward_kernel', '_forward_kernel'),
-    'linear_memory_scan.triton': (
-        '_backward_kernel',
-        '_backward_scan_kernel',
-        '_forward_kernel',
-        '_inverse_kernel',
-        '_solve_kernel',
-    ),
+    'linear_memory_scan.triton': ('_backward_kernel', '_backward_scan_kernel', '_forward_kernel', '_inverse_kernel'),
     'memory_batch_scan.triton_on_chip': ('_backward_kernel', '_forward_kernel'),
     'short_convolution.triton': ('_activation_backward_kernel', '_convolution_backward_kernel', '_forward_kernel'),
 }

@@ -1,10 +1,10 @@
 """Kernels of the scan over blocks of a linear memory.
 
-With G = K Kᵀ and P = (I + (A ∘ G) diag(β))⁻¹ the errors of a block are E = P V − Σ_k P (a_k ∘ K) state_k, and Δ = β E,
+With G = K Kᵀ and P = (I + (A ∘ G) diag(β))⁻¹ the errors of a block are E = P (V − Σ_k a_k ∘ K state_k), and Δ = β E,
 where β, the `strengths`, are limited if steps are proximal.
-P, P V and P (a_k ∘ K) need no states, so they are computed for all blocks at once. Only the scan itself goes from block
-to block, in programs that each keep some columns of all states on chip: forward, and from the last block to the first
-for the gradients of states and errors. What then remains of the gradients is again one launch for all blocks.
+P needs no states, so one launch computes it for all blocks. Only the scan itself goes from block to block, in programs
+that each keep some columns of all states on chip: forward, and from the last block to the first for the gradients of
+states and errors. What then remains of the gradients is again one launch for all blocks.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ from titans_pytorch.ops.proximal_steps import LARGEST
 SMALL = 16
 # columns of the states that a program keeps on chip
 MOST_COLUMNS = 32
-WARPS, GRADIENT_WARPS = 4, 8
-# entries of the states for each warp of a scan, beyond which it has eight warps
-MOST_ENTRIES_OF_WARPS = 1024
+WARPS, SCAN_WARPS, GRADIENT_WARPS = 4, 8, 8
 EXACT = product_precision(torch.float32)['PRECISION']
 
 
@@ -117,175 +115,163 @@ def _inverse_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _solve_kernel(  # type: ignore[no-untyped-def]
-    keys, values, inverses, initial_steps, solved_keys, solved_values,
-    blocks, chunks, rows, per_batch,
-    key_head, key_chunk, key_row, value_head, value_chunk, value_row,
-    dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, OF_VALUES: tl.constexpr,
-    DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, SOLVED: tl.constexpr,
-):  # fmt: skip
-    """P (a_k ∘ K) for all states side by side, and P V."""
-    own = tl.program_id(0).to(tl.int64)
-    head, block = own // blocks, own % blocks
-    feature, index = tl.arange(0, DIM), tl.arange(0, ROWS)
-    with_feature = feature < dim
-    chunk, to_keys, valid = _rows_of_block(block, chunks, rows, key_chunk, key_row, ROWS)
-    with_key = valid[:, None] & with_feature[None, :]
-    from_keys = keys + head * key_head + to_keys[:, None] + feature[None, :]
-    key = tl.load(from_keys, mask=with_key, other=0.0).to(tl.float32)
-    inverse = tl.load(inverses + own * ROWS * ROWS + index[:, None] * ROWS + index[None, :])
-    row = own * chunks * rows + index
-    base = own * chunks + chunk // per_batch * per_batch
-    for k in tl.static_range(STATES):
-        at_base = tl.load(initial_steps + base * STATES + k, mask=valid, other=0.0)
-        solved = tl.dot(inverse, at_base[:, None] * key, input_precision=SOLVED)
-        tl.store(solved_keys + row[:, None] * STATES * dim + k * dim + feature[None, :], solved, mask=with_key)
-    if OF_VALUES:
-        _, to_values, _ = _rows_of_block(block, chunks, rows, value_chunk, value_row, ROWS)
-        for first_column in range(0, width, WIDTH):
-            column = first_column + tl.arange(0, WIDTH)
-            present = valid[:, None] & (column < width)[None, :]
-            from_values = values + head * value_head + to_values[:, None] + column[None, :]
-            value = tl.load(from_values, mask=present, other=0.0).to(tl.float32)
-            value = tl.dot(inverse, value, input_precision=SOLVED)
-            tl.store(solved_values + row[:, None] * width + column[None, :], value, mask=present)
+def _load_for_states(coefficients, inside, by_row, STATES: tl.constexpr, PADDED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A coefficient of each row for each state, (rows, PADDED)."""
+    state = tl.arange(0, PADDED)
+    entry = coefficients[:, None] + state[None, :] * by_row
+    return tl.load(entry, mask=inside[:, None] & (state < STATES)[None, :], other=0.0)
 
 
 @triton.jit
-def _combine(  # type: ignore[no-untyped-def]
-    states, coefficients, by_result, by_given, state, feature, column, inside,
-    dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr,
-):  # fmt: skip
-    """Σ_i coefficients[result, i] · states_i, for the results `state`."""
-    total = 0.0
+def _combined(x, coefficients):  # type: ignore[no-untyped-def]
+    """Σ_k coefficients[row, k] · x_k, of states x side by side."""
+    ROWS: tl.constexpr = x.shape[0]
+    PADDED: tl.constexpr = coefficients.shape[1]
+    return tl.sum(tl.reshape(x, (ROWS, PADDED, x.shape[1] // PADDED)) * coefficients[:, :, None], axis=1)
+
+
+@triton.jit
+def _side_by_side(x, coefficients):  # type: ignore[no-untyped-def]
+    """coefficients[row, k] · x for all states k."""
+    ROWS: tl.constexpr = x.shape[0]
+    PADDED: tl.constexpr = coefficients.shape[1]
+    return tl.reshape(coefficients[:, :, None] * x[:, None, :], (ROWS, PADDED * x.shape[1]))
+
+
+@triton.jit
+def _mixed(states, mix, by_result, by_given, STATES: tl.constexpr, PADDED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Σ_i mix[k, i] · state_i for all states k, side by side."""
+    DIM: tl.constexpr = states.shape[0]
+    WIDTH: tl.constexpr = states.shape[1] // PADDED
+    each, state = tl.reshape(states, (DIM, PADDED, WIDTH)), tl.arange(0, PADDED)[None, :, None]
+    total = tl.zeros((DIM, PADDED, WIDTH), tl.float32)
     for i in tl.static_range(STATES):
-        coefficient = tl.load(coefficients + state * by_result + i * by_given, mask=state < STATES, other=0.0)
-        from_states = states + i * dim * width + feature[:, None] * width + column[None, :]
-        total += coefficient[:, None] * tl.load(from_states, mask=inside, other=0.0)
-    return total
+        of_results = tl.zeros((1, PADDED, 1), tl.float32)
+        # scalars, because a tensor that is loaded would decide how the states lie in registers
+        for k in tl.static_range(STATES):
+            of_results = tl.where(state == k, tl.load(mix + k * by_result + i * by_given), of_results)
+        total += of_results * tl.sum(tl.where(state == i, each, 0.0), axis=1)[:, None, :]
+    return tl.reshape(total, (DIM, PADDED * WIDTH))
 
 
 @triton.jit
 def _forward_kernel(  # type: ignore[no-untyped-def]
-    keys, solved_keys, strengths, final_coefficients, initial_final, states, initial, final, deltas, errors,
-    blocks, chunks, rows, parts,
-    key_head, key_chunk, key_row,
+    keys, values, inverses, strengths, initial_steps, final_coefficients, initial_final, states,
+    initial, final, deltas, errors,
+    blocks, chunks, rows, per_batch, parts,
+    key_head, key_chunk, key_row, value_head, value_chunk, value_row,
     dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr,
-    DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, SOLVED: tl.constexpr,
 ):  # fmt: skip
-    """States before each block and after the last, and E and Δ, where `errors` hold P V before."""
     program = tl.program_id(0)
     head, part = (program // parts).to(tl.int64), program % parts
-    column, index = part * WIDTH + tl.arange(0, WIDTH), tl.arange(0, ROWS)
-    # the states one below the other
-    entry = tl.arange(0, PADDED * DIM)
-    state, feature = entry // DIM, entry % DIM
-    with_entry, with_column = (state < STATES) & (feature < dim), column < width
-    inside = with_entry[:, None] & with_column[None, :]
-    to_states = (state * dim + feature)[:, None] * width + column[None, :]
+    column, index, feature = part * WIDTH + tl.arange(0, WIDTH), tl.arange(0, ROWS), tl.arange(0, DIM)
+    with_column, with_feature = column < width, feature < dim
+    # columns of the states side by side
+    entry = tl.arange(0, PADDED * WIDTH)
+    state, own_column = entry // WIDTH, part * WIDTH + entry % WIDTH
+    inside = with_feature[:, None] & ((state < STATES) & (own_column < width))[None, :]
+    to_states = feature[:, None] * width + (state * dim * width + own_column)[None, :]
     size: tl.constexpr = STATES * dim * width
 
     w = tl.load(states + head * size + to_states, mask=inside, other=0.0)
     for block in range(blocks):
         own = head * blocks + block
-        chunk, to_keys, valid = _rows_of_block(block, chunks, rows, key_chunk, key_row, ROWS)
-        row, present = own * chunks * rows + index, valid[:, None] & with_column[None, :]
-        to_rows = row[:, None] * width + column[None, :]
         tl.store(initial + own * size + to_states, w, mask=inside)
-        # what one thread has stored, another reads
-        tl.debug_barrier()
-        mix = initial_final + own * STATES * STATES
-        carried = _combine(initial + own * size, mix, STATES, 1, state, feature, column, inside, dim, width, STATES)
+        chunk, to_keys, valid = _rows_of_block(block, chunks, rows, key_chunk, key_row, ROWS)
+        _, to_values, _ = _rows_of_block(block, chunks, rows, value_chunk, value_row, ROWS)
+        present = valid[:, None] & with_column[None, :]
+        from_keys = keys + head * key_head + to_keys[:, None] + feature[None, :]
+        key = tl.load(from_keys, mask=valid[:, None] & with_feature[None, :], other=0.0).to(tl.float32)
+        from_values = values + head * value_head + to_values[:, None] + column[None, :]
+        value = tl.load(from_values, mask=present, other=0.0).to(tl.float32)
+        inverse = tl.load(inverses + own * ROWS * ROWS + index[:, None] * ROWS + index[None, :])
+        beta = tl.load(strengths + own * ROWS + index)
+        base = own * chunks + chunk // per_batch * per_batch
+        at_base = _load_for_states(initial_steps + base * STATES, valid, 1, STATES, PADDED)
+        at_final = _load_for_states(final_coefficients + own * STATES * chunks + chunk, valid, chunks, STATES, PADDED)
 
-        from_solved = solved_keys + row[:, None] * STATES * dim + (state * dim + feature)[None, :]
-        solved = tl.load(from_solved, mask=valid[:, None] & with_entry[None, :], other=0.0)
-        error = tl.load(errors + to_rows, mask=present, other=0.0)
-        error -= tl.dot(solved, w, input_precision=PRECISION)
-        delta = tl.load(strengths + own * ROWS + index)[:, None] * error
+        value -= _combined(tl.dot(key, w, input_precision=PRECISION), at_base)
+        error = tl.dot(inverse, value, input_precision=SOLVED)
+        delta = beta[:, None] * error
+        to_rows = (own * chunks * rows + index)[:, None] * width + column[None, :]
         tl.store(errors + to_rows, error, mask=present)
         tl.store(deltas + to_rows, delta, mask=present)
-
-        with_key = with_entry[:, None] & valid[None, :]
-        from_keys = keys + head * key_head + to_keys[None, :] + feature[:, None]
-        to_final = (own * STATES + state)[:, None] * chunks + chunk[None, :]
-        key = tl.load(from_keys, mask=with_key, other=0.0).to(tl.float32)
-        key *= tl.load(final_coefficients + to_final, mask=with_key, other=0.0)
-        w = tl.dot(key, delta, carried, input_precision=PRECISION)
+        w = _mixed(w, initial_final + own * STATES * STATES, STATES, 1, STATES, PADDED)
+        w = tl.dot(tl.trans(key), _side_by_side(delta, at_final), w, input_precision=PRECISION)
     tl.store(final + head * size + to_states, w, mask=inside)
 
 
 @triton.jit
 def _backward_scan_kernel(  # type: ignore[no-untyped-def]
     d_initial, d_final, d_deltas, d_errors,
-    keys, solved_keys, strengths, final_coefficients, initial_final, d_after, d_solved, d_states,
-    blocks, chunks, rows, parts,
+    keys, inverses, strengths, initial_steps, final_coefficients, initial_final,
+    d_after, d_values, d_states,
+    blocks, chunks, rows, per_batch, parts,
     key_head, key_chunk, key_row,
     dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr,
     OF_INITIAL: tl.constexpr, OF_FINAL: tl.constexpr, OF_DELTAS: tl.constexpr, OF_ERRORS: tl.constexpr,
-    DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, SOLVED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the states after each block, of E, and of the states before the first block."""
+    """Gradients of the states after each block, of the values, and of the states before the first block."""
     program = tl.program_id(0)
     head, part = (program // parts).to(tl.int64), program % parts
-    column, index = part * WIDTH + tl.arange(0, WIDTH), tl.arange(0, ROWS)
-    entry = tl.arange(0, PADDED * DIM)
-    state, feature = entry // DIM, entry % DIM
-    with_entry, with_column = (state < STATES) & (feature < dim), column < width
-    inside = with_entry[:, None] & with_column[None, :]
-    to_states = (state * dim + feature)[:, None] * width + column[None, :]
+    column, index, feature = part * WIDTH + tl.arange(0, WIDTH), tl.arange(0, ROWS), tl.arange(0, DIM)
+    with_column, with_feature = column < width, feature < dim
+    entry = tl.arange(0, PADDED * WIDTH)
+    state, own_column = entry // WIDTH, part * WIDTH + entry % WIDTH
+    inside = with_feature[:, None] & ((state < STATES) & (own_column < width))[None, :]
+    to_states = feature[:, None] * width + (state * dim * width + own_column)[None, :]
     size: tl.constexpr = STATES * dim * width
 
-    d_w = tl.zeros((PADDED * DIM, WIDTH), tl.float32)
+    d_w = tl.zeros((DIM, PADDED * WIDTH), tl.float32)
     if OF_FINAL:
         d_w = tl.load(d_final + head * size + to_states, mask=inside, other=0.0)
     for step in range(blocks):
         block = blocks - 1 - step
         own = head * blocks + block
-        chunk, to_keys, valid = _rows_of_block(block, chunks, rows, key_chunk, key_row, ROWS)
-        row, present = own * chunks * rows + index, valid[:, None] & with_column[None, :]
-        to_rows = row[:, None] * width + column[None, :]
         tl.store(d_after + own * size + to_states, d_w, mask=inside)
-        # what one thread has stored, another reads
-        tl.debug_barrier()
-        mix = initial_final + own * STATES * STATES
-        carried = _combine(d_after + own * size, mix, 1, STATES, state, feature, column, inside, dim, width, STATES)
-        if OF_INITIAL:
-            carried += tl.load(d_initial + own * size + to_states, mask=inside, other=0.0)
-
-        with_key = valid[:, None] & with_entry[None, :]
-        to_final = (own * STATES + state)[None, :] * chunks + chunk[:, None]
+        chunk, to_keys, valid = _rows_of_block(block, chunks, rows, key_chunk, key_row, ROWS)
+        present = valid[:, None] & with_column[None, :]
         from_keys = keys + head * key_head + to_keys[:, None] + feature[None, :]
-        key = tl.load(from_keys, mask=with_key, other=0.0).to(tl.float32)
-        key *= tl.load(final_coefficients + to_final, mask=with_key, other=0.0)
-        d_delta = tl.dot(key, d_w, input_precision=PRECISION)
+        key = tl.load(from_keys, mask=valid[:, None] & with_feature[None, :], other=0.0).to(tl.float32)
+        # transposed
+        inverse = tl.load(inverses + own * ROWS * ROWS + index[None, :] * ROWS + index[:, None])
+        beta = tl.load(strengths + own * ROWS + index)
+        base = own * chunks + chunk // per_batch * per_batch
+        at_base = _load_for_states(initial_steps + base * STATES, valid, 1, STATES, PADDED)
+        at_final = _load_for_states(final_coefficients + own * STATES * chunks + chunk, valid, chunks, STATES, PADDED)
+        to_rows = (own * chunks * rows + index)[:, None] * width + column[None, :]
+
+        d_delta = _combined(tl.dot(key, d_w, input_precision=PRECISION), at_final)
         if OF_DELTAS:
             d_delta += tl.load(d_deltas + to_rows, mask=present, other=0.0).to(tl.float32)
-        d_error = tl.load(strengths + own * ROWS + index)[:, None] * d_delta
+        d_error = beta[:, None] * d_delta
         if OF_ERRORS:
             d_error += tl.load(d_errors + to_rows, mask=present, other=0.0)
-        tl.store(d_solved + to_rows, d_error, mask=present)
-
-        from_solved = solved_keys + row[None, :] * STATES * dim + (state * dim + feature)[:, None]
-        solved = tl.load(from_solved, mask=with_entry[:, None] & valid[None, :], other=0.0)
-        d_w = tl.dot(-solved, d_error, carried, input_precision=PRECISION)
+        d_value = tl.dot(inverse, d_error, input_precision=SOLVED)
+        tl.store(d_values + to_rows, d_value, mask=present)
+        d_w = _mixed(d_w, initial_final + own * STATES * STATES, 1, STATES, STATES, PADDED)
+        if OF_INITIAL:
+            d_w += tl.load(d_initial + own * size + to_states, mask=inside, other=0.0)
+        d_w = tl.dot(tl.trans(key), _side_by_side(-d_value, at_base), d_w, input_precision=PRECISION)
     tl.store(d_states + head * size + to_states, d_w, mask=inside)
 
 
 @triton.jit
 def _backward_kernel(  # type: ignore[no-untyped-def]
     d_deltas, d_after, d_values,
-    keys, inverses, steps, initial_steps, final_coefficients, initial, errors, strengths,
+    keys, steps, initial_steps, final_coefficients, initial, errors, strengths,
     d_keys, d_step_sizes, d_coefficients, d_at_base, d_at_final, d_initial_final,
     blocks, chunks, rows, per_batch, own_coefficient, scale, largest,
     key_head, key_chunk, key_row,
-    dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr, OF_DELTAS: tl.constexpr,
-    PROXIMAL: tl.constexpr,
-    DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, SOLVED: tl.constexpr,
+    dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, OF_DELTAS: tl.constexpr, PROXIMAL: tl.constexpr,
+    DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients that are left, of coefficients for each row; `d_values` hold those of E before."""
+    """The gradients that are left, of coefficients for each row."""
     own = tl.program_id(0).to(tl.int64)
     head, block = own // blocks, own % blocks
-    feature, index, state = tl.arange(0, DIM), tl.arange(0, ROWS), tl.arange(0, PADDED)
+    feature, index = tl.arange(0, DIM), tl.arange(0, ROWS)
     with_feature = feature < dim
     chunk, to_keys, valid = _rows_of_block(block, chunks, rows, key_chunk, key_row, ROWS)
     base = chunk // per_batch * per_batch
@@ -293,67 +279,69 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     from_keys = keys + head * key_head + to_keys[:, None] + feature[None, :]
     key = tl.load(from_keys, mask=with_key, other=0.0).to(tl.float32)
     beta = tl.load(strengths + own * ROWS + index)
+    size: tl.constexpr = dim * width
+    first_row = own * chunks * rows
+    own_row = (first_row + index)[:, None] * width
+
+    # products of the gradients of values with errors, for each pair of rows
+    nothing = tl.zeros((ROWS, ROWS), tl.float32)
+    matches, d_beta = nothing, tl.zeros((ROWS,), tl.float32)
+    for first_column in range(0, width, WIDTH):
+        column = first_column + tl.arange(0, WIDTH)[None, :]
+        present = valid[:, None] & (column < width)
+        error = tl.load(errors + own_row + column, mask=present, other=0.0)
+        d_value = tl.load(d_values + own_row + column, mask=present, other=0.0)
+        matches = multiply_add(matches, -d_value, tl.trans(error), PRECISION, tl.float32)
+        if OF_DELTAS:
+            d_delta = tl.load(d_deltas + own_row + column, mask=present, other=0.0).to(tl.float32)
+            d_beta += tl.sum(d_delta * error, axis=1)
     coefficients = _load_coefficients_of_rows(
         steps + own * chunks * chunks, chunk, base, valid, chunks, own_coefficient, ROWS
     )  # fmt: skip
-    nothing = tl.zeros((ROWS, ROWS), tl.float32)
     gram = multiply_add(nothing, key, tl.trans(key), PRECISION, tl.float32)
-    weighted = coefficients * gram
-    # transposed
-    inverse = tl.load(inverses + own * ROWS * ROWS + index[None, :] * ROWS + index[:, None])
-
-    d_weighted = nothing
-    d_key = tl.zeros((ROWS, DIM), tl.float32)
-    d_beta = tl.zeros((ROWS,), tl.float32)
-    at_base = tl.zeros((ROWS, PADDED), tl.float32)
-    at_final = tl.zeros((ROWS, PADDED), tl.float32)
-    # of the mixture of states, what each feature contributes
-    pair = tl.arange(0, PADDED * PADDED)[:, None]
-    mixed = tl.zeros((PADDED * PADDED, DIM), tl.float32)
-    size: tl.constexpr = dim * width
-    first_row = own * chunks * rows
-    for first_column in range(0, width, WIDTH):
-        column = first_column + tl.arange(0, WIDTH)
-        present = valid[:, None] & (column < width)[None, :]
-        to_rows = (first_row + index)[:, None] * width + column[None, :]
-        error = tl.load(errors + to_rows, mask=present, other=0.0)
-        d_value = tl.load(d_values + to_rows, mask=present, other=0.0)
-        d_value = tl.dot(inverse, d_value, input_precision=SOLVED)
-        tl.store(d_values + to_rows, d_value, mask=present)
-        delta = beta[:, None] * error
-        d_weighted = multiply_add(d_weighted, d_value, tl.trans(-delta), PRECISION, tl.float32)
-        d_delta = tl.dot(tl.trans(weighted), -d_value, input_precision=PRECISION)
-        if OF_DELTAS:
-            d_delta += tl.load(d_deltas + to_rows, mask=present, other=0.0).to(tl.float32)
-        inside = with_feature[:, None] & (column < width)[None, :]
-        to_state = feature[:, None] * width + column[None, :]
-        for k in tl.static_range(STATES):
-            coefficient = tl.load(final_coefficients + (own * STATES + k) * chunks + chunk, mask=valid, other=0.0)
-            d_w = tl.load(d_after + (own * STATES + k) * size + to_state, mask=inside, other=0.0)
-            product = tl.dot(key, d_w, input_precision=PRECISION)
-            at_final += tl.where(state == k, tl.sum(delta * product, axis=1)[:, None], 0.0)
-            d_delta += coefficient[:, None] * product
-            d_key = multiply_add(d_key, coefficient[:, None] * delta, tl.trans(d_w), PRECISION, tl.float32)
-
-            for i in tl.static_range(STATES):
-                w = tl.load(initial + (own * STATES + i) * size + to_state, mask=inside, other=0.0)
-                mixed += tl.where(pair == k * PADDED + i, tl.sum(d_w * w, axis=1)[None, :], 0.0)
-                if i == k:
-                    coefficient = tl.load(initial_steps + (own * chunks + base) * STATES + k, mask=valid, other=0.0)
-                    product = tl.dot(key, w, input_precision=PRECISION)
-                    at_base -= tl.where(state == k, tl.sum(d_value * product, axis=1)[:, None], 0.0)
-                    d_key = multiply_add(d_key, coefficient[:, None] * d_value, tl.trans(-w), PRECISION, tl.float32)
-        d_beta += tl.sum(d_delta * error, axis=1)
-
-    of_result, of_given = pair // PADDED, pair % PADDED
-    to_pair = ((own * STATES + of_result) * STATES + of_given) * dim + feature[None, :]
-    with_pair = (of_result < STATES) & (of_given < STATES) & with_feature[None, :]
-    tl.store(d_initial_final + to_pair, mixed, mask=with_pair)
-
+    d_beta += tl.sum(coefficients * gram * matches, axis=0)
+    d_weighted = matches * beta[None, :]
     to_pairs = (own * chunks * rows + index)[:, None] * (chunks * rows) + index[None, :]
     tl.store(d_coefficients + to_pairs, d_weighted * gram, mask=valid[:, None] & valid[None, :])
     d_gram = d_weighted * coefficients
+    d_key = tl.zeros((ROWS, DIM), tl.float32)
     d_key = multiply_add(d_key, d_gram + tl.trans(d_gram), key, PRECISION, tl.float32)
+
+    for k in tl.static_range(STATES):
+        of_final, of_base = tl.zeros((ROWS, DIM), tl.float32), tl.zeros((ROWS, DIM), tl.float32)
+        for first_column in range(0, width, WIDTH):
+            column = first_column + tl.arange(0, WIDTH)[None, :]
+            present, inside = valid[:, None] & (column < width), with_feature[:, None] & (column < width)
+            error = tl.load(errors + own_row + column, mask=present, other=0.0)
+            d_value = tl.load(d_values + own_row + column, mask=present, other=0.0)
+            to_state = (own * STATES + k) * size + feature[:, None] * width + column
+            d_w = tl.load(d_after + to_state, mask=inside, other=0.0)
+            w = tl.load(initial + to_state, mask=inside, other=0.0)
+            of_final = multiply_add(of_final, error, tl.trans(d_w), PRECISION, tl.float32)
+            of_base = multiply_add(of_base, d_value, tl.trans(w), PRECISION, tl.float32)
+        at_final = tl.load(final_coefficients + (own * STATES + k) * chunks + chunk, mask=valid, other=0.0)
+        at_base = tl.load(initial_steps + (own * chunks + base) * STATES + k, mask=valid, other=0.0)
+        d_final = tl.sum(key * of_final, axis=1)
+        d_beta += at_final * d_final
+        d_key += (at_final * beta)[:, None] * of_final - at_base[:, None] * of_base
+        to_states = (first_row + index) * STATES + k
+        tl.store(d_at_final + to_states, beta * d_final, mask=valid)
+        tl.store(d_at_base + to_states, -tl.sum(key * of_base, axis=1), mask=valid)
+
+    # of the mixture of states, what each feature contributes
+    for k in tl.static_range(STATES):
+        for i in tl.static_range(STATES):
+            total = tl.zeros((DIM,), tl.float32)
+            for first_column in range(0, width, WIDTH):
+                column = first_column + tl.arange(0, WIDTH)[None, :]
+                inside = with_feature[:, None] & (column < width)
+                to_state = feature[:, None] * width + column
+                d_w = tl.load(d_after + (own * STATES + k) * size + to_state, mask=inside, other=0.0)
+                w = tl.load(initial + (own * STATES + i) * size + to_state, mask=inside, other=0.0)
+                total += tl.sum(d_w * w, axis=1)
+            to_pair = (own * STATES * STATES + k * STATES + i) * dim + feature
+            tl.store(d_initial_final + to_pair, total, mask=with_feature)
+
     if PROXIMAL:
         # where β is limited, to largest / (own_coefficient · k²), it does not depend on the step size. The margin is
         # for squares that were added up in another order when it was limited
@@ -363,10 +351,6 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         d_beta = tl.where(limited, 0.0, d_beta)
     tl.store(d_keys + (first_row + index)[:, None] * dim + feature[None, :], d_key, mask=with_key)
     tl.store(d_step_sizes + first_row + index, scale * d_beta, mask=valid)
-    to_states = (first_row + index)[:, None] * STATES + state[None, :]
-    with_state = valid[:, None] & (state < STATES)[None, :]
-    tl.store(d_at_base + to_states, at_base, mask=with_state)
-    tl.store(d_at_final + to_states, at_final, mask=with_state)
 
 
 def _outputs(
@@ -458,21 +442,9 @@ def _forward(
         final_coefficients=final.contiguous(), initial_final=initial_final.contiguous(),
     )  # fmt: skip
     heads, blocks = steps.shape[:2]
-    solved = dict(solved_keys=_solved_keys(keys, steps, states), solved_values=arguments['errors'], OF_VALUES=True)
     _launch(_inverse_kernel, heads * blocks, arguments, WARPS)
-    _launch(_solve_kernel, heads * blocks, arguments | solved, WARPS)
-    _launch(_forward_kernel, heads * arguments['parts'], arguments | solved, _warps_of_scan(arguments))
+    _launch(_forward_kernel, heads * arguments['parts'], arguments, SCAN_WARPS)
     return outputs
-
-
-def _solved_keys(keys: Tensor, steps: Tensor, states: Tensor) -> Tensor:
-    """Room for P (a_k ∘ K) of all states k side by side."""
-    heads, blocks, chunks, _ = steps.shape
-    return states.new_empty(heads, blocks, chunks * keys.shape[2], states.shape[1] * states.shape[2])
-
-
-def _warps_of_scan(arguments: dict[str, Any]) -> int:
-    return 8 if arguments['PADDED'] * arguments['DIM'] * arguments['WIDTH'] > MOST_ENTRIES_OF_WARPS * WARPS else WARPS
 
 
 def _backward(
@@ -522,16 +494,12 @@ def _backward(
         | {flag: d is not None for flag, d in incoming.values()}
         | results
         | dict(
-            solved_keys=_solved_keys(keys, steps, states), d_solved=results['d_values'],
             initial=initial, errors=errors, inverses=inverses, strengths=strengths,
             steps=steps.contiguous(), initial_steps=initial_steps.contiguous(),
             final_coefficients=final.contiguous(), initial_final=initial_final.contiguous(),
         )
     )  # fmt: skip
-    # values are of no account
-    absent = dict(values=keys, **named_strides('value', None, 'head chunk row'), solved_values=keys, OF_VALUES=False)
-    _launch(_solve_kernel, heads * blocks, arguments | absent, WARPS)
-    _launch(_backward_scan_kernel, heads * arguments['parts'], arguments, _warps_of_scan(arguments))
+    _launch(_backward_scan_kernel, heads * arguments['parts'], arguments, SCAN_WARPS)
     _launch(_backward_kernel, heads * blocks, arguments, GRADIENT_WARPS)
 
     # from rows to chunks, and for the base weights to the first chunk of each memory batch
