@@ -326,8 +326,9 @@ def main() -> None:
     parser.add_argument('--save', type=Path, help='folder for the trained models, in a folder each')
     parser.add_argument('--section', default='long text', help='of docs/benchmarks.md, for --write')
     parser.add_argument('--memory', type=json.loads, default={}, help='arguments of all memories, as JSON')
+    parser.add_argument('--sizes', type=json.loads, default={}, help='arguments of all models, as JSON')
     options = parser.parse_args()
-    settings = runs.settings(options, SMALL)
+    settings = runs.settings(options, SMALL) | options.sizes
     for name in ('batch', 'stride', 'trained', 'segment_len'):
         if (own := getattr(options, name)) is not None:
             settings[name] = own
