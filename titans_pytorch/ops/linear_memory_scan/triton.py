@@ -18,6 +18,7 @@ from torch import Tensor
 
 from titans_pytorch.ops._registration import register_kernel
 from titans_pytorch.ops._triton import (
+    ENOUGH_PROGRAMS,
     contiguous_inside,
     invert,
     multiply_add,
@@ -30,9 +31,10 @@ from titans_pytorch.ops.proximal_steps import LARGEST
 
 # rows and columns of the systems that are solved by elimination, before they are combined
 SMALL = 16
-# columns of the states that a program keeps on chip
+# columns of the states that a program has on chip. Scans take half as many where there would be fewer programs than
+# `ENOUGH_PROGRAMS`
 MOST_COLUMNS = 32
-WARPS, SCAN_WARPS, GRADIENT_WARPS = 4, 8, 8
+WARPS, GRADIENT_WARPS = 4, 8
 EXACT = product_precision(torch.float32)['PRECISION']
 
 
@@ -379,8 +381,10 @@ def _outputs(
     )
 
 
-def _columns(width: int) -> int:
-    return min(tile_size(width), MOST_COLUMNS)
+def _columns(heads: int, width: int) -> int:
+    """Columns of the states for each program of a scan."""
+    enough = heads * triton.cdiv(width, MOST_COLUMNS) >= ENOUGH_PROGRAMS
+    return min(tile_size(width), MOST_COLUMNS if enough else MOST_COLUMNS // 2)
 
 
 def _arguments(
@@ -395,9 +399,9 @@ def _arguments(
     """Arguments of all kernels."""
     keys = contiguous_inside(keys, 1)
     _, blocks, chunks, _ = steps.shape
-    _, count, dim, width = states.shape
+    heads, count, dim, width = states.shape
     rows = keys.shape[2]
-    columns, on_chip = _columns(width), tile_size(chunks * rows)
+    columns, on_chip = _columns(heads, width), tile_size(chunks * rows)
     precision = EXACT if operands == torch.float32 else 'tf32'
     return dict(
         keys=keys, **named_strides('key', keys, 'head chunk row'),
@@ -443,7 +447,7 @@ def _forward(
     )  # fmt: skip
     heads, blocks = steps.shape[:2]
     _launch(_inverse_kernel, heads * blocks, arguments, WARPS)
-    _launch(_forward_kernel, heads * arguments['parts'], arguments, SCAN_WARPS)
+    _launch(_forward_kernel, heads * arguments['parts'], arguments, WARPS)
     return outputs
 
 
@@ -499,8 +503,9 @@ def _backward(
             final_coefficients=final.contiguous(), initial_final=initial_final.contiguous(),
         )
     )  # fmt: skip
-    _launch(_backward_scan_kernel, heads * arguments['parts'], arguments, SCAN_WARPS)
-    _launch(_backward_kernel, heads * blocks, arguments, GRADIENT_WARPS)
+    _launch(_backward_scan_kernel, heads * arguments['parts'], arguments, WARPS)
+    columns = min(tile_size(values.shape[-1]), MOST_COLUMNS)
+    _launch(_backward_kernel, heads * blocks, arguments | dict(WIDTH=columns), GRADIENT_WARPS)
 
     # from rows to chunks, and for the base weights to the first chunk of each memory batch
     def sum_over_rows(gradient: Tensor, dim: int) -> Tensor:
