@@ -34,7 +34,9 @@ SMALL = 16
 # columns of the states that a program has on chip. Scans take half as many where there would be fewer programs than
 # `ENOUGH_PROGRAMS`
 MOST_COLUMNS = 32
-WARPS, GRADIENT_WARPS = 4, 8
+WARPS = 4
+# of the last pass; with more stages it would have more shared memory than some GPUs
+GRADIENTS = dict(num_warps=8, num_stages=2)
 EXACT = product_precision(torch.float32)['PRECISION']
 
 
@@ -418,8 +420,8 @@ def _arguments(
     )  # fmt: skip
 
 
-def _launch(kernel: Any, grid: int, arguments: dict[str, Any], num_warps: int) -> None:
-    kernel[(grid,)](**taken_by(kernel, arguments), num_warps=num_warps)
+def _launch(kernel: Any, grid: int, arguments: dict[str, Any], num_warps: int = WARPS, **options: int) -> None:
+    kernel[(grid,)](**taken_by(kernel, arguments), num_warps=num_warps, **options)
 
 
 def _forward(
@@ -446,8 +448,8 @@ def _forward(
         final_coefficients=final.contiguous(), initial_final=initial_final.contiguous(),
     )  # fmt: skip
     heads, blocks = steps.shape[:2]
-    _launch(_inverse_kernel, heads * blocks, arguments, WARPS)
-    _launch(_forward_kernel, heads * arguments['parts'], arguments, WARPS)
+    _launch(_inverse_kernel, heads * blocks, arguments)
+    _launch(_forward_kernel, heads * arguments['parts'], arguments)
     return outputs
 
 
@@ -503,9 +505,9 @@ def _backward(
             final_coefficients=final.contiguous(), initial_final=initial_final.contiguous(),
         )
     )  # fmt: skip
-    _launch(_backward_scan_kernel, heads * arguments['parts'], arguments, WARPS)
+    _launch(_backward_scan_kernel, heads * arguments['parts'], arguments)
     columns = min(tile_size(values.shape[-1]), MOST_COLUMNS)
-    _launch(_backward_kernel, heads * blocks, arguments | dict(WIDTH=columns), GRADIENT_WARPS)
+    _launch(_backward_kernel, heads * blocks, arguments | dict(WIDTH=columns), **GRADIENTS)
 
     # from rows to chunks, and for the base weights to the first chunk of each memory batch
     def sum_over_rows(gradient: Tensor, dim: int) -> Tensor:
