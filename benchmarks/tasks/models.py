@@ -24,11 +24,12 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     'MAG': ('mag', {}),
     'MAL': ('mal', {}),
 }
+SINGLE_TOKENS = {'neural_memory_segment_len': 1, 'neural_memory_batch_size': 1}
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     # windows longer than any text
     'full attention': ('mag', {'neural_memory_layers': (), 'segment_len': 2**20}),
     # as in Gated DeltaNet: each token is stored by a step of its own, up to the value of its key
-    'gated delta rule': ('lmm', {'neural_memory_segment_len': 1, 'neural_memory_batch_size': 1}),
+    'gated delta rule': ('lmm', SINGLE_TOKENS),
 }
 HYBRIDS = {f'{name}, one memory': ARCHITECTURES[name] for name in ('MAC', 'MAG', 'MAL')}
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -40,7 +41,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     'plain steps': {'proximal_steps': False},
 }
 DELTA_RULE = {'default_model_kwargs': {'depth': 1}, 'momentum': False, 'proximal_steps': False}
-OF_LMM = {f'LMM, {name}': ARCHITECTURES['LMM'] for name in ABLATIONS}
+OF_LMM = {f'LMM, {name}': ARCHITECTURES['LMM'] for name in ABLATIONS} | {'LMM, single tokens': ('lmm', SINGLE_TOKENS)}
 MODELS = {**ARCHITECTURES, **PEERS, **HYBRIDS, **OF_LMM}
 
 
