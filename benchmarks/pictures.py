@@ -431,21 +431,30 @@ def draw_needle(small: bool) -> Figure:
 
 
 def draw_long_text(small: bool) -> Figure:
-    axes = (figure := Figure(figsize=(WIDTH, 3.7), layout='constrained')).subplots()
-    rows = {row['position']: [*row.values()][1:] for row in results('task, long text', 'position')}
-    wide = results('task, long text, windows of 512', 'position')[0]
-    assert wide['position'] == 'attention alone'
-    lines = {
-        'attention alone, 128 bytes': (rows['attention alone'], GREEN, '-', 1.135),
-        'LMM, no attention': (rows['LMM'], ORANGE, '-', 1.045),
-        'attention alone, 512 bytes': ([*wide.values()][1:], GREY, '--', 0.995),
+    figure = Figure(figsize=(WIDTH, 3.9), layout='constrained')
+    panels = {
+        '128 bytes of attention, 9 M parameters': 'task, long text',
+        '512 bytes, 21.6 M parameters': 'task, long text, windows of 512',
     }
-    for name, (bits, colour, style, place) in lines.items():
-        axes.plot([float(of) for of in bits], 'o', linestyle=style, color=colour, linewidth=2, markersize=4)
-        axes.text(5.5, place, name, color='#555555' if colour == GREY else colour, weight='bold', ha='center')
-    axes.set_xticks(range(len(wide) - 1), [*wide][1:], fontsize=8)
-    axes.set(xlabel='position in the window, in bytes', ylabel='bits per byte')
-    axes.set_title('A memory is worth more than 128 bytes of attention, and less than 512')
+    lines = {
+        'attention alone': (GREEN, '-'),
+        'full attention': (GREY, '--'),
+        'MAL': (BLUE, '-'),
+        'LMM': (ORANGE, '-'),
+        'gated delta rule': (PURPLE, '-'),
+    }
+    for axes, (title, section) in zip(figure.subplots(1, 2), panels.items()):
+        for row in results(section, 'position'):
+            name, *bits = row.values()
+            # full attention up to the length of training; beyond, it is far off the picture
+            means = [float(of.split()[0]) for of in bits][: 5 if name == 'full attention' else None]
+            colour, style = lines[name]
+            axes.plot(means, 'o', linestyle=style, color=colour, linewidth=2, markersize=3, label=name)
+        axes.set_xticks(range(len(bits)), [*row][1:], fontsize=7, rotation=45)
+        axes.set_title(title, fontsize=9)
+    figure.axes[0].set(xlabel='position in the window, in bytes', ylabel='bits per byte')
+    figure.axes[0].legend(fontsize=8)
+    figure.suptitle('In equal time, linear memories read long text better than attention')
     return figure
 
 

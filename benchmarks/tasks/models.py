@@ -13,7 +13,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from titans_pytorch.configuration import build_model, model_config
 from titans_pytorch.models.base import Transformer
-from titans_pytorch.presets import memory_settings
+from titans_pytorch.presets import delta_rule_settings, memory_settings
 
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     # name: architecture, and arguments of the model
@@ -40,7 +40,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     'no convolution': {'conv_kernel': None},
     'plain steps': {'proximal_steps': False},
 }
-DELTA_RULE = {'default_model_kwargs': {'depth': 1}, 'momentum': False, 'proximal_steps': False}
 OF_LMM = {f'LMM, {name}': ARCHITECTURES['LMM'] for name in ABLATIONS} | {'LMM, single tokens': ('lmm', SINGLE_TOKENS)}
 MODELS = {**ARCHITECTURES, **PEERS, **HYBRIDS, **OF_LMM}
 
@@ -89,10 +88,7 @@ def _config(
     name: str, ff_mult: float, memory_batch: int | None, memory: Mapping[str, Any], sizes: dict[str, Any]
 ) -> dict[str, Any]:
     architecture, kwargs = MODELS[name]
-    heads, dim_head = sizes['dim'] // sizes['dim_head'], sizes['dim_head']
-    memory = {'heads': heads, 'dim_head': dim_head, **memory, **ABLATIONS.get(name.removeprefix('LMM, '), {})}
-    if name == 'gated delta rule':
-        memory |= {**DELTA_RULE, 'default_step_transform_max_lr': memory['dim_head'] / 2}
+    heads = sizes['dim'] // sizes['dim_head']
     common: dict[str, Any] = {**sizes, 'heads': heads, 'ff_mult': ff_mult, **kwargs}
     if name in HYBRIDS:
         # in the middle, where tokens know the ones before them
@@ -102,9 +98,13 @@ def _config(
         common.pop('use_flex_attn', None)  # has no such implementation
     else:
         memory_batch = common.setdefault('neural_memory_batch_size', memory_batch)
-    settings = memory_settings(
-        **{'memory_batch': memory_batch, 'default_model_kwargs': {'depth': 2, 'expansion_factor': 2.0}, **memory}
-    )
+    memory = {'heads': heads, 'dim_head': sizes['dim_head'], **memory}
+    if name == 'gated delta rule':
+        settings = delta_rule_settings(**{**memory, 'default_model_kwargs': {'depth': 1}})
+    else:
+        deep = {'default_model_kwargs': {'depth': 2, 'expansion_factor': 2.0}}
+        ablated = ABLATIONS.get(name.removeprefix('LMM, '), {})
+        settings = memory_settings(**{'memory_batch': memory_batch, **deep, **memory, **ablated})
     return model_config(architecture, **common, neural_memory_kwargs=settings)
 
 

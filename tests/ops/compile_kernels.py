@@ -1,11 +1,16 @@
-"""Compiles kernels for a Hopper GPU, where there is none: the process is to run without Triton's interpreter.
+"""Compiles all kernels for a GPU, where there is none; to be run without Triton's interpreter.
 
-Launches of the operations compile to machine code and compute nothing, so that results are arbitrary.
+    python tests/ops/compile_kernels.py 90      (the compute capability)
+
+Launches of the operations compile to machine code and compute nothing, so that results are arbitrary. For each kernel a
+line has its file, its name and the bytes of shared memory of its largest launch.
 """
 
 from __future__ import annotations
 
+import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,63 +19,124 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-HOPPER = GPUTarget('cuda', 90, 32)
-TYPES = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16', torch.int32: '*i32'}
+from titans_pytorch import MemoryAsContextTransformer, MemoryMLP, NeuralMemory
+from titans_pytorch.generation.stepper import Stepper
+from titans_pytorch.presets import memory_settings
+
+TYPES = {torch.float32: 'fp32', torch.bfloat16: 'bf16', torch.int32: 'i32', torch.int64: 'i64'}
+shared: dict[tuple[str, str], int] = {}
 
 
-def compile_launch(kernel: JITFunction, *_: Any, grid: Any, warmup: bool, **given: Any) -> None:
+def compile_launch(target: GPUTarget, kernel: JITFunction, *_: Any, grid: Any, warmup: bool, **given: Any) -> None:
     """Stands in for `JITFunction.run`. All arguments are keywords, as in every launch of this package."""
     signature, constants, attributes = {}, {}, {}
     for parameter in kernel.params:
         value = given.pop(parameter.name)
-        if parameter.is_constexpr:
+        if parameter.is_constexpr or value is None:
             signature[parameter.name], constants[(parameter.num,)] = 'constexpr', value
         elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = TYPES[value.dtype]
+            signature[parameter.name] = f'*{TYPES[value.dtype]}'
             attributes[(parameter.num,)] = [['tt.divisibility', 16]]
         else:
             signature[parameter.name] = 'fp32' if isinstance(value, float) else 'i32'
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    triton.compile(source, target=HOPPER, options=given)
-    print(kernel.fn.__module__, kernel.fn.__name__)
+    compiled = triton.compile(source, target=target, options=given)
+    of = Path(kernel.fn.__code__.co_filename), kernel.fn.__name__
+    name = f'{of[0].parent.name}/{of[0].name}', of[1]
+    shared[name] = max(shared.get(name, 0), compiled.metadata.shared)
 
 
-def main() -> None:
-    from titans_pytorch.ops import _dispatch
+def learn(model: torch.nn.Module, *inputs: Any, **kwargs: Any) -> None:
+    """Forward and backward."""
+    out = model(*inputs, **kwargs)
+    (out if isinstance(out, torch.Tensor) else out[0]).float().sum().backward()
+
+
+def memories() -> None:
+    """Memories in sizes of training, with heads of 64 and 128."""
+
+    def store(chunk: int, batch: int | None, width: int = 64, depth: int = 2, **kwargs: Any) -> None:
+        model = MemoryMLP(width, depth=depth, expansion_factor=4.0)
+        settings = {'dim_head': width, 'heads': 2, 'model': model, 'chunk_size': chunk, 'batch_size': batch, **kwargs}
+        learn(NeuralMemory(dim=64, **settings), torch.randn(1, 256, 64))
+
+    linear = {**memory_settings(2, 64, 16), 'depth': 1}
+    store(16, 16, **linear)
+    store(1, 1, 128, 1, mem_model_norm_add_residual=False)
+    store(4, 128, qk_rmsnorm=True)
+    store(64, 64, qk_rmsnorm=True)
+    store(4, None, qk_rmsnorm=True, per_parameter_lr_modulation=True)
+    store(16, 128, spectral_norm_surprises=True)
+
+
+def models() -> None:
+    """A model with all that has kernels around the memory, in training and in sampling."""
+    model = MemoryAsContextTransformer(
+        num_tokens=256,
+        dim=64,
+        depth=2,
+        segment_len=16,
+        num_persist_mem_tokens=4,
+        num_longterm_mem_tokens=4,
+        neural_memory_layers=(2,),
+        neural_memory_segment_len=4,
+        neural_memory_batch_size=16,
+        neural_memory_qkv_receives_diff_views=True,
+        neural_mem_weight_residual=True,
+        neural_memory_kwargs={'dim_head': 32, 'heads': 2, 'spectral_norm_surprises': True},
+    )
+    learn(model, torch.randint(0, 256, (2, 65)), return_loss=True)
+    with torch.no_grad(), torch.autocast('cpu', enabled=False):
+        _, cache = model(torch.randint(0, 256, (2, 20)), return_cache=True)
+        step = Stepper.of(model, cache, cuda_graphs=None)
+        for _ in range(4):  # up to the end of a chunk
+            step(torch.zeros(2, dtype=torch.long))
+
+
+def operations() -> None:
+    """Kernels that nothing launches on a CPU, or not in the sizes of a GPU."""
+    import test_associative_scan
+    import test_inverse
+    import test_linear_memory_scan
+    import test_memory_batch_scan
+    import test_sinkhorn
+
+    from titans_pytorch.ops.associative_scan.triton import associative_scan
     from titans_pytorch.ops.memory_batch_scan import triton_on_chip
+    from titans_pytorch.ops.sinkhorn.triton import sinkhorn
 
-    _dispatch.compute_capability = lambda device: _dispatch.HOPPER  # type: ignore[assignment]
     # all phases in one launch, as on a GPU
     triton_on_chip._launch = lambda kernel, arguments, states, carried, phases: kernel[(1,)](
         **arguments, **states, **dict.fromkeys(phases, True), first_batch=0, last_batch=1, WAITS=True,
         counters=torch.zeros(1, dtype=torch.int32), launch_cooperative_grid=True,
     )  # fmt: skip
-    JITFunction.run = compile_launch  # type: ignore[method-assign]
+    for states, norm, num_proximal_steps in ((1, False, None), (2, True, None), (2, True, 3)):
+        tensors = test_memory_batch_scan.problem(1, 2, 1, 16, 64, 128, states, 2, norm)
+        scanned = partial(test_memory_batch_scan.scanned, num_proximal_steps=num_proximal_steps)
+        test_memory_batch_scan.learned(scanned, test_memory_batch_scan.leaves(tensors))
+    for num_proximal_steps in (None, 2):
+        of_rows = test_linear_memory_scan.tensors_of((1, 4, 1, 16), dim=128)
+        test_linear_memory_scan.learned(of_rows, 1, num_proximal_steps=num_proximal_steps)
+    test_inverse.learned(test_inverse.inverse, test_inverse.problem(2, 64))
+    test_sinkhorn.with_gradient(sinkhorn, test_sinkhorn.problem(2, 4, 4), 20, test_sinkhorn.EPS)
+    gates, inputs, prev = test_associative_scan.problem(2, 16, 64, 1, dtype=torch.float32)
+    test_associative_scan.with_gradients(associative_scan, gates, inputs, prev)
 
-    import test_gate_products
-    import test_gated_heads
-    import test_head_norm
-    import test_inverse
-    import test_linear_memory_scan
-    import test_memory_batch_scan
-    import test_short_convolution
 
+def main() -> None:
+    from titans_pytorch.ops import _dispatch
+
+    capability = int(sys.argv[1])
+    target = GPUTarget('cuda', capability, 32)
+    _dispatch.compute_capability = lambda device: capability // 10  # type: ignore[assignment]
+    # a function, not a partial, to become a method
+    JITFunction.run = lambda *args, **kwargs: compile_launch(target, *args, **kwargs)  # type: ignore[method-assign]
     with torch.autocast('cpu', torch.bfloat16):
-        for steps in (None, 2):
-            tensors = test_linear_memory_scan.tensors_of((2, 2, 1, 8), dim=64)
-            test_linear_memory_scan.learned(tensors, 1, num_proximal_steps=steps)
-        for states, norm, num_proximal_steps in ((1, False, None), (2, True, None), (2, True, 3)):
-            tensors = test_memory_batch_scan.problem(1, 2, 1, 16, 64, 128, states, 2, norm)
-            scanned = partial(test_memory_batch_scan.scanned, num_proximal_steps=num_proximal_steps)
-            test_memory_batch_scan.learned(scanned, test_memory_batch_scan.leaves(tensors))
-        x, gamma = test_head_norm.problem(2, 2, 16, 64)
-        test_head_norm.learned(test_head_norm.head_norm, x, gamma)
-        for kind in test_gated_heads.KINDS:
-            test_gated_heads.learned(test_gated_heads.gated_heads, *test_gated_heads.problem(1, 2, 16, 64, *kind))
-        tensors = test_short_convolution.problem(1, 20, 2, 1, 64, 4)
-        test_short_convolution.learned(test_short_convolution.short_convolution, *tensors, True)
-        test_gate_products.learned(test_gate_products.gate_products, test_gate_products.problem(2, 64))
-        test_inverse.learned(test_inverse.inverse, test_inverse.problem(2, 64))
+        memories()
+        models()
+        operations()
+    for (file, name), size in shared.items():
+        print(file, name, size)
 
 
 if __name__ == '__main__':

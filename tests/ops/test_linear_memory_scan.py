@@ -15,6 +15,7 @@ from titans_pytorch.memory.backends import dual as dual_backend
 from titans_pytorch.memory.chunks import Chunks, Coefficients
 from titans_pytorch.ops.linear_memory_scan import linear_memory_scan
 from titans_pytorch.ops.proximal_steps import proximal_deltas
+from titans_pytorch.presets import delta_rule_settings
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 SMALL = dict(deadline=None, derandomize=True)
@@ -222,6 +223,26 @@ def test_chunks_of_one_token_are_the_delta_rule(solved):
     for k, v, rate in zip(keys.unbind(1), values.unbind(1), rates.unbind(1)):
         error = v - torch.einsum('hd, hde -> he', k, weights)
         weights = weights + rate[:, None, None] * torch.einsum('hd, he -> hde', k, error)
+    assert_same(state.updates['weights.0'][:, -1], weights, 1e-12)
+
+
+def test_settings_of_the_gated_delta_rule(solved):
+    """W ← (1 − α) W + β kᵀ (v − k W)."""
+    mem = NeuralMemory(8, 1, 1, **delta_rule_settings(2, 4, activation=None, conv_kernel=None)).double()
+    seq = torch.randn(1, 40, 8, dtype=torch.float64)
+    _, state = mem(seq)
+    assert len(solved) > 0
+
+    normed = mem.store_norm(seq)
+    keys = mem.k_norm(mem.split_kv_heads(mem.to_keys(normed)))[0]
+    values = mem.split_kv_heads(mem.to_values(normed))[0]
+    rates = mem.adaptive_step_transform(mem.to_adaptive_step(normed)) * 2 / 4
+    retained = 1 - mem.to_decay_factor(normed).sigmoid()
+    weights = mem.init_weights(1)['weights.0']
+    assert rates.max() < 1
+    for k, v, rate, kept in zip(keys.unbind(1), values.unbind(1), rates.unbind(1), retained.unbind(1)):
+        error = v - torch.einsum('hd, hde -> he', k, weights)
+        weights = kept.view(2, 1, 1) * weights + rate[:, None, None] * torch.einsum('hd, he -> hde', k, error)
     assert_same(state.updates['weights.0'][:, -1], weights, 1e-12)
 
 

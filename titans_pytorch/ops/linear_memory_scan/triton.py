@@ -32,7 +32,7 @@ from titans_pytorch.ops.proximal_steps import LARGEST
 # rows and columns of the systems that are solved by elimination, before they are combined
 SMALL = 16
 # columns of the states that a program has on chip. Scans take half as many where there would be fewer programs than
-# `ENOUGH_PROGRAMS`
+# `ENOUGH_PROGRAMS`, and in float32, whose products in full take more registers and shared memory
 MOST_COLUMNS = 32
 WARPS = 4
 # of the last pass; with more stages it would have more shared memory than some GPUs
@@ -383,10 +383,10 @@ def _outputs(
     )
 
 
-def _columns(heads: int, width: int) -> int:
+def _columns(heads: int, width: int, operands: torch.dtype) -> int:
     """Columns of the states for each program of a scan."""
-    enough = heads * triton.cdiv(width, MOST_COLUMNS) >= ENOUGH_PROGRAMS
-    return min(tile_size(width), MOST_COLUMNS if enough else MOST_COLUMNS // 2)
+    many = heads * triton.cdiv(width, MOST_COLUMNS) >= ENOUGH_PROGRAMS
+    return min(tile_size(width), MOST_COLUMNS if many and operands != torch.float32 else MOST_COLUMNS // 2)
 
 
 def _arguments(
@@ -403,7 +403,7 @@ def _arguments(
     _, blocks, chunks, _ = steps.shape
     heads, count, dim, width = states.shape
     rows = keys.shape[2]
-    columns, on_chip = _columns(heads, width), tile_size(chunks * rows)
+    columns, on_chip = _columns(heads, width, operands), tile_size(chunks * rows)
     precision = EXACT if operands == torch.float32 else 'tf32'
     return dict(
         keys=keys, **named_strides('key', keys, 'head chunk row'),
