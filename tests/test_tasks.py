@@ -84,6 +84,15 @@ def test_mqar_trains(name):
     assert came['accuracy'].keys() == {'32/2', '64/4'} and all(0 <= share <= 1 for share in came['accuracy'].values())
 
 
+def test_compiled_steps_train_in_the_same_way():
+    batch, losses = mqar.examples(4, 32, 2, 32, torch.Generator().manual_seed(0)), []
+    for compiled in (False, True):
+        model = models.build('attention alone', 0, num_tokens=32, **TINY)
+        trainer = runs.Trainer(model, mqar.loss, runs.Training('cpu', 2, 1e-2, compile=compiled))
+        losses.append([trainer.step(*batch).item() for _ in range(2)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[0][1] < losses[0][0]
+
+
 def test_a_model_learns_mqar():
     settings = {'training': runs.Training('cpu', 250, 1e-2), 'tokens': 512, 'vocabulary': 16}
     sizes = {**TINY, 'dim': 32, 'dim_head': 16, 'depth': 2, 'segment_len': 16}

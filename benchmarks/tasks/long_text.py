@@ -13,7 +13,7 @@ With `--save runs` each model is left in a folder that `python -m titans_pytorch
 
     python -m titans_pytorch generate --run 'runs/LMM, seed 0' --file beginning.c
 
-Models train one after the other, each with a device to itself. Time counts from the second step on: building,
+Models train one after the other, so that each has the device to itself. Time counts from the second step on: building,
 compiling and capturing come before. With `--compile` the training step is compiled, which needs a minute for each
 model.
 """
@@ -270,11 +270,11 @@ def conditions(results: list[dict[str, Any]]) -> str:
     seconds = {round(result['trained_seconds']) for result in results}
     time_of_each = f'{min(seconds)} s' if len(seconds) == 1 else f'{min(seconds)}–{max(seconds)} s'
     first = results[0]
-    compiled = 'compiled ' * first.get('compiled', False)
+    compiled = 'compiled ' * all(result.get('compiled') for result in results)
     return (
-        f'{time_of_each} of training in {compiled}steps for each model, one GPU each; {first["batch"]} windows\n'
-        f'of {first["trained"]:,} bytes per step; tested on {len(first["windows"])} windows of {first["tested"]:,} '
-        f'bytes, {first["stride"]:,} apart.'
+        f'{time_of_each} of training in {compiled}steps for each model, with a device to itself; {first["batch"]}\n'
+        f'windows of {first["trained"]:,} bytes per step; tested on {len(first["windows"])} windows of '
+        f'{first["tested"]:,} bytes, {first["stride"]:,} apart.'
     )
 
 

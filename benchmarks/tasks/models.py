@@ -60,9 +60,9 @@ def config(name: str, memory_batch: int | None = None, memory: Mapping[str, Any]
     """Configuration of one of `MODELS`, with feedforwards widened so that all models have as many parameters as the
     largest, to within 12 · dim · depth.
 
-    Without `memory_batch` gradients are taken at the initial weights of the memories, except in the paper's order,
-    where a memory batch is a segment. `memory` are arguments of all memories, except where a model has its own; `sizes`
-    are arguments common to all models.
+    Without `memory_batch` gradients are taken at the initial weights of the memories, except in models that store
+    single tokens, and in the paper's order, where a memory batch is a segment. `memory` are arguments of all memories,
+    except where a model has its own; `sizes` are arguments common to all models.
     """
     common = {'memory_batch': memory_batch, 'memory': memory, 'sizes': sizes}
     if (key := repr(common)) not in _largest:
@@ -100,7 +100,8 @@ def _config(
         memory_batch = common.setdefault('neural_memory_batch_size', memory_batch)
     memory = {'heads': heads, 'dim_head': sizes['dim_head'], **memory}
     if name == 'gated delta rule':
-        settings = delta_rule_settings(**{**memory, 'default_model_kwargs': {'depth': 1}})
+        own = ('default_model_kwargs', 'momentum', 'proximal_steps', 'default_step_transform_max_lr')
+        settings = delta_rule_settings(**{key: value for key, value in memory.items() if key not in own})
     else:
         deep = {'default_model_kwargs': {'depth': 2, 'expansion_factor': 2.0}}
         ablated = ABLATIONS.get(name.removeprefix('LMM, '), {})

@@ -26,7 +26,7 @@ Loss = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Training:
-    """What all tasks leave to the command line.
+    """How a model is trained, in every task as the command line says.
 
     Args:
         seconds: limit of the time that a run trains.
@@ -72,7 +72,9 @@ class Trainer:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
         self.parameters = decayed + others
         self.model, self.on_gpu = model, on_gpu
-        self.loss = torch.compile(loss) if training.compile else loss
+        if training.compile:
+            torch.compiler.reset()  # of one function Dynamo keeps the graphs of eight models, and runs others eagerly
+        self.loss = torch.compile(loss, fullgraph=True) if training.compile else loss
         self.graphs: dict[tuple[torch.Size, ...], tuple[list[Tensor], Callable[[], Any], Tensor]] = {}
 
     def step(self, *batch: Tensor) -> Tensor:

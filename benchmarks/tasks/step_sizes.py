@@ -42,7 +42,10 @@ CELLS = {cell(*own): own for own in itertools.product(SEQUENCES, DEPTHS, STEPS, 
 
 
 def run(name: str, seed: int, training: runs.Training) -> dict[str, Any]:
-    """Train one model, until it diverges or for `steps` steps, and test it on sequences of the length of training."""
+    """Train one model until it diverges, or for all steps, and test it on sequences of the length of training.
+
+    `training.seconds` has no effect.
+    """
     chunk, depth, kind, size = CELLS[name]
     torch.manual_seed(seed)
     memory = memory_settings(

@@ -112,7 +112,7 @@ def product_precision(operands: torch.dtype) -> dict[str, Any]:
 # rows of a program: the more, the less often weights are read. With fewer than 64, Triton takes the tensor cores' older
 # instructions, which read matrices either way round
 MOST_ROWS = 32
-# where there would be fewer programs than these, each gets 16 rows
+# where there would be fewer programs than these, each gets 16 rows, or columns
 ENOUGH_PROGRAMS = 128
 # entries of a program's rows that eight warps hold; in float32 in full, products take twice the registers
 ENTRIES, ENTRIES_IN_FULL = 4096, 2048

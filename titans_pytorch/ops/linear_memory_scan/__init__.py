@@ -35,8 +35,8 @@ from titans_pytorch.utils.shapes import Float
 
 MOST_ROWS = 64
 """Most rows of a block, all of which a program of the kernels holds."""
-# and for rows of all states together, and for features
-_MOST_ENTRIES, _WIDEST = 256, 128
+# most features of all states together, each padded to a power of two, and most of one
+_MOST_FEATURES, _WIDEST = 256, 128
 
 
 class LinearBlocks(NamedTuple):
@@ -103,5 +103,11 @@ def linear_memory_scan(
 
 def _supports(keys: Tensor, states: list[Tensor], rows: int) -> bool:
     dim, width = states[0].shape[1:]
-    on_chip = len(states) * dim <= _MOST_ENTRIES and max(dim, width) <= _WIDEST and rows <= MOST_ROWS
+    padded = _power_of_two(len(states)) * _power_of_two(dim)
+    on_chip = padded <= _MOST_FEATURES and max(dim, width) <= _WIDEST and rows <= MOST_ROWS
     return on_chip and keys.numel() > 0 and len(states) <= MOST_STATES
+
+
+def _power_of_two(size: int) -> int:
+    """The least one that is not smaller."""
+    return 1 << (size - 1).bit_length()

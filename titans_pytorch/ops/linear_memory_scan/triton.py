@@ -4,7 +4,7 @@ With G = K Kᵀ and P = (I + (A ∘ G) diag(β))⁻¹ the errors of a block are 
 where β, the `strengths`, are limited if steps are proximal.
 P needs no states, so one launch computes it for all blocks. Only the scan itself goes from block to block, in programs
 that each keep some columns of all states on chip: forward, and from the last block to the first for the gradients of
-states and errors. What then remains of the gradients is again one launch for all blocks.
+states and values. What then remains of the gradients is again one launch for all blocks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SMALL = 16
 # `ENOUGH_PROGRAMS`, and in float32, whose products in full take more registers and shared memory
 MOST_COLUMNS = 32
 WARPS = 4
-# of the last pass; with more stages it would have more shared memory than some GPUs
+# of the last pass; with more stages it would need more shared memory than some GPUs have
 GRADIENTS = dict(num_warps=8, num_stages=2)
 EXACT = product_precision(torch.float32)['PRECISION']
 
@@ -119,10 +119,22 @@ def _inverse_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _load_for_states(coefficients, inside, by_row, STATES: tl.constexpr, PADDED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A coefficient of each row for each state, (rows, PADDED)."""
+def _columns_of_states(  # type: ignore[no-untyped-def]
+    part, dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Offsets of a program's columns of all states, side by side, and whether they exist."""
+    feature, entry = tl.arange(0, DIM)[:, None], tl.arange(0, PADDED * WIDTH)[None, :]
+    state, column = entry // WIDTH, part * WIDTH + entry % WIDTH
+    inside = (feature < dim) & (state < STATES) & (column < width)
+    return (state * dim + feature) * width + column, inside
+
+
+@triton.jit
+def _load_for_states(first, inside, by_state, STATES: tl.constexpr, PADDED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A coefficient of each row for each state, (rows, PADDED), given a pointer to the first one of each row."""
     state = tl.arange(0, PADDED)
-    entry = coefficients[:, None] + state[None, :] * by_row
+    entry = first[:, None] + state[None, :] * by_state
     return tl.load(entry, mask=inside[:, None] & (state < STATES)[None, :], other=0.0)
 
 
@@ -151,7 +163,7 @@ def _mixed(states, mix, by_result, by_given, STATES: tl.constexpr, PADDED: tl.co
     total = tl.zeros((DIM, PADDED, WIDTH), tl.float32)
     for i in tl.static_range(STATES):
         of_results = tl.zeros((1, PADDED, 1), tl.float32)
-        # scalars, because a tensor that is loaded would decide how the states lie in registers
+        # loaded as scalars: a loaded tensor would impose its layout on the states
         for k in tl.static_range(STATES):
             of_results = tl.where(state == k, tl.load(mix + k * by_result + i * by_given), of_results)
         total += of_results * tl.sum(tl.where(state == i, each, 0.0), axis=1)[:, None, :]
@@ -171,11 +183,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     head, part = (program // parts).to(tl.int64), program % parts
     column, index, feature = part * WIDTH + tl.arange(0, WIDTH), tl.arange(0, ROWS), tl.arange(0, DIM)
     with_column, with_feature = column < width, feature < dim
-    # columns of the states side by side
-    entry = tl.arange(0, PADDED * WIDTH)
-    state, own_column = entry // WIDTH, part * WIDTH + entry % WIDTH
-    inside = with_feature[:, None] & ((state < STATES) & (own_column < width))[None, :]
-    to_states = feature[:, None] * width + (state * dim * width + own_column)[None, :]
+    to_states, inside = _columns_of_states(part, dim, width, STATES, PADDED, DIM, WIDTH)
     size: tl.constexpr = STATES * dim * width
 
     w = tl.load(states + head * size + to_states, mask=inside, other=0.0)
@@ -222,17 +230,14 @@ def _backward_scan_kernel(  # type: ignore[no-untyped-def]
     head, part = (program // parts).to(tl.int64), program % parts
     column, index, feature = part * WIDTH + tl.arange(0, WIDTH), tl.arange(0, ROWS), tl.arange(0, DIM)
     with_column, with_feature = column < width, feature < dim
-    entry = tl.arange(0, PADDED * WIDTH)
-    state, own_column = entry // WIDTH, part * WIDTH + entry % WIDTH
-    inside = with_feature[:, None] & ((state < STATES) & (own_column < width))[None, :]
-    to_states = feature[:, None] * width + (state * dim * width + own_column)[None, :]
+    to_states, inside = _columns_of_states(part, dim, width, STATES, PADDED, DIM, WIDTH)
     size: tl.constexpr = STATES * dim * width
 
     d_w = tl.zeros((DIM, PADDED * WIDTH), tl.float32)
     if OF_FINAL:
         d_w = tl.load(d_final + head * size + to_states, mask=inside, other=0.0)
-    for step in range(blocks):
-        block = blocks - 1 - step
+    for from_last in range(blocks):
+        block = blocks - 1 - from_last
         own = head * blocks + block
         tl.store(d_after + own * size + to_states, d_w, mask=inside)
         chunk, to_keys, valid = _rows_of_block(block, chunks, rows, key_chunk, key_row, ROWS)
@@ -272,7 +277,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, OF_DELTAS: tl.constexpr, PROXIMAL: tl.constexpr,
     DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients that are left, of coefficients for each row."""
+    """All other gradients; those of coefficients still by row."""
     own = tl.program_id(0).to(tl.int64)
     head, block = own // blocks, own % blocks
     feature, index = tl.arange(0, DIM), tl.arange(0, ROWS)
@@ -283,19 +288,19 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     from_keys = keys + head * key_head + to_keys[:, None] + feature[None, :]
     key = tl.load(from_keys, mask=with_key, other=0.0).to(tl.float32)
     beta = tl.load(strengths + own * ROWS + index)
-    size: tl.constexpr = dim * width
+    of_state: tl.constexpr = dim * width
     first_row = own * chunks * rows
     own_row = (first_row + index)[:, None] * width
 
-    # products of the gradients of values with errors, for each pair of rows
+    # −dV Eᵀ, the gradient of the system (A ∘ G) diag(β)
     nothing = tl.zeros((ROWS, ROWS), tl.float32)
-    matches, d_beta = nothing, tl.zeros((ROWS,), tl.float32)
+    d_system, d_beta = nothing, tl.zeros((ROWS,), tl.float32)
     for first_column in range(0, width, WIDTH):
         column = first_column + tl.arange(0, WIDTH)[None, :]
         present = valid[:, None] & (column < width)
         error = tl.load(errors + own_row + column, mask=present, other=0.0)
         d_value = tl.load(d_values + own_row + column, mask=present, other=0.0)
-        matches = multiply_add(matches, -d_value, tl.trans(error), PRECISION, tl.float32)
+        d_system = multiply_add(d_system, -d_value, tl.trans(error), PRECISION, tl.float32)
         if OF_DELTAS:
             d_delta = tl.load(d_deltas + own_row + column, mask=present, other=0.0).to(tl.float32)
             d_beta += tl.sum(d_delta * error, axis=1)
@@ -303,33 +308,34 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         steps + own * chunks * chunks, chunk, base, valid, chunks, own_coefficient, ROWS
     )  # fmt: skip
     gram = multiply_add(nothing, key, tl.trans(key), PRECISION, tl.float32)
-    d_beta += tl.sum(coefficients * gram * matches, axis=0)
-    d_weighted = matches * beta[None, :]
-    to_pairs = (own * chunks * rows + index)[:, None] * (chunks * rows) + index[None, :]
+    d_beta += tl.sum(coefficients * gram * d_system, axis=0)
+    d_weighted = d_system * beta[None, :]
+    to_pairs = (first_row + index)[:, None] * (chunks * rows) + index[None, :]
     tl.store(d_coefficients + to_pairs, d_weighted * gram, mask=valid[:, None] & valid[None, :])
     d_gram = d_weighted * coefficients
-    d_key = tl.zeros((ROWS, DIM), tl.float32)
-    d_key = multiply_add(d_key, d_gram + tl.trans(d_gram), key, PRECISION, tl.float32)
+    no_keys = tl.zeros((ROWS, DIM), tl.float32)
+    d_key = multiply_add(no_keys, d_gram + tl.trans(d_gram), key, PRECISION, tl.float32)
 
     for k in tl.static_range(STATES):
-        of_final, of_base = tl.zeros((ROWS, DIM), tl.float32), tl.zeros((ROWS, DIM), tl.float32)
+        of_final, of_base = no_keys, no_keys
         for first_column in range(0, width, WIDTH):
             column = first_column + tl.arange(0, WIDTH)[None, :]
             present, inside = valid[:, None] & (column < width), with_feature[:, None] & (column < width)
             error = tl.load(errors + own_row + column, mask=present, other=0.0)
             d_value = tl.load(d_values + own_row + column, mask=present, other=0.0)
-            to_state = (own * STATES + k) * size + feature[:, None] * width + column
+            to_state = (own * STATES + k) * of_state + feature[:, None] * width + column
             d_w = tl.load(d_after + to_state, mask=inside, other=0.0)
             w = tl.load(initial + to_state, mask=inside, other=0.0)
             of_final = multiply_add(of_final, error, tl.trans(d_w), PRECISION, tl.float32)
             of_base = multiply_add(of_base, d_value, tl.trans(w), PRECISION, tl.float32)
         at_final = tl.load(final_coefficients + (own * STATES + k) * chunks + chunk, mask=valid, other=0.0)
         at_base = tl.load(initial_steps + (own * chunks + base) * STATES + k, mask=valid, other=0.0)
-        d_final = tl.sum(key * of_final, axis=1)
-        d_beta += at_final * d_final
+        # the gradient of β · at_final
+        d_weight = tl.sum(key * of_final, axis=1)
+        d_beta += at_final * d_weight
         d_key += (at_final * beta)[:, None] * of_final - at_base[:, None] * of_base
         to_states = (first_row + index) * STATES + k
-        tl.store(d_at_final + to_states, beta * d_final, mask=valid)
+        tl.store(d_at_final + to_states, beta * d_weight, mask=valid)
         tl.store(d_at_base + to_states, -tl.sum(key * of_base, axis=1), mask=valid)
 
     # of the mixture of states, what each feature contributes
@@ -340,8 +346,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                 column = first_column + tl.arange(0, WIDTH)[None, :]
                 inside = with_feature[:, None] & (column < width)
                 to_state = feature[:, None] * width + column
-                d_w = tl.load(d_after + (own * STATES + k) * size + to_state, mask=inside, other=0.0)
-                w = tl.load(initial + (own * STATES + i) * size + to_state, mask=inside, other=0.0)
+                d_w = tl.load(d_after + (own * STATES + k) * of_state + to_state, mask=inside, other=0.0)
+                w = tl.load(initial + (own * STATES + i) * of_state + to_state, mask=inside, other=0.0)
                 total += tl.sum(d_w * w, axis=1)
             to_pair = (own * STATES * STATES + k * STATES + i) * dim + feature
             tl.store(d_initial_final + to_pair, total, mask=with_feature)
