@@ -270,9 +270,9 @@ def conditions(results: list[dict[str, Any]]) -> str:
     seconds = {round(result['trained_seconds']) for result in results}
     time_of_each = f'{min(seconds)} s' if len(seconds) == 1 else f'{min(seconds)}–{max(seconds)} s'
     first = results[0]
-    compiled = 'compiled ' * all(result.get('compiled') for result in results)
+    compiled = ' in compiled steps' * all(result.get('compiled') for result in results)
     return (
-        f'{time_of_each} of training in {compiled}steps for each model, with a device to itself; {first["batch"]}\n'
+        f'{time_of_each} of training{compiled} for each model, with a device to itself; {first["batch"]}\n'
         f'windows of {first["trained"]:,} bytes per step; tested on {len(first["windows"])} windows of '
         f'{first["tested"]:,} bytes, {first["stride"]:,} apart.'
     )
