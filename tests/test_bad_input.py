@@ -26,7 +26,7 @@ from titans_pytorch import (
 )
 from titans_pytorch.generation.logits import gumbel_sample, min_p_filter
 from titans_pytorch.mac_transformer import SegmentedAttention
-from titans_pytorch.presets import memory_settings, preset
+from titans_pytorch.presets import delta_rule_settings, memory_settings, preset
 
 NAN, INF = float('nan'), float('inf')
 
@@ -452,3 +452,5 @@ def test_presets():
         preset('170M', '16')
     with pytest.raises(ValueError, match='dim_head must be a positive integer, got 0'):
         memory_settings(2, 0)
+    with pytest.raises(TypeError, match="dim_head must be a positive integer, got '64'"):
+        delta_rule_settings(2, '64')

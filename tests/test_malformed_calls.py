@@ -35,7 +35,7 @@ from titans_pytorch.attention.segmented import SegmentedAttention
 from titans_pytorch.generation.logits import gumbel_sample, min_p_filter
 from titans_pytorch.implicit_mlp_attention import ImplicitMLPAttention
 from titans_pytorch.nested_attention import NestedAttention
-from titans_pytorch.presets import memory_settings, preset
+from titans_pytorch.presets import delta_rule_settings, memory_settings, preset
 
 DIM, TOKENS = 8, 16
 CALLS_PER_TARGET = 24
@@ -373,6 +373,11 @@ def targets() -> dict[str, Target]:
             lambda **kw: settings(memory_settings, **kw),
             lambda: {'heads': 2, 'dim_head': 4},
             ('memory_batch', 'qk_rmsnorm'),
+        ),
+        'delta_rule_settings': Target(
+            lambda **kw: settings(delta_rule_settings, **kw),
+            lambda: {'heads': 2, 'dim_head': 4},
+            ('conv_kernel', 'qk_rmsnorm'),
         ),
         'sample': Target(
             lambda **kw: sampled('sample', **kw),

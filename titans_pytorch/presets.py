@@ -61,8 +61,9 @@ def delta_rule_settings(heads: int, dim_head: int, **changes: Any) -> dict[str, 
     """Arguments of `NeuralMemory` for a gated delta rule in chunks of one token; `changes` override them.
 
     A linear memory without momentum, W ← (1 − α) W + β kᵀ (v − k W), as in Gated DeltaNet (arXiv 2412.06464) except
-    that errors are those of the weights before they decay. Steps go up to the value of a key, β ≤ 1. Everything else is
-    as in `memory_settings`. On long text no other memory was as good in equal time (docs/benchmarks.md).
+    that errors are those of the weights before they decay. As β ≤ 1, a step moves the answer to a key at most to its
+    value. Everything else is as in `memory_settings`. On long text no other memory was as good in equal time
+    (docs/benchmarks.md).
 
         LongTermMemoryModel(
             num_tokens=256, dim=512, depth=4, heads=4,
@@ -70,6 +71,7 @@ def delta_rule_settings(heads: int, dim_head: int, **changes: Any) -> dict[str, 
             neural_memory_kwargs=delta_rule_settings(heads=4, dim_head=128),
         )
     """
+    heads, dim_head = check_positive(heads=heads, dim_head=dim_head)
     plain = {'momentum': False, 'proximal_steps': False, 'default_step_transform_max_lr': dim_head / 2}
     return memory_settings(heads, dim_head, 1, **{'default_model_kwargs': {'depth': 1}, **plain, **changes})
 
