@@ -120,9 +120,10 @@ def operations() -> None:
         scanned = partial(test_memory_batch_scan.scanned, num_proximal_steps=num_proximal_steps)
         test_memory_batch_scan.learned(scanned, test_memory_batch_scan.leaves(tensors))
     linear_scan.ENOUGH_PROGRAMS = 0  # as for many heads
-    for sizes in ({'dim': 128, 'orders': 1}, {'dim': 64, 'orders': 3}):
+    for sizes, low in (({'dim': 128, 'orders': 1}, True), ({'dim': 64, 'orders': 3}, True), ({'dim': 64}, False)):
         of_rows = test_linear_memory_scan.tensors_of((1, 4, 1, 16), **sizes)
-        test_linear_memory_scan.learned(of_rows, 1, num_proximal_steps=2)
+        with torch.autocast('cpu', torch.bfloat16, enabled=low):
+            test_linear_memory_scan.learned(of_rows, 1, num_proximal_steps=2)
     test_inverse.learned(test_inverse.inverse, test_inverse.problem(2, 64))
     test_sinkhorn.with_gradient(sinkhorn, test_sinkhorn.problem(2, 4, 4), 20, test_sinkhorn.EPS)
     gates, inputs, prev = test_associative_scan.problem(2, 16, 64, 1, dtype=torch.float32)
