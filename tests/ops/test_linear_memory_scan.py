@@ -206,44 +206,34 @@ def test_a_weight_residual_is_added_to_the_base_weights(solved):
     assert_same(*outs, 1e-12)
 
 
-def test_chunks_of_one_token_are_the_delta_rule(solved):
-    """Schlag et al. (arXiv 2102.11174): W ← W + β kᵀ (v − k W)."""
-    mem = memory(1, 1, momentum=False, init_decay_bias=None)
-    torch.nn.init.zeros_(mem.to_decay_factor[0].weight)
-    torch.nn.init.constant_(mem.to_decay_factor[0].bias, -1e4)  # nothing is forgotten
-    seq = torch.randn(1, 40, 8, dtype=torch.float64)
-    _, state = mem(seq)
-    assert len(solved) > 0
-
-    normed = mem.store_norm(seq)
-    keys = mem.k_norm(mem.split_kv_heads(mem.to_keys(normed)))[0]
-    values = mem.split_kv_heads(mem.to_values(normed))[0]
-    rates = mem.adaptive_step_transform(mem.to_adaptive_step(normed)) * 2 / 4
-    weights = mem.init_weights(1)['weights.0']
-    for k, v, rate in zip(keys.unbind(1), values.unbind(1), rates.unbind(1)):
-        error = v - torch.einsum('hd, hde -> he', k, weights)
-        weights = weights + rate[:, None, None] * torch.einsum('hd, he -> hde', k, error)
-    assert_same(state.updates['weights.0'][:, -1], weights, 1e-12)
-
-
-def test_settings_of_the_gated_delta_rule(solved):
-    """W ← (1 − α) W + β kᵀ (v − k W)."""
-    mem = NeuralMemory(8, 1, 1, **delta_rule_settings(2, 4, activation=None, conv_kernel=None)).double()
-    seq = torch.randn(1, 40, 8, dtype=torch.float64)
-    _, state = mem(seq)
-    assert len(solved) > 0
-
+def by_delta_rule(mem, seq):
+    """Weights after W ← (1 − α) W + β kᵀ (v − k W) for each token of one sequence, in memories of width 4; and β."""
     normed = mem.store_norm(seq)
     keys = mem.k_norm(mem.split_kv_heads(mem.to_keys(normed)))[0]
     values = mem.split_kv_heads(mem.to_values(normed))[0]
     rates = mem.adaptive_step_transform(mem.to_adaptive_step(normed)) * 2 / 4
     retained = 1 - mem.to_decay_factor(normed).sigmoid()
     weights = mem.init_weights(1)['weights.0']
-    assert rates.max() < 1
     for k, v, rate, kept in zip(keys.unbind(1), values.unbind(1), rates.unbind(1), retained.unbind(1)):
         error = v - torch.einsum('hd, hde -> he', k, weights)
-        weights = kept.view(2, 1, 1) * weights + rate[:, None, None] * torch.einsum('hd, he -> hde', k, error)
-    assert_same(state.updates['weights.0'][:, -1], weights, 1e-12)
+        weights = kept.view(-1, 1, 1) * weights + rate[:, None, None] * torch.einsum('hd, he -> hde', k, error)
+    return weights, rates
+
+
+def test_chunks_of_one_token_are_the_delta_rule(solved):
+    """Schlag et al. (arXiv 2102.11174), and with decay the gated delta rule."""
+    plain = memory(1, 1, momentum=False, init_decay_bias=None)
+    torch.nn.init.zeros_(plain.to_decay_factor[0].weight)
+    torch.nn.init.constant_(plain.to_decay_factor[0].bias, -1e4)  # nothing is forgotten
+    gated = NeuralMemory(8, 1, 1, **delta_rule_settings(2, 4, activation=None, conv_kernel=None)).double()
+    seq = torch.randn(1, 40, 8, dtype=torch.float64)
+    for mem in (plain, gated):
+        solved.clear()
+        _, state = mem(seq)
+        assert len(solved) > 0
+        weights, rates = by_delta_rule(mem, seq)
+        assert_same(state.updates['weights.0'][:, -1], weights, 1e-12)
+    assert rates.max() < 1
 
 
 @pytest.mark.parametrize(
