@@ -61,8 +61,8 @@ def delta_rule_settings(heads: int, dim_head: int, **changes: Any) -> dict[str, 
     """Arguments of `NeuralMemory` for a gated delta rule in chunks of one token; `changes` override them.
 
     A linear memory without momentum, W ← (1 − α) W + β kᵀ (v − k W), as in Gated DeltaNet (arXiv 2412.06464) except
-    that errors are those of the weights before they decay. As β ≤ 1, a step moves the answer to a key at most to its
-    value. Everything else is as in `memory_settings`. On long text no other memory was as good in equal time
+    that errors are those of the weights before they decay. As β ≤ 1, a step moves the value retrieved for a key at most
+    to its target. Everything else is as in `memory_settings`. On long text no other memory was as good in equal time
     (docs/benchmarks.md).
 
         LongTermMemoryModel(

@@ -65,7 +65,7 @@ def run(
     trainer = runs.Trainer(model, loss, training)
     generator = torch.Generator(training.device).manual_seed(seed)
     given = ((window,) for window in texts.windows(train_text, batch, trained + 1, generator))
-    done = runs.train(trainer, given, training)
+    done = runs.train(trainer, given)
     whole, late = bits_per_byte(model, test_text, tested, num_windows)
     return {'steps': done, 'parameters': models.num_parameters(model), 'whole': whole, 'late': late}
 

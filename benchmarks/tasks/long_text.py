@@ -118,13 +118,12 @@ class Clock:
 def train(
     trainer: runs.Trainer,
     batches: Callable[[], Tensor],
-    steps: int,
     clock: Clock,
     name: str,
 ) -> dict[str, Any]:
-    """Train until the time is up, or for `steps` steps; what was done, and norms of the gradients."""
+    """Train until the time is up, or for all steps; what was done, and norms of the gradients."""
     norms, losses, running = [], [], []
-    for step in range(steps):
+    for step in range(trainer.training.steps):
         losses.append(trainer.step(batches()).clone())
         norms.append(trainer.norm.clone())
         if step == 0:
@@ -182,7 +181,7 @@ def run(
     trainer = runs.Trainer(model, loss, training, progress)
     generator = torch.Generator(training.device).manual_seed(seed)
     windows = texts.windows(text, batch, trained + 1, generator)
-    done = train(trainer, lambda: next(windows).long(), training.steps, clock, name)
+    done = train(trainer, lambda: next(windows).long(), clock, name)
     if save is not None:
         save_run(save / f'{name}, seed {seed}', models.config(name, **options), model, done['steps'])
     peak = torch.cuda.max_memory_allocated() if text.is_cuda else None
@@ -272,9 +271,9 @@ def conditions(results: list[dict[str, Any]]) -> str:
     first = results[0]
     compiled = ' in compiled steps' * all(result.get('compiled') for result in results)
     return (
-        f'{time_of_each} of training{compiled} for each model, with a device to itself; {first["batch"]}\n'
-        f'windows of {first["trained"]:,} bytes per step; tested on {len(first["windows"])} windows of '
-        f'{first["tested"]:,} bytes, {first["stride"]:,} apart.'
+        f'{time_of_each} of training{compiled} for each model; {first["batch"]} windows of {first["trained"]:,}\n'
+        f'bytes per step; tested on {len(first["windows"])} windows of {first["tested"]:,} bytes, '
+        f'{first["stride"]:,} apart.'
     )
 
 

@@ -28,7 +28,7 @@ SINGLE_TOKENS = {'neural_memory_segment_len': 1, 'neural_memory_batch_size': 1}
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     # windows longer than any text
     'full attention': ('mag', {'neural_memory_layers': (), 'segment_len': 2**20}),
-    # as in Gated DeltaNet: each token is stored by a step of its own, up to the value of its key
+    # as in Gated DeltaNet: each token is stored by a step of its own
     'gated delta rule': ('lmm', SINGLE_TOKENS),
 }
 HYBRIDS = {f'{name}, one memory': ARCHITECTURES[name] for name in ('MAC', 'MAG', 'MAL')}

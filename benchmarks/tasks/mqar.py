@@ -97,7 +97,7 @@ def run(
     model = models.build(name, seed, num_tokens=vocabulary, **{**SIZES, **sizes}).to(training.device)
     trainer = runs.Trainer(model, loss, training)
     generator = torch.Generator(training.device).manual_seed(seed)
-    done = runs.train(trainer, batches(trained, tokens, vocabulary, generator), training)
+    done = runs.train(trainer, batches(trained, tokens, vocabulary, generator))
     held_out = torch.Generator(training.device).manual_seed(10_000 + seed)
     tests = {f'{length}/{pairs}': accuracy(model, length, pairs, vocabulary, held_out) for length, pairs in tested}
     return {'steps': done, 'parameters': models.num_parameters(model), 'accuracy': tests}

@@ -126,7 +126,7 @@ def run(
     model = models.build(name, seed, num_tokens=256, **{**SIZES, **sizes}).to(training.device)
     trainer = runs.Trainer(model, loss, training)
     generator = torch.Generator(training.device).manual_seed(seed)
-    done = runs.train(trainer, batches(train_text, tokens, trained, generator), training)
+    done = runs.train(trainer, batches(train_text, tokens, trained, generator))
     held_out = torch.Generator(training.device).manual_seed(10_000 + seed)
     tests = {f'{length}': accuracy(model, test_text, length, held_out, examples) for length in tested}
     return {'steps': done, 'parameters': models.num_parameters(model), 'accuracy': tests}

@@ -26,10 +26,10 @@ Loss = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Training:
-    """How a model is trained, in every task as the command line says.
+    """How to train a model, the same in every task.
 
     Args:
-        seconds: limit of the time that a run trains.
+        seconds: time limit.
         compile: whether forward and backward go through `torch.compile`.
     """
 
@@ -61,7 +61,7 @@ class Trainer:
         groups = [{'params': decayed, 'weight_decay': 0.1}, {'params': others, 'weight_decay': 0.0}]
         on_gpu = next(model.parameters()).is_cuda
         self.optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, betas=(0.9, 0.95), fused=on_gpu)
-        steps = training.steps
+        self.training, steps = training, training.steps
         warmup = max(1, steps // 20)
 
         def schedule(step: int) -> float:
@@ -113,9 +113,9 @@ def right(logits: Tensor, targets: Tensor) -> Tensor:
     return found.masked_fill(logits.isnan().any(dim=-1), math.nan)
 
 
-def train(trainer: Trainer, batches: Iterator[tuple[Tensor, ...]], training: Training) -> int:
+def train(trainer: Trainer, batches: Iterator[tuple[Tensor, ...]]) -> int:
     """Train until the steps or the seconds are over; returns the number of steps done."""
-    started = time.perf_counter()
+    training, started = trainer.training, time.perf_counter()
     for step in range(training.steps):
         loss = trainer.step(*next(batches))
         if step % 200 == 0:

@@ -125,7 +125,7 @@ def run(
     model = build(name, seed, max(table.shape), max(tested), **{**SIZES, **sizes}).to(training.device)
     trainer = runs.Trainer(model, loss, training)
     generator = torch.Generator(training.device).manual_seed(seed)
-    done = runs.train(trainer, batches(batch, trained, table, generator), training)
+    done = runs.train(trainer, batches(batch, trained, table, generator))
     held_out = torch.Generator(training.device).manual_seed(10_000 + seed)
     tests = {str(length): accuracy(model, length, table, held_out) for length in tested}
     return {'steps': done, 'parameters': models.num_parameters(model), 'accuracy': tests}
