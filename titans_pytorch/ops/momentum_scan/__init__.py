@@ -24,7 +24,7 @@ from titans_pytorch.utils.shapes import Float
 
 # the shorter side of a matrix, which a kernel keeps on chip whole; rows of a chunk; entries of a head's states over all
 # chunks, because offsets among them have 32 bits
-_WIDEST, _MOST_ROWS, _MOST_ENTRIES = 128, 16, 2**31
+_WIDEST, _MOST_ROWS, _MOST_ENTRIES = 128, 64, 2**31
 
 
 def momentum_scan(

@@ -24,6 +24,8 @@ from titans_pytorch.ops._triton import TRITON_DTYPES, contiguous_inside, multipl
 # take twice the registers
 FORWARD, BACKWARD, BACKWARD_IN_FULL = (64, 16, 16), (64, 16, 16), (32, 16, 8)
 ENOUGH_PROGRAMS, MOST_WARPS = 128, 8
+# rows of float32 that are multiplied one by one, at most
+MOST_SINGLE_ROWS = 16
 # features of a strip, and its warps
 STRIP, STRIP_WARPS = 512, 2
 # chunks loaded ahead: loads of the next chunks do not wait for the state
@@ -41,7 +43,8 @@ def _momentum_kernel(  # type: ignore[no-untyped-def]
     input_head, input_chunk, input_row, delta_head, delta_chunk, delta_row,
     scale_head, scale_chunk, gate_head, gate_chunk, start_head,
     dim: tl.constexpr, width: tl.constexpr, rows: tl.constexpr,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, TENSOR_CORES: tl.constexpr, STAGES: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, TENSOR_CORES: tl.constexpr,
+    PRECISION: tl.constexpr, OPERAND: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     block = program % blocks
@@ -66,7 +69,7 @@ def _momentum_kernel(  # type: ignore[no-untyped-def]
             from_deltas += row * delta_row + own_out[None, :]
             x = tl.load(from_inputs, mask=(row < rows) & (own_in < dim)[None, :], other=0.0)
             delta = tl.load(from_deltas, mask=(row < rows) & (own_out < width)[None, :], other=0.0)
-            update = tl.dot(tl.trans(x), delta)
+            update = multiply_add(tl.zeros((DIM, WIDTH), tl.float32), tl.trans(x), delta, PRECISION, OPERAND)
         else:
             update = tl.zeros((DIM, WIDTH), tl.float32)
             for row in tl.static_range(rows):
@@ -273,14 +276,16 @@ def _momentum_forward(
     arguments = _momentum_arguments(inputs, deltas, scales, log_gates, start)
     heads, chunks, rows, dim = inputs.shape
     width = deltas.shape[-1]
-    # tensor cores multiply rows in half precision exactly; in float32 they would not, and rows are few
-    in_half = inputs.dtype == deltas.dtype != torch.float32
+    # tensor cores multiply in half precision exactly; in float32 they do not, and a few rows are multiplied one by one
+    operand = inputs.dtype if inputs.dtype == deltas.dtype else torch.float32
+    tensor_cores = operand != torch.float32 or rows > MOST_SINGLE_ROWS
     own_in, own_out, warps = _block(heads, dim, width, FORWARD)
     blocks_in, blocks_out = triton.cdiv(dim, own_in), triton.cdiv(width, own_out)
     _momentum_kernel[(heads * blocks_in * blocks_out,)](
         **arguments, momenta=momenta, end=end,
         chunks=chunks, rows=rows, blocks_out=blocks_out, blocks=blocks_in * blocks_out,
-        DIM=own_in, WIDTH=own_out, TENSOR_CORES=in_half, STAGES=STAGES, num_warps=warps,
+        DIM=own_in, WIDTH=own_out, STAGES=STAGES, num_warps=warps,
+        TENSOR_CORES=tensor_cores, PRECISION=FLOAT32_PRECISION, OPERAND=TRITON_DTYPES[operand],
     )  # fmt: skip
     return momenta, end
 

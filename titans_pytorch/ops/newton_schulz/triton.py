@@ -103,9 +103,6 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
             d_gram = _multiply_add_transposed(b * d_polynomial, c * d_polynomial, gram, PRECISION, OPERAND)
             d_gram = _multiply_add_transposed(d_gram, c * gram, d_polynomial, PRECISION, OPERAND)
             polynomial = _polynomial(gram, b, c, PRECISION, OPERAND)
-            # the barrier keeps the load here, so that the iterate occupies no registers before
-            tl.debug_barrier()
-            before = tl.load(iterates + (steps - 1 - back) * (ROWS * COLUMNS))
             d_x = multiply_add(a * d_x, polynomial, d_x, PRECISION, OPERAND)
             d_x = multiply_add(d_x, d_gram, before, PRECISION, OPERAND)
 
@@ -187,9 +184,9 @@ def _precision(operands: torch.dtype) -> dict[str, Any]:
 
 
 def _warps(sizes: dict[str, int]) -> int:
-    # from 64 rows on, four warps share one instruction of a tensor core; registers limit the rest
+    # from 64 rows on, four warps share one instruction of a tensor core; more of them would compute the same rows
     rows, columns = sizes['ROWS'], sizes['COLUMNS']
-    return min(8, max(4, rows * columns // 2048) if rows >= 64 else max(1, rows * columns // 512))
+    return rows // 16 if rows >= 64 else min(8, max(1, rows * columns // 512))
 
 
 def _programs(device: torch.device, warps: int) -> int:
