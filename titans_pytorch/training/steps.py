@@ -55,9 +55,8 @@ class MicroStep:
             return self._compute(inputs.to(self.machine.device))
         if self.graph is None:
             self._capture(inputs)
-        assert self.graph is not None
         self.inputs.copy_(inputs, non_blocking=True)
-        self.graph.replay()
+        self._replay()
         return self.loss
 
     def accumulate(self, batches: Iterable[Tensor]) -> Tensor:
@@ -85,28 +84,41 @@ class MicroStep:
 
     def _capture(self, inputs: Tensor) -> None:
         self.inputs = inputs.to(self.machine.device)
-        # warm-up passes compile the step and allocate the gradients that the graph adds to
+        # warm-up passes compile the step
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self.model.zero_grad(set_to_none=False)
+                self.model.zero_grad()
                 expected = self._outcome(self._compute(self.inputs))
         torch.cuda.current_stream().wait_stream(stream)
+        # without gradients to add to, the graph writes its own, which a few kernels then add to those of the parameters
+        self.model.zero_grad()
         self.graph = torch.cuda.CUDAGraph()
         # NCCL's own thread may ask for its events meanwhile
         with torch.cuda.graph(self.graph, capture_error_mode='thread_local'):
             self.loss = self._compute(self.inputs)
+        self.gradients = {p: p.grad for p in self.model.parameters() if p.grad is not None}
 
-        self.model.zero_grad(set_to_none=False)
-        self.graph.replay()
+        self.model.zero_grad()
+        self._replay()
         captured = self._outcome(self.loss)
         if not torch.allclose(captured, expected, rtol=0.02):
             raise RuntimeError(
                 f'loss and gradient norm are {captured.tolist()} in the captured step and {expected.tolist()} in the '
                 f'step itself: train with --no-use-cuda-graphs, or with --no-compile'
             )
-        self.model.zero_grad(set_to_none=False)
+        self.model.zero_grad()
+
+    def _replay(self) -> None:
+        assert self.graph is not None
+        self.graph.replay()
+        sums = []
+        for parameter in self.gradients:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            sums.append(parameter.grad)
+        torch._foreach_add_(sums, [*self.gradients.values()])
 
     def _outcome(self, loss: Tensor) -> Tensor:
         """The loss and the gradient norm."""
