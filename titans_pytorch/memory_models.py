@@ -12,7 +12,7 @@ faster implementations possible:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from titans_pytorch.utils.precision import at_least_float32
 from titans_pytorch.utils.shapes import Float
 
 Linear = Callable[[Tensor, Tensor], Tensor]
+Matrix = TypeVar('Matrix')
 
 
 class Matrices(ParameterSequence):
@@ -100,7 +101,10 @@ class MemoryMLP(Resettable):
         return self.through(self.weights, x, linear)
 
     @staticmethod
-    def through(matrices: Iterable[Tensor], x: Float[Tensor, '... d'], linear: Linear) -> Float[Tensor, '... d']:
+    def through(
+        matrices: Iterable[Matrix], x: Float[Tensor, '... d'], linear: Callable[[Tensor, Matrix], Tensor]
+    ) -> Float[Tensor, '... d']:
+        """Rows through `matrices`, which are whatever `linear` takes for one: tensors, or names."""
         for layer, matrix in enumerate(matrices):
             x = linear(F.gelu(x) if layer > 0 else x, matrix)
         return x
@@ -131,11 +135,18 @@ class PlainMLP(NamedTuple):
 
     def __call__(self, weights: Mapping[str, Tensor], rows: Float[Tensor, 'bh m d']) -> Float[Tensor, 'bh m d']:
         """Rows through the network with weights (bh, …)."""
-        matrices, gamma = self.of_weights(weights)
-        out = MemoryMLP.through(matrices, rows, torch.bmm)
-        if gamma is None:
-            return out
-        return torch.addcmul(rows, layer_norm(out, self.eps), gamma.unsqueeze(-2) + 1.0)
+        gamma = None if self.gamma is None else weights[self.gamma]
+        return self.through(rows, lambda x, name: torch.bmm(x, weights[name]), gamma)
+
+    def through(
+        self,
+        rows: Float[Tensor, '... m d'],
+        linear: Callable[[Tensor, str], Tensor],
+        gamma: Float[Tensor, '... d'] | None,
+    ) -> Float[Tensor, '... m d']:
+        """Rows through the network; `linear` multiplies rows by the matrix of that name."""
+        out = MemoryMLP.through(self.matrices, rows, linear)
+        return out if gamma is None else torch.addcmul(rows, layer_norm(out, self.eps), gamma.unsqueeze(-2) + 1.0)
 
 
 class GatedResidualMemoryMLP(Resettable):

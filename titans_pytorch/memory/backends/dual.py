@@ -312,13 +312,16 @@ class DualBackend(Backend):
     def apply_over_time(
         self, weights: FastWeights, rows: Float[Tensor, 'bh n c d'], first: int
     ) -> Float[Tensor, 'bh n c d']:
+        vectors = {name: weights.steps(name, first, rows.shape[1]) for name in _vectors(self.network)}
+        if self.mlp is not None:
+            gamma = None if self.mlp.gamma is None else vectors[self.mlp.gamma]
+            return self.mlp.through(rows, lambda x, name: weights.linear(name, x, first), gamma)
         names = _parameter_names(self.network)
 
         def linear(x: Tensor, weight: Tensor) -> Tensor:
             name = names.get(id(weight))
             return x @ weight if name is None else weights.linear(name, x, first)  # none: a constant of the network
 
-        vectors = {name: weights.steps(name, first, rows.shape[1]) for name in _vectors(self.network)}
         return call_with_weights(self.network, vectors, rows, linear=linear)
 
     def apply(self, weights: Weights, rows: Float[Tensor, 'bh m d']) -> Float[Tensor, 'bh m d']:
