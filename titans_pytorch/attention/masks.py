@@ -7,7 +7,7 @@ definition serves the block masks of FlexAttention and, evaluated over positions
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from titans_pytorch.utils.shapes import Bool, Int
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-# above this many (query, key) pairs a compiled function builds the mask without materialising them
+# most (query, key) pairs for which a mask is evaluated on all pairs at once, outside of compiled programs
 DENSE_PAIRS = 2**26
 
 
@@ -75,8 +75,15 @@ def segmented_block_mask(
     """FlexAttention's block mask of `segmented`, with persistent keys in front; cached by shape."""
     mask_mod = after_persistent(num_persistent, segmented(window, sliding))
     kv_len = seq_len + num_persistent
-    compiled = device.type == 'cuda' and seq_len * kv_len > DENSE_PAIRS
-    return create_block_mask(mask_mod, None, None, seq_len, kv_len, device=device, _compile=compiled)
+    # the pairs of a long sequence would fill the memory; the compiler reduces them to blocks without storing them
+    compiled = device.type == 'cuda' and seq_len * kv_len > DENSE_PAIRS and not torch.compiler.is_compiling()
+    create = _compiled_create_block_mask() if compiled else create_block_mask
+    return create(mask_mod, None, None, seq_len, kv_len, device=device)
+
+
+@cache
+def _compiled_create_block_mask() -> Callable[..., BlockMask]:
+    return torch.compile(create_block_mask)
 
 
 def create_mac_block_mask(seq_len: int, window_size: int, persist_mem_len: int, sliding: bool = False) -> BlockMask:

@@ -17,7 +17,7 @@ class Kernel:
 
     Where calls are recorded it is an operation of PyTorch: by the compiler, by dispatch modes (a FLOP counter,
     selective activation checkpointing), and for tensor subclasses. Everywhere else it is launched directly, because to
-    dispatch an operation that is written in Python takes longer than most kernels run.
+    dispatch an operation that is written in Python takes longer than many kernels run.
     """
 
     def __init__(
