@@ -281,10 +281,13 @@ def differences(own: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> li
     """Difference in bits per byte from the baseline in each bin, and its standard error over sections of text.
 
     Windows that begin in the same section, as long as a window, count as one, as most of their bytes are the same.
+    Seeds that have diverged are left out, as in the other tables.
     """
 
     def by_window(results: list[dict[str, Any]]) -> Tensor:
-        return torch.tensor([result['windows'] for result in results], dtype=torch.float64).mean(dim=0)
+        of_seeds = torch.tensor([result['windows'] for result in results], dtype=torch.float64)
+        finite = of_seeds.isfinite().flatten(1).all(dim=1)
+        return of_seeds[finite].mean(dim=0)
 
     difference = by_window(own) - by_window(baseline)
     each = max(1, own[0]['tested'] // own[0]['stride'])
