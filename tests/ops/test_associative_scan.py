@@ -75,7 +75,7 @@ def test_kernel_keeps_the_rules_of_pytorch(gate_features):
 
     arguments = problem(2, 7, 5, gate_features, torch.float32, DEVICE)
     checks = 'test_schema', 'test_autograd_registration', 'test_faketensor', 'test_aot_dispatch_dynamic'
-    torch.library.opcheck(associative_scan.operation, arguments, test_utils=checks)
+    torch.library.opcheck(associative_scan, arguments, test_utils=checks)
 
 
 @pytest.mark.filterwarnings('ignore:use_accelerated_scan=True')

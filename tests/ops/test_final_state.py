@@ -136,7 +136,7 @@ def test_the_operation_is_registered_correctly(kernels_everywhere):
     from titans_pytorch.ops.final_state import triton as kernels
 
     args = (*arguments(leaves(problem(2, 3, 2, 16, 20, 2))), torch.float32)
-    torch.library.opcheck(kernels.final_state.operation, args, test_utils=CHECKS)
+    torch.library.opcheck(kernels.final_state, args, test_utils=CHECKS)
 
 
 @pytest.mark.gpu

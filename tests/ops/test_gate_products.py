@@ -61,7 +61,7 @@ def test_other_inputs_take_the_reference(kernels, monkeypatch):
 
 
 def test_the_operation_is_registered_correctly(kernels):
-    torch.library.opcheck(kernels.gate_products.operation, (problem(2, 5).requires_grad_(),), test_utils=CHECKS)
+    torch.library.opcheck(kernels.gate_products, (problem(2, 5).requires_grad_(),), test_utils=CHECKS)
 
 
 @pytest.mark.gpu

@@ -87,7 +87,7 @@ def test_other_inputs_take_the_reference(kernels, monkeypatch):
 @pytest.mark.parametrize('kind', KINDS[::3])
 def test_the_operation_is_registered_correctly(kernels, kind):
     tensors = [None if t is None else t.requires_grad_() for t in problem(2, 3, 5, 8, *kind)]
-    torch.library.opcheck(kernels.gated_heads.operation, (*tensors, torch.float32), test_utils=CHECKS)
+    torch.library.opcheck(kernels.gated_heads, (*tensors, torch.float32), test_utils=CHECKS)
 
 
 @pytest.mark.gpu

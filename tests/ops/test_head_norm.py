@@ -75,7 +75,7 @@ def test_other_inputs_take_the_reference(kernels, monkeypatch):
 def test_the_operation_is_registered_correctly(kernels):
     x, gamma = problem(2, 3, 5, 8)
     arguments = x.transpose(1, 2).detach().requires_grad_(), gamma.requires_grad_(), torch.float32
-    torch.library.opcheck(kernels.head_norm.operation, arguments, test_utils=CHECKS)
+    torch.library.opcheck(kernels.head_norm, arguments, test_utils=CHECKS)
 
 
 @pytest.mark.gpu

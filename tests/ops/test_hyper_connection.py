@@ -132,4 +132,4 @@ def test_the_operation_keeps_the_rules_of_pytorch(adds, kernel):
     x, write, branch_out = torch.randn(8, 3, 6), torch.rand(8, 3, 1), torch.randn(2, 3, 6)
     pending = [t.to(DEVICE).requires_grad_() for t in (x, write, branch_out)]
     for inputs in (pending[:1], pending):
-        torch.library.opcheck(kernel.hyper_connection.operation, (inputs, weights, *SETTINGS), test_utils=CHECKS)
+        torch.library.opcheck(kernel.hyper_connection, (inputs, weights, *SETTINGS), test_utils=CHECKS)

@@ -283,7 +283,7 @@ def test_the_operation_is_registered_correctly(kernels_everywhere, depth, norm, 
     tensors = leaves(problem(2, 3, 2, 16, 32, depth, norm, residual))
     names = ('keys', 'values', 'step_sizes', *WEIGHTS, 'shares', *(f'residual {name}' for name in WEIGHTS))
     args = (*(tensors.get(name) for name in names), EPS, torch.float32)
-    torch.library.opcheck(kernels.inner_gradient.operation, args, test_utils=CHECKS)
+    torch.library.opcheck(kernels.inner_gradient, args, test_utils=CHECKS)
 
 
 # on a GPU, in the sizes of training

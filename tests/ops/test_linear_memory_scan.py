@@ -400,7 +400,7 @@ def test_the_operation_is_registered_correctly(kernels, own_coefficient):
     rows, coefficients, states = tensors[:3], tensors[3:7], tensors[7:]
     stacked = torch.stack(states, dim=1).detach().requires_grad_()
     arguments = (*rows, stacked, *coefficients, 1, own_coefficient, torch.float32)
-    torch.library.opcheck(kernels.linear_memory_scan.operation, arguments, test_utils=CHECKS)
+    torch.library.opcheck(kernels.linear_memory_scan, arguments, test_utils=CHECKS)
 
 
 @pytest.mark.gpu

@@ -392,7 +392,7 @@ def test_the_operation_on_chip_is_registered_correctly(on_chip, num_proximal_ste
     stacked = (torch.stack(own, dim=1).detach().requires_grad_() for own in states_of(tensors))
     coefficients = (tensors[name] for name in ('coefficients', 'initial_coefficients'))
     args = (*rows, *stacked, *coefficients, 2, True, 1e-5, num_proximal_steps, torch.float32)
-    torch.library.opcheck(on_chip.memory_batch_scan_on_chip.operation, args, test_utils=CHECKS)
+    torch.library.opcheck(on_chip.memory_batch_scan_on_chip, args, test_utils=CHECKS)
 
 
 # to the compiler
@@ -404,7 +404,7 @@ def test_the_operation_is_registered_correctly(kernels, depth, norm):
     rows = (tensors[name] for name in ('keys', 'values', 'step_sizes'))
     coefficients = (tensors[name] for name in ('coefficients', 'initial_coefficients'))
     args = (*rows, *states_of(tensors), *coefficients, 1e-5, torch.float32)
-    torch.library.opcheck(kernels.memory_batch_scan.operation, args, test_utils=CHECKS)
+    torch.library.opcheck(kernels.memory_batch_scan, args, test_utils=CHECKS)
 
 
 def test_it_compiles_to_one_operation(kernels, fresh_compiler):

@@ -344,7 +344,7 @@ def test_operations_keep_the_rules_of_pytorch():
     for present in ((), ('scales', 'gates', 'start', 'momentum_start')):
         some = {name: t if name in ('inputs', 'deltas', *present) else None for name, t in of_matrices.items()}
         args = (*some.values(), torch.float16)
-        torch.library.opcheck(triton.momentum_scan.operation, args, test_utils=CHECKS)
+        torch.library.opcheck(triton.momentum_scan, args, test_utils=CHECKS)
         outputs = [t.detach() for t in triton.momentum_scan(*args)]
         args = (*(None if t is None else t.detach() for t in some.values()), torch.float16)
         for d_outputs in (outputs, [None, outputs[1]], [outputs[0], None]):
@@ -354,7 +354,7 @@ def test_operations_keep_the_rules_of_pytorch():
         there = ('updates', 'keep', 'weight_start', *present)
         some = {name: t if name in there else None for name, t in of_vectors.items()}
         args = (*some.values(), torch.float16)
-        torch.library.opcheck(triton.vector_scan.operation, args, test_utils=CHECKS)
+        torch.library.opcheck(triton.vector_scan, args, test_utils=CHECKS)
         before, end, _, momenta = (t.detach() for t in triton.vector_scan(*args))
         args = (*(None if t is None else t.detach() for t in some.values()), torch.float16)
         all_args = ([before, end, None], [before, momenta], *args)

@@ -196,7 +196,7 @@ def test_the_operators_keep_the_rules_of_pytorch(kernel):
     matrices = leaf(torch.randn(2, 3, 5, device=DEVICE))
     settings = (2, 1e-7, *QUINTIC, torch.float32)
     rules = ('test_schema', 'test_autograd_registration', 'test_faketensor', 'test_aot_dispatch_dynamic')
-    torch.library.opcheck(kernel.operation, (matrices, *settings), test_utils=rules)
+    torch.library.opcheck(kernel, (matrices, *settings), test_utils=rules)
     gradient = torch.ops.titans_pytorch.newton_schulz_backward
     torch.library.opcheck(gradient, ([matrices.detach()], [], matrices.detach(), *settings))
 

@@ -262,7 +262,7 @@ def test_the_operation_is_registered_correctly(kernels_everywhere, case):
 
     tensors = leaves(problem(*case))
     args = (*(tensors.get(name) for name in ARGUMENTS), EPS, torch.float32)
-    torch.library.opcheck(kernels.retrieve_sequence.operation, args, test_utils=CHECKS)
+    torch.library.opcheck(kernels.retrieve_sequence, args, test_utils=CHECKS)
 
 
 def test_it_compiles_to_one_operation(kernels_everywhere, fresh_compiler):

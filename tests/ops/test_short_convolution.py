@@ -100,7 +100,7 @@ def test_other_inputs_take_the_reference(kernels, monkeypatch):
 def test_the_operation_is_registered_correctly(kernels):
     x, weight, *sizes = problem(2, 7, 2, 2, 8, 4)
     arguments = (x.requires_grad_(), weight.requires_grad_(), *sizes, True)
-    torch.library.opcheck(kernels.short_convolution.operation, arguments, test_utils=CHECKS)
+    torch.library.opcheck(kernels.short_convolution, arguments, test_utils=CHECKS)
 
 
 @pytest.mark.gpu

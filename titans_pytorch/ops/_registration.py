@@ -1,4 +1,4 @@
-"""Kernels as functions that autograd and `torch.compile` know, differentiable once."""
+"""Registration of a kernel with PyTorch: one operation to autograd and `torch.compile`, differentiable once."""
 
 from __future__ import annotations
 
@@ -8,92 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.library import CustomOpDef, custom_op, infer_schema
-from torch.nn import Parameter
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
-
-
-class Kernel:
-    """A kernel and its gradient as a function of tensors and settings, made by `register_kernel`.
-
-    Where calls are recorded it is an operation of PyTorch: by the compiler, by dispatch modes (a FLOP counter,
-    selective activation checkpointing), and for tensor subclasses. Everywhere else it is launched directly, because to
-    dispatch an operation that is written in Python takes longer than many kernels run.
-    """
-
-    def __init__(
-        self,
-        operation: CustomOpDef,
-        gradient_operation: CustomOpDef,
-        forward: Callable[..., Any],
-        gradients: Callable[..., list[Tensor]],
-        saved: Sequence[int],
-        not_differentiable: Sequence[int],
-        materialize_grads: bool,
-    ):
-        self.operation, self.gradient_operation = operation, gradient_operation
-        self.forward, self.gradients = forward, gradients
-        self.saved, self.not_differentiable, self.materialize_grads = saved, not_differentiable, materialize_grads
-
-    def __call__(self, *arguments: Any) -> Any:
-        leaves, structure = tree_flatten(arguments)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if _is_recorded(tensors):
-            return self.operation(*arguments)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            return _Launch.apply(self, structure, *leaves)
-        return self.forward(*arguments)
-
-    def save(self, ctx: Any, leaves: Sequence[Any], structure: TreeSpec, output: Any) -> None:
-        """Save the arguments, flattened, and the outputs that the gradient needs."""
-        produced = [output] if isinstance(output, Tensor) else output
-        ctx.structure = structure
-        ctx.settings = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        ctx.save_for_backward(
-            *(leaf if isinstance(leaf, Tensor) else None for leaf in leaves),
-            *(produced[index] for index in self.saved),
-        )
-        ctx.mark_non_differentiable(*(produced[index] for index in self.not_differentiable))
-        ctx.set_materialize_grads(self.materialize_grads)
-
-    def differentiate(
-        self, ctx: Any, gradients: Callable[..., list[Tensor]], d_outputs: Sequence[Tensor | None]
-    ) -> list[Tensor | None]:
-        """The gradient of each argument, flattened."""
-        needed = [d for index, d in enumerate(d_outputs) if index not in self.not_differentiable]
-        if all(d is None for d in needed):
-            return [None] * len(ctx.settings)
-        tensors = ctx.saved_tensors[: len(ctx.settings)]
-        leaves = [setting if tensor is None else tensor for tensor, setting in zip(tensors, ctx.settings)]
-        arguments = tree_unflatten(leaves, ctx.structure)
-        found = iter(gradients(needed, [*ctx.saved_tensors[len(leaves) :]], *arguments))
-        return [None if tensor is None else next(found) for tensor in tensors]
-
-
-class _Launch(torch.autograd.Function):
-    """A direct launch of a kernel."""
-
-    @staticmethod
-    def forward(ctx: Any, kernel: Kernel, structure: TreeSpec, *leaves: Any) -> Any:
-        ctx.kernel = kernel
-        output = kernel.forward(*tree_unflatten(leaves, structure))
-        kernel.save(ctx, leaves, structure, output)
-        # autograd takes the tensors of a tuple for results, not those of a list
-        return tuple(output) if isinstance(output, list) else output
-
-    @staticmethod
-    def backward(ctx: Any, *d_outputs: Tensor | None) -> Any:
-        kernel: Kernel = ctx.kernel
-        # with `create_graph` autograd records the gradient, which refuses to be differentiated
-        recorded = torch.is_grad_enabled() or _is_recorded([d for d in d_outputs if d is not None])
-        gradients = kernel.gradient_operation if recorded else kernel.gradients
-        return None, None, *kernel.differentiate(ctx, gradients, d_outputs)
-
-
-def _is_recorded(tensors: Sequence[Tensor]) -> bool:
-    """True while the compiler traces, within a dispatch mode, and for tensor subclasses."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return True
-    return not all(type(t) in (Tensor, Parameter) for t in tensors)
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 
 def register_kernel(
@@ -105,7 +20,7 @@ def register_kernel(
     saved: Sequence[int] = (),
     not_differentiable: Sequence[int] = (),
     materialize_grads: bool = True,
-) -> Kernel:
+) -> CustomOpDef:
     """The operation `titans_pytorch::<name>`, and its gradient `titans_pytorch::<name>_backward`.
 
     Args:
@@ -155,17 +70,30 @@ def register_kernel(
     )
     gradient_operation.register_fake(empty_gradients)
 
-    kernel = Kernel(operation, gradient_operation, results, gradients, saved, not_differentiable, materialize_grads)
-
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        kernel.save(ctx, *tree_flatten(inputs), output)
+        produced = [output] if isinstance(output, Tensor) else output
+        leaves, ctx.structure = tree_flatten(inputs)
+        ctx.settings = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        ctx.save_for_backward(
+            *(leaf if isinstance(leaf, Tensor) else None for leaf in leaves), *(produced[index] for index in saved)
+        )
+        ctx.mark_non_differentiable(*(produced[index] for index in not_differentiable))
+        ctx.set_materialize_grads(materialize_grads)
 
-    def differentiate(ctx: Any, *d_outputs: Any) -> Any:
-        return tree_unflatten(kernel.differentiate(ctx, gradient_operation, tree_leaves(d_outputs)), ctx.structure)
+    def differentiate(ctx: Any, *d_outputs: Any) -> tuple[Any, ...]:
+        flat = tree_leaves(d_outputs)
+        d_outputs_needed = [d for index, d in enumerate(flat) if index not in not_differentiable]
+        if all(d is None for d in d_outputs_needed):
+            return tree_unflatten([None] * len(ctx.settings), ctx.structure)
+        tensors = ctx.saved_tensors[: len(ctx.settings)]
+        leaves = [setting if tensor is None else tensor for tensor, setting in zip(tensors, ctx.settings)]
+        arguments = tree_unflatten(leaves, ctx.structure)
+        found = iter(gradient_operation(d_outputs_needed, [*ctx.saved_tensors[len(leaves) :]], *arguments))
+        return tree_unflatten([None if tensor is None else next(found) for tensor in tensors], ctx.structure)
 
     operation.register_autograd(differentiate, setup_context=setup_context)
     gradient_operation.register_autograd(refuse_second_derivatives(name))
-    return kernel
+    return operation
 
 
 def refuse_second_derivatives(name: str) -> Callable[..., NoReturn]:

@@ -48,9 +48,9 @@ class AssocScan(reference.AssocScan):
 
         rows = inputs.flatten(2)
         states = triton.associative_scan(
-            gates.flatten(2) if gates.ndim > 2 else gates.unsqueeze(-1),
-            rows,
-            rows.new_zeros(rows.shape[0], rows.shape[2]) if prev is None else prev.flatten(1).to(rows.dtype),
+            gates=gates.flatten(2) if gates.ndim > 2 else gates.unsqueeze(-1),
+            inputs=rows,
+            prev=rows.new_zeros(rows.shape[0], rows.shape[2]) if prev is None else prev.flatten(1).to(rows.dtype),
         )
         keeps_prev = prev is not None and remove_prev is False
         return states[:, 0 if keeps_prev else 1 :].unflatten(2, inputs.shape[2:])

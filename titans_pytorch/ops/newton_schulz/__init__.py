@@ -39,7 +39,9 @@ def newton_schulz(
         from titans_pytorch.ops.newton_schulz import triton
 
         flat = matrices.reshape(-1, *matrices.shape[-2:])
-        return triton.newton_schulz(flat, steps, eps, *coefficients, operands).view(matrices.shape)
+        a, b, c = coefficients
+        out = triton.newton_schulz(flat, steps=steps, eps=eps, a=a, b=b, c=c, operands=operands)
+        return out.view(matrices.shape)
     return reference.newton_schulz(matrices, steps, eps, coefficients)
 
 

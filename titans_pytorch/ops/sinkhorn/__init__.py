@@ -33,5 +33,5 @@ def sinkhorn(log_alpha: Float[Tensor, '... s s'], iters: int = 20) -> Float[Tens
     if use_kernel([full], capability=VOLTA) and full.shape[-1] <= _LARGEST:
         from titans_pytorch.ops.sinkhorn import triton
 
-        return triton.sinkhorn(full, iters, EPS).to(log_alpha.dtype)
+        return triton.sinkhorn(full, iters=iters, eps=EPS).to(log_alpha.dtype)
     return reference.sinkhorn(full, iters, EPS).to(log_alpha.dtype)
