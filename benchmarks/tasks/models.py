@@ -36,7 +36,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     'no momentum': {'momentum': False},
     'no decay': {'init_decay_bias': -30.0},
     'linear memory': {'default_model_kwargs': {'depth': 1}},
-    'memory depth 2': {'default_model_kwargs': {'depth': 2, 'expansion_factor': 2.0}},
     'memory depth 3': {'default_model_kwargs': {'depth': 3, 'expansion_factor': 2.0}},
     'no convolution': {'conv_kernel': None},
     'plain steps': {'proximal_steps': False},
