@@ -10,6 +10,7 @@ from compare import assert_same, gradients
 from memories import inputs, memory
 
 from titans_pytorch.memory.backends import DualBackend
+from titans_pytorch.memory.backends.deep_mlp import DeepMLP
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 OPERATIONS = ('inner_gradient', 'final_state', 'memory_batch_scan', 'retrieve_sequence')
@@ -90,6 +91,36 @@ def test_proximal_steps_on_chip_equal_the_dense_engine(launched, changes, monkey
         results.append((out, state.states, gradients(mem, out.double().sin().sum())))
     assert_same(*results, 3e-4)
     assert launched >= {'memory_batch_scan', 'retrieve_sequence'}
+
+
+@pytest.mark.parametrize(
+    ('switch', 'depth', 'changes'),
+    [
+        ('plain', 3, {}),
+        ('no residual norm', 2, {'momentum': False}),
+        ('proximal steps', 2, {'normalized_momentum': True}),
+        ('proximal steps', 3, {'mem_model_norm_add_residual': False}),
+    ],
+)
+def test_deep_memories_equal_the_dense_engine(kernels_everywhere, switch, depth, changes, monkeypatch):
+    # as on a GPU; memories of two matrices where no other kernel serves
+    monkeypatch.setattr(DeepMLP, 'has_kernel', lambda *_: True)
+    monkeypatch.setattr(DualBackend, '_scans', lambda *_: False)
+    blocks, store = [], DeepMLP.store_batches
+    monkeypatch.setattr(DeepMLP, 'store_batches', lambda *args: (blocks.append(args), store(*args))[1])
+    settings = {'default_model_kwargs': {'depth': depth}, 'default_step_transform_max_lr': 0.02, **changes}
+    dual, dense = (memory(switch, 2, 4, engine=engine, **settings) for engine in ('dual', 'dense'))
+    dense.to(DEVICE).load_state_dict(dual.float().to(DEVICE).state_dict())
+    seq, mask = inputs(dense, 27).to(DEVICE), torch.rand(2, 27, device=DEVICE) < 0.8
+    results = []
+    for mem in (dual, dense):
+        own = seq.to(next(mem.parameters()).dtype)
+        first, state = mem(own[:, :9], store_mask=mask[:, :9])
+        rest, state = mem(own[:, 9:], state=state, store_mask=mask[:, 9:])
+        out = torch.cat((first, rest), dim=1)
+        results.append((out, state.states, gradients(mem, out.double().sin().sum())))
+    assert_same(*results, 3e-4)
+    assert len(blocks) >= 2
 
 
 @pytest.mark.parametrize('switch', SCANNED)

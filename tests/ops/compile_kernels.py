@@ -100,12 +100,14 @@ def models() -> None:
 def operations() -> None:
     """Kernels that nothing launches on a CPU, or not in the sizes of a GPU."""
     import test_associative_scan
+    import test_deep_memory_scan
     import test_inverse
     import test_linear_memory_scan
     import test_memory_batch_scan
     import test_sinkhorn
 
     from titans_pytorch.ops.associative_scan.triton import associative_scan
+    from titans_pytorch.ops.deep_memory_scan import triton as deep_scan
     from titans_pytorch.ops.linear_memory_scan import triton as linear_scan
     from titans_pytorch.ops.memory_batch_scan import triton_on_chip
     from titans_pytorch.ops.sinkhorn.triton import sinkhorn
@@ -119,6 +121,14 @@ def operations() -> None:
         tensors = test_memory_batch_scan.problem(1, 2, 1, 16, 64, 128, states, 2, norm)
         scanned = partial(test_memory_batch_scan.scanned, num_proximal_steps=num_proximal_steps)
         test_memory_batch_scan.learned(scanned, test_memory_batch_scan.leaves(tensors))
+    deep_scan._launch = lambda kernel, arguments, *phases: kernel[(1,)](
+        **arguments, first_block=0, last_block=1, first_batch=0, last_batch=1, PHASE=-1, WAITS=True,
+        counters=torch.zeros(1, dtype=torch.int32), launch_cooperative_grid=True,
+    )  # fmt: skip
+    for norm, num_proximal_steps in ((False, None), (True, 1)):
+        tensors = test_deep_memory_scan.problem(1, 1, 4, 1, 16, 64, 256, 2, 3, norm)
+        scanned = partial(test_deep_memory_scan.scanned, chunks=1, num_proximal_steps=num_proximal_steps)
+        test_deep_memory_scan.learned(scanned, test_deep_memory_scan.leaves(tensors))
     linear_scan.ENOUGH_PROGRAMS = 0  # as for many heads
     for sizes, low in (({'dim': 128, 'orders': 1}, True), ({'dim': 64, 'orders': 3}, True), ({'dim': 64}, False)):
         of_rows = test_linear_memory_scan.tensors_of((1, 4, 1, 16), **sizes)

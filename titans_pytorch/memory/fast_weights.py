@@ -113,7 +113,8 @@ class FactoredBlocks(NamedTuple):
         chunks = (self.steps.shape[2], -1)
         updates = inputs.unflatten(2, chunks).mT @ deltas.unflatten(2, chunks)
         weights = torch.einsum('brij, brjde -> bride', self.steps.to(updates.dtype), updates)
-        return (weights + torch.einsum('brik, brkde -> bride', self.initial_steps, initial)).flatten(1, 2)
+        shares = self.initial_steps
+        return (weights + torch.einsum('brik, brkde -> bride', shares, initial.to(shares.dtype))).flatten(1, 2)
 
 
 def _factored_blocks(stored: Sequence[StoredBlock | StoredBatches]) -> Iterator[FactoredBlocks]:

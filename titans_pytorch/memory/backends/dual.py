@@ -28,6 +28,7 @@ from titans_pytorch.memory.backends.base import (
     refuse_dynamic_length,
     stacked,
 )
+from titans_pytorch.memory.backends.deep_mlp import DeepMLP
 from titans_pytorch.memory.backends.export_scan import scan_chunks
 from titans_pytorch.memory.backends.fused_mlp import FusedMLP
 from titans_pytorch.memory.chunks import Chunks, Coefficients, WeightResidual, scaled, split_inputs
@@ -36,6 +37,7 @@ from titans_pytorch.memory.reference import LossFn, default_loss_fn
 from titans_pytorch.memory.schedule import Block
 from titans_pytorch.memory.soft_clamp import soft_clamp_factor, soft_clamp_norm
 from titans_pytorch.ops.associative_scan import coefficient_product
+from titans_pytorch.ops.deep_memory_scan import MOST_ROWS as MOST_ROWS_OF_DEEP
 from titans_pytorch.ops.final_state import final_state
 from titans_pytorch.ops.linear_memory_scan import MOST_ROWS
 from titans_pytorch.ops.memory_batch_scan import fits_on_chip
@@ -71,7 +73,8 @@ class DualBackend(Backend):
         chunks, weights = inputs.chunks, inputs.weights
         # a memory batch whose gradients are taken at the newest weights can be stored together with its neighbours
         at_newest = all(weights.base[name] is w for name, w in weights.newest.items())
-        solves, scans = self._solves(inputs), self._scans(inputs)
+        solves, goes_deep = self._solves(inputs), self._goes_deep(inputs)
+        scans = goes_deep or self._scans(inputs)
         formed = set() if solves else self._formed(inputs, scans)
         blocks = inputs.schedule.blocks(self.preferred_chunks(chunks))
         groups = [[*same] for _, same in groupby(blocks, key=lambda block: block.num_chunks)]
@@ -82,6 +85,8 @@ class DualBackend(Backend):
                 rows = _solved_together(chunks).in_block
                 store = partial(self._store_linear, inputs.with_losses)
                 yield from self._in_blocks(store, group, rows, group_chunks, group_residual)
+            elif in_batches and goes_deep and not formed:
+                yield from self._in_blocks(self._store_deep, group, MOST_ROWS_OF_DEEP, group_chunks, None)
             elif in_batches and scans and not formed:
                 rows = self._kept_together(inputs)
                 yield from self._in_blocks(self._store_batches, group, rows, group_chunks, None)
@@ -105,11 +110,21 @@ class DualBackend(Backend):
 
     def _scans(self, inputs: StoreInputs) -> bool:
         """True if whole memory batches can be stored by one operation, in factored matrices."""
-        without_options = inputs.residual is None and inputs.transition is None and inputs.chunks.modulation is None
-        if self.fused is None or self.max_grad_norm is not None or not without_options:
+        if self.fused is None or not self._has_plain_updates(inputs):
             return False
         # elsewhere one operation would be a loop over the same operations
         return self.num_proximal_steps is None or self._stays_on_chip(inputs)
+
+    def _goes_deep(self, inputs: StoreInputs) -> bool:
+        """True if one kernel for memory MLPs of any depth can store all memory batches, and no faster one can."""
+        if self.mlp is None or self.loss_fn is not default_loss_fn or not self._has_plain_updates(inputs):
+            return False
+        return not self._scans(inputs) and DeepMLP(self.mlp, self.num_proximal_steps).has_kernel(inputs)
+
+    def _has_plain_updates(self, inputs: StoreInputs) -> bool:
+        """True if the updates of a memory batch are those of its gradients, taken at the newest weights."""
+        without_options = inputs.residual is None and inputs.transition is None and inputs.chunks.modulation is None
+        return self.max_grad_norm is None and without_options
 
     def _stays_on_chip(self, inputs: StoreInputs) -> bool:
         """True if one kernel can store all memory batches without its states leaving the chip."""
@@ -168,6 +183,18 @@ class DualBackend(Backend):
         if num_batches != num_blocks:
             of_batches = Coefficients.of_blocks(chunks, num_batches)
         return self.fused.store_batches(chunks, coefficients, of_batches, weights, self.num_proximal_steps)
+
+    def _store_deep(
+        self,
+        chunks: Chunks,
+        residual: None,
+        num_blocks: int,
+        chunks_per_batch: int,
+        weights: MemoryWeights,
+    ) -> Stored:
+        assert self.mlp is not None
+        coefficients = Coefficients.of_blocks(chunks, num_blocks)
+        return DeepMLP(self.mlp, self.num_proximal_steps).store_batches(chunks, coefficients, chunks_per_batch, weights)
 
     def _store_linear(
         self,

@@ -25,7 +25,7 @@ def inner_gradient(
     operands: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor]:
     """The fields of `InnerGradient`."""
-    dtype, dim = last.dtype, keys.shape[-1]
+    dtype = last.dtype
     k, share = keys.to(dtype), None if shares is None else shares.to(dtype)[..., None, None]
 
     def linear(x: Tensor, matrix: Tensor, residual: Tensor | None) -> Tensor:
@@ -43,29 +43,16 @@ def inner_gradient(
     last = last.to(operands)
     y = linear(hidden, last, residual_last)
 
-    # s = −(2θ/d) (p − v)
-    scale = (step_sizes.to(dtype) * (-2 / dim)).unsqueeze(-1)
-    negative_gamma_gradient = None
-    if gamma is None:
-        difference = y - values.to(dtype)
-        deltas = scale * difference
-    else:
-        gain = (gamma + 1)[:, None, None]
-        if share is not None and residual_gamma is not None:
-            gain = torch.addcmul(gain, share, residual_gamma.unsqueeze(2))
-        unit, inverse = standardise(y, eps)
-        difference = torch.addcmul(k, unit, gain) - values.to(dtype)
-        descent = scale * difference
-        negative_gamma_gradient = (descent * unit).sum(dim=2)
-        # Δ₂ = r · P(s ∘ (1 + γ))
-        deltas = inverse * project_out(descent * gain, unit)
+    gain = None if gamma is None else (gamma + 1)[:, None, None]
+    if gain is not None and share is not None and residual_gamma is not None:
+        gain = torch.addcmul(gain, share, residual_gamma.unsqueeze(2))
+    deltas, negative_gamma_gradient, losses = gradient_of_product(y, keys, values, step_sizes, gain, eps)
 
     hidden_deltas = None
     if h is not None:
         # Δ₁ = (Δ₂ W₂ᵀ) ∘ gelu′(h)
         back = linear(deltas, last.mT, None if residual_last is None else residual_last.mT)
         hidden_deltas = torch.ops.aten.gelu_backward(back, h).to(operands)
-    losses = difference.square().mean(dim=-1)
     return (
         None if h is None else hidden.to(operands),
         hidden_deltas,
@@ -73,6 +60,32 @@ def inner_gradient(
         negative_gamma_gradient,
         losses,
     )
+
+
+def gradient_of_product(
+    y: Float[Tensor, 'bh n m d'],
+    keys: Float[Tensor, 'bh n m d'],
+    values: Float[Tensor, 'bh n m d'],
+    step_sizes: Float[Tensor, 'bh n m'],
+    gain: Float[Tensor, 'bh _n 1 d'] | None,
+    eps: float,
+) -> tuple[Float[Tensor, 'bh n m d'], Float[Tensor, 'bh n d'] | None, Float[Tensor, 'bh n m']]:
+    """From the product y with the last matrix its Δ, minus the gradient of γ, and the losses; `gain` is 1 + γ."""
+    dtype = y.dtype
+    # s = −(2θ/d) (p − v)
+    scale = (step_sizes.to(dtype) * (-2 / y.shape[-1])).unsqueeze(-1)
+    negative_gamma_gradient = None
+    if gain is None:
+        difference = y - values.to(dtype)
+        deltas = scale * difference
+    else:
+        unit, inverse = standardise(y, eps)
+        difference = torch.addcmul(keys.to(dtype), unit, gain) - values.to(dtype)
+        descent = scale * difference
+        negative_gamma_gradient = (descent * unit).sum(dim=2)
+        # Δ = r · P(s ∘ (1 + γ))
+        deltas = inverse * project_out(descent * gain, unit)
+    return deltas, negative_gamma_gradient, difference.square().mean(dim=-1)
 
 
 def project_out(u: Float[Tensor, '... d'], unit: Float[Tensor, '... d']) -> Float[Tensor, '... d']:

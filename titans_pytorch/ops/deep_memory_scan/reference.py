@@ -1,0 +1,125 @@
+"""Reference implementation of the scan over memory batches of a memory MLP: a loop, with the weights before each memory
+batch formed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titans_pytorch.ops.inner_gradient.reference import gradient_of_product
+from titans_pytorch.ops.proximal_steps import proximal_deltas, proximal_vector
+from titans_pytorch.utils.precision import no_autocast
+from titans_pytorch.utils.shapes import Float
+
+
+def deep_memory_scan(
+    keys: Float[Tensor, 'bh rn m d'],
+    values: Float[Tensor, 'bh rn m d'],
+    step_sizes: Float[Tensor, 'bh rn m'],
+    matrices: list[list[Tensor]],
+    gamma: list[Float[Tensor, 'bh d']] | None,
+    steps: Float[Tensor, 'bh r n n'],
+    initial_steps: Float[Tensor, 'bh r n k'],
+    final: Float[Tensor, 'bh r k n'],
+    initial_final: Float[Tensor, 'bh r k k'],
+    eps: float,
+    chunks_per_batch: int,
+    num_proximal_steps: int | None,
+    operands: torch.dtype,
+) -> tuple[Any, ...]:
+    """The fields of `DeepBlocks`."""
+    length = steps.shape[2]
+    states = [torch.stack(own, dim=1) for own in (*matrices, *([] if gamma is None else [gamma]))]
+    initial: list[list[Tensor]] = [[] for _ in states]
+    # of each matrix, for all memory batches
+    all_inputs: list[list[Tensor]] = [[] for _ in matrices]
+    all_deltas: list[list[Tensor]] = [[] for _ in matrices]
+    descents, losses = [], []
+    with no_autocast(keys):
+        # not by slices, whose gradients would each be as long as the whole
+        rows = (t.split(chunks_per_batch, dim=1) for t in (keys, values, step_sizes))
+        batches = iter([*zip(*rows)])
+        for block in zip(*(t.unbind(1) for t in (steps, initial_steps, final, initial_final))):
+            block_steps, block_initial_steps, block_final, block_initial_final = block
+            for own, state in zip(initial, states):
+                own.append(state)
+            updates: list[list[Tensor]] = [[] for _ in states]
+            for first in range(0, length, chunks_per_batch):
+                k, v, theta = next(batches)
+                base = [
+                    _combination(block_initial_steps[:, first], state, block_steps[:, first, :first], own)
+                    for state, own in zip(states, updates)
+                ]
+                gain = None if gamma is None else base.pop()
+                inputs, deltas, descent, loss = _gradients(k, v, theta, base, gain, eps, operands)
+                if num_proximal_steps is not None:
+                    common = theta, loss, num_proximal_steps
+                    deltas = [proximal_deltas(x, delta, *common) for x, delta in zip(inputs, deltas)]
+                    descent = None if descent is None else proximal_vector(descent, *common)
+                for index, (x, delta) in enumerate(zip(inputs, deltas)):
+                    all_inputs[index].append(x)
+                    all_deltas[index].append(delta)
+                    updates[index].append((x.mT @ delta).to(states[index].dtype))
+                if descent is not None:
+                    updates[-1].append(descent)
+                    descents.append(descent)
+                losses.append(loss)
+            states = [
+                torch.einsum('bkn, bn... -> bk...', block_final, torch.cat(own, dim=1))
+                + torch.einsum('bki, bi... -> bk...', block_initial_final, state)
+                for state, own in zip(states, updates)
+            ]
+
+    def of_blocks(parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts, dim=1).unflatten(1, (-1, length))
+
+    stacked = [torch.stack(own, dim=1) for own in initial]
+    gamma_initial = gamma_final = negative_gamma_gradient = None
+    if gamma is not None:
+        gamma_initial, gamma_final, negative_gamma_gradient = stacked.pop(), states.pop(), of_blocks(descents)
+    of_inputs, of_deltas = ([of_blocks(own).flatten(2, 3) for own in rows] for rows in (all_inputs, all_deltas))
+    return (
+        [own.to(operands) for own in stacked], gamma_initial, states, gamma_final,
+        of_inputs, of_deltas, negative_gamma_gradient, of_blocks(losses),
+    )  # fmt: skip
+
+
+def _combination(
+    shares: Float[Tensor, 'bh k'],
+    states: Float[Tensor, 'bh k ...'],
+    steps: Float[Tensor, 'bh n'],
+    updates: list[Tensor],
+) -> Float[Tensor, 'bh ...']:
+    """States and the updates of earlier memory batches, each by its coefficient."""
+    total = torch.einsum('bk, bk... -> b...', shares, states)
+    return total + torch.einsum('bn, bn... -> b...', steps, torch.cat(updates, dim=1)) if updates else total
+
+
+def _gradients(
+    keys: Float[Tensor, 'bh n m d'],
+    values: Float[Tensor, 'bh n m d'],
+    step_sizes: Float[Tensor, 'bh n m'],
+    matrices: list[Float[Tensor, 'bh _d _e']],
+    gamma: Float[Tensor, 'bh d'] | None,
+    eps: float,
+    operands: torch.dtype,
+) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor]:
+    """X and Δ of each matrix, minus the gradient of γ for each chunk, and the losses of the rows."""
+    dtype = matrices[0].dtype
+    own = [matrix.to(operands).unsqueeze(1) for matrix in matrices]
+    inputs: list[Tensor] = [keys.to(operands)]
+    products: list[Tensor] = []
+    for matrix in own:
+        if products:
+            inputs.append(F.gelu(products[-1]).to(operands))
+        products.append((inputs[-1] @ matrix).to(dtype))
+    gain = None if gamma is None else (gamma + 1)[:, None, None]
+    last, descent, losses = gradient_of_product(products.pop(), keys, values, step_sizes, gain, eps)
+    deltas = [last.to(operands)]
+    for matrix, product in zip(own[:0:-1], reversed(products)):
+        back = (deltas[0] @ matrix.mT).to(dtype)
+        deltas.insert(0, torch.ops.aten.gelu_backward(back, product).to(operands))
+    return inputs, deltas, descent, losses
