@@ -17,7 +17,10 @@ OF_HEADS = ('short_convolution', 'gated_heads')
 # matrices are no larger than a chunk's rows, and are formed; or are factored, but not stored by a scan
 FORMED = ['spectral norm', 'two keys per token', 'linear memory']
 BY_BATCH = ['soft clamp']
-SCANNED = ['plain', 'no momentum', 'momentum of order 3, combined', 'no residual norm', 'lookahead values']
+SCANNED = [
+    *('plain', 'no momentum', 'momentum of order 3, combined', 'no residual norm', 'lookahead values'),
+    'look-ahead gradients',
+]
 
 
 @pytest.fixture
@@ -78,7 +81,10 @@ def test_queries_keys_and_values_equal_those_of_the_dense_engine(launched, chang
     assert launched >= {*OF_HEADS}
 
 
-@pytest.mark.parametrize('changes', [{}, {'normalized_momentum': True, 'mem_model_norm_add_residual': False}])
+NORMALIZED = {'normalized_momentum': True, 'mem_model_norm_add_residual': False}
+
+
+@pytest.mark.parametrize('changes', [{}, NORMALIZED, {**NORMALIZED, 'lookahead_gradients': True}])
 def test_proximal_steps_on_chip_equal_the_dense_engine(launched, changes, monkeypatch):
     monkeypatch.setattr(DualBackend, '_stays_on_chip', lambda *_: True)
     dual, dense = (memory('proximal steps', 2, 4, engine=engine, **changes) for engine in ('dual', 'dense'))
