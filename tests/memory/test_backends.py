@@ -104,6 +104,20 @@ def test_memory_batches_together_begin_at_the_base_weights(switch, before, after
     assert_same(*results, 1e-9)
 
 
+def test_look_ahead_gradients_go_on_from_a_state_without_them(factored):
+    """Base weights are then the newest ones, although there is momentum."""
+    results = []
+    for mem in pair('look-ahead gradients'):
+        before = memory('normalized momentum', engine='dense')
+        before.load_state_dict(mem.state_dict())
+        seq = torch.linspace(-2, 2, 2 * 40 * 8, dtype=torch.float64).sin().view(2, 40, 8)
+        state = before(seq[:, :16])[1].detach()
+        state = state._replace(weights=state.states[0])
+        out, state = mem(seq[:, 16:], state=state)
+        results.append((out, carried(state), gradients(mem, scalar(out, state))))
+    assert_same(*results, 1e-9)
+
+
 @pytest.mark.parametrize('switch', ['plain', *(switch for switch in DUAL if 'look-ahead gradients' in switch)])
 def test_memory_batches_together_are_recomputed_in_the_backward(switch, factored):
     kept, recomputed = memory(switch), memory(switch, checkpoint_every=16)

@@ -178,7 +178,7 @@ def test_gradients_at_the_newest_weights_ask_again_for_what_momentum_holds(monke
     assert (growth > 2).all()
 
 
-def test_look_ahead_weights_take_every_step_at_once(monkeypatch):
+def test_look_ahead_weights_take_every_step_at_once():
     """V = W + Σ P changes by u whatever the gates, so that without decay the base weights are those of a memory without
     momentum."""
     options = {'batch_size': 4, 'default_step_transform_max_lr': 50.0}

@@ -74,9 +74,9 @@ class DualBackend(Backend):
         formed = set() if solves else self._formed(inputs, scans)
         blocks = inputs.schedule.blocks(self.preferred_chunks(chunks))
         # memory batches are stored together with their neighbours, but the first by itself if its base weights are not
-        # the newest ones. As long as there is no momentum, these are also the weights that it leads to
+        # the newest ones, or if they look ahead of these, as they do except at the start of a sequence
         at_newest = all(weights.base[name] is w for name, w in weights.newest.items())
-        first = [] if at_newest else blocks[:1]
+        first = [] if at_newest and not (lookahead and inputs.schedule.first_chunk > 0) else blocks[:1]
         others = groupby(blocks[len(first) :], key=lambda block: block.num_chunks)
         groups = [group for group in (first, *([*same] for _, same in others)) if group]
         lengths = [sum(block.num_chunks for block in group) for group in groups]
