@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Linear, Module, Parameter
 from torch.utils.checkpoint import checkpoint
 
-from titans_pytorch.memory.backends import Backend, DenseBackend, StoreInputs, Transition, choose_backend
+from titans_pytorch.memory.backends import Backend, DenseBackend, StoreInputs, choose_backend
 from titans_pytorch.memory.chunks import Chunks, WeightResidual, beside
 from titans_pytorch.memory.fast_weights import FastWeights, MemoryWeights, Weights
 from titans_pytorch.memory.initial_weights import InitialWeights
@@ -32,7 +32,7 @@ from titans_pytorch.memory.modules import (
     projection,
     rows_of_heads,
 )
-from titans_pytorch.memory.reference import LossFn, default_loss_fn
+from titans_pytorch.memory.reference import LossFn, Transition, default_loss_fn
 from titans_pytorch.memory.schedule import QueryGroups, Schedule
 from titans_pytorch.memory.soft_clamp import softclamp_grad_norm, softclamp_max
 from titans_pytorch.memory.state import (
@@ -177,6 +177,11 @@ class NeuralMemory(Resettable, InReferenceFormat):
         normalized_momentum: momentum that spreads the step u of a chunk over later chunks without making it larger, for
             each order: S_t = (1 − η_t) (P_{t−1} + u_t), where P_t = η_t (P_{t−1} + u_t) is carried over. With momentum,
             proximal steps need it to be safe from overshooting.
+        lookahead_gradients: take gradients at M + Σ P, summed over orders, the weights that the memory will have, but
+            for decay, once momentum has handed on all that it holds, as Nesterov's momentum does. Gradients at M ask in
+            every chunk for what momentum holds already, and when η falls all of it arrives at once. Queries still read
+            M, and `recall` reads the base weights, M + Σ P. Requires `batch_size` and `normalized_momentum`; excludes
+            `learned_momentum_combine` and `gated_transition`, with which momentum leads elsewhere.
         checkpoint_every: tokens per checkpoint segment (activation checkpointing). The backward pass recomputes
             everything within a segment, so that a training step holds one segment and a state for each of the others,
             for a third more work; `state.updates` is `None`. Requires the dual engine. Default: keep everything.
@@ -230,6 +235,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         channel_gate: bool = False,
         proximal_steps: bool = False,
         normalized_momentum: bool = False,
+        lookahead_gradients: bool = False,
     ):
         super().__init__()
         settings = checked_settings(locals(), NeuralMemory)
@@ -251,6 +257,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         self.spectral_norm_surprises = spectral_norm_surprises
         self.proximal_steps = proximal_steps
         self.normalized_momentum = normalized_momentum
+        self.lookahead_gradients = lookahead_gradients
         self.per_head_learned_parameters = per_head_learned_parameters
         self.store_memory_loss_fn = store_memory_loss_fn
         self.adaptive_step_transform = adaptive_step_transform or partial(
@@ -587,7 +594,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
     def recall(
         self, seq: Float[Tensor, 'b n d'], state: NeuralMemState | MemoryBuffers | None = None
     ) -> Float[Tensor, 'b n d']:
-        """Values retrieved with the base weights, those at the start of the open memory batch, without storing.
+        """Values retrieved with the base weights, at which the open memory batch takes its gradients, without storing.
 
         Every row is retrieved by itself, so there is no convolution.
 
@@ -678,11 +685,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         if buffers.surprises is not None:
             for buffer, own in zip(buffers.surprises, self._surprises(losses.unsqueeze(1), chunk.step_sizes)):
                 buffer.copy_(own)
-        if ends_batch:
-            transition = self._transition
-            base = after.newest if transition is None else transition(after.base, after.newest)
-            after = replaced(after, base=base, newest=base)
-        return after
+        return self._transition(after) if ends_batch else after
 
     def _retrieve_one(
         self, query: Float[Tensor, 'b 1 d'], buffers: MemoryBuffers, in_chunk: Int[Tensor, ' 1'], begins_group: bool
@@ -824,12 +827,9 @@ class NeuralMemory(Resettable, InReferenceFormat):
         return WeightResidual.of(previous, to_mix(pooled).squeeze(-1), first_step)
 
     @property
-    def _transition(self) -> Transition | None:
-        """`Transition` by the learned gate; `None` without one."""
-        if self.transition_gate is None:
-            return None
-        share = self.transition_gate.sigmoid()
-        return lambda base, newest: {name: w.lerp(newest[name], share.to(w.dtype)) for name, w in base.items()}
+    def _transition(self) -> Transition:
+        gate = self.transition_gate
+        return Transition(None if gate is None else gate.sigmoid(), self.lookahead_gradients)
 
     # retrieving
 

@@ -175,6 +175,7 @@ def test_a_trace_names_export():
 EXPORTED: dict[str, dict[str, Any]] = {
     'plain': {},
     'one memory batch': {'batch_size': None},
+    'look-ahead gradients': {'normalized_momentum': True, 'lookahead_gradients': True},
     'everything': {
         'heads': 2,
         'dim_head': 4,

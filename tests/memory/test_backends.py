@@ -70,7 +70,7 @@ def test_backends_agree(switch, matrices, request):
 
 STORED_TOGETHER = [
     *('plain', 'no momentum', 'momentum of order 3, combined', 'shared heads', 'two keys per token'),
-    *('lookahead values', 'no residual norm', 'linear memory'),
+    *('lookahead values', 'no residual norm', 'linear memory', 'look-ahead gradients'),
 ]
 
 
@@ -89,10 +89,11 @@ def test_memory_batches_are_stored_and_retrieved_from_together(switch, sizes, fa
 
 
 @pytest.mark.parametrize(('before', 'after'), [(32, 8), (None, 8), (8, 16)])
-def test_memory_batches_together_begin_at_the_base_weights(before, after, factored):
+@pytest.mark.parametrize('switch', ['plain', 'look-ahead gradients'])
+def test_memory_batches_together_begin_at_the_base_weights(switch, before, after, factored):
     """The base weights are not the newest ones if the last call ended within a memory batch."""
     results = []
-    for mem in pair('plain'):
+    for mem in pair(switch):
         mem.batch_size = before
         seq = inputs(mem, 48)
         torch.manual_seed(0)
@@ -103,8 +104,23 @@ def test_memory_batches_together_begin_at_the_base_weights(before, after, factor
     assert_same(*results, 1e-9)
 
 
-def test_memory_batches_together_are_recomputed_in_the_backward(factored):
-    kept, recomputed = memory(), memory(checkpoint_every=16)
+def test_look_ahead_gradients_go_on_from_a_state_without_them(factored):
+    """Base weights are then the newest ones, although there is momentum."""
+    results = []
+    for mem in pair('look-ahead gradients'):
+        before = memory('normalized momentum', engine='dense')
+        before.load_state_dict(mem.state_dict())
+        seq = torch.linspace(-2, 2, 2 * 40 * 8, dtype=torch.float64).sin().view(2, 40, 8)
+        state = before(seq[:, :16])[1].detach()
+        state = state._replace(weights=state.states[0])
+        out, state = mem(seq[:, 16:], state=state)
+        results.append((out, carried(state), gradients(mem, scalar(out, state))))
+    assert_same(*results, 1e-9)
+
+
+@pytest.mark.parametrize('switch', ['plain', *(switch for switch in DUAL if 'look-ahead gradients' in switch)])
+def test_memory_batches_together_are_recomputed_in_the_backward(switch, factored):
+    kept, recomputed = memory(switch), memory(switch, checkpoint_every=16)
     seq = inputs(kept, 45)
     results = [(out, gradients(mem, out.sin().sum())) for mem in (kept, recomputed) for out, _ in [mem(seq)]]
     assert_same(*results, 1e-9)

@@ -18,7 +18,10 @@ OF_HEADS = ('short_convolution', 'gated_heads')
 # matrices are no larger than a chunk's rows, and are formed; or are factored, but not stored by a scan
 FORMED = ['spectral norm', 'two keys per token', 'linear memory']
 BY_BATCH = ['soft clamp']
-SCANNED = ['plain', 'no momentum', 'momentum of order 3, combined', 'no residual norm', 'lookahead values']
+SCANNED = [
+    *('plain', 'no momentum', 'momentum of order 3, combined', 'no residual norm', 'lookahead values'),
+    'look-ahead gradients',
+]
 
 
 @pytest.fixture
@@ -79,7 +82,10 @@ def test_queries_keys_and_values_equal_those_of_the_dense_engine(launched, chang
     assert launched >= {*OF_HEADS}
 
 
-@pytest.mark.parametrize('changes', [{}, {'normalized_momentum': True, 'mem_model_norm_add_residual': False}])
+NORMALIZED = {'normalized_momentum': True, 'mem_model_norm_add_residual': False}
+
+
+@pytest.mark.parametrize('changes', [{}, NORMALIZED, {**NORMALIZED, 'lookahead_gradients': True}])
 def test_proximal_steps_on_chip_equal_the_dense_engine(launched, changes, monkeypatch):
     monkeypatch.setattr(DualBackend, '_stays_on_chip', lambda *_: True)
     dual, dense = (memory('proximal steps', 2, 4, engine=engine, **changes) for engine in ('dual', 'dense'))
@@ -98,7 +104,7 @@ def test_proximal_steps_on_chip_equal_the_dense_engine(launched, changes, monkey
     [
         ('plain', 3, {}),
         ('no residual norm', 2, {'momentum': False}),
-        ('proximal steps', 2, {'normalized_momentum': True}),
+        ('proximal steps', 2, {**NORMALIZED, 'lookahead_gradients': True}),
         ('proximal steps', 3, {'mem_model_norm_add_residual': False}),
     ],
 )

@@ -10,8 +10,10 @@ from torch import nn
 
 from titans_pytorch import MemoryAttention, MemoryMLP, NeuralMemory
 from titans_pytorch.ops.proximal_steps import proximal_deltas
+from titans_pytorch.presets import memory_settings
 
 DEPTHS = (1, 2, 3)
+AHEAD = {'normalized_momentum': True, 'lookahead_gradients': True}
 
 
 class Rowwise(nn.Linear):
@@ -139,6 +141,60 @@ def test_normalized_momentum_adds_up_to_one_step(order):
     assert_same(end - start, expected - start, 1e-9)
 
 
+def errors_with_gates(gates, monkeypatch, **options):
+    """Distance of the value retrieved for one key, which every chunk of one token stores, by the largest proximal step
+    of `memory_settings`; these gates of momentum are repeated."""
+    torch.manual_seed(0)
+    identities = {'conv_kernel': None, 'activation': None, 'post_rmsnorm': False, 'channel_gate': False}
+    biases = {'init_adaptive_step_bias': 40.0, 'init_decay_bias': -40.0}
+    linear = {'default_model_kwargs': {'depth': 1}}
+    mem = NeuralMemory(HEAD, 1, 1, **memory_settings(1, HEAD, 1, **identities, **biases, **linear, **options)).double()
+    for gate in (mem.to_adaptive_step[0], mem.to_decay_factor[0]):
+        nn.init.zeros_(gate.weight)
+    logits = torch.tensor(gates, dtype=torch.float64).logit().repeat(300 // len(gates)).view(1, -1, 1)
+    seq = torch.randn(1, 1, HEAD, dtype=torch.float64).expand(1, logits.shape[1], HEAD)
+    chunks, pooled = mem._project_chunks(seq, None)
+    orders = logits.expand(1, -1, mem.momentum_order)
+    chunks = chunks._replace(momentum=orders, momentum_shares=(-orders).sigmoid())
+    monkeypatch.setattr(mem, '_project_chunks', lambda *_: (chunks, pooled))
+    with torch.no_grad():
+        (over_time,) = mem(seq)[1].updates.to_dict().values()
+    return (chunks.keys[:, 0] @ over_time[0] - chunks.values[:, 0]).norm(dim=-1).squeeze(1)
+
+
+@pytest.mark.parametrize('order', [1, 2])
+@pytest.mark.parametrize('gates', [[0.9], [0.95] * 4 + [0.0], [0.99] * 9 + [0.1]], ids=str)
+def test_look_ahead_gradients_do_not_ask_twice(gates, order, monkeypatch):
+    errors = errors_with_gates(gates, monkeypatch, momentum_order=order, **AHEAD)
+    assert (errors[1:] < errors[:-1] + 1e-12).all()
+    assert errors[-1] < 1e-8 * errors[0]
+
+
+def test_gradients_at_the_newest_weights_ask_again_for_what_momentum_holds(monkeypatch):
+    """Gates 0.95 for four tokens, then 0: the error grows 2.4-fold in five tokens."""
+    errors = errors_with_gates([0.95] * 4 + [0.0], monkeypatch, normalized_momentum=True, lookahead_gradients=False)
+    growth = errors[10::5] / errors[5:-5:5]
+    assert_same(growth[-1], torch.tensor(2.4091, dtype=torch.float64), 1e-4)
+    assert (growth > 2).all()
+
+
+def test_look_ahead_weights_take_every_step_at_once():
+    """V = W + Σ P changes by u whatever the gates, so that without decay the base weights are those of a memory without
+    momentum."""
+    options = {'batch_size': 4, 'default_step_transform_max_lr': 50.0}
+    mem = proximal(1, 2, momentum=True, momentum_order=2, **AHEAD, **options)
+    plain = proximal(1, 2, **options)
+    plain.load_state_dict(mem.state_dict(), strict=False)
+    for own in (mem, plain):
+        nn.init.zeros_(own.to_decay_factor[0].weight)
+        nn.init.constant_(own.to_decay_factor[0].bias, -40.0)
+    seq = inputs(mem, 32)
+    (_, state), (_, expected) = mem(seq), plain(seq)
+    assert_same(dict(state.weights.items()), dict(expected.weights.items()), 1e-9)
+    (newest,), (end,) = (own.states[0].values() for own in (state, expected))
+    assert (newest - end).abs().max() > 1e-2
+
+
 def test_a_batch_size_for_one_call_counts():
     mem, longer = (proximal(1, 4, batch_size=batch_size, default_step_transform_max_lr=64.0) for batch_size in (4, 64))
     longer.load_state_dict(mem.state_dict())
@@ -167,6 +223,14 @@ def test_half_precision_is_close(dtype):
         ({'spectral_norm_surprises': True}, 'needs spectral_norm_surprises=False'),
         ({'momentum': False, 'normalized_momentum': True}, 'normalized_momentum needs momentum=True'),
         ({'proximal_steps': 1}, 'proximal_steps must be True or False'),
+        ({'lookahead_gradients': True}, 'lookahead_gradients needs normalized_momentum=True'),
+        ({**AHEAD, 'proximal_steps': False, 'batch_size': None}, 'lookahead_gradients needs batch_size'),
+        (
+            {**AHEAD, 'momentum_order': 2, 'learned_momentum_combine': True},
+            'lookahead_gradients needs learned_momentum_combine=False',
+        ),
+        ({**AHEAD, 'gated_transition': True}, 'lookahead_gradients needs gated_transition=False'),
+        ({**AHEAD, 'lookahead_gradients': None}, 'lookahead_gradients must be True or False'),
     ],
 )
 def test_what_does_not_fit_is_refused(changes, message):

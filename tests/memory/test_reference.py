@@ -33,12 +33,12 @@ def by_reference(mem, seq, prev_weights=None):
         MemoryWeights(base, base, momentum),
         chunk_size=chunk,
         batch_size=mem.batch_size,
+        transition=mem._transition,
         max_grad_norm=mem.max_grad_norm,
         spectral_norm=mem.spectral_norm_surprises,
         residual=mem._weight_residual(prev_weights, pooled, 0),
         leading=leading,
         num_proximal_steps=mem._backend.num_proximal_steps,
-        **({} if mem._transition is None else {'transition': mem._transition}),
     )
     return mem._combine(retrieved, normed)[:, leading:], weights, losses
 

@@ -169,14 +169,18 @@ def solved(monkeypatch):
             'proximal_steps': st.booleans(),
         }
     ),
-    momentum=st.booleans(),
+    momentum=st.sampled_from([None, 'plain', 'normalized', 'look-ahead']),
 )
 @pytest.mark.filterwarnings('ignore:store_with_lookahead_value:UserWarning')
 def test_it_equals_the_dense_backend(rows, length, cut, switches, momentum):
     chunk, batches = rows
-    if not momentum:
+    if momentum is None:
         switches = {**switches, 'momentum': False, 'momentum_order': 1}
     switches['learned_momentum_combine'] = switches['momentum_order'] > 1
+    switches['normalized_momentum'] = momentum in ('normalized', 'look-ahead')
+    if momentum == 'look-ahead':
+        excluded = {'learned_momentum_combine': False, 'gated_transition': False}
+        switches = {**switches, 'lookahead_gradients': True, **excluded}
     ours, dense = (memory(chunk, chunk * batches, engine, **switches) for engine in ('dual', 'dense'))
     dense.load_state_dict(ours.state_dict())
     seq, mask = torch.randn(2, length, 8, dtype=torch.float64), torch.rand(2, length) > 0.2
@@ -346,6 +350,20 @@ def test_losses_are_computed_on_request(steps):
     expected, came = linear_memory_scan(*given), linear_memory_scan(*given, with_losses=False)
     assert came.losses is None
     assert_same(came[:3], expected[:3], 0.0)
+
+
+@pytest.mark.parametrize('sizes', [(1, 1), (4, 4), (2, 8)])
+@pytest.mark.parametrize('order', [1, 2])
+def test_look_ahead_gradients(kernels, poisoned, solved, sizes, order):
+    options = {'normalized_momentum': True, 'lookahead_gradients': True, 'momentum_order': order}
+    ours, exact = (memory(*sizes, proximal_steps=True, **options).to(DEVICE) for _ in range(2))
+    exact.load_state_dict(ours.float().state_dict())
+    seq, results = torch.randn(2, 75, 8, device=DEVICE), []
+    for mem in (ours, exact):
+        out, state = mem(seq.to(next(mem.parameters()).dtype))
+        results.append((out, state.states, gradients(mem, out.double().sin().sum())))
+    assert_same(*results, 3e-4)
+    assert solved
 
 
 def test_rows_that_are_not_stored(kernels, poisoned):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from titans_pytorch.memory.fast_weights import FastWeights, Weights, matmul
 from titans_pytorch.ops.gate_products import gate_products
+from titans_pytorch.utils.functional import replaced
 from titans_pytorch.utils.precision import at_least_float32, no_autocast
 from titans_pytorch.utils.shapes import Float
 
@@ -136,15 +137,26 @@ class Coefficients(NamedTuple):
     def of_blocks(cls, chunks: Chunks, num_blocks: int) -> Coefficients:
         """Coefficients of blocks of equal length, which become the second axis of every tensor."""
 
-        def by_block(gates: Tensor) -> Tensor:
-            return gates.unflatten(1, (num_blocks, -1)).flatten(0, 1)
-
-        of_orders = (chunks.momentum, chunks.momentum_mix, chunks.momentum_shares)
         with no_autocast(chunks.decay):
-            coefficients = cls.of(
-                by_block(chunks.decay), *(None if gates is None else by_block(gates) for gates in of_orders)
-            )
-        return cls(*(t.unflatten(0, (-1, num_blocks)) for t in coefficients))
+            return cls.of(*_gates_of_blocks(chunks, num_blocks))._with_blocks(num_blocks)
+
+    @classmethod
+    def with_base(cls, chunks: Chunks, num_blocks: int, lookahead: bool) -> tuple[Coefficients, Coefficients]:
+        """Coefficients of blocks whose state 0 is where gradients are taken: those of the weights W, and those of state
+        0. With `lookahead` it is V = W + Σ P, the weights that momentum P of all orders leads to; otherwise W."""
+        if not lookahead:
+            coefficients = cls.of_blocks(chunks, num_blocks)
+            return coefficients, coefficients
+        with no_autocast(chunks.decay):
+            weights, initial, orders, initial_orders = cls._solved(*_gates_of_blocks(chunks, num_blocks))
+            of_weights = cls._shifted(weights, initial, orders, initial_orders)
+            initial_ahead = initial + F.pad(sum(initial_orders[1:], initial_orders[0]), (1, 0))
+            of_ahead = cls._shifted(sum(orders, weights), _of_ahead(initial_ahead), orders, initial_orders)
+            of_weights = replaced(of_ahead, steps=of_weights.steps, initial_steps=_of_ahead(of_weights.initial_steps))
+        return of_weights._with_blocks(num_blocks), of_ahead._with_blocks(num_blocks)
+
+    def _with_blocks(self, num_blocks: int) -> Coefficients:
+        return Coefficients(*(t.unflatten(0, (-1, num_blocks)) for t in self))
 
     def unbind(self) -> list[Coefficients]:
         """Coefficients of each block."""
@@ -163,6 +175,17 @@ class Coefficients(NamedTuple):
         momentum_shares: Float[Tensor, 'bh n o'] | None = None,
     ) -> Coefficients:
         """Coefficients from the gates of `Chunks`."""
+        return cls._shifted(*cls._solved(decay, momentum, momentum_mix, momentum_shares))
+
+    @staticmethod
+    def _solved(
+        decay: Float[Tensor, 'bh n'],
+        momentum: Float[Tensor, 'bh n o'] | None,
+        momentum_mix: Float[Tensor, 'bh n o'] | Float[Tensor, 'bh n o+1'] | None,
+        momentum_shares: Float[Tensor, 'bh n o'] | None,
+    ) -> tuple[Float[Tensor, 'bh n n'], Float[Tensor, 'bh n k'], list[Tensor], list[Tensor]]:
+        """Coefficients of each update and of each initial state in the weights after every chunk, and for each order of
+        momentum those in the momentum, (bh, n, n) and (bh, n, o), which does not depend on the initial weights."""
 
         # in log space and at least float32: saturated gates stay finite
         def log_gate(logits: Tensor) -> Tensor:
@@ -172,7 +195,7 @@ class Coefficients(NamedTuple):
         retention = gate_products(log_retention)
         initial_weights = _left_of_start(retention, log_retention)
         if momentum is None:
-            return cls._shifted(retention, initial_weights, [], [])
+            return retention, initial_weights, [], []
 
         log_gates = log_gate(momentum)
         num_orders = log_gates.shape[-1]
@@ -207,7 +230,7 @@ class Coefficients(NamedTuple):
             combined, combined_initial = (sum(own[1:], own[0]) for own in zip(*weighted))
 
         initial_weights = torch.cat((initial_weights, retention @ combined_initial), dim=-1)
-        return cls._shifted(retention @ combined, initial_weights, orders, initial)
+        return retention @ combined, initial_weights, orders, initial
 
     @classmethod
     def _shifted(
@@ -226,6 +249,18 @@ class Coefficients(NamedTuple):
             final=torch.cat([final_weights, *(order[:, -1:] for order in orders)], dim=1),
             initial_final=torch.stack([initial[:, -1], *final_orders], dim=1),
         )
+
+
+def _gates_of_blocks(chunks: Chunks, num_blocks: int) -> list[Any]:
+    """The gates of the recurrences, with blocks of equal length as part of the batch."""
+    gates = (chunks.decay, chunks.momentum, chunks.momentum_mix, chunks.momentum_shares)
+    return [None if t is None else t.unflatten(1, (num_blocks, -1)).flatten(0, 1) for t in gates]
+
+
+def _of_ahead(initial: Float[Tensor, 'bh _c k']) -> Float[Tensor, 'bh _c k']:
+    """Coefficients of V and P, from those of W = V − Σ P and P."""
+    of_weights, of_momentum = initial.split((1, initial.shape[2] - 1), dim=2)
+    return torch.cat((of_weights, of_momentum - of_weights), dim=2)
 
 
 def _left_of_start(products: Float[Tensor, 'bh n n'], log_gates: Float[Tensor, 'bh n']) -> Float[Tensor, 'bh n 1']:

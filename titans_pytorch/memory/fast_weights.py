@@ -7,7 +7,8 @@ and Δ_j the negative gradients of their products, and step i is
 
     W_i = Σ_k initial_steps[i, k] · initial_k + Σ_{j<i} steps[i, j] · X_jᵀ Δ_j
 
-where initial_k are the weights and the momentum before the block. Applying it to rows x is attention without a softmax:
+where initial_k are the weights, or with look-ahead gradients the weights plus momentum, and the momentum before the
+block. Applying it to rows x is attention without a softmax:
 
     x W_i = Σ_k initial_steps[i, k] · x initial_k + ((x Xᵀ) ∘ steps[i]) Δ
 """
@@ -36,7 +37,7 @@ class MemoryWeights(NamedTuple):
     """The weights of a memory between two chunks."""
 
     base: Weights
-    """Weights at which gradients are taken, those at the start of the memory batch, (bh, …)."""
+    """Weights at which gradients are taken, set at the start of the memory batch, (bh, …)."""
     newest: Weights
     """Weights after the last chunk, (bh, …)."""
     momentum: Weights

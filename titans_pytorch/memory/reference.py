@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +33,26 @@ Recurrence = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Maps gates g, inputs x and an initial state to g · initial + x; for several chunks to h_c = g_c · h_{c−1} + x_c."""
 
 
+class Transition(NamedTuple):
+    """The end of a memory batch, as a function of the weights after it to those before the next one."""
+
+    share: Tensor | None = None
+    """Share of the way from the base weights to the newest ones that both are set to. `None`: all of it."""
+    lookahead: bool = False
+    """Take gradients at W + Σ P, to which normalised momentum P, of all orders, leads the newest weights W: as in
+    Nesterov's momentum. Gradients at W ask in every memory batch for what momentum holds already."""
+
+    def __call__(self, weights: MemoryWeights) -> MemoryWeights:
+        base, newest, momentum = weights
+        if self.lookahead:
+            ahead = {name: sum(momentum[name].unbind(), w) for name, w in newest.items()}
+            return MemoryWeights(ahead, newest, momentum)
+        if self.share is None:
+            return MemoryWeights(newest, newest, momentum)
+        moved = {name: w.lerp(newest[name], self.share.to(w.dtype)) for name, w in base.items()}
+        return MemoryWeights(moved, moved, momentum)
+
+
 def default_loss_fn(pred: Float[Tensor, '... d'], target: Float[Tensor, '... d']) -> Float[Tensor, ...]:
     """‖M(k) − v‖², averaged over features (Titans eq. 12)."""
     return (pred - target).pow(2).mean(dim=-1)
@@ -46,9 +67,9 @@ def store_and_retrieve(
     *,
     chunk_size: int,
     batch_size: int | None,
+    transition: Transition,
     max_grad_norm: float | None = None,
     spectral_norm: bool = False,
-    transition: Callable[[Weights, Weights], Weights] = lambda base, newest: newest,
     residual: WeightResidual | None = None,
     leading: int = 0,
     num_proximal_steps: int | None = None,
@@ -60,7 +81,7 @@ def store_and_retrieve(
         queries: one for each token.
         chunks: the complete chunks of these tokens.
         weights: those before the first token.
-        transition: base weights of the next memory batch, from those of this one and the newest.
+        transition: what happens at the end of a memory batch.
         residual: weights of another memory, of which a share is added before gradients are taken.
         leading: padding rows in front of the first query, counted in the first group: 1 if the network mixes rows,
             because the first group otherwise has one row fewer than a chunk.
@@ -86,7 +107,7 @@ def store_and_retrieve(
             newest = {name: one_chunk(gates.retention, surprises[name], w) for name, w in newest.items()}
             momentum = {name: torch.stack(by_order) for name, by_order in orders.items()}
             if batch_size is not None and step * chunk_size % batch_size == 0:
-                base = newest = transition(base, newest)
+                base, newest, _ = transition(MemoryWeights(base, newest, momentum))
         retrieved.append(apply_network(network, newest, queries[:, [*rows]]))
     return (
         torch.cat(retrieved, dim=1),

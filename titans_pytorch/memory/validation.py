@@ -127,6 +127,8 @@ def _check_combinations(settings: Settings, arguments: Mapping[str, Any]) -> Non
             raise ValueError(f'{name} needs spectral_norm_surprises=False, as orthogonal updates have one size')
     if arguments['proximal_steps']:
         _check_proximal(settings, arguments)
+    if arguments['lookahead_gradients']:
+        _check_lookahead(settings, arguments)
     if settings.checkpoint_every is not None and arguments['accept_weight_residual']:
         raise ValueError('checkpoint_every keeps no weights over time, which accept_weight_residual needs')
     if arguments['init_momentum_bias'] is not None and not momentum:
@@ -147,6 +149,20 @@ def _check_proximal(settings: Settings, arguments: Mapping[str, Any]) -> None:
         raise ValueError(f'{needs} max_grad_norm=None, which would change the size of a step again')
     if settings.max_modulation > 1:
         raise ValueError(f'{needs} max_mem_layer_modulation of at most 1, got {settings.max_modulation}')
+
+
+def _check_lookahead(settings: Settings, arguments: Mapping[str, Any]) -> None:
+    """Refuse options with which momentum does not hand on all that it holds, or its weights are taken back."""
+    needs = 'lookahead_gradients needs'
+    if settings.batch_size is None:
+        # all gradients are taken at the initial weights
+        raise ValueError(f'{needs} batch_size, or in a model neural_memory_batch_size')
+    if not arguments['normalized_momentum']:
+        raise ValueError(f'{needs} normalized_momentum=True, whose momentum adds up to one step')
+    if arguments['learned_momentum_combine']:
+        raise ValueError(f'{needs} learned_momentum_combine=False, so that each order hands on all that it holds')
+    if arguments['gated_transition']:
+        raise ValueError(f'{needs} gated_transition=False, which takes back part of what momentum has handed on')
 
 
 def _checked_chunk_sizes(chunk_size: Any) -> tuple[int, int]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch.nn import Module
 
-from titans_pytorch.memory.backends.base import Backend, StoreInputs, Transition
+from titans_pytorch.memory.backends.base import Backend, StoreInputs
 from titans_pytorch.memory.backends.dense import DenseBackend
 from titans_pytorch.memory.backends.dual import DualBackend
 from titans_pytorch.memory.backends.spectral import SpectralBackend
 from titans_pytorch.memory.backends.trial import Trial, is_built_in
 from titans_pytorch.utils.checks import described
 
-__all__ = ['Backend', 'DenseBackend', 'DualBackend', 'SpectralBackend', 'StoreInputs', 'Transition', 'choose_backend']
+__all__ = ['Backend', 'DenseBackend', 'DualBackend', 'SpectralBackend', 'StoreInputs', 'choose_backend']
 
 
 def choose_backend(

@@ -12,16 +12,13 @@ from torch.nn import Module
 
 from titans_pytorch.memory.chunks import Chunks, WeightResidual, beside
 from titans_pytorch.memory.fast_weights import FastWeights, MemoryWeights, StoredBatches, StoredBlock, Weights
-from titans_pytorch.memory.reference import LossFn, one_chunk, surprise
+from titans_pytorch.memory.reference import LossFn, Transition, one_chunk, surprise
 from titans_pytorch.memory.schedule import Schedule
 from titans_pytorch.memory_models import PlainMLP
 from titans_pytorch.ops.associative_scan import AssocScan
 from titans_pytorch.ops.proximal_steps import proximal_deltas, proximal_vector
 from titans_pytorch.utils.functional import replaced
 from titans_pytorch.utils.shapes import Float, concatenated
-
-Transition = Callable[[Weights, Weights], Weights]
-"""Maps the base weights of a memory batch and the newest weights to the base weights of the next memory batch."""
 
 
 class StoreInputs(NamedTuple):
@@ -32,8 +29,7 @@ class StoreInputs(NamedTuple):
     schedule: Schedule
     weights: MemoryWeights
     """Before the first chunk."""
-    transition: Transition | None
-    """`None` if the base weights of a memory batch are the newest weights."""
+    transition: Transition
     with_losses: bool = True
     """False if nobody reads the losses of the rows."""
 
@@ -115,17 +111,16 @@ class Backend:
         """The weights over all steps, those to go on from, and the loss of each row, if `inputs.with_losses`."""
         if isinstance(inputs.schedule.num_chunks, torch.SymInt):
             refuse_dynamic_length()
-        weights, transition = inputs.weights, inputs.transition
+        weights = inputs.weights
         stored, losses = [], [torch.zeros_like(inputs.chunks.step_sizes[:, :0])]
         for prepared in self.prepare(inputs):
             block = prepared.store(weights)
             stored.append(block.over_time)
             if block.losses is not None:
                 losses.append(block.losses)
-            base, newest = weights.base, block.over_time.final
+            weights = MemoryWeights(weights.base, block.over_time.final, block.momentum)
             if prepared.ends_batch:
-                base = newest = newest if transition is None else transition(base, newest)
-            weights = MemoryWeights(base, newest, block.momentum)
+                weights = inputs.transition(weights)
         all_losses = concatenated(losses, dim=1) if inputs.with_losses else None
         return FastWeights.joined(stored, weights.newest), weights, all_losses
 
@@ -190,6 +185,12 @@ def final_momentum(orders: dict[str, list[Tensor]]) -> Weights:
 def stacked(orders: list[Tensor]) -> Float[Tensor, 'o bh ...']:
     """The momentum of each order as one tensor, without a copy if there is only one."""
     return orders[0].unsqueeze(0) if len(orders) == 1 else torch.stack(orders)
+
+
+def weights_of_states(states: list[Tensor], lookahead: bool) -> Tensor:
+    """The weights, given state 0 and the momentum of each order; with `lookahead` state 0 is their sum."""
+    ahead, *momentum = states
+    return ahead - sum(momentum[1:], momentum[0]) if lookahead else ahead
 
 
 def refuse_dynamic_length() -> NoReturn:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from titans_pytorch.memory.backends.base import Stored, StoreInputs, stacked
+from titans_pytorch.memory.backends.base import Stored, StoreInputs, stacked, weights_of_states
 from titans_pytorch.memory.chunks import Chunks, Coefficients
 from titans_pytorch.memory.fast_weights import FactoredBlocks, MemoryWeights, StoredBatches
 from titans_pytorch.memory_models import PlainMLP
@@ -29,16 +29,28 @@ class DeepMLP(NamedTuple):
         return has_kernel(matrices, num_states, per_batch * chunks.keys.shape[2], self.num_proximal_steps)
 
     def store_batches(
-        self, chunks: Chunks, coefficients: Coefficients, chunks_per_batch: int, weights: MemoryWeights
+        self,
+        chunks: Chunks,
+        coefficients: Coefficients,
+        of_base: Coefficients,
+        chunks_per_batch: int,
+        weights: MemoryWeights,
+        lookahead: bool,
     ) -> Stored:
-        """Whole memory batches in a row, several in each block of `coefficients`."""
-        initial = {name: [w, *weights.momentum.get(name, ())] for name, w in weights.newest.items()}
+        """Whole memory batches in a row, several in each block of coefficients.
+
+        Args:
+            coefficients: of the weights.
+            of_base: of state 0, at which gradients are taken.
+            lookahead: whether that is what momentum leads the weights to.
+        """
+        initial = {name: [w, *weights.momentum.get(name, ())] for name, w in weights.base.items()}
         names, gamma = self.mlp.matrices, self.mlp.gamma
         out = deep_memory_scan(
             *chunks[:3],
             [initial[name] for name in names],
             None if gamma is None else initial[gamma],
-            *coefficients,
+            *of_base,
             self.mlp.eps,
             chunks_per_batch,
             self.num_proximal_steps,
@@ -57,5 +69,5 @@ class DeepMLP(NamedTuple):
         by_state = {name: [*final[name].unbind(1)] for name in weights.newest}
         momentum = {name: stacked(by_state[name][1:]) for name in weights.momentum}
         blocks = FactoredBlocks(coefficients.steps, coefficients.initial_steps, matrices)
-        stored = StoredBatches(dense, {name: own[0] for name, own in by_state.items()}, blocks)
-        return Stored(stored, momentum, out.losses.flatten(1, 2))
+        newest = {name: weights_of_states(own, lookahead) for name, own in by_state.items()}
+        return Stored(StoredBatches(dense, newest, blocks), momentum, out.losses.flatten(1, 2))

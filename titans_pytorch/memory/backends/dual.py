@@ -71,28 +71,32 @@ class DualBackend(Backend):
 
     def prepare(self, inputs: StoreInputs) -> Iterator[PreparedBlock]:
         chunks, weights = inputs.chunks, inputs.weights
-        # a memory batch whose gradients are taken at the newest weights can be stored together with its neighbours
-        at_newest = all(weights.base[name] is w for name, w in weights.newest.items())
+        lookahead = inputs.transition.lookahead
         solves, goes_deep = self._solves(inputs), self._goes_deep(inputs)
         scans = goes_deep or self._scans(inputs)
         formed = set() if solves else self._formed(inputs, scans)
         blocks = inputs.schedule.blocks(self.preferred_chunks(chunks))
-        groups = [[*same] for _, same in groupby(blocks, key=lambda block: block.num_chunks)]
+        # memory batches are stored together with their neighbours, but the first by itself if its base weights are not
+        # the newest ones, or if they look ahead of these, as they do except at the start of a sequence
+        at_newest = all(weights.base[name] is w for name, w in weights.newest.items())
+        first = [] if at_newest and not (lookahead and inputs.schedule.first_chunk > 0) else blocks[:1]
+        others = groupby(blocks[len(first) :], key=lambda block: block.num_chunks)
+        groups = [group for group in (first, *([*same] for _, same in others)) if group]
         lengths = [sum(block.num_chunks for block in group) for group in groups]
         for group, (group_chunks, group_residual) in zip(groups, split_inputs(chunks, inputs.residual, lengths)):
-            in_batches = at_newest and all(block.is_batch for block in group)
+            in_batches = group is not first and all(block.is_batch for block in group)
             if in_batches and solves:
                 rows = _solved_together(chunks).in_block
-                store = partial(self._store_linear, inputs.with_losses)
+                store = partial(self._store_linear, lookahead, inputs.with_losses)
                 yield from self._in_blocks(store, group, rows, group_chunks, group_residual)
             elif in_batches and goes_deep and not formed:
-                yield from self._in_blocks(self._store_deep, group, MOST_ROWS_OF_DEEP, group_chunks, None)
+                store = partial(self._store_deep, lookahead)
+                yield from self._in_blocks(store, group, MOST_ROWS_OF_DEEP, group_chunks, None)
             elif in_batches and scans and not formed:
-                rows = self._kept_together(inputs)
-                yield from self._in_blocks(self._store_batches, group, rows, group_chunks, None)
+                rows, store = self._kept_together(inputs), partial(self._store_batches, lookahead)
+                yield from self._in_blocks(store, group, rows, group_chunks, None)
             else:
                 yield from self._separately(group, group_chunks, group_residual, formed)
-            at_newest = True
 
     def preferred_chunks(self, chunks: Chunks) -> int:
         """Chunks of a block, where the schedule leaves the choice."""
@@ -122,9 +126,10 @@ class DualBackend(Backend):
         return not self._scans(inputs) and DeepMLP(self.mlp, self.num_proximal_steps).has_kernel(inputs)
 
     def _has_plain_updates(self, inputs: StoreInputs) -> bool:
-        """True if the updates of a memory batch are those of its gradients, taken at the newest weights."""
-        without_options = inputs.residual is None and inputs.transition is None and inputs.chunks.modulation is None
-        return self.max_grad_norm is None and without_options
+        """True if updates are those of the gradients at the base weights, and nothing else moves these."""
+        if self.max_grad_norm is not None or inputs.transition.share is not None:
+            return False
+        return inputs.residual is None and inputs.chunks.modulation is None
 
     def _stays_on_chip(self, inputs: StoreInputs) -> bool:
         """True if one kernel can store all memory batches without its states leaving the chip."""
@@ -140,7 +145,7 @@ class DualBackend(Backend):
         fused, per_batch = self.fused, inputs.schedule.chunks_per_batch
         if fused is None or fused.first is not None or fused.gamma is not None:
             return False
-        if self.max_grad_norm is not None or inputs.transition is not None or per_batch is None:
+        if self.max_grad_norm is not None or inputs.transition.share is not None or per_batch is None:
             return False
         # modulation scales a proximal step, but not its curvature
         if self.num_proximal_steps is not None and inputs.chunks.modulation is not None:
@@ -171,6 +176,7 @@ class DualBackend(Backend):
 
     def _store_batches(
         self,
+        lookahead: bool,
         chunks: Chunks,
         residual: None,
         num_blocks: int,
@@ -178,14 +184,15 @@ class DualBackend(Backend):
         weights: MemoryWeights,
     ) -> Stored:
         assert self.fused is not None
-        coefficients = of_batches = Coefficients.of_blocks(chunks, num_blocks)
+        coefficients, of_batches = Coefficients.with_base(chunks, num_blocks, lookahead)
         num_batches = chunks.keys.shape[1] // chunks_per_batch
         if num_batches != num_blocks:
-            of_batches = Coefficients.of_blocks(chunks, num_batches)
-        return self.fused.store_batches(chunks, coefficients, of_batches, weights, self.num_proximal_steps)
+            _, of_batches = Coefficients.with_base(chunks, num_batches, lookahead)
+        return self.fused.store_batches(chunks, coefficients, of_batches, weights, self.num_proximal_steps, lookahead)
 
     def _store_deep(
         self,
+        lookahead: bool,
         chunks: Chunks,
         residual: None,
         num_blocks: int,
@@ -193,11 +200,13 @@ class DualBackend(Backend):
         weights: MemoryWeights,
     ) -> Stored:
         assert self.mlp is not None
-        coefficients = Coefficients.of_blocks(chunks, num_blocks)
-        return DeepMLP(self.mlp, self.num_proximal_steps).store_batches(chunks, coefficients, chunks_per_batch, weights)
+        coefficients = Coefficients.with_base(chunks, num_blocks, lookahead)
+        deep = DeepMLP(self.mlp, self.num_proximal_steps)
+        return deep.store_batches(chunks, *coefficients, chunks_per_batch, weights, lookahead)
 
     def _store_linear(
         self,
+        lookahead: bool,
         with_losses: bool,
         chunks: Chunks,
         residual: WeightResidual | None,
@@ -211,9 +220,9 @@ class DualBackend(Backend):
             chunks = replaced(chunks, values=chunks.values - residual.linear(self.fused.last, chunks.keys))
         if chunks.modulation is not None:
             chunks = replaced(chunks, step_sizes=chunks.step_sizes * chunks.modulation)
-        coefficients = Coefficients.of_blocks(chunks, num_blocks)
+        coefficients = Coefficients.with_base(chunks, num_blocks, lookahead)
         return self.fused.store_linear(
-            chunks, coefficients, chunks_per_batch, weights, self.num_proximal_steps, with_losses
+            chunks, *coefficients, chunks_per_batch, weights, self.num_proximal_steps, with_losses, lookahead
         )
 
     def _separately(

@@ -46,10 +46,10 @@ def scan_chunks(
         one = StoreInputs(Chunks(*fields), own_residual, Schedule(0, 1, None), weights, transition)
         (prepared,) = backend.prepare(one)
         stored = prepared.store(weights)
-        final = stored.over_time.final
-        moved = final if transition is None else transition(weights.base, final)
-        newest = {name: torch.where(ends, moved[name], w) for name, w in final.items()}
-        base = {name: torch.where(ends, moved[name], w) for name, w in weights.base.items()}
+        after = MemoryWeights(weights.base, stored.over_time.final, stored.momentum)
+        moved = transition(after)
+        newest = {name: torch.where(ends, moved.newest[name], w) for name, w in after.newest.items()}
+        base = {name: torch.where(ends, moved.base[name], w) for name, w in after.base.items()}
         carried = _unaliased((base, newest, stored.momentum))
         assert stored.losses is not None
         return carried, _unaliased((weights.newest, stored.losses[:, 0]))

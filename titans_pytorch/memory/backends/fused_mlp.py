@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from titans_pytorch.memory.backends.base import Gradients, Stored, stacked
+from titans_pytorch.memory.backends.base import Gradients, Stored, stacked, weights_of_states
 from titans_pytorch.memory.chunks import Chunks, Coefficients, WeightResidual
 from titans_pytorch.memory.fast_weights import FactoredBlocks, FastWeights, MemoryWeights, StoredBatches, Weights
 from titans_pytorch.memory_models import PlainMLP
@@ -58,6 +58,7 @@ class FusedMLP(NamedTuple):
         of_batches: Coefficients,
         weights: MemoryWeights,
         num_proximal_steps: int | None,
+        lookahead: bool,
     ) -> Stored:
         """Whole memory batches in a row, each with its gradients at the weights that the one before leaves.
 
@@ -65,8 +66,9 @@ class FusedMLP(NamedTuple):
             coefficients: of blocks of one or more memory batches, for which the states are kept.
             of_batches: of each memory batch.
             num_proximal_steps: number of steps that are added up in a memory batch, if they are proximal ones.
+            lookahead: whether state 0, at which gradients are taken, is what momentum leads the weights to.
         """
-        initial = {name: [w, *weights.momentum.get(name, ())] for name, w in weights.newest.items()}
+        initial = {name: [w, *weights.momentum.get(name, ())] for name, w in weights.base.items()}
         first, gamma = (None if name is None else initial[name] for name in (self.first, self.gamma))
         out = memory_batch_scan(
             *chunks[:3],
@@ -100,30 +102,36 @@ class FusedMLP(NamedTuple):
         states = {name: [*final[name].unbind(1)] for name in weights.newest}
         momentum = {name: stacked(states[name][1:]) for name in weights.momentum}
         blocks = FactoredBlocks(coefficients.steps, coefficients.initial_steps, matrices)
-        stored = StoredBatches(dense, {name: own[0] for name, own in states.items()}, blocks)
+        stored = StoredBatches(dense, {name: weights_of_states(own, lookahead) for name, own in states.items()}, blocks)
         return Stored(stored, momentum, out.losses.flatten(1, 2))
 
     def store_linear(
         self,
         chunks: Chunks,
         coefficients: Coefficients,
+        of_base: Coefficients,
         chunks_per_batch: int,
         weights: MemoryWeights,
         num_proximal_steps: int | None,
         with_losses: bool,
+        lookahead: bool,
     ) -> Stored:
-        """Whole memory batches in a row, several in each block of `coefficients`, in a memory of one matrix."""
+        """Whole memory batches in a row, several in each block of coefficients, in a memory of one matrix.
+
+        Args:
+            coefficients: of the weights.
+            of_base: of state 0, as in `store_batches`.
+        """
         name = self.last
-        states = [weights.newest[name], *weights.momentum.get(name, ())]
-        out = linear_memory_scan(*chunks[:3], states, *coefficients, chunks_per_batch, num_proximal_steps, with_losses)
+        states = [weights.base[name], *weights.momentum.get(name, ())]
+        out = linear_memory_scan(*chunks[:3], states, *of_base, chunks_per_batch, num_proximal_steps, with_losses)
         inputs = chunks.keys.to(out.deltas.dtype).unflatten(1, coefficients.steps.shape[1:3]).flatten(2, 3)
         matrices = {name: FactoredMatrix(out.initial, inputs, out.deltas)}
-        final, *orders = out.final.unbind(1)
-        stored = StoredBatches(
-            {}, {name: final}, FactoredBlocks(coefficients.steps, coefficients.initial_steps, matrices)
-        )
+        final = [*out.final.unbind(1)]
+        blocks = FactoredBlocks(coefficients.steps, coefficients.initial_steps, matrices)
+        stored = StoredBatches({}, {name: weights_of_states(final, lookahead)}, blocks)
         losses = None if out.losses is None else out.losses.flatten(1, 2)
-        return Stored(stored, {name: stacked(orders)} if orders else {}, losses)
+        return Stored(stored, {name: stacked(final[1:])} if len(final) > 1 else {}, losses)
 
     def is_factored_in(self, weights: FastWeights) -> bool:
         """True if all matrices of the network are factored."""
