@@ -165,9 +165,10 @@ def test_a_memory_compiles_to_few_operations(kernels_everywhere, fresh_compiler)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize('depth', [2, 3])
 @pytest.mark.parametrize('low', [None, torch.bfloat16])
-def test_a_step_of_a_memory_is_captured(low):
-    mem = memory().float().cuda()
+def test_a_step_of_a_memory_is_captured(low, depth):
+    mem = memory(default_model_kwargs={'depth': depth}).float().cuda()
     seq = torch.empty_like(inputs(mem, 29)).float().cuda()
 
     def step():

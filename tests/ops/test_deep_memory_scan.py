@@ -37,7 +37,7 @@ def kernels(kernels_everywhere):
     return triton
 
 
-def problem(heads, blocks, batches, chunks, rows, dim, width, states, depth, norm=True):
+def problem(heads, blocks, batches, chunks, rows, dim, width, states, depth, norm=True, step_size=0.3):
     """The arguments of the operation by name. Steps are small, as each memory batch builds on the one before."""
     in_block, widths = batches * chunks, (dim, *(width,) * (depth - 1), dim)
 
@@ -47,7 +47,7 @@ def problem(heads, blocks, batches, chunks, rows, dim, width, states, depth, nor
     tensors = {
         'keys': draw(blocks * in_block, rows, dim),
         'values': draw(blocks * in_block, rows, dim),
-        'step_sizes': draw(blocks * in_block, rows).abs() * 0.3,
+        'step_sizes': draw(blocks * in_block, rows).abs() * step_size,
         'steps': draw(blocks, in_block, in_block, scale=in_block**-0.5).tril(-1),
         'initial_steps': draw(blocks, in_block, states, scale=1 / states),
         'final': draw(blocks, states, in_block, scale=in_block**-0.5),
@@ -253,6 +253,21 @@ def test_shapes_that_the_kernels_do_not_support(kernels, monkeypatch):
         tensors = problem(*shape)
         came = learned(lambda own, steps=num_proximal_steps: scanned(own, 1, steps), leaves(tensors))
         assert_same(came, exactly(tensors, 1, num_proximal_steps), EXACT)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('num_proximal_steps', [None, 1])
+@pytest.mark.parametrize('sizes', [(64, 256, 2, 3), (64, 256, 1, 4), (128, 512, 2, 2)])
+@pytest.mark.parametrize('low', [False, True])
+def test_sizes_of_training(sizes, num_proximal_steps, low):
+    tensors = problem(8, 3, 4, 1, 16, *sizes, norm=False, step_size=0.02 if num_proximal_steps is None else 2.0)
+
+    def compute():
+        with torch.autocast(DEVICE, LOW, enabled=low):
+            return learned(lambda own: scanned(own, 1, num_proximal_steps), leaves(tensors))
+
+    floor = 3 * torch.finfo(LOW).eps if low else 1e-5
+    assert_no_worse(compute, exactly(tensors, 1, num_proximal_steps), floor)
 
 
 @pytest.mark.parametrize('num_proximal_steps', [None, 3])

@@ -22,7 +22,7 @@ class DeepMLP(NamedTuple):
     def has_kernel(self, inputs: StoreInputs) -> bool:
         """Whether one kernel stores all memory batches of a call."""
         chunks, per_batch = inputs.chunks, inputs.schedule.chunks_per_batch
-        if not chunks.keys.is_cuda or per_batch is None:
+        if per_batch is None:
             return False
         matrices = [inputs.weights.newest[name] for name in self.mlp.matrices]
         num_states = 1 if chunks.momentum is None else 1 + chunks.momentum.shape[-1]

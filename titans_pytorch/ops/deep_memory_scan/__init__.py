@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from titans_pytorch.ops._dispatch import use_kernel
+from titans_pytorch.ops._dispatch import AMPERE, HOPPER, compute_capability, use_kernel
 from titans_pytorch.ops.deep_memory_scan import reference
 from titans_pytorch.ops.inner_gradient import WIDEST
 from titans_pytorch.utils.precision import operand_dtype
@@ -91,7 +91,7 @@ def deep_memory_scan(
     rows, weights = (keys, values, step_sizes), [own[0] for own in matrices]
     in_batch, in_block = (chunks * keys.shape[2] for chunks in (chunks_per_batch, steps.shape[2]))
     fits = _supports(weights, len(matrices[0]), in_batch, in_block, num_proximal_steps) and keys.numel() > 0
-    if not (fits and use_kernel(rows, [*states, *coefficients])):
+    if not (fits and use_kernel(rows, [*states, *coefficients], capability=_capability(keys.shape[3]))):
         return DeepBlocks(
             *reference.deep_memory_scan(
                 *rows, matrices, gamma, *coefficients, eps, chunks_per_batch, num_proximal_steps, operands
@@ -130,9 +130,16 @@ def deep_memory_scan(
 def has_kernel(
     matrices: list[Float[Tensor, 'bh _d _e']], num_states: int, rows: int, num_proximal_steps: int | None
 ) -> bool:
-    """Whether there are kernels for memory batches of so many rows, given the weights of each matrix and the number of
-    its states."""
-    return _supports(matrices, num_states, rows, rows, num_proximal_steps)
+    """Whether there are kernels for memory batches of so many rows on the device of a memory, given the weights of each
+    matrix and the number of its states."""
+    weights = matrices[0]
+    runs = compute_capability(weights.device) >= _capability(weights.shape[1])
+    return runs and _supports(matrices, num_states, rows, rows, num_proximal_steps)
+
+
+def _capability(dim: int) -> int:
+    """The compute capability whose shared memory holds rows of so many features."""
+    return AMPERE if dim <= 64 else HOPPER
 
 
 def _supports(

@@ -48,7 +48,8 @@ from titans_pytorch.ops.memory_batch_scan.triton_proximal import (
 
 # columns of a tile, features that are summed over at a time, and most programs of a head
 BLOCK, DEPTH, MOST_PROGRAMS = 64, 64, 4
-WARPS = 4
+# stages of a loop over features, in half precision and in float32, of twice the size
+WARPS, STAGES = 4, (3, 2)
 
 
 # tiles of rows and of matrices
@@ -1143,7 +1144,8 @@ def _backward(
     _launch(_backward_kernel, arguments, [0], [*range(1, 2 * matrices + 1)], [2 * matrices + 1])
     d_initial_steps = new(heads, blocks, parts, count, chunks * rows)
     own = arguments | dict(d_initial_steps=d_initial_steps, in_block=chunks * rows)
-    _initial_steps_kernel[(heads * blocks * parts,)](**taken_by(_initial_steps_kernel, own), num_warps=WARPS)
+    options = {name: arguments[name] for name in ('num_warps', 'num_stages')}
+    _initial_steps_kernel[(heads * blocks * parts,)](**taken_by(_initial_steps_kernel, own), **options)
 
     # the first chunk of a memory batch has the coefficients of the weights at which gradients are taken
     of_steps, of_initial_steps = torch.zeros_like(steps), torch.zeros_like(initial_steps)
@@ -1209,7 +1211,8 @@ def _arguments(
         dim=dim, width=width, MATRICES=matrices, STATES=count, COUNTER_STRIDE=COUNTER_STRIDE,
         PARTS=min(MOST_PROGRAMS, triton.cdiv(width, BLOCK)),
         ROWS=tile_size(chunks_per_batch * rows), COUNT=tile_size(chunks * rows), DIM=tile_size(dim),
-        BLOCK=BLOCK, DEPTH=DEPTH, num_warps=WARPS, **product_precision(operands),
+        BLOCK=BLOCK, DEPTH=DEPTH, num_warps=WARPS, num_stages=STAGES[operands == torch.float32],
+        **product_precision(operands),
     )  # fmt: skip
 
 
