@@ -33,12 +33,12 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 HYBRIDS = {f'{name}, one memory': ARCHITECTURES[name] for name in ('MAC', 'MAG', 'MAL')}
 ABLATIONS: dict[str, dict[str, Any]] = {
-    'no momentum': {'momentum': False},
+    'no momentum': {'momentum': False, 'lookahead_gradients': False},
     'no decay': {'init_decay_bias': -30.0},
     'linear memory': {'default_model_kwargs': {'depth': 1}},
     'memory depth 3': {'default_model_kwargs': {'depth': 3, 'expansion_factor': 2.0}},
     'no convolution': {'conv_kernel': None},
-    'plain steps': {'proximal_steps': False},
+    'plain steps': {'proximal_steps': False, 'lookahead_gradients': False},
 }
 OF_LMM = {f'LMM, {name}': ARCHITECTURES['LMM'] for name in ABLATIONS} | {'LMM, single tokens': ('lmm', SINGLE_TOKENS)}
 MODELS = {**ARCHITECTURES, **PEERS, **HYBRIDS, **OF_LMM}
@@ -100,7 +100,9 @@ def _config(
         memory_batch = common.setdefault('neural_memory_batch_size', memory_batch)
     memory = {'heads': heads, 'dim_head': sizes['dim_head'], **memory}
     if name == 'gated delta rule':
-        own = ('default_model_kwargs', 'momentum', 'proximal_steps', 'default_step_transform_max_lr')
+        own = (
+            'default_model_kwargs', 'momentum', 'lookahead_gradients', 'proximal_steps', 'default_step_transform_max_lr'
+        )  # fmt: skip
         settings = delta_rule_settings(**{key: value for key, value in memory.items() if key not in own})
     else:
         deep = {'default_model_kwargs': {'depth': 2, 'expansion_factor': 2.0}}

@@ -256,8 +256,16 @@ def test_shapes_that_the_kernels_do_not_support(kernels, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize('num_proximal_steps', [None, 1])
-@pytest.mark.parametrize('sizes', [(64, 256, 2, 3), (64, 256, 1, 4), (128, 512, 2, 2)])
+@pytest.mark.parametrize(
+    ('sizes', 'num_proximal_steps'),
+    [
+        ((64, 256, 2, 3), None),
+        ((64, 256, 2, 3), 1),
+        ((64, 256, 1, 4), 1),
+        ((128, 512, 2, 2), None),
+        ((128, 512, 2, 2), 1),
+    ],
+)
 @pytest.mark.parametrize('low', [False, True])
 def test_sizes_of_training(sizes, num_proximal_steps, low):
     tensors = problem(8, 3, 4, 1, 16, *sizes, norm=False, step_size=0.02 if num_proximal_steps is None else 2.0)
