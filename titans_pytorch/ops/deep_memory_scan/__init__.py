@@ -20,13 +20,12 @@ Proximal steps (`titans_pytorch.ops.proximal_steps`) are taken from the gradient
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from titans_pytorch.ops._dispatch import AMPERE, HOPPER, compute_capability, use_kernel
+from titans_pytorch.ops._dispatch import AMPERE, HOPPER, use_kernel
 from titans_pytorch.ops.deep_memory_scan import reference
 from titans_pytorch.ops.inner_gradient import WIDEST
 from titans_pytorch.utils.precision import operand_dtype
@@ -130,10 +129,9 @@ def deep_memory_scan(
 def has_kernel(
     matrices: list[Float[Tensor, 'bh _d _e']], num_states: int, rows: int, num_proximal_steps: int | None
 ) -> bool:
-    """Whether there are kernels for memory batches of so many rows on the device of a memory, given the weights of each
-    matrix and the number of its states."""
-    weights = matrices[0]
-    runs = compute_capability(weights.device) >= _capability(weights.shape[1])
+    """Whether kernels run for memory batches of so many rows, given the weights of each matrix and the number of its
+    states."""
+    runs = use_kernel(matrices, matrices, capability=_capability(matrices[0].shape[1]))
     return runs and _supports(matrices, num_states, rows, rows, num_proximal_steps)
 
 
@@ -148,5 +146,6 @@ def _supports(
     dim, width = matrices[0].shape[1:]
     most = MOST_ROWS if num_proximal_steps is None else _MOST_ROWS_OF_PROXIMAL_STEPS
     fits = rows <= most and rows_of_block <= MOST_ROWS and dim <= WIDEST and width <= _MOST_UNITS
-    chained = all(a.shape[2] == b.shape[1] for a, b in pairwise(matrices)) and matrices[-1].shape[2] == dim
-    return fits and chained and 2 <= len(matrices) <= _MOST_MATRICES and num_states <= _MOST_STATES
+    shapes = [(dim, width), *((width, width) for _ in matrices[2:]), (width, dim)]
+    of_one_width = [tuple(matrix.shape[1:]) for matrix in matrices] == shapes
+    return fits and of_one_width and 2 <= len(matrices) <= _MOST_MATRICES and num_states <= _MOST_STATES
