@@ -72,9 +72,10 @@ class DualBackend(Backend):
     def prepare(self, inputs: StoreInputs) -> Iterator[PreparedBlock]:
         chunks, weights = inputs.chunks, inputs.weights
         lookahead = inputs.transition.lookahead
-        solves, goes_deep = self._solves(inputs), self._goes_deep(inputs)
-        scans = goes_deep or self._scans(inputs)
-        formed = set() if solves else self._formed(inputs, scans)
+        solves, scans = self._solves(inputs), self._scans(inputs)
+        # where both can, the scan is faster
+        goes_deep = not scans and self._goes_deep(inputs)
+        formed = set() if solves else self._formed(inputs, scans or goes_deep)
         blocks = inputs.schedule.blocks(self.preferred_chunks(chunks))
         # memory batches are stored together with their neighbours, but the first by itself if its base weights are not
         # the newest ones, or if they look ahead of these, as they do except at the start of a sequence
@@ -120,10 +121,10 @@ class DualBackend(Backend):
         return self.num_proximal_steps is None or self._stays_on_chip(inputs)
 
     def _goes_deep(self, inputs: StoreInputs) -> bool:
-        """True if one kernel for memory MLPs of any depth can store all memory batches, and no faster one can."""
+        """True if one kernel for memory MLPs of any depth can store all memory batches."""
         if self.mlp is None or self.loss_fn is not default_loss_fn or not self._has_plain_updates(inputs):
             return False
-        return not self._scans(inputs) and DeepMLP(self.mlp, self.num_proximal_steps).has_kernel(inputs)
+        return DeepMLP(self.mlp, self.num_proximal_steps).has_kernel(inputs)
 
     def _has_plain_updates(self, inputs: StoreInputs) -> bool:
         """True if updates are those of the gradients at the base weights, and nothing else moves these."""
