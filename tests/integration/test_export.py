@@ -175,6 +175,7 @@ def test_a_trace_names_export():
 EXPORTED: dict[str, dict[str, Any]] = {
     'plain': {},
     'one memory batch': {'batch_size': None},
+    'deep memory': {'default_model_kwargs': {'depth': 3}},
     'look-ahead gradients': {'normalized_momentum': True, 'lookahead_gradients': True},
     'everything': {
         'heads': 2,
@@ -247,6 +248,6 @@ def test_what_cannot_be_exported_says_what_to_change():
     dense = memory(engine='dense')
     with pytest.raises(ValueError, match="engine='dual'"):
         torch.export.export(dense, (inputs(dense, 9),))
-    deep = memory('deep memory')
-    with pytest.raises(ValueError, match='one or two matrices'):
-        exported(deep, inputs(deep, 24), 8)
+    gated = memory('gated residual memory')
+    with pytest.raises(ValueError, match='MemoryMLP'):
+        exported(gated, inputs(gated, 24), 8)

@@ -79,7 +79,7 @@ STORED_TOGETHER = [
 def test_memory_batches_are_stored_and_retrieved_from_together(switch, sizes, factored, monkeypatch):
     stored, retrieved = [], []
     scan, retrieve = fused_mlp.memory_batch_scan, fused_mlp.retrieve_sequence
-    monkeypatch.setattr(fused_mlp, 'memory_batch_scan', lambda *args: (stored.append(args[6].shape[1]), scan(*args))[1])
+    monkeypatch.setattr(fused_mlp, 'memory_batch_scan', lambda *args: (stored.append(args[5].shape[1]), scan(*args))[1])
     monkeypatch.setattr(
         fused_mlp, 'retrieve_sequence', lambda *args: (retrieved.append(args[0].shape[1]), retrieve(*args))[1]
     )

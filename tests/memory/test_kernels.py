@@ -10,7 +10,8 @@ from compare import assert_same, gradients
 from memories import inputs, memory
 
 from titans_pytorch.memory.backends import DualBackend
-from titans_pytorch.memory.backends.deep_mlp import DeepMLP
+from titans_pytorch.memory.backends import dual as dual_backend
+from titans_pytorch.memory.backends.fused_mlp import FusedMLP
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 OPERATIONS = ('inner_gradient', 'final_state', 'memory_batch_scan', 'retrieve_sequence')
@@ -110,10 +111,10 @@ def test_proximal_steps_on_chip_equal_the_dense_engine(launched, changes, monkey
 )
 def test_deep_memories_equal_the_dense_engine(kernels_everywhere, switch, depth, changes, monkeypatch):
     # as on a GPU; memories of two matrices where no other kernel serves
-    monkeypatch.setattr(DeepMLP, 'has_kernel', lambda *_: True)
+    monkeypatch.setattr(dual_backend, 'has_deep_kernel', lambda *_: True)
     monkeypatch.setattr(DualBackend, '_scans', lambda *_: False)
-    blocks, store = [], DeepMLP.store_batches
-    monkeypatch.setattr(DeepMLP, 'store_batches', lambda *args: (blocks.append(args), store(*args))[1])
+    blocks, store = [], FusedMLP.store_deep
+    monkeypatch.setattr(FusedMLP, 'store_deep', lambda *args: (blocks.append(args), store(*args))[1])
     settings = {'default_model_kwargs': {'depth': depth}, 'default_step_transform_max_lr': 0.02, **changes}
     dual, dense = (memory(switch, 2, 4, engine=engine, **settings) for engine in ('dual', 'dense'))
     dense.to(DEVICE).load_state_dict(dual.float().to(DEVICE).state_dict())

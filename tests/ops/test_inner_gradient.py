@@ -21,7 +21,8 @@ SHAPES = [(2, 4, 4, 16, 32), (2, 5, 1, 16, 64), (1, 3, 3, 20, 50), (1, 2, 20, 40
 # a chunk of one row and of several, odd widths, chunks in parts, matrices that are not kept on chip
 RESIDUAL_SHAPES = [(2, 3, 4, 16, 32), (2, 3, 1, 20, 37), (1, 1, 17, 20, 37), (1, 3, 40, 16, 24), (1, 2, 4, 100, 140)]
 NETWORKS = [(depth, norm) for depth in (1, 2) for norm in (True, False)]
-WEIGHTS = ('first', 'last', 'gamma')
+MATRICES = ('first', 'middle', 'last')
+WEIGHTS = (*MATRICES, 'gamma')
 CHECKS = ('test_schema', 'test_autograd_registration', 'test_faketensor', 'test_aot_dispatch_dynamic')
 
 
@@ -37,7 +38,11 @@ def launches(kernels_everywhere, monkeypatch):
 
 def problem(heads, chunks, rows, dim, width, depth=2, norm=True, residual=False):
     """The arguments of `inner_gradient` by name, without absent ones."""
-    shapes = {'first': (dim, width), 'last': (width, dim)} if depth == 2 else {'last': (dim, dim)}
+    shapes = {'first': (dim, width), 'middle': (width, width), 'last': (width, dim)}
+    if depth < 3:
+        del shapes['middle']
+    if depth < 2:
+        shapes = {'last': (dim, dim)}
     shapes |= {'gamma': (dim,)} if norm else {}
     scales = {name: shape[0] ** -0.5 if len(shape) > 1 else 0.3 for name, shape in shapes.items()}
     tensors = {
@@ -57,12 +62,24 @@ def leaves(tensors, dtype=None):
     return {name: t.detach().to(dtype or t.dtype).requires_grad_() for name, t in tensors.items()}
 
 
+def matrices_of(tensors, prefix=''):
+    return [tensors[prefix + name] for name in MATRICES if prefix + name in tensors]
+
+
 def ours(tensors):
     rows = (tensors[name] for name in ('keys', 'values', 'step_sizes'))
     residual = None
     if 'shares' in tensors:
-        residual = PreviousWeights(tensors['shares'], *(tensors.get(f'residual {name}') for name in WEIGHTS))
-    return inner_gradient(*rows, *(tensors.get(name) for name in WEIGHTS), EPS, residual)
+        others = matrices_of(tensors, 'residual '), tensors.get('residual gamma')
+        residual = PreviousWeights(tensors['shares'], *others)
+    return by_name(inner_gradient(*rows, matrices_of(tensors), tensors.get('gamma'), EPS, residual))
+
+
+def by_name(out):
+    """The tensors by name, without the keys, which are the inputs of the first matrix."""
+    named = {name: t for name, t in out._asdict().items() if isinstance(t, torch.Tensor)}
+    named |= {f'inputs {index}': t for index, t in enumerate(out.inputs) if index > 0}
+    return named | {f'deltas {index}': t for index, t in enumerate(out.deltas)}
 
 
 def by_autograd(tensors):
@@ -74,9 +91,10 @@ def by_autograd(tensors):
         for name, w in weights.items():
             other = tensors[f'residual {name}']
             weights[name] = w + tensors['shares'].reshape(*w.shape[:2], *(1,) * (w.ndim - 2)) * other
-    products = [keys @ weights['first']] if 'first' in weights else []
-    hidden = F.gelu(products[0]) if products else keys
-    products.append(hidden @ weights['last'])
+    inputs, products = [], []
+    for matrix in matrices_of(weights):
+        inputs.append(F.gelu(products[-1]) if products else keys)
+        products.append(inputs[-1] @ matrix)
     prediction = products[-1]
     if 'gamma' in weights:
         prediction = standardise(prediction, EPS)[0] * (weights['gamma'].unsqueeze(2) + 1) + keys
@@ -85,18 +103,15 @@ def by_autograd(tensors):
     total = -(losses * tensors['step_sizes']).sum()
     deltas = [*torch.autograd.grad(total, products, create_graph=True)]
     negative_gamma_gradient = deltas.pop() if 'gamma' in weights else None
-    hidden_deltas = deltas[0] if 'first' in weights else None
-    return InnerGradient(
-        hidden if 'first' in weights else None, hidden_deltas, deltas[-1], negative_gamma_gradient, losses
-    )
+    return by_name(InnerGradient(inputs, deltas, negative_gamma_gradient, losses))
 
 
-def learned(function, tensors, used=InnerGradient._fields):
-    """The fields of `function`, and the gradient of a linear function of those `used` by every tensor."""
+def learned(function, tensors, used=''):
+    """The fields of `function`, and the gradient of a linear function of those whose names begin with `used`."""
     generator = torch.Generator().manual_seed(1)
-    out = {name: t for name, t in function(tensors)._asdict().items() if t is not None}
+    out = function(tensors)
     weights = {name: torch.randn(t.shape, generator=generator, dtype=torch.float64) for name, t in out.items()}
-    total = sum((t.double() * weights[name].to(t.device)).sum() for name, t in out.items() if name in used)
+    total = sum((t.double() * weights[name].to(t.device)).sum() for name, t in out.items() if name.startswith(used))
     wanted = {name: t for name, t in tensors.items() if t.requires_grad}
     came = torch.autograd.grad(total, [*wanted.values()], materialize_grads=True)
     return {name: t.detach() for name, t in out.items()}, dict(zip(wanted, came))
@@ -110,7 +125,7 @@ def exactly(tensors, *args):
 
 
 @pytest.mark.parametrize('residual', [False, True])
-@pytest.mark.parametrize(('depth', 'norm'), NETWORKS)
+@pytest.mark.parametrize(('depth', 'norm'), [*NETWORKS, (3, True), (3, False)])
 def test_the_reference_is_the_gradient_of_the_forward(depth, norm, residual):
     tensors = leaves(problem(3, 4, 5, 6, 15, depth, norm, residual), torch.float64)
     assert_same(learned(ours, tensors), learned(by_autograd, tensors), 1e-13)
@@ -121,7 +136,7 @@ def test_the_reference_can_be_differentiated_twice(residual):
     names, values = zip(*leaves(problem(1, 2, 2, 3, 4, residual=residual), torch.float64).items())
 
     def outputs(*own):
-        return tuple(ours(dict(zip(names, own))))
+        return tuple(ours(dict(zip(names, own))).values())
 
     torch.autograd.gradcheck(outputs, values)
     torch.autograd.gradgradcheck(outputs, values, check_fwd_over_rev=True)
@@ -133,15 +148,15 @@ def test_the_reference_under_transforms(depth, norm):
     tensors = {name: t.double() for name, t in tensors.items()}
 
     def total(tensors):
-        return sum(t.sin().sum() for t in ours(tensors) if t is not None)
+        return sum(t.sin().sum() for t in ours(tensors).values())
 
     expected = torch.autograd.grad(total(leafed := leaves(tensors)), [*leafed.values()])
     assert_same([*torch.func.grad(total)(tensors).values()], expected, 1e-12)
 
     def of_head(own):
-        return [t.squeeze(0) for t in ours({name: t.unsqueeze(0) for name, t in own.items()}) if t is not None]
+        return [t.squeeze(0) for t in ours({name: t.unsqueeze(0) for name, t in own.items()}).values()]
 
-    assert_same(torch.func.vmap(of_head)(tensors), [t for t in ours(tensors) if t is not None], 1e-12)
+    assert_same(torch.func.vmap(of_head)(tensors), [*ours(tensors).values()], 1e-12)
     _, tangent = torch.func.jvp(total, (tensors,), (tensors,))
     assert_same(tangent, sum((g * t).sum() for g, t in zip(expected, tensors.values())), 1e-12)
 
@@ -151,10 +166,9 @@ def test_precision_under_autocast(depth, norm):
     tensors = problem(2, 3, 4, 16, 32, depth, norm)
     with torch.autocast(DEVICE, torch.bfloat16):
         came = ours(tensors)
-    of_rows = {name: t for name, t in came._asdict().items() if t is not None}
-    low = {name for name, t in of_rows.items() if t.dtype == torch.bfloat16}
-    assert low == {'hidden', 'hidden_deltas', 'deltas'} & of_rows.keys()
-    assert_same(of_rows, {name: t for name, t in ours(tensors)._asdict().items() if t is not None}, 0.05)
+    low = {name for name, t in came.items() if t.dtype == torch.bfloat16}
+    assert low == {name for name in came if name.startswith(('inputs', 'deltas'))}
+    assert_same(came, ours(tensors), 0.05)
 
 
 # kernels
@@ -188,17 +202,17 @@ def test_kernels_read_views(launches, poisoned):
         'keys': longer['keys'][:, 2:7, :-1],
         'values': longer['values'][:, 2:7, 1:],
         'step_sizes': longer['step_sizes'][:, 2:7, :-1],
-        **{name: longer[name][:1].expand(longer[name].shape) for name in WEIGHTS},
+        **{name: longer[name][:1].expand(longer[name].shape) for name in ('first', 'last', 'gamma')},
     }
     came = learned(ours, {name: t.requires_grad_() for name, t in cut.items()})
     assert not any(t.is_contiguous() for t in cut.values()) and len(launches) == 1
     assert_same(came, exactly(cut), EXACT)
 
 
-@pytest.mark.parametrize('used', InnerGradient._fields)
+@pytest.mark.parametrize('used', ['inputs', 'deltas 0', 'deltas 1', 'negative_gamma_gradient', 'losses'])
 def test_only_one_output_is_used(launches, poisoned, used):
     tensors = problem(1, 3, 2, 16, 20)
-    assert_same(learned(ours, leaves(tensors), [used]), exactly(tensors, [used]), EXACT)
+    assert_same(learned(ours, leaves(tensors), used), exactly(tensors, used), EXACT)
 
 
 @pytest.mark.parametrize(('depth', 'norm'), NETWORKS)
@@ -266,9 +280,10 @@ def test_residual_weights_are_as_exact_under_autocast(launches, poisoned, depth,
 
 def test_inputs_that_the_kernels_do_not_support(launches):
     learned(ours, leaves(problem(1, 1, 1, 136, 16)))
+    learned(ours, leaves(problem(1, 1, 1, 16, 16, depth=3)))
     exactly(problem(1, 2, 2, 8, 16))
     empty = problem(1, 2, 0, 8, 16)
-    assert learned(ours, leaves(empty))[0]['deltas'].shape == (1, 2, 0, 8)
+    assert learned(ours, leaves(empty))[0]['deltas 1'].shape == (1, 2, 0, 8)
     assert not launches
 
 
@@ -281,7 +296,8 @@ def test_the_operation_is_registered_correctly(kernels_everywhere, depth, norm, 
     from titans_pytorch.ops.inner_gradient import triton as kernels
 
     tensors = leaves(problem(2, 3, 2, 16, 32, depth, norm, residual))
-    names = ('keys', 'values', 'step_sizes', *WEIGHTS, 'shares', *(f'residual {name}' for name in WEIGHTS))
+    weights = ('first', 'last', 'gamma')
+    names = ('keys', 'values', 'step_sizes', *weights, 'shares', *(f'residual {name}' for name in weights))
     args = (*(tensors.get(name) for name in names), EPS, torch.float32)
     torch.library.opcheck(kernels.inner_gradient, args, test_utils=CHECKS)
 

@@ -81,8 +81,15 @@ def problem(heads, batches, chunks, rows, dim, width, states, depth=2, norm=True
     return tensors
 
 
-def states_of(tensors):
+def by_parameter(tensors):
+    """States of W₁, W₂ and γ; an empty list for an absent one."""
     return [[t for name, t in tensors.items() if name.startswith(parameter)] for parameter in PARAMETERS]
+
+
+def states_of(tensors):
+    """Of each matrix, and of γ."""
+    *matrices, gamma = by_parameter(tensors)
+    return [own for own in matrices if own], gamma
 
 
 def structured(initial_coefficients):
@@ -94,56 +101,68 @@ def structured(initial_coefficients):
 
 
 def scanned(tensors, batches_per_block=1, num_proximal_steps=None):
-    first, last, gamma = states_of(tensors)
+    matrices, gamma = states_of(tensors)
     rows = (tensors[name] for name in ('keys', 'values', 'step_sizes'))
     coefficients = tensors['coefficients'], structured(tensors['initial_coefficients'])
     settings = 1e-5, batches_per_block, num_proximal_steps
-    return present(memory_batch_scan(*rows, first or None, last, gamma or None, *coefficients, *settings)._asdict())
+    return by_name(memory_batch_scan(*rows, matrices, gamma or None, *coefficients, *settings))
 
 
-def present(fields):
-    return {name: t for name, t in fields.items() if t is not None}
+def by_name(out):
+    """The tensors by name, without the keys, which are the inputs of the first matrix."""
+    fields, lists = out._asdict(), ('initial', 'final', 'inputs', 'deltas')
+    named = {f'{name} {index}': t for name in lists for index, t in enumerate(fields[name])}
+    named |= {name: t for name, t in fields.items() if name not in lists and t is not None}
+    return {name: t for name, t in named.items() if name != 'inputs 0'}
 
 
-def proximal(gradient, keys, step_sizes, num_steps):
+def proximal(gradient, step_sizes, num_steps):
     """Factors and vectors of proximal steps instead of those of a gradient."""
     common = step_sizes, gradient.losses, num_steps
-    inputs = {'deltas': keys if gradient.hidden is None else gradient.hidden}
-    if gradient.hidden_deltas is not None:
-        inputs['hidden_deltas'] = keys
-    changes = {name: proximal_deltas(rows, getattr(gradient, name), *common) for name, rows in inputs.items()}
-    if gradient.negative_gamma_gradient is not None:
-        changes['negative_gamma_gradient'] = proximal_vector(gradient.negative_gamma_gradient, *common)
-    return gradient._replace(**changes)
+    deltas = [proximal_deltas(x, own, *common) for x, own in zip(gradient.inputs, gradient.deltas)]
+    descent = gradient.negative_gamma_gradient
+    descent = None if descent is None else proximal_vector(descent, *common)
+    return gradient._replace(deltas=deltas, negative_gamma_gradient=descent)
 
 
 def looped(tensors, batches_per_block=1, num_proximal_steps=None):
     """A memory batch after the other, by the operations on one."""
-    states, out = states_of(tensors), {name: [] for name in MemoryBatches._fields}
+    (matrices, gamma), initial, initial_gamma, of_rows = states_of(tensors), [], [], []
     rows = [
         tensors[name].unflatten(1, tensors['coefficients'].shape[1::2]) for name in ('keys', 'values', 'step_sizes')
     ]
     coefficients = tensors['coefficients'], structured(tensors['initial_coefficients'])
     for keys, values, step_sizes, own, own_initial in zip(*(t.unbind(1) for t in (*rows, *coefficients))):
-        for name, one in zip(PARAMETERS, states):
-            out[f'{name}_initial'] += [torch.stack(one, dim=1)] if one else []
-        first, last, gamma = states
-        weights = first[0] if first else None, last[0], gamma[0] if gamma else None
-        gradient = inner_gradient(keys, values, step_sizes, *weights, 1e-5)
+        initial.append([torch.stack(states, dim=1) for states in matrices])
+        weights, own_gamma = [states[0] for states in matrices], gamma[0] if gamma else None
+        gradient = inner_gradient(keys, values, step_sizes, weights, own_gamma, 1e-5)
         if num_proximal_steps is not None:
-            gradient = proximal(gradient, keys.to(gradient.deltas.dtype), step_sizes, num_proximal_steps)
-        for name, t in present(gradient._asdict()).items():
-            out[name].append(t.flatten(1, 2) if name in ('hidden', 'hidden_deltas', 'deltas') else t)
-        k, negative = keys.to(gradient.deltas.dtype), gradient.negative_gamma_gradient
-        states = [
-            final_state(own, own_initial, first, k, gradient.hidden_deltas) if first else [],
-            final_state(own, own_initial, last, gradient.hidden if first else k, gradient.deltas),
-            [*(own @ negative + own_initial @ torch.stack(gamma, dim=1)).unbind(1)] if gamma else [],
-        ]
-    final = {f'{name}_final': torch.stack(one, dim=1) for name, one in zip(PARAMETERS, states) if one}
-    kept = {name: own[:: batches_per_block if name.endswith('initial') else 1] for name, own in out.items()}
-    stacked = {name: torch.stack(own, dim=1) for name, own in kept.items() if own} | final
-    return {name: stacked[name] for name in MemoryBatches._fields if name in stacked}
+            gradient = proximal(gradient, step_sizes, num_proximal_steps)
+        of_rows.append(gradient)
+        updates = zip(matrices, gradient.inputs, gradient.deltas)
+        matrices = [final_state(own, own_initial, *update) for update in updates]
+        if gamma:
+            initial_gamma.append(torch.stack(gamma, dim=1))
+            gamma = [*(own @ gradient.negative_gamma_gradient + own_initial @ initial_gamma[-1]).unbind(1)]
+
+    def of_blocks(parts):
+        return torch.cat([*parts], dim=1).unflatten(1, (len(initial) // batches_per_block, -1))
+
+    def by_matrix(name):
+        return [of_blocks(t.flatten(1, 2) for t in own) for own in zip(*(getattr(one, name) for one in of_rows))]
+
+    return by_name(
+        MemoryBatches(
+            [torch.stack(own[::batches_per_block], dim=1) for own in zip(*initial)],
+            torch.stack(initial_gamma[::batches_per_block], dim=1) if gamma else None,
+            [torch.stack(states, dim=1) for states in matrices],
+            torch.stack(gamma, dim=1) if gamma else None,
+            by_matrix('inputs'),
+            by_matrix('deltas'),
+            of_blocks(one.negative_gamma_gradient for one in of_rows) if gamma else None,
+            of_blocks(one.losses for one in of_rows),
+        )
+    )
 
 
 def leaves(tensors, dtype=None):
@@ -370,7 +389,7 @@ def test_proximal_steps_of_almost_nothing_on_chip(on_chip, poisoned):
 
 def test_only_one_output_of_proximal_steps_is_used(on_chip, poisoned):
     tensors = problem(1, 2, 2, 2, 16, 70, 2)
-    for name in ('last_final', 'hidden_deltas', 'deltas', 'negative_gamma_gradient', 'losses'):
+    for name in ('final 1', 'deltas 0', 'deltas 1', 'negative_gamma_gradient', 'losses'):
         came = learned(partial(scanned, num_proximal_steps=4), leaves(tensors), [name])
         assert_same(came, exactly(tensors, [name], num_proximal_steps=4), EXACT, f'of {name} ')
 
@@ -389,7 +408,7 @@ def test_states_that_do_not_fit(kernels_everywhere, monkeypatch):
 def test_the_operation_on_chip_is_registered_correctly(on_chip, num_proximal_steps):
     tensors = leaves(problem(1, 2, 2, 2, 16, 70, 2))
     rows = (tensors[name] for name in ('keys', 'values', 'step_sizes'))
-    stacked = (torch.stack(own, dim=1).detach().requires_grad_() for own in states_of(tensors))
+    stacked = (torch.stack(own, dim=1).detach().requires_grad_() for own in by_parameter(tensors))
     coefficients = (tensors[name] for name in ('coefficients', 'initial_coefficients'))
     args = (*rows, *stacked, *coefficients, 2, True, 1e-5, num_proximal_steps, torch.float32)
     torch.library.opcheck(on_chip.memory_batch_scan_on_chip, args, test_utils=CHECKS)
@@ -403,7 +422,7 @@ def test_the_operation_is_registered_correctly(kernels, depth, norm):
     tensors = leaves(problem(1, 2, 2, 2, 16, 16, 1 + norm, depth, norm))
     rows = (tensors[name] for name in ('keys', 'values', 'step_sizes'))
     coefficients = (tensors[name] for name in ('coefficients', 'initial_coefficients'))
-    args = (*rows, *states_of(tensors), *coefficients, 1e-5, torch.float32)
+    args = (*rows, *by_parameter(tensors), *coefficients, 1e-5, torch.float32)
     torch.library.opcheck(kernels.memory_batch_scan, args, test_utils=CHECKS)
 
 

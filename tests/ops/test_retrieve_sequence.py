@@ -59,7 +59,7 @@ def leaves(tensors, dtype=None):
     return {name: leaf(t, dtype) for name, t in tensors.items()}
 
 
-def problem(heads, blocks, steps, rows, stored, dim, width, states, norm):
+def problem(heads, blocks, steps, rows, stored, dim, width, states, norm, depth=2):
     """The arguments of the operation by name, without absent ones."""
 
     def matrix(name, dim_in, dim_out):
@@ -74,6 +74,7 @@ def problem(heads, blocks, steps, rows, stored, dim, width, states, norm):
         'coefficients': torch.rand(heads, blocks, steps, steps).tril(-1),
         'initial_coefficients': torch.randn(heads, blocks, steps, states),
         **({} if width is None else matrix('first', dim, width)),
+        **(matrix('middle', width, width) if depth > 2 else {}),
         **matrix('last', width or dim, dim),
         **({'gamma': torch.randn(heads, blocks, steps, dim) * 0.3} if norm else {}),
     }
@@ -81,9 +82,13 @@ def problem(heads, blocks, steps, rows, stored, dim, width, states, norm):
 
 
 def ours(tensors):
-    first, last = (FactoredMatrix(*(tensors.get(f'{name}_{part}') for part in MATRIX)) for name in ('first', 'last'))
+    matrices = [
+        FactoredMatrix(*(tensors[f'{name}_{part}'] for part in MATRIX))
+        for name in ('first', 'middle', 'last')
+        if f'{name}_inputs' in tensors
+    ]
     rows = (tensors[name] for name in ('queries', 'coefficients', 'initial_coefficients'))
-    return retrieve_sequence(*rows, first if 'first_inputs' in tensors else None, last, tensors.get('gamma'), EPS)
+    return retrieve_sequence(*rows, matrices, tensors.get('gamma'), EPS)
 
 
 def with_weights_of_every_step(tensors):
@@ -98,7 +103,9 @@ def with_weights_of_every_step(tensors):
         weights = torch.einsum('brij, brjde -> bride', coefficients, changes)
         return x @ (weights + torch.einsum('brik, brkde -> bride', tensors['initial_coefficients'], initial))
 
-    hidden = F.gelu(linear(queries, 'first')) if 'first_inputs' in tensors else queries
+    hidden = queries
+    for name in ('first', 'middle'):
+        hidden = F.gelu(linear(hidden, name)) if f'{name}_inputs' in tensors else hidden
     y = linear(hidden, 'last')
     return y if 'gamma' not in tensors else layer_norm(y, EPS) * (tensors['gamma'].unsqueeze(3) + 1) + queries
 
@@ -122,7 +129,7 @@ def exactly(tensors):
 
 
 @pytest.mark.parametrize('rows_in_cache', [reference.ROWS_IN_CACHE, 1, 30])
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('case', [*CASES, (*SMALL, 3), (1, 2, 5, 3, 6, 20, 37, 3, False, 3)])
 def test_the_reference_applies_the_weights_of_every_step(case, rows_in_cache, monkeypatch):
     monkeypatch.setattr(reference, 'ROWS_IN_CACHE', rows_in_cache)
     tensors = problem(*case)
@@ -250,6 +257,7 @@ def test_inputs_that_the_kernels_do_not_support(launches):
         tensors = problem(*case)
         assert_same(learned(ours, leaves(tensors)), exactly(tensors), EXACT)
     learned(ours, leaves(problem(*SMALL), torch.float64))
+    learned(ours, leaves(problem(*SMALL, depth=3)))
     assert not launches
 
 

@@ -196,5 +196,5 @@ def weights_of_states(states: list[Tensor], lookahead: bool) -> Tensor:
 def refuse_dynamic_length() -> NoReturn:
     raise ValueError(
         "a length that is dynamic in torch.export needs torch.no_grad(), engine='dual', the default loss and a "
-        'MemoryMLP of one or two matrices: export this for a fixed length'
+        'MemoryMLP: export this for a fixed length'
     )

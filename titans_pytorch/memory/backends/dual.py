@@ -28,7 +28,6 @@ from titans_pytorch.memory.backends.base import (
     refuse_dynamic_length,
     stacked,
 )
-from titans_pytorch.memory.backends.deep_mlp import DeepMLP
 from titans_pytorch.memory.backends.export_scan import scan_chunks
 from titans_pytorch.memory.backends.fused_mlp import FusedMLP
 from titans_pytorch.memory.chunks import Chunks, Coefficients, WeightResidual, scaled, split_inputs
@@ -38,6 +37,7 @@ from titans_pytorch.memory.schedule import Block
 from titans_pytorch.memory.soft_clamp import soft_clamp_factor, soft_clamp_norm
 from titans_pytorch.ops.associative_scan import coefficient_product
 from titans_pytorch.ops.deep_memory_scan import MOST_ROWS as MOST_ROWS_OF_DEEP
+from titans_pytorch.ops.deep_memory_scan import has_kernel as has_deep_kernel
 from titans_pytorch.ops.final_state import final_state
 from titans_pytorch.ops.linear_memory_scan import MOST_ROWS
 from titans_pytorch.ops.memory_batch_scan import fits_on_chip
@@ -59,7 +59,9 @@ class DualBackend(Backend):
     @property
     def fused(self) -> FusedMLP | None:
         """The network as a memory MLP under the default loss, for which there are fused operations; else `None`."""
-        return FusedMLP.of(self.mlp) if self.loss_fn is default_loss_fn else None
+        if self.mlp is None or self.loss_fn is not default_loss_fn:
+            return None
+        return FusedMLP(self.mlp, self.num_proximal_steps)
 
     def store(self, inputs: StoreInputs) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m'] | None]:
         if isinstance(inputs.schedule.num_chunks, torch.SymInt):
@@ -118,13 +120,17 @@ class DualBackend(Backend):
         if self.fused is None or not self._has_plain_updates(inputs):
             return False
         # elsewhere one operation would be a loop over the same operations
-        return self.num_proximal_steps is None or self._stays_on_chip(inputs)
+        plain = self.num_proximal_steps is None and len(self.fused.mlp.matrices) <= 2
+        return plain or self._stays_on_chip(inputs)
 
     def _goes_deep(self, inputs: StoreInputs) -> bool:
         """True if one kernel for memory MLPs of any depth can store all memory batches."""
-        if self.mlp is None or self.loss_fn is not default_loss_fn or not self._has_plain_updates(inputs):
+        per_batch = inputs.schedule.chunks_per_batch
+        if self.fused is None or per_batch is None or not self._has_plain_updates(inputs):
             return False
-        return DeepMLP(self.mlp, self.num_proximal_steps).has_kernel(inputs)
+        matrices, _ = self.fused.mlp.of_weights(inputs.weights.newest)
+        rows = per_batch * inputs.chunks.keys.shape[2]
+        return has_deep_kernel(matrices, 1 + _num_orders(inputs.chunks), rows, self.num_proximal_steps)
 
     def _has_plain_updates(self, inputs: StoreInputs) -> bool:
         """True if updates are those of the gradients at the base weights, and nothing else moves these."""
@@ -136,15 +142,15 @@ class DualBackend(Backend):
         """True if one kernel can store all memory batches without its states leaving the chip."""
         assert self.fused is not None
         keys, per_batch = inputs.chunks.keys, inputs.schedule.chunks_per_batch
-        if not keys.is_cuda or self.fused.first is None or per_batch is None:
+        if not keys.is_cuda or per_batch is None:
             return False
-        first, num_states = inputs.weights.newest[self.fused.first], 1 + _num_orders(inputs.chunks)
-        return fits_on_chip(first, num_states, per_batch * keys.shape[2])
+        matrices, _ = self.fused.mlp.of_weights(inputs.weights.newest)
+        return fits_on_chip(matrices, 1 + _num_orders(inputs.chunks), per_batch * keys.shape[2])
 
     def _solves(self, inputs: StoreInputs) -> bool:
         """True for a linear memory whose memory batches are so short that several are solved together."""
         fused, per_batch = self.fused, inputs.schedule.chunks_per_batch
-        if fused is None or fused.first is not None or fused.gamma is not None:
+        if fused is None or len(fused.mlp.matrices) > 1 or fused.mlp.gamma is not None:
             return False
         if self.max_grad_norm is not None or inputs.transition.share is not None or per_batch is None:
             return False
@@ -189,7 +195,7 @@ class DualBackend(Backend):
         num_batches = chunks.keys.shape[1] // chunks_per_batch
         if num_batches != num_blocks:
             _, of_batches = Coefficients.with_base(chunks, num_batches, lookahead)
-        return self.fused.store_batches(chunks, coefficients, of_batches, weights, self.num_proximal_steps, lookahead)
+        return self.fused.store_batches(chunks, coefficients, of_batches, weights, lookahead)
 
     def _store_deep(
         self,
@@ -200,10 +206,9 @@ class DualBackend(Backend):
         chunks_per_batch: int,
         weights: MemoryWeights,
     ) -> Stored:
-        assert self.mlp is not None
+        assert self.fused is not None
         coefficients = Coefficients.with_base(chunks, num_blocks, lookahead)
-        deep = DeepMLP(self.mlp, self.num_proximal_steps)
-        return deep.store_batches(chunks, *coefficients, chunks_per_batch, weights, lookahead)
+        return self.fused.store_deep(chunks, *coefficients, chunks_per_batch, weights, lookahead)
 
     def _store_linear(
         self,
@@ -218,13 +223,12 @@ class DualBackend(Backend):
         assert self.fused is not None
         if residual is not None:
             # k (W + W') − v = k W − (v − k W')
-            chunks = replaced(chunks, values=chunks.values - residual.linear(self.fused.last, chunks.keys))
+            (matrix,) = self.fused.mlp.matrices
+            chunks = replaced(chunks, values=chunks.values - residual.linear(matrix, chunks.keys))
         if chunks.modulation is not None:
             chunks = replaced(chunks, step_sizes=chunks.step_sizes * chunks.modulation)
         coefficients = Coefficients.with_base(chunks, num_blocks, lookahead)
-        return self.fused.store_linear(
-            chunks, *coefficients, chunks_per_batch, weights, self.num_proximal_steps, with_losses, lookahead
-        )
+        return self.fused.store_linear(chunks, *coefficients, chunks_per_batch, weights, with_losses, lookahead)
 
     def _separately(
         self, blocks: list[Block], chunks: Chunks, residual: WeightResidual | None, formed: set[str]

@@ -20,14 +20,13 @@ Proximal steps (`titans_pytorch.ops.proximal_steps`) are taken from the gradient
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from titans_pytorch.ops._dispatch import AMPERE, HOPPER, use_kernel
 from titans_pytorch.ops.deep_memory_scan import reference
 from titans_pytorch.ops.inner_gradient import WIDEST
+from titans_pytorch.ops.memory_batch_scan import MemoryBatches
 from titans_pytorch.utils.precision import operand_dtype
 from titans_pytorch.utils.shapes import Float
 
@@ -36,25 +35,6 @@ MOST_ROWS = 64
 _MOST_MATRICES, _MOST_STATES, _MOST_UNITS = 4, 2, 1024
 # of a memory batch, whose systems all programs of the kernels hold
 _MOST_ROWS_OF_PROXIMAL_STEPS = 32
-
-
-class DeepBlocks(NamedTuple):
-    """States and updates of r blocks of t = n · m rows; the lists have an entry for each matrix."""
-
-    initial: list[Float[Tensor, 'bh r k _d _e']]
-    """States before each block, in the precision of products."""
-    gamma_initial: Float[Tensor, 'bh r k d'] | None
-    """Those of the norm's γ; `None` without."""
-    final: list[Float[Tensor, 'bh k _d _e']]
-    """States after the last block."""
-    gamma_final: Float[Tensor, 'bh k d'] | None
-    inputs: list[Float[Tensor, 'bh r t _d']]
-    """X, in the precision of products, as Δ."""
-    deltas: list[Float[Tensor, 'bh r t _e']]
-    """Δ, of proximal steps if these were taken."""
-    negative_gamma_gradient: Float[Tensor, 'bh r n d'] | None
-    losses: Float[Tensor, 'bh r n m']
-    """Unweighted, before the rows are stored."""
 
 
 def deep_memory_scan(
@@ -70,7 +50,7 @@ def deep_memory_scan(
     eps: float,
     chunks_per_batch: int,
     num_proximal_steps: int | None = None,
-) -> DeepBlocks:
+) -> MemoryBatches:
     """Stores r blocks of n chunks, each of them one or more whole memory batches.
 
     Args:
@@ -83,7 +63,8 @@ def deep_memory_scan(
         chunks_per_batch: chunks of a memory batch; they divide n.
         num_proximal_steps: take proximal steps instead, of which so many are added up at the same weights.
 
-    States and sums are in their own precision, products in that of autocast or of the keys.
+    States and sums are in their own precision, but those before each block are returned in that of products, which is
+    that of autocast or of the keys.
     """
     operands, coefficients = operand_dtype(keys), (steps, initial_steps, final, initial_final)
     states = [state for own in (*matrices, gamma or []) for state in own]
@@ -91,7 +72,7 @@ def deep_memory_scan(
     in_batch, in_block = (chunks * keys.shape[2] for chunks in (chunks_per_batch, steps.shape[2]))
     fits = _supports(weights, len(matrices[0]), in_batch, in_block, num_proximal_steps) and keys.numel() > 0
     if not (fits and use_kernel(rows, [*states, *coefficients], capability=_capability(keys.shape[3]))):
-        return DeepBlocks(
+        return MemoryBatches(
             *reference.deep_memory_scan(
                 *rows, matrices, gamma, *coefficients, eps, chunks_per_batch, num_proximal_steps, operands
             )
@@ -120,7 +101,7 @@ def deep_memory_scan(
         gamma_initial, last = gamma_states.split((steps.shape[1], 1), dim=1)
         gamma_final = last.squeeze(1)
         negative_gamma_gradient = descents.unflatten(2, (-1, keys.shape[2])).sum(dim=3)
-    return DeepBlocks(
+    return MemoryBatches(
         by_matrix(initial), gamma_initial, by_matrix(last_states), gamma_final,
         of_inputs, of_deltas, negative_gamma_gradient, losses,
     )  # fmt: skip

@@ -6,11 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from titans_pytorch.ops.inner_gradient.reference import gradient_of_product
-from titans_pytorch.ops.proximal_steps import proximal_deltas, proximal_vector
+from titans_pytorch.ops.memory_batch_scan.reference import steps_of_batch
 from titans_pytorch.utils.precision import no_autocast
 from titans_pytorch.utils.shapes import Float
 
@@ -30,7 +28,7 @@ def deep_memory_scan(
     num_proximal_steps: int | None,
     operands: torch.dtype,
 ) -> tuple[Any, ...]:
-    """The fields of `DeepBlocks`."""
+    """The fields of `MemoryBatches`."""
     length = steps.shape[2]
     states = [torch.stack(own, dim=1) for own in (*matrices, *([] if gamma is None else [gamma]))]
     initial: list[list[Tensor]] = [[] for _ in states]
@@ -54,11 +52,8 @@ def deep_memory_scan(
                     for state, own in zip(states, updates)
                 ]
                 gain = None if gamma is None else base.pop()
-                inputs, deltas, descent, loss = _gradients(k, v, theta, base, gain, eps, operands)
-                if num_proximal_steps is not None:
-                    common = theta, loss, num_proximal_steps
-                    deltas = [proximal_deltas(x, delta, *common) for x, delta in zip(inputs, deltas)]
-                    descent = None if descent is None else proximal_vector(descent, *common)
+                settings = eps, num_proximal_steps, operands
+                inputs, deltas, descent, loss = steps_of_batch(k, v, theta, base, gain, *settings)
                 for index, (x, delta) in enumerate(zip(inputs, deltas)):
                     all_inputs[index].append(x)
                     all_deltas[index].append(delta)
@@ -96,30 +91,3 @@ def _combination(
     """States and the updates of earlier memory batches, each by its coefficient."""
     total = torch.einsum('bk, bk... -> b...', shares, states)
     return total + torch.einsum('bn, bn... -> b...', steps, torch.cat(updates, dim=1)) if updates else total
-
-
-def _gradients(
-    keys: Float[Tensor, 'bh n m d'],
-    values: Float[Tensor, 'bh n m d'],
-    step_sizes: Float[Tensor, 'bh n m'],
-    matrices: list[Float[Tensor, 'bh _d _e']],
-    gamma: Float[Tensor, 'bh d'] | None,
-    eps: float,
-    operands: torch.dtype,
-) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor]:
-    """X and Δ of each matrix, minus the gradient of γ for each chunk, and the losses of the rows."""
-    dtype = matrices[0].dtype
-    own = [matrix.to(operands).unsqueeze(1) for matrix in matrices]
-    inputs: list[Tensor] = [keys.to(operands)]
-    products: list[Tensor] = []
-    for matrix in own:
-        if products:
-            inputs.append(F.gelu(products[-1]).to(operands))
-        products.append((inputs[-1] @ matrix).to(dtype))
-    gain = None if gamma is None else (gamma + 1)[:, None, None]
-    last, descent, losses = gradient_of_product(products.pop(), keys, values, step_sizes, gain, eps)
-    deltas = [last.to(operands)]
-    for matrix, product in zip(own[:0:-1], reversed(products)):
-        back = (deltas[0] @ matrix.mT).to(dtype)
-        deltas.insert(0, torch.ops.aten.gelu_backward(back, product).to(operands))
-    return inputs, deltas, descent, losses

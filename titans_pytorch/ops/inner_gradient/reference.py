@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,52 +16,42 @@ def inner_gradient(
     keys: Float[Tensor, 'bh n m d'],
     values: Float[Tensor, 'bh n m d'],
     step_sizes: Float[Tensor, 'bh n m'],
-    first: Float[Tensor, 'bh d e'] | None,
-    last: Float[Tensor, 'bh e d'],
+    matrices: Sequence[Float[Tensor, 'bh _d _e']],
     gamma: Float[Tensor, 'bh d'] | None,
     shares: Float[Tensor, 'bh n'] | None,
-    residual_first: Float[Tensor, 'bh n d e'] | None,
-    residual_last: Float[Tensor, 'bh n e d'] | None,
+    residual_matrices: Sequence[Float[Tensor, 'bh n _d _e']],
     residual_gamma: Float[Tensor, 'bh n d'] | None,
     eps: float,
     operands: torch.dtype,
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor]:
-    """The fields of `InnerGradient`."""
-    dtype = last.dtype
-    k, share = keys.to(dtype), None if shares is None else shares.to(dtype)[..., None, None]
+) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor]:
+    """The fields of `InnerGradient`; `residual_matrices` is empty without residual weights."""
+    dtype, share = matrices[0].dtype, None if shares is None else shares.to(matrices[0].dtype)[..., None, None]
+    weights = [matrix.to(operands) for matrix in matrices]
+    residuals: list[Tensor | None] = [matrix.to(operands) for matrix in residual_matrices] or [None for _ in weights]
 
     def linear(x: Tensor, matrix: Tensor, residual: Tensor | None) -> Tensor:
         # x (W + share_c · P_c), in the precision of products
-        x = x.to(operands)
         out = (x.flatten(1, 2) @ matrix).to(dtype).unflatten(1, x.shape[1:3])
         if share is None or residual is None:
             return out
-        return torch.addcmul(out, share, (x @ residual.to(operands)).to(dtype))
+        return torch.addcmul(out, share, (x @ residual).to(dtype))
 
-    h, hidden = None, k
-    if first is not None:
-        h = linear(k, first.to(operands), residual_first)
-        hidden = F.gelu(h)
-    last = last.to(operands)
-    y = linear(hidden, last, residual_last)
+    inputs, products = [keys.to(operands)], [linear(keys.to(operands), weights[0], residuals[0])]
+    for matrix, residual in zip(weights[1:], residuals[1:]):
+        inputs.append(F.gelu(products[-1]).to(operands))
+        products.append(linear(inputs[-1], matrix, residual))
 
     gain = None if gamma is None else (gamma + 1)[:, None, None]
     if gain is not None and share is not None and residual_gamma is not None:
         gain = torch.addcmul(gain, share, residual_gamma.unsqueeze(2))
-    deltas, negative_gamma_gradient, losses = gradient_of_product(y, keys, values, step_sizes, gain, eps)
+    last, negative_gamma_gradient, losses = gradient_of_product(products.pop(), keys, values, step_sizes, gain, eps)
 
-    hidden_deltas = None
-    if h is not None:
-        # Δ₁ = (Δ₂ W₂ᵀ) ∘ gelu′(h)
-        back = linear(deltas, last.mT, None if residual_last is None else residual_last.mT)
-        hidden_deltas = torch.ops.aten.gelu_backward(back, h).to(operands)
-    return (
-        None if h is None else hidden.to(operands),
-        hidden_deltas,
-        deltas.to(operands),
-        negative_gamma_gradient,
-        losses,
-    )
+    deltas = [last.to(operands)]
+    for matrix, residual, product in zip(weights[:0:-1], residuals[:0:-1], reversed(products)):
+        # Δ_l = (Δ_{l+1} W_{l+1}ᵀ) ∘ gelu′(h_l)
+        back = linear(deltas[0], matrix.mT, None if residual is None else residual.mT)
+        deltas.insert(0, torch.ops.aten.gelu_backward(back, product).to(operands))
+    return inputs, deltas, negative_gamma_gradient, losses
 
 
 def gradient_of_product(

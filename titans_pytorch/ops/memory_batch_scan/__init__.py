@@ -1,17 +1,17 @@
 """Sequential scan over memory batches, which are stored in a memory MLP one after the other.
 
 The gradients of a memory batch are taken at the weights that the one before left, so that batches are a recurrence.
-For each of r memory batches of n chunks, with state 0 the weights and the others the momentum of each order:
+For each memory batch j of n chunks, with state 0 the weights and the others the momentum of each order:
 
-    X₂, Δ₁, Δ₂, g, losses = inner_gradient(keys_j, values_j, θ_j; W₁, W₂, γ)        at state 0
+    X, Δ, g, losses = inner_gradient(keys_j, values_j, θ_j; W, γ)        at state 0
     state_k ← Σ_c coefficients[j, k, c] · X_cᵀ Δ_c + Σ_i initial_coefficients[j, k, i] · state_i
 
-where (X, Δ) are (keys, Δ₁) for W₁ and (X₂, Δ₂) for W₂, and for γ its negative gradient g stands in place of X_cᵀ Δ_c.
+for each matrix, and for γ with its negative gradient g in place of X_cᵀ Δ_c.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -30,92 +30,112 @@ _MOST_ROWS, _MOST_FEATURES, _MOST_UNITS = 32, 64, 512
 
 
 class MemoryBatches(NamedTuple):
-    """States and inner gradients of r memory batches of t = n · m rows; fields of absent parameters are `None`."""
+    """States and updates of r blocks of one or more memory batches, of t = n · m rows each; the lists have an entry for
+    each matrix."""
 
-    first_initial: Float[Tensor, 'bh _r k d e'] | None
-    """States of W₁ before each block of memory batches."""
-    last_initial: Float[Tensor, 'bh _r k e d']
-    gamma_initial: Float[Tensor, 'bh _r k d'] | None
-    first_final: Float[Tensor, 'bh k d e'] | None
-    """And after the last one."""
-    last_final: Float[Tensor, 'bh k e d']
+    initial: list[Float[Tensor, 'bh r k _d _e']]
+    """States before each block."""
+    gamma_initial: Float[Tensor, 'bh r k d'] | None
+    """Those of the norm's γ; `None` without."""
+    final: list[Float[Tensor, 'bh k _d _e']]
+    """States after the last block."""
     gamma_final: Float[Tensor, 'bh k d'] | None
-    hidden: Float[Tensor, 'bh r t e'] | None
-    """gelu(k W₁), the inputs of the last matrix, in the precision of products, as the deltas."""
-    hidden_deltas: Float[Tensor, 'bh r t e'] | None
-    """Δ₁"""
-    deltas: Float[Tensor, 'bh r t d']
-    """Δ₂"""
+    inputs: list[Float[Tensor, 'bh r t _d']]
+    """X, in the precision of products, as Δ."""
+    deltas: list[Float[Tensor, 'bh r t _e']]
+    """Δ, of proximal steps if these were taken."""
     negative_gamma_gradient: Float[Tensor, 'bh r n d'] | None
-    losses: Float[Tensor, 'bh r n m']
-    """Unweighted."""
+    losses: Float[Tensor, 'bh r n m'] | None
+    """Unweighted, before the rows are stored; `None` if nobody reads them."""
 
 
 def memory_batch_scan(
     keys: Float[Tensor, 'bh rn m d'],
     values: Float[Tensor, 'bh rn m d'],
     step_sizes: Float[Tensor, 'bh rn m'],
-    first: list[Float[Tensor, 'bh d e']] | None,
-    last: list[Float[Tensor, 'bh e d']],
+    matrices: list[list[Float[Tensor, 'bh _d _e']]],
     gamma: list[Float[Tensor, 'bh d']] | None,
-    coefficients: Float[Tensor, 'bh r k n'],
-    initial_coefficients: Float[Tensor, 'bh r k k'],
+    coefficients: Float[Tensor, 'bh j k n'],
+    initial_coefficients: Float[Tensor, 'bh j k k'],
     eps: float,
     batches_per_block: int = 1,
     num_proximal_steps: int | None = None,
 ) -> MemoryBatches:
-    """Stores r memory batches, one after the other.
+    """Stores memory batches, one after the other.
 
     Args:
-        first: W₁ before the first memory batch and its momentum of each order; `None` if the memory is one matrix.
-        last: the same of W₂, or of the one matrix (bh, d, d).
-        gamma: the same of the norm's γ; `None` without.
+        matrices: for each matrix its weights before the first memory batch and its momentum of each order. There are
+            kernels for one matrix (bh, d, d), and for two, (bh, d, e) and (bh, e, d).
+        gamma: the same of γ of the norm around the network; `None` without.
         coefficients: of each chunk's update, in each state after its memory batch.
         initial_coefficients: of each state before a memory batch, in each state after it, structured as those of
             `final_state`.
         eps: of the norm.
-        batches_per_block: memory batches of a block; states are returned for each block. It divides r.
+        batches_per_block: memory batches of a block; states are returned for each block. It divides their number.
         num_proximal_steps: take proximal steps instead, of which so many are added up at the same weights (see
-            `titans_pytorch.ops.proximal_steps`); Δ₁, Δ₂ and g are theirs then.
+            `titans_pytorch.ops.proximal_steps`); Δ and g are theirs then.
 
     States are in their own precision, products in that of autocast or of the keys.
     """
-    operands = operand_dtype(keys)
-    rows, coefficients_of_states = (keys, values, step_sizes), (coefficients, initial_coefficients)
-    states = (*(first or ()), *last, *(gamma or ()), *coefficients_of_states)
-    uses_kernel = use_kernel(rows, states) and keys.numel() > 0
-    in_batch = coefficients.shape[3] * keys.shape[2]
-    if uses_kernel and first is not None and fits_on_chip(first[0], len(first), in_batch):
+    rows, of_states = (keys, values, step_sizes), (coefficients, initial_coefficients)
+    operands, chunks, num_states = operand_dtype(keys), coefficients.shape[3], len(matrices[0])
+    uses_kernel = use_kernel(rows, [*chain(*matrices, gamma or []), *of_states]) and keys.numel() > 0
+    if uses_kernel and fits_on_chip([own[0] for own in matrices], num_states, chunks * keys.shape[2]):
         from titans_pytorch.ops.memory_batch_scan import triton_on_chip
 
-        stacked = [None if own is None else torch.stack(own, dim=1) for own in (first, last, gamma)]
-        settings = batches_per_block, torch.is_grad_enabled(), eps, num_proximal_steps, operands
-        outputs = triton_on_chip.memory_batch_scan_on_chip(*rows, *stacked, *coefficients_of_states, *settings)
-        out = _present(outputs[: len(MemoryBatches._fields)])
-        if gamma is None or out.negative_gamma_gradient is None:
-            return out
-        of_rows = out.negative_gamma_gradient.unflatten(2, (-1, keys.shape[2]))
-        return out._replace(negative_gamma_gradient=of_rows.sum(dim=3))
+        stacked = (None if own is None else torch.stack(own, dim=1) for own in (*matrices, gamma))
+        options = batches_per_block, torch.is_grad_enabled(), eps, num_proximal_steps, operands
+        outputs = triton_on_chip.memory_batch_scan_on_chip(*rows, *stacked, *of_states, *options)
+        batches = _of_kernel(keys.to(operands), chunks, *outputs[:11])
+        descents = batches.negative_gamma_gradient
+        if descents is not None:
+            descents = descents.unflatten(2, (chunks, -1)).sum(dim=3)
+        return _in_blocks(batches._replace(negative_gamma_gradient=descents), batches_per_block)
 
-    tensors = (*rows, first or [], last, gamma or [], *coefficients_of_states)
-    if uses_kernel and num_proximal_steps is None and keys.shape[-1] <= WIDEST and len(last) <= MOST_STATES:
+    in_memory = len(matrices) <= 2 and num_states <= MOST_STATES and keys.shape[-1] <= WIDEST
+    if uses_kernel and in_memory and num_proximal_steps is None:
         from titans_pytorch.ops.memory_batch_scan import triton
 
-        out = _present(triton.memory_batch_scan(*tensors, eps, operands))
+        first, last = [[], *matrices][-2:]
+        outputs = triton.memory_batch_scan(*rows, first, last, gamma or [], *of_states, eps, operands)
+        batches = _of_kernel(keys.to(operands), chunks, *outputs)
     else:
-        out = MemoryBatches._make(reference.memory_batch_scan(*tensors, eps, num_proximal_steps, operands))
-    if batches_per_block == 1:
-        return out
-    initial = (None if t is None else t[:, ::batches_per_block] for t in out[:3])
-    return MemoryBatches._make((*initial, *out[3:]))
+        given = (*rows, matrices, gamma, *of_states)
+        batches = MemoryBatches(*reference.memory_batch_scan(*given, eps, num_proximal_steps, operands))
+    initial = [own[:, ::batches_per_block] for own in batches.initial]
+    gamma_initial = None if batches.gamma_initial is None else batches.gamma_initial[:, ::batches_per_block]
+    return _in_blocks(batches._replace(initial=initial, gamma_initial=gamma_initial), batches_per_block)
 
 
-def _present(outputs: Sequence[Tensor]) -> MemoryBatches:
-    """The outputs of a kernel, where absent ones are empty."""
-    return MemoryBatches._make(None if t.numel() == 0 else t for t in outputs)
+def _of_kernel(keys: Tensor, chunks: int, *outputs: Tensor) -> MemoryBatches:
+    """Outputs of a kernel, absent ones empty; each memory batch is a block."""
+    first, last, gamma, first_final, last_final, gamma_final, hidden, hidden_deltas, deltas, descents, losses = (
+        None if t.numel() == 0 else t for t in outputs
+    )
+    inputs = keys.unflatten(1, (-1, chunks)).flatten(2, 3)
+
+    def of_matrices(*tensors: Tensor | None) -> list[Tensor]:
+        return [t for t in tensors if t is not None]
+
+    return MemoryBatches(
+        of_matrices(first, last), gamma, of_matrices(first_final, last_final), gamma_final,
+        of_matrices(inputs, hidden), of_matrices(hidden_deltas, deltas), descents, losses,  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
-def fits_on_chip(first: Float[Tensor, 'bh d e'], num_states: int, rows: int) -> bool:
-    """Whether kernels can keep the states of a memory MLP on chip, given W₁ and the rows of a memory batch."""
-    dim, width = first.shape[1:]
-    return num_states <= 2 and dim <= _MOST_FEATURES and width <= _MOST_UNITS and rows <= _MOST_ROWS
+def _in_blocks(batches: MemoryBatches, batches_per_block: int) -> MemoryBatches:
+    """The rows of a block's memory batches together."""
+
+    def of_block(t: Float[Tensor, 'bh j t ...']) -> Float[Tensor, 'bh r _t ...']:
+        return t if batches_per_block == 1 else t.unflatten(1, (-1, batches_per_block)).flatten(2, 3)
+
+    inputs, deltas = ([of_block(t) for t in own] for own in (batches.inputs, batches.deltas))
+    others = (None if t is None else of_block(t) for t in (batches.negative_gamma_gradient, batches.losses))
+    return MemoryBatches(*batches[:4], inputs, deltas, *others)
+
+
+def fits_on_chip(matrices: list[Float[Tensor, 'bh _d _e']], num_states: int, rows: int) -> bool:
+    """Whether kernels can keep the states of a memory MLP on chip, given its weights and the rows of a memory batch."""
+    dim, width = matrices[0].shape[1:]
+    fits = num_states <= 2 and dim <= _MOST_FEATURES and width <= _MOST_UNITS and rows <= _MOST_ROWS
+    return fits and len(matrices) == 2

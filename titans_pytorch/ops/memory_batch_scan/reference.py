@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,52 +18,59 @@ def memory_batch_scan(
     keys: Float[Tensor, 'bh rn m d'],
     values: Float[Tensor, 'bh rn m d'],
     step_sizes: Float[Tensor, 'bh rn m'],
-    first: list[Float[Tensor, 'bh d e']],
-    last: list[Float[Tensor, 'bh e d']],
-    gamma: list[Float[Tensor, 'bh d']],
+    matrices: list[list[Float[Tensor, 'bh _d _e']]],
+    gamma: list[Float[Tensor, 'bh d']] | None,
     coefficients: Float[Tensor, 'bh r k n'],
     initial_coefficients: Float[Tensor, 'bh r k k'],
     eps: float,
     num_proximal_steps: int | None,
     operands: torch.dtype,
 ) -> tuple[Any, ...]:
-    """The fields of `MemoryBatches`."""
-    states: list[list[Tensor]] = [first, last, gamma]
-    initial_states, gradients = [], []
+    """The fields of `MemoryBatches`, a memory batch being a block."""
+    initial, initial_gamma, of_rows = [], [], []
     # not by slices, whose gradients would each be as long as the whole
     rows = (t.split(coefficients.shape[3], dim=1) for t in (keys, values, step_sizes))
     for k, v, theta, own, own_initial in zip(*rows, coefficients.unbind(1), initial_coefficients.unbind(1)):
-        initial_states.append([_stacked(one) for one in states])
-        first, last, gamma = states
-        weights = first[0] if first else None, last[0], gamma[0] if gamma else None
-        gradient = inner_gradient(k, v, theta, *weights, None, None, None, None, eps=eps, operands=operands)
-        hidden, hidden_deltas, deltas, negative_gamma_gradient, losses = gradient
-        k = k.to(deltas.dtype)
-        if num_proximal_steps is not None:
-            common = theta, losses, num_proximal_steps
-            if hidden_deltas is not None:
-                hidden_deltas = proximal_deltas(k, hidden_deltas, *common)
-            deltas = proximal_deltas(k if hidden is None else hidden, deltas, *common)
-            if negative_gamma_gradient is not None:
-                negative_gamma_gradient = proximal_vector(negative_gamma_gradient, *common)
-        gradients.append((hidden, hidden_deltas, deltas, negative_gamma_gradient, losses))
+        initial.append([torch.stack(states, dim=1) for states in matrices])
+        weights, own_gamma = [states[0] for states in matrices], None if gamma is None else gamma[0]
+        steps = steps_of_batch(k, v, theta, weights, own_gamma, eps, num_proximal_steps, operands)
+        of_rows.append(steps)
+        inputs, deltas, descent, _ = steps
 
-        if hidden_deltas is not None:
-            first = final_state(own, own_initial, first, k, hidden_deltas, operands)
-        last = final_state(own, own_initial, last, k if hidden is None else hidden, deltas, operands)
-        if negative_gamma_gradient is not None:
-            with no_autocast(k):
-                final = own @ negative_gamma_gradient + own_initial @ torch.stack(gamma, dim=1)
-            gamma = [*final.unbind(1)]
-        states = [first, last, gamma]
+        updates = zip(matrices, inputs, deltas)
+        matrices = [final_state(own, own_initial, *update, operands) for update in updates]
+        if gamma is not None:
+            with no_autocast(keys):
+                initial_gamma.append(torch.stack(gamma, dim=1))
+                gamma = [*(own @ descent + own_initial @ initial_gamma[-1]).unbind(1)]
 
-    initial = (_stacked(one) for one in zip(*initial_states))
-    *of_rows, of_gamma, all_losses = (_stacked(one) for one in zip(*gradients))
-    of_rows = [None if t is None else t.flatten(2, 3) for t in of_rows]
-    return *initial, *(_stacked(one) for one in states), *of_rows, of_gamma, all_losses
+    def of_batches(parts: Any) -> Tensor:
+        return torch.stack([*parts], dim=1)
+
+    all_inputs, all_deltas, descents, losses = zip(*of_rows)
+    by_matrix = ([of_batches(own).flatten(2, 3) for own in zip(*parts)] for parts in (all_inputs, all_deltas))
+    return (
+        [of_batches(own) for own in zip(*initial)], None if gamma is None else of_batches(initial_gamma),
+        [of_batches(states) for states in matrices], None if gamma is None else of_batches(gamma),
+        *by_matrix, None if gamma is None else of_batches(descents), of_batches(losses),
+    )  # fmt: skip
 
 
-def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    """Along a new second axis; `None` for absent ones."""
-    present = [t for t in tensors if t is not None]
-    return torch.stack(present, dim=1) if present else None
+def steps_of_batch(
+    keys: Float[Tensor, 'bh n m d'],
+    values: Float[Tensor, 'bh n m d'],
+    step_sizes: Float[Tensor, 'bh n m'],
+    matrices: list[Float[Tensor, 'bh _d _e']],
+    gamma: Float[Tensor, 'bh d'] | None,
+    eps: float,
+    num_proximal_steps: int | None,
+    operands: torch.dtype,
+) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor]:
+    """The fields of `InnerGradient`, or those of proximal steps."""
+    rows = keys, values, step_sizes
+    inputs, deltas, descent, losses = inner_gradient(*rows, matrices, gamma, None, [], None, eps, operands)
+    if num_proximal_steps is not None:
+        common = step_sizes, losses, num_proximal_steps
+        deltas = [proximal_deltas(x, own, *common) for x, own in zip(inputs, deltas)]
+        descent = None if descent is None else proximal_vector(descent, *common)
+    return inputs, deltas, descent, losses

@@ -7,9 +7,9 @@ and the negative gradients Δ of their products. Rows x of step i, which read th
 
 which is attention without a softmax, and a query q of step i through the network
 
-    h = q W₁_i    a = gelu(h)    y = a W₂_i    out = LN(y) ∘ (1 + γ_i) + q
+    x_1 = q    x_{l+1} = gelu(x_l W_l,i)    y = x_L W_L,i    out = LN(y) ∘ (1 + γ_i) + q
 
-Without the norm out = y; with one matrix y = q W₂_i.
+with its matrices W_1 to W_L. Without the norm out = y.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ def retrieve_sequence(
     queries: Float[Tensor, 'bh r n c d'],
     coefficients: Float[Tensor, 'bh r n n'],
     initial_coefficients: Float[Tensor, 'bh r n k'],
-    first: FactoredMatrix | None,
-    last: FactoredMatrix,
+    matrices: list[FactoredMatrix],
     gamma: Float[Tensor, 'bh r n d'] | None,
     eps: float,
 ) -> Float[Tensor, 'bh r n c d']:
@@ -53,8 +52,8 @@ def retrieve_sequence(
         coefficients: of chunk j's update X_jᵀ Δ_j, in the weights before chunk i; only the part below the diagonal is
             read, and the gradient of the rest is zero.
         initial_coefficients: of each initial state.
-        first: W₁; `None` if the memory is one matrix.
-        last: W₂, or the one matrix, with initial states (bh, r, k, d, d).
+        matrices: W_1 to W_L, from d features to d. There are kernels for one (…, d, d), and for two (…, d, e) and
+            (…, e, d).
         gamma: γ of the norm around the network, in each step; `None` without.
         eps: of that norm.
 
@@ -65,21 +64,20 @@ def retrieve_sequence(
         what the layers give one after the other: in float32 (float64) with the norm, and without it in the precision
         of products, which under autocast is its own.
     """
-    first_initial, first_inputs, first_deltas = (None, None, None) if first is None else first
-    of_first = (first_initial, first_inputs, first_deltas)
-    tensors = (queries, coefficients, initial_coefficients, *of_first, *last, gamma)
-    rows = (queries, first_inputs, first_deltas, last.inputs, last.deltas)
-    states = (coefficients, initial_coefficients, first_initial, last.initial_states, gamma)
-    if use_kernel(rows, states) and _supports(queries, initial_coefficients, last):
+    rows = [queries, *(t for own in matrices for t in (own.inputs, own.deltas))]
+    states = [coefficients, initial_coefficients, *(own.initial_states for own in matrices), gamma]
+    if use_kernel(rows, states) and _supports(queries, initial_coefficients, matrices):
         from titans_pytorch.ops.retrieve_sequence import triton
 
+        first, last = [(None, None, None), *matrices][-2:]
+        tensors = (queries, coefficients, initial_coefficients, *first, *last, gamma)
         return triton.retrieve_sequence(*tensors, eps, operand_dtype(queries))[0]
-    return reference.retrieve_sequence(*tensors, eps)
+    return reference.retrieve_sequence(queries, coefficients, initial_coefficients, matrices, gamma, eps)
 
 
-def _supports(queries: Tensor, initial_coefficients: Tensor, last: FactoredMatrix) -> bool:
+def _supports(queries: Tensor, initial_coefficients: Tensor, matrices: list[FactoredMatrix]) -> bool:
     steps, rows, dim = queries.shape[2:]
-    stored, width = last.inputs.shape[2:]
+    stored, width = matrices[-1].inputs.shape[2:]
     present = queries.numel() > 0 and stored > 0 and width > 0
-    narrow = dim <= WIDEST and initial_coefficients.shape[-1] <= MOST_STATES
+    narrow = len(matrices) <= 2 and dim <= WIDEST and initial_coefficients.shape[-1] <= MOST_STATES
     return present and narrow and max(stored, width) * max(stored, width, steps * rows) < MOST_ENTRIES

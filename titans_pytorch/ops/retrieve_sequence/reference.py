@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import repeat
 from typing import Any
 
@@ -21,19 +22,12 @@ def retrieve_sequence(
     queries: Float[Tensor, 'bh r n c d'],
     coefficients: Float[Tensor, 'bh r n n'],
     initial_coefficients: Float[Tensor, 'bh r n k'],
-    first_initial_states: Float[Tensor, 'bh r k d e'] | None,
-    first_inputs: Float[Tensor, 'bh r t d'] | None,
-    first_deltas: Float[Tensor, 'bh r t e'] | None,
-    last_initial_states: Float[Tensor, 'bh r k e d'],
-    last_inputs: Float[Tensor, 'bh r t e'],
-    last_deltas: Float[Tensor, 'bh r t d'],
+    matrices: Sequence[tuple[Tensor, Tensor, Tensor]],
     gamma: Float[Tensor, 'bh r n d'] | None,
     eps: float,
 ) -> Float[Tensor, 'bh r n c d']:
-    first = (first_initial_states, first_inputs, first_deltas)
-    last = (last_initial_states, last_inputs, last_deltas)
-    given: tuple[Any, ...] = (queries, coefficients.tril(-1), initial_coefficients, first, last, gamma)
-    heads, num_blocks, stored = last_inputs.shape[:3]
+    given: tuple[Any, ...] = (queries, coefficients.tril(-1), initial_coefficients, [*map(tuple, matrices)], gamma)
+    (heads, num_blocks), stored = queries.shape[:2], matrices[0][1].shape[2]
     at_once = num_blocks
     if not queries.is_cuda:
         at_once = min(num_blocks, max(1, ROWS_IN_CACHE // max(1, heads * stored)))
@@ -45,26 +39,23 @@ def retrieve_sequence(
     return torch.cat([_retrieve(eps, *tree_unflatten(part, spec)) for part in parts], dim=1)
 
 
-Matrix = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
 def _retrieve(
     eps: float,
     queries: Tensor,
     coefficients: Tensor,
     initial_coefficients: Tensor,
-    first: Matrix,
-    last: Matrix,
+    matrices: list[tuple[Tensor, Tensor, Tensor]],
     gamma: Tensor | None,
 ) -> Tensor:
     """All blocks at once."""
 
-    def linear(x: Tensor, matrix: Matrix) -> Tensor:
-        given = (t.flatten(0, 1) for t in (x, coefficients, initial_coefficients, *matrix) if t is not None)
+    def linear(x: Tensor, matrix: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        given = (t.flatten(0, 1) for t in (x, coefficients, initial_coefficients, *matrix))
         return factored_linear(*given).unflatten(0, queries.shape[:2])
 
-    hidden = queries if first[0] is None else F.gelu(linear(queries, first))
-    y = linear(hidden, last)
+    y = linear(queries, matrices[0])
+    for matrix in matrices[1:]:
+        y = linear(F.gelu(y), matrix)
     return y if gamma is None else layer_norm(y, eps) * (gamma.unsqueeze(3) + 1) + queries
 
 
