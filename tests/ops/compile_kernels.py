@@ -121,8 +121,8 @@ def operations() -> None:
         tensors = test_memory_batch_scan.problem(1, 2, 1, 16, 64, 128, states, 2, norm)
         scanned = partial(test_memory_batch_scan.scanned, num_proximal_steps=num_proximal_steps)
         test_memory_batch_scan.learned(scanned, test_memory_batch_scan.leaves(tensors))
-    deep_scan._launch = lambda kernel, arguments, *phases: kernel[(1,)](
-        **arguments, first_block=0, last_block=1, first_batch=0, last_batch=1, PHASE=-1, WAITS=True,
+    deep_scan._over_batches = lambda kernel, arguments, phases: lambda block: kernel[(1,)](
+        **deep_scan._taken_by(kernel, arguments), block=block, first_batch=0, last_batch=1, PHASE=-1, WAITS=True,
         counters=torch.zeros(1, dtype=torch.int32), launch_cooperative_grid=True,
     )  # fmt: skip
     for norm, num_proximal_steps in ((False, None), (True, 1)):

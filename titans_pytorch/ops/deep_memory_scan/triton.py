@@ -1,11 +1,13 @@
-"""Kernels of the scan over memory batches of a memory MLP: one launch forward, and two backward.
+"""Kernels of the scan over memory batches of a memory MLP.
 
-Several programs share one head of one sequence. A memory batch is a chain of products of its rows with each matrix,
-forward and back. Each of these phases is cut into tiles of 64 columns, of which every program takes some; between two
-phases the programs of a head wait for each other. What travels between them seldom leaves the GPU's cache. States are
-read and written once for each block of memory batches; within a block, weights are factored. The backward goes from the
-last memory batch to the first, with the gradient G of the states after each block in place; what depends on it in no
-way, the gradient of the coefficients of a block's initial states, has a launch of its own.
+A block of memory batches is two launches forward, and three backward. The first stores its memory batches, one after
+the other. Several programs share one head of one sequence: a memory batch is a chain of products of its rows with each
+matrix, forward and back; each of these phases is cut into tiles of 64 columns, of which every program takes some, and
+between two phases the programs of a head wait for each other. What travels between them seldom leaves the GPU's cache.
+Within the block, weights are factored. The second launch computes the states after the block, all tiles of all matrices
+at once. The backward goes from the last block to the first, with the gradient G of the states after each block in
+place. What depends on G in no way, the gradient of the coefficients of a block's initial states, is a launch of its
+own for all blocks.
 
 Where programs cannot wait for each other, in Triton's interpreter, every phase is launched by itself.
 
@@ -16,6 +18,8 @@ are X_l (`inputs`), the products h_l (`pre`), g_l with Δ_l = g_l ∘ gelu′(h_
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
@@ -180,18 +184,18 @@ def _dot(a, b):  # type: ignore[no-untyped-def]
     return tl.sum(tl.sum(a * b, axis=1), axis=0)
 
 
-@triton.jit(do_not_specialize=['first_block', 'last_block', 'first_batch', 'last_batch', 'blocks'])
-def _forward_kernel(  # type: ignore[no-untyped-def]
-    keys, values, step_sizes, steps, initial_steps, final, initial_final,
-    states, initial, gamma_states, inputs, deltas, of_gamma, losses,
+@triton.jit(do_not_specialize=['block', 'blocks', 'first_batch', 'last_batch'])
+def _batches_kernel(  # type: ignore[no-untyped-def]
+    keys, values, step_sizes, steps, initial_steps, initial, gamma_states, inputs, deltas, of_gamma, losses,
     raw, pre, back, products, scores, back_scores, inverses, row_products, norms, counters,
-    first_block, last_block, first_batch, last_batch, blocks, heads, per_block, per_batch, rows, layer, eps, num_steps,
+    block, blocks, first_batch, last_batch, heads, per_block, per_batch, rows, layer, eps, num_steps,
     key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
     dim: tl.constexpr, width: tl.constexpr, MATRICES: tl.constexpr, PADDED: tl.constexpr, NORM: tl.constexpr,
     STATES: tl.constexpr, PROXIMAL: tl.constexpr, SAVES: tl.constexpr, PHASE: tl.constexpr, WAITS: tl.constexpr,
     COUNTER_STRIDE: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr, DIM: tl.constexpr,
     BLOCK: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
+    """Memory batches `first_batch` to `last_batch` of a block, one after the other."""
     program = tl.program_id(0)
     part, groups = program % PARTS, tl.num_programs(0) // PARTS
     size: tl.constexpr = 2 * dim * width + (MATRICES - 2) * width * width
@@ -200,7 +204,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     feature, index, place = tl.arange(0, DIM), tl.arange(0, ROWS), tl.arange(0, COUNT)
     stored, in_block = per_batch * rows, per_block * rows
     valid, chunk, row = index < stored, index // rows, index % rows
-    with_feature, present = feature < dim, place < in_block
+    with_feature = feature < dim
     inside = valid[:, None] & with_feature[None, :]
     in_batch, in_outputs, in_all = index * wide, index * dim, place * wide
     together, entry = tl.where(chunk[:, None] == chunk[None, :], 1.0, 0.0), index[:, None] * ROWS + index[None, :]
@@ -210,247 +214,249 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     for head_index in range(program // PARTS, heads, groups):
         head = tl.cast(head_index, tl.int64)
         counter, met = counters + head * COUNTER_STRIDE, 0
-        for block in range(first_block, last_block):
-            own = head * blocks + block
-            all_inputs, all_deltas = inputs + own * in_block * wide, deltas + own * in_block * wide
-            own_initial = initial + own * STATES * size
-            for batch in range(first_batch, last_batch):
-                # of the memory batch: its first chunk in its block, rows, and coefficients of the weights before it
-                start = batch * per_batch
-                first_row = own * in_block + start * rows
-                own_inputs, own_deltas = inputs + first_row * wide, deltas + first_row * wide
-                own_raw, own_pre, own_back = raw + first_row * wide, pre + first_row * wide, back + first_row * wide
-                offset = tl.cast(block * per_block + start + chunk, tl.int64)
-                to_steps = offset * step_chunk + row * step_row
-                theta = tl.load(step_sizes + head * step_head + to_steps, mask=valid, other=0.0).to(tl.float32)
-                earlier = place < start * rows
-                from_steps = steps + (own * per_block + start) * per_block
-                of_earlier = tl.load(from_steps + place // rows, mask=earlier, other=0.0)[None, :]
-                mix = _load_mix(initial_steps + (own * per_block + start) * STATES, STATES)
-                own_scores = scores + (own * (per_block // per_batch) + batch) * MATRICES * ROWS * COUNT + to_scores
-                own_back_scores = back_scores + to_scores
-                own_back_scores += (own * (per_block // per_batch) + batch) * (MATRICES - 1) * ROWS * COUNT
+        own = head * blocks + block
+        all_inputs, all_deltas = inputs + own * in_block * wide, deltas + own * in_block * wide
+        own_initial = initial + own * STATES * size
+        for batch in range(first_batch, last_batch):
+            # of the memory batch: its first chunk in its block, rows, and coefficients of the weights before it
+            start = batch * per_batch
+            first_row = own * in_block + start * rows
+            own_inputs, own_deltas = inputs + first_row * wide, deltas + first_row * wide
+            own_raw, own_pre, own_back = raw + first_row * wide, pre + first_row * wide, back + first_row * wide
+            offset = tl.cast(block * per_block + start + chunk, tl.int64)
+            to_steps = offset * step_chunk + row * step_row
+            theta = tl.load(step_sizes + head * step_head + to_steps, mask=valid, other=0.0).to(tl.float32)
+            earlier = place < start * rows
+            from_steps = steps + (own * per_block + start) * per_block
+            of_earlier = tl.load(from_steps + place // rows, mask=earlier, other=0.0)[None, :]
+            mix = _load_mix(initial_steps + (own * per_block + start) * STATES, STATES)
+            own_scores = scores + (own * (per_block // per_batch) + batch) * MATRICES * ROWS * COUNT + to_scores
+            own_back_scores = back_scores + to_scores
+            own_back_scores += (own * (per_block // per_batch) + batch) * (MATRICES - 1) * ROWS * COUNT
 
-                # X of each matrix
-                for l in range(MATRICES - 1):
-                    if (PHASE < 0) | (PHASE == l):
-                        height, columns, before = _shape(l, MATRICES, dim, width)
-                        to_layer = l * layer
-                        match = _scores(
-                            own_inputs + to_layer, in_batch, valid, all_inputs + to_layer, in_all, earlier, height,
-                            ROWS, COUNT, DEPTH, PRECISION, OPERAND,
-                        )  # fmt: skip
-                        if SAVES:
-                            if part == 0:
-                                tl.store(own_scores + l * ROWS * COUNT, match)
-                        for column in range(part * BLOCK, columns, PARTS * BLOCK):
-                            h = _through(
-                                nothing, own_inputs + to_layer, in_batch, valid, own_initial + before, mix, size,
-                                column, height, columns, STATES, BLOCK, DEPTH, PRECISION, OPERAND,
-                            )  # fmt: skip
-                            stored_deltas = _rows(all_deltas + to_layer, in_all, earlier, column, columns, BLOCK)
-                            h = multiply_add(h, match * of_earlier, stored_deltas, PRECISION, OPERAND)
-                            _store_rows(own_pre + to_layer, in_batch, valid, column, columns, h, BLOCK)
-                            a = h * normal_cdf(h)
-                            _store_rows(own_inputs + to_layer + layer, in_batch, valid, column, columns, a, BLOCK)
-                    met += 1
-                    wait_for_all(counter, met * PARTS, WAITS)
-
-                # the loss, by each program, and Δ of each matrix from the last to the first
-                if (PHASE < 0) | (PHASE == MATRICES - 1):
-                    to_layer = (MATRICES - 1) * layer
-                    from_last = own_initial + size - width * dim
+            # X of each matrix
+            for l in range(MATRICES - 1):
+                if (PHASE < 0) | (PHASE == l):
+                    height, columns, before = _shape(l, MATRICES, dim, width)
+                    to_layer = l * layer
                     match = _scores(
-                        own_inputs + to_layer, in_batch, valid, all_inputs + to_layer, in_all, earlier, width,
+                        own_inputs + to_layer, in_batch, valid, all_inputs + to_layer, in_all, earlier, height,
                         ROWS, COUNT, DEPTH, PRECISION, OPERAND,
                     )  # fmt: skip
-                    y = _through(
-                        tl.zeros((ROWS, DIM), tl.float32), own_inputs + to_layer, in_batch, valid, from_last, mix,
-                        size, 0, width, dim, STATES, DIM, DEPTH, PRECISION, OPERAND,
-                    )  # fmt: skip
-                    last_stored = _rows(all_deltas + to_layer, in_all, earlier, 0, dim, DIM)
-                    y = multiply_add(y, match * of_earlier, last_stored, PRECISION, OPERAND)
-                    k = _rows(keys + head * key_head, offset * key_chunk + row * key_row, valid, 0, dim, DIM)
-                    v = _rows(values + head * value_head, offset * value_chunk + row * value_row, valid, 0, dim, DIM)
-                    gain = 1.0
-                    if NORM:
-                        own_gamma = gamma_states + (head * (blocks + 1) + block) * STATES * dim
-                        gamma = _mixed(own_gamma, mix, dim, feature, with_feature, STATES)
-                        descents = _rows(of_gamma + own * in_block * dim, place * dim, earlier, 0, dim, DIM)
-                        gamma += tl.sum(tl.trans(of_earlier) * descents, axis=0)
-                        gain += gamma[None, :]
-                    difference, delta, descent = gradient_of_product(
-                        y, k, v, theta[:, None], gain, inside, eps, dim, NORM
-                    )  # fmt: skip
-                    back_match = tl.zeros((ROWS, COUNT), tl.float32)
-                    back_match = multiply_add(back_match, delta, tl.trans(last_stored), PRECISION, OPERAND)
-                    if part == 0:
-                        loss = tl.sum(difference * difference, axis=1) / dim
-                        tl.store(losses + first_row + index, loss, mask=valid)
-                        _store_rows(products + first_row * dim, in_outputs, valid, 0, dim, y, DIM)
-                        _store_rows(own_raw + to_layer, in_batch, valid, 0, dim, delta, DIM)
-                        if NORM:
-                            _store_rows(of_gamma + first_row * dim, in_outputs, valid, 0, dim, descent, DIM)
-                        if SAVES:
-                            tl.store(own_scores + (MATRICES - 1) * ROWS * COUNT, match)
-                            tl.store(own_back_scores + (MATRICES - 2) * ROWS * COUNT, back_match)
-                    for unit in range(part * BLOCK, width, PARTS * BLOCK):
-                        to_tile, in_tile = _tile(unit, 0, width, dim, BLOCK, DIM)
-                        w = _mixed(from_last, mix, size, to_tile, in_tile, STATES)
-                        g = multiply_add(nothing, delta, tl.trans(w), PRECISION, OPERAND)
-                        x = _rows(all_inputs + to_layer, in_all, earlier, unit, width, BLOCK)
-                        g = multiply_add(g, back_match * of_earlier, x, PRECISION, OPERAND)
-                        h = _rows(own_pre + to_layer - layer, in_batch, valid, unit, width, BLOCK)
-                        _store_rows(own_back + to_layer - layer, in_batch, valid, unit, width, g, BLOCK)
-                        g *= gelu_derivative(h)
-                        _store_rows(own_raw + to_layer - layer, in_batch, valid, unit, width, g, BLOCK)
+                    if SAVES:
+                        if part == 0:
+                            tl.store(own_scores + l * ROWS * COUNT, match)
+                    for column in range(part * BLOCK, columns, PARTS * BLOCK):
+                        h = _through(
+                            nothing, own_inputs + to_layer, in_batch, valid, own_initial + before, mix, size,
+                            column, height, columns, STATES, BLOCK, DEPTH, PRECISION, OPERAND,
+                        )  # fmt: skip
+                        stored_deltas = _rows(all_deltas + to_layer, in_all, earlier, column, columns, BLOCK)
+                        h = multiply_add(h, match * of_earlier, stored_deltas, PRECISION, OPERAND)
+                        _store_rows(own_pre + to_layer, in_batch, valid, column, columns, h, BLOCK)
+                        a = h * normal_cdf(h)
+                        _store_rows(own_inputs + to_layer + layer, in_batch, valid, column, columns, a, BLOCK)
                 met += 1
                 wait_for_all(counter, met * PARTS, WAITS)
-                for up in range(MATRICES - 2):
-                    if (PHASE < 0) | (PHASE == MATRICES + up):
-                        l = MATRICES - 2 - up
-                        to_layer = l * layer
-                        height, columns, before = _shape(l, MATRICES, dim, width)
-                        match = _scores(
-                            own_raw + to_layer, in_batch, valid, all_deltas + to_layer, in_all, earlier, columns,
-                            ROWS, COUNT, DEPTH, PRECISION, OPERAND,
-                        )  # fmt: skip
-                        if SAVES:
-                            if part == 0:
-                                tl.store(own_back_scores + (l - 1) * ROWS * COUNT, match)
-                        for unit in range(part * BLOCK, height, PARTS * BLOCK):
-                            g = _through_transposed(
-                                nothing, own_raw + to_layer, in_batch, valid, own_initial + before, mix, size,
-                                unit, height, columns, STATES, BLOCK, DEPTH, PRECISION, OPERAND,
-                            )  # fmt: skip
-                            x = _rows(all_inputs + to_layer, in_all, earlier, unit, height, BLOCK)
-                            g = multiply_add(g, match * of_earlier, x, PRECISION, OPERAND)
-                            h = _rows(own_pre + to_layer - layer, in_batch, valid, unit, height, BLOCK)
-                            _store_rows(own_back + to_layer - layer, in_batch, valid, unit, height, g, BLOCK)
-                            g *= gelu_derivative(h)
-                            _store_rows(own_raw + to_layer - layer, in_batch, valid, unit, height, g, BLOCK)
-                    met += 1
-                    wait_for_all(counter, met * PARTS, WAITS)
 
-                # proximal steps: all systems by each program
-                if PROXIMAL:
-                    if (PHASE < 0) | (PHASE == 2 * MATRICES - 2):
-                        weighted = theta * tl.load(losses + first_row + index, mask=valid, other=0.0)
-                        systems = tl.zeros((PADDED, ROWS, ROWS), tl.float32)
-                        systems += tl.where(index[:, None] == index[None, :], 1.0, 0.0)[None, :, :]
-                        of_systems = tl.zeros((PADDED, ROWS, 1), tl.float32)
-                        to_systems = (own * (per_block // per_batch) + batch) * MATRICES
-                        for l in range(MATRICES):
-                            height, columns, before = _shape(l, MATRICES, dim, width)
-                            own_rows = own_inputs + l * layer
-                            matches = together * _scores(
-                                own_rows, in_batch, valid, own_rows, in_batch, valid, height,
-                                ROWS, ROWS, DEPTH, PRECISION, OPERAND,
-                            )  # fmt: skip
-                            norm = tl.zeros((ROWS,), tl.float32)
-                            for first in range(0, columns, DEPTH):
-                                d = _rows(own_raw + l * layer, in_batch, valid, first, columns, DEPTH)
-                                norm += tl.sum(d * d, axis=1)
-                            c, _, _ = curvatures(norm, weighted, num_steps)
-                            share = shares(matches, c, ROWS)
-                            systems += tl.where(which == l, ((share * c)[:, None] * matches)[None, :, :], 0.0)
-                            of_systems += tl.where(which == l, share[None, :, None], 0.0)
-                            if SAVES:
-                                if part == 0:
-                                    tl.store(row_products + (to_systems + l) * ROWS * ROWS + entry, matches)
-                                    tl.store(norms + (to_systems + l) * ROWS + index, norm)
-                        systems = invert(systems, stored, ROWS)
-                        for l in range(MATRICES):
-                            height, columns, before = _shape(l, MATRICES, dim, width)
-                            inverse = tl.sum(tl.where(which == l, systems, 0.0), axis=0)
-                            share = tl.sum(tl.sum(tl.where(which == l, of_systems, 0.0), axis=0), axis=1)
-                            if SAVES:
-                                if part == 0:
-                                    tl.store(inverses + (to_systems + l) * ROWS * ROWS + entry, inverse)
-                            for column in range((part + l) % PARTS * BLOCK, columns, PARTS * BLOCK):
-                                d = _rows(own_raw + l * layer, in_batch, valid, column, columns, BLOCK)
-                                d = multiply_add(nothing, inverse, share[:, None] * d, PRECISION, tl.float32)
-                                _store_rows(own_deltas + l * layer, in_batch, valid, column, columns, d, BLOCK)
-                        if NORM:
-                            if part == 0:
-                                own_descents = of_gamma + first_row * dim
-                                of_rows = _rows(own_descents, in_outputs, valid, 0, dim, DIM)
-                                _, divisor, _, _ = vector_steps(
-                                    of_rows, weighted, together, num_steps, PRECISION, ROWS, DIM
-                                )  # fmt: skip
-                                _store_rows(own_descents, in_outputs, valid, 0, dim, of_rows / divisor[:, None], DIM)
-                    met += 1
-                    wait_for_all(counter, met * PARTS, WAITS)
-
-            # the states after the block
-            if (PHASE < 0) | (PHASE == 2 * MATRICES - 1):
-                before_block = states + ((block % 2) * heads + head) * STATES * size
-                after_block = states + (((block + 1) % 2) * heads + head) * STATES * size
-                own_final, own_mix = (
-                    final + own * STATES * per_block + place // rows,
-                    initial_final + own * STATES * STATES,
-                )
-                of_weights = tl.load(own_final, mask=present, other=0.0)
-                of_momentum = of_weights
-                if STATES > 1:
-                    of_momentum = tl.load(own_final + per_block, mask=present, other=0.0)
-                kept, added = _load_mix(own_mix, STATES)
-                returned, kept_momentum = _load_mix(own_mix + (STATES - 1) * STATES, STATES)
-                for l in range(MATRICES):
-                    height, columns, before = _shape(l, MATRICES, dim, width)
-                    across = tl.cdiv(columns, BLOCK)
-                    for tile in range((part + l) % PARTS, tl.cdiv(height, BLOCK) * across, PARTS):
-                        to_row, to_column = tile // across * BLOCK, tile % across * BLOCK
-                        x = _rows(all_inputs + l * layer, in_all, present, to_row, height, BLOCK)
-                        d = _rows(all_deltas + l * layer, in_all, present, to_column, columns, BLOCK)
-                        to_tile, in_tile = _tile(to_row, to_column, height, columns, BLOCK, BLOCK)
-                        to_tile += before
-                        w, momentum = _load_states(before_block, size, to_tile, in_tile, STATES)
-                        after = kept * w
-                        if STATES > 1:
-                            after += added * momentum
-                            momentum = returned * w + kept_momentum * momentum
-                            momentum = multiply_add(
-                                momentum, tl.trans(x * of_momentum[:, None]), d, PRECISION, OPERAND
-                            )  # fmt: skip
-                        after = multiply_add(after, tl.trans(x * of_weights[:, None]), d, PRECISION, OPERAND)
-                        _store_states(after_block, after, momentum, size, to_tile, in_tile, STATES)
-                        if block + 1 < blocks:
-                            next_initial = own_initial + STATES * size
-                            _store_states(next_initial, after, momentum, size, to_tile, in_tile, STATES)
+            # the loss, by each program, and Δ of each matrix from the last to the first
+            if (PHASE < 0) | (PHASE == MATRICES - 1):
+                to_layer = (MATRICES - 1) * layer
+                from_last = own_initial + size - width * dim
+                match = _scores(
+                    own_inputs + to_layer, in_batch, valid, all_inputs + to_layer, in_all, earlier, width,
+                    ROWS, COUNT, DEPTH, PRECISION, OPERAND,
+                )  # fmt: skip
+                y = _through(
+                    tl.zeros((ROWS, DIM), tl.float32), own_inputs + to_layer, in_batch, valid, from_last, mix,
+                    size, 0, width, dim, STATES, DIM, DEPTH, PRECISION, OPERAND,
+                )  # fmt: skip
+                last_stored = _rows(all_deltas + to_layer, in_all, earlier, 0, dim, DIM)
+                y = multiply_add(y, match * of_earlier, last_stored, PRECISION, OPERAND)
+                k = _rows(keys + head * key_head, offset * key_chunk + row * key_row, valid, 0, dim, DIM)
+                v = _rows(values + head * value_head, offset * value_chunk + row * value_row, valid, 0, dim, DIM)
+                gain = 1.0
                 if NORM:
-                    if part == 0:
-                        descents = _rows(of_gamma + own * in_block * dim, place * dim, present, 0, dim, DIM)
-                        own_gamma = gamma_states + (head * (blocks + 1) + block) * STATES * dim
-                        gamma, momentum = _load_states(own_gamma, dim, feature, with_feature, STATES)
-                        after = kept * gamma + tl.sum(of_weights[:, None] * descents, axis=0)
-                        if STATES > 1:
-                            after += added * momentum
-                            momentum = returned * gamma + kept_momentum * momentum
-                            momentum += tl.sum(of_momentum[:, None] * descents, axis=0)
-                        _store_states(own_gamma + STATES * dim, after, momentum, dim, feature, with_feature, STATES)
+                    own_gamma = gamma_states + (head * (blocks + 1) + block) * STATES * dim
+                    gamma = _mixed(own_gamma, mix, dim, feature, with_feature, STATES)
+                    descents = _rows(of_gamma + own * in_block * dim, place * dim, earlier, 0, dim, DIM)
+                    gamma += tl.sum(tl.trans(of_earlier) * descents, axis=0)
+                    gain += gamma[None, :]
+                difference, delta, descent = gradient_of_product(
+                    y, k, v, theta[:, None], gain, inside, eps, dim, NORM
+                )  # fmt: skip
+                back_match = tl.zeros((ROWS, COUNT), tl.float32)
+                back_match = multiply_add(back_match, delta, tl.trans(last_stored), PRECISION, OPERAND)
+                if part == 0:
+                    loss = tl.sum(difference * difference, axis=1) / dim
+                    tl.store(losses + first_row + index, loss, mask=valid)
+                    _store_rows(products + first_row * dim, in_outputs, valid, 0, dim, y, DIM)
+                    _store_rows(own_raw + to_layer, in_batch, valid, 0, dim, delta, DIM)
+                    if NORM:
+                        _store_rows(of_gamma + first_row * dim, in_outputs, valid, 0, dim, descent, DIM)
+                    if SAVES:
+                        tl.store(own_scores + (MATRICES - 1) * ROWS * COUNT, match)
+                        tl.store(own_back_scores + (MATRICES - 2) * ROWS * COUNT, back_match)
+                for unit in range(part * BLOCK, width, PARTS * BLOCK):
+                    to_tile, in_tile = _tile(unit, 0, width, dim, BLOCK, DIM)
+                    w = _mixed(from_last, mix, size, to_tile, in_tile, STATES)
+                    g = multiply_add(nothing, delta, tl.trans(w), PRECISION, OPERAND)
+                    x = _rows(all_inputs + to_layer, in_all, earlier, unit, width, BLOCK)
+                    g = multiply_add(g, back_match * of_earlier, x, PRECISION, OPERAND)
+                    h = _rows(own_pre + to_layer - layer, in_batch, valid, unit, width, BLOCK)
+                    _store_rows(own_back + to_layer - layer, in_batch, valid, unit, width, g, BLOCK)
+                    g *= gelu_derivative(h)
+                    _store_rows(own_raw + to_layer - layer, in_batch, valid, unit, width, g, BLOCK)
             met += 1
             wait_for_all(counter, met * PARTS, WAITS)
+            for up in range(MATRICES - 2):
+                if (PHASE < 0) | (PHASE == MATRICES + up):
+                    l = MATRICES - 2 - up
+                    to_layer = l * layer
+                    height, columns, before = _shape(l, MATRICES, dim, width)
+                    match = _scores(
+                        own_raw + to_layer, in_batch, valid, all_deltas + to_layer, in_all, earlier, columns,
+                        ROWS, COUNT, DEPTH, PRECISION, OPERAND,
+                    )  # fmt: skip
+                    if SAVES:
+                        if part == 0:
+                            tl.store(own_back_scores + (l - 1) * ROWS * COUNT, match)
+                    for unit in range(part * BLOCK, height, PARTS * BLOCK):
+                        g = _through_transposed(
+                            nothing, own_raw + to_layer, in_batch, valid, own_initial + before, mix, size,
+                            unit, height, columns, STATES, BLOCK, DEPTH, PRECISION, OPERAND,
+                        )  # fmt: skip
+                        x = _rows(all_inputs + to_layer, in_all, earlier, unit, height, BLOCK)
+                        g = multiply_add(g, match * of_earlier, x, PRECISION, OPERAND)
+                        h = _rows(own_pre + to_layer - layer, in_batch, valid, unit, height, BLOCK)
+                        _store_rows(own_back + to_layer - layer, in_batch, valid, unit, height, g, BLOCK)
+                        g *= gelu_derivative(h)
+                        _store_rows(own_raw + to_layer - layer, in_batch, valid, unit, height, g, BLOCK)
+                met += 1
+                wait_for_all(counter, met * PARTS, WAITS)
+
+            # proximal steps: all systems by each program
+            if PROXIMAL:
+                if (PHASE < 0) | (PHASE == 2 * MATRICES - 2):
+                    weighted = theta * tl.load(losses + first_row + index, mask=valid, other=0.0)
+                    systems = tl.zeros((PADDED, ROWS, ROWS), tl.float32)
+                    systems += tl.where(index[:, None] == index[None, :], 1.0, 0.0)[None, :, :]
+                    of_systems = tl.zeros((PADDED, ROWS, 1), tl.float32)
+                    to_systems = (own * (per_block // per_batch) + batch) * MATRICES
+                    for l in range(MATRICES):
+                        height, columns, before = _shape(l, MATRICES, dim, width)
+                        own_rows = own_inputs + l * layer
+                        matches = together * _scores(
+                            own_rows, in_batch, valid, own_rows, in_batch, valid, height,
+                            ROWS, ROWS, DEPTH, PRECISION, OPERAND,
+                        )  # fmt: skip
+                        norm = tl.zeros((ROWS,), tl.float32)
+                        for first in range(0, columns, DEPTH):
+                            d = _rows(own_raw + l * layer, in_batch, valid, first, columns, DEPTH)
+                            norm += tl.sum(d * d, axis=1)
+                        c, _, _ = curvatures(norm, weighted, num_steps)
+                        share = shares(matches, c, ROWS)
+                        systems += tl.where(which == l, ((share * c)[:, None] * matches)[None, :, :], 0.0)
+                        of_systems += tl.where(which == l, share[None, :, None], 0.0)
+                        if SAVES:
+                            if part == 0:
+                                tl.store(row_products + (to_systems + l) * ROWS * ROWS + entry, matches)
+                                tl.store(norms + (to_systems + l) * ROWS + index, norm)
+                    systems = invert(systems, stored, ROWS)
+                    for l in range(MATRICES):
+                        height, columns, before = _shape(l, MATRICES, dim, width)
+                        inverse = tl.sum(tl.where(which == l, systems, 0.0), axis=0)
+                        share = tl.sum(tl.sum(tl.where(which == l, of_systems, 0.0), axis=0), axis=1)
+                        if SAVES:
+                            if part == 0:
+                                tl.store(inverses + (to_systems + l) * ROWS * ROWS + entry, inverse)
+                        for column in range((part + l) % PARTS * BLOCK, columns, PARTS * BLOCK):
+                            d = _rows(own_raw + l * layer, in_batch, valid, column, columns, BLOCK)
+                            d = multiply_add(nothing, inverse, share[:, None] * d, PRECISION, tl.float32)
+                            _store_rows(own_deltas + l * layer, in_batch, valid, column, columns, d, BLOCK)
+                    if NORM:
+                        if part == 0:
+                            own_descents = of_gamma + first_row * dim
+                            of_rows = _rows(own_descents, in_outputs, valid, 0, dim, DIM)
+                            _, divisor, _, _ = vector_steps(
+                                of_rows, weighted, together, num_steps, PRECISION, ROWS, DIM
+                            )  # fmt: skip
+                            _store_rows(own_descents, in_outputs, valid, 0, dim, of_rows / divisor[:, None], DIM)
+                met += 1
+                wait_for_all(counter, met * PARTS, WAITS)
 
 
-@triton.jit(do_not_specialize=['first_block', 'last_block', 'first_batch', 'last_batch', 'blocks'])
-def _backward_kernel(  # type: ignore[no-untyped-def]
-    keys, values, step_sizes, steps, initial_steps, final, initial_final,
-    initial, gamma_states, inputs, deltas, of_gamma, losses,
-    raw, pre, back, products, scores, back_scores, inverses, row_products, norms,
-    d_gamma_states, d_initial, d_inputs, d_deltas, d_of_gamma, d_losses,
-    g_states, g_low, g_gamma, of_inputs, of_deltas, of_raw, of_back, of_pre, of_scores, of_back_scores, of_descents,
-    of_weighted, of_gains, d_keys, d_values, d_step_sizes, d_steps, d_final, d_initial_final, counters,
-    first_block, last_block, first_batch, last_batch, blocks, heads, per_block, per_batch, rows, layer, eps, num_steps,
+@triton.jit(do_not_specialize=['block', 'blocks'])
+def _states_kernel(  # type: ignore[no-untyped-def]
+    final, initial_final, states, initial, gamma_states, inputs, deltas, of_gamma,
+    block, blocks, per_block, rows, layer,
+    dim: tl.constexpr, width: tl.constexpr, MATRICES: tl.constexpr, NORM: tl.constexpr, STATES: tl.constexpr,
+    COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """The states after a block, a tile of one matrix to each program."""
+    head, l, tile = tl.cast(tl.program_id(0), tl.int64), tl.program_id(1), tl.program_id(2)
+    size: tl.constexpr = 2 * dim * width + (MATRICES - 2) * width * width
+    wide: tl.constexpr = width if width > dim else dim
+    layer = tl.cast(layer, tl.int64)
+    feature, place = tl.arange(0, DIM), tl.arange(0, COUNT)
+    in_block, own = per_block * rows, head * blocks + block
+    with_feature, present, in_all = feature < dim, place < in_block, place * wide
+    height, columns, before = _shape(l, MATRICES, dim, width)
+    all_inputs, all_deltas = (inputs + own * in_block * wide, deltas + own * in_block * wide)
+    own_states = states + head * STATES * size
+    own_final, own_mix = final + own * STATES * per_block + place // rows, initial_final + own * STATES * STATES
+    of_weights = tl.load(own_final, mask=present, other=0.0)
+    of_momentum = of_weights
+    if STATES > 1:
+        of_momentum = tl.load(own_final + per_block, mask=present, other=0.0)
+    kept, added = _load_mix(own_mix, STATES)
+    returned, kept_momentum = _load_mix(own_mix + (STATES - 1) * STATES, STATES)
+
+    across = tl.cdiv(columns, BLOCK)
+    to_row, to_column = tile // across * BLOCK, tile % across * BLOCK
+    if to_row < height:
+        x = _rows(all_inputs + l * layer, in_all, present, to_row, height, BLOCK)
+        d = _rows(all_deltas + l * layer, in_all, present, to_column, columns, BLOCK)
+        to_tile, in_tile = _tile(to_row, to_column, height, columns, BLOCK, BLOCK)
+        to_tile += before
+        w, momentum = _load_states(own_states, size, to_tile, in_tile, STATES)
+        after = kept * w
+        if STATES > 1:
+            after += added * momentum
+            momentum = returned * w + kept_momentum * momentum
+            momentum = multiply_add(momentum, tl.trans(x * of_momentum[:, None]), d, PRECISION, OPERAND)
+        after = multiply_add(after, tl.trans(x * of_weights[:, None]), d, PRECISION, OPERAND)
+        _store_states(own_states, after, momentum, size, to_tile, in_tile, STATES)
+        if block + 1 < blocks:
+            _store_states(initial + (own + 1) * STATES * size, after, momentum, size, to_tile, in_tile, STATES)
+    if NORM:
+        if (l == 0) & (tile == 0):
+            descents = _rows(of_gamma + own * in_block * dim, place * dim, present, 0, dim, DIM)
+            own_gamma = gamma_states + (head * (blocks + 1) + block) * STATES * dim
+            gamma, gamma_momentum = _load_states(own_gamma, dim, feature, with_feature, STATES)
+            gamma_after = kept * gamma + tl.sum(of_weights[:, None] * descents, axis=0)
+            if STATES > 1:
+                gamma_after += added * gamma_momentum
+                gamma_momentum = returned * gamma + kept_momentum * gamma_momentum
+                gamma_momentum += tl.sum(of_momentum[:, None] * descents, axis=0)
+            to_after = own_gamma + STATES * dim
+            _store_states(to_after, gamma_after, gamma_momentum, dim, feature, with_feature, STATES)
+
+
+@triton.jit(do_not_specialize=['block', 'blocks', 'first_batch', 'last_batch'])
+def _batches_backward_kernel(  # type: ignore[no-untyped-def]
+    keys, values, step_sizes, steps, initial_steps, initial, gamma_states, inputs, deltas, of_gamma, losses,
+    raw, pre, back, products, scores, back_scores, inverses, row_products, norms, d_losses,
+    of_inputs, of_deltas, of_raw, of_back, of_pre, of_scores, of_back_scores, of_descents, of_weighted, of_gains,
+    d_keys, d_values, d_step_sizes, d_steps, counters,
+    block, blocks, first_batch, last_batch, heads, per_block, per_batch, rows, layer, eps, num_steps,
     key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
     dim: tl.constexpr, width: tl.constexpr, MATRICES: tl.constexpr, NORM: tl.constexpr, STATES: tl.constexpr,
-    PROXIMAL: tl.constexpr, OF_INITIAL: tl.constexpr, OF_GAMMA_STATES: tl.constexpr, OF_INPUTS: tl.constexpr,
-    OF_DELTAS: tl.constexpr, OF_GAMMA: tl.constexpr, OF_LOSSES: tl.constexpr, PHASE: tl.constexpr, WAITS: tl.constexpr,
+    PROXIMAL: tl.constexpr, OF_LOSSES: tl.constexpr, PHASE: tl.constexpr, WAITS: tl.constexpr,
     COUNTER_STRIDE: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr, DIM: tl.constexpr,
     BLOCK: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Blocks and memory batches in reverse, `first_block` to `last_block`, and `first_batch` to `last_batch`, counted
-    from the end."""
+    """Memory batches of a block in reverse, `first_batch` to `last_batch` counted from the end."""
     program = tl.program_id(0)
     part, groups = program % PARTS, tl.num_programs(0) // PARTS
     size: tl.constexpr = 2 * dim * width + (MATRICES - 2) * width * width
@@ -469,7 +475,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     to_match = index[:, None] * COUNT + place[None, :]
     # of the block's rows, as rows of their memory batches
     batch_of_place, in_match = place // stored, place % stored * COUNT
-    nothing, none_of_block = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((COUNT, BLOCK), tl.float32)
+    nothing = tl.zeros((ROWS, BLOCK), tl.float32)
 
     for head_index in range(program // PARTS, heads, groups):
         head = tl.cast(head_index, tl.int64)
@@ -479,436 +485,463 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         head_of_scores = of_scores + head * batches * MATRICES * of_match
         head_of_back_scores = of_back_scores + head * batches * MATRICES * of_match
         head_of_descents = of_descents + head * COUNT * dim
-        own_g = g_low + head * STATES * size
-        for block_step in range(first_block, last_block):
-            block = blocks - 1 - block_step
-            own = head * blocks + block
-            to_rows = own * in_block * wide
-            all_inputs, all_deltas, all_raw = inputs + to_rows, deltas + to_rows, raw + to_rows
-            all_of_back, all_of_pre = of_back + to_rows, of_pre + to_rows
-            own_initial = initial + own * STATES * size
-            own_final, own_mix = final + own * STATES * per_block + place // rows, initial_final + own * STATES * STATES
-            after_block = g_states + ((block_step % 2) * heads + head) * STATES * size
-            before_block = g_states + (((block_step + 1) % 2) * heads + head) * STATES * size
-            gamma_after = g_gamma + ((block_step % 2) * heads + head) * STATES * dim
-            gamma_before = g_gamma + (((block_step + 1) % 2) * heads + head) * STATES * dim
-            own_gamma = gamma_states + (head * (blocks + 1) + block) * STATES * dim
+        own = head * blocks + block
+        to_rows = own * in_block * wide
+        all_inputs, all_deltas, all_raw = inputs + to_rows, deltas + to_rows, raw + to_rows
+        all_of_back, all_of_pre = of_back + to_rows, of_pre + to_rows
+        own_initial = initial + own * STATES * size
+        own_gamma = gamma_states + (head * (blocks + 1) + block) * STATES * dim
 
-            # through the states after the block, to X and Δ of all rows
+        for batch_step in range(first_batch, last_batch):
+            batch = batches - 1 - batch_step
+            start = batch * per_batch
+            first_row, in_kept = own * in_block + start * rows, (start * rows + index) * wide
+            own_inputs, own_deltas = inputs + first_row * wide, deltas + first_row * wide
+            own_raw, own_pre, own_back = raw + first_row * wide, pre + first_row * wide, back + first_row * wide
+            own_of_back, own_of_pre = of_back + first_row * wide, of_pre + first_row * wide
+            offset = tl.cast(block * per_block + start + chunk, tl.int64)
+            to_steps = offset * step_chunk + row * step_row
+            theta = tl.load(step_sizes + head * step_head + to_steps, mask=valid, other=0.0).to(tl.float32)
+            earlier = place < start * rows
+            from_steps = steps + (own * per_block + start) * per_block
+            of_earlier = tl.load(from_steps + place // rows, mask=earlier, other=0.0)[None, :]
+            mix = _load_mix(initial_steps + (own * per_block + start) * STATES, STATES)
+            own_scores = scores + (own * batches + batch) * MATRICES * of_match + to_match
+            own_back_scores = back_scores + (own * batches + batch) * (MATRICES - 1) * of_match + to_match
+            own_of_scores = head_of_scores + batch * MATRICES * of_match + to_match
+            own_of_back_scores = head_of_back_scores + batch * MATRICES * of_match + to_match
+            own_d_steps = d_steps + (own * batches + batch) * 2 * MATRICES * COUNT + place
+            to_systems = (own * batches + batch) * MATRICES
+
+            # from the weights before later memory batches, which these rows are part of
             if (PHASE < 0) | (PHASE == 0):
-                to_weights = tl.load(own_final, mask=present, other=0.0)
-                to_momentum = to_weights
-                if STATES > 1:
-                    to_momentum = tl.load(own_final + per_block, mask=present, other=0.0)
-                d_to_weights, d_to_momentum = tl.zeros((COUNT,), tl.float32), tl.zeros((COUNT,), tl.float32)
-                for l in range(MATRICES):
-                    height, columns, before = _shape(l, MATRICES, dim, width)
-                    for column in range((part + l) % PARTS * BLOCK, columns, PARTS * BLOCK):
-                        of_w, of_s = none_of_block, none_of_block
-                        for first in range(0, height, DEPTH):
-                            x = _rows(all_inputs + l * layer, in_all, present, first, height, DEPTH)
-                            to_tile, in_tile = _tile(first, column, height, columns, DEPTH, BLOCK)
-                            g, t = _load_states(own_g + before, size, to_tile, in_tile, STATES)
-                            of_w = multiply_add(of_w, x, g, PRECISION, OPERAND)
-                            if STATES > 1:
-                                of_s = multiply_add(of_s, x, t, PRECISION, OPERAND)
-                        d = _rows(all_deltas + l * layer, in_all, present, column, columns, BLOCK)
-                        d_to_weights += tl.sum(of_w * d, axis=1)
-                        d_delta = to_weights[:, None] * of_w
-                        if STATES > 1:
-                            d_to_momentum += tl.sum(of_s * d, axis=1)
-                            d_delta += to_momentum[:, None] * of_s
-                        if OF_DELTAS:
-                            d_delta += _rows(d_deltas + to_rows + l * layer, in_all, present, column, columns, BLOCK)
-                        _store_rows(head_of_deltas + l * kept, in_all, place < COUNT, column, columns, d_delta, BLOCK)
-                    for unit in range((part + l) % PARTS * BLOCK, height, PARTS * BLOCK):
-                        d_x = none_of_block
-                        for first in range(0, columns, DEPTH):
-                            d = _rows(all_deltas + l * layer, in_all, present, first, columns, DEPTH)
-                            to_tile, in_tile = _tile(unit, first, height, columns, BLOCK, DEPTH)
-                            g, t = _load_states(own_g + before, size, to_tile, in_tile, STATES)
-                            d_x = multiply_add(d_x, d * to_weights[:, None], tl.trans(g), PRECISION, OPERAND)
-                            if STATES > 1:
-                                d_x = multiply_add(d_x, d * to_momentum[:, None], tl.trans(t), PRECISION, OPERAND)
-                        if OF_INPUTS:
+                if batch + 1 < batches:
+                    later = present & (batch_of_place > batch)
+                    to_later = (own * per_block + batch_of_place * per_batch) * per_block
+                    of_later = tl.load(
+                        steps + to_later[:, None] + (start + chunk)[None, :],
+                        mask=later[:, None] & valid[None, :], other=0.0,
+                    )  # fmt: skip
+                    in_scores = in_match[:, None] + (start * rows + index)[None, :]
+                    in_later = later[:, None] & valid[None, :]
+                    for l in range(MATRICES):
+                        height, columns, before = _shape(l, MATRICES, dim, width)
+                        from_scores = scores + ((own * batches + batch_of_place) * MATRICES + l)[:, None] * of_match
+                        match = tl.load(from_scores + in_scores, mask=in_later, other=0.0).to(tl.float32)
+                        from_scores = head_of_scores + (batch_of_place * MATRICES + l)[:, None] * of_match
+                        d_match = tl.load(from_scores + in_scores, mask=in_later, other=0.0)
+                        match *= of_later
+                        d_match *= of_later
+                        # of g, and of the way back through it; there is none of the first matrix
+                        with_g = in_later & (l > 0)
+                        from_scores = back_scores - of_match
+                        from_scores += ((own * batches + batch_of_place) * (MATRICES - 1) + l)[:, None] * of_match
+                        of_g = tl.load(from_scores + in_scores, mask=with_g, other=0.0).to(tl.float32)
+                        from_scores = head_of_back_scores + (batch_of_place * MATRICES + l)[:, None] * of_match
+                        d_of_g = tl.load(from_scores + in_scores, mask=with_g, other=0.0)
+                        of_g *= of_later
+                        d_of_g *= of_later
+                        for column in range((part + l) % PARTS * BLOCK, columns, PARTS * BLOCK):
+                            d_delta = _rows(head_of_deltas + l * kept, in_kept, valid, column, columns, BLOCK)
+                            d_h = _rows(all_of_pre + l * layer, in_all, later, column, columns, BLOCK)
+                            d_delta = multiply_add(d_delta, tl.trans(match), d_h, PRECISION, OPERAND)
                             if l > 0:
-                                d_x += _rows(d_inputs + to_rows + l * layer, in_all, present, unit, height, BLOCK)
-                        _store_rows(head_of_inputs + l * kept, in_all, place < COUNT, unit, height, d_x, BLOCK)
-                if NORM:
-                    if part == 0:
-                        descents = _rows(of_gamma + own * in_block * dim, place * dim, present, 0, dim, DIM)
-                        g_w, g_s = _load_states(gamma_after, dim, feature, with_feature, STATES)
-                        d_to_weights += tl.sum(descents * g_w[None, :], axis=1)
-                        d_descents = to_weights[:, None] * g_w[None, :]
-                        if STATES > 1:
-                            d_to_momentum += tl.sum(descents * g_s[None, :], axis=1)
-                            d_descents += to_momentum[:, None] * g_s[None, :]
-                        if OF_GAMMA:
-                            d_descents += _rows(
-                                d_of_gamma + own * in_block * dim, place * dim, present, 0, dim, DIM
-                            )  # fmt: skip
-                        _store_rows(head_of_descents, place * dim, place < COUNT, 0, dim, d_descents, DIM)
-                to_final = d_final + (own * PARTS + part) * STATES * in_block
-                _store_states(to_final, d_to_weights, d_to_momentum, in_block, place, present, STATES)
+                                d = _rows(all_raw + l * layer, in_all, later, column, columns, BLOCK)
+                                d_delta = multiply_add(d_delta, tl.trans(d_of_g), d, PRECISION, OPERAND)
+                            _store_rows(head_of_deltas + l * kept, in_kept, valid, column, columns, d_delta, BLOCK)
+                        for unit in range((part + l) % PARTS * BLOCK, height, PARTS * BLOCK):
+                            d_x = _rows(head_of_inputs + l * kept, in_kept, valid, unit, height, BLOCK)
+                            x = _rows(all_inputs + l * layer, in_all, later, unit, height, BLOCK)
+                            d_x = multiply_add(d_x, tl.trans(d_match), x, PRECISION, OPERAND)
+                            if l > 0:
+                                d_g = _rows(all_of_back + (l - 1) * layer, in_all, later, unit, height, BLOCK)
+                                d_x = multiply_add(d_x, tl.trans(of_g), d_g, PRECISION, OPERAND)
+                            _store_rows(head_of_inputs + l * kept, in_kept, valid, unit, height, d_x, BLOCK)
+                if not PROXIMAL:
+                    for column in range(part * BLOCK, width, PARTS * BLOCK):
+                        d_g = _rows(head_of_raw, in_kept, valid, column, width, BLOCK)
+                        d_g *= gelu_derivative(_rows(own_pre, in_batch, valid, column, width, BLOCK))
+                        _store_rows(own_of_back, in_batch, valid, column, width, d_g, BLOCK)
             met += 1
             wait_for_all(counter, met * PARTS, WAITS)
 
-            for batch_step in range(first_batch, last_batch):
-                batch = batches - 1 - batch_step
-                start = batch * per_batch
-                first_row, in_kept = own * in_block + start * rows, (start * rows + index) * wide
-                own_inputs, own_deltas = inputs + first_row * wide, deltas + first_row * wide
-                own_raw, own_pre, own_back = raw + first_row * wide, pre + first_row * wide, back + first_row * wide
-                own_of_back, own_of_pre = of_back + first_row * wide, of_pre + first_row * wide
-                offset = tl.cast(block * per_block + start + chunk, tl.int64)
-                to_steps = offset * step_chunk + row * step_row
-                theta = tl.load(step_sizes + head * step_head + to_steps, mask=valid, other=0.0).to(tl.float32)
-                earlier = place < start * rows
-                from_steps = steps + (own * per_block + start) * per_block
-                of_earlier = tl.load(from_steps + place // rows, mask=earlier, other=0.0)[None, :]
-                mix = _load_mix(initial_steps + (own * per_block + start) * STATES, STATES)
-                own_scores = scores + (own * batches + batch) * MATRICES * of_match + to_match
-                own_back_scores = back_scores + (own * batches + batch) * (MATRICES - 1) * of_match + to_match
-                own_of_scores = head_of_scores + batch * MATRICES * of_match + to_match
-                own_of_back_scores = head_of_back_scores + batch * MATRICES * of_match + to_match
-                own_d_steps = d_steps + (own * batches + batch) * 2 * MATRICES * COUNT + place
-                to_systems = (own * batches + batch) * MATRICES
-
-                # from the weights before later memory batches, which these rows are part of
+            # through proximal steps
+            if PROXIMAL:
                 if (PHASE < 0) | (PHASE == 1):
-                    if batch + 1 < batches:
-                        later = present & (batch_of_place > batch)
-                        to_later = (own * per_block + batch_of_place * per_batch) * per_block
-                        of_later = tl.load(
-                            steps + to_later[:, None] + (start + chunk)[None, :],
-                            mask=later[:, None] & valid[None, :], other=0.0,
+                    loss = tl.load(losses + first_row + index, mask=valid, other=0.0)
+                    weighted, d_weighted = theta * loss, tl.zeros((ROWS,), tl.float32)
+                    for l in range(MATRICES):
+                        height, columns, before = _shape(l, MATRICES, dim, width)
+                        inverse = tl.trans(tl.load(inverses + (to_systems + l) * ROWS * ROWS + entry))
+                        matches = tl.load(row_products + (to_systems + l) * ROWS * ROWS + entry)
+                        c, of_norm, of_loss = curvatures(
+                            tl.load(norms + (to_systems + l) * ROWS + index), weighted, num_steps
                         )  # fmt: skip
-                        in_scores = in_match[:, None] + (start * rows + index)[None, :]
-                        in_later = later[:, None] & valid[None, :]
-                        for l in range(MATRICES):
-                            height, columns, before = _shape(l, MATRICES, dim, width)
-                            from_scores = scores + ((own * batches + batch_of_place) * MATRICES + l)[:, None] * of_match
-                            match = tl.load(from_scores + in_scores, mask=in_later, other=0.0).to(tl.float32)
-                            from_scores = head_of_scores + (batch_of_place * MATRICES + l)[:, None] * of_match
-                            d_match = tl.load(from_scores + in_scores, mask=in_later, other=0.0)
-                            match *= of_later
-                            d_match *= of_later
-                            # of g, and of the way back through it; there is none of the first matrix
-                            with_g = in_later & (l > 0)
-                            from_scores = back_scores - of_match
-                            from_scores += ((own * batches + batch_of_place) * (MATRICES - 1) + l)[:, None] * of_match
-                            of_g = tl.load(from_scores + in_scores, mask=with_g, other=0.0).to(tl.float32)
-                            from_scores = head_of_back_scores + (batch_of_place * MATRICES + l)[:, None] * of_match
-                            d_of_g = tl.load(from_scores + in_scores, mask=with_g, other=0.0)
-                            of_g *= of_later
-                            d_of_g *= of_later
-                            for column in range((part + l) % PARTS * BLOCK, columns, PARTS * BLOCK):
-                                d_delta = _rows(head_of_deltas + l * kept, in_kept, valid, column, columns, BLOCK)
-                                d_h = _rows(all_of_pre + l * layer, in_all, later, column, columns, BLOCK)
-                                d_delta = multiply_add(d_delta, tl.trans(match), d_h, PRECISION, OPERAND)
-                                if l > 0:
-                                    d = _rows(all_raw + l * layer, in_all, later, column, columns, BLOCK)
-                                    d_delta = multiply_add(d_delta, tl.trans(d_of_g), d, PRECISION, OPERAND)
-                                _store_rows(head_of_deltas + l * kept, in_kept, valid, column, columns, d_delta, BLOCK)
-                            for unit in range((part + l) % PARTS * BLOCK, height, PARTS * BLOCK):
-                                d_x = _rows(head_of_inputs + l * kept, in_kept, valid, unit, height, BLOCK)
-                                x = _rows(all_inputs + l * layer, in_all, later, unit, height, BLOCK)
-                                d_x = multiply_add(d_x, tl.trans(d_match), x, PRECISION, OPERAND)
-                                if l > 0:
-                                    d_g = _rows(all_of_back + (l - 1) * layer, in_all, later, unit, height, BLOCK)
-                                    d_x = multiply_add(d_x, tl.trans(of_g), d_g, PRECISION, OPERAND)
-                                _store_rows(head_of_inputs + l * kept, in_kept, valid, unit, height, d_x, BLOCK)
-                    if not PROXIMAL:
-                        for column in range(part * BLOCK, width, PARTS * BLOCK):
-                            d_g = _rows(head_of_raw, in_kept, valid, column, width, BLOCK)
-                            d_g *= gelu_derivative(_rows(own_pre, in_batch, valid, column, width, BLOCK))
-                            _store_rows(own_of_back, in_batch, valid, column, width, d_g, BLOCK)
+                        share = shares(matches, c, ROWS)
+                        of_solution = tl.zeros((ROWS, ROWS), tl.float32)
+                        for first in range(0, columns, BLOCK):
+                            dual = _rows(head_of_deltas + l * kept, in_kept, valid, first, columns, BLOCK)
+                            dual = multiply_add(nothing, inverse, dual, PRECISION, tl.float32)
+                            d = _rows(own_deltas + l * layer, in_batch, valid, first, columns, BLOCK)
+                            of_solution = multiply_add(of_solution, dual, tl.trans(d), PRECISION, tl.float32)
+                        d_c, d_matches = through_system(of_solution, matches, together, c, share, ROWS)
+                        d_weighted += d_c * of_loss
+                        for column in range((part + l) % PARTS * BLOCK, columns, PARTS * BLOCK):
+                            dual = _rows(head_of_deltas + l * kept, in_kept, valid, column, columns, BLOCK)
+                            dual = share[:, None] * multiply_add(nothing, inverse, dual, PRECISION, tl.float32)
+                            d = _rows(own_raw + l * layer, in_batch, valid, column, columns, BLOCK)
+                            dual += 2 * (d_c * of_norm)[:, None] * d
+                            _store_rows(head_of_raw + l * kept, in_kept, valid, column, columns, dual, BLOCK)
+                            if l == 0:
+                                h = _rows(own_pre, in_batch, valid, column, columns, BLOCK)
+                                dual *= gelu_derivative(h)
+                                _store_rows(own_of_back, in_batch, valid, column, columns, dual, BLOCK)
+                        for unit in range((part + l) % PARTS * BLOCK, height, PARTS * BLOCK):
+                            d_x = _rows(head_of_inputs + l * kept, in_kept, valid, unit, height, BLOCK)
+                            x = _rows(own_inputs + l * layer, in_batch, valid, unit, height, BLOCK)
+                            d_x = multiply_add(d_x, d_matches, x, PRECISION, OPERAND)
+                            _store_rows(head_of_inputs + l * kept, in_kept, valid, unit, height, d_x, BLOCK)
+                    if part == 0:
+                        tl.store(of_weighted + head * ROWS + index, d_weighted)
                 met += 1
                 wait_for_all(counter, met * PARTS, WAITS)
 
-                # through proximal steps
-                if PROXIMAL:
-                    if (PHASE < 0) | (PHASE == 2):
-                        loss = tl.load(losses + first_row + index, mask=valid, other=0.0)
-                        weighted, d_weighted = theta * loss, tl.zeros((ROWS,), tl.float32)
-                        for l in range(MATRICES):
-                            height, columns, before = _shape(l, MATRICES, dim, width)
-                            inverse = tl.trans(tl.load(inverses + (to_systems + l) * ROWS * ROWS + entry))
-                            matches = tl.load(row_products + (to_systems + l) * ROWS * ROWS + entry)
-                            c, of_norm, of_loss = curvatures(
-                                tl.load(norms + (to_systems + l) * ROWS + index), weighted, num_steps
-                            )  # fmt: skip
-                            share = shares(matches, c, ROWS)
-                            of_solution = tl.zeros((ROWS, ROWS), tl.float32)
-                            for first in range(0, columns, BLOCK):
-                                dual = _rows(head_of_deltas + l * kept, in_kept, valid, first, columns, BLOCK)
-                                dual = multiply_add(nothing, inverse, dual, PRECISION, tl.float32)
-                                d = _rows(own_deltas + l * layer, in_batch, valid, first, columns, BLOCK)
-                                of_solution = multiply_add(of_solution, dual, tl.trans(d), PRECISION, tl.float32)
-                            d_c, d_matches = through_system(of_solution, matches, together, c, share, ROWS)
-                            d_weighted += d_c * of_loss
-                            for column in range((part + l) % PARTS * BLOCK, columns, PARTS * BLOCK):
-                                dual = _rows(head_of_deltas + l * kept, in_kept, valid, column, columns, BLOCK)
-                                dual = share[:, None] * multiply_add(nothing, inverse, dual, PRECISION, tl.float32)
-                                d = _rows(own_raw + l * layer, in_batch, valid, column, columns, BLOCK)
-                                dual += 2 * (d_c * of_norm)[:, None] * d
-                                _store_rows(head_of_raw + l * kept, in_kept, valid, column, columns, dual, BLOCK)
-                                if l == 0:
-                                    h = _rows(own_pre, in_batch, valid, column, columns, BLOCK)
-                                    dual *= gelu_derivative(h)
-                                    _store_rows(own_of_back, in_batch, valid, column, columns, dual, BLOCK)
-                            for unit in range((part + l) % PARTS * BLOCK, height, PARTS * BLOCK):
-                                d_x = _rows(head_of_inputs + l * kept, in_kept, valid, unit, height, BLOCK)
-                                x = _rows(own_inputs + l * layer, in_batch, valid, unit, height, BLOCK)
-                                d_x = multiply_add(d_x, d_matches, x, PRECISION, OPERAND)
-                                _store_rows(head_of_inputs + l * kept, in_kept, valid, unit, height, d_x, BLOCK)
-                        if part == 0:
-                            tl.store(of_weighted + head * ROWS + index, d_weighted)
-                    met += 1
-                    wait_for_all(counter, met * PARTS, WAITS)
-
-                # through g = Δ Wᵀ, from the first Δ to the last
-                for l in range(1, MATRICES - 1):
-                    if (PHASE < 0) | (PHASE == l + 2):
-                        height, columns, before = _shape(l, MATRICES, dim, width)
-                        d_match = _scores(
-                            own_of_back + (l - 1) * layer, in_batch, valid, all_inputs + l * layer, in_all, earlier,
-                            height, ROWS, COUNT, DEPTH, PRECISION, OPERAND,
-                        )  # fmt: skip
-                        if part == 0:
-                            match = tl.load(own_back_scores + (l - 1) * of_match).to(tl.float32)
-                            tl.store(own_d_steps + (MATRICES + l) * COUNT, tl.sum(match * d_match, axis=0))
-                            tl.store(own_of_back_scores + l * of_match, d_match)
-                        for column in range(part * BLOCK, columns, PARTS * BLOCK):
-                            d_delta = _rows(head_of_raw + l * kept, in_kept, valid, column, columns, BLOCK)
-                            d_delta = _through(
-                                d_delta, own_of_back + (l - 1) * layer, in_batch, valid, own_initial + before, mix,
-                                size, column, height, columns, STATES, BLOCK, DEPTH, PRECISION, OPERAND,
-                            )  # fmt: skip
-                            d = _rows(all_deltas + l * layer, in_all, earlier, column, columns, BLOCK)
-                            d_delta = multiply_add(d_delta, d_match * of_earlier, d, PRECISION, OPERAND)
-                            _store_rows(head_of_raw + l * kept, in_kept, valid, column, columns, d_delta, BLOCK)
-                            h = _rows(own_pre + l * layer, in_batch, valid, column, columns, BLOCK)
-                            d_delta *= gelu_derivative(h)
-                            _store_rows(own_of_back + l * layer, in_batch, valid, column, columns, d_delta, BLOCK)
-                    met += 1
-                    wait_for_all(counter, met * PARTS, WAITS)
-
-                # through the loss, by each program, and to each product from the last to the first
-                if (PHASE < 0) | (PHASE == MATRICES + 1):
-                    to_layer, to_last = (MATRICES - 1) * layer, (MATRICES - 1) * kept
-                    from_last = own_initial + size - width * dim
+            # through g = Δ Wᵀ, from the first Δ to the last
+            for l in range(1, MATRICES - 1):
+                if (PHASE < 0) | (PHASE == l + 1):
+                    height, columns, before = _shape(l, MATRICES, dim, width)
                     d_match = _scores(
-                        own_of_back + to_layer - layer, in_batch, valid, all_inputs + to_layer, in_all, earlier, width,
+                        own_of_back + (l - 1) * layer, in_batch, valid, all_inputs + l * layer, in_all, earlier,
+                        height, ROWS, COUNT, DEPTH, PRECISION, OPERAND,
+                    )  # fmt: skip
+                    if part == 0:
+                        match = tl.load(own_back_scores + (l - 1) * of_match).to(tl.float32)
+                        tl.store(own_d_steps + (MATRICES + l) * COUNT, tl.sum(match * d_match, axis=0))
+                        tl.store(own_of_back_scores + l * of_match, d_match)
+                    for column in range(part * BLOCK, columns, PARTS * BLOCK):
+                        d_delta = _rows(head_of_raw + l * kept, in_kept, valid, column, columns, BLOCK)
+                        d_delta = _through(
+                            d_delta, own_of_back + (l - 1) * layer, in_batch, valid, own_initial + before, mix,
+                            size, column, height, columns, STATES, BLOCK, DEPTH, PRECISION, OPERAND,
+                        )  # fmt: skip
+                        d = _rows(all_deltas + l * layer, in_all, earlier, column, columns, BLOCK)
+                        d_delta = multiply_add(d_delta, d_match * of_earlier, d, PRECISION, OPERAND)
+                        _store_rows(head_of_raw + l * kept, in_kept, valid, column, columns, d_delta, BLOCK)
+                        h = _rows(own_pre + l * layer, in_batch, valid, column, columns, BLOCK)
+                        d_delta *= gelu_derivative(h)
+                        _store_rows(own_of_back + l * layer, in_batch, valid, column, columns, d_delta, BLOCK)
+                met += 1
+                wait_for_all(counter, met * PARTS, WAITS)
+
+            # through the loss, by each program, and to each product from the last to the first
+            if (PHASE < 0) | (PHASE == MATRICES):
+                to_layer, to_last = (MATRICES - 1) * layer, (MATRICES - 1) * kept
+                from_last = own_initial + size - width * dim
+                d_match = _scores(
+                    own_of_back + to_layer - layer, in_batch, valid, all_inputs + to_layer, in_all, earlier, width,
+                    ROWS, COUNT, DEPTH, PRECISION, OPERAND,
+                )  # fmt: skip
+                last_stored = _rows(all_deltas + to_layer, in_all, earlier, 0, dim, DIM)
+                of_delta = _rows(head_of_raw + to_last, in_kept, valid, 0, dim, DIM)
+                of_delta = _through(
+                    of_delta, own_of_back + to_layer - layer, in_batch, valid, from_last, mix, size, 0, width, dim,
+                    STATES, DIM, DEPTH, PRECISION, OPERAND,
+                )  # fmt: skip
+                of_delta = multiply_add(of_delta, d_match * of_earlier, last_stored, PRECISION, OPERAND)
+                y = _rows(products + first_row * dim, in_outputs, valid, 0, dim, DIM)
+                key = _rows(keys + head * key_head, offset * key_chunk + row * key_row, valid, 0, dim, DIM)
+                v = _rows(values + head * value_head, offset * value_chunk + row * value_row, valid, 0, dim, DIM)
+                loss = tl.load(losses + first_row + index, mask=valid, other=0.0)
+                gain, d_descent, d_loss, d_weighted = 1.0, 0.0, 0.0, 0.0
+                if PROXIMAL:
+                    d_weighted = tl.load(of_weighted + head * ROWS + index)
+                if NORM:
+                    gamma = _mixed(own_gamma, mix, dim, feature, with_feature, STATES)
+                    descents = _rows(of_gamma + own * in_block * dim, place * dim, earlier, 0, dim, DIM)
+                    gamma += tl.sum(tl.trans(of_earlier) * descents, axis=0)
+                    gain += gamma[None, :]
+                    d_descent = _rows(head_of_descents, (start * rows + index) * dim, valid, 0, dim, DIM)
+                    if PROXIMAL:
+                        _, _, descent = gradient_of_product(y, key, v, theta[:, None], gain, inside, eps, dim, NORM)
+                        d_descent, of_vector = through_vector_steps(
+                            d_descent, descent, theta * loss, together, num_steps, PRECISION, ROWS, DIM
+                        )
+                        d_weighted += of_vector
+                if OF_LOSSES:
+                    d_loss = tl.load(d_losses + first_row + index, mask=valid, other=0.0)[:, None]
+                if PROXIMAL:
+                    d_loss += (d_weighted * theta)[:, None]
+                _, d_theta, d_prediction, d_key, d_product, d_gain = gradient_of_product_backward(
+                    y, key, v, theta[:, None], gain, of_delta, d_descent, d_loss, inside, eps, dim, NORM
+                )
+                if PROXIMAL:
+                    d_theta += d_weighted * loss
+                of_match_of_last = tl.zeros((ROWS, COUNT), tl.float32)
+                of_match_of_last = multiply_add(
+                    of_match_of_last, d_product, tl.trans(last_stored), PRECISION, OPERAND
+                )  # fmt: skip
+                if part == 0:
+                    tl.store(d_step_sizes + first_row + index, d_theta, mask=valid)
+                    _store_rows(d_values + first_row * dim, in_outputs, valid, 0, dim, -d_prediction, DIM)
+                    _store_rows(d_keys + first_row * dim, in_outputs, valid, 0, dim, d_key, DIM)
+                    _store_rows(own_of_pre + to_layer, in_batch, valid, 0, dim, d_product, DIM)
+                    match = tl.load(own_back_scores + (MATRICES - 2) * of_match).to(tl.float32)
+                    tl.store(own_d_steps + (2 * MATRICES - 1) * COUNT, tl.sum(match * d_match, axis=0))
+                    tl.store(own_of_back_scores + (MATRICES - 1) * of_match, d_match)
+                    match = tl.load(own_scores + (MATRICES - 1) * of_match).to(tl.float32)
+                    of_steps = tl.sum(match * of_match_of_last, axis=0)
+                    tl.store(own_d_steps + (MATRICES - 1) * COUNT, of_steps)
+                    tl.store(own_of_scores + (MATRICES - 1) * of_match, of_match_of_last)
+                    of_gain = tl.zeros((COUNT,), tl.float32)
+                    if NORM:
+                        # γ before the memory batch is a combination of states and of earlier descents
+                        to_gain = of_gains + (own * batches + batch) * dim + feature
+                        tl.store(to_gain, d_gain, mask=with_feature)
+                        of_gain = tl.sum(descents * d_gain, axis=1)
+                        d_descents = _rows(head_of_descents, place * dim, earlier, 0, dim, DIM)
+                        d_descents += tl.trans(of_earlier) * d_gain[None, :]
+                        _store_rows(head_of_descents, place * dim, earlier, 0, dim, d_descents, DIM)
+                    # in the place of g of the first matrix
+                    tl.store(own_d_steps + MATRICES * COUNT, of_gain)
+                for unit in range(part * BLOCK, width, PARTS * BLOCK):
+                    to_tile, in_tile = _tile(unit, 0, width, dim, BLOCK, DIM)
+                    w = _mixed(from_last, mix, size, to_tile, in_tile, STATES)
+                    d_x = _rows(head_of_inputs + to_last, in_kept, valid, unit, width, BLOCK)
+                    d_x = multiply_add(d_x, d_product, tl.trans(w), PRECISION, OPERAND)
+                    x = _rows(all_inputs + to_layer, in_all, earlier, unit, width, BLOCK)
+                    d_x = multiply_add(d_x, of_match_of_last * of_earlier, x, PRECISION, OPERAND)
+                    d_h = _through_gelu(
+                        d_x, own_pre + to_layer - layer, own_back + to_layer - layer, in_batch,
+                        head_of_raw + to_last - kept, in_kept, valid, unit, width, BLOCK,
+                    )  # fmt: skip
+                    _store_rows(own_of_pre + to_layer - layer, in_batch, valid, unit, width, d_h, BLOCK)
+            met += 1
+            wait_for_all(counter, met * PARTS, WAITS)
+            for down in range(MATRICES - 2):
+                if (PHASE < 0) | (PHASE == MATRICES + 1 + down):
+                    l = MATRICES - 2 - down
+                    height, columns, before = _shape(l, MATRICES, dim, width)
+                    d_match = _scores(
+                        own_of_pre + l * layer, in_batch, valid, all_deltas + l * layer, in_all, earlier, columns,
                         ROWS, COUNT, DEPTH, PRECISION, OPERAND,
                     )  # fmt: skip
-                    last_stored = _rows(all_deltas + to_layer, in_all, earlier, 0, dim, DIM)
-                    of_delta = _rows(head_of_raw + to_last, in_kept, valid, 0, dim, DIM)
-                    of_delta = _through(
-                        of_delta, own_of_back + to_layer - layer, in_batch, valid, from_last, mix, size, 0, width, dim,
-                        STATES, DIM, DEPTH, PRECISION, OPERAND,
-                    )  # fmt: skip
-                    of_delta = multiply_add(of_delta, d_match * of_earlier, last_stored, PRECISION, OPERAND)
-                    y = _rows(products + first_row * dim, in_outputs, valid, 0, dim, DIM)
-                    key = _rows(keys + head * key_head, offset * key_chunk + row * key_row, valid, 0, dim, DIM)
-                    v = _rows(values + head * value_head, offset * value_chunk + row * value_row, valid, 0, dim, DIM)
-                    loss = tl.load(losses + first_row + index, mask=valid, other=0.0)
-                    gain, d_descent, d_loss, d_weighted = 1.0, 0.0, 0.0, 0.0
-                    if PROXIMAL:
-                        d_weighted = tl.load(of_weighted + head * ROWS + index)
-                    if NORM:
-                        gamma = _mixed(own_gamma, mix, dim, feature, with_feature, STATES)
-                        descents = _rows(of_gamma + own * in_block * dim, place * dim, earlier, 0, dim, DIM)
-                        gamma += tl.sum(tl.trans(of_earlier) * descents, axis=0)
-                        gain += gamma[None, :]
-                        d_descent = _rows(head_of_descents, (start * rows + index) * dim, valid, 0, dim, DIM)
-                        if PROXIMAL:
-                            _, _, descent = gradient_of_product(y, key, v, theta[:, None], gain, inside, eps, dim, NORM)
-                            d_descent, of_vector = through_vector_steps(
-                                d_descent, descent, theta * loss, together, num_steps, PRECISION, ROWS, DIM
-                            )
-                            d_weighted += of_vector
-                    if OF_LOSSES:
-                        d_loss = tl.load(d_losses + first_row + index, mask=valid, other=0.0)[:, None]
-                    if PROXIMAL:
-                        d_loss += (d_weighted * theta)[:, None]
-                    _, d_theta, d_prediction, d_key, d_product, d_gain = gradient_of_product_backward(
-                        y, key, v, theta[:, None], gain, of_delta, d_descent, d_loss, inside, eps, dim, NORM
-                    )
-                    if PROXIMAL:
-                        d_theta += d_weighted * loss
-                    of_match_of_last = tl.zeros((ROWS, COUNT), tl.float32)
-                    of_match_of_last = multiply_add(
-                        of_match_of_last, d_product, tl.trans(last_stored), PRECISION, OPERAND
-                    )  # fmt: skip
                     if part == 0:
-                        tl.store(d_step_sizes + first_row + index, d_theta, mask=valid)
-                        _store_rows(d_values + first_row * dim, in_outputs, valid, 0, dim, -d_prediction, DIM)
-                        _store_rows(d_keys + first_row * dim, in_outputs, valid, 0, dim, d_key, DIM)
-                        _store_rows(own_of_pre + to_layer, in_batch, valid, 0, dim, d_product, DIM)
-                        match = tl.load(own_back_scores + (MATRICES - 2) * of_match).to(tl.float32)
-                        tl.store(own_d_steps + (2 * MATRICES - 1) * COUNT, tl.sum(match * d_match, axis=0))
-                        tl.store(own_of_back_scores + (MATRICES - 1) * of_match, d_match)
-                        match = tl.load(own_scores + (MATRICES - 1) * of_match).to(tl.float32)
-                        of_steps = tl.sum(match * of_match_of_last, axis=0)
-                        tl.store(own_d_steps + (MATRICES - 1) * COUNT, of_steps)
-                        tl.store(own_of_scores + (MATRICES - 1) * of_match, of_match_of_last)
-                        of_gain = tl.zeros((COUNT,), tl.float32)
-                        if NORM:
-                            # γ before the memory batch is a combination of states and of earlier descents
-                            to_gain = of_gains + (own * batches + batch) * dim + feature
-                            tl.store(to_gain, d_gain, mask=with_feature)
-                            of_gain = tl.sum(descents * d_gain, axis=1)
-                            d_descents = _rows(head_of_descents, place * dim, earlier, 0, dim, DIM)
-                            d_descents += tl.trans(of_earlier) * d_gain[None, :]
-                            _store_rows(head_of_descents, place * dim, earlier, 0, dim, d_descents, DIM)
-                        # in the place of g of the first matrix
-                        tl.store(own_d_steps + MATRICES * COUNT, of_gain)
-                    for unit in range(part * BLOCK, width, PARTS * BLOCK):
-                        to_tile, in_tile = _tile(unit, 0, width, dim, BLOCK, DIM)
-                        w = _mixed(from_last, mix, size, to_tile, in_tile, STATES)
-                        d_x = _rows(head_of_inputs + to_last, in_kept, valid, unit, width, BLOCK)
-                        d_x = multiply_add(d_x, d_product, tl.trans(w), PRECISION, OPERAND)
-                        x = _rows(all_inputs + to_layer, in_all, earlier, unit, width, BLOCK)
-                        d_x = multiply_add(d_x, of_match_of_last * of_earlier, x, PRECISION, OPERAND)
+                        match = tl.load(own_scores + l * of_match).to(tl.float32)
+                        tl.store(own_d_steps + l * COUNT, tl.sum(match * d_match, axis=0))
+                        tl.store(own_of_scores + l * of_match, d_match)
+                    for unit in range(part * BLOCK, height, PARTS * BLOCK):
+                        d_x = _rows(head_of_inputs + l * kept, in_kept, valid, unit, height, BLOCK)
+                        d_x = _through_transposed(
+                            d_x, own_of_pre + l * layer, in_batch, valid, own_initial + before, mix, size,
+                            unit, height, columns, STATES, BLOCK, DEPTH, PRECISION, OPERAND,
+                        )  # fmt: skip
+                        x = _rows(all_inputs + l * layer, in_all, earlier, unit, height, BLOCK)
+                        d_x = multiply_add(d_x, d_match * of_earlier, x, PRECISION, OPERAND)
                         d_h = _through_gelu(
-                            d_x, own_pre + to_layer - layer, own_back + to_layer - layer, in_batch,
-                            head_of_raw + to_last - kept, in_kept, valid, unit, width, BLOCK,
+                            d_x, own_pre + (l - 1) * layer, own_back + (l - 1) * layer, in_batch,
+                            head_of_raw + (l - 1) * kept, in_kept, valid, unit, height, BLOCK,
                         )  # fmt: skip
-                        _store_rows(own_of_pre + to_layer - layer, in_batch, valid, unit, width, d_h, BLOCK)
-                met += 1
-                wait_for_all(counter, met * PARTS, WAITS)
-                for down in range(MATRICES - 2):
-                    if (PHASE < 0) | (PHASE == MATRICES + 2 + down):
-                        l = MATRICES - 2 - down
-                        height, columns, before = _shape(l, MATRICES, dim, width)
-                        d_match = _scores(
-                            own_of_pre + l * layer, in_batch, valid, all_deltas + l * layer, in_all, earlier, columns,
-                            ROWS, COUNT, DEPTH, PRECISION, OPERAND,
-                        )  # fmt: skip
-                        if part == 0:
-                            match = tl.load(own_scores + l * of_match).to(tl.float32)
-                            tl.store(own_d_steps + l * COUNT, tl.sum(match * d_match, axis=0))
-                            tl.store(own_of_scores + l * of_match, d_match)
-                        for unit in range(part * BLOCK, height, PARTS * BLOCK):
-                            d_x = _rows(head_of_inputs + l * kept, in_kept, valid, unit, height, BLOCK)
-                            d_x = _through_transposed(
-                                d_x, own_of_pre + l * layer, in_batch, valid, own_initial + before, mix, size,
-                                unit, height, columns, STATES, BLOCK, DEPTH, PRECISION, OPERAND,
-                            )  # fmt: skip
-                            x = _rows(all_inputs + l * layer, in_all, earlier, unit, height, BLOCK)
-                            d_x = multiply_add(d_x, d_match * of_earlier, x, PRECISION, OPERAND)
-                            d_h = _through_gelu(
-                                d_x, own_pre + (l - 1) * layer, own_back + (l - 1) * layer, in_batch,
-                                head_of_raw + (l - 1) * kept, in_kept, valid, unit, height, BLOCK,
-                            )  # fmt: skip
-                            _store_rows(own_of_pre + (l - 1) * layer, in_batch, valid, unit, height, d_h, BLOCK)
-                    met += 1
-                    wait_for_all(counter, met * PARTS, WAITS)
-
-                # to the keys, which no program waits for
-                if (PHASE < 0) | (PHASE == 2 * MATRICES):
-                    if part == PARTS - 1:
-                        d_match = _scores(
-                            own_of_pre, in_batch, valid, all_deltas, in_all, earlier, width,
-                            ROWS, COUNT, DEPTH, PRECISION, OPERAND,
-                        )  # fmt: skip
-                        match = tl.load(own_scores).to(tl.float32)
-                        tl.store(own_d_steps, tl.sum(match * d_match, axis=0))
-                        tl.store(own_of_scores, d_match)
-                        for column in range(0, dim, BLOCK):
-                            d_k = _rows(head_of_inputs, in_kept, valid, column, dim, BLOCK)
-                            d_k += _rows(d_keys + first_row * dim, in_outputs, valid, column, dim, BLOCK)
-                            d_k = _through_transposed(
-                                d_k, own_of_pre, in_batch, valid, own_initial, mix, size,
-                                column, dim, width, STATES, BLOCK, DEPTH, PRECISION, OPERAND,
-                            )  # fmt: skip
-                            x = _rows(all_inputs, in_all, earlier, column, dim, BLOCK)
-                            d_k = multiply_add(d_k, d_match * of_earlier, x, PRECISION, OPERAND)
-                            _store_rows(d_keys + first_row * dim, in_outputs, valid, column, dim, d_k, BLOCK)
+                        _store_rows(own_of_pre + (l - 1) * layer, in_batch, valid, unit, height, d_h, BLOCK)
                 met += 1
                 wait_for_all(counter, met * PARTS, WAITS)
 
-            # to the states before the block
-            if (PHASE < 0) | (PHASE == 2 * MATRICES + 1):
-                first_chunk = place // rows // per_batch * per_batch
-                own_steps = initial_steps + (own * per_block + first_chunk) * STATES
-                of_weights = tl.load(own_steps, mask=present, other=0.0)[:, None]
-                of_momentum = of_weights
-                if STATES > 1:
-                    of_momentum = tl.load(own_steps + 1, mask=present, other=0.0)[:, None]
-                kept_weights, added = _load_mix(own_mix, STATES)
-                returned, kept_momentum = _load_mix(own_mix + (STATES - 1) * STATES, STATES)
-                d_kept, d_added, d_returned, d_kept_momentum = 0.0, 0.0, 0.0, 0.0
-                for l in range(MATRICES):
-                    height, columns, before = _shape(l, MATRICES, dim, width)
-                    across = tl.cdiv(columns, BLOCK)
-                    for tile in range((part + l) % PARTS, tl.cdiv(height, BLOCK) * across, PARTS):
-                        to_row, to_column = tile // across * BLOCK, tile % across * BLOCK
-                        to_tile, in_tile = _tile(to_row, to_column, height, columns, BLOCK, BLOCK)
-                        to_tile += before
-                        g, t = _load_states(after_block, size, to_tile, in_tile, STATES)
-                        w, momentum = _load_states(own_initial, size, to_tile, in_tile, STATES)
-                        d_kept += _dot(g, w)
-                        d_w = kept_weights * g
-                        d_s = d_w
-                        if STATES > 1:
-                            d_added += _dot(g, momentum)
-                            d_returned += _dot(t, w)
-                            d_kept_momentum += _dot(t, momentum)
-                            d_w += returned * t
-                            d_s = added * g + kept_momentum * t
-                        x = _rows(all_inputs + l * layer, in_all, present, to_row, height, BLOCK)
-                        d_h = _rows(all_of_pre + l * layer, in_all, present, to_column, columns, BLOCK)
-                        d_w = multiply_add(d_w, tl.trans(x * of_weights), d_h, PRECISION, OPERAND)
-                        if STATES > 1:
-                            d_s = multiply_add(d_s, tl.trans(x * of_momentum), d_h, PRECISION, OPERAND)
-                        if l > 0:
-                            d_g = _rows(all_of_back + (l - 1) * layer, in_all, present, to_row, height, BLOCK)
-                            d = _rows(all_raw + l * layer, in_all, present, to_column, columns, BLOCK)
-                            d_w = multiply_add(d_w, tl.trans(d_g * of_weights), d, PRECISION, OPERAND)
-                            if STATES > 1:
-                                d_s = multiply_add(d_s, tl.trans(d_g * of_momentum), d, PRECISION, OPERAND)
-                        if OF_INITIAL:
-                            given, given_momentum = _load_states(
-                                d_initial + own * STATES * size, size, to_tile, in_tile, STATES
-                            )  # fmt: skip
-                            d_w += given
-                            d_s += given_momentum
-                        _store_states(before_block, d_w, d_s, size, to_tile, in_tile, STATES)
-                        _store_states(own_g, d_w, d_s, size, to_tile, in_tile, STATES)
-                if NORM:
-                    if part == 0:
-                        g_w, g_s = _load_states(gamma_after, dim, feature, with_feature, STATES)
-                        gamma_w, gamma_s = _load_states(own_gamma, dim, feature, with_feature, STATES)
-                        d_kept += tl.sum(g_w * gamma_w, axis=0)
-                        d_gamma, d_gamma_s = kept_weights * g_w, kept_weights * g_w
-                        if STATES > 1:
-                            d_added += tl.sum(g_w * gamma_s, axis=0)
-                            d_returned += tl.sum(g_s * gamma_w, axis=0)
-                            d_kept_momentum += tl.sum(g_s * gamma_s, axis=0)
-                            d_gamma += returned * g_s
-                            d_gamma_s = added * g_w + kept_momentum * g_s
-                        for batch in range(batches):
-                            to_gain = of_gains + (own * batches + batch) * dim + feature
-                            gain_of_batch = tl.load(to_gain, mask=with_feature, other=0.0)
-                            of_batch = initial_steps + (own * per_block + batch * per_batch) * STATES
-                            share, share_of_momentum = _load_mix(of_batch, STATES)
-                            d_gamma += share * gain_of_batch
-                            d_gamma_s += share_of_momentum * gain_of_batch
-                        if OF_GAMMA_STATES:
-                            to_given = d_gamma_states + (head * (blocks + 1) + block) * STATES * dim
-                            given_w, given_s = _load_states(to_given, dim, feature, with_feature, STATES)
-                            d_gamma += given_w
-                            d_gamma_s += given_s
-                        _store_states(gamma_before, d_gamma, d_gamma_s, dim, feature, with_feature, STATES)
-                to_mix = d_initial_final + (own * PARTS + part) * 4
-                tl.store(to_mix, d_kept)
-                tl.store(to_mix + 1, d_added)
-                tl.store(to_mix + 2, d_returned)
-                tl.store(to_mix + 3, d_kept_momentum)
+            # to the keys, which no program waits for
+            if (PHASE < 0) | (PHASE == 2 * MATRICES):
+                if part == PARTS - 1:
+                    d_match = _scores(
+                        own_of_pre, in_batch, valid, all_deltas, in_all, earlier, width,
+                        ROWS, COUNT, DEPTH, PRECISION, OPERAND,
+                    )  # fmt: skip
+                    match = tl.load(own_scores).to(tl.float32)
+                    tl.store(own_d_steps, tl.sum(match * d_match, axis=0))
+                    tl.store(own_of_scores, d_match)
+                    for column in range(0, dim, BLOCK):
+                        d_k = _rows(head_of_inputs, in_kept, valid, column, dim, BLOCK)
+                        d_k += _rows(d_keys + first_row * dim, in_outputs, valid, column, dim, BLOCK)
+                        d_k = _through_transposed(
+                            d_k, own_of_pre, in_batch, valid, own_initial, mix, size,
+                            column, dim, width, STATES, BLOCK, DEPTH, PRECISION, OPERAND,
+                        )  # fmt: skip
+                        x = _rows(all_inputs, in_all, earlier, column, dim, BLOCK)
+                        d_k = multiply_add(d_k, d_match * of_earlier, x, PRECISION, OPERAND)
+                        _store_rows(d_keys + first_row * dim, in_outputs, valid, column, dim, d_k, BLOCK)
             met += 1
             wait_for_all(counter, met * PARTS, WAITS)
+
+
+@triton.jit(do_not_specialize=['block', 'blocks'])
+def _through_final_kernel(  # type: ignore[no-untyped-def]
+    final, inputs, deltas, of_gamma, d_inputs, d_deltas, d_of_gamma, g_low, g_gamma,
+    of_inputs, of_deltas, of_descents, d_final, block, blocks, per_block, rows, layer,
+    dim: tl.constexpr, width: tl.constexpr, MATRICES: tl.constexpr, NORM: tl.constexpr, STATES: tl.constexpr,
+    OF_INPUTS: tl.constexpr, OF_DELTAS: tl.constexpr, OF_GAMMA: tl.constexpr,
+    COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr,
+):  # fmt: skip
+    """Gradients of X and Δ of all rows of a block through the states after it, 64 columns of each to a program."""
+    head, l, tile = tl.cast(tl.program_id(0), tl.int64), tl.program_id(1), tl.program_id(2)
+    size: tl.constexpr = 2 * dim * width + (MATRICES - 2) * width * width
+    wide: tl.constexpr = width if width > dim else dim
+    layer = tl.cast(layer, tl.int64)
+    feature, place = tl.arange(0, DIM), tl.arange(0, COUNT)
+    in_block, own = per_block * rows, head * blocks + block
+    with_feature, present, in_all = feature < dim, place < in_block, place * wide
+    height, columns, before = _shape(l, MATRICES, dim, width)
+    to_rows, kept = own * in_block * wide, (head * MATRICES + l) * COUNT * wide
+    all_inputs, all_deltas = inputs + to_rows + l * layer, deltas + to_rows + l * layer
+    own_g = g_low + head * STATES * size + before
+    own_final = final + own * STATES * per_block + place // rows
+    to_weights = tl.load(own_final, mask=present, other=0.0)
+    to_momentum = to_weights
+    if STATES > 1:
+        to_momentum = tl.load(own_final + per_block, mask=present, other=0.0)
+    d_to_weights, d_to_momentum = tl.zeros((COUNT,), tl.float32), tl.zeros((COUNT,), tl.float32)
+    nothing, column = tl.zeros((COUNT, BLOCK), tl.float32), tile * BLOCK
+
+    if column < columns:
+        of_w, of_s = nothing, nothing
+        for first in range(0, height, DEPTH):
+            x = _rows(all_inputs, in_all, present, first, height, DEPTH)
+            to_tile, in_tile = _tile(first, column, height, columns, DEPTH, BLOCK)
+            g, t = _load_states(own_g, size, to_tile, in_tile, STATES)
+            of_w = multiply_add(of_w, x, g, PRECISION, OPERAND)
+            if STATES > 1:
+                of_s = multiply_add(of_s, x, t, PRECISION, OPERAND)
+        d = _rows(all_deltas, in_all, present, column, columns, BLOCK)
+        d_to_weights += tl.sum(of_w * d, axis=1)
+        d_delta = to_weights[:, None] * of_w
+        if STATES > 1:
+            d_to_momentum += tl.sum(of_s * d, axis=1)
+            d_delta += to_momentum[:, None] * of_s
+        if OF_DELTAS:
+            d_delta += _rows(d_deltas + to_rows + l * layer, in_all, present, column, columns, BLOCK)
+        _store_rows(of_deltas + kept, in_all, place < COUNT, column, columns, d_delta, BLOCK)
+    if column < height:
+        d_x = nothing
+        for first in range(0, columns, DEPTH):
+            d = _rows(all_deltas, in_all, present, first, columns, DEPTH)
+            to_tile, in_tile = _tile(column, first, height, columns, BLOCK, DEPTH)
+            g, t = _load_states(own_g, size, to_tile, in_tile, STATES)
+            d_x = multiply_add(d_x, d * to_weights[:, None], tl.trans(g), PRECISION, OPERAND)
+            if STATES > 1:
+                d_x = multiply_add(d_x, d * to_momentum[:, None], tl.trans(t), PRECISION, OPERAND)
+        if OF_INPUTS:
+            if l > 0:
+                d_x += _rows(d_inputs + to_rows + l * layer, in_all, present, column, height, BLOCK)
+        _store_rows(of_inputs + kept, in_all, place < COUNT, column, height, d_x, BLOCK)
+    if NORM:
+        if (l == 0) & (tile == 0):
+            descents = _rows(of_gamma + own * in_block * dim, place * dim, present, 0, dim, DIM)
+            g_w, g_s = _load_states(g_gamma + head * STATES * dim, dim, feature, with_feature, STATES)
+            d_to_weights += tl.sum(descents * g_w[None, :], axis=1)
+            d_descents = to_weights[:, None] * g_w[None, :]
+            if STATES > 1:
+                d_to_momentum += tl.sum(descents * g_s[None, :], axis=1)
+                d_descents += to_momentum[:, None] * g_s[None, :]
+            if OF_GAMMA:
+                d_descents += _rows(d_of_gamma + own * in_block * dim, place * dim, present, 0, dim, DIM)
+            _store_rows(of_descents + head * COUNT * dim, place * dim, place < COUNT, 0, dim, d_descents, DIM)
+    program = (own * MATRICES + l) * tl.num_programs(2) + tile
+    to_final = d_final + program * STATES * in_block
+    _store_states(to_final, d_to_weights, d_to_momentum, in_block, place, present, STATES)
+
+
+@triton.jit(do_not_specialize=['block', 'blocks'])
+def _states_backward_kernel(  # type: ignore[no-untyped-def]
+    initial_steps, initial_final, initial, gamma_states, inputs, raw, of_back, of_pre, of_gains,
+    d_gamma_states, d_initial, g_states, g_low, g_gamma, d_initial_final,
+    block, blocks, per_block, per_batch, rows, layer,
+    dim: tl.constexpr, width: tl.constexpr, MATRICES: tl.constexpr, NORM: tl.constexpr, STATES: tl.constexpr,
+    OF_INITIAL: tl.constexpr, OF_GAMMA_STATES: tl.constexpr,
+    COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """G before a block from G after it and the gradients of its products, a tile of one matrix to each program."""
+    head, l, tile = tl.cast(tl.program_id(0), tl.int64), tl.program_id(1), tl.program_id(2)
+    size: tl.constexpr = 2 * dim * width + (MATRICES - 2) * width * width
+    wide: tl.constexpr = width if width > dim else dim
+    layer = tl.cast(layer, tl.int64)
+    feature, place = tl.arange(0, DIM), tl.arange(0, COUNT)
+    in_block, own = per_block * rows, head * blocks + block
+    with_feature, present, in_all = feature < dim, place < in_block, place * wide
+    height, columns, before = _shape(l, MATRICES, dim, width)
+    to_rows, own_initial = own * in_block * wide, initial + own * STATES * size
+    own_g, own_g_low = g_states + head * STATES * size, g_low + head * STATES * size
+    # of each row the coefficients of its memory batch
+    own_steps = initial_steps + (own * per_block + place // rows // per_batch * per_batch) * STATES
+    of_weights = tl.load(own_steps, mask=present, other=0.0)[:, None]
+    of_momentum = of_weights
+    if STATES > 1:
+        of_momentum = tl.load(own_steps + 1, mask=present, other=0.0)[:, None]
+    own_mix = initial_final + own * STATES * STATES
+    kept, added = _load_mix(own_mix, STATES)
+    returned, kept_momentum = _load_mix(own_mix + (STATES - 1) * STATES, STATES)
+    d_kept, d_added, d_returned, d_kept_momentum = 0.0, 0.0, 0.0, 0.0
+
+    across = tl.cdiv(columns, BLOCK)
+    to_row, to_column = tile // across * BLOCK, tile % across * BLOCK
+    if to_row < height:
+        to_tile, in_tile = _tile(to_row, to_column, height, columns, BLOCK, BLOCK)
+        to_tile += before
+        g, t = _load_states(own_g, size, to_tile, in_tile, STATES)
+        w, momentum = _load_states(own_initial, size, to_tile, in_tile, STATES)
+        d_kept += _dot(g, w)
+        d_w = kept * g
+        d_s = d_w
+        if STATES > 1:
+            d_added += _dot(g, momentum)
+            d_returned += _dot(t, w)
+            d_kept_momentum += _dot(t, momentum)
+            d_w += returned * t
+            d_s = added * g + kept_momentum * t
+        x = _rows(inputs + to_rows + l * layer, in_all, present, to_row, height, BLOCK)
+        d_h = _rows(of_pre + to_rows + l * layer, in_all, present, to_column, columns, BLOCK)
+        d_w = multiply_add(d_w, tl.trans(x * of_weights), d_h, PRECISION, OPERAND)
+        if STATES > 1:
+            d_s = multiply_add(d_s, tl.trans(x * of_momentum), d_h, PRECISION, OPERAND)
+        if l > 0:
+            d_g = _rows(of_back + to_rows + (l - 1) * layer, in_all, present, to_row, height, BLOCK)
+            d = _rows(raw + to_rows + l * layer, in_all, present, to_column, columns, BLOCK)
+            d_w = multiply_add(d_w, tl.trans(d_g * of_weights), d, PRECISION, OPERAND)
+            if STATES > 1:
+                d_s = multiply_add(d_s, tl.trans(d_g * of_momentum), d, PRECISION, OPERAND)
+        if OF_INITIAL:
+            given, given_momentum = _load_states(d_initial + own * STATES * size, size, to_tile, in_tile, STATES)
+            d_w += given
+            d_s += given_momentum
+        _store_states(own_g, d_w, d_s, size, to_tile, in_tile, STATES)
+        _store_states(own_g_low, d_w, d_s, size, to_tile, in_tile, STATES)
+    if NORM:
+        if (l == 0) & (tile == 0):
+            own_gamma = gamma_states + (head * (blocks + 1) + block) * STATES * dim
+            own_g_gamma = g_gamma + head * STATES * dim
+            g_w, g_s = _load_states(own_g_gamma, dim, feature, with_feature, STATES)
+            gamma_w, gamma_s = _load_states(own_gamma, dim, feature, with_feature, STATES)
+            d_kept += tl.sum(g_w * gamma_w, axis=0)
+            d_gamma, d_gamma_s = kept * g_w, kept * g_w
+            if STATES > 1:
+                d_added += tl.sum(g_w * gamma_s, axis=0)
+                d_returned += tl.sum(g_s * gamma_w, axis=0)
+                d_kept_momentum += tl.sum(g_s * gamma_s, axis=0)
+                d_gamma += returned * g_s
+                d_gamma_s = added * g_w + kept_momentum * g_s
+            batches = per_block // per_batch
+            for batch in range(batches):
+                gain = tl.load(of_gains + (own * batches + batch) * dim + feature, mask=with_feature, other=0.0)
+                of_batch = initial_steps + (own * per_block + batch * per_batch) * STATES
+                share, share_of_momentum = _load_mix(of_batch, STATES)
+                d_gamma += share * gain
+                d_gamma_s += share_of_momentum * gain
+            if OF_GAMMA_STATES:
+                to_given = d_gamma_states + (head * (blocks + 1) + block) * STATES * dim
+                given_w, given_s = _load_states(to_given, dim, feature, with_feature, STATES)
+                d_gamma += given_w
+                d_gamma_s += given_s
+            _store_states(own_g_gamma, d_gamma, d_gamma_s, dim, feature, with_feature, STATES)
+    to_mix = d_initial_final + ((own * MATRICES + l) * tl.num_programs(2) + tile) * 4
+    tl.store(to_mix, d_kept)
+    tl.store(to_mix + 1, d_added)
+    tl.store(to_mix + 2, d_returned)
+    tl.store(to_mix + 3, d_kept_momentum)
 
 
 @triton.jit
@@ -1044,8 +1077,7 @@ def _forward(
     named = dict(zip(OUTPUTS[1:], others))
     dim, blocks = keys.shape[3], steps.shape[1]
     # before the first block, and the inputs of the first matrix
-    two = states.new_empty(2, *states.shape)
-    two[0] = states
+    final_states.copy_(states)
     named['initial'][:, 0] = states
     named['inputs'][0, ..., :dim] = keys.reshape(named['inputs'].shape[1:-1] + (dim,))
     if gamma is not None:
@@ -1054,10 +1086,14 @@ def _forward(
         named['raw'] = named['deltas']
     coefficients, sizes = (steps, initial_steps, final, initial_final), (width, matrices, chunks_per_batch)
     arguments = _arguments(keys, values, step_sizes, *coefficients, *sizes, eps, num_proximal_steps, operands)
-    arguments |= named | dict(states=two, NORM=gamma is not None, SAVES=saves, PADDED=triton.next_power_of_2(matrices))
-    phases = 2 * matrices
-    _launch(_forward_kernel, arguments, [], [*range(phases - 1)], [phases - 1])
-    final_states.copy_(two[blocks % 2])
+    arguments |= named | dict(
+        states=final_states, NORM=gamma is not None, SAVES=saves, PADDED=triton.next_power_of_2(matrices)
+    )
+    store_batches = _over_batches(_batches_kernel, arguments, 2 * matrices - 1)
+    states_after = _over_matrices(_states_kernel, arguments, _num_tiles(arguments) ** 2)
+    for block in range(blocks):
+        store_batches(block)
+        states_after(block)
     return [*outputs]
 
 
@@ -1102,7 +1138,8 @@ def _backward(
     new, absent = states.new_empty, states.new_empty(0)
     coefficients, sizes = (steps, initial_steps, final, initial_final), (width, matrices, chunks_per_batch)
     arguments = _arguments(keys, values, step_sizes, *coefficients, *sizes, eps, num_proximal_steps, operands)
-    parts, on_chip, in_tile = arguments['PARTS'], arguments['ROWS'], arguments['COUNT']
+    parts, tiles = arguments['PARTS'], _num_tiles(arguments)
+    on_chip, in_tile = arguments['ROWS'], arguments['COUNT']
     for name, flag in (
         ('gamma_states', 'OF_GAMMA_STATES'), ('initial', 'OF_INITIAL'), ('inputs', 'OF_INPUTS'),
         ('deltas', 'OF_DELTAS'), ('of_gamma', 'OF_GAMMA'), ('losses', 'OF_LOSSES'),
@@ -1111,13 +1148,12 @@ def _backward(
         given = d is not None and d.numel() > 0
         arguments |= {f'd_{name}': d.contiguous() if given else absent, flag: given}  # type: ignore[union-attr]
 
-    # G, after a block and before it in turn, and in the precision of products
-    g_states, g_gamma = new(2, *states.shape), absent
-    d_final_states = incoming['final_states']
-    g_states[0] = 0 if d_final_states is None else d_final_states
+    # G, and in the precision of products
+    d_final_states, d_gamma_states = incoming['final_states'], incoming['gamma_states']
+    g_states = torch.zeros_like(states) if d_final_states is None else d_final_states.contiguous().clone()
+    g_gamma = absent
     if gamma is not None:
-        g_gamma, d_gamma_states = new(2, *gamma.shape), incoming['gamma_states']
-        g_gamma[0] = 0 if d_gamma_states is None else d_gamma_states[:, -1]
+        g_gamma = torch.zeros_like(gamma) if d_gamma_states is None else d_gamma_states[:, -1].contiguous().clone()
     of_block = (heads, matrices, in_tile, max(dim, width))
     of_deltas, of_scores = new(of_block), (heads, batches, matrices, on_chip, in_tile)
     results = dict(
@@ -1125,8 +1161,8 @@ def _backward(
         d_values=new(values.shape),
         d_step_sizes=new(step_sizes.shape),
         d_steps=new(heads, blocks, batches, 2 * matrices, in_tile),
-        d_final=new(heads, blocks, parts, count, chunks * rows),
-        d_initial_final=new(heads, blocks, parts, 2, 2),
+        d_final=new(heads, blocks, matrices * tiles, count, chunks * rows),
+        d_initial_final=new(heads, blocks, matrices * tiles**2, 2, 2),
     )
     # the gradients of g and of products
     of_back, of_pre = back.new_empty(back.shape), back.new_empty(inputs.shape)
@@ -1134,18 +1170,23 @@ def _backward(
         gamma_states=gamma_states, initial=initial, inputs=inputs, deltas=deltas, of_gamma=of_gamma, losses=losses,
         raw=raw if proximal else deltas, pre=pre, back=back, products=products, scores=scores,
         back_scores=back_scores, inverses=inverses, row_products=row_products, norms=norms,
-        g_states=g_states, g_low=g_states[0].to(operands, copy=True), g_gamma=g_gamma,
+        g_states=g_states, g_low=g_states.to(operands, copy=True), g_gamma=g_gamma,
         of_inputs=new(of_block), of_deltas=of_deltas, of_raw=new(of_block) if proximal else of_deltas,
         of_back=of_back, of_pre=of_pre, of_scores=new(of_scores), of_back_scores=new(of_scores),
         of_descents=new(heads, in_tile, dim), of_weighted=new(heads, on_chip),
         of_gains=new(heads, blocks, batches, dim),
         NORM=gamma is not None,
     )  # fmt: skip
-    _launch(_backward_kernel, arguments, [0], [*range(1, 2 * matrices + 1)], [2 * matrices + 1])
+    through_final = _over_matrices(_through_final_kernel, arguments, tiles)
+    through_batches = _over_batches(_batches_backward_kernel, arguments, 2 * matrices + 1)
+    states_before = _over_matrices(_states_backward_kernel, arguments, tiles**2)
+    for block in reversed(range(blocks)):
+        through_final(block)
+        through_batches(block)
+        states_before(block)
     d_initial_steps = new(heads, blocks, parts, count, chunks * rows)
     own = arguments | dict(d_initial_steps=d_initial_steps, in_block=chunks * rows)
-    options = {name: arguments[name] for name in ('num_warps', 'num_stages')}
-    _initial_steps_kernel[(heads * blocks * parts,)](**taken_by(_initial_steps_kernel, own), **options)
+    _initial_steps_kernel[(heads * blocks * parts,)](**_taken_by(_initial_steps_kernel, own))
 
     # the first chunk of a memory batch has the coefficients of the weights at which gradients are taken
     of_steps, of_initial_steps = torch.zeros_like(steps), torch.zeros_like(initial_steps)
@@ -1159,8 +1200,8 @@ def _backward(
         results['d_keys'].to(keys.dtype),
         results['d_values'].to(values.dtype),
         results['d_step_sizes'].to(step_sizes.dtype),
-        g_states[blocks % 2].clone(),
-        None if gamma is None else g_gamma[blocks % 2].clone(),
+        g_states,
+        None if gamma is None else g_gamma,
         of_steps,
         of_initial_steps,
         results['d_final'].sum(dim=2).unflatten(-1, (chunks, rows)).sum(dim=-1),
@@ -1216,37 +1257,42 @@ def _arguments(
     )  # fmt: skip
 
 
-def _launch(kernel: Any, arguments: dict[str, Any], before: list[int], of_batches: list[int], after: list[int]) -> None:
-    """Runs all blocks in one launch; or, where programs cannot wait for each other, phase by phase.
+def _num_tiles(arguments: dict[str, Any]) -> int:
+    """Tiles along the longest side of a matrix."""
+    return triton.cdiv(max(arguments['dim'], arguments['width']), BLOCK)
 
-    Args:
-        before, of_batches, after: numbers of the phases of a block: those before its memory batches, of each of them,
-            and after them.
-    """
-    heads, blocks, parts = arguments['heads'], arguments['blocks'], arguments['PARTS']
+
+def _taken_by(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    return taken_by(kernel, arguments) | {name: arguments[name] for name in ('num_warps', 'num_stages')}
+
+
+def _over_matrices(kernel: Any, arguments: dict[str, Any], programs: int) -> Callable[[int], None]:
+    """Launches a kernel for a block, with so many programs for each matrix of a head."""
+    own, grid = _taken_by(kernel, arguments), (arguments['heads'], arguments['MATRICES'], programs)
+    return lambda block: kernel[grid](block=block, **own)
+
+
+def _over_batches(kernel: Any, arguments: dict[str, Any], phases: int) -> Callable[[int], None]:
+    """Launches a kernel for all memory batches of a block; phase by phase where programs cannot wait for each other."""
+    own, heads, parts = _taken_by(kernel, arguments), arguments['heads'], arguments['PARTS']
     batches, device = arguments['per_block'] // arguments['per_batch'], arguments['keys'].device
+    waits = parts > 1 and device.type == 'cuda'
+    counters = torch.zeros(arguments['blocks'], heads * COUNTER_STRIDE * waits, dtype=torch.int32, device=device)
+    own |= dict(WAITS=waits)
+    if parts > 1 and not waits:
 
-    def launch(first_block: int, last_block: int, first: int, last: int, phase: int, waits: bool) -> None:
-        own = arguments | dict(
-            first_block=first_block, last_block=last_block, first_batch=first, last_batch=last, PHASE=phase,
-            WAITS=waits,
-            counters=torch.zeros(heads * COUNTER_STRIDE if waits else 0, dtype=torch.int32, device=device),
-        )  # fmt: skip
-        groups = heads
-        if waits:
-            own |= dict(launch_cooperative_grid=True)
-            # one at least, so that a GPU too small for it refuses the launch
-            groups = max(1, min(heads, resident_programs(kernel, own, device) // parts))
-        kernel[(groups * parts,)](**own)
+        def launch(block: int) -> None:
+            for batch, phase in product(range(batches), range(phases)):
+                one = dict(block=block, first_batch=batch, last_batch=batch + 1, PHASE=phase, counters=counters[block])
+                kernel[(heads * parts,)](**own, **one)
 
-    if parts == 1 or device.type == 'cuda':
-        launch(0, blocks, 0, batches, -1, waits=parts > 1)
-        return
-    for block in range(blocks):
-        for phase in before:
-            launch(block, block + 1, 0, 0, phase, waits=False)
-        for batch in range(batches):
-            for phase in of_batches:
-                launch(block, block + 1, batch, batch + 1, phase, waits=False)
-        for phase in after:
-            launch(block, block + 1, 0, 0, phase, waits=False)
+        return launch
+
+    own |= dict(first_batch=0, last_batch=batches, PHASE=-1)
+    groups = heads
+    if waits:
+        own |= dict(launch_cooperative_grid=True)
+        # one at least, so that a GPU too small for it refuses the launch
+        fit = resident_programs(kernel, own | dict(block=0, counters=counters[0]), device)
+        groups = max(1, min(heads, fit // parts))
+    return lambda block: kernel[(groups * parts,)](block=block, counters=counters[block], **own)
