@@ -264,11 +264,15 @@ def test_shapes_that_the_kernels_do_not_support(kernels, monkeypatch):
         ((64, 256, 1, 4), 1),
         ((128, 512, 2, 2), None),
         ((128, 512, 2, 2), 1),
+        ((128, 256, 2, 3), 1),
     ],
 )
+@pytest.mark.parametrize('norm', [False, True])
 @pytest.mark.parametrize('low', [False, True])
-def test_sizes_of_training(sizes, num_proximal_steps, low):
-    tensors = problem(8, 3, 4, 1, 16, *sizes, norm=False, step_size=0.02 if num_proximal_steps is None else 2.0)
+def test_sizes_of_training(sizes, num_proximal_steps, norm, low):
+    # of large steps under a norm, rounding errors grow from one memory batch to the next
+    step_size = 0.02 if num_proximal_steps is None else 0.3 if norm else 2.0
+    tensors = problem(8, 3, 4, 1, 16, *sizes, norm=norm, step_size=step_size)
 
     def compute():
         with torch.autocast(DEVICE, LOW, enabled=low):
