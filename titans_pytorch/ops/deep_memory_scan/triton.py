@@ -40,8 +40,8 @@ from titans_pytorch.ops._triton import (
     taken_by,
     tile_size,
 )
+from titans_pytorch.ops._triton_cooperative import COUNTER_STRIDE, heads_together, new_counters, wait_for_all
 from titans_pytorch.ops.inner_gradient.triton import gradient_of_product, gradient_of_product_backward
-from titans_pytorch.ops.memory_batch_scan.triton import COUNTER_STRIDE, resident_programs, wait_for_all
 from titans_pytorch.ops.memory_batch_scan.triton_proximal import (
     curvatures,
     shares,
@@ -1277,7 +1277,7 @@ def _over_batches(kernel: Any, arguments: dict[str, Any], phases: int) -> Callab
     own, heads, parts = _taken_by(kernel, arguments), arguments['heads'], arguments['PARTS']
     batches, device = arguments['per_block'] // arguments['per_batch'], arguments['keys'].device
     waits = parts > 1 and device.type == 'cuda'
-    counters = torch.zeros(arguments['blocks'], heads * COUNTER_STRIDE * waits, dtype=torch.int32, device=device)
+    counters = new_counters(arguments['blocks'] * heads * waits, device).view(arguments['blocks'], -1)
     own |= dict(WAITS=waits)
     if parts > 1 and not waits:
 
@@ -1292,7 +1292,5 @@ def _over_batches(kernel: Any, arguments: dict[str, Any], phases: int) -> Callab
     groups = heads
     if waits:
         own |= dict(launch_cooperative_grid=True)
-        # one at least, so that a GPU too small for it refuses the launch
-        fit = resident_programs(kernel, own | dict(block=0, counters=counters[0]), device)
-        groups = max(1, min(heads, fit // parts))
+        groups = heads_together(kernel, own | dict(block=0, counters=counters[0]), heads, parts, device)
     return lambda block: kernel[(groups * parts,)](block=block, counters=counters[block], **own)

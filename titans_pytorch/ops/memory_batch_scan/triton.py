@@ -30,6 +30,7 @@ from titans_pytorch.ops._triton import (
     sum_rows,
     tile_size,
 )
+from titans_pytorch.ops._triton_cooperative import COUNTER_STRIDE, new_counters, resident_programs, wait_for_all
 from titans_pytorch.ops.inner_gradient.triton import (
     backward_of_rows,
     forward_of_rows,
@@ -52,22 +53,6 @@ UNITS, UNIT_ROWS = 64, 32
 WARPS, STAGES = (4, 4), (1, 2)
 # entries of a state that are copied at a time
 COPIED = 2048
-# of a multiprocessor
-REGISTERS = 2**16
-# each head's counter has a cache line of its own
-COUNTER_STRIDE = 32
-
-
-@triton.jit
-def wait_for_all(counter, target, WAITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Waits until all programs of a head are here, `target` arrivals since the launch; all they wrote can be read."""
-    tl.debug_barrier()
-    if WAITS:
-        tl.atomic_add(counter, 1, sem='release', scope='gpu')
-        arrived = tl.atomic_add(counter, 0, sem='acquire', scope='gpu')
-        while arrived < target:
-            arrived = tl.atomic_add(counter, 0, sem='acquire', scope='gpu')
-        tl.debug_barrier()
 
 
 @triton.jit
@@ -726,7 +711,7 @@ def _launch(kernel: Any, arguments: dict[str, Any], copies: bool = False) -> Non
         own = dict(
             first_batch=first_batch, last_batch=last_batch,
             ROWS_PHASE=of_rows, STATES_PHASE=of_states, WAITS=waits, **({'INITIAL_PHASE': copy} if copies else {}),
-            counters=torch.zeros(heads * COUNTER_STRIDE if waits else 0, dtype=torch.int32, device=keys.device),
+            counters=new_counters(heads if waits else 0, keys.device),
         )  # fmt: skip
         in_grid, options = programs, {}
         if waits:
@@ -744,29 +729,3 @@ def _launch(kernel: Any, arguments: dict[str, Any], copies: bool = False) -> Non
     for batch in range(batches):
         phases(batch, batch + 1, False, True, False, waits=False)
         phases(batch, batch + 1, False, False, True, waits=False)
-
-
-# by kernel and constants: numbers hardly change registers or memory, and with four warps two programs fit whatever the
-# registers
-_RESIDENT: dict[Any, int] = {}
-
-
-def resident_programs(kernel: Any, arguments: dict[str, Any], device: torch.device) -> int:
-    """Programs of a kernel that the GPU holds at a time."""
-    dtypes = tuple(t.dtype for t in arguments.values() if isinstance(t, Tensor))
-    constants = tuple((name, value) for name, value in arguments.items() if name.isupper() or name in _SIZES)
-    key = kernel, device, dtypes, constants
-    if key not in _RESIDENT:
-        compiled = kernel.warmup(**arguments, grid=(1,))
-        compiled._init_handles()
-        gpu = torch.cuda.get_device_properties(device)
-        warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
-        # a warp gets registers by 256, and each program a KiB of shared memory for the system
-        by_registers = REGISTERS // (warps * 256 * triton.cdiv(compiled.n_regs * 32, 256))
-        by_memory = gpu.shared_memory_per_multiprocessor // (triton.cdiv(shared, 1024) * 1024 + 1024)
-        by_threads = gpu.max_threads_per_multi_processor // (32 * warps)
-        _RESIDENT[key] = max(1, min(by_registers, by_memory, by_threads)) * gpu.multi_processor_count
-    return _RESIDENT[key]
-
-
-_SIZES = ('dim', 'width', 'num_warps', 'num_stages')

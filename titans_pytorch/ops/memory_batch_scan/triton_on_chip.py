@@ -37,8 +37,8 @@ from titans_pytorch.ops._triton import (
     product_precision,
     tile_size,
 )
+from titans_pytorch.ops._triton_cooperative import COUNTER_STRIDE, heads_together, new_counters, wait_for_all
 from titans_pytorch.ops.inner_gradient.triton import gradient_of_product, gradient_of_product_backward
-from titans_pytorch.ops.memory_batch_scan.triton import COUNTER_STRIDE, resident_programs, wait_for_all
 from titans_pytorch.ops.memory_batch_scan.triton_proximal import (
     curvatures,
     inverses_of_systems,
@@ -843,13 +843,12 @@ def _launch(
         own = arguments | (states if first_batch == 0 else carried) | {phase: phase in present for phase in phases}
         own |= dict(
             first_batch=first_batch, last_batch=last_batch, WAITS=waits,
-            counters=torch.zeros(heads * COUNTER_STRIDE if waits else 0, dtype=torch.int32, device=device),
+            counters=new_counters(heads if waits else 0, device),
         )  # fmt: skip
         groups = heads
         if waits:
             own |= dict(launch_cooperative_grid=True)
-            # one at least, so that a GPU too small for it refuses the launch
-            groups = max(1, min(heads, resident_programs(kernel, own, device) // parts))
+            groups = heads_together(kernel, own, heads, parts, device)
         kernel[(groups * parts,)](**own)
 
     if parts == 1 or device.type == 'cuda':
