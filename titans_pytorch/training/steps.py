@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from titans_pytorch.ops._compilation import kernels_compiled_together
 from titans_pytorch.training.data import even_starts, windows
 from titans_pytorch.training.distributed import (
     average_gradients,
@@ -47,10 +48,13 @@ class MicroStep:
             self.loss_of = torch.compile(self._loss, fullgraph=True, dynamic=False)
         self.own_micro_batches = micro_batches // num_ranks()
         self.machine = machine
+        self.has_kernels = not machine.triton
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """The loss divided by the number of micro batches of this rank; overwritten by the next call."""
+        if not self.has_kernels:
+            self._compile_kernels(inputs)
         if not self.machine.cuda_graphs:
             return self._compute(inputs.to(self.machine.device))
         if self.graph is None:
@@ -74,6 +78,16 @@ class MicroStep:
 
     def _loss(self, inputs: Tensor) -> Tensor:
         return self.model(inputs, return_loss=True) / self.own_micro_batches
+
+    def _compile_kernels(self, inputs: Tensor) -> None:
+        """A pass without results, in which kernels of this package are compiled in parallel."""
+        gradients = {parameter: parameter.grad for parameter in self.model.parameters()}
+        self.model.zero_grad()
+        with torch.random.fork_rng([self.machine.device]), kernels_compiled_together():
+            self._compute(inputs.to(self.machine.device))
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        self.has_kernels = True
 
     def _compute(self, inputs: Tensor) -> Tensor:
         with _in_place_of_forward(self.compiled_layers):
