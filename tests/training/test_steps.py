@@ -7,6 +7,7 @@ import contextlib
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import fresh_cache
 
 from titans_pytorch.training import MicroStep, choose_machine, steps
 
@@ -37,6 +38,22 @@ class Noisy(nn.Linear):
 
     def forward(self, inputs, return_loss):
         return nn.functional.dropout(super().forward(inputs)).mean()
+
+
+def test_compiled_steps_with_autocast_contexts_are_cached():
+    def compute(x):
+        with torch.autocast('cpu', enabled=False):
+            return (x @ x).sin()
+
+    found = torch._dynamo.utils.counters['aot_autograd']
+    hits, x = [], torch.randn(3, 3)
+    with fresh_cache(), torch.autocast('cpu', torch.bfloat16):
+        for _ in range(2):
+            torch.compiler.reset()
+            found.clear()
+            torch.testing.assert_close(steps._compile(compute)(x), compute(x))
+            hits.append(found['autograd_cache_hit'])
+    assert hits == [0, 1]
 
 
 def test_the_pass_that_compiles_kernels_leaves_nothing_behind(monkeypatch):

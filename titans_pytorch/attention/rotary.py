@@ -69,8 +69,8 @@ def rotate(
 
     If the rotary dimension is smaller than `d`, only the first features rotate. The angles have the precision of
     `rotary.freqs`, at least float32, whatever the dtype of `t`: bfloat16 cannot tell position 256 from 257. They are
-    not taken from the library's cache, whose precision is that of its first use, nor is the rotation its own, through
-    whose einops the compiler takes as long as through the rest of a model.
+    not taken from the library's cache, whose precision is that of its first use, nor is the rotation its own: through
+    its einops PyTorch 2.13 traces for as long as through the rest of a model.
     """
     dtype = torch.promote_types(rotary.freqs.dtype, torch.float32)
     angles = rotary(positions.to(dtype) / rotary.interpolate_factor)
