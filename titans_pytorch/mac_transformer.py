@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import repeat
 from torch import Tensor, nn
 from torch.nn import Linear, Module
 
@@ -373,7 +372,7 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         num_segments, in_last = divided(x.shape[1], segment)
         x = F.pad(x, (0, 0, 0, -in_last % segment)).unflatten(1, (num_segments + int(in_last > 0), segment))
         if self.longterm_mems is not None:
-            memory_tokens = repeat(self.longterm_mems.to(x.dtype), 'n d -> b s n d', b=x.shape[0], s=x.shape[1])
+            memory_tokens = self.longterm_mems.to(x.dtype).expand(*x.shape[:2], -1, -1)
             x = torch.cat((x, memory_tokens), dim=2)
         x = x.flatten(1, 2)
         x = x[:, start - first_segment * window : stop - first_segment * window]

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from einops.layers.torch import Rearrange
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn import Linear, Module, Parameter
@@ -24,6 +23,7 @@ from titans_pytorch.memory.modules import (
     AveragePool,
     L2Norm,
     MultiheadRMSNorm,
+    PerHead,
     SplitHeads,
     gate,
     join_heads,
@@ -311,7 +311,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
         )
         self.to_adaptive_step = nn.Sequential(
             linear_from(dim, heads * num_kv_per_token, init_adaptive_step_bias),
-            Rearrange('b n (h u) -> (b h) (n u)', u=num_kv_per_token),
+            PerHead(heads, num_kv_per_token),
+            nn.Flatten(1),
         )
         self.to_decay_factor = gates(1, start=init_decay_bias)
         self.to_momentum = gates(momentum_order, start=init_momentum_bias) if momentum else None
@@ -776,7 +777,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         chunk_size, rows = self.store_chunk_size, self.store_chunk_size * self.num_kv_per_token
         keys = rows_of_heads(seq, self.to_keys, self.split_kv_heads, self.k_norm)
         values = rows_of_heads(values_seq, self.to_values, self.split_kv_heads)
-        keys, values = (rearrange(t, 'b h (n m) d -> (b h) n m d', m=rows) for t in (keys, values))
+        keys, values = (t.flatten(0, 1).unflatten(1, (-1, rows)) for t in (keys, values))
         keys, values = (network_rows(t, self._dtype) for t in (keys, values))
 
         # gates are in float32 under any autocast, and in a half-precision module
@@ -785,7 +786,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         if not isinstance(step_sizes, Tensor) or step_sizes.shape != step_logits.shape:
             expected = f'a step size for each logit, {tuple(step_logits.shape)}'
             raise ValueError(f'adaptive_step_transform must return {expected}, got {described(step_sizes)}')
-        step_sizes = rearrange(step_sizes, 'bh (n m) -> bh n m', m=rows)
+        step_sizes = step_sizes.unflatten(1, (-1, rows))
         if mask is not None:
             stored = repeat(mask, 'b (n c) -> (b h) n (c u)', h=self.heads, c=chunk_size, u=self.num_kv_per_token)
             step_sizes = torch.where(stored, step_sizes, 0.0)

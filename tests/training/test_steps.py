@@ -1,12 +1,15 @@
-"""Gradients of a captured step, whose graph a function stands in for."""
+"""Gradients of a captured step, whose graph a function stands in for; and the pass that compiles kernels."""
 
 from __future__ import annotations
+
+import contextlib
 
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import fresh_cache
 
-from titans_pytorch.training import MicroStep, choose_machine
+from titans_pytorch.training import MicroStep, choose_machine, steps
 
 
 @pytest.mark.parametrize('set_to_none', [True, False])
@@ -28,3 +31,55 @@ def test_gradients_that_a_graph_writes_are_added_to_those_of_the_parameters(set_
             assert parameter.grad is not written[parameter]
             torch.testing.assert_close(parameter.grad, torch.full_like(parameter, 2 * first + 1))
         model.zero_grad(set_to_none)
+
+
+class Noisy(nn.Linear):
+    """The mean of a linear map with dropout."""
+
+    def forward(self, inputs, return_loss):
+        return nn.functional.dropout(super().forward(inputs)).mean()
+
+
+def test_compiled_steps_with_autocast_contexts_are_cached():
+    def compute(x):
+        with torch.autocast('cpu', enabled=False):
+            return (x @ x).sin()
+
+    found = torch._dynamo.utils.counters['aot_autograd']
+    hits, x = [], torch.randn(3, 3)
+    with fresh_cache(), torch.autocast('cpu', torch.bfloat16):
+        for _ in range(2):
+            torch.compiler.reset()
+            found.clear()
+            torch.testing.assert_close(steps._compile(compute)(x), compute(x))
+            hits.append(found['autograd_cache_hit'])
+    assert hits == [0, 1]
+
+
+def test_the_pass_that_compiles_kernels_leaves_nothing_behind(monkeypatch):
+    for name in ('get_rng_state', 'set_rng_state'):  # of a GPU
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    calls = []
+
+    @contextlib.contextmanager
+    def compiled_together():
+        calls.append('starts')
+        yield
+        calls.append('ends')
+
+    monkeypatch.setattr(steps, 'kernels_compiled_together', compiled_together)
+    torch.manual_seed(0)
+    model, inputs = Noisy(3, 4), torch.randn(5, 3)
+    model.weight.grad = torch.ones_like(model.weight)
+    expected = {}
+    for has_kernels in (True, False):
+        torch.manual_seed(1)
+        copy = Noisy(3, 4)
+        copy.load_state_dict(model.state_dict())
+        copy.weight.grad = model.weight.grad.clone()
+        step = MicroStep(copy, choose_machine('cpu')._replace(triton=not has_kernels))
+        losses = torch.stack([step(inputs), step(inputs)])
+        figures = {'losses': losses, **{name: p.grad for name, p in copy.named_parameters()}}
+        for name, figure in figures.items():
+            torch.testing.assert_close(figure, expected.setdefault(name, figure), rtol=0.0, atol=0.0)
+    assert calls == ['starts', 'ends']

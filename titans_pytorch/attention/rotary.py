@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
+from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -69,10 +69,17 @@ def rotate(
 
     If the rotary dimension is smaller than `d`, only the first features rotate. The angles have the precision of
     `rotary.freqs`, at least float32, whatever the dtype of `t`: bfloat16 cannot tell position 256 from 257. They are
-    not taken from the library's cache, whose precision is that of its first use.
+    not taken from the library's cache, whose precision is that of its first use, nor is the rotation its own: through
+    its einops PyTorch 2.13 traces for as long as through the rest of a model.
     """
     dtype = torch.promote_types(rotary.freqs.dtype, torch.float32)
-    return apply_rotary_emb(rotary(positions.to(dtype) / rotary.interpolate_factor), t)
+    angles = rotary(positions.to(dtype) / rotary.interpolate_factor)
+    width = angles.shape[-1]
+    angles = angles[..., ::2]  # adjacent features share an angle
+    cos, sin = angles.cos(), angles.sin()
+    even, odd = t[..., :width].unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+    return torch.cat((rotated, t[..., width:]), dim=-1).to(t.dtype)
 
 
 def frequencies(rotary: RotaryEmbedding) -> Float[Tensor, ' half']:

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
-from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 from torch.nn import Linear
 from torch.nn.attention.flex_attention import flex_attention
@@ -17,7 +15,7 @@ from x_transformers.attend import Attend
 
 from titans_pytorch.attention.masks import after_persistent, over_positions, segmented, segmented_block_mask
 from titans_pytorch.attention.rotary import KeyValues, Rotary, check_rotary_width, rotate
-from titans_pytorch.memory.modules import SplitHeads
+from titans_pytorch.memory.modules import MergeHeads, SplitHeads
 from titans_pytorch.ops.token_attention import Position, RingLayout, ValueMix, token_attention
 from titans_pytorch.utils.checks import (
     check_broadcasts,
@@ -119,7 +117,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
             nn.Sequential(Linear(dim, heads), SplitHeads(heads), nn.Sigmoid()) if accept_value_residual else None
         )
         self.heads, self.dim_head = heads, dim_head
-        self.merge_heads = Rearrange('b h n d -> b n (h d)')
+        self.merge_heads = MergeHeads()
         self.persistent_memory = (
             nn.Parameter(torch.empty(2, heads, num_persist_mem_tokens, dim_head)) if num_persist_mem_tokens else None
         )
@@ -302,7 +300,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
     def _with_persistent(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if self.persistent_memory is None:
             return keys, values
-        persistent = repeat(self.persistent_memory.to(keys.dtype), 'kv h p d -> kv b h p d', b=keys.shape[0])
+        persistent = self.persistent_memory.to(keys.dtype).unsqueeze(1).expand(-1, keys.shape[0], -1, -1, -1)
         return torch.cat((persistent[0], keys), dim=-2), torch.cat((persistent[1], values), dim=-2)
 
     # three equivalent implementations: queries of the last positions, keys from position `first` on
@@ -341,7 +339,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         mask = None
         if self.sliding and not in_one:
             mask = self._window_mask(queries.shape[1], queries.device)
-            mask = repeat(mask, 'w i j -> (b w) 1 i j', b=batch)
+            mask = mask.unsqueeze(1).repeat(batch, 1, 1, 1)
             keys, values = (torch.cat((_shifted(t), t), dim=-2) for t in (keys, values))
 
         queries, keys, values = (t.flatten(0, 1) for t in (queries, keys, values))
@@ -372,7 +370,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         )
         rotated_queries = self._rotated_queries(queries, first + num_cached)
         keys, values = self._with_persistent(self._rotated(keys, first), values)
-        out, _ = self.attend(rotated_queries, keys, values, mask=rearrange(mask, 'i j -> 1 1 i j'))
+        out, _ = self.attend(rotated_queries, keys, values, mask=mask[None, None])
         return out
 
     @property

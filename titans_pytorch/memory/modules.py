@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import Linear, Module, Parameter
 
@@ -51,7 +50,7 @@ class AveragePool(Module):
 
     def forward(self, x: Float[Tensor, 'b t d'], chunk_size: int | None = None) -> Float[Tensor, 'b n d']:
         chunk_size = chunk_size or self.chunk_size
-        return x if chunk_size == 1 else reduce(x, 'b (n c) d -> b n d', 'mean', c=chunk_size)
+        return x if chunk_size == 1 else x.unflatten(1, (-1, chunk_size)).mean(dim=2)
 
 
 class StartingAt(Linear):
@@ -81,7 +80,7 @@ class AttentionPool(Resettable):
         self.to_attn_logits = StartingAt(dim, dim, 0.0)
 
     def forward(self, x: Float[Tensor, 'b t d'], chunk_size: int | None = None) -> Float[Tensor, 'b n d']:
-        x = rearrange(x, 'b (n c) d -> b n c d', c=chunk_size or self.chunk_size)
+        x = x.unflatten(1, (-1, chunk_size or self.chunk_size))
         return (x * self.to_attn_logits(x).softmax(dim=-2)).sum(dim=-2)
 
 
@@ -124,7 +123,7 @@ def pointwise(projection: Module) -> Module:
 class SplitHeads(Module):
     """Rows of each head, next to each other where a token has several: (b, n, h · u · d) to (b, h, n · u, d).
 
-    Without einops, whose lookup takes longer than a small gate.
+    Without einops, whose lookup takes longer than a small gate, and through which the compiler traces.
     """
 
     def __init__(self, heads: int, per_token: int = 1):
@@ -133,6 +132,13 @@ class SplitHeads(Module):
 
     def forward(self, x: Float[Tensor, 'b n hud']) -> Float[Tensor, 'b h nu d']:
         return x.unflatten(-1, (self.heads, self.per_token, -1)).transpose(1, 2).flatten(2, 3)
+
+
+class MergeHeads(Module):
+    """Heads side by side: (b, h, n, d) to (b, n, h · d)."""
+
+    def forward(self, x: Float[Tensor, 'b h n d']) -> Float[Tensor, 'b n hd']:
+        return x.transpose(1, 2).flatten(2)
 
 
 def rows_of_heads(

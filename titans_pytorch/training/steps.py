@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from titans_pytorch import ops
+from titans_pytorch.ops._compilation import kernels_compiled_together
 from titans_pytorch.training.data import even_starts, windows
 from titans_pytorch.training.distributed import (
     average_gradients,
@@ -44,13 +49,16 @@ class MicroStep:
         if machine.compile and is_sharded(model):
             self.compiled_layers = _compiled(model.layers)  # type: ignore[arg-type]
         elif machine.compile:
-            self.loss_of = torch.compile(self._loss, fullgraph=True, dynamic=False)
+            self.loss_of = _compile(self._loss)
         self.own_micro_batches = micro_batches // num_ranks()
         self.machine = machine
+        self.has_kernels = not machine.triton
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """The loss divided by the number of micro batches of this rank; overwritten by the next call."""
+        if not self.has_kernels:
+            self._compile_kernels(inputs)
         if not self.machine.cuda_graphs:
             return self._compute(inputs.to(self.machine.device))
         if self.graph is None:
@@ -74,6 +82,16 @@ class MicroStep:
 
     def _loss(self, inputs: Tensor) -> Tensor:
         return self.model(inputs, return_loss=True) / self.own_micro_batches
+
+    def _compile_kernels(self, inputs: Tensor) -> None:
+        """A pass without results, in which kernels of this package are compiled in parallel."""
+        gradients = {parameter: parameter.grad for parameter in self.model.parameters()}
+        self.model.zero_grad()
+        with torch.random.fork_rng([self.machine.device]), kernels_compiled_together():
+            self._compute(inputs.to(self.machine.device))
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        self.has_kernels = True
 
     def _compute(self, inputs: Tensor) -> Tensor:
         with _in_place_of_forward(self.compiled_layers):
@@ -147,9 +165,26 @@ def validation_loss(
     return sum_over_ranks(losses).mean().item()
 
 
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function compiled as one graph, which the next process finds in PyTorch's cache."""
+    return torch.compile(function, fullgraph=True, dynamic=False, options=_cacheable())
+
+
+@functools.cache
+def _cacheable() -> dict[str, Any]:
+    """Option by which PyTorch caches graphs that enter or leave autocast, as they do where precision matters.
+
+    PyTorch's key of a graph holds the names of its operations only, so the sources of ours are added to it.
+    """
+    sources = sorted(Path(*ops.__path__).rglob('*.py'))
+    key = hashlib.sha256(b''.join(source.read_bytes() for source in sources)).hexdigest()
+    names = ('torch.amp.autocast_mode._enter_autocast', 'torch.amp.autocast_mode._exit_autocast')
+    return {'unsafe_marked_cacheable_functions': dict.fromkeys(names, key)}
+
+
 def _compiled(layers: Iterable[nn.Module]) -> dict[nn.Module, Callable[..., Any]]:
     """The forward of each layer, compiled by itself, as the hooks of FSDP2 between the layers are Python."""
-    return {layer: torch.compile(layer.forward, fullgraph=True, dynamic=False) for layer in layers}
+    return {layer: _compile(layer.forward) for layer in layers}
 
 
 @contextlib.contextmanager
