@@ -72,12 +72,12 @@ def test_the_pass_that_compiles_kernels_leaves_nothing_behind(monkeypatch):
     model, inputs = Noisy(3, 4), torch.randn(5, 3)
     model.weight.grad = torch.ones_like(model.weight)
     expected = {}
-    for has_kernels in (True, False):
+    for kernels_compiled in (True, False):
         torch.manual_seed(1)
         copy = Noisy(3, 4)
         copy.load_state_dict(model.state_dict())
         copy.weight.grad = model.weight.grad.clone()
-        step = MicroStep(copy, choose_machine('cpu')._replace(triton=not has_kernels))
+        step = MicroStep(copy, choose_machine('cpu')._replace(triton=not kernels_compiled))
         losses = torch.stack([step(inputs), step(inputs)])
         figures = {'losses': losses, **{name: p.grad for name, p in copy.named_parameters()}}
         for name, figure in figures.items():

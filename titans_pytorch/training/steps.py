@@ -52,12 +52,12 @@ class MicroStep:
             self.loss_of = _compile(self._loss)
         self.own_micro_batches = micro_batches // num_ranks()
         self.machine = machine
-        self.has_kernels = not machine.triton
+        self.kernels_compiled = not machine.triton
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """The loss divided by the number of micro batches of this rank; overwritten by the next call."""
-        if not self.has_kernels:
+        if not self.kernels_compiled:
             self._compile_kernels(inputs)
         if not self.machine.cuda_graphs:
             return self._compute(inputs.to(self.machine.device))
@@ -91,7 +91,7 @@ class MicroStep:
             self._compute(inputs.to(self.machine.device))
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
-        self.has_kernels = True
+        self.kernels_compiled = True
 
     def _compute(self, inputs: Tensor) -> Tensor:
         with _in_place_of_forward(self.compiled_layers):
