@@ -434,6 +434,8 @@ def describe_model(config: Config) -> dict[str, Any]:
         neural_mem_weight_residual=config.NEURAL_MEM_WEIGHT_RESIDUAL,
         neural_memory_qkv_receives_diff_views=config.NEURAL_MEM_QKV_RECEIVES_DIFF_VIEW,
         neural_memory_model=memory_model,
+        # changes nothing in training, and lets the model read further afterwards
+        position_length=config.SEQ_LEN,
         neural_memory_kwargs={
             'dim_head': config.NEURAL_MEM_DIM_HEAD,
             'heads': config.NEURAL_MEM_HEADS,

@@ -206,6 +206,9 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         paper_order: retrieve, attend, then store.
         checkpoint_layers: save only the input of each layer for the backward pass, which recomputes the layer. For
             sequences so long that even one layer does not fit, see `checkpoint_every` of `NeuralMemory`.
+        position_length: tokens whose memory chunks have position embeddings of their own; the chunks of later tokens
+            share that of the last. The embedding is an MLP of the chunk's number and grows with it, so for a model that
+            reads further than it was trained give the length of training. Default: no limit, as in the reference.
     """
 
     def __init__(
@@ -235,6 +238,7 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         token_emb: Module | None = None,
         paper_order: bool = False,
         checkpoint_layers: bool = False,
+        position_length: int | None = None,
     ):
         positive = ['dim', 'depth', 'segment_len', 'dim_head', 'heads', 'num_residual_streams']
         not_negative = ['num_longterm_mem_tokens', 'num_persist_mem_tokens']
@@ -269,7 +273,11 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
             )
             check_multiple('segment_len', segment_len, 'neural_memory_segment_len', self.neural_memory_segment_len)
 
-        self.axial_pos_emb = AxialPositions(dim)
+        num_chunks = None
+        if position_length is not None:
+            (position_length,) = check_positive(position_length=position_length)
+            num_chunks = -(-self.num_positions(position_length) // self.neural_memory_segment_len)
+        self.axial_pos_emb = AxialPositions(dim, num_chunks)
         self.longterm_mems = (
             nn.Parameter(torch.empty(num_longterm_mem_tokens, dim)) if num_longterm_mem_tokens else None
         )

@@ -421,11 +421,12 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
     @property
     def _backend(self) -> Backend:
-        return self._backend_for(self.batch_size)
+        return self._backend_for(self.batch_size, 1)
 
-    def _backend_for(self, batch_size: int | None) -> Backend:
-        # proximal steps of each parameter in each chunk of a memory batch are added up
-        added = len(self.memory_model_parameter_names) * ((batch_size or 0) // self.store_chunk_size)
+    def _backend_for(self, batch_size: int | None, num_chunks: int) -> Backend:
+        # proximal steps of each parameter in each chunk of a memory batch, or else of the call, are added up
+        chunks = num_chunks if batch_size is None else batch_size // self.store_chunk_size
+        added = len(self.memory_model_parameter_names) * chunks
         return self._backend_class(
             self._network,
             self.memory_model_parameters.mlp,
@@ -629,7 +630,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
         """`state` as buffers for `step`; `MemoryBuffers.to_state` is the inverse."""
         pending = state.cache_store_segment
         tokens = pending.tokens if isinstance(pending, PendingSegment) else pending
-        assert tokens is not None
+        if tokens is None:
+            raise ValueError('state.cache_store_segment must hold the tokens of the open chunk, got None')
         opened = self._opened(state, tokens[0] if self.qkv_receives_diff_views else tokens)
         buffers = MemoryBuffers.of(opened, self.buffer_sizes)
         if not with_surprises:
@@ -742,8 +744,9 @@ class NeuralMemory(Resettable, InReferenceFormat):
         chunks, pooled = self._project_chunks(rows, None if mask is None else mask[:, :complete])
         residual = self._weight_residual(prev_weights, pooled, schedule.first_chunk)
         with network_autocast(self._dtype, tokens.device):
-            inputs = StoreInputs(chunks, residual, schedule, state.weights, self._transition, with_surprises)
-            over_time, weights, losses = self._backend_for(call.batch_size).store(inputs)
+            given = (chunks, residual, schedule, state.weights, self._transition)
+            inputs = StoreInputs(*given, with_surprises, state.at_rest)
+            over_time, weights, losses = self._backend_for(call.batch_size, schedule.num_chunks).store(inputs)
 
         # copied, so that a kept state does not keep the whole input
         rest = PendingSegment(
@@ -787,14 +790,17 @@ class NeuralMemory(Resettable, InReferenceFormat):
             expected = f'a step size for each logit, {tuple(step_logits.shape)}'
             raise ValueError(f'adaptive_step_transform must return {expected}, got {described(step_sizes)}')
         step_sizes = step_sizes.unflatten(1, (-1, rows))
+        stored = None
         if mask is not None:
             stored = repeat(mask, 'b (n c) -> (b h) n (c u)', h=self.heads, c=chunk_size, u=self.num_kv_per_token)
-            step_sizes = torch.where(stored, step_sizes, 0.0)
 
         if self.store_with_lookahead_value and rows > 1:
             keys, values, step_sizes = keys[..., :-1, :], values[..., 1:, :], step_sizes[..., :-1]
+            stored = None if stored is None else stored[..., :-1] & stored[..., 1:]
         elif self.store_with_lookahead_value:  # no row has a next one: nothing is stored
             step_sizes = F.pad(step_sizes[..., :-1], (0, 1))
+        if stored is not None:
+            step_sizes = torch.where(stored, step_sizes, 0.0)
 
         momentum = _optional(self.to_momentum, pooled)
         modulation = _optional(self.to_layer_modulation, pooled)

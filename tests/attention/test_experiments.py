@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from titans_pytorch.attention.rotary import rotary_causal_attention, rotate
 from titans_pytorch.implicit_mlp_attention import ImplicitMLPAttention
 from titans_pytorch.nested_attention import NestedAttention
+from titans_pytorch.ops.rotation import rotate_features, rotation_at
 
 LENGTH, DIM = 9, 12
 
@@ -151,6 +152,19 @@ def test_rotation_follows_explicit_positions() -> None:
 
     expected = torch.cat((turned, t[..., 4:]), dim=-1)
     torch.testing.assert_close(rotate(rotary, t, positions), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_rotation_is_exact_far_from_the_start() -> None:
+    t = torch.randn(1, 1, 4, 8)
+    positions = torch.arange(4) + 2**24 - 4
+    rotary, in_float64 = RotaryEmbedding(8), RotaryEmbedding(8).double()
+    in_float64.freqs.data = rotary.freqs.double()
+    exact = rotate(in_float64, t.double(), positions)
+    torch.testing.assert_close(rotate(rotary, t, positions).double(), exact, rtol=1e-5, atol=1e-5)
+
+    rotation = rotation_at(rotary.freqs, positions[:1])
+    one = rotate_features(t[:, :, :1], rotation)
+    torch.testing.assert_close(one, rotate(rotary, t[:, :, :1], positions[:1]))
 
 
 def test_rotation_is_exact_in_bfloat16_and_after_a_cached_call() -> None:

@@ -304,6 +304,15 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize('switch', ['plain', 'linear memory'])
+def test_a_compiled_memory_takes_lengths_that_vary(switch, fresh_compiler):
+    mem = memory(switch)
+    compiled = torch.compile(mem, fullgraph=True, backend='eager')
+    for length in (16, 24, 37):
+        seq = inputs(mem, length)
+        assert_same(compiled(seq)[0], mem(seq)[0], 1e-12)
+
+
 @pytest.mark.parametrize('switch', ['plain', 'everything'])
 def test_a_memory_compiles_whole_and_once(switch, fresh_compiler):
     mem = memory(switch)

@@ -8,7 +8,7 @@ from compare import assert_same, gradients
 from memories import DIM, HEAD, inputs, memory
 from torch import nn
 
-from titans_pytorch import MemoryAttention, MemoryMLP, NeuralMemory
+from titans_pytorch import MemoryAttention, MemoryMLP, NeuralMemory, NeuralMemState
 from titans_pytorch.ops.proximal_steps import proximal_deltas
 from titans_pytorch.presets import memory_settings
 
@@ -193,6 +193,25 @@ def test_look_ahead_weights_take_every_step_at_once():
     assert_same(dict(state.weights.items()), dict(expected.weights.items()), 1e-9)
     (newest,), (end,) = (own.states[0].values() for own in (state, expected))
     assert (newest - end).abs().max() > 1e-2
+
+
+def test_storing_without_retrieval_counts_the_chunks_of_the_call():
+    mem = proximal(1, 4, batch_size=24, default_step_transform_max_lr=100.0)
+    seq = inputs(mem, 24)
+    stored = mem.store_memories(seq, return_surprises=False)
+    assert_same((stored[-1] if isinstance(stored, tuple) else stored).states, mem(seq)[1].states, 1e-12)
+
+
+def test_look_ahead_from_a_state_with_momentum_at_the_start():
+    """Gradients of the first memory batch are taken at the state's base weights."""
+    results = []
+    for engine in ('dual', 'dense'):
+        mem = memory(chunk_size=2, batch_size=4, engine=engine, **AHEAD)
+        seq = inputs(mem, 12)
+        weights, momentum = mem(seq)[1].states
+        out, state = mem(seq, state=NeuralMemState(0, weights, None, (weights, momentum), None))
+        results.append((out, state.states))
+    assert_same(*results, 1e-10)
 
 
 def test_a_batch_size_for_one_call_counts():

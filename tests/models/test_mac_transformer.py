@@ -8,6 +8,7 @@ from compare import all_in_float64, assert_same, gradients
 from mac_configurations import CONFIGURATIONS, TOKENS, every_configuration, ids, transformer
 from torch import nn
 
+from titans_pytorch import MemoryAsContextTransformer
 from titans_pytorch.generation.logits import gumbel_sample, min_p_filter
 
 
@@ -95,6 +96,35 @@ def test_custom_token_embedding():
     own.load_state_dict(state)
     tokens = ids(12)
     assert_same(own(tokens), model(tokens), 1e-12)
+
+
+@torch.no_grad()
+def test_later_chunks_share_the_position_of_the_last_that_was_trained():
+    sizes = {'segment_len': 4, 'neural_memory_segment_len': 2, 'num_longterm_mem_tokens': 1, 'num_tokens': TOKENS}
+    plain, limited = (
+        MemoryAsContextTransformer(dim=16, depth=1, heads=2, dim_head=8, position_length=length, **sizes)
+        for length in (None, 8)
+    )
+    limited.load_state_dict(plain.state_dict())
+    tokens = ids(21)
+    # eight tokens are two segments of five positions, which are five chunks
+    assert_same(limited(tokens[:, :8]), plain(tokens[:, :8]), 1e-6)
+    embedded = [model._embedded(tokens, 0) for model in (plain, limited)]
+    assert_same(embedded[1][:, :10], embedded[0][:, :10], 1e-6)
+    last = limited.axial_pos_emb.axis(0, torch.tensor([4]))
+    assert_same(limited.axial_pos_emb.axis(0, torch.arange(5, 12)), last.expand(7, -1), 1e-6)
+    assert not torch.equal(embedded[1][:, 10:], embedded[0][:, 10:])
+
+    cached, state = [], None
+    for token in tokens.split(1, dim=1):
+        logits, state = limited(token, state=state, return_state=True)
+        cached.append(logits)
+    assert_same(torch.cat(cached, dim=1), limited(tokens), 1e-6)
+    assert_same(
+        limited.sample(tokens[:, :7], 24, use_cache=True, temperature=0.0),
+        limited.sample(tokens[:, :7], 24, use_cache=False, temperature=0.0),
+        0.0,
+    )
 
 
 def test_factorized_positions_do_not_change_results():

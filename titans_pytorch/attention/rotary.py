@@ -14,6 +14,7 @@ from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from titans_pytorch.ops.rotation import angles_at
 from titans_pytorch.utils.parameters import fill
 from titans_pytorch.utils.shapes import Float, Int
 
@@ -69,14 +70,11 @@ def rotate(
 
     If the rotary dimension is smaller than `d`, only the first features rotate. The angles have the precision of
     `rotary.freqs`, at least float32, whatever the dtype of `t`: bfloat16 cannot tell position 256 from 257. They are
-    not taken from the library's cache, whose precision is that of its first use, nor is the rotation its own: through
-    its einops PyTorch 2.13 traces for as long as through the rest of a model.
+    not the library's own, which loses them in float32 and caches them in the precision of their first use, nor is the
+    rotation, through whose einops PyTorch 2.13 traces for as long as through the rest of a model.
     """
-    dtype = torch.promote_types(rotary.freqs.dtype, torch.float32)
-    angles = rotary(positions.to(dtype) / rotary.interpolate_factor)
-    width = angles.shape[-1]
-    angles = angles[..., ::2]  # adjacent features share an angle
-    cos, sin = angles.cos(), angles.sin()
+    angles = angles_at(positions.unsqueeze(-1), _frequencies(rotary))
+    cos, sin, width = angles.cos(), angles.sin(), 2 * angles.shape[-1]
     even, odd = t[..., :width].unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
     return torch.cat((rotated, t[..., width:]), dim=-1).to(t.dtype)
@@ -84,8 +82,12 @@ def rotate(
 
 def frequencies(rotary: RotaryEmbedding) -> Float[Tensor, ' half']:
     """Angle per position of each pair of features, in the precision of `rotate`."""
+    return _frequencies(rotary).detach()
+
+
+def _frequencies(rotary: RotaryEmbedding) -> Float[Tensor, ' half']:
     dtype = torch.promote_types(rotary.freqs.dtype, torch.float32)
-    return rotary.freqs.detach().to(dtype) / rotary.interpolate_factor
+    return rotary.freqs.to(dtype) / rotary.interpolate_factor
 
 
 def rotary_causal_attention(

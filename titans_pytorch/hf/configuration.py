@@ -70,6 +70,7 @@ class TitansConfig(PreTrainedConfig):
     neural_memory_qkv_receives_diff_views: bool | None = None
     sliding_window_attn: bool | None = None
     paper_order: bool | None = None
+    position_length: int | None = None
 
     use_cache: bool = True
     tie_word_embeddings: bool = False

@@ -181,6 +181,8 @@ class OpenState(NamedTuple):
     seq_index: int
     weights: MemoryWeights
     pending: PendingSegment
+    at_rest: bool = False
+    """True if the momentum is known to be zero, as at the start of a sequence."""
 
     def to_state(self, updates: FastWeights) -> NeuralMemState:
         """The state to return, with the weights over the call."""

@@ -275,23 +275,24 @@ class MemoryLayout(NamedTuple):
         (seq_index,) = check_not_negative(**{index_name: state.seq_index})
         if seq_index % self.chunk_size:
             raise ValueError(
-                f'state must come from a memory of chunk_size={self.chunk_size}: '
-                f'its seq_index must be a multiple of it, got {seq_index}'
+                f'{index_name} must be a multiple of chunk_size={self.chunk_size}, as in states of such a memory, '
+                f'got {seq_index}'
             )
         base = init_weights(batch) if state.weights is None else state.weights
-        self._check_weights(weights_name, base, (batch * self.heads,))
+        self._check_weights(weights_name, base, (batch * self.heads,), seq.device)
         newest, momentum = base, None
         if state.states is not None:
             if not isinstance(state.states, (tuple, list)) or len(state.states) != 2:
                 raise TypeError(f'{states_name} must be a pair of weights and momentum, got {described(state.states)}')
             newest, momentum = state.states
-            self._check_weights(f'{states_name}[0]', newest, (batch * self.heads,))
+            self._check_weights(f'{states_name}[0]', newest, (batch * self.heads,), seq.device)
         if momentum is None or not self.momentum_orders:
             momentum = init_momentum(batch)
         else:
-            self._check_weights(f'{states_name}[1]', momentum, (self.momentum_orders, batch * self.heads))
+            self._check_weights(f'{states_name}[1]', momentum, (self.momentum_orders, batch * self.heads), seq.device)
         pending = self._checked_pending(state.cache_store_segment, seq)
-        return OpenState(seq_index, MemoryWeights(_plain(base), _plain(newest), _plain(momentum)), pending)
+        weights = MemoryWeights(_plain(base), _plain(newest), _plain(momentum))
+        return OpenState(seq_index, weights, pending, at_rest=state.states is None)
 
     def _checked_pending(self, pending: Any, seq: Float[Tensor, 'b n d']) -> PendingSegment:
         """The open chunk of a state."""
@@ -329,7 +330,9 @@ class MemoryLayout(NamedTuple):
         tokens = like[:, :0]
         return PendingSegment(torch.stack((tokens, tokens)) if self.different_views else tokens)
 
-    def _check_weights(self, name: str, weights: Mapping[str, Tensor], leading: tuple[int, ...]) -> None:
+    def _check_weights(
+        self, name: str, weights: Mapping[str, Tensor], leading: tuple[int, ...], device: torch.device
+    ) -> None:
         """Check that `weights` belong to this memory's network, each parameter with the axes `leading` in front."""
         expected = {key: (*leading, *shape) for key, shape in self.parameters.items()}
         _check_tensors(name, weights)
@@ -337,6 +340,13 @@ class MemoryLayout(NamedTuple):
         # key by key: the compiler cannot compare dictionaries of shapes
         if came.keys() != expected.keys() or any(came[key] != shape for key, shape in expected.items()):
             raise ValueError(f'{name} must hold the weights of this memory, {expected}, got {came}')
+        # half precision is raised to float32
+        precision = torch.promote_types(self.dtype, torch.float32)
+        for key, t in weights.items():
+            if torch.promote_types(t.dtype, torch.float32) != precision:
+                raise TypeError(f'{name}[{key!r}] must be {precision}, as seq is {self.dtype}, got {t.dtype}')
+            if t.device != device:
+                raise ValueError(f'{name}[{key!r}] must be on {device}, as seq is, got {t.device}')
 
     def over_time(self, name: str, weights: Mapping[str, Tensor], batch: int) -> FastWeights:
         """Weights passed by a user, (bh, n, …), (bh, …) or without these axes, as weights over time."""

@@ -24,9 +24,9 @@ class AxialTables(NamedTuple):
 class AxialPositions(ContinuousAxialPositionalEmbedding):
     """A position embedding of two MLPs, without the buffer from which its base class reads its device."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, num_chunks: int | None = None):
         super().__init__(dim=dim, num_axial_dims=2)
-        self.dim = dim
+        self.dim, self.num_chunks = dim, num_chunks
         del self.dummy
 
     # the base class asks `parameters()`, which are none in a replica of `torch.nn.parallel.replicate`
@@ -42,7 +42,10 @@ class AxialPositions(ContinuousAxialPositionalEmbedding):
         return weight.dtype if isinstance(weight, Tensor) else torch.float32
 
     def axis(self, axis: int, indices: Int[Tensor, ' n']) -> Float[Tensor, 'n d']:
-        """Embeddings of indices along one axis: 0 for chunks, 1 for offsets in a chunk."""
+        """Embeddings of indices along one axis: 0 for chunks, 1 for offsets in a chunk. Of more chunks than
+        `num_chunks`, the later ones have the embedding of the last."""
+        if axis == 0 and self.num_chunks is not None:
+            indices = indices.clamp(max=self.num_chunks - 1)
         # exact integers, so never in half precision
         with torch.autocast(indices.device.type, enabled=False):
             return self.mlps[axis](indices.to(self.dtype).unsqueeze(1))

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from titans_pytorch.utils.shapes import Float, Int
 
 
+def angles_at(positions: Int[Tensor, ' n'], frequencies: Float[Tensor, '... half']) -> Float[Tensor, '... half']:
+    """Angles of positions modulo 2π, in the precision of `frequencies`.
+
+    They are computed in float64, where the device has it: at a million positions float32 is wrong by a tenth of a
+    radian.
+    """
+    wide = torch.float32 if positions.device.type == 'mps' else torch.float64
+    return (positions.to(wide) * frequencies.to(wide)).remainder(2 * math.pi).to(frequencies.dtype)
+
+
 def rotation_at(
     frequencies: Float[Tensor, '*layers half'], position: Int[Tensor, ' 1']
 ) -> Float[Tensor, '*layers half 2']:
     """Cosines and sines of one position's angles, by which `rotate_features` rotates each pair of features."""
-    angles = position * frequencies
+    angles = angles_at(position, frequencies)
     return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 

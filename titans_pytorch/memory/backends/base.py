@@ -32,6 +32,8 @@ class StoreInputs(NamedTuple):
     transition: Transition
     with_losses: bool = True
     """False if nobody reads the losses of the rows."""
+    at_rest: bool = False
+    """True if the momentum is known to be zero."""
 
 
 class Gradients(NamedTuple):

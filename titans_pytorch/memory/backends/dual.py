@@ -80,9 +80,9 @@ class DualBackend(Backend):
         formed = set() if solves else self._formed(inputs, scans or goes_deep)
         blocks = inputs.schedule.blocks(self.preferred_chunks(chunks))
         # memory batches are stored together with their neighbours, but the first by itself if its base weights are not
-        # the newest ones, or if they look ahead of these, as they do except at the start of a sequence
+        # the newest ones, or look ahead of these
         at_newest = all(weights.base[name] is w for name, w in weights.newest.items())
-        first = [] if at_newest and not (lookahead and inputs.schedule.first_chunk > 0) else blocks[:1]
+        first = [] if at_newest and (inputs.at_rest or not lookahead) else blocks[:1]
         others = groupby(blocks[len(first) :], key=lambda block: block.num_chunks)
         groups = [group for group in (first, *([*same] for _, same in others)) if group]
         lengths = [sum(block.num_chunks for block in group) for group in groups]
@@ -170,7 +170,7 @@ class DualBackend(Backend):
         """Memory batches of one length, as many in each block as have at most `rows` rows, but at least one."""
         per_batch = batches[0].num_chunks
         together = max(1, rows // (per_batch * chunks.keys.shape[2]))
-        whole, rest = divmod(len(batches), together)
+        whole, rest = len(batches) // together, len(batches) % together  # the compiler has no `divmod` of its numbers
         counts = [(blocks, length) for blocks, length in ((whole, together), (1, rest)) if blocks * length]
         lengths = [blocks * length * per_batch for blocks, length in counts]
         for (blocks, _), inputs in zip(counts, split_inputs(chunks, residual, lengths)):
