@@ -258,11 +258,11 @@ class Config:
                 f'not {self.NEURAL_MEM_BATCH_SIZE}'
             )
         if self.NEURAL_MEM_PROXIMAL_STEPS and self.NEURAL_MEM_SPEC_NORM_SURPRISES:
-            raise BadSetting('NEURAL_MEM_PROXIMAL_STEPS must be with --no-neural-mem-spec-norm-surprises')
+            raise BadSetting('NEURAL_MEM_PROXIMAL_STEPS needs --no-neural-mem-spec-norm-surprises')
         if self.NEURAL_MEM_PROXIMAL_STEPS and self.USE_MEM_ATTENTION_MODEL:
-            raise BadSetting('NEURAL_MEM_PROXIMAL_STEPS must be without USE_MEM_ATTENTION_MODEL, which mixes tokens')
+            raise BadSetting('NEURAL_MEM_PROXIMAL_STEPS cannot go with USE_MEM_ATTENTION_MODEL, which mixes tokens')
         if self.NEURAL_MEM_INIT_MOMENTUM_BIAS is not None and not self.NEURAL_MEM_MOMENTUM:
-            raise BadSetting('NEURAL_MEM_INIT_MOMENTUM_BIAS must be with NEURAL_MEM_MOMENTUM')
+            raise BadSetting('NEURAL_MEM_INIT_MOMENTUM_BIAS needs NEURAL_MEM_MOMENTUM')
         if self.GENERATE_LENGTH <= self.PRIME_LENGTH:
             raise BadSetting(
                 f'GENERATE_LENGTH must be above PRIME_LENGTH={self.PRIME_LENGTH}, which it includes, '
@@ -357,7 +357,7 @@ def choose_machine(config: Config) -> Machine:
     graphs, compiles = config.USE_CUDA_GRAPHS, config.COMPILE
     if config.FSDP:
         if graphs:
-            raise BadSetting('FSDP must be without --use-cuda-graphs: its hooks are Python')
+            raise BadSetting('FSDP cannot go with --use-cuda-graphs: its hooks are Python')
         if not is_distributed():
             raise BadSetting('FSDP must be started by torchrun, as in torchrun --nproc-per-node 2 train_mac.py --fsdp')
         graphs = False

@@ -33,9 +33,10 @@ def main() -> list[float]:
         depth=2,
         segment_len=32,
         neural_memory_segment_len=16,
+        neural_memory_batch_size=16,
         dim_head=32,
         heads=2,
-        neural_memory_kwargs=memory_settings(heads=2, dim_head=32),
+        neural_memory_kwargs=memory_settings(heads=2, dim_head=32, memory_batch=16),
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 

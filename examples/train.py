@@ -17,6 +17,7 @@ import torch
 
 from titans_pytorch import training as t
 from titans_pytorch.configuration import build_model, model_config
+from titans_pytorch.presets import memory_settings
 
 
 def main() -> float:
@@ -35,7 +36,17 @@ def main() -> float:
         machine = t.choose_machine()
         with t.first_rank_first():
             data = t.load_data(options.data, options.vocabulary, window=options.length + 1)
-        description = model_config('mal', num_tokens=data.vocabulary.size, dim=256, depth=4, segment_len=64, heads=4)
+        description = model_config(
+            'mal',
+            num_tokens=data.vocabulary.size,
+            dim=256,
+            depth=4,
+            heads=4,
+            segment_len=64,
+            neural_memory_segment_len=16,
+            neural_memory_batch_size=16,
+            neural_memory_kwargs=memory_settings(4, 64, memory_batch=16, default_model_kwargs={'depth': 1}),
+        )
         torch.manual_seed(0)
         model = build_model(description).to(machine.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)

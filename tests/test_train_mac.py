@@ -335,7 +335,7 @@ def test_an_unknown_vocabulary_is_refused_in_one_line(text, tmp_path):
 
 def test_sharding_is_refused_where_it_cannot_work(text, tmp_path):
     assert 'FSDP must be started by torchrun' in refusal(options(text, tmp_path / 'run', FSDP=True))
-    assert 'FSDP must be without' in refusal(options(text, tmp_path / 'run', FSDP=True, USE_CUDA_GRAPHS=True))
+    assert 'FSDP cannot go with' in refusal(options(text, tmp_path / 'run', FSDP=True, USE_CUDA_GRAPHS=True))
     assert not (tmp_path / 'run').exists()
 
 
