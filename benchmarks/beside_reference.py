@@ -47,6 +47,8 @@ def _reference_model(arguments: dict[str, Any]) -> torch.nn.Module:
 
     network = {**arguments['neural_memory_model']}
     network = getattr(titans_pytorch, network.pop('type'))(**network)
+    # without effect in training
+    arguments = {name: value for name, value in arguments.items() if name != 'position_length'}
     return titans_pytorch.MemoryAsContextTransformer(**{**arguments, 'neural_memory_model': network})
 
 

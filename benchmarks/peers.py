@@ -145,18 +145,19 @@ MIXERS = {
 
 def build(row: Row) -> tuple[nn.Module, nn.Module]:
     """A layer, and one of the same weights that computes the same exactly, in float64."""
-    torch.manual_seed(0)
-    if row.depth:
+
+    def build_one(exactly: bool) -> nn.Module:
+        torch.manual_seed(0)
+        if row.depth == 0:
+            mix, by_loop, gates = MIXERS[row.mixer]
+            return Mixer(by_loop if exactly else mix, gates)
         from titans_pytorch import NeuralMemory
 
         # the reference has no engines
-        dense = {'engine': 'dense'} if 'engine' in inspect.signature(NeuralMemory).parameters else {}
-        layer, exact = NeuralMemory(**row.kwargs()), NeuralMemory(**row.kwargs(), **dense)
-    else:
-        mix, by_loop, gates = MIXERS[row.mixer]
-        layer, exact = Mixer(mix, gates), Mixer(by_loop, gates)
-    exact.load_state_dict(layer.state_dict())
-    return layer.to(DEVICE), exact.double()
+        has_engines = 'engine' in inspect.signature(NeuralMemory).parameters
+        return NeuralMemory(**row.kwargs(), **({'engine': 'dense'} if exactly and has_engines else {}))
+
+    return build_one(False).to(DEVICE), build_one(True).double()
 
 
 def output(layer: nn.Module, x: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ def test_states_of_another_kind():
         (mem, SEQ[:1], r'state.weights must hold the weights of this memory'),
         (memory('deep memory'), SEQ, r'state.weights must hold the weights of this memory'),
         (memory('momentum of order 2'), SEQ, r'state.states\[1\] must hold the weights of this memory'),
-        (memory(chunk_size=3, batch_size=6), SEQ, r'chunk_size=3: its seq_index must be a multiple of it, got 8'),
+        (memory(chunk_size=3, batch_size=6), SEQ, r'state.seq_index must be a multiple of chunk_size=3, .* got 8'),
         (memory(chunk_size=2), SEQ, r'state.cache_store_segment must be \(batch=2, fewer than chunk_size=2'),
         (memory('different views'), SEQ.expand(3, 2, 10, DIM), r'state.cache_store_segment must be \(views=2'),
     ]

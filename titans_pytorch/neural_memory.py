@@ -790,17 +790,14 @@ class NeuralMemory(Resettable, InReferenceFormat):
             expected = f'a step size for each logit, {tuple(step_logits.shape)}'
             raise ValueError(f'adaptive_step_transform must return {expected}, got {described(step_sizes)}')
         step_sizes = step_sizes.unflatten(1, (-1, rows))
-        stored = None
         if mask is not None:
             stored = repeat(mask, 'b (n c) -> (b h) n (c u)', h=self.heads, c=chunk_size, u=self.num_kv_per_token)
+            step_sizes = torch.where(stored, step_sizes, 0.0)
 
         if self.store_with_lookahead_value and rows > 1:
             keys, values, step_sizes = keys[..., :-1, :], values[..., 1:, :], step_sizes[..., :-1]
-            stored = None if stored is None else stored[..., :-1] & stored[..., 1:]
         elif self.store_with_lookahead_value:  # no row has a next one: nothing is stored
             step_sizes = F.pad(step_sizes[..., :-1], (0, 1))
-        if stored is not None:
-            step_sizes = torch.where(stored, step_sizes, 0.0)
 
         momentum = _optional(self.to_momentum, pooled)
         modulation = _optional(self.to_layer_modulation, pooled)

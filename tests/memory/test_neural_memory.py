@@ -176,18 +176,6 @@ def test_masked_tokens_leave_no_trace_but_in_the_gates():
     assert_same(mem(seq, store_mask=torch.ones_like(mask))[0], mem(seq)[0], 1e-12)
 
 
-def test_the_value_of_a_masked_token_is_not_stored_with_the_key_before_it():
-    """With lookahead values, masked tokens leave no trace either."""
-    mem = memory('lookahead values', chunk_size=4, batch_size=8, momentum=False)
-    with torch.no_grad():
-        mem.to_decay_factor[0].weight.zero_()
-    seq, mask = inputs(mem, 20), torch.rand(2, 20) > 0.3
-    other = torch.where(mask.unsqueeze(-1), seq, torch.randn_like(seq))
-    states = [mem(own, store_mask=mask)[1].states for own in (seq, other)]
-    assert_same(*states, 1e-12)
-    assert not torch.equal(next(iter(mem(seq)[1].states[0].values())), next(iter(states[0][0].values())))
-
-
 def test_a_fully_masked_chunk_with_soft_clamp_is_an_update_of_zero():
     mem = memory('soft clamp')
     seq, mask = inputs(mem, 16), torch.ones(2, 16, dtype=torch.bool)

@@ -73,7 +73,10 @@ def rotate(
     not the library's own, which loses them in float32 and caches them in the precision of their first use, nor is the
     rotation, through whose einops PyTorch 2.13 traces for as long as through the rest of a model.
     """
-    angles = angles_at(positions.unsqueeze(-1), _frequencies(rotary))
+    # frequencies are angles of position 1, by a call, in which hooks give an offloaded module its weights
+    dtype = torch.promote_types(rotary.freqs.dtype, torch.float32)
+    one = torch.ones(1, dtype=dtype, device=positions.device) / rotary.interpolate_factor
+    angles = angles_at(positions.unsqueeze(-1), rotary(one)[0, ::2].to(dtype))
     cos, sin, width = angles.cos(), angles.sin(), 2 * angles.shape[-1]
     even, odd = t[..., :width].unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
@@ -82,12 +85,8 @@ def rotate(
 
 def frequencies(rotary: RotaryEmbedding) -> Float[Tensor, ' half']:
     """Angle per position of each pair of features, in the precision of `rotate`."""
-    return _frequencies(rotary).detach()
-
-
-def _frequencies(rotary: RotaryEmbedding) -> Float[Tensor, ' half']:
     dtype = torch.promote_types(rotary.freqs.dtype, torch.float32)
-    return rotary.freqs.to(dtype) / rotary.interpolate_factor
+    return rotary.freqs.detach().to(dtype) / rotary.interpolate_factor
 
 
 def rotary_causal_attention(
