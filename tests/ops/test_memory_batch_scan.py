@@ -120,9 +120,9 @@ def proximal(gradient, step_sizes, num_steps):
     """Factors and vectors of proximal steps instead of those of a gradient."""
     common = step_sizes, gradient.losses, num_steps
     deltas = [proximal_deltas(x, own, *common) for x, own in zip(gradient.inputs, gradient.deltas)]
-    descent = gradient.negative_gamma_gradient
-    descent = None if descent is None else proximal_vector(descent, *common)
-    return gradient._replace(deltas=deltas, negative_gamma_gradient=descent)
+    gamma_update = gradient.negative_gamma_gradient
+    gamma_update = None if gamma_update is None else proximal_vector(gamma_update, *common)
+    return gradient._replace(deltas=deltas, negative_gamma_gradient=gamma_update)
 
 
 def looped(tensors, batches_per_block=1, num_proximal_steps=None):

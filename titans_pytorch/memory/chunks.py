@@ -36,6 +36,11 @@ class Chunks(NamedTuple):
     momentum_shares: Float[Tensor, 'bh n o'] | None = None
     """1 − η, the share of what each order holds that it hands on; `None`: momentum is not normalised."""
 
+    @property
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and step sizes."""
+        return self.keys, self.values, self.step_sizes
+
     def split(self, lengths: list[int]) -> list[Chunks]:
         """Blocks of these lengths."""
         return [Chunks(*block) for block in zip(*_split(self, lengths))]

@@ -72,7 +72,7 @@ class DenseBackend(Backend):
 
     def negative_gradients(self, chunk: Chunks, at: Weights) -> tuple[Weights, Float[Tensor, 'bh m']]:
         with torch.inference_mode(False):
-            keys, values, step_sizes = (outside_inference(t.squeeze(1)) for t in chunk[:3])
+            keys, values, step_sizes = (outside_inference(t.squeeze(1)) for t in chunk.rows)
             at = {name: outside_inference(w) for name, w in at.items()}
             of_chunk = gradient_of_chunk(self.network, self.loss_fn, self.num_proximal_steps)
             gradient = transformed(vmap, of_chunk, randomness='different')

@@ -73,33 +73,37 @@ class DualBackend(Backend):
 
     def prepare(self, inputs: StoreInputs) -> Iterator[PreparedBlock]:
         chunks, weights = inputs.chunks, inputs.weights
-        lookahead = inputs.transition.lookahead
-        solves, scans = self._solves(inputs), self._scans(inputs)
-        # where both can, the scan is faster
-        goes_deep = not scans and self._goes_deep(inputs)
-        formed = set() if solves else self._formed(inputs, scans or goes_deep)
+        whole_batches, formed = self._storing(inputs)
         blocks = inputs.schedule.blocks(self.preferred_chunks(chunks))
         # memory batches are stored together with their neighbours, but the first by itself if its base weights are not
         # the newest ones, or look ahead of these
         at_newest = all(weights.base[name] is w for name, w in weights.newest.items())
-        first = [] if at_newest and (inputs.at_rest or not lookahead) else blocks[:1]
+        first = [] if at_newest and (inputs.at_rest or not inputs.transition.lookahead) else blocks[:1]
         others = groupby(blocks[len(first) :], key=lambda block: block.num_chunks)
         groups = [group for group in (first, *([*same] for _, same in others)) if group]
         lengths = [sum(block.num_chunks for block in group) for group in groups]
-        for group, (group_chunks, group_residual) in zip(groups, split_inputs(chunks, inputs.residual, lengths)):
-            in_batches = group is not first and all(block.is_batch for block in group)
-            if in_batches and solves:
-                rows = _solved_together(chunks).in_block
-                store = partial(self._store_linear, lookahead, inputs.with_losses)
-                yield from self._in_blocks(store, group, rows, group_chunks, group_residual)
-            elif in_batches and goes_deep and not formed:
-                store = partial(self._store_deep, lookahead)
-                yield from self._in_blocks(store, group, MOST_ROWS_OF_DEEP, group_chunks, None)
-            elif in_batches and scans and not formed:
-                rows, store = self._kept_together(inputs), partial(self._store_batches, lookahead)
-                yield from self._in_blocks(store, group, rows, group_chunks, None)
+        for group, own in zip(groups, split_inputs(chunks, inputs.residual, lengths)):
+            if whole_batches is not None and group is not first and all(block.is_batch for block in group):
+                yield from self._in_blocks(*whole_batches, group, *own)
             else:
-                yield from self._separately(group, group_chunks, group_residual, formed)
+                yield from self._separately(group, *own, formed)
+
+    def _storing(self, inputs: StoreInputs) -> tuple[tuple[Callable[..., Stored], int] | None, set[str]]:
+        """How whole memory batches are stored by one operation, with the most rows of a block, or `None` if they are
+        stored one after the other; and the names of the matrices that are formed for every chunk then."""
+        lookahead = inputs.transition.lookahead
+        if self._solves(inputs):
+            store = partial(self._store_linear, lookahead, inputs.with_losses)
+            return (store, _solved_together(inputs.chunks).in_block), set()
+        scans = self._scans(inputs)
+        # where both can, the scan is faster
+        goes_deep = not scans and self._goes_deep(inputs)
+        formed = self._formed(inputs, scans or goes_deep)
+        if formed or not (scans or goes_deep):
+            return None, formed
+        if goes_deep:
+            return (partial(self._store_deep, lookahead), MOST_ROWS_OF_DEEP), formed
+        return (partial(self._store_batches, lookahead), self._kept_together(inputs)), formed
 
     def preferred_chunks(self, chunks: Chunks) -> int:
         """Chunks of a block, where the schedule leaves the choice."""
@@ -162,8 +166,8 @@ class DualBackend(Backend):
     def _in_blocks(
         self,
         store: Callable[..., Stored],
-        batches: list[Block],
         rows: int,
+        batches: list[Block],
         chunks: Chunks,
         residual: WeightResidual | None,
     ) -> Iterator[PreparedBlock]:
@@ -179,7 +183,8 @@ class DualBackend(Backend):
     def _kept_together(self, inputs: StoreInputs) -> int:
         """Most rows of a block of memory batches. States are kept once for a block; within it, weights are factored."""
         # where states stay on chip, writing them costs more than applying longer factors
-        return MOST_ROWS if self._stays_on_chip(inputs) else 0
+        of_batch = (inputs.schedule.chunks_per_batch or 1) * inputs.chunks.keys.shape[2]
+        return MOST_ROWS if self._stays_on_chip(inputs) else of_batch
 
     def _store_batches(
         self,
@@ -375,7 +380,7 @@ class DualBackend(Backend):
             formed = {name: gradients.dense(name)[:, 0].to(w.dtype) for name, w in at.items()}
             return formed, gradients.losses[:, 0]
         with torch.inference_mode(False):
-            keys, values, step_sizes = (outside_inference(t.squeeze(1)) for t in chunk[:3])
+            keys, values, step_sizes = (outside_inference(t.squeeze(1)) for t in chunk.rows)
 
             def negative_loss(at: Weights) -> tuple[Tensor, Tensor]:
                 # Titans eq. 12: ‖M(k) − v‖²

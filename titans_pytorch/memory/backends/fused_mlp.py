@@ -29,7 +29,7 @@ class FusedMLP(NamedTuple):
     def gradients(self, chunks: Chunks, base: Weights, residual: WeightResidual | None) -> Gradients:
         """Negative gradients of each chunk at `base`, plus the residual, which is dense."""
         added = None if residual is None else PreviousWeights(residual.shares, *self.mlp.of_weights(residual.dense))
-        out = inner_gradient(*chunks[:3], *self.mlp.of_weights(base), self.mlp.eps, added)
+        out = inner_gradient(*chunks.rows, *self.mlp.of_weights(base), self.mlp.eps, added)
         names, gamma = self.mlp.matrices, self.mlp.gamma
         vectors = {}
         if gamma is not None and out.negative_gamma_gradient is not None:
@@ -52,7 +52,7 @@ class FusedMLP(NamedTuple):
             lookahead: whether state 0, at which gradients are taken, is what momentum leads the weights to.
         """
         out = memory_batch_scan(
-            *chunks[:3],
+            *chunks.rows,
             *self._initial_states(weights),
             of_batches.final,
             of_batches.initial_final,
@@ -78,7 +78,7 @@ class FusedMLP(NamedTuple):
             of_base: of state 0, as in `store_batches`.
         """
         out = deep_memory_scan(
-            *chunks[:3],
+            *chunks.rows,
             *self._initial_states(weights),
             *of_base,
             self.mlp.eps,
@@ -103,7 +103,7 @@ class FusedMLP(NamedTuple):
         """`store_deep` for a memory of one matrix without a norm."""
         (states,), _ = self._initial_states(weights)
         settings = chunks_per_batch, self.num_proximal_steps, with_losses
-        out = linear_memory_scan(*chunks[:3], states, *of_base, *settings)
+        out = linear_memory_scan(*chunks.rows, states, *of_base, *settings)
         inputs = chunks.keys.to(out.deltas.dtype).unflatten(1, coefficients.steps.shape[1:3]).flatten(2, 3)
         batches = MemoryBatches([out.initial], None, [out.final], None, [inputs], [out.deltas], None, out.losses)
         return self._stored(batches, coefficients, weights, lookahead)

@@ -85,7 +85,7 @@ def deep_memory_scan(
     sizes = weights[0].shape[2], len(matrices), chunks_per_batch
     settings = torch.is_grad_enabled(), eps, num_proximal_steps, operands
     out = triton.deep_memory_scan(*rows, flat, of_gamma, *coefficients, *sizes, *settings)
-    last_states, gamma_states, initial, inputs, deltas, descents, losses = out[:7]
+    last_states, gamma_states, initial, inputs, deltas, gamma_updates, losses = out[:7]
 
     def by_matrix(flat: Tensor) -> list[Tensor]:
         parts = flat.split([own[0][0].numel() for own in matrices], dim=-1)
@@ -100,7 +100,7 @@ def deep_memory_scan(
     if gamma is not None:
         gamma_initial, last = gamma_states.split((steps.shape[1], 1), dim=1)
         gamma_final = last.squeeze(1)
-        negative_gamma_gradient = descents.unflatten(2, (-1, keys.shape[2])).sum(dim=3)
+        negative_gamma_gradient = gamma_updates.unflatten(2, (-1, keys.shape[2])).sum(dim=3)
     return MemoryBatches(
         by_matrix(initial), gamma_initial, by_matrix(last_states), gamma_final,
         of_inputs, of_deltas, negative_gamma_gradient, losses,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titans_pytorch.ops.memory_batch_scan.reference import steps_of_batch
+from titans_pytorch.ops.memory_batch_scan.reference import updates_of_batch
 from titans_pytorch.utils.precision import no_autocast
 from titans_pytorch.utils.shapes import Float
 
@@ -35,7 +35,7 @@ def deep_memory_scan(
     # of each matrix, for all memory batches
     all_inputs: list[list[Tensor]] = [[] for _ in matrices]
     all_deltas: list[list[Tensor]] = [[] for _ in matrices]
-    descents, losses = [], []
+    gamma_updates, losses = [], []
     with no_autocast(keys):
         # not by slices, whose gradients would each be as long as the whole
         rows = (t.split(chunks_per_batch, dim=1) for t in (keys, values, step_sizes))
@@ -53,14 +53,14 @@ def deep_memory_scan(
                 ]
                 gain = None if gamma is None else base.pop()
                 settings = eps, num_proximal_steps, operands
-                inputs, deltas, descent, loss = steps_of_batch(k, v, theta, base, gain, *settings)
+                inputs, deltas, gamma_update, loss = updates_of_batch(k, v, theta, base, gain, *settings)
                 for index, (x, delta) in enumerate(zip(inputs, deltas)):
                     all_inputs[index].append(x)
                     all_deltas[index].append(delta)
                     updates[index].append((x.mT @ delta).to(states[index].dtype))
-                if descent is not None:
-                    updates[-1].append(descent)
-                    descents.append(descent)
+                if gamma_update is not None:
+                    updates[-1].append(gamma_update)
+                    gamma_updates.append(gamma_update)
                 losses.append(loss)
             states = [
                 torch.einsum('bkn, bn... -> bk...', block_final, torch.cat(own, dim=1))
@@ -74,7 +74,7 @@ def deep_memory_scan(
     stacked = [torch.stack(own, dim=1) for own in initial]
     gamma_initial = gamma_final = negative_gamma_gradient = None
     if gamma is not None:
-        gamma_initial, gamma_final, negative_gamma_gradient = stacked.pop(), states.pop(), of_blocks(descents)
+        gamma_initial, gamma_final, negative_gamma_gradient = stacked.pop(), states.pop(), of_blocks(gamma_updates)
     of_inputs, of_deltas = ([of_blocks(own).flatten(2, 3) for own in rows] for rows in (all_inputs, all_deltas))
     return (
         [own.to(operands) for own in stacked], gamma_initial, states, gamma_final,

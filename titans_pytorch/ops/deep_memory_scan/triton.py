@@ -279,10 +279,10 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
                 if NORM:
                     own_gamma = gamma_states + (head * (blocks + 1) + block) * STATES * dim
                     gamma = _mixed(own_gamma, mix, dim, feature, with_feature, STATES)
-                    descents = _rows(of_gamma + own * in_block * dim, place * dim, earlier, 0, dim, DIM)
-                    gamma += tl.sum(tl.trans(of_earlier) * descents, axis=0)
+                    gamma_updates = _rows(of_gamma + own * in_block * dim, place * dim, earlier, 0, dim, DIM)
+                    gamma += tl.sum(tl.trans(of_earlier) * gamma_updates, axis=0)
                     gain += gamma[None, :]
-                difference, delta, descent = gradient_of_product(
+                difference, delta, gamma_update = gradient_of_product(
                     y, k, v, theta[:, None], gain, inside, eps, dim, NORM
                 )  # fmt: skip
                 back_match = tl.zeros((ROWS, COUNT), tl.float32)
@@ -293,7 +293,7 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
                     _store_rows(products + first_row * dim, in_outputs, valid, 0, dim, y, DIM)
                     _store_rows(own_raw + to_layer, in_batch, valid, 0, dim, delta, DIM)
                     if NORM:
-                        _store_rows(of_gamma + first_row * dim, in_outputs, valid, 0, dim, descent, DIM)
+                        _store_rows(of_gamma + first_row * dim, in_outputs, valid, 0, dim, gamma_update, DIM)
                     if SAVES:
                         tl.store(own_scores + (MATRICES - 1) * ROWS * COUNT, match)
                         tl.store(own_back_scores + (MATRICES - 2) * ROWS * COUNT, back_match)
@@ -376,12 +376,12 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
                             _store_rows(own_deltas + l * layer, in_batch, valid, column, columns, d, BLOCK)
                     if NORM:
                         if part == 0:
-                            own_descents = of_gamma + first_row * dim
-                            of_rows = _rows(own_descents, in_outputs, valid, 0, dim, DIM)
+                            own_gamma_updates = of_gamma + first_row * dim
+                            of_rows = _rows(own_gamma_updates, in_outputs, valid, 0, dim, DIM)
                             _, divisor, _, _ = vector_steps(
                                 of_rows, weighted, together, num_steps, PRECISION, ROWS, DIM
                             )  # fmt: skip
-                            _store_rows(own_descents, in_outputs, valid, 0, dim, of_rows / divisor[:, None], DIM)
+                            _store_rows(own_gamma_updates, in_outputs, valid, 0, dim, of_rows / divisor[:, None], DIM)
                 met += 1
                 wait_for_all(counter, met * PARTS, WAITS)
 
@@ -431,14 +431,14 @@ def _states_kernel(  # type: ignore[no-untyped-def]
             _store_states(initial + (own + 1) * STATES * size, after, momentum, size, to_tile, in_tile, STATES)
     if NORM:
         if (l == 0) & (tile == 0):
-            descents = _rows(of_gamma + own * in_block * dim, place * dim, present, 0, dim, DIM)
+            gamma_updates = _rows(of_gamma + own * in_block * dim, place * dim, present, 0, dim, DIM)
             own_gamma = gamma_states + (head * (blocks + 1) + block) * STATES * dim
             gamma, gamma_momentum = _load_states(own_gamma, dim, feature, with_feature, STATES)
-            gamma_after = kept * gamma + tl.sum(of_weights[:, None] * descents, axis=0)
+            gamma_after = kept * gamma + tl.sum(of_weights[:, None] * gamma_updates, axis=0)
             if STATES > 1:
                 gamma_after += added * gamma_momentum
                 gamma_momentum = returned * gamma + kept_momentum * gamma_momentum
-                gamma_momentum += tl.sum(of_momentum[:, None] * descents, axis=0)
+                gamma_momentum += tl.sum(of_momentum[:, None] * gamma_updates, axis=0)
             to_after = own_gamma + STATES * dim
             _store_states(to_after, gamma_after, gamma_momentum, dim, feature, with_feature, STATES)
 
@@ -447,7 +447,7 @@ def _states_kernel(  # type: ignore[no-untyped-def]
 def _batches_backward_kernel(  # type: ignore[no-untyped-def]
     keys, values, step_sizes, steps, initial_steps, initial, gamma_states, inputs, deltas, of_gamma, losses,
     raw, pre, back, products, scores, back_scores, inverses, row_products, norms, d_losses,
-    of_inputs, of_deltas, of_raw, of_back, of_pre, of_scores, of_back_scores, of_descents, of_weighted, of_gains,
+    of_inputs, of_deltas, of_raw, of_back, of_pre, of_scores, of_back_scores, of_gamma_updates, of_weighted, of_gains,
     d_keys, d_values, d_step_sizes, d_steps, counters,
     block, blocks, first_batch, last_batch, heads, per_block, per_batch, rows, layer, eps, num_steps,
     key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
@@ -484,7 +484,7 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
         head_of_inputs, head_of_deltas, head_of_raw = of_inputs + to_kept, of_deltas + to_kept, of_raw + to_kept
         head_of_scores = of_scores + head * batches * MATRICES * of_match
         head_of_back_scores = of_back_scores + head * batches * MATRICES * of_match
-        head_of_descents = of_descents + head * COUNT * dim
+        head_of_gamma_updates = of_gamma_updates + head * COUNT * dim
         own = head * blocks + block
         to_rows = own * in_block * wide
         all_inputs, all_deltas, all_raw = inputs + to_rows, deltas + to_rows, raw + to_rows
@@ -652,19 +652,21 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                 key = _rows(keys + head * key_head, offset * key_chunk + row * key_row, valid, 0, dim, DIM)
                 v = _rows(values + head * value_head, offset * value_chunk + row * value_row, valid, 0, dim, DIM)
                 loss = tl.load(losses + first_row + index, mask=valid, other=0.0)
-                gain, d_descent, d_loss, d_weighted = 1.0, 0.0, 0.0, 0.0
+                gain, d_gamma_update, d_loss, d_weighted = 1.0, 0.0, 0.0, 0.0
                 if PROXIMAL:
                     d_weighted = tl.load(of_weighted + head * ROWS + index)
                 if NORM:
                     gamma = _mixed(own_gamma, mix, dim, feature, with_feature, STATES)
-                    descents = _rows(of_gamma + own * in_block * dim, place * dim, earlier, 0, dim, DIM)
-                    gamma += tl.sum(tl.trans(of_earlier) * descents, axis=0)
+                    gamma_updates = _rows(of_gamma + own * in_block * dim, place * dim, earlier, 0, dim, DIM)
+                    gamma += tl.sum(tl.trans(of_earlier) * gamma_updates, axis=0)
                     gain += gamma[None, :]
-                    d_descent = _rows(head_of_descents, (start * rows + index) * dim, valid, 0, dim, DIM)
+                    d_gamma_update = _rows(head_of_gamma_updates, (start * rows + index) * dim, valid, 0, dim, DIM)
                     if PROXIMAL:
-                        _, _, descent = gradient_of_product(y, key, v, theta[:, None], gain, inside, eps, dim, NORM)
-                        d_descent, of_vector = through_vector_steps(
-                            d_descent, descent, theta * loss, together, num_steps, PRECISION, ROWS, DIM
+                        _, _, gamma_update = gradient_of_product(
+                            y, key, v, theta[:, None], gain, inside, eps, dim, NORM
+                        )
+                        d_gamma_update, of_vector = through_vector_steps(
+                            d_gamma_update, gamma_update, theta * loss, together, num_steps, PRECISION, ROWS, DIM
                         )
                         d_weighted += of_vector
                 if OF_LOSSES:
@@ -672,7 +674,7 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                 if PROXIMAL:
                     d_loss += (d_weighted * theta)[:, None]
                 _, d_theta, d_prediction, d_key, d_product, d_gain = gradient_of_product_backward(
-                    y, key, v, theta[:, None], gain, of_delta, d_descent, d_loss, inside, eps, dim, NORM
+                    y, key, v, theta[:, None], gain, of_delta, d_gamma_update, d_loss, inside, eps, dim, NORM
                 )
                 if PROXIMAL:
                     d_theta += d_weighted * loss
@@ -694,13 +696,13 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                     tl.store(own_of_scores + (MATRICES - 1) * of_match, of_match_of_last)
                     of_gain = tl.zeros((COUNT,), tl.float32)
                     if NORM:
-                        # γ before the memory batch is a combination of states and of earlier descents
+                        # γ before the memory batch is a combination of states and of earlier gamma_updates
                         to_gain = of_gains + (own * batches + batch) * dim + feature
                         tl.store(to_gain, d_gain, mask=with_feature)
-                        of_gain = tl.sum(descents * d_gain, axis=1)
-                        d_descents = _rows(head_of_descents, place * dim, earlier, 0, dim, DIM)
-                        d_descents += tl.trans(of_earlier) * d_gain[None, :]
-                        _store_rows(head_of_descents, place * dim, earlier, 0, dim, d_descents, DIM)
+                        of_gain = tl.sum(gamma_updates * d_gain, axis=1)
+                        d_gamma_updates = _rows(head_of_gamma_updates, place * dim, earlier, 0, dim, DIM)
+                        d_gamma_updates += tl.trans(of_earlier) * d_gain[None, :]
+                        _store_rows(head_of_gamma_updates, place * dim, earlier, 0, dim, d_gamma_updates, DIM)
                     # in the place of g of the first matrix
                     tl.store(own_d_steps + MATRICES * COUNT, of_gain)
                 for unit in range(part * BLOCK, width, PARTS * BLOCK):
@@ -772,7 +774,7 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=['block', 'blocks'])
 def _through_final_kernel(  # type: ignore[no-untyped-def]
     final, inputs, deltas, of_gamma, d_inputs, d_deltas, d_of_gamma, g_low, g_gamma,
-    of_inputs, of_deltas, of_descents, d_final, block, blocks, per_block, rows, layer,
+    of_inputs, of_deltas, of_gamma_updates, d_final, block, blocks, per_block, rows, layer,
     dim: tl.constexpr, width: tl.constexpr, MATRICES: tl.constexpr, NORM: tl.constexpr, STATES: tl.constexpr,
     OF_INPUTS: tl.constexpr, OF_DELTAS: tl.constexpr, OF_GAMMA: tl.constexpr,
     COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
@@ -831,16 +833,16 @@ def _through_final_kernel(  # type: ignore[no-untyped-def]
         _store_rows(of_inputs + kept, in_all, place < COUNT, column, height, d_x, BLOCK)
     if NORM:
         if (l == 0) & (tile == 0):
-            descents = _rows(of_gamma + own * in_block * dim, place * dim, present, 0, dim, DIM)
+            gamma_updates = _rows(of_gamma + own * in_block * dim, place * dim, present, 0, dim, DIM)
             g_w, g_s = _load_states(g_gamma + head * STATES * dim, dim, feature, with_feature, STATES)
-            d_to_weights += tl.sum(descents * g_w[None, :], axis=1)
-            d_descents = to_weights[:, None] * g_w[None, :]
+            d_to_weights += tl.sum(gamma_updates * g_w[None, :], axis=1)
+            d_gamma_updates = to_weights[:, None] * g_w[None, :]
             if STATES > 1:
-                d_to_momentum += tl.sum(descents * g_s[None, :], axis=1)
-                d_descents += to_momentum[:, None] * g_s[None, :]
+                d_to_momentum += tl.sum(gamma_updates * g_s[None, :], axis=1)
+                d_gamma_updates += to_momentum[:, None] * g_s[None, :]
             if OF_GAMMA:
-                d_descents += _rows(d_of_gamma + own * in_block * dim, place * dim, present, 0, dim, DIM)
-            _store_rows(of_descents + head * COUNT * dim, place * dim, place < COUNT, 0, dim, d_descents, DIM)
+                d_gamma_updates += _rows(d_of_gamma + own * in_block * dim, place * dim, present, 0, dim, DIM)
+            _store_rows(of_gamma_updates + head * COUNT * dim, place * dim, place < COUNT, 0, dim, d_gamma_updates, DIM)
     program = (own * MATRICES + l) * tl.num_programs(2) + tile
     to_final = d_final + program * STATES * in_block
     _store_states(to_final, d_to_weights, d_to_momentum, in_block, place, present, STATES)
@@ -1019,7 +1021,7 @@ def _outputs(
 ) -> tuple[Tensor, ...]:
     """By name in `OUTPUTS`: states after the last block, all matrices in one; states of γ before each block and after
     the last; states before each block, in the precision of products; of each matrix the rows that it was applied to
-    and the stored negative gradients of their products; what γ is to descend by each row; losses. Then what the
+    and the stored negative gradients of their products; the negative gradient of γ for each row; losses. Then what the
     backward needs: the negative gradients themselves, products before gelu, gradients before gelu′, the last products,
     products of each memory batch's rows with those of the block, forward and back, and of proximal steps the inverse of
     each system, products of rows, and squared norms of gradients."""
@@ -1173,7 +1175,7 @@ def _backward(
         g_states=g_states, g_low=g_states.to(operands, copy=True), g_gamma=g_gamma,
         of_inputs=new(of_block), of_deltas=of_deltas, of_raw=new(of_block) if proximal else of_deltas,
         of_back=of_back, of_pre=of_pre, of_scores=new(of_scores), of_back_scores=new(of_scores),
-        of_descents=new(heads, in_tile, dim), of_weighted=new(heads, on_chip),
+        of_gamma_updates=new(heads, in_tile, dim), of_weighted=new(heads, on_chip),
         of_gains=new(heads, blocks, batches, dim),
         NORM=gamma is not None,
     )  # fmt: skip

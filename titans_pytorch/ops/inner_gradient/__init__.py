@@ -77,10 +77,10 @@ def inner_gradient(
         first, last = [None, *matrices][-2:]
         previous_first, previous_last = [None, None, *previous][-2:]
         weights = first, last, gamma, shares, previous_first, previous_last, previous_gamma
-        hidden, hidden_deltas, delta, descent, losses = triton.inner_gradient(*rows, *weights, eps, operands)
+        hidden, hidden_deltas, delta, gamma_update, losses = triton.inner_gradient(*rows, *weights, eps, operands)
         inputs, deltas = [keys.to(operands), hidden], [hidden_deltas, delta]
         number = len(matrices)
-        return InnerGradient(inputs[:number], deltas[-number:], None if gamma is None else descent, losses)
+        return InnerGradient(inputs[:number], deltas[-number:], None if gamma is None else gamma_update, losses)
     return InnerGradient(
         *reference.inner_gradient(*rows, matrices, gamma, shares, previous, previous_gamma, eps, operands)
     )

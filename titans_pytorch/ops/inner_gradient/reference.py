@@ -73,10 +73,10 @@ def gradient_of_product(
     else:
         unit, inverse = standardise(y, eps)
         difference = torch.addcmul(keys.to(dtype), unit, gain) - values.to(dtype)
-        descent = scale * difference
-        negative_gamma_gradient = (descent * unit).sum(dim=2)
+        negative_gradient = scale * difference
+        negative_gamma_gradient = (negative_gradient * unit).sum(dim=2)
         # Δ = r · P(s ∘ (1 + γ))
-        deltas = inverse * project_out(descent * gain, unit)
+        deltas = inverse * project_out(negative_gradient * gain, unit)
     return deltas, negative_gamma_gradient, difference.square().mean(dim=-1)
 
 

@@ -87,10 +87,10 @@ def memory_batch_scan(
         options = batches_per_block, torch.is_grad_enabled(), eps, num_proximal_steps, operands
         outputs = triton_on_chip.memory_batch_scan_on_chip(*rows, *stacked, *of_states, *options)
         batches = _of_kernel(keys.to(operands), chunks, *outputs[:11])
-        descents = batches.negative_gamma_gradient
-        if descents is not None:
-            descents = descents.unflatten(2, (chunks, -1)).sum(dim=3)
-        return _in_blocks(batches._replace(negative_gamma_gradient=descents), batches_per_block)
+        gamma_updates = batches.negative_gamma_gradient
+        if gamma_updates is not None:
+            gamma_updates = gamma_updates.unflatten(2, (chunks, -1)).sum(dim=3)
+        return _in_blocks(batches._replace(negative_gamma_gradient=gamma_updates), batches_per_block)
 
     in_memory = len(matrices) <= 2 and num_states <= MOST_STATES and keys.shape[-1] <= WIDEST
     if uses_kernel and in_memory and num_proximal_steps is None:
@@ -109,7 +109,7 @@ def memory_batch_scan(
 
 def _of_kernel(keys: Tensor, chunks: int, *outputs: Tensor) -> MemoryBatches:
     """Outputs of a kernel, absent ones empty; each memory batch is a block."""
-    first, last, gamma, first_final, last_final, gamma_final, hidden, hidden_deltas, deltas, descents, losses = (
+    first, last, gamma, first_final, last_final, gamma_final, hidden, hidden_deltas, deltas, gamma_updates, losses = (
         None if t.numel() == 0 else t for t in outputs
     )
     inputs = keys.unflatten(1, (-1, chunks)).flatten(2, 3)
@@ -119,7 +119,7 @@ def _of_kernel(keys: Tensor, chunks: int, *outputs: Tensor) -> MemoryBatches:
 
     return MemoryBatches(
         of_matrices(first, last), gamma, of_matrices(first_final, last_final), gamma_final,
-        of_matrices(inputs, hidden), of_matrices(hidden_deltas, deltas), descents, losses,  # type: ignore[arg-type]
+        of_matrices(inputs, hidden), of_matrices(hidden_deltas, deltas), gamma_updates, losses,  # type: ignore[arg-type]
     )  # fmt: skip
 
 

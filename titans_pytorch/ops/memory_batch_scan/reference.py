@@ -33,30 +33,30 @@ def memory_batch_scan(
     for k, v, theta, own, own_initial in zip(*rows, coefficients.unbind(1), initial_coefficients.unbind(1)):
         initial.append([torch.stack(states, dim=1) for states in matrices])
         weights, own_gamma = [states[0] for states in matrices], None if gamma is None else gamma[0]
-        steps = steps_of_batch(k, v, theta, weights, own_gamma, eps, num_proximal_steps, operands)
-        of_rows.append(steps)
-        inputs, deltas, descent, _ = steps
+        found = updates_of_batch(k, v, theta, weights, own_gamma, eps, num_proximal_steps, operands)
+        of_rows.append(found)
+        inputs, deltas, gamma_update, _ = found
 
         updates = zip(matrices, inputs, deltas)
         matrices = [final_state(own, own_initial, *update, operands) for update in updates]
         if gamma is not None:
             with no_autocast(keys):
                 initial_gamma.append(torch.stack(gamma, dim=1))
-                gamma = [*(own @ descent + own_initial @ initial_gamma[-1]).unbind(1)]
+                gamma = [*(own @ gamma_update + own_initial @ initial_gamma[-1]).unbind(1)]
 
     def of_batches(parts: Any) -> Tensor:
         return torch.stack([*parts], dim=1)
 
-    all_inputs, all_deltas, descents, losses = zip(*of_rows)
+    all_inputs, all_deltas, gamma_updates, losses = zip(*of_rows)
     by_matrix = ([of_batches(own).flatten(2, 3) for own in zip(*parts)] for parts in (all_inputs, all_deltas))
     return (
         [of_batches(own) for own in zip(*initial)], None if gamma is None else of_batches(initial_gamma),
         [of_batches(states) for states in matrices], None if gamma is None else of_batches(gamma),
-        *by_matrix, None if gamma is None else of_batches(descents), of_batches(losses),
+        *by_matrix, None if gamma is None else of_batches(gamma_updates), of_batches(losses),
     )  # fmt: skip
 
 
-def steps_of_batch(
+def updates_of_batch(
     keys: Float[Tensor, 'bh n m d'],
     values: Float[Tensor, 'bh n m d'],
     step_sizes: Float[Tensor, 'bh n m'],
@@ -68,9 +68,9 @@ def steps_of_batch(
 ) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor]:
     """The fields of `InnerGradient`, or those of proximal steps."""
     rows = keys, values, step_sizes
-    inputs, deltas, descent, losses = inner_gradient(*rows, matrices, gamma, None, [], None, eps, operands)
+    inputs, deltas, gamma_update, losses = inner_gradient(*rows, matrices, gamma, None, [], None, eps, operands)
     if num_proximal_steps is not None:
         common = step_sizes, losses, num_proximal_steps
         deltas = [proximal_deltas(x, own, *common) for x, own in zip(inputs, deltas)]
-        descent = None if descent is None else proximal_vector(descent, *common)
-    return inputs, deltas, descent, losses
+        gamma_update = None if gamma_update is None else proximal_vector(gamma_update, *common)
+    return inputs, deltas, gamma_update, losses
