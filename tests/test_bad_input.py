@@ -234,6 +234,10 @@ BAD_TRANSFORMERS = [
     (dict(ff_mult=-1), 'ff_mult must be a finite number above 0, got -1'),
     (dict(ff_mult=0.01), 'ff_mult must give a hidden layer of at least one feature for a width of 16, got 0.01'),
     (dict(dim_head=2), 'dim_head must be at least 3, the smallest rotary dimension, got 2'),
+    (
+        dict(neural_memory_kwargs={'chunk_size': 2}),
+        "must not hold 'chunk_size': models have neural_memory_segment_len for it",
+    ),
     (dict(neural_memory_kwargs={'max_grad_norm': -1}), 'max_grad_norm must be a finite number above 0, got -1'),
 ]
 

@@ -257,6 +257,29 @@ def test_networks_that_reach_themselves_through_a_closure_are_refused():
         NeuralMemory(DIM, model=Closed())
 
 
+class Centred(nn.Linear):
+    """Not causal: each row of the output depends on the mean of all rows."""
+
+    def forward(self, x):
+        return super().forward(x - x.mean(dim=-2, keepdim=True))
+
+
+class CumulativeMean(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.cumsum(dim=-2) / torch.arange(1, x.shape[-2] + 1, device=x.device).unsqueeze(-1))
+
+
+@pytest.mark.parametrize('engine', ['auto', 'dense'])
+def test_networks_that_use_rows_they_may_not_see_are_refused(engine: str):
+    with pytest.raises(ValueError, match='model must be causal, but its output for a row depends on later rows'):
+        NeuralMemory(DIM, model=Centred(DIM, DIM), engine=engine)
+    mixing = CumulativeMean(DIM, DIM)
+    NeuralMemory(DIM, model=mixing, engine=engine)
+    mixing.rowwise = True
+    with pytest.raises(ValueError, match='has rowwise=True, but its output for a row depends on earlier rows'):
+        NeuralMemory(DIM, model=mixing, engine=engine)
+
+
 def test_scripted_networks_are_refused():
     with pytest.warns(DeprecationWarning, match='torch.jit.script'):
         scripted = torch.jit.script(nn.Linear(DIM, DIM))

@@ -28,6 +28,14 @@ from titans_pytorch.utils.checks import (
 from titans_pytorch.utils.functional import outside_inference
 from titans_pytorch.utils.shapes import Int
 
+OF_MODELS = {
+    'dim': 'dim',
+    'chunk_size': 'neural_memory_segment_len',
+    'batch_size': 'neural_memory_batch_size',
+    'model': 'neural_memory_model',
+}
+"""Arguments of `NeuralMemory` that models have arguments of their own for."""
+
 
 def checked_memory_settings(
     dim: int, chunk_size: Any, batch_size: Any, model: Module | None, kwargs: Mapping[str, Any]
@@ -38,6 +46,9 @@ def checked_memory_settings(
         batch_size = check_multiple('neural_memory_batch_size', batch_size, 'chunk_size', chunk_size)
     check_module(neural_memory_model=model)
     check_keywords(neural_memory_kwargs=kwargs)
+    for name, argument in OF_MODELS.items():
+        if name in kwargs:
+            raise ValueError(f'neural_memory_kwargs must not hold {name!r}: models have {argument} for it')
     if model is not None:
         dim_head = kwargs.get('dim_head')
         dim_head = dim if dim_head is None else check_integer('dim_head', dim_head, 1)

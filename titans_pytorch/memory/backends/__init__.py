@@ -40,6 +40,9 @@ def choose_backend(
             'that it accesses through `self`: write what fails there as plain operations on tensors, such as products '
             f'of matrices. It failed: {obstacle_to_all}'
         )
+    unseen = trial.unseen_rows(getattr(network, 'rowwise', False))
+    if unseen is not None:
+        raise ValueError(f'model {unseen}')
     if requested == 'dense' and not proximal_steps:
         return DenseBackend
     obstacle = trial.obstacle_to_dual(network)

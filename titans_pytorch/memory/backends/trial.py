@@ -73,6 +73,23 @@ class Trial(NamedTuple):
             return _first_line(cause)
         return None
 
+    def unseen_rows(self, rowwise: bool) -> str | None:
+        """How the network uses rows that it does not always see, as a sequence may be split; `None` if it does not.
+
+        `rowwise`: whether it claims to treat rows separately.
+        """
+        rows, first_changed, last_changed = (self.chunks.keys[0, 0].clone() for _ in range(3))
+        first_changed[0] += 1
+        last_changed[-1] += 1
+        out = self._output(self.network, rows)
+        if not torch.equal(out, self._output(self.network, rows)):
+            return None  # random, so that nothing can be compared
+        if not torch.allclose(self._output(self.network, last_changed)[:-1], out[:-1]):
+            return 'must be causal, but its output for a row depends on later rows'
+        if rowwise and not torch.allclose(self._output(self.network, first_changed)[1:], out[1:]):
+            return 'has rowwise=True, but its output for a row depends on earlier rows'
+        return None
+
     def obstacle_to_dual(self, network: Module) -> str | None:
         """The reason why the dual form cannot serve a network, or `None` if it can."""
         inner = _inner(network)
@@ -149,10 +166,10 @@ class Trial(NamedTuple):
                 parameter.copy_(self.base[name][0])
         return torch.allclose(self._output(self.network), self._output(other))
 
-    def _output(self, network: Module) -> Tensor:
+    def _output(self, network: Module, rows: Tensor | None = None) -> Tensor:
         weights = {name: w[0] for name, w in self.base.items()}
         with _on_cpu(), torch.no_grad():
-            return call_with_weights(network, weights, self.chunks.keys[0, 0])
+            return call_with_weights(network, weights, self.chunks.keys[0, 0] if rows is None else rows)
 
 
 @contextmanager
