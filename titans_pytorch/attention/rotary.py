@@ -14,7 +14,7 @@ from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from titans_pytorch.ops.rotation import angles_at
+from titans_pytorch.ops.rotation import rotate_pairs, rotation_at
 from titans_pytorch.utils.parameters import fill
 from titans_pytorch.utils.shapes import Float, Int
 
@@ -76,10 +76,9 @@ def rotate(
     # frequencies are angles of position 1, by a call, in which hooks give an offloaded module its weights
     dtype = torch.promote_types(rotary.freqs.dtype, torch.float32)
     one = torch.ones(1, dtype=dtype, device=positions.device) / rotary.interpolate_factor
-    angles = angles_at(positions.unsqueeze(-1), rotary(one)[0, ::2].to(dtype))
-    cos, sin, width = angles.cos(), angles.sin(), 2 * angles.shape[-1]
-    even, odd = t[..., :width].unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+    rotation = rotation_at(rotary(one)[0, ::2].to(dtype), positions.unsqueeze(-1))
+    width = 2 * rotation.shape[-2]
+    rotated = rotate_pairs(t[..., :width].unflatten(-1, (-1, 2)), rotation).flatten(-2)
     return torch.cat((rotated, t[..., width:]), dim=-1).to(t.dtype)
 
 

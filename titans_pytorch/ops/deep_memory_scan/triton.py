@@ -100,7 +100,7 @@ def _load_mix(coefficients, STATES: tl.constexpr):  # type: ignore[no-untyped-de
 
 @triton.jit
 def _load_states(states, size, offset, inside, STATES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A tile of the weights and of the momentum."""
+    """A tile of the weights and of the momentum, or of their coefficients, `size` entries apart."""
     w = tl.load(states + offset, mask=inside, other=0.0).to(tl.float32)
     momentum = w
     if STATES > 1:
@@ -402,13 +402,10 @@ def _states_kernel(  # type: ignore[no-untyped-def]
     in_block, own = per_block * rows, head * blocks + block
     with_feature, present, in_all = feature < dim, place < in_block, place * wide
     height, columns, before = _shape(l, MATRICES, dim, width)
-    all_inputs, all_deltas = (inputs + own * in_block * wide, deltas + own * in_block * wide)
-    own_states = states + head * STATES * size
-    own_final, own_mix = final + own * STATES * per_block + place // rows, initial_final + own * STATES * STATES
-    of_weights = tl.load(own_final, mask=present, other=0.0)
-    of_momentum = of_weights
-    if STATES > 1:
-        of_momentum = tl.load(own_final + per_block, mask=present, other=0.0)
+    all_inputs, all_deltas = inputs + own * in_block * wide, deltas + own * in_block * wide
+    own_states, own_mix = states + head * STATES * size, initial_final + own * STATES * STATES
+    own_final = final + own * STATES * per_block
+    of_weights, of_momentum = _load_states(own_final, per_block, place // rows, present, STATES)
     kept, added = _load_mix(own_mix, STATES)
     returned, kept_momentum = _load_mix(own_mix + (STATES - 1) * STATES, STATES)
 
@@ -792,11 +789,8 @@ def _through_final_kernel(  # type: ignore[no-untyped-def]
     to_rows, kept = own * in_block * wide, (head * MATRICES + l) * COUNT * wide
     all_inputs, all_deltas = inputs + to_rows + l * layer, deltas + to_rows + l * layer
     own_g = g_low + head * STATES * size + before
-    own_final = final + own * STATES * per_block + place // rows
-    to_weights = tl.load(own_final, mask=present, other=0.0)
-    to_momentum = to_weights
-    if STATES > 1:
-        to_momentum = tl.load(own_final + per_block, mask=present, other=0.0)
+    own_final = final + own * STATES * per_block
+    to_weights, to_momentum = _load_states(own_final, per_block, place // rows, present, STATES)
     d_to_weights, d_to_momentum = tl.zeros((COUNT,), tl.float32), tl.zeros((COUNT,), tl.float32)
     nothing, column = tl.zeros((COUNT, BLOCK), tl.float32), tile * BLOCK
 
@@ -869,11 +863,8 @@ def _states_backward_kernel(  # type: ignore[no-untyped-def]
     to_rows, own_initial = own * in_block * wide, initial + own * STATES * size
     own_g, own_g_low = g_states + head * STATES * size, g_low + head * STATES * size
     # of each row the coefficients of its memory batch
-    own_steps = initial_steps + (own * per_block + place // rows // per_batch * per_batch) * STATES
-    of_weights = tl.load(own_steps, mask=present, other=0.0)[:, None]
-    of_momentum = of_weights
-    if STATES > 1:
-        of_momentum = tl.load(own_steps + 1, mask=present, other=0.0)[:, None]
+    to_batch = (own * per_block + place // rows // per_batch * per_batch) * STATES
+    of_weights, of_momentum = _load_states(initial_steps, 1, to_batch, present, STATES)
     own_mix = initial_final + own * STATES * STATES
     kept, added = _load_mix(own_mix, STATES)
     returned, kept_momentum = _load_mix(own_mix + (STATES - 1) * STATES, STATES)
@@ -897,15 +888,15 @@ def _states_backward_kernel(  # type: ignore[no-untyped-def]
             d_s = added * g + kept_momentum * t
         x = _rows(inputs + to_rows + l * layer, in_all, present, to_row, height, BLOCK)
         d_h = _rows(of_pre + to_rows + l * layer, in_all, present, to_column, columns, BLOCK)
-        d_w = multiply_add(d_w, tl.trans(x * of_weights), d_h, PRECISION, OPERAND)
+        d_w = multiply_add(d_w, tl.trans(x * of_weights[:, None]), d_h, PRECISION, OPERAND)
         if STATES > 1:
-            d_s = multiply_add(d_s, tl.trans(x * of_momentum), d_h, PRECISION, OPERAND)
+            d_s = multiply_add(d_s, tl.trans(x * of_momentum[:, None]), d_h, PRECISION, OPERAND)
         if l > 0:
             d_g = _rows(of_back + to_rows + (l - 1) * layer, in_all, present, to_row, height, BLOCK)
             d = _rows(raw + to_rows + l * layer, in_all, present, to_column, columns, BLOCK)
-            d_w = multiply_add(d_w, tl.trans(d_g * of_weights), d, PRECISION, OPERAND)
+            d_w = multiply_add(d_w, tl.trans(d_g * of_weights[:, None]), d, PRECISION, OPERAND)
             if STATES > 1:
-                d_s = multiply_add(d_s, tl.trans(d_g * of_momentum), d, PRECISION, OPERAND)
+                d_s = multiply_add(d_s, tl.trans(d_g * of_momentum[:, None]), d, PRECISION, OPERAND)
         if OF_INITIAL:
             given, given_momentum = _load_states(d_initial + own * STATES * size, size, to_tile, in_tile, STATES)
             d_w += given
