@@ -89,25 +89,12 @@ def test_queries_keys_and_values_equal_those_of_the_dense_engine(launched, chang
 NORMALIZED = {'normalized_momentum': True, 'mem_model_norm_add_residual': False}
 
 
-@pytest.mark.parametrize('changes', [{}, NORMALIZED, {**NORMALIZED, 'lookahead_gradients': True}])
-def test_proximal_steps_on_chip_equal_the_dense_engine(launched, changes, monkeypatch):
-    monkeypatch.setattr(DualBackend, '_stays_on_chip', lambda *_: True)
-    dual, dense = (memory('proximal steps', 2, 4, engine=engine, **changes) for engine in ('dual', 'dense'))
-    dense.to(DEVICE).load_state_dict(dual.float().to(DEVICE).state_dict())
-    seq = inputs(dense, 19).to(DEVICE)
-    results = []
-    for mem in (dual, dense):
-        out, state = mem(seq.to(next(mem.parameters()).dtype))
-        results.append((out, state.states, gradients(mem, out.double().sin().sum())))
-    assert_same(*results, 3e-4)
-    assert launched >= {'memory_batch_scan', 'retrieve_sequence'}
-
-
 @pytest.mark.parametrize(
     ('switch', 'depth', 'changes'),
     [
         ('plain', 3, {}),
         ('no residual norm', 2, {'momentum': False}),
+        ('proximal steps', 2, {}),
         ('proximal steps', 2, {**NORMALIZED, 'lookahead_gradients': True}),
         ('proximal steps', 3, {'mem_model_norm_add_residual': False}),
     ],

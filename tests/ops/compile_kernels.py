@@ -113,20 +113,19 @@ def operations() -> None:
     from titans_pytorch.ops.sinkhorn.triton import sinkhorn
 
     # all phases in one launch, as on a GPU
-    triton_on_chip._launch = lambda kernel, arguments, states, carried, phases: kernel[(1,)](
-        **arguments, **states, **dict.fromkeys(phases, True), first_batch=0, last_batch=1, WAITS=True,
+    triton_on_chip._launch = lambda kernel, arguments, states, carried: kernel[(1,)](
+        **arguments, **states, BEFORE_SUM=True, AFTER_SUM=True, first_batch=0, last_batch=1, WAITS=True,
         counters=torch.zeros(1, dtype=torch.int32), launch_cooperative_grid=True,
     )  # fmt: skip
-    for states, norm, num_proximal_steps in ((1, False, None), (2, True, 3)):
+    for states, norm in ((1, False), (2, True)):
         tensors = test_memory_batch_scan.problem(1, 2, 1, 16, 64, 128, states, 2, norm)
-        scanned = partial(test_memory_batch_scan.scanned, num_proximal_steps=num_proximal_steps)
-        test_memory_batch_scan.learned(scanned, test_memory_batch_scan.leaves(tensors))
+        test_memory_batch_scan.learned(test_memory_batch_scan.scanned, test_memory_batch_scan.leaves(tensors))
     deep_scan._over_batches = lambda kernel, arguments, phases: lambda block: kernel[(1,)](
         **deep_scan._taken_by(kernel, arguments), block=block, first_batch=0, last_batch=1, PHASE=-1, WAITS=True,
         counters=torch.zeros(1, dtype=torch.int32), launch_cooperative_grid=True,
     )  # fmt: skip
-    for norm, num_proximal_steps in ((False, None), (True, 1)):
-        tensors = test_deep_memory_scan.problem(1, 1, 4, 1, 16, 64, 256, 2, 3, norm)
+    for rows, norm, num_proximal_steps in ((16, False, None), (16, True, 1), (64, True, 1)):
+        tensors = test_deep_memory_scan.problem(1, 1, 64 // rows, 1, rows, 64, 256, 2, 3, norm)
         scanned = partial(test_deep_memory_scan.scanned, chunks=1, num_proximal_steps=num_proximal_steps)
         test_deep_memory_scan.learned(scanned, test_deep_memory_scan.leaves(tensors))
     linear_scan.ENOUGH_PROGRAMS = 0  # as for many heads

@@ -12,7 +12,6 @@ import titans_pytorch.ops.memory_batch_scan as operation
 from titans_pytorch.ops.final_state import final_state
 from titans_pytorch.ops.inner_gradient import inner_gradient
 from titans_pytorch.ops.memory_batch_scan import MemoryBatches, memory_batch_scan
-from titans_pytorch.ops.proximal_steps import proximal_deltas, proximal_vector
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 # Triton's interpreter multiplies no bfloat16
@@ -100,12 +99,11 @@ def structured(initial_coefficients):
     return initial_coefficients * read.to(initial_coefficients.dtype)
 
 
-def scanned(tensors, batches_per_block=1, num_proximal_steps=None):
+def scanned(tensors, batches_per_block=1):
     matrices, gamma = states_of(tensors)
     rows = (tensors[name] for name in ('keys', 'values', 'step_sizes'))
     coefficients = tensors['coefficients'], structured(tensors['initial_coefficients'])
-    settings = 1e-5, batches_per_block, num_proximal_steps
-    return by_name(memory_batch_scan(*rows, matrices, gamma or None, *coefficients, *settings))
+    return by_name(memory_batch_scan(*rows, matrices, gamma or None, *coefficients, 1e-5, batches_per_block))
 
 
 def by_name(out):
@@ -116,16 +114,7 @@ def by_name(out):
     return {name: t for name, t in named.items() if name != 'inputs 0'}
 
 
-def proximal(gradient, step_sizes, num_steps):
-    """Factors and vectors of proximal steps instead of those of a gradient."""
-    common = step_sizes, gradient.losses, num_steps
-    deltas = [proximal_deltas(x, own, *common) for x, own in zip(gradient.inputs, gradient.deltas)]
-    gamma_update = gradient.negative_gamma_gradient
-    gamma_update = None if gamma_update is None else proximal_vector(gamma_update, *common)
-    return gradient._replace(deltas=deltas, negative_gamma_gradient=gamma_update)
-
-
-def looped(tensors, batches_per_block=1, num_proximal_steps=None):
+def looped(tensors, batches_per_block=1):
     """A memory batch after the other, by the operations on one."""
     (matrices, gamma), initial, initial_gamma, of_rows = states_of(tensors), [], [], []
     rows = [
@@ -136,8 +125,6 @@ def looped(tensors, batches_per_block=1, num_proximal_steps=None):
         initial.append([torch.stack(states, dim=1) for states in matrices])
         weights, own_gamma = [states[0] for states in matrices], gamma[0] if gamma else None
         gradient = inner_gradient(keys, values, step_sizes, weights, own_gamma, 1e-5)
-        if num_proximal_steps is not None:
-            gradient = proximal(gradient, step_sizes, num_proximal_steps)
         of_rows.append(gradient)
         updates = zip(matrices, gradient.inputs, gradient.deltas)
         matrices = [final_state(own, own_initial, *update) for update in updates]
@@ -350,50 +337,6 @@ def test_states_on_chip_under_autocast(on_chip, poisoned, dtype):
     assert_no_worse(lambda: learned_in(LOW, tensors), exactly(tensors))
 
 
-# proximal steps
-
-
-@pytest.mark.parametrize(('depth', 'norm'), NETWORKS)
-def test_proximal_steps_of_the_reference_are_a_loop(depth, norm):
-    tensors = leaves(problem(2, 3, 4, 3, 5, 7, 2, depth, norm), torch.float64)
-    settings = {'batches_per_block': 3, 'num_proximal_steps': 8}
-    came, expected = (learned(partial(function, **settings), tensors) for function in (scanned, looped))
-    assert_same(came, expected, 1e-12)
-
-
-def with_all_kinds_of_rows(tensors, large=30.0):
-    """Large steps, beyond the limit among them, and rows that are not stored."""
-    tensors['step_sizes'] = tensors['step_sizes'] * large
-    tensors['step_sizes'][:, ::2, 0] *= 1e5
-    tensors['step_sizes'][:, 1, -1] = 0
-    return tensors
-
-
-@pytest.mark.parametrize('num_proximal_steps', [2, 12])
-@pytest.mark.parametrize('norm', [True, False])
-@pytest.mark.parametrize('shape', ON_CHIP)
-def test_proximal_steps_on_chip(on_chip, poisoned, shape, norm, num_proximal_steps):
-    tensors = with_all_kinds_of_rows(problem(*shape, 2, norm))
-    came = learned(partial(scanned, num_proximal_steps=num_proximal_steps), leaves(tensors))
-    assert_same(came, exactly(tensors, num_proximal_steps=num_proximal_steps), 3 * EXACT)
-
-
-def test_proximal_steps_of_almost_nothing_on_chip(on_chip, poisoned):
-    # quotients of losses that underflow
-    tensors = problem(1, 2, 2, 2, 16, 70, 2)
-    for theta in (1e-40, 8e-39, 1e-30, 1e-20):
-        tensors['step_sizes'] = torch.full_like(tensors['step_sizes'], theta)
-        came = learned(partial(scanned, num_proximal_steps=64), leaves(tensors))
-        assert_same(came, exactly(tensors, num_proximal_steps=64), EXACT)
-
-
-def test_only_one_output_of_proximal_steps_is_used(on_chip, poisoned):
-    tensors = problem(1, 2, 2, 2, 16, 70, 2)
-    for name in ('final 1', 'deltas 0', 'deltas 1', 'negative_gamma_gradient', 'losses'):
-        came = learned(partial(scanned, num_proximal_steps=4), leaves(tensors), [name])
-        assert_same(came, exactly(tensors, [name], num_proximal_steps=4), EXACT, f'of {name} ')
-
-
 def test_states_that_do_not_fit(kernels_everywhere, monkeypatch):
     from titans_pytorch.ops.memory_batch_scan import triton_on_chip
 
@@ -404,13 +347,12 @@ def test_states_that_do_not_fit(kernels_everywhere, monkeypatch):
         assert_same(learned(scanned, leaves(tensors)), exactly(tensors), EXACT)
 
 
-@pytest.mark.parametrize('num_proximal_steps', [None, 3])
-def test_the_operation_on_chip_is_registered_correctly(on_chip, num_proximal_steps):
+def test_the_operation_on_chip_is_registered_correctly(on_chip):
     tensors = leaves(problem(1, 2, 2, 2, 16, 70, 2))
     rows = (tensors[name] for name in ('keys', 'values', 'step_sizes'))
     stacked = (torch.stack(own, dim=1).detach().requires_grad_() for own in by_parameter(tensors))
     coefficients = (tensors[name] for name in ('coefficients', 'initial_coefficients'))
-    args = (*rows, *stacked, *coefficients, 2, True, 1e-5, num_proximal_steps, torch.float32)
+    args = (*rows, *stacked, *coefficients, 2, True, 1e-5, torch.float32)
     torch.library.opcheck(on_chip.memory_batch_scan_on_chip, args, test_utils=CHECKS)
 
 
@@ -478,30 +420,6 @@ def test_states_on_chip_in_sizes_of_training(on_chip, poisoned, shape, norm, low
     tensors['step_sizes'] = tensors['step_sizes'] * 0.03
     tensors = tensors if low is None else lowered(tensors, low)
     assert_no_worse(lambda: learned_in(low, tensors), exactly(tensors), floor=1e-5)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize('large', [1.0, 30.0])
-@pytest.mark.parametrize('low', [None, torch.bfloat16])
-@pytest.mark.parametrize('norm', [True, False])
-@pytest.mark.parametrize(
-    'shape',
-    [(64, 4, 1, 16, 64, 256, 2), (8, 3, 1, 32, 64, 256, 2), (300, 2, 4, 4, 64, 128, 1), (3, 5, 5, 3, 50, 500, 2)],
-)
-def test_proximal_steps_on_chip_in_sizes_of_training(on_chip, poisoned, shape, norm, low, large):
-    tensors = problem(*shape, 2, norm)
-    if low is None:
-        tensors = with_all_kinds_of_rows(tensors, large)
-    else:
-        # rounding errors grow with the largest steps
-        tensors = lowered({**tensors, 'step_sizes': tensors['step_sizes'] * large}, low)
-    settings = {'num_proximal_steps': (2 + norm) * shape[2]}
-
-    def came():
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=low is not None):
-            return learned(partial(scanned, **settings), leaves(tensors))
-
-    assert_no_worse(came, exactly(tensors, **settings), floor=5e-5)
 
 
 @pytest.mark.gpu

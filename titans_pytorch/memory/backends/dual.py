@@ -123,9 +123,7 @@ class DualBackend(Backend):
         """True if whole memory batches can be stored by one operation, in factored matrices."""
         if self.fused is None or not self._has_plain_updates(inputs):
             return False
-        # elsewhere one operation would be a loop over the same operations
-        plain = self.num_proximal_steps is None and len(self.fused.mlp.matrices) <= 2
-        return plain or self._stays_on_chip(inputs)
+        return self.num_proximal_steps is None and len(self.fused.mlp.matrices) <= 2
 
     def _goes_deep(self, inputs: StoreInputs) -> bool:
         """True if one kernel for memory MLPs of any depth can store all memory batches."""
@@ -134,7 +132,7 @@ class DualBackend(Backend):
             return False
         matrices, _ = self.fused.mlp.of_weights(inputs.weights.newest)
         rows = per_batch * inputs.chunks.keys.shape[2]
-        return has_deep_kernel(matrices, 1 + _num_orders(inputs.chunks), rows, self.num_proximal_steps)
+        return has_deep_kernel(matrices, 1 + _num_orders(inputs.chunks), rows)
 
     def _has_plain_updates(self, inputs: StoreInputs) -> bool:
         """True if updates are those of the gradients at the base weights, and nothing else moves these."""

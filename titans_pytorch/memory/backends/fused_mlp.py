@@ -58,7 +58,6 @@ class FusedMLP(NamedTuple):
             of_batches.initial_final,
             self.mlp.eps,
             of_batches.steps.shape[1] // coefficients.steps.shape[1],
-            self.num_proximal_steps,
         )
         return self._stored(out, coefficients, weights, lookahead)
 

@@ -33,8 +33,6 @@ from titans_pytorch.utils.shapes import Float
 MOST_ROWS = 64
 """Most rows of a block, which a program of the kernels holds."""
 _MOST_MATRICES, _MOST_STATES, _MOST_UNITS = 4, 2, 1024
-# of a memory batch, whose systems all programs of the kernels hold
-_MOST_ROWS_OF_PROXIMAL_STEPS = 32
 
 
 def deep_memory_scan(
@@ -69,8 +67,8 @@ def deep_memory_scan(
     operands, coefficients = operand_dtype(keys), (steps, initial_steps, final, initial_final)
     states = [state for own in (*matrices, gamma or []) for state in own]
     rows, weights = (keys, values, step_sizes), [own[0] for own in matrices]
-    in_batch, in_block = (chunks * keys.shape[2] for chunks in (chunks_per_batch, steps.shape[2]))
-    fits = _supports(weights, len(matrices[0]), in_batch, in_block, num_proximal_steps) and keys.numel() > 0
+    in_block = steps.shape[2] * keys.shape[2]
+    fits = _supports(weights, len(matrices[0]), in_block) and keys.numel() > 0
     if not (fits and use_kernel(rows, [*states, *coefficients], capability=_capability(keys.shape[3]))):
         return MemoryBatches(
             *reference.deep_memory_scan(
@@ -107,13 +105,11 @@ def deep_memory_scan(
     )  # fmt: skip
 
 
-def has_kernel(
-    matrices: list[Float[Tensor, 'bh _d _e']], num_states: int, rows: int, num_proximal_steps: int | None
-) -> bool:
+def has_kernel(matrices: list[Float[Tensor, 'bh _d _e']], num_states: int, rows: int) -> bool:
     """Whether kernels run for memory batches of so many rows, given the weights of each matrix and the number of its
     states."""
     runs = use_kernel(matrices, matrices, capability=_capability(matrices[0].shape[1]))
-    return runs and _supports(matrices, num_states, rows, rows, num_proximal_steps)
+    return runs and _supports(matrices, num_states, rows)
 
 
 def _capability(dim: int) -> int:
@@ -121,12 +117,9 @@ def _capability(dim: int) -> int:
     return AMPERE if dim <= 64 else HOPPER
 
 
-def _supports(
-    matrices: list[Tensor], num_states: int, rows: int, rows_of_block: int, num_proximal_steps: int | None
-) -> bool:
+def _supports(matrices: list[Tensor], num_states: int, rows: int) -> bool:
     dim, width = matrices[0].shape[1:]
-    most = MOST_ROWS if num_proximal_steps is None else _MOST_ROWS_OF_PROXIMAL_STEPS
-    fits = rows <= most and rows_of_block <= MOST_ROWS and dim <= WIDEST and width <= _MOST_UNITS
+    fits = rows <= MOST_ROWS and dim <= WIDEST and width <= _MOST_UNITS
     shapes = [(dim, width), *((width, width) for _ in matrices[2:]), (width, dim)]
     of_one_width = [tuple(matrix.shape[1:]) for matrix in matrices] == shapes
     return fits and of_one_width and 2 <= len(matrices) <= _MOST_MATRICES and num_states <= _MOST_STATES

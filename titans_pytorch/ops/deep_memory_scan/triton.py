@@ -41,14 +41,14 @@ from titans_pytorch.ops._triton import (
     tile_size,
 )
 from titans_pytorch.ops._triton_cooperative import COUNTER_STRIDE, heads_together, new_counters, wait_for_all
-from titans_pytorch.ops.inner_gradient.triton import gradient_of_product, gradient_of_product_backward
-from titans_pytorch.ops.memory_batch_scan.triton_proximal import (
+from titans_pytorch.ops.deep_memory_scan.triton_proximal import (
     curvatures,
     shares,
     through_system,
     through_vector_steps,
     vector_steps,
 )
+from titans_pytorch.ops.inner_gradient.triton import gradient_of_product, gradient_of_product_backward
 
 # columns of a tile, features that are summed over at a time, and most programs of a head
 BLOCK, DEPTH, MOST_PROGRAMS = 64, 64, 4

@@ -43,7 +43,7 @@ class MemoryBatches(NamedTuple):
     inputs: list[Float[Tensor, 'bh r t _d']]
     """X, in the precision of products, as Δ."""
     deltas: list[Float[Tensor, 'bh r t _e']]
-    """Δ, of proximal steps if these were taken."""
+    """Δ, or the parts of proximal steps, if these were taken."""
     negative_gamma_gradient: Float[Tensor, 'bh r n d'] | None
     losses: Float[Tensor, 'bh r n m'] | None
     """Unweighted, before the rows are stored; `None` if nobody reads them."""
@@ -59,7 +59,6 @@ def memory_batch_scan(
     initial_coefficients: Float[Tensor, 'bh j k k'],
     eps: float,
     batches_per_block: int = 1,
-    num_proximal_steps: int | None = None,
 ) -> MemoryBatches:
     """Stores memory batches, one after the other.
 
@@ -72,8 +71,6 @@ def memory_batch_scan(
             `final_state`.
         eps: of the norm.
         batches_per_block: memory batches of a block; states are returned for each block. It divides their number.
-        num_proximal_steps: take proximal steps instead, of which so many are added up at the same weights (see
-            `titans_pytorch.ops.proximal_steps`); Δ and g are theirs then.
 
     States are in their own precision, products in that of autocast or of the keys.
     """
@@ -84,7 +81,7 @@ def memory_batch_scan(
         from titans_pytorch.ops.memory_batch_scan import triton_on_chip
 
         stacked = (None if own is None else torch.stack(own, dim=1) for own in (*matrices, gamma))
-        options = batches_per_block, torch.is_grad_enabled(), eps, num_proximal_steps, operands
+        options = batches_per_block, torch.is_grad_enabled(), eps, operands
         outputs = triton_on_chip.memory_batch_scan_on_chip(*rows, *stacked, *of_states, *options)
         batches = _of_kernel(keys.to(operands), chunks, *outputs[:11])
         gamma_updates = batches.negative_gamma_gradient
@@ -93,15 +90,14 @@ def memory_batch_scan(
         return _in_blocks(batches._replace(negative_gamma_gradient=gamma_updates), batches_per_block)
 
     in_memory = len(matrices) <= 2 and num_states <= MOST_STATES and keys.shape[-1] <= WIDEST
-    if uses_kernel and in_memory and num_proximal_steps is None:
+    if uses_kernel and in_memory:
         from titans_pytorch.ops.memory_batch_scan import triton
 
         first, last = [[], *matrices][-2:]
         outputs = triton.memory_batch_scan(*rows, first, last, gamma or [], *of_states, eps, operands)
         batches = _of_kernel(keys.to(operands), chunks, *outputs)
     else:
-        given = (*rows, matrices, gamma, *of_states)
-        batches = MemoryBatches(*reference.memory_batch_scan(*given, eps, num_proximal_steps, operands))
+        batches = MemoryBatches(*reference.memory_batch_scan(*rows, matrices, gamma, *of_states, eps, operands))
     initial = [own[:, ::batches_per_block] for own in batches.initial]
     gamma_initial = None if batches.gamma_initial is None else batches.gamma_initial[:, ::batches_per_block]
     return _in_blocks(batches._replace(initial=initial, gamma_initial=gamma_initial), batches_per_block)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from titans_pytorch.ops.final_state.reference import final_state
 from titans_pytorch.ops.inner_gradient.reference import inner_gradient
-from titans_pytorch.ops.proximal_steps import proximal_deltas, proximal_vector
 from titans_pytorch.utils.precision import no_autocast
 from titans_pytorch.utils.shapes import Float
 
@@ -23,7 +22,6 @@ def memory_batch_scan(
     coefficients: Float[Tensor, 'bh r k n'],
     initial_coefficients: Float[Tensor, 'bh r k k'],
     eps: float,
-    num_proximal_steps: int | None,
     operands: torch.dtype,
 ) -> tuple[Any, ...]:
     """The fields of `MemoryBatches`, a memory batch being a block."""
@@ -33,7 +31,7 @@ def memory_batch_scan(
     for k, v, theta, own, own_initial in zip(*rows, coefficients.unbind(1), initial_coefficients.unbind(1)):
         initial.append([torch.stack(states, dim=1) for states in matrices])
         weights, own_gamma = [states[0] for states in matrices], None if gamma is None else gamma[0]
-        found = updates_of_batch(k, v, theta, weights, own_gamma, eps, num_proximal_steps, operands)
+        found = inner_gradient(k, v, theta, weights, own_gamma, None, [], None, eps, operands)
         of_rows.append(found)
         inputs, deltas, gamma_update, _ = found
 
@@ -54,23 +52,3 @@ def memory_batch_scan(
         [of_batches(states) for states in matrices], None if gamma is None else of_batches(gamma),
         *by_matrix, None if gamma is None else of_batches(gamma_updates), of_batches(losses),
     )  # fmt: skip
-
-
-def updates_of_batch(
-    keys: Float[Tensor, 'bh n m d'],
-    values: Float[Tensor, 'bh n m d'],
-    step_sizes: Float[Tensor, 'bh n m'],
-    matrices: list[Float[Tensor, 'bh _d _e']],
-    gamma: Float[Tensor, 'bh d'] | None,
-    eps: float,
-    num_proximal_steps: int | None,
-    operands: torch.dtype,
-) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor]:
-    """The fields of `InnerGradient`, or those of proximal steps."""
-    rows = keys, values, step_sizes
-    inputs, deltas, gamma_update, losses = inner_gradient(*rows, matrices, gamma, None, [], None, eps, operands)
-    if num_proximal_steps is not None:
-        common = step_sizes, losses, num_proximal_steps
-        deltas = [proximal_deltas(x, own, *common) for x, own in zip(inputs, deltas)]
-        gamma_update = None if gamma_update is None else proximal_vector(gamma_update, *common)
-    return inputs, deltas, gamma_update, losses

@@ -7,18 +7,12 @@ written out before each block of memory batches, for retrieval, and before each 
 products, for the backward. That goes from the last memory batch to the first, with the gradient G of the states on
 chip.
 
-Proximal steps (`triton_proximal.py`) need more sums. Products of hidden rows with each other are added up at the same
-meeting, and for the squared norms of Δ₁ programs meet a second time. Backward they meet once, also for the sums over
-hidden features of what comes through Δ₁. Every program solves all systems by itself; they have as many equations as a
-memory batch has rows.
-
 Where programs cannot wait for each other, in Triton's interpreter, what lies between two such meetings is launched by
 itself, and states stay in memory between launches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,14 +33,6 @@ from titans_pytorch.ops._triton import (
 )
 from titans_pytorch.ops._triton_cooperative import COUNTER_STRIDE, heads_together, new_counters, wait_for_all
 from titans_pytorch.ops.inner_gradient.triton import gradient_of_product, gradient_of_product_backward
-from titans_pytorch.ops.memory_batch_scan.triton_proximal import (
-    curvatures,
-    inverses_of_systems,
-    shares,
-    through_system,
-    through_vector_steps,
-    vector_steps,
-)
 
 # hidden features of a program
 UNITS = 64
@@ -134,14 +120,13 @@ def _sum_of_parts(  # type: ignore[no-untyped-def]
 def _forward_kernel(  # type: ignore[no-untyped-def]
     keys, values, step_sizes, coefficients, initial_coefficients, first, last, gamma,
     first_initial, last_initial, gamma_initial, first_final, last_final, gamma_final,
-    hidden, hidden_deltas, deltas, of_gamma, losses, first_saved, last_saved, gamma_saved, products,
-    first_inverses, last_inverses, hidden_products, hidden_norms, partial, counters,
-    first_batch, last_batch, batches, batches_per_block, heads, chunks, rows, eps, num_steps,
+    hidden, hidden_deltas, deltas, of_gamma, losses, first_saved, last_saved, gamma_saved, products, partial, counters,
+    first_batch, last_batch, batches, batches_per_block, heads, chunks, rows, eps,
     key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
     dim: tl.constexpr, width: tl.constexpr, NORM: tl.constexpr, STATES: tl.constexpr, MOMENTUM: tl.constexpr,
-    PROXIMAL: tl.constexpr, SAVES: tl.constexpr, BEFORE_SUM: tl.constexpr, BEFORE_NORMS: tl.constexpr,
-    AFTER_SUMS: tl.constexpr, WAITS: tl.constexpr, COUNTER_STRIDE: tl.constexpr, PARTS: tl.constexpr,
-    SIZE: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, UNITS: tl.constexpr,
+    SAVES: tl.constexpr, BEFORE_SUM: tl.constexpr, AFTER_SUM: tl.constexpr, WAITS: tl.constexpr,
+    COUNTER_STRIDE: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr,
+    ROWS: tl.constexpr, DIM: tl.constexpr, UNITS: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -153,12 +138,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     to_first, in_first = feature[:, None] * width + unit[None, :], with_feature[:, None] & with_unit[None, :]
     to_last, in_last = unit[:, None] * dim + feature[None, :], with_unit[:, None] & with_feature[None, :]
     inside, present = valid[:, None] & with_feature[None, :], valid[:, None] & with_unit[None, :]
-    nothing, no_products = tl.zeros((ROWS, UNITS), tl.float32), tl.zeros((ROWS, ROWS), tl.float32)
-    # 1 for rows of the same chunk
-    together = tl.where(chunk[:, None] == chunk[None, :], 1.0, 0.0)
-    # of the programs of a head, in each memory batch
-    meetings: tl.constexpr = 2 if PROXIMAL else 1
-    entry = index[:, None] * ROWS + index[None, :]
+    nothing = tl.zeros((ROWS, UNITS), tl.float32)
 
     for head_index in range(program // PARTS, heads, groups):
         head = tl.cast(head_index, tl.int64)
@@ -181,15 +161,10 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
             a = h * normal_cdf(h)
             # two places in turn: when one is written again, all programs have read it
             parts_of_y = partial + (head * 2 + batch % 2) * PARTS * SIZE
-            parts_of_products, parts_of_norms = parts_of_y + ROWS * DIM, parts_of_y + ROWS * (DIM + ROWS)
-            met = (batch - first_batch) * meetings
             if BEFORE_SUM:
                 y = multiply_add(tl.zeros((ROWS, DIM), tl.float32), a, w_2, PRECISION, OPERAND)
                 _store_part(parts_of_y, part, y, SIZE, ROWS, DIM)
-                if PROXIMAL:
-                    own_products = multiply_add(no_products, a, tl.trans(a), PRECISION, OPERAND)
-                    _store_part(parts_of_products, part, own_products, SIZE, ROWS, ROWS)
-            if AFTER_SUMS:
+            if AFTER_SUM:
                 if batch % batches_per_block == 0:
                     block = own // batches_per_block
                     _store_matrix(
@@ -209,9 +184,9 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                         if part == 0:
                             _store_matrix(to_saved, w_gamma, s_gamma, dim, feature, with_feature, MOMENTUM)
                 tl.store(hidden + (start + index)[:, None] * width + unit[None, :], a, mask=present)
-            wait_for_all(counter, (met + 1) * PARTS, WAITS)
+            wait_for_all(counter, (batch - first_batch + 1) * PARTS, WAITS)
 
-            if BEFORE_NORMS or AFTER_SUMS:
+            if AFTER_SUM:
                 y = _sum_of_parts(parts_of_y, PARTS, SIZE, ROWS, DIM)
                 to_values = (offset * value_chunk + row * value_row)[:, None] + feature[None, :]
                 v = tl.load(values + head * value_head + to_values, mask=inside, other=0.0).to(tl.float32)
@@ -224,40 +199,6 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                 loss = tl.sum(difference * difference, axis=1) / dim
                 g = multiply_add(nothing, delta, tl.trans(w_2), PRECISION, OPERAND)
                 hidden_delta = g * gelu_derivative(h)
-                if PROXIMAL:
-                    if BEFORE_NORMS:
-                        own_norms = tl.sum(hidden_delta * hidden_delta, axis=1)
-                        _store_part(parts_of_norms, part, own_norms[:, None], SIZE, ROWS, 1)
-                    wait_for_all(counter, (met + 2) * PARTS, WAITS)
-
-            if AFTER_SUMS:
-                if PROXIMAL:
-                    norms = tl.sum(_sum_of_parts(parts_of_norms, PARTS, SIZE, ROWS, 1), axis=1)
-                    last_products = together * _sum_of_parts(parts_of_products, PARTS, SIZE, ROWS, ROWS)
-                    first_products = together * multiply_add(no_products, k, tl.trans(k), PRECISION, OPERAND)
-                    weighted = theta * loss
-                    first_c, _, _ = curvatures(norms, weighted, num_steps)
-                    last_c, _, _ = curvatures(tl.sum(delta * delta, axis=1), weighted, num_steps)
-                    first_share = shares(first_products, first_c, ROWS)
-                    last_share = shares(last_products, last_c, ROWS)
-                    first_inverse, last_inverse = inverses_of_systems(
-                        first_products, first_share * first_c, last_products, last_share * last_c, chunks * rows, ROWS
-                    )
-                    hidden_delta *= first_share[:, None]
-                    hidden_delta = multiply_add(nothing, first_inverse, hidden_delta, PRECISION, tl.float32)
-                    delta *= last_share[:, None]
-                    delta = multiply_add(
-                        tl.zeros((ROWS, DIM), tl.float32), last_inverse, delta, PRECISION, tl.float32
-                    )  # fmt: skip
-                    if NORM:
-                        _, divisor, _, _ = vector_steps(of_rows, weighted, together, num_steps, PRECISION, ROWS, DIM)
-                        of_rows /= divisor[:, None]
-                    if SAVES:
-                        if part == 0:
-                            tl.store(first_inverses + own * ROWS * ROWS + entry, first_inverse)
-                            tl.store(last_inverses + own * ROWS * ROWS + entry, last_inverse)
-                            tl.store(hidden_products + own * ROWS * ROWS + entry, last_products)
-                            tl.store(hidden_norms + own * ROWS + index, norms)
                 to_rows = (start + index)[:, None] * dim + feature[None, :]
                 if part == 0:
                     tl.store(losses + start + index, loss, mask=valid)
@@ -280,7 +221,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                         w_gamma += added * s_gamma
                         s_gamma = kept_momentum * s_gamma + tl.sum(of_momentum[:, None] * of_rows, axis=0)
 
-        if AFTER_SUMS:
+        if AFTER_SUM:
             _store_matrix(first_final + head * STATES * size, w_1, s_1, size, to_first, in_first, MOMENTUM)
             _store_matrix(last_final + head * STATES * size, w_2, s_2, size, to_last, in_last, MOMENTUM)
             if NORM:
@@ -335,15 +276,14 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     d_hidden, d_hidden_deltas, d_deltas, d_of_gamma, d_losses,
     keys, values, step_sizes, coefficients, initial_coefficients,
     hidden, hidden_deltas, deltas, of_gamma, first_saved, last_saved, gamma_saved, products,
-    first_inverses, last_inverses, hidden_products, hidden_norms,
     d_keys, d_values, d_step_sizes, d_coefficients, d_initial_coefficients, partial, counters,
-    first_batch, last_batch, batches, batches_per_block, heads, chunks, rows, eps, num_steps,
+    first_batch, last_batch, batches, batches_per_block, heads, chunks, rows, eps,
     d_hidden_head, d_hidden_batch, d_hidden_row, d_hidden_unit,
     key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
     dim: tl.constexpr, width: tl.constexpr, NORM: tl.constexpr, STATES: tl.constexpr, MOMENTUM: tl.constexpr,
     FIRST_INITIAL: tl.constexpr, LAST_INITIAL: tl.constexpr, GAMMA_INITIAL: tl.constexpr, OF_HIDDEN: tl.constexpr,
     OF_HIDDEN_DELTAS: tl.constexpr, OF_DELTAS: tl.constexpr, OF_GAMMA: tl.constexpr, LOSSES: tl.constexpr,
-    PROXIMAL: tl.constexpr, BEFORE_SUM: tl.constexpr, AFTER_SUMS: tl.constexpr, WAITS: tl.constexpr,
+    BEFORE_SUM: tl.constexpr, AFTER_SUM: tl.constexpr, WAITS: tl.constexpr,
     COUNTER_STRIDE: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr,
     ROWS: tl.constexpr, DIM: tl.constexpr, UNITS: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr,
@@ -358,9 +298,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     to_first, in_first = feature[:, None] * width + unit[None, :], with_feature[:, None] & with_unit[None, :]
     to_last, in_last = unit[:, None] * dim + feature[None, :], with_unit[:, None] & with_feature[None, :]
     inside, present = valid[:, None] & with_feature[None, :], valid[:, None] & with_unit[None, :]
-    nothing, no_rows = tl.zeros((ROWS, UNITS), tl.float32), tl.zeros((ROWS, DIM), tl.float32)
-    no_products = tl.zeros((ROWS, ROWS), tl.float32)
-    together, entry = tl.where(chunk[:, None] == chunk[None, :], 1.0, 0.0), index[:, None] * ROWS + index[None, :]
+    nothing = tl.zeros((ROWS, UNITS), tl.float32)
 
     for head_index in range(program // PARTS, heads, groups):
         head = tl.cast(head_index, tl.int64)
@@ -385,8 +323,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
             to_values = (offset * value_chunk + row * value_row)[:, None] + feature[None, :]
             v = tl.load(values + head * value_head + to_values, mask=inside, other=0.0).to(tl.float32)
             to_steps = offset * step_chunk + row * step_row
-            theta_row = tl.load(step_sizes + head * step_head + to_steps, mask=valid, other=0.0).to(tl.float32)
-            theta = theta_row[:, None]
+            theta = tl.load(step_sizes + head * step_head + to_steps, mask=valid, other=0.0).to(tl.float32)[:, None]
             y = tl.load(products + to_rows, mask=inside, other=0.0)
             a = tl.load(hidden + to_units, mask=present, other=0.0).to(tl.float32)
             hidden_delta = tl.load(hidden_deltas + to_units, mask=present, other=0.0).to(tl.float32)
@@ -395,11 +332,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
             gain = 1.0
             if NORM:
                 gain += tl.load(gamma_saved + own * STATES * dim + feature, mask=with_feature, other=0.0)[None, :]
-            difference, own_delta, of_rows = gradient_of_product(y, k, v, theta, gain, inside, eps, dim, NORM)
-            # of the step taken, which in proximal steps is not that of the gradient
-            delta = own_delta
-            if PROXIMAL:
-                delta = tl.load(deltas + to_rows, mask=inside, other=0.0).to(tl.float32)
+            _, delta, _ = gradient_of_product(y, k, v, theta, gain, inside, eps, dim, NORM)
             of_chunks = _load_coefficients(coefficients, own, chunk, valid, chunks, STATES)
 
             # through the states, to X and Δ of each matrix
@@ -420,59 +353,18 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
             # Δ₁ = g ∘ gelu′(h) with g = Δ₂ W₂ᵀ
             h = multiply_add(nothing, k, w_1, PRECISION, OPERAND)
             slope = gelu_derivative(h)
-            g = multiply_add(nothing, own_delta, tl.trans(w_2), PRECISION, OPERAND)
+            g = multiply_add(nothing, delta, tl.trans(w_2), PRECISION, OPERAND)
             parts_of_delta = partial + (head * 2 + step % 2) * PARTS * SIZE
-            parts_of_norms, parts_of_gradient = parts_of_delta + ROWS * DIM, parts_of_delta + 2 * ROWS * DIM
-            parts_of_matches = parts_of_delta + 3 * ROWS * DIM
-            if PROXIMAL:
-                loss = tl.sum(difference * difference, axis=1) / dim
-                weighted = theta_row * loss
-                norms = tl.load(hidden_norms + own * ROWS + index)
-                first_c, of_norms, of_weighted = curvatures(norms, weighted, num_steps)
-                first_products = together * multiply_add(no_products, k, tl.trans(k), PRECISION, OPERAND)
-                first_share = shares(first_products, first_c, ROWS)
-                inverse = tl.load(first_inverses + own * ROWS * ROWS + entry)
-                dual = multiply_add(nothing, tl.trans(inverse), d_hidden_delta, PRECISION, tl.float32)
-                matches = multiply_add(no_products, dual, tl.trans(hidden_delta), PRECISION, tl.float32)
-                d_hidden_delta = first_share[:, None] * dual
-                if BEFORE_SUM:
-                    # what the norms of Δ₁ are to add to the gradient of Δ₂, but for a factor of each row
-                    of_norm = multiply_add(no_rows, g * slope * slope, w_2, PRECISION, OPERAND)
-                    of_gradient = multiply_add(no_rows, d_hidden_delta * slope, w_2, PRECISION, OPERAND)
-                    _store_part(parts_of_norms, part, of_norm, SIZE, ROWS, DIM)
-                    _store_part(parts_of_gradient, part, of_gradient, SIZE, ROWS, DIM)
-                    _store_part(parts_of_matches, part, matches, SIZE, ROWS, ROWS)
             if BEFORE_SUM:
-                if not PROXIMAL:
-                    d_delta = multiply_add(d_delta, d_hidden_delta * slope, w_2, PRECISION, OPERAND)
+                d_delta = multiply_add(d_delta, d_hidden_delta * slope, w_2, PRECISION, OPERAND)
                 _store_part(parts_of_delta, part, d_delta, SIZE, ROWS, DIM)
             wait_for_all(counter, (step - first_batch + 1) * PARTS, WAITS)
 
-            if AFTER_SUMS:
+            if AFTER_SUM:
                 d_delta = _sum_of_parts(parts_of_delta, PARTS, SIZE, ROWS, DIM)
                 if OF_DELTAS:
                     d_delta += tl.load(d_deltas + to_rows, mask=inside, other=0.0).to(tl.float32)
-                d_of_rows, d_loss, d_weighted = 0.0, 0.0, 0.0
-                if PROXIMAL:
-                    matches = _sum_of_parts(parts_of_matches, PARTS, SIZE, ROWS, ROWS)
-                    d_c, d_first_products = through_system(
-                        matches, first_products, together, first_c, first_share, ROWS
-                    )  # fmt: skip
-                    d_weighted = d_c * of_weighted
-                    d_norms = 2 * (d_c * of_norms)[:, None]
-                    d_hidden_delta += d_norms * g * slope
-
-                    c, of_norms, of_weighted = curvatures(tl.sum(own_delta * own_delta, axis=1), weighted, num_steps)
-                    last_products = tl.load(hidden_products + own * ROWS * ROWS + entry)
-                    share = shares(last_products, c, ROWS)
-                    inverse = tl.load(last_inverses + own * ROWS * ROWS + entry)
-                    dual = multiply_add(no_rows, tl.trans(inverse), d_delta, PRECISION, tl.float32)
-                    matches = multiply_add(no_products, dual, tl.trans(delta), PRECISION, tl.float32)
-                    d_c, d_last_products = through_system(matches, last_products, together, c, share, ROWS)
-                    d_weighted += d_c * of_weighted
-                    d_delta = share[:, None] * dual + 2 * (d_c * of_norms)[:, None] * own_delta
-                    d_delta += _sum_of_parts(parts_of_gradient, PARTS, SIZE, ROWS, DIM)
-                    d_delta += d_norms * _sum_of_parts(parts_of_norms, PARTS, SIZE, ROWS, DIM)
+                d_of_rows, d_loss = 0.0, 0.0
                 d_g = d_hidden_delta * slope
                 if NORM:
                     own_of_gamma = tl.load(of_gamma + to_rows, mask=inside, other=0.0)
@@ -486,27 +378,15 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                         of_momentum += is_first_part * tl.sum(own_of_gamma * t_gamma[None, :], axis=1)  # type: ignore[index]
                     if OF_GAMMA:
                         d_of_rows += tl.load(d_of_gamma + to_rows, mask=inside, other=0.0)
-                    if PROXIMAL:
-                        d_of_rows, d_own = through_vector_steps(
-                            d_of_rows, of_rows, weighted, together, num_steps, PRECISION, ROWS, DIM
-                        )
-                        d_weighted += d_own
                 if LOSSES:
                     d_loss = tl.load(d_losses + start + index, mask=valid, other=0.0)[:, None]
-                if PROXIMAL:
-                    d_loss += (d_weighted * theta_row)[:, None]
                 _, d_step, d_prediction, d_k_direct, d_product, d_gain = gradient_of_product_backward(
                     y, k, v, theta, gain, d_delta, d_of_rows, d_loss, inside, eps, dim, NORM
                 )
-                if PROXIMAL:
-                    d_step += d_weighted * loss
-                    d_a = multiply_add(d_a, d_last_products, a, PRECISION, OPERAND)
                 if part == 0:
                     tl.store(d_step_sizes + start + index, d_step, mask=valid)
                     tl.store(d_values + to_rows, -d_prediction, mask=inside)
                     d_k += d_k_direct
-                    if PROXIMAL:
-                        d_k = multiply_add(d_k, d_first_products, k, PRECISION, OPERAND)
 
                 w_1 = tl.load(first_saved + own * STATES * size + to_first, mask=in_first, other=0.0)
                 w_2 = tl.load(last_saved + own * STATES * size + to_last, mask=in_last, other=0.0)
@@ -534,7 +414,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                     g_2, t_2, w_2, from_saved + size, in_last, mix, MOMENTUM
                 )
                 g_2 = multiply_add(g_2, tl.trans(a), d_product, PRECISION, OPERAND)
-                g_2 = multiply_add(g_2, tl.trans(d_g), own_delta, PRECISION, OPERAND)
+                g_2 = multiply_add(g_2, tl.trans(d_g), delta, PRECISION, OPERAND)
                 d_kept += d_kept_2
                 d_added += d_added_2
                 d_kept_momentum += d_kept_momentum_2
@@ -569,7 +449,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                         d_w, d_s = _load_matrix(from_block, dim, feature, with_feature, MOMENTUM)
                         g_gamma, t_gamma = g_gamma + d_w, t_gamma + d_s
 
-        if AFTER_SUMS:
+        if AFTER_SUM:
             _store_matrix(d_first + head * STATES * size, g_1, t_1, size, to_first, in_first, MOMENTUM)
             _store_matrix(d_last + head * STATES * size, g_2, t_2, size, to_last, in_last, MOMENTUM)
             if NORM:
@@ -577,8 +457,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                 _store_matrix(to_gamma, g_gamma, t_gamma, dim, feature, with_feature, MOMENTUM)
 
 
-# what lies between two meetings of programs, forward and backward
-FORWARD, BACKWARD = ('BEFORE_SUM', 'BEFORE_NORMS', 'AFTER_SUMS'), ('BEFORE_SUM', 'AFTER_SUMS')
+# what lies between two meetings of programs
+PHASES = ('BEFORE_SUM', 'AFTER_SUM')
 
 
 def _outputs(
@@ -593,12 +473,10 @@ def _outputs(
     batches_per_block: int,
     saves: bool,
     eps: float,
-    num_proximal_steps: int | None,
     operands: torch.dtype,
 ) -> tuple[Tensor, ...]:
     """The fields of `MemoryBatches`, absent ones empty; then, if the call `saves` them for the backward, states before
-    each memory batch and products with W₂; and of proximal steps the inverse of each system, products of hidden rows
-    and squared norms of Δ₁, for as many rows as are on chip."""
+    each memory batch and products with W₂."""
     (heads, batches, count, chunks), (rows, dim) = coefficients.shape, keys.shape[2:]
     width = first.shape[3]
     blocks, stored = batches // batches_per_block, chunks * rows
@@ -610,11 +488,6 @@ def _outputs(
     def saved(*shape: int, dtype: torch.dtype = operands) -> Tensor:
         return new(shape if saves else (0,), dtype=dtype)
 
-    def of_steps(*axes: int) -> Tensor:
-        shape = (heads, batches, *axes)
-        return new(shape if saves and num_proximal_steps is not None else (0,))
-
-    on_chip = tile_size(stored)
     return (
         new(heads, blocks, count, dim, width), new(heads, blocks, count, width, dim),
         of_gamma(heads, blocks, count, dim), new(first.shape), new(last.shape), of_gamma(heads, count, dim),
@@ -624,7 +497,6 @@ def _outputs(
         saved(heads, batches, count, dim, width), saved(heads, batches, count, width, dim),
         of_gamma(heads, batches, count, dim) if saves else new(0),
         saved(heads, batches, stored, dim, dtype=coefficients.dtype),
-        *(of_steps(on_chip, on_chip) for _ in range(3)), of_steps(on_chip),
     )  # fmt: skip
 
 
@@ -632,7 +504,6 @@ OUTPUTS = (
     'first_initial', 'last_initial', 'gamma_initial', 'first_final', 'last_final', 'gamma_final',
     'hidden', 'hidden_deltas', 'deltas', 'of_gamma', 'losses',
     'first_saved', 'last_saved', 'gamma_saved', 'products',
-    'first_inverses', 'last_inverses', 'hidden_products', 'hidden_norms',
 )  # fmt: skip
 
 
@@ -648,16 +519,11 @@ def _forward(
     batches_per_block: int,
     saves: bool,
     eps: float,
-    num_proximal_steps: int | None,
     operands: torch.dtype,
 ) -> list[Tensor]:
     given = (keys, values, step_sizes, first, last, gamma, coefficients, initial_coefficients)
-    outputs = _outputs(*given, batches_per_block, saves, eps, num_proximal_steps, operands)
-    shared = _arguments(
-        keys, values, step_sizes, first, coefficients, initial_coefficients, eps, num_proximal_steps, operands,
-        # y, products of hidden rows, and norms
-        lambda rows, features, proximal: features + (rows + 1 if proximal else 0),
-    )  # fmt: skip
+    outputs = _outputs(*given, batches_per_block, saves, eps, operands)
+    shared = _arguments(keys, values, step_sizes, first, coefficients, initial_coefficients, eps, operands)
     parts = shared['PARTS']
     arguments: dict[str, Any] = shared | dict(zip(OUTPUTS, outputs)) | dict(batches_per_block=batches_per_block)
     absent = coefficients.new_empty(0)
@@ -667,7 +533,7 @@ def _forward(
         states['gamma'] = gamma.unsqueeze(1).expand(-1, parts, -1, -1).contiguous()
         arguments['gamma_final'] = torch.empty_like(states['gamma'])
     carried = {name: arguments[f'{name}_final'] for name in states}
-    _launch(_forward_kernel, arguments | dict(NORM=gamma is not None, SAVES=saves), states, carried, FORWARD)
+    _launch(_forward_kernel, arguments | dict(NORM=gamma is not None, SAVES=saves), states, carried)
     if gamma is not None:
         outputs[5].copy_(arguments['gamma_final'][:, 0])
     return [*outputs]
@@ -683,10 +549,6 @@ def _backward(
     last_saved: Tensor,
     gamma_saved: Tensor,
     products: Tensor,
-    first_inverses: Tensor,
-    last_inverses: Tensor,
-    hidden_products: Tensor,
-    hidden_norms: Tensor,
     keys: Tensor,
     values: Tensor,
     step_sizes: Tensor,
@@ -698,18 +560,13 @@ def _backward(
     batches_per_block: int,
     saves: bool,
     eps: float,
-    num_proximal_steps: int | None,
     operands: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
     names = OUTPUTS[: len(OUTPUTS) - NOT_DIFFERENTIABLE]
     incoming = {name: d for name, d in zip(names, d_outputs) if gamma is not None or 'gamma' not in name}
     heads, batches, count, chunks = coefficients.shape
     rows, dim = keys.shape[2:]
-    shared = _arguments(
-        keys, values, step_sizes, first, coefficients, initial_coefficients, eps, num_proximal_steps, operands,
-        # the gradient of Δ₂, what norms and Δ₁ add to that of the gradient, and matches of Δ₁
-        lambda rows, features, proximal: features + (2 * features + rows if proximal else 0),
-    )  # fmt: skip
+    shared = _arguments(keys, values, step_sizes, first, coefficients, initial_coefficients, eps, operands)
     parts = shared['PARTS']
     absent = coefficients.new_empty(0)
 
@@ -746,13 +603,11 @@ def _backward(
         | dict(d_hidden=absent if d_hidden is None else d_hidden, OF_HIDDEN=d_hidden is not None)
         | dict(hidden=hidden, hidden_deltas=hidden_deltas, deltas=deltas, of_gamma=of_gamma, products=products)
         | dict(first_saved=first_saved, last_saved=last_saved, gamma_saved=gamma_saved)
-        | dict(first_inverses=first_inverses, last_inverses=last_inverses)
-        | dict(hidden_products=hidden_products, hidden_norms=hidden_norms)
         | dict(batches_per_block=batches_per_block, NORM=gamma is not None)
         | results
     )
     states = dict(d_first=d_first, d_last=d_last, d_gamma=d_gamma)
-    _launch(_backward_kernel, arguments, states, states, BACKWARD)
+    _launch(_backward_kernel, arguments, states, states)
 
     d_coefficients = results['d_coefficients'].sum(dim=2).unflatten(-1, (chunks, rows)).sum(dim=-1)
     kept, added, kept_momentum = results['d_initial_coefficients'].sum(dim=2).unbind(-1)
@@ -773,14 +628,14 @@ def _backward(
     )
 
 
-NOT_DIFFERENTIABLE = 8
+NOT_DIFFERENTIABLE = 4
 memory_batch_scan_on_chip = register_kernel(
     'memory_batch_scan_on_chip',
     _forward,
     _backward,
     outputs=lambda *arguments: [*_outputs(*arguments)],
-    saved=(6, 7, 8, 9, *range(11, 19)),
-    not_differentiable=(*range(11, 19),),
+    saved=(6, 7, 8, 9, *range(11, 15)),
+    not_differentiable=(*range(11, 15),),
     # later layers may use some outputs and not others
     materialize_grads=False,
 )
@@ -794,22 +649,15 @@ def _arguments(
     coefficients: Tensor,
     initial_coefficients: Tensor,
     eps: float,
-    num_proximal_steps: int | None,
     operands: torch.dtype,
-    entries_of_row: Callable[[int, int, bool], int],
 ) -> dict[str, Any]:
-    """Arguments of both kernels.
-
-    Args:
-        entries_of_row: for each row on chip, entries of a program's part of all sums of a memory batch, given the rows
-            on chip, the padded features, and whether steps are proximal.
-    """
+    """Arguments of both kernels."""
     keys, values = contiguous_inside(keys, 1), contiguous_inside(values, 1)
     heads, batches, count, chunks = coefficients.shape
     rows, dim = keys.shape[2:]
     width = first.shape[3]
-    padded, on_chip, proximal = tile_size(dim), tile_size(chunks * rows), num_proximal_steps is not None
-    parts, size = triton.cdiv(width, UNITS), on_chip * entries_of_row(on_chip, padded, proximal)
+    padded, on_chip, parts = tile_size(dim), tile_size(chunks * rows), triton.cdiv(width, UNITS)
+    size = on_chip * padded  # of a program's part of a sum
     return dict(
         keys=keys, **named_strides('key', keys, 'head chunk row'),
         values=values, **named_strides('value', values, 'head chunk row'),
@@ -817,7 +665,6 @@ def _arguments(
         coefficients=coefficients.contiguous(), initial_coefficients=initial_coefficients.contiguous(),
         partial=coefficients.new_empty(heads, 2, parts, size),
         batches=batches, heads=heads, chunks=chunks, rows=rows, eps=eps,
-        num_steps=float(num_proximal_steps or 0), PROXIMAL=proximal,
         dim=dim, width=width, STATES=count, MOMENTUM=count > 1, COUNTER_STRIDE=COUNTER_STRIDE, SIZE=size,
         PARTS=parts, ROWS=on_chip, DIM=padded, UNITS=UNITS, num_warps=WARPS, **product_precision(operands),
     )  # fmt: skip
@@ -828,19 +675,17 @@ def _launch(
     arguments: dict[str, Any],
     states: dict[str, Tensor],
     carried: dict[str, Tensor],
-    phases: tuple[str, ...],
 ) -> None:
     """Runs all memory batches in one launch; or, where programs cannot wait for each other, one launch for each phase.
 
     Args:
         states, carried: arguments that hold the states at the start of the first launch, and between launches.
-        phases: flags of the kernel, for what lies between two meetings of programs.
     """
     heads, batches, parts = arguments['heads'], arguments['batches'], arguments['PARTS']
     device = arguments['keys'].device
 
     def launch(first_batch: int, last_batch: int, present: tuple[str, ...], waits: bool) -> None:
-        own = arguments | (states if first_batch == 0 else carried) | {phase: phase in present for phase in phases}
+        own = arguments | (states if first_batch == 0 else carried) | {phase: phase in present for phase in PHASES}
         own |= dict(
             first_batch=first_batch, last_batch=last_batch, WAITS=waits,
             counters=new_counters(heads if waits else 0, device),
@@ -852,8 +697,8 @@ def _launch(
         kernel[(groups * parts,)](**own)
 
     if parts == 1 or device.type == 'cuda':
-        launch(0, batches, phases, waits=parts > 1)
+        launch(0, batches, PHASES, waits=parts > 1)
         return
     for batch in range(batches):
-        for phase in phases:
+        for phase in PHASES:
             launch(batch, batch + 1, (phase,), waits=False)

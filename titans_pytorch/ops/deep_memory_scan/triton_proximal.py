@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from titans_pytorch.ops import proximal_steps
-from titans_pytorch.ops._triton import invert, multiply_add
+from titans_pytorch.ops._triton import multiply_add
 
 LARGEST, NOTHING = tl.constexpr(proximal_steps.LARGEST), tl.constexpr(proximal_steps.NOTHING)
 
@@ -37,20 +37,6 @@ def shares(products, c, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
     limit."""
     own = c * _diagonal(products, ROWS)
     return LARGEST / tl.where(own > LARGEST, own, LARGEST)
-
-
-@triton.jit
-def inverses_of_systems(  # type: ignore[no-untyped-def]
-    first_products, first_c, last_products, last_c, count, ROWS: tl.constexpr
-):
-    """(I + diag(c) X Xᵀ)⁻¹ of two matrices, with c times the share of each row. Both at once, as each step of the
-    elimination waits for the one before."""
-    which = tl.arange(0, 2)[:, None, None]
-    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, ROWS)[None, :]
-    first, last = first_c[:, None] * first_products, last_c[:, None] * last_products
-    systems = tl.where(which == 0, first[None, :, :], last[None, :, :])
-    found = invert(systems + tl.where(row == column, 1.0, 0.0)[None, :, :], count, ROWS)
-    return tl.sum(tl.where(which == 0, found, 0.0), axis=0), tl.sum(tl.where(which == 1, found, 0.0), axis=0)
 
 
 @triton.jit
