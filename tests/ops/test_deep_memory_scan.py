@@ -296,7 +296,7 @@ def test_the_operation_is_registered_correctly(kernels, num_proximal_steps):
     # of equal widths, as the rest of shorter rows is arbitrary
     tensors = leaves(problem(1, 2, 2, 1, 2, 16, 16, 2, 3))
     matrices, gamma = states_of(tensors)
-    flat = torch.cat([torch.stack(own, dim=1).flatten(2) for own in matrices], dim=2).detach().requires_grad_()
+    flat = torch.cat([torch.stack(own, dim=1).flatten(1) for own in matrices], dim=1).detach().requires_grad_()
     rows = (tensors[name] for name in ('keys', 'values', 'step_sizes'))
     coefficients = (tensors[name] for name in COEFFICIENTS)
     of_gamma = torch.stack(gamma, dim=1).detach().requires_grad_()

@@ -29,6 +29,7 @@ CASES = [
     (1, 1, 2, 1, 1, 128, 48, 2, True),
 ]
 MATRIX = ('initial', 'inputs', 'deltas')
+STORED = ('inputs', 'deltas')
 ARGUMENTS = ('queries', 'coefficients', 'initial_coefficients')
 ARGUMENTS = (*ARGUMENTS, *(f'{name}_{part}' for name in ('first', 'last') for part in MATRIX), 'gamma')
 CHECKS = ('test_schema', 'test_autograd_registration', 'test_faketensor', 'test_aot_dispatch_dynamic')
@@ -219,12 +220,18 @@ def test_kernels_read_views(launches, poisoned):
 
 @pytest.mark.parametrize('case', [SMALL, (1, 2, 5, 3, 6, 20, None, 2, False)])
 @pytest.mark.parametrize('rows', [torch.float32, LOW])
-def test_kernels_are_as_exact_under_autocast_as_the_reference(launches, poisoned, case, rows):
-    tensors = problem(*case)
-    tensors = {name: t.to(LOW) if name.endswith(('inputs', 'deltas')) else t for name, t in tensors.items()}
+@pytest.mark.parametrize('parts', [STORED, MATRIX])
+def test_kernels_are_as_exact_under_autocast_as_the_reference(launches, poisoned, case, rows, parts):
+    tensors = lowered(problem(*case), parts)
     tensors['queries'] = tensors['queries'].to(rows)
     assert_no_worse(lambda: learned_in(LOW, tensors), exactly(tensors), floor=1e-4)
     assert len(launches) == 1
+
+
+def lowered(tensors, parts):
+    """Matrices with these parts in low precision."""
+    names = tuple(f'_{part}' for part in parts)
+    return {name: t.to(LOW) if name.endswith(names) else t for name, t in tensors.items()}
 
 
 def learned_in(low, tensors):
@@ -289,7 +296,7 @@ def test_it_compiles_to_one_operation(kernels_everywhere, fresh_compiler):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize('low', [False, True])
+@pytest.mark.parametrize('parts', [(), STORED, MATRIX])
 @pytest.mark.parametrize(
     'case',
     [
@@ -303,9 +310,7 @@ def test_it_compiles_to_one_operation(kernels_everywhere, fresh_compiler):
         (4, 2, 7, 5, 5, 128, None, 1, False),
     ],
 )
-def test_kernels_in_sizes_of_training(launches, poisoned, case, low):
-    tensors = problem(*case)
-    if low:
-        tensors = {name: t.to(LOW) if name.endswith(('inputs', 'deltas')) else t for name, t in tensors.items()}
-    assert_no_worse(lambda: learned_in(LOW if low else None, tensors), exactly(tensors), floor=1e-5)
+def test_kernels_in_sizes_of_training(launches, poisoned, case, parts):
+    tensors = lowered(problem(*case), parts)
+    assert_no_worse(lambda: learned_in(LOW if parts else None, tensors), exactly(tensors), floor=1e-5)
     assert len(launches) == 1

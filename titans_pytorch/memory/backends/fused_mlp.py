@@ -84,9 +84,6 @@ class FusedMLP(NamedTuple):
             chunks_per_batch,
             self.num_proximal_steps,
         )
-        if len(out.initial) == 2:
-            # the kernels that retrieve from two matrices take states in float32
-            out = out._replace(initial=[states.to(coefficients.steps.dtype) for states in out.initial])
         return self._stored(out, coefficients, weights, lookahead)
 
     def store_linear(

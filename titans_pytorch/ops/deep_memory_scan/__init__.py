@@ -78,7 +78,8 @@ def deep_memory_scan(
 
     from titans_pytorch.ops.deep_memory_scan import triton
 
-    flat = torch.cat([torch.stack(own, dim=1).flatten(2) for own in matrices], dim=2)
+    # each matrix by itself, so that all of its states can be read as one matrix
+    flat = torch.cat([torch.stack(own, dim=1).flatten(1) for own in matrices], dim=1)
     of_gamma = None if gamma is None else torch.stack(gamma, dim=1)
     sizes = weights[0].shape[2], len(matrices), chunks_per_batch
     settings = torch.is_grad_enabled(), eps, num_proximal_steps, operands
@@ -86,8 +87,8 @@ def deep_memory_scan(
     last_states, gamma_states, initial, inputs, deltas, gamma_updates, losses = out[:7]
 
     def by_matrix(flat: Tensor) -> list[Tensor]:
-        parts = flat.split([own[0][0].numel() for own in matrices], dim=-1)
-        return [part.unflatten(-1, own[0].shape[1:]) for part, own in zip(parts, matrices)]
+        parts = flat.split([len(own) * own[0][0].numel() for own in matrices], dim=-1)
+        return [part.unflatten(-1, (len(own), *own[0].shape[1:])) for part, own in zip(parts, matrices)]
 
     widths = [keys.shape[3], *(own[0].shape[2] for own in matrices)]
     k = keys.to(operands).unflatten(1, steps.shape[1:3]).flatten(2, 3)

@@ -82,10 +82,12 @@ def _tile(first_row, first_column, height, width, DOWN: tl.constexpr, ACROSS: tl
 
 
 @triton.jit
-def _shape(l, MATRICES: tl.constexpr, dim: tl.constexpr, width: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of matrix l its height, its width, and the entries of the matrices before it."""
+def _shape(  # type: ignore[no-untyped-def]
+    l, MATRICES: tl.constexpr, dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr
+):
+    """Of matrix l its height, its width, and the entries of all states of the matrices before it."""
     height, columns = tl.where(l == 0, dim, width), tl.where(l == MATRICES - 1, dim, width)
-    return height, columns, tl.where(l == 0, 0, dim * width + (l - 1) * width * width)
+    return height, columns, tl.where(l == 0, 0, STATES * (dim * width + (l - 1) * width * width))
 
 
 @triton.jit
@@ -128,28 +130,28 @@ def _mixed(states, mix, size, offset, inside, STATES: tl.constexpr):  # type: ig
 
 @triton.jit
 def _through(  # type: ignore[no-untyped-def]
-    total, start, offsets, valid, states, mix, size, column, height, width,
+    total, start, offsets, valid, states, mix, column, height, width,
     STATES: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """total + rows · COLUMNS columns, from `column` on, of a combination of states."""
     for first in range(0, height, DEPTH):
         x = _rows(start, offsets, valid, first, height, DEPTH)
         offset, inside = _tile(first, column, height, width, DEPTH, COLUMNS)
-        w = _mixed(states, mix, size, offset, inside, STATES)
+        w = _mixed(states, mix, height * width, offset, inside, STATES)
         total = multiply_add(total, x, w, PRECISION, OPERAND)
     return total
 
 
 @triton.jit
 def _through_transposed(  # type: ignore[no-untyped-def]
-    total, start, offsets, valid, states, mix, size, row, height, width,
+    total, start, offsets, valid, states, mix, row, height, width,
     STATES: tl.constexpr, ACROSS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """total + rows · ACROSS rows, from `row` on, of a combination of states, transposed."""
     for first in range(0, width, DEPTH):
         x = _rows(start, offsets, valid, first, width, DEPTH)
         offset, inside = _tile(row, first, height, width, ACROSS, DEPTH)
-        w = _mixed(states, mix, size, offset, inside, STATES)
+        w = _mixed(states, mix, height * width, offset, inside, STATES)
         total = multiply_add(total, x, tl.trans(w), PRECISION, OPERAND)
     return total
 
@@ -237,7 +239,7 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
             # X of each matrix
             for l in range(MATRICES - 1):
                 if (PHASE < 0) | (PHASE == l):
-                    height, columns, before = _shape(l, MATRICES, dim, width)
+                    height, columns, before = _shape(l, MATRICES, dim, width, STATES)
                     to_layer = l * layer
                     match = _scores(
                         own_inputs + to_layer, in_batch, valid, all_inputs + to_layer, in_all, earlier, height,
@@ -248,7 +250,7 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
                             tl.store(own_scores + l * ROWS * COUNT, match)
                     for column in range(part * BLOCK, columns, PARTS * BLOCK):
                         h = _through(
-                            nothing, own_inputs + to_layer, in_batch, valid, own_initial + before, mix, size,
+                            nothing, own_inputs + to_layer, in_batch, valid, own_initial + before, mix,
                             column, height, columns, STATES, BLOCK, DEPTH, PRECISION, OPERAND,
                         )  # fmt: skip
                         stored_deltas = _rows(all_deltas + to_layer, in_all, earlier, column, columns, BLOCK)
@@ -262,14 +264,14 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
             # the loss, by each program, and Δ of each matrix from the last to the first
             if (PHASE < 0) | (PHASE == MATRICES - 1):
                 to_layer = (MATRICES - 1) * layer
-                from_last = own_initial + size - width * dim
+                from_last = own_initial + STATES * (size - width * dim)
                 match = _scores(
                     own_inputs + to_layer, in_batch, valid, all_inputs + to_layer, in_all, earlier, width,
                     ROWS, COUNT, DEPTH, PRECISION, OPERAND,
                 )  # fmt: skip
                 y = _through(
                     tl.zeros((ROWS, DIM), tl.float32), own_inputs + to_layer, in_batch, valid, from_last, mix,
-                    size, 0, width, dim, STATES, DIM, DEPTH, PRECISION, OPERAND,
+                    0, width, dim, STATES, DIM, DEPTH, PRECISION, OPERAND,
                 )  # fmt: skip
                 last_stored = _rows(all_deltas + to_layer, in_all, earlier, 0, dim, DIM)
                 y = multiply_add(y, match * of_earlier, last_stored, PRECISION, OPERAND)
@@ -299,7 +301,7 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
                         tl.store(own_back_scores + (MATRICES - 2) * ROWS * COUNT, back_match)
                 for unit in range(part * BLOCK, width, PARTS * BLOCK):
                     to_tile, in_tile = _tile(unit, 0, width, dim, BLOCK, DIM)
-                    w = _mixed(from_last, mix, size, to_tile, in_tile, STATES)
+                    w = _mixed(from_last, mix, width * dim, to_tile, in_tile, STATES)
                     g = multiply_add(nothing, delta, tl.trans(w), PRECISION, OPERAND)
                     x = _rows(all_inputs + to_layer, in_all, earlier, unit, width, BLOCK)
                     g = multiply_add(g, back_match * of_earlier, x, PRECISION, OPERAND)
@@ -313,7 +315,7 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
                 if (PHASE < 0) | (PHASE == MATRICES + up):
                     l = MATRICES - 2 - up
                     to_layer = l * layer
-                    height, columns, before = _shape(l, MATRICES, dim, width)
+                    height, columns, before = _shape(l, MATRICES, dim, width, STATES)
                     match = _scores(
                         own_raw + to_layer, in_batch, valid, all_deltas + to_layer, in_all, earlier, columns,
                         ROWS, COUNT, DEPTH, PRECISION, OPERAND,
@@ -323,7 +325,7 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
                             tl.store(own_back_scores + (l - 1) * ROWS * COUNT, match)
                     for unit in range(part * BLOCK, height, PARTS * BLOCK):
                         g = _through_transposed(
-                            nothing, own_raw + to_layer, in_batch, valid, own_initial + before, mix, size,
+                            nothing, own_raw + to_layer, in_batch, valid, own_initial + before, mix,
                             unit, height, columns, STATES, BLOCK, DEPTH, PRECISION, OPERAND,
                         )  # fmt: skip
                         x = _rows(all_inputs + to_layer, in_all, earlier, unit, height, BLOCK)
@@ -344,7 +346,7 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
                     of_systems = tl.zeros((PADDED, ROWS, 1), tl.float32)
                     to_systems = (own * (per_block // per_batch) + batch) * MATRICES
                     for l in range(MATRICES):
-                        height, columns, before = _shape(l, MATRICES, dim, width)
+                        height, columns, before = _shape(l, MATRICES, dim, width, STATES)
                         own_rows = own_inputs + l * layer
                         matches = together * _scores(
                             own_rows, in_batch, valid, own_rows, in_batch, valid, height,
@@ -364,7 +366,7 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
                                 tl.store(norms + (to_systems + l) * ROWS + index, norm)
                     systems = invert(systems, stored, ROWS)
                     for l in range(MATRICES):
-                        height, columns, before = _shape(l, MATRICES, dim, width)
+                        height, columns, before = _shape(l, MATRICES, dim, width, STATES)
                         inverse = tl.sum(tl.where(which == l, systems, 0.0), axis=0)
                         share = tl.sum(tl.sum(tl.where(which == l, of_systems, 0.0), axis=0), axis=1)
                         if SAVES:
@@ -401,7 +403,8 @@ def _states_kernel(  # type: ignore[no-untyped-def]
     feature, place = tl.arange(0, DIM), tl.arange(0, COUNT)
     in_block, own = per_block * rows, head * blocks + block
     with_feature, present, in_all = feature < dim, place < in_block, place * wide
-    height, columns, before = _shape(l, MATRICES, dim, width)
+    height, columns, before = _shape(l, MATRICES, dim, width, STATES)
+    entries = height * columns
     all_inputs, all_deltas = inputs + own * in_block * wide, deltas + own * in_block * wide
     own_states, own_mix = states + head * STATES * size, initial_final + own * STATES * STATES
     own_final = final + own * STATES * per_block
@@ -416,16 +419,16 @@ def _states_kernel(  # type: ignore[no-untyped-def]
         d = _rows(all_deltas + l * layer, in_all, present, to_column, columns, BLOCK)
         to_tile, in_tile = _tile(to_row, to_column, height, columns, BLOCK, BLOCK)
         to_tile += before
-        w, momentum = _load_states(own_states, size, to_tile, in_tile, STATES)
+        w, momentum = _load_states(own_states, entries, to_tile, in_tile, STATES)
         after = kept * w
         if STATES > 1:
             after += added * momentum
             momentum = returned * w + kept_momentum * momentum
             momentum = multiply_add(momentum, tl.trans(x * of_momentum[:, None]), d, PRECISION, OPERAND)
         after = multiply_add(after, tl.trans(x * of_weights[:, None]), d, PRECISION, OPERAND)
-        _store_states(own_states, after, momentum, size, to_tile, in_tile, STATES)
+        _store_states(own_states, after, momentum, entries, to_tile, in_tile, STATES)
         if block + 1 < blocks:
-            _store_states(initial + (own + 1) * STATES * size, after, momentum, size, to_tile, in_tile, STATES)
+            _store_states(initial + (own + 1) * STATES * size, after, momentum, entries, to_tile, in_tile, STATES)
     if NORM:
         if (l == 0) & (tile == 0):
             gamma_updates = _rows(of_gamma + own * in_block * dim, place * dim, present, 0, dim, DIM)
@@ -522,7 +525,7 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                     in_scores = in_match[:, None] + (start * rows + index)[None, :]
                     in_later = later[:, None] & valid[None, :]
                     for l in range(MATRICES):
-                        height, columns, before = _shape(l, MATRICES, dim, width)
+                        height, columns, before = _shape(l, MATRICES, dim, width, STATES)
                         from_scores = scores + ((own * batches + batch_of_place) * MATRICES + l)[:, None] * of_match
                         match = tl.load(from_scores + in_scores, mask=in_later, other=0.0).to(tl.float32)
                         from_scores = head_of_scores + (batch_of_place * MATRICES + l)[:, None] * of_match
@@ -568,7 +571,7 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                     loss = tl.load(losses + first_row + index, mask=valid, other=0.0)
                     weighted, d_weighted = theta * loss, tl.zeros((ROWS,), tl.float32)
                     for l in range(MATRICES):
-                        height, columns, before = _shape(l, MATRICES, dim, width)
+                        height, columns, before = _shape(l, MATRICES, dim, width, STATES)
                         inverse = tl.trans(tl.load(inverses + (to_systems + l) * ROWS * ROWS + entry))
                         matches = tl.load(row_products + (to_systems + l) * ROWS * ROWS + entry)
                         c, of_norm, of_loss = curvatures(
@@ -606,7 +609,7 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
             # through g = Δ Wᵀ, from the first Δ to the last
             for l in range(1, MATRICES - 1):
                 if (PHASE < 0) | (PHASE == l + 1):
-                    height, columns, before = _shape(l, MATRICES, dim, width)
+                    height, columns, before = _shape(l, MATRICES, dim, width, STATES)
                     d_match = _scores(
                         own_of_back + (l - 1) * layer, in_batch, valid, all_inputs + l * layer, in_all, earlier,
                         height, ROWS, COUNT, DEPTH, PRECISION, OPERAND,
@@ -619,7 +622,7 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                         d_delta = _rows(head_of_raw + l * kept, in_kept, valid, column, columns, BLOCK)
                         d_delta = _through(
                             d_delta, own_of_back + (l - 1) * layer, in_batch, valid, own_initial + before, mix,
-                            size, column, height, columns, STATES, BLOCK, DEPTH, PRECISION, OPERAND,
+                            column, height, columns, STATES, BLOCK, DEPTH, PRECISION, OPERAND,
                         )  # fmt: skip
                         d = _rows(all_deltas + l * layer, in_all, earlier, column, columns, BLOCK)
                         d_delta = multiply_add(d_delta, d_match * of_earlier, d, PRECISION, OPERAND)
@@ -633,7 +636,7 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
             # through the loss, by each program, and to each product from the last to the first
             if (PHASE < 0) | (PHASE == MATRICES):
                 to_layer, to_last = (MATRICES - 1) * layer, (MATRICES - 1) * kept
-                from_last = own_initial + size - width * dim
+                from_last = own_initial + STATES * (size - width * dim)
                 d_match = _scores(
                     own_of_back + to_layer - layer, in_batch, valid, all_inputs + to_layer, in_all, earlier, width,
                     ROWS, COUNT, DEPTH, PRECISION, OPERAND,
@@ -641,7 +644,7 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                 last_stored = _rows(all_deltas + to_layer, in_all, earlier, 0, dim, DIM)
                 of_delta = _rows(head_of_raw + to_last, in_kept, valid, 0, dim, DIM)
                 of_delta = _through(
-                    of_delta, own_of_back + to_layer - layer, in_batch, valid, from_last, mix, size, 0, width, dim,
+                    of_delta, own_of_back + to_layer - layer, in_batch, valid, from_last, mix, 0, width, dim,
                     STATES, DIM, DEPTH, PRECISION, OPERAND,
                 )  # fmt: skip
                 of_delta = multiply_add(of_delta, d_match * of_earlier, last_stored, PRECISION, OPERAND)
@@ -704,7 +707,7 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                     tl.store(own_d_steps + MATRICES * COUNT, of_gain)
                 for unit in range(part * BLOCK, width, PARTS * BLOCK):
                     to_tile, in_tile = _tile(unit, 0, width, dim, BLOCK, DIM)
-                    w = _mixed(from_last, mix, size, to_tile, in_tile, STATES)
+                    w = _mixed(from_last, mix, width * dim, to_tile, in_tile, STATES)
                     d_x = _rows(head_of_inputs + to_last, in_kept, valid, unit, width, BLOCK)
                     d_x = multiply_add(d_x, d_product, tl.trans(w), PRECISION, OPERAND)
                     x = _rows(all_inputs + to_layer, in_all, earlier, unit, width, BLOCK)
@@ -719,7 +722,7 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
             for down in range(MATRICES - 2):
                 if (PHASE < 0) | (PHASE == MATRICES + 1 + down):
                     l = MATRICES - 2 - down
-                    height, columns, before = _shape(l, MATRICES, dim, width)
+                    height, columns, before = _shape(l, MATRICES, dim, width, STATES)
                     d_match = _scores(
                         own_of_pre + l * layer, in_batch, valid, all_deltas + l * layer, in_all, earlier, columns,
                         ROWS, COUNT, DEPTH, PRECISION, OPERAND,
@@ -731,7 +734,7 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                     for unit in range(part * BLOCK, height, PARTS * BLOCK):
                         d_x = _rows(head_of_inputs + l * kept, in_kept, valid, unit, height, BLOCK)
                         d_x = _through_transposed(
-                            d_x, own_of_pre + l * layer, in_batch, valid, own_initial + before, mix, size,
+                            d_x, own_of_pre + l * layer, in_batch, valid, own_initial + before, mix,
                             unit, height, columns, STATES, BLOCK, DEPTH, PRECISION, OPERAND,
                         )  # fmt: skip
                         x = _rows(all_inputs + l * layer, in_all, earlier, unit, height, BLOCK)
@@ -758,7 +761,7 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                         d_k = _rows(head_of_inputs, in_kept, valid, column, dim, BLOCK)
                         d_k += _rows(d_keys + first_row * dim, in_outputs, valid, column, dim, BLOCK)
                         d_k = _through_transposed(
-                            d_k, own_of_pre, in_batch, valid, own_initial, mix, size,
+                            d_k, own_of_pre, in_batch, valid, own_initial, mix,
                             column, dim, width, STATES, BLOCK, DEPTH, PRECISION, OPERAND,
                         )  # fmt: skip
                         x = _rows(all_inputs, in_all, earlier, column, dim, BLOCK)
@@ -785,7 +788,8 @@ def _through_final_kernel(  # type: ignore[no-untyped-def]
     feature, place = tl.arange(0, DIM), tl.arange(0, COUNT)
     in_block, own = per_block * rows, head * blocks + block
     with_feature, present, in_all = feature < dim, place < in_block, place * wide
-    height, columns, before = _shape(l, MATRICES, dim, width)
+    height, columns, before = _shape(l, MATRICES, dim, width, STATES)
+    entries = height * columns
     to_rows, kept = own * in_block * wide, (head * MATRICES + l) * COUNT * wide
     all_inputs, all_deltas = inputs + to_rows + l * layer, deltas + to_rows + l * layer
     own_g = g_low + head * STATES * size + before
@@ -799,7 +803,7 @@ def _through_final_kernel(  # type: ignore[no-untyped-def]
         for first in range(0, height, DEPTH):
             x = _rows(all_inputs, in_all, present, first, height, DEPTH)
             to_tile, in_tile = _tile(first, column, height, columns, DEPTH, BLOCK)
-            g, t = _load_states(own_g, size, to_tile, in_tile, STATES)
+            g, t = _load_states(own_g, entries, to_tile, in_tile, STATES)
             of_w = multiply_add(of_w, x, g, PRECISION, OPERAND)
             if STATES > 1:
                 of_s = multiply_add(of_s, x, t, PRECISION, OPERAND)
@@ -817,7 +821,7 @@ def _through_final_kernel(  # type: ignore[no-untyped-def]
         for first in range(0, columns, DEPTH):
             d = _rows(all_deltas, in_all, present, first, columns, DEPTH)
             to_tile, in_tile = _tile(column, first, height, columns, BLOCK, DEPTH)
-            g, t = _load_states(own_g, size, to_tile, in_tile, STATES)
+            g, t = _load_states(own_g, entries, to_tile, in_tile, STATES)
             d_x = multiply_add(d_x, d * to_weights[:, None], tl.trans(g), PRECISION, OPERAND)
             if STATES > 1:
                 d_x = multiply_add(d_x, d * to_momentum[:, None], tl.trans(t), PRECISION, OPERAND)
@@ -859,7 +863,8 @@ def _states_backward_kernel(  # type: ignore[no-untyped-def]
     feature, place = tl.arange(0, DIM), tl.arange(0, COUNT)
     in_block, own = per_block * rows, head * blocks + block
     with_feature, present, in_all = feature < dim, place < in_block, place * wide
-    height, columns, before = _shape(l, MATRICES, dim, width)
+    height, columns, before = _shape(l, MATRICES, dim, width, STATES)
+    entries = height * columns
     to_rows, own_initial = own * in_block * wide, initial + own * STATES * size
     own_g, own_g_low = g_states + head * STATES * size, g_low + head * STATES * size
     # of each row the coefficients of its memory batch
@@ -875,8 +880,8 @@ def _states_backward_kernel(  # type: ignore[no-untyped-def]
     if to_row < height:
         to_tile, in_tile = _tile(to_row, to_column, height, columns, BLOCK, BLOCK)
         to_tile += before
-        g, t = _load_states(own_g, size, to_tile, in_tile, STATES)
-        w, momentum = _load_states(own_initial, size, to_tile, in_tile, STATES)
+        g, t = _load_states(own_g, entries, to_tile, in_tile, STATES)
+        w, momentum = _load_states(own_initial, entries, to_tile, in_tile, STATES)
         d_kept += _dot(g, w)
         d_w = kept * g
         d_s = d_w
@@ -898,11 +903,11 @@ def _states_backward_kernel(  # type: ignore[no-untyped-def]
             if STATES > 1:
                 d_s = multiply_add(d_s, tl.trans(d_g * of_momentum[:, None]), d, PRECISION, OPERAND)
         if OF_INITIAL:
-            given, given_momentum = _load_states(d_initial + own * STATES * size, size, to_tile, in_tile, STATES)
+            given, given_momentum = _load_states(d_initial + own * STATES * size, entries, to_tile, in_tile, STATES)
             d_w += given
             d_s += given_momentum
-        _store_states(own_g, d_w, d_s, size, to_tile, in_tile, STATES)
-        _store_states(own_g_low, d_w, d_s, size, to_tile, in_tile, STATES)
+        _store_states(own_g, d_w, d_s, entries, to_tile, in_tile, STATES)
+        _store_states(own_g_low, d_w, d_s, entries, to_tile, in_tile, STATES)
     if NORM:
         if (l == 0) & (tile == 0):
             own_gamma = gamma_states + (head * (blocks + 1) + block) * STATES * dim
@@ -954,14 +959,15 @@ def _initial_steps_kernel(  # type: ignore[no-untyped-def]
     nothing = tl.zeros((COUNT, BLOCK), tl.float32)
     of_weights, of_momentum = tl.zeros((COUNT,), tl.float32), tl.zeros((COUNT,), tl.float32)
     for l in range(MATRICES):
-        height, columns, before = _shape(l, MATRICES, dim, width)
+        height, columns, before = _shape(l, MATRICES, dim, width, STATES)
+        entries = height * columns
         states = initial + own * STATES * size + before
         for column in range((part + l) % PARTS * BLOCK, columns, PARTS * BLOCK):
             of_w, of_s = nothing, nothing
             for first in range(0, height, DEPTH):
                 x = _rows(inputs + to_rows + l * layer, in_all, present, first, height, DEPTH)
                 to_tile, in_tile = _tile(first, column, height, columns, DEPTH, BLOCK)
-                w, momentum = _load_states(states, size, to_tile, in_tile, STATES)
+                w, momentum = _load_states(states, entries, to_tile, in_tile, STATES)
                 of_w = multiply_add(of_w, x, w, PRECISION, OPERAND)
                 if STATES > 1:
                     of_s = multiply_add(of_s, x, momentum, PRECISION, OPERAND)
@@ -974,7 +980,7 @@ def _initial_steps_kernel(  # type: ignore[no-untyped-def]
                 for first in range(0, columns, DEPTH):
                     d = _rows(raw + to_rows + l * layer, in_all, present, first, columns, DEPTH)
                     to_tile, in_tile = _tile(unit, first, height, columns, BLOCK, DEPTH)
-                    w, momentum = _load_states(states, size, to_tile, in_tile, STATES)
+                    w, momentum = _load_states(states, entries, to_tile, in_tile, STATES)
                     of_w = multiply_add(of_w, d, tl.trans(w), PRECISION, OPERAND)
                     if STATES > 1:
                         of_s = multiply_add(of_s, d, tl.trans(momentum), PRECISION, OPERAND)
@@ -1049,7 +1055,7 @@ def _forward(
     keys: Tensor,  # bh r·n m d
     values: Tensor,  # bh r·n m d
     step_sizes: Tensor,  # bh r·n m
-    states: Tensor,  # bh k, entries of all matrices
+    states: Tensor,  # bh, entries of all states of the first matrix and so on
     gamma: Tensor | None,  # bh k d
     steps: Tensor,  # bh r n n
     initial_steps: Tensor,  # bh r n k

@@ -64,9 +64,8 @@ def retrieve_sequence(
         what the layers give one after the other: in float32 (float64) with the norm, and without it in the precision
         of products, which under autocast is its own.
     """
-    rows = [queries, *(t for own in matrices for t in (own.inputs, own.deltas))]
-    states = [coefficients, initial_coefficients, *(own.initial_states for own in matrices), gamma]
-    if use_kernel(rows, states) and _supports(queries, initial_coefficients, matrices):
+    factors, states = [queries, *(t for own in matrices for t in own)], [coefficients, initial_coefficients, gamma]
+    if use_kernel(factors, states) and _supports(queries, initial_coefficients, matrices):
         from titans_pytorch.ops.retrieve_sequence import triton
 
         first, last = [(None, None, None), *matrices][-2:]
