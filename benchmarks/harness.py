@@ -35,7 +35,10 @@ def in_own_process(script: str, path: str, timeout: float | None = None, **job: 
     except subprocess.TimeoutExpired:
         return {'failed': f'not finished after {timeout:.0f} s'}
     if done.returncode:
-        return {'failed': (done.stderr.strip() or f'status {done.returncode}').splitlines()[-1][:200]}
+        lines = done.stderr.strip().splitlines() or [f'status {done.returncode}']
+        # messages of several lines end in something else
+        reason = next((line for line in reversed(lines) if 'Error' in line or 'Exit' in line), lines[-1])
+        return {'failed': reason[:200]}
     return json.loads(done.stdout.splitlines()[-1])
 
 
