@@ -14,6 +14,7 @@ against training time, which excludes validation and sampling.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import statistics
 import sys
@@ -45,11 +46,19 @@ def load_train_mac() -> ModuleType:
 def _reference_model(arguments: dict[str, Any]) -> torch.nn.Module:
     import titans_pytorch
 
+    def known(cls: type, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments that a class of the reference has. Others must be off, or change nothing in training."""
+        names = inspect.signature(cls).parameters
+        missing = [name for name, value in given.items() if name not in names and value and name != 'position_length']
+        if missing:
+            raise ValueError(f'{cls.__name__} of the reference has no {", ".join(missing)}')
+        return {name: value for name, value in given.items() if name in names}
+
     network = {**arguments['neural_memory_model']}
     network = getattr(titans_pytorch, network.pop('type'))(**network)
-    # without effect in training
-    arguments = {name: value for name, value in arguments.items() if name != 'position_length'}
-    return titans_pytorch.MemoryAsContextTransformer(**{**arguments, 'neural_memory_model': network})
+    memory = known(titans_pytorch.NeuralMemory, arguments['neural_memory_kwargs'])
+    given = {**arguments, 'neural_memory_model': network, 'neural_memory_kwargs': memory}
+    return titans_pytorch.MemoryAsContextTransformer(**known(titans_pytorch.MemoryAsContextTransformer, given))
 
 
 def train(arguments: list[str]) -> int:
