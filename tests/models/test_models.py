@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import weakref
+from itertools import product
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from titans_pytorch import (
     ModelState,
 )
 from titans_pytorch.generation.stepper import Stepper
-from titans_pytorch.models.documents import Documents
+from titans_pytorch.models.documents import Documents, group_by_length
 from titans_pytorch.presets import SIZES, preset
 
 
@@ -179,11 +180,36 @@ def test_a_batch_with_nothing_to_predict_has_a_loss_of_zero():
         assert loss.item() == 0 and all((g == 0).all() for g in gradients(model, loss).values())
 
 
-def test_documents_are_padded_to_at_most_twice_their_length():
+def test_padding_at_most_doubles_the_number_of_tokens():
     document_ids = torch.tensor([[0] * 40 + [*range(1, 25)]])
     groups = Documents.groups(None, document_ids, (1, 64), document_ids.device)
     assert sum(group.indices.numel() for group in groups) <= 2 * 64
     assert torch.cat([group.indices[group.real] for group in groups]).sort().values.equal(torch.arange(64))
+
+
+def cost_of_groups(groups, lengths, tokens_of_call):
+    """Padded tokens, and these with those of calls."""
+    padded = sum(len(own) * max(lengths[number] for number in own) for own in groups)
+    return padded, padded + len(groups) * tokens_of_call
+
+
+@pytest.mark.parametrize('tokens_of_call', [0, 10, 100, 10_000])
+def test_documents_are_grouped_in_the_least_time(tokens_of_call):
+    for seed in range(20):
+        draw = random.Random(seed)
+        lengths = [2 ** draw.randrange(8) for _ in range(draw.randint(1, 10))]
+        groups = group_by_length(lengths, tokens_of_call)
+        assert sorted(sum(groups, [])) == [*range(len(lengths))]
+        # all ways to cut the documents in order of length
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        costs = []
+        for cuts in product([False, True], repeat=len(order) - 1):
+            ends = [*(end for end, cut in enumerate(cuts, 1) if cut), len(order)]
+            pieces = [order[start:end] for start, end in zip([0, *ends], ends)]
+            padded, cost = cost_of_groups(pieces, lengths, tokens_of_call)
+            costs += [cost] if padded <= 2 * sum(lengths) else []
+        padded, cost = cost_of_groups(groups, lengths, tokens_of_call)
+        assert padded <= 2 * sum(lengths) and cost == min(costs)
 
 
 def test_documents_without_padding_and_padding_without_documents():

@@ -6,7 +6,9 @@ sees it. So any model reads a document exactly as if it were alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import accumulate
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -27,6 +29,9 @@ from titans_pytorch.utils.shapes import Bool, Float, Int
 IGNORED = -100
 """Label of positions that cross-entropy ignores."""
 
+_TOKENS_OF_CALL = {'cpu': 512, 'cuda': 16_384}
+"""Tokens that take about as long as the launches of one more forward and backward pass of a model."""
+
 
 class Documents(NamedTuple):
     """The locations of several documents in a batch."""
@@ -46,7 +51,8 @@ class Documents(NamedTuple):
         shape: tuple[int, int],
         device: torch.device,
     ) -> list[Documents]:
-        """All documents, grouped by length so that none is padded to more than twice its length.
+        """All documents, grouped by length so that reading all groups takes little time, and padding at most doubles
+        the number of tokens.
 
         A document ends where `document_ids` change, where `mask` is false, and with its row. Reading the lengths
         synchronises with the device.
@@ -62,12 +68,8 @@ class Documents(NamedTuple):
         first = begins.nonzero().squeeze(1)
         lengths = torch.diff(first, append=first.new_tensor([len(indices)])).tolist()
 
-        by_size: dict[int, list[int]] = {}
-        for number, length in enumerate(lengths):
-            by_size.setdefault((length - 1).bit_length(), []).append(number)
-        return [
-            cls._of(shape, indices, first[own], max(lengths[k] for k in own), lengths, own) for own in by_size.values()
-        ]
+        groups = group_by_length(lengths, _TOKENS_OF_CALL['cuda' if device.type == 'cuda' else 'cpu'])
+        return [cls._of(shape, indices, first[own], max(lengths[k] for k in own), lengths, own) for own in groups]
 
     @classmethod
     def _of(
@@ -94,6 +96,36 @@ class Documents(NamedTuple):
         """Inverse of `rows`, with zeros for padding."""
         flat = rows.new_zeros(self.shape[0] * self.shape[1], *rows.shape[2:])
         return flat.index_put((self.indices[self.real],), rows[self.real]).unflatten(0, self.shape)
+
+
+def group_by_length(lengths: list[int], tokens_of_call: int) -> list[list[int]]:
+    """Indices of the documents of each group; a group counts as its padded rows and `tokens_of_call` more tokens."""
+    by_size: dict[int, list[int]] = {}
+    for number, length in enumerate(lengths):
+        # steps of √2 are few enough to try all ways to join neighbours
+        by_size.setdefault(math.ceil(2 * math.log2(length)), []).append(number)
+    sizes = [own for _, own in sorted(by_size.items())]
+    longest = [max(lengths[number] for number in own) for own in sizes]
+    rows = [0, *accumulate(len(own) for own in sizes)]
+
+    # of the first `end` sizes in so many groups: the fewest padded tokens, and where the last group starts then
+    best = {(0, 0): (0, 0)}
+    for count in range(1, len(sizes) + 1):
+        for end in range(count, len(sizes) + 1):
+            best[count, end] = min(
+                (best[count - 1, start][0] + (rows[end] - rows[start]) * longest[end - 1], start)
+                for start in range(count - 1, end)
+                if (count - 1, start) in best
+            )
+    padded = {count: tokens for (count, end), (tokens, _) in best.items() if end == len(sizes)}
+    fitting = [count for count, tokens in padded.items() if tokens <= 2 * sum(lengths)]
+    chosen = min(fitting, key=lambda count: padded[count] + count * tokens_of_call)
+    groups, end = [], len(sizes)
+    for count in range(chosen, 0, -1):
+        start = best[count, end][1]
+        groups.append(sum(sizes[start:end], []))
+        end = start
+    return groups
 
 
 def checked_documents(
