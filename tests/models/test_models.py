@@ -220,6 +220,25 @@ def test_documents_without_padding_and_padding_without_documents():
     assert_same(model(tokens, mask=mask), model(tokens), 1e-12)
 
 
+@architectures
+def test_reductions_of_the_loss(name):
+    model = build(name)
+    tokens, mask, document_ids, _ = documents_of([[12, 18], [1, 9, 4]], True)
+    given = {'return_loss': True, 'mask': mask, 'document_ids': document_ids}
+    each = model(tokens, reduction='none', **given)
+    count = (each != 0).sum()
+    assert each.shape == (len(tokens), tokens.shape[1] - 1) and count == 11 + 17 + 8 + 3
+    total = model(tokens, reduction='sum', **given)
+    assert_same((total, each.sum() / count), (each.sum(), model(tokens, **given)), 1e-12)
+
+    # a batch in parts
+    parts = [{key: t[[row]] if torch.is_tensor(t) else t for key, t in given.items()} for row in range(len(tokens))]
+    summed = sum(model(tokens[[row]], reduction='sum', **part) for row, part in enumerate(parts))
+    assert_same(gradients(model, summed / count), gradients(model, model(tokens, **given)), 1e-9)
+    with pytest.raises(ValueError, match="reduction must be 'mean', 'sum' or 'none', got 'average'"):
+        model(tokens, return_loss=True, reduction='average')
+
+
 # embeddings and features as input, hidden states as output
 
 

@@ -344,9 +344,9 @@ class MemoryLayout(NamedTuple):
         precision = torch.promote_types(self.dtype, torch.float32)
         for key, t in weights.items():
             if torch.promote_types(t.dtype, torch.float32) != precision:
-                raise TypeError(f'{name}[{key!r}] must be {precision}, as seq is {self.dtype}, got {t.dtype}')
+                raise TypeError(f'{name}[{key!r}] must be {precision}, as the memory is in {self.dtype}, got {t.dtype}')
             if t.device != device:
-                raise ValueError(f'{name}[{key!r}] must be on {device}, as seq is, got {t.device}')
+                raise ValueError(f'{name}[{key!r}] must be on {device}, as the input is, got {t.device}')
 
     def over_time(self, name: str, weights: Mapping[str, Tensor], batch: int) -> FastWeights:
         """Weights passed by a user, (bh, n, …), (bh, …) or without these axes, as weights over time."""

@@ -173,6 +173,7 @@ class Transformer(StepwiseDecoding, Resettable):
         return_state: bool = False,
         return_hidden: bool = False,
         labels: Int[Tensor, 'b n'] | None = None,
+        reduction: Literal['mean', 'sum', 'none'] = 'mean',
         mask: Bool[Tensor, 'b n'] | None = None,
         document_ids: Int[Tensor, 'b n'] | None = None,
         cache: ModelState | None = None,
@@ -197,6 +198,9 @@ class Transformer(StepwiseDecoding, Resettable):
                 that labels[:, 0] is not used; −100 ignores a position. The loss is the mean over the remaining labels,
                 and 0 if there are none. `x` may then be embeddings. `state`, `mask` and `document_ids` act as with
                 `return_loss`: padding and the first token of a document are not predicted, whatever their label.
+            reduction: of the loss, as in `torch.nn.functional.cross_entropy`: 'mean'; 'sum', for batches in parts, of
+                which those with few labels would otherwise weigh as much as others; or 'none', the loss of each
+                prediction, (batch, length − 1), and 0 where there is none.
             mask: true (or 1) for tokens, false (or 0) for padding, on either side. Results for padding are meaningless.
             document_ids: integers; a new document begins where they change within a row, and after padding. Documents
                 do not see each other, by attention or by memory, and each counts its positions from 0. `mask` and
@@ -234,6 +238,8 @@ class Transformer(StepwiseDecoding, Resettable):
         x = self._checked_input(x)
         return_state = return_state or return_cache
         return_loss = return_loss or labels is not None
+        if not isinstance(reduction, str) or reduction not in ('mean', 'sum', 'none'):
+            raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {described(reduction)}")
         if return_loss and return_hidden:
             raise ValueError('return_hidden returns hidden states, return_loss and labels the loss: choose one of them')
         if mask is not None or document_ids is not None:
@@ -267,10 +273,12 @@ class Transformer(StepwiseDecoding, Resettable):
         if not return_hidden and self.to_logits is not None:
             out = self.to_logits(out)
         if labels is not None:
-            losses = F.cross_entropy(
-                at_least_float32(out).flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction='sum'
-            )
-            out = losses / (labels != IGNORED).sum().clamp(min=1)
+            by_class, how = at_least_float32(out).flatten(0, 1), 'none' if reduction == 'none' else 'sum'
+            out = F.cross_entropy(by_class, labels.flatten(), ignore_index=IGNORED, reduction=how)
+            if reduction == 'mean':  # the mean of no labels is 0
+                out = out / (labels != IGNORED).sum().clamp(min=1)
+            elif reduction == 'none':
+                out = out.view_as(labels)
         if return_surprises:
             return (out, after, surprises) if return_state else (out, surprises)
         return (out, after) if return_state else out
@@ -346,13 +354,14 @@ class Transformer(StepwiseDecoding, Resettable):
         embedding_kwargs: Mapping[str, Any],
     ) -> Float[Tensor, 'b n d']:
         """`_read` of each document separately."""
-        hidden = None
-        for documents in Documents.groups(mask, document_ids, (x.shape[0], x.shape[1]), x.device):
-            rows, *_ = self._read(documents.rows(x), None, disable_flex_attn, False, store, embedding_kwargs)
-            hidden = documents.batch(rows) if hidden is None else hidden + documents.batch(rows)
-        if hidden is None:  # the only token is the last one, which is predicted but not read
-            hidden, *_ = self._read(x, None, disable_flex_attn, False, store, embedding_kwargs)
-        return hidden
+
+        def read(rows: Tensor) -> Float[Tensor, 'r m d']:
+            return self._read(rows, None, disable_flex_attn, False, store, embedding_kwargs)[0]
+
+        groups = Documents.groups(mask, document_ids, (x.shape[0], x.shape[1]), x.device)
+        if not groups:  # the only token is the last one, which is predicted but not read
+            return read(x)
+        return Documents.batch(groups, [read(documents.rows(x)) for documents in groups])
 
     def _read(
         self,

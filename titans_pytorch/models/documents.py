@@ -68,8 +68,9 @@ class Documents(NamedTuple):
         first = begins.nonzero().squeeze(1)
         lengths = torch.diff(first, append=first.new_tensor([len(indices)])).tolist()
 
-        groups = group_by_length(lengths, _TOKENS_OF_CALL['cuda' if device.type == 'cuda' else 'cpu'])
-        return [cls._of(shape, indices, first[own], max(lengths[k] for k in own), lengths, own) for own in groups]
+        tokens_of_call = _TOKENS_OF_CALL.get(device.type, _TOKENS_OF_CALL['cpu'])
+        groups = group_by_length(lengths, tokens_of_call)
+        return [cls._of(shape, indices, first[own], [lengths[number] for number in own]) for own in groups]
 
     @classmethod
     def _of(
@@ -77,12 +78,10 @@ class Documents(NamedTuple):
         shape: tuple[int, int],
         indices: Int[Tensor, ' t'],
         first: Int[Tensor, ' r'],
-        longest: int,
         lengths: list[int],
-        own: list[int],
     ) -> Documents:
-        offsets = torch.arange(longest, device=indices.device)
-        real = offsets < torch.tensor([lengths[number] for number in own], device=indices.device).unsqueeze(1)
+        offsets = torch.arange(max(lengths), device=indices.device)
+        real = offsets < torch.tensor(lengths, device=indices.device).unsqueeze(1)
         own_indices = indices[(first.unsqueeze(1) + offsets).clamp(max=len(indices) - 1)]
         return cls(shape=shape, indices=torch.where(real, own_indices, 0), real=real)
 
@@ -92,10 +91,14 @@ class Documents(NamedTuple):
         real = self.real.reshape(*self.real.shape, *(1,) * (rows.ndim - 2))
         return torch.where(real, rows, torch.zeros_like(rows))
 
-    def batch(self, rows: Float[Tensor, 'r m ...']) -> Float[Tensor, 'b n ...']:
-        """Inverse of `rows`, with zeros for padding."""
-        flat = rows.new_zeros(self.shape[0] * self.shape[1], *rows.shape[2:])
-        return flat.index_put((self.indices[self.real],), rows[self.real]).unflatten(0, self.shape)
+    @staticmethod
+    def batch(groups: list[Documents], rows: list[Float[Tensor, 'r m ...']]) -> Float[Tensor, 'b n ...']:
+        """Inverse of the `rows` of all groups, with zeros for padding."""
+        shape = groups[0].shape
+        flat = rows[0].new_zeros(shape[0] * shape[1], *rows[0].shape[2:])
+        indices = torch.cat([group.indices[group.real] for group in groups])
+        real = torch.cat([own[group.real] for group, own in zip(groups, rows)])
+        return flat.index_put((indices,), real).unflatten(0, shape)
 
 
 def group_by_length(lengths: list[int], tokens_of_call: int) -> list[list[int]]:
@@ -146,11 +149,12 @@ def checked_documents(
 
 def continues(mask: Bool[Tensor, 'b n'] | None, document_ids: Int[Tensor, 'b n'] | None) -> Bool[Tensor, 'b n-1']:
     """True for each token, from the second on, that belongs to the same document as the one before it."""
-    assert mask is not None or document_ids is not None
     same = None if document_ids is None else document_ids[:, 1:] == document_ids[:, :-1]
-    both = None if mask is None else mask[:, 1:] & mask[:, :-1]
-    parts = [part for part in (same, both) if part is not None]
-    return parts[0] if len(parts) == 1 else parts[0] & parts[1]
+    if mask is None:
+        assert same is not None
+        return same
+    both = mask[:, 1:] & mask[:, :-1]
+    return both if same is None else both & same
 
 
 def pad_to_bucket(

@@ -39,7 +39,7 @@ from titans_pytorch.ops.associative_scan import coefficient_product
 from titans_pytorch.ops.deep_memory_scan import MOST_ROWS as MOST_ROWS_OF_DEEP
 from titans_pytorch.ops.deep_memory_scan import has_kernel as has_deep_kernel
 from titans_pytorch.ops.final_state import final_state
-from titans_pytorch.ops.linear_memory_scan import MOST_ROWS
+from titans_pytorch.ops.linear_memory_scan import MOST_ROWS as MOST_ROWS_OF_LINEAR
 from titans_pytorch.ops.memory_batch_scan import fits_on_chip
 from titans_pytorch.utils.functional import (
     call_outside_inference,
@@ -51,6 +51,9 @@ from titans_pytorch.utils.functional import (
 )
 from titans_pytorch.utils.precision import at_least_float32, no_autocast
 from titans_pytorch.utils.shapes import Float
+
+ROWS_ON_CHIP = 64
+"""Most rows of a block of memory batches whose states stay on chip between them (measured)."""
 
 
 class DualBackend(Backend):
@@ -182,7 +185,7 @@ class DualBackend(Backend):
         """Most rows of a block of memory batches. States are kept once for a block; within it, weights are factored."""
         # where states stay on chip, writing them costs more than applying longer factors
         of_batch = (inputs.schedule.chunks_per_batch or 1) * inputs.chunks.keys.shape[2]
-        return MOST_ROWS if self._stays_on_chip(inputs) else of_batch
+        return ROWS_ON_CHIP if self._stays_on_chip(inputs) else of_batch
 
     def _store_batches(
         self,
@@ -194,8 +197,8 @@ class DualBackend(Backend):
         weights: MemoryWeights,
     ) -> Stored:
         assert self.fused is not None
-        coefficients, of_batches = Coefficients.with_base(chunks, num_blocks, lookahead)
         num_batches = chunks.keys.shape[1] // chunks_per_batch
+        coefficients, of_batches = Coefficients.with_base(chunks, num_blocks, lookahead)
         if num_batches != num_blocks:
             _, of_batches = Coefficients.with_base(chunks, num_batches, lookahead)
         return self.fused.store_batches(chunks, coefficients, of_batches, weights, lookahead)
@@ -399,7 +402,9 @@ class SolvedRows(NamedTuple):
 
 def _solved_together(chunks: Chunks) -> SolvedRows:
     # measured on a CPU: longer blocks need fewer launches, but work grows with the square of a block's rows
-    return SolvedRows(32, 16) if chunks.keys.device.type == 'cpu' else SolvedRows(MOST_ROWS, MOST_ROWS)
+    if chunks.keys.device.type == 'cpu':
+        return SolvedRows(32, 16)
+    return SolvedRows(MOST_ROWS_OF_LINEAR, MOST_ROWS_OF_LINEAR)
 
 
 def _num_orders(chunks: Chunks) -> int:

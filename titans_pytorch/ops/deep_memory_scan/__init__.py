@@ -118,9 +118,10 @@ def _capability(dim: int) -> int:
     return AMPERE if dim <= 64 else HOPPER
 
 
-def _supports(matrices: list[Tensor], num_states: int, rows: int) -> bool:
+def _supports(matrices: list[Tensor], num_states: int, rows_of_block: int) -> bool:
+    """Within the limits of the kernels; a block may be a single memory batch."""
     dim, width = matrices[0].shape[1:]
-    fits = rows <= MOST_ROWS and dim <= WIDEST and width <= _MOST_UNITS
+    fits = rows_of_block <= MOST_ROWS and dim <= WIDEST and width <= _MOST_UNITS
     shapes = [(dim, width), *((width, width) for _ in matrices[2:]), (width, dim)]
     of_one_width = [tuple(matrix.shape[1:]) for matrix in matrices] == shapes
     return fits and of_one_width and 2 <= len(matrices) <= _MOST_MATRICES and num_states <= _MOST_STATES
