@@ -53,8 +53,12 @@ def deep_memory_scan(
                     for state, own in zip(states, updates)
                 ]
                 gain = None if gamma is None else base.pop()
-                settings = eps, num_proximal_steps, operands
-                inputs, deltas, gamma_update, loss = _updates_of_batch(k, v, theta, base, gain, *settings)
+                found = inner_gradient(k, v, theta, base, gain, None, [], None, eps, operands)
+                inputs, deltas, gamma_update, loss = found
+                if num_proximal_steps is not None:
+                    common = theta, loss, num_proximal_steps
+                    deltas = [proximal_deltas(x, delta, *common) for x, delta in zip(inputs, deltas)]
+                    gamma_update = None if gamma_update is None else proximal_vector(gamma_update, *common)
                 for index, (x, delta) in enumerate(zip(inputs, deltas)):
                     all_inputs[index].append(x)
                     all_deltas[index].append(delta)
@@ -92,23 +96,3 @@ def _combination(
     """States and the updates of earlier memory batches, each by its coefficient."""
     total = torch.einsum('bk, bk... -> b...', shares, states)
     return total + torch.einsum('bn, bn... -> b...', steps, torch.cat(updates, dim=1)) if updates else total
-
-
-def _updates_of_batch(
-    keys: Float[Tensor, 'bh n m d'],
-    values: Float[Tensor, 'bh n m d'],
-    step_sizes: Float[Tensor, 'bh n m'],
-    matrices: list[Float[Tensor, 'bh _d _e']],
-    gamma: Float[Tensor, 'bh d'] | None,
-    eps: float,
-    num_proximal_steps: int | None,
-    operands: torch.dtype,
-) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor]:
-    """The fields of `InnerGradient`, or those of proximal steps."""
-    rows = keys, values, step_sizes
-    inputs, deltas, gamma_update, losses = inner_gradient(*rows, matrices, gamma, None, [], None, eps, operands)
-    if num_proximal_steps is not None:
-        common = step_sizes, losses, num_proximal_steps
-        deltas = [proximal_deltas(x, own, *common) for x, own in zip(inputs, deltas)]
-        gamma_update = None if gamma_update is None else proximal_vector(gamma_update, *common)
-    return inputs, deltas, gamma_update, losses
