@@ -6,6 +6,7 @@ import pytest
 import torch
 from compare import assert_same, randomised
 from einops import rearrange
+from torch.nn.attention.flex_attention import create_block_mask
 
 from titans_pytorch.attention import masks
 from titans_pytorch.attention.rotary import rotate
@@ -102,6 +103,21 @@ def test_block_masks_are_built_once_per_shape():
     first = masks.segmented_block_mask(LENGTH, 7, 2, True, torch.device('cpu'))
     assert masks.segmented_block_mask(LENGTH, 7, 2, True, torch.device('cpu')) is first
     assert masks.segmented_block_mask(LENGTH, 7, 2, False, torch.device('cpu')) is not first
+
+
+@pytest.mark.parametrize('sliding', [False, True])
+@pytest.mark.parametrize('window', [3, 36, 128, 200, 700])
+def test_block_masks_equal_those_of_all_pairs(window, sliding):
+    fields = [
+        f'{kind}{of}_{what}' for kind in ('', 'full_') for of in ('kv', 'q') for what in ('num_blocks', 'indices')
+    ]
+    for length, num_persistent in ((1, 0), (127, 1), (256, 4), (513, 0), (1000, 128), (1025, 300)):
+        came = masks.segmented_block_mask(length, window, num_persistent, sliding, torch.device('cpu'))
+        expected = create_block_mask(came.mask_mod, None, None, length, length + num_persistent, device='cpu')
+        assert came.seq_lengths == expected.seq_lengths and came.BLOCK_SIZE == expected.BLOCK_SIZE
+        for field in fields:
+            assert getattr(came, field).dtype == torch.int32
+            assert torch.equal(getattr(came, field), getattr(expected, field)), field
 
 
 @pytest.mark.parametrize('sliding', [False, True])

@@ -11,7 +11,7 @@ from memories import SWITCHES, inputs, memory
 
 import train_mac
 from titans_pytorch import MemoryAsContextTransformer
-from titans_pytorch.attention import masks
+from titans_pytorch.attention.segmented import SegmentedAttention
 from titans_pytorch.training import MicroStep, random_starts, windows
 
 pytestmark = pytest.mark.gpu
@@ -187,15 +187,13 @@ def test_a_transformer_compiles_with_inductor():
         assert error < 0.02, f'{name}: {error:.3f}'
 
 
-def test_a_transformer_compiles_with_the_mask_of_a_long_sequence(monkeypatch):
-    monkeypatch.setattr(masks, 'DENSE_PAIRS', 0)
-    masks.segmented_block_mask.cache_clear()
-    config = train_mac.Config(PRESET='full', DEPTH=1, NEURAL_MEM_LAYERS=(), SEQ_LEN=256, PRECISION='fp32')
-    model = train_mac.build_model(config)
-    tokens = torch.randint(0, 256, (1, 257), device='cuda')
-    compiled = torch.compile(lambda tokens: model(tokens, return_loss=True), fullgraph=True)(tokens)
-    loss = model(tokens, return_loss=True)
-    assert_same(compiled, loss, 1e-4)
-    monkeypatch.undo()
-    masks.segmented_block_mask.cache_clear()
-    assert_same(loss, model(tokens, return_loss=True), 1e-5)
+@pytest.mark.parametrize('sliding', [False, True])
+def test_flex_attention_equals_windows_in_long_sequences(sliding):
+    attention = SegmentedAttention(
+        64, 128, num_persist_mem_tokens=2, num_longterm_mem_tokens=4, heads=1, sliding=sliding, use_flex_attn=True
+    ).cuda()
+    seq = torch.randn(1, 8448, 64, device='cuda')
+    expected, _ = attention(seq, disable_flex_attn=True)
+    came, _ = attention(seq)
+    assert_same(came, expected, 1e-4)
+    assert_same(gradients(attention, came.sin().sum()), gradients(attention, expected.sin().sum()), 1e-3)

@@ -7,38 +7,35 @@ definition serves the block masks of FlexAttention and, evaluated over positions
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, or_masks
+from torch.nn.attention.flex_attention import BlockMask, or_masks
 
 from titans_pytorch.utils.shapes import Bool, Int
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-# most (query, key) pairs for which a mask is evaluated on all pairs at once, outside of compiled programs
-DENSE_PAIRS = 2**26
+BLOCK = 128
+"""Queries, and keys, of a block of FlexAttention."""
 
 
-def causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    return query >= key
+def first_visible(window: int, sliding: bool) -> Callable[[Tensor], Tensor]:
+    """The first position that a query sees, from its position. It never decreases from one query to the next."""
+
+    def of(query: Tensor) -> Tensor:
+        return query - window if sliding else query - query % window
+
+    return of
 
 
-def same_window(size: int) -> MaskMod:
-    """True if query and key are in the same window [0, size), [size, 2 · size), …"""
-
-    def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return query // size == key // size
-
-    return mask
-
-
-def within(distance: int) -> MaskMod:
-    """True if the key is at most `distance` positions back."""
+def segmented(window: int, sliding: bool) -> MaskMod:
+    """Causal attention within blocks of `window` positions or, if `sliding`, to at most `window` positions back."""
+    first = first_visible(window, sliding)
 
     def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return query - key <= distance
+        return (first(query) <= key) & (key <= query)
 
     return mask
 
@@ -55,11 +52,6 @@ def after_persistent(num_persistent: int, mask_mod: MaskMod) -> MaskMod:
     return or_masks(is_persistent, others)
 
 
-def segmented(window: int, sliding: bool) -> MaskMod:
-    """Causal attention within blocks of `window` positions or, if `sliding`, to at most `window` positions back."""
-    return and_masks(causal, within(window) if sliding else same_window(window))
-
-
 def over_positions(
     mask_mod: MaskMod, queries: Int[Tensor, '... i'], keys: Int[Tensor, '... j']
 ) -> Bool[Tensor, '... i j']:
@@ -72,18 +64,38 @@ def over_positions(
 def segmented_block_mask(
     seq_len: int, window: int, num_persistent: int, sliding: bool, device: torch.device
 ) -> BlockMask:
-    """FlexAttention's block mask of `segmented`, with persistent keys in front; cached by shape."""
-    mask_mod = after_persistent(num_persistent, segmented(window, sliding))
-    kv_len = seq_len + num_persistent
-    # the pairs of a long sequence would fill the memory; the compiler reduces them to blocks without storing them
-    compiled = device.type == 'cuda' and seq_len * kv_len > DENSE_PAIRS and not torch.compiler.is_compiling()
-    create = _compiled_create_block_mask() if compiled else create_block_mask
-    return create(mask_mod, None, None, seq_len, kv_len, device=device)
+    """FlexAttention's block mask of `segmented`, with persistent keys in front; cached by shape.
+
+    It equals that of `create_block_mask`, which evaluates all pairs of a query and a key: too many to store for long
+    sequences, and slow to compile. Here blocks are compared by their ends.
+    """
+    kv_len, first = seq_len + num_persistent, first_visible(window, sliding)
+    query_blocks = torch.arange(0, seq_len, BLOCK, device=device).unsqueeze(1)
+    key_blocks = torch.arange(0, kv_len, BLOCK, device=device)
+    first_query, last_query = query_blocks, (query_blocks + BLOCK).clamp(max=seq_len) - 1
+    # positions; before position 0 are the persistent keys
+    first_key, last_key = key_blocks - num_persistent, (key_blocks + BLOCK).clamp(max=kv_len) - 1 - num_persistent
+    own_first = first_key.clamp(min=0)
+
+    # the first query that may see the block's last key sees the most of what precedes it
+    earliest = torch.maximum(first_query, own_first)
+    some = (first_key < 0) | ((earliest <= last_query) & (first(earliest) <= last_key))
+    every = (last_key < 0) | ((last_key <= first_query) & (first(last_query) <= own_first))
+    every &= (query_blocks + BLOCK <= seq_len) & (key_blocks + BLOCK <= kv_len)
+
+    return BlockMask.from_kv_blocks(
+        *_chosen(some & ~every),
+        *_chosen(every),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=after_persistent(num_persistent, segmented(window, sliding)),
+        seq_lengths=(seq_len, kv_len),
+    )
 
 
-@cache
-def _compiled_create_block_mask() -> Callable[..., BlockMask]:
-    return torch.compile(create_block_mask)
+def _chosen(blocks: Bool[Tensor, 'q k']) -> tuple[Int[Tensor, '1 1 q'], Int[Tensor, '1 1 q k']]:
+    """How many blocks of keys are chosen for each block of queries, and their indices, followed by the others."""
+    indices = blocks.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    return blocks.sum(dim=1).int()[None, None], indices.int()[None, None]
 
 
 def create_mac_block_mask(seq_len: int, window_size: int, persist_mem_len: int, sliding: bool = False) -> BlockMask:
