@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -157,7 +158,7 @@ class PaperMACBlock(MACBlock):
         # eq. 22, 23: y_t = Attn([p ‖ h_t ‖ S_t])
         attended = parts.attend(seq, context=context)
         # eq. 24, 25: M_t = M_{t−1}(y_t), o_t = y_t ⊗ M*_t(y_t)
-        return self.combine(attended, parts.store_and_retrieve(attended))
+        return self.combine(attended.out, parts.store_and_retrieve(attended.to_store))
 
     def _segments(self, seq: Float[Tensor, 'b n d'], position: int) -> Iterator[Float[Tensor, 'b n d']]:
         """A sequence that begins at `position`, split at the ends of segments."""
@@ -204,6 +205,8 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         neural_mem_weight_residual: let each memory take its gradients at weights mixed with those of the memory before.
         token_emb: a module from token ids, or from any features, to embeddings, in place of `nn.Embedding`.
         paper_order: retrieve, attend, then store.
+        detach_context: with `paper_order`, let no gradient pass from what a segment stores to what it retrieved before.
+            Such gradients go from segment to segment and explode in long windows (docs/guides/stability.md).
         checkpoint_layers: save only the input of each layer for the backward pass, which recomputes the layer. For
             sequences so long that even one layer does not fit, see `checkpoint_every` of `NeuralMemory`.
         position_length: tokens whose memory chunks have position embeddings of their own; the chunks of later tokens
@@ -237,6 +240,7 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         neural_mem_weight_residual: bool = False,
         token_emb: Module | None = None,
         paper_order: bool = False,
+        detach_context: bool = False,
         checkpoint_layers: bool = False,
         position_length: int | None = None,
     ):
@@ -272,6 +276,8 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
                 use_flex_attn=use_flex_attn or None,
             )
             check_multiple('segment_len', segment_len, 'neural_memory_segment_len', self.neural_memory_segment_len)
+        elif detach_context:
+            raise ValueError('detach_context=True needs paper_order=True, got paper_order=False')
 
         num_chunks = None
         if position_length is not None:
@@ -306,7 +312,8 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         def block(connection: Callable[..., Module], layer: int) -> MACBlock:
             in_paper_order = paper_order and layer in memory_layers
             memory_connection, view_selector, memory = memory_parts(connection, layer)
-            attention = (ContextAttention if in_paper_order else SegmentedAttention)(
+            attend = partial(ContextAttention, detach_context=detach_context) if in_paper_order else SegmentedAttention
+            attention = attend(
                 dim=dim,
                 dim_head=dim_head,
                 heads=heads,

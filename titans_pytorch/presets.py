@@ -83,7 +83,8 @@ def preset(size: str, memory_batch: int | None = None, **memory_changes: Any) ->
 
         MemoryAsGateTransformer(num_tokens=32000, segment_len=512, neural_memory_segment_len=16, **preset('170M'))
 
-    With `paper_order=True` pass `memory_batch`, the length of a segment: without it, plain steps diverge there.
+    With `paper_order=True` pass `memory_batch`, the length of a segment: without it, plain steps diverge there. Pass
+    `detach_context=True` and the same `neural_memory_segment_len` too, as gradients explode in long windows otherwise.
 
     Raises:
         ValueError: for a size that is not in the paper.

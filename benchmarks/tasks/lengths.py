@@ -59,6 +59,8 @@ def main() -> None:
     parser.add_argument('--tokens', type=int, default=4096, help='bytes of a step, but at least one window')
     parser.set_defaults(seeds=1, learning_rate=3e-3)
     options = parser.parse_args()
+    if options.plot:
+        parser.error('--plot: there is no picture of this task')
     where, results = runs.measured(options, partial(run, options=options, **runs.settings(options, {})))
     rows = []
     for result in results:

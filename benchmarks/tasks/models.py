@@ -20,7 +20,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     'attention alone': ('mag', {'neural_memory_layers': ()}),
     'LMM': ('lmm', {}),
     'MAC': ('mac', {'num_longterm_mem_tokens': 4, 'num_residual_streams': 1}),
-    'MAC, paper order': ('mac', {'paper_order': True, 'num_residual_streams': 1}),
+    'MAC, paper order': ('mac', {'paper_order': True, 'detach_context': True, 'num_residual_streams': 1}),
     'MAG': ('mag', {}),
     'MAL': ('mal', {}),
 }
@@ -61,8 +61,8 @@ def config(name: str, memory_batch: int | None = None, memory: Mapping[str, Any]
     largest, to within 12 · dim · depth.
 
     Without `memory_batch` gradients are taken at the initial weights of the memories, except in models that store
-    single tokens, and in the paper's order, where a memory batch is a segment. `memory` are arguments of all memories,
-    except where a model has its own; `sizes` are arguments common to all models.
+    single tokens, and in the paper's order, where a memory batch is a segment, stored as one chunk. `memory` are
+    arguments of all memories, except where a model has its own; `sizes` are arguments common to all models.
     """
     common = {'memory_batch': memory_batch, 'memory': memory, 'sizes': sizes}
     if (key := repr(common)) not in _largest:
@@ -94,7 +94,7 @@ def _config(
         # in the middle, where tokens know the ones before them
         common['neural_memory_layers'] = (max(1, sizes['depth'] // 2),)
     if 'paper_order' in kwargs:
-        memory_batch = sizes['segment_len']
+        memory_batch = common['neural_memory_segment_len'] = sizes['segment_len']
         common.pop('use_flex_attn', None)  # has no such implementation
     else:
         memory_batch = common.setdefault('neural_memory_batch_size', memory_batch)

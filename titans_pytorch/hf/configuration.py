@@ -71,6 +71,7 @@ class TitansConfig(PreTrainedConfig):
     sliding_window_attn: bool | None = None
     paper_order: bool | None = None
     position_length: int | None = None
+    detach_context: bool | None = None
 
     use_cache: bool = True
     tie_word_embeddings: bool = False

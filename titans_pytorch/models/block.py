@@ -198,8 +198,9 @@ class Parts:
         """Add tensors to the views of the blocks after."""
         self._own_views = (*self._own_views, *views)
 
-    def attend(self, seq: Tensor, **inputs: Tensor | None) -> Tensor:
-        """Attention of a sequence; `inputs` are `output_gating` or `context`."""
+    def attend(self, seq: Tensor, **inputs: Tensor | None) -> Any:
+        """Attention of a sequence, `Attended` with a `context` and a tensor without; `inputs` are this or
+        `output_gating`."""
         assert self._attention is not None
         if self._attention.to_learned_v_mix is not None:
             inputs['value_residual'] = self._carried.values
@@ -224,7 +225,7 @@ class Parts:
 
     memory_state: Any
 
-    def _attend(self, attention: SegmentedAttention, seq: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _attend(self, attention: SegmentedAttention, seq: Tensor, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
         """The output of attention, and the values before any residual."""
         raise NotImplementedError
 
@@ -253,7 +254,7 @@ class SequenceParts(Parts):
         self._shares_memory_weights = block.shares_memory_weights
         self._memory_kwargs, self._attention_kwargs = memory_kwargs, attention_kwargs
 
-    def _attend(self, attention: SegmentedAttention, seq: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _attend(self, attention: SegmentedAttention, seq: Tensor, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
         out, (values, self.key_values) = attention(
             seq, cache=self.key_values, position=self.end, **inputs, **self._attention_kwargs
         )
@@ -283,7 +284,7 @@ class StepParts(Parts):
         self.memory_state = buffers.memory
         self._buffers, self._here, self._attention_layer = buffers, here, attention_layer
 
-    def _attend(self, attention: SegmentedAttention, seq: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _attend(self, attention: SegmentedAttention, seq: Tensor, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
         assert self._buffers.key_values is not None
         return attention.step(seq, self._buffers.key_values, self._here.position, self._attention_layer, **inputs)
 

@@ -29,7 +29,7 @@ from titans_pytorch.utils.shapes import Bool, Float, Int
 IGNORED = -100
 """Label of positions that cross-entropy ignores."""
 
-_TOKENS_OF_CALL = {'cpu': 512, 'cuda': 16_384}
+_TOKENS_OF_CALL = {'cpu': 512, 'cuda': 65_536}
 """Tokens that take about as long as the launches of one more forward and backward pass of a model."""
 
 

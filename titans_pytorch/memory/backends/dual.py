@@ -56,6 +56,14 @@ ROWS_ON_CHIP = 64
 """Most rows of a block of memory batches whose states stay on chip between them (measured)."""
 
 
+class StoreInOne(NamedTuple):
+    """An operation that stores whole memory batches, several in a block."""
+
+    store: Callable[..., Stored]
+    most_rows: int
+    """Of a block."""
+
+
 class DualBackend(Backend):
     """Factored matrices, unless a matrix has no more entries than its factors over a chunk; vectors are dense."""
 
@@ -76,7 +84,8 @@ class DualBackend(Backend):
 
     def prepare(self, inputs: StoreInputs) -> Iterator[PreparedBlock]:
         chunks, weights = inputs.chunks, inputs.weights
-        whole_batches, formed = self._storing(inputs)
+        in_one = self._store_in_one(inputs)
+        formed = self._formed(inputs) if in_one is None else set()
         blocks = inputs.schedule.blocks(self.preferred_chunks(chunks))
         # memory batches are stored together with their neighbours, but the first by itself if its base weights are not
         # the newest ones, or look ahead of these
@@ -86,27 +95,29 @@ class DualBackend(Backend):
         groups = [group for group in (first, *([*same] for _, same in others)) if group]
         lengths = [sum(block.num_chunks for block in group) for group in groups]
         for group, own in zip(groups, split_inputs(chunks, inputs.residual, lengths)):
-            if whole_batches is not None and group is not first and all(block.is_batch for block in group):
-                yield from self._in_blocks(*whole_batches, group, *own)
+            if in_one is not None and group is not first and all(block.is_batch for block in group):
+                yield from self._in_blocks(in_one, group, *own)
             else:
                 yield from self._separately(group, *own, formed)
 
-    def _storing(self, inputs: StoreInputs) -> tuple[tuple[Callable[..., Stored], int] | None, set[str]]:
-        """How whole memory batches are stored by one operation, with the most rows of a block, or `None` if they are
-        stored one after the other; and the names of the matrices that are formed for every chunk then."""
+    def _store_in_one(self, inputs: StoreInputs) -> StoreInOne | None:
+        """How whole memory batches are stored by one operation; `None` if they are stored one after the other."""
         lookahead = inputs.transition.lookahead
         if self._solves(inputs):
             store = partial(self._store_linear, lookahead, inputs.with_losses)
-            return (store, _solved_together(inputs.chunks).in_block), set()
+            return StoreInOne(store, _solved_together(inputs.chunks).in_block)
         scans = self._scans(inputs)
         # where both can, the scan is faster
-        goes_deep = not scans and self._goes_deep(inputs)
-        formed = self._formed(inputs, scans or goes_deep)
-        if formed or not (scans or goes_deep):
-            return None, formed
-        if goes_deep:
-            return (partial(self._store_deep, lookahead), MOST_ROWS_OF_DEEP), formed
-        return (partial(self._store_batches, lookahead), self._kept_together(inputs)), formed
+        if not scans and not self._goes_deep(inputs):
+            return None
+        # measured: on a GPU, all memory batches in one operation outweigh factors larger than the matrix
+        keys, per_batch = inputs.chunks.keys, inputs.schedule.chunks_per_batch
+        outweighs = keys.is_cuda and per_batch is not None and per_batch * keys.shape[2] <= 128
+        if not outweighs and self._formed(inputs):
+            return None
+        if scans:
+            return StoreInOne(partial(self._store_batches, lookahead), self._kept_together(inputs))
+        return StoreInOne(partial(self._store_deep, lookahead), MOST_ROWS_OF_DEEP)
 
     def preferred_chunks(self, chunks: Chunks) -> int:
         """Chunks of a block, where the schedule leaves the choice."""
@@ -114,13 +125,10 @@ class DualBackend(Backend):
         # cost more. If matrices are formed, work grows with the square of the number of chunks
         return max((128 if chunks.keys.device.type == 'cpu' else 512) // chunks.keys.shape[2], 8)
 
-    def _formed(self, inputs: StoreInputs, scans: bool) -> set[str]:
-        """Names of the matrices that are formed for every chunk of a call."""
-        chunks, per_batch = inputs.chunks, inputs.schedule.chunks_per_batch
-        # measured: on a GPU, all memory batches in one operation outweigh factors larger than the matrix
-        if scans and chunks.keys.is_cuda and per_batch is not None and per_batch * chunks.keys.shape[2] <= 128:
-            return set()
-        return {name for name, w in inputs.weights.newest.items() if w.ndim > 2 and _forms_matrix(chunks, w)}
+    def _formed(self, inputs: StoreInputs) -> set[str]:
+        """Names of the matrices that are formed for every chunk, if memory batches are stored one after the other."""
+        newest = inputs.weights.newest
+        return {name for name, w in newest.items() if w.ndim > 2 and _forms_matrix(inputs.chunks, w)}
 
     def _scans(self, inputs: StoreInputs) -> bool:
         """True if whole memory batches can be stored by one operation, in factored matrices."""
@@ -166,20 +174,19 @@ class DualBackend(Backend):
 
     def _in_blocks(
         self,
-        store: Callable[..., Stored],
-        rows: int,
+        in_one: StoreInOne,
         batches: list[Block],
         chunks: Chunks,
         residual: WeightResidual | None,
     ) -> Iterator[PreparedBlock]:
-        """Memory batches of one length, as many in each block as have at most `rows` rows, but at least one."""
+        """Memory batches of one length, as many in each block as may be, but at least one."""
         per_batch = batches[0].num_chunks
-        together = max(1, rows // (per_batch * chunks.keys.shape[2]))
+        together = max(1, in_one.most_rows // (per_batch * chunks.keys.shape[2]))
         whole, rest = len(batches) // together, len(batches) % together  # the compiler has no `divmod` of its numbers
         counts = [(blocks, length) for blocks, length in ((whole, together), (1, rest)) if blocks * length]
         lengths = [blocks * length * per_batch for blocks, length in counts]
         for (blocks, _), inputs in zip(counts, split_inputs(chunks, residual, lengths)):
-            yield PreparedBlock(partial(store, *inputs, blocks, per_batch), ends_batch=True)
+            yield PreparedBlock(partial(in_one.store, *inputs, blocks, per_batch), ends_batch=True)
 
     def _kept_together(self, inputs: StoreInputs) -> int:
         """Most rows of a block of memory batches. States are kept once for a block; within it, weights are factored."""
