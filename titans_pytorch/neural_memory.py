@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import Linear, Module, Parameter
 from torch.utils.checkpoint import checkpoint
 
-from titans_pytorch.memory.backends import Backend, DenseBackend, StoreInputs, choose_backend
+from titans_pytorch.memory.backends import Backend, DenseBackend, DualBackend, StoreInputs, choose_backend
 from titans_pytorch.memory.chunks import Chunks, WeightResidual, beside
 from titans_pytorch.memory.fast_weights import FastWeights, MemoryWeights, Weights
 from titans_pytorch.memory.initial_weights import InitialWeights
@@ -57,6 +57,7 @@ from titans_pytorch.ops.associative_scan import AssocScan
 from titans_pytorch.ops.newton_schulz import newtonschulz5
 from titans_pytorch.utils.checks import check_flags, check_not_traced, described
 from titans_pytorch.utils.functional import frozen_as_buffers, replaced
+from titans_pytorch.utils.packing import PackedDocuments, check_documents
 from titans_pytorch.utils.parameters import InReferenceFormat, Resettable, depending_on
 from titans_pytorch.utils.precision import (
     at_least_float32,
@@ -442,6 +443,19 @@ class NeuralMemory(Resettable, InReferenceFormat):
         """True if the memory network's output for a row depends on other rows."""
         return not getattr(self._network, 'rowwise', False)
 
+    def reads_documents(self, device: torch.device) -> bool:
+        """True if documents of one row can be read one after the other, beginning anew for each.
+
+        The recurrences of the dual engine can, with the initial weights as one more state. Steps that are not linear in
+        the states cannot, nor can what depends on other rows or on the length of a call. On a GPU only linear memories
+        do, as the kernels of others have no room for one more state.
+        """
+        recurrent = self._backend_class is DualBackend and self.transition_gate is None and not self.lookahead_gradients
+        by_itself = not self.mixes_tokens and self.to_learned_weight_residual_mix is None
+        mlp = self.memory_model_parameters.mlp
+        fits = device.type != 'cuda' or (mlp is not None and len(mlp.matrices) == 1)
+        return recurrent and by_itself and fits and self.checkpoint_every is None
+
     @property
     def _carries_queries(self) -> bool:
         """True if the value retrieved for a query depends on earlier queries that read the same weights."""
@@ -462,6 +476,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         *,
         cache: NeuralMemState | None = None,
         store: bool = True,
+        documents: PackedDocuments | None = None,
     ) -> Any:
         """Store a sequence, or a piece of one, and retrieve a value for each of its tokens.
 
@@ -483,6 +498,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
             store: false to read without writing. All tokens then read the weights after the last complete chunk, and
                 the state keeps its weights, momentum, position and open chunk. Queries still count for convolutions,
                 and for a memory network that mixes tokens, which sees groups of the length of a chunk.
+            documents: several documents in each row, each of which is read as if it were alone; see `reads_documents`.
+                The models lay them out.
 
         Returns:
             the retrieved values (batch, length, dim), with a length of 1 for a single token; the state; and, with
@@ -502,6 +519,11 @@ class NeuralMemory(Resettable, InReferenceFormat):
             raise ValueError('store=False stores nothing: leave out store_seq and store_mask')
         call = self._layout.call(seq, store_seq, store_mask, ttt_batch_size, self.batch_size)
         call = call if store else call.read_only()
+        if documents is not None:
+            check_documents(documents, len(call.queries), call.queries.shape[1], self.store_chunk_size)
+            if state is not None or not store or not self.reads_documents(call.queries.device):
+                raise ValueError('documents need a call without state that stores, and a memory that reads_documents')
+            call = call.of_documents(documents)
         state = EMPTY if state is None else state
         if self.checkpoint_every is not None and torch.is_grad_enabled():
             pieces = call.pieces(self.checkpoint_every)
@@ -742,10 +764,14 @@ class NeuralMemory(Resettable, InReferenceFormat):
         before = tokens.new_zeros(*tokens.shape[:-2], self.conv_context, self.dim) if before is None else before
         rows = concatenated((before, tokens[..., :complete, :]), dim=-2)
         chunks, pooled = self._project_chunks(rows, None if mask is None else mask[:, :complete])
+        origin = None
+        if call.resets is not None:
+            chunks = replaced(chunks, resets=call.resets.repeat_interleave(self.heads, dim=0))
+            origin = state.weights.newest
         residual = self._weight_residual(prev_weights, pooled, schedule.first_chunk)
         with network_autocast(self._dtype, tokens.device):
             given = (chunks, residual, schedule, state.weights, self._transition)
-            inputs = StoreInputs(*given, with_surprises, state.at_rest)
+            inputs = StoreInputs(*given, with_surprises, state.at_rest, origin)
             over_time, weights, losses = self._backend_for(call.batch_size, schedule.num_chunks).store(inputs)
 
         # copied, so that a kept state does not keep the whole input

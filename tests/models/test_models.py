@@ -182,7 +182,7 @@ def test_a_batch_with_nothing_to_predict_has_a_loss_of_zero():
 
 def test_padding_at_most_doubles_the_number_of_tokens():
     document_ids = torch.tensor([[0] * 40 + [*range(1, 25)]])
-    groups = Documents.groups(None, document_ids, (1, 64), document_ids.device)
+    groups = Documents.of(None, document_ids, (1, 64), document_ids.device).groups()
     assert sum(group.indices.numel() for group in groups) <= 2 * 64
     assert torch.cat([group.indices[group.real] for group in groups]).sort().values.equal(torch.arange(64))
 

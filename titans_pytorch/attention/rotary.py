@@ -64,7 +64,7 @@ def check_rotary_width(dim_head: int) -> None:
 
 
 def rotate(
-    rotary: RotaryEmbedding, t: Float[Tensor, 'b h n d'], positions: Int[Tensor, ' n']
+    rotary: RotaryEmbedding, t: Float[Tensor, 'b h n d'], positions: Int[Tensor, '... n']
 ) -> Float[Tensor, 'b h n d']:
     """`t` rotated by the angles of `positions`.
 

@@ -29,6 +29,7 @@ from titans_pytorch.utils.checks import (
     checked_key_values,
 )
 from titans_pytorch.utils.functional import is_intercepted
+from titans_pytorch.utils.packing import PackedDocuments, check_documents
 from titans_pytorch.utils.parameters import InReferenceFormat, Resettable
 from titans_pytorch.utils.shapes import Float, divided
 
@@ -142,6 +143,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         cache: KeyValues | None = None,
         *,
         position: int | None = None,
+        documents: PackedDocuments | None = None,
     ) -> tuple[Float[Tensor, 'b n d'], AttnIntermediates]:
         """Attend.
 
@@ -154,6 +156,8 @@ class SegmentedAttention(Resettable, InReferenceFormat):
             cache: keys and values of the positions immediately before `seq`, all of them or `trimmed`.
             position: index of the first position of `seq`, with a cache. Default: the length of the cache, which must
                 then be untrimmed.
+            documents: several documents in each row, which do not see each other. Without a cache, and with sliding
+                windows only.
 
         Returns:
             the output (batch, length, dim), and `AttnIntermediates`.
@@ -174,6 +178,10 @@ class SegmentedAttention(Resettable, InReferenceFormat):
             )
         if output_gating is not None:
             check_broadcasts('output_gating', output_gating, seq)
+        if documents is not None:
+            check_documents(documents, *seq.shape[:2])
+            if cache is not None or not self.sliding:
+                raise ValueError('documents need sliding windows, and a call without cache')
         if cache is not None:
             cache, position = self.checked_cache('cache', cache, position, seq.shape[0])
 
@@ -184,7 +192,9 @@ class SegmentedAttention(Resettable, InReferenceFormat):
             first = 0 if position is None else position - cache[0].shape[-2]
             keys, values = torch.cat((cache[0], keys), dim=-2), torch.cat((cache[1], values), dim=-2)
 
-        if cache is not None and seq.shape[1] <= self.total_segment_len:
+        if documents is not None:
+            out = self._attend_windows(queries, keys, values, first, documents)
+        elif cache is not None and seq.shape[1] <= self.total_segment_len:
             out = self._attend_at_once(queries, keys, values, first)
         elif self.use_flex_attn and seq.is_cuda and not disable_flex_attn:
             out = self._attend_flex(queries, keys, values, first, flex_attn_fn)
@@ -318,7 +328,9 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         out = attend(queries, *self._with_persistent(self._rotated(keys, first), values))
         return out[..., num_cached:, :]
 
-    def _attend_windows(self, queries: Tensor, keys: Tensor, values: Tensor, first: int) -> Tensor:
+    def _attend_windows(
+        self, queries: Tensor, keys: Tensor, values: Tensor, first: int, documents: PackedDocuments | None = None
+    ) -> Tensor:
         """Each window separately; sliding ones together with the window before."""
         batch, length, window = queries.shape[0], queries.shape[-2], self.total_segment_len
         num_cached = keys.shape[-2] - length
@@ -330,7 +342,10 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         num_windows, in_last = divided(length, window, lead + num_cached)
         trail = -in_last % window
         num_windows += int(in_last > 0)
-        queries, keys = self._rotated_queries(queries, first + num_cached), self._rotated(keys, first)
+        if documents is None:
+            queries, keys = self._rotated_queries(queries, first + num_cached), self._rotated(keys, first)
+        else:
+            queries, keys = (rotate(self.rotary_emb, t, documents.positions.unsqueeze(1)) for t in (queries, keys))
         queries = F.pad(queries, (0, 0, lead + num_cached, trail))
         keys, values = (F.pad(t, (0, 0, lead, trail)) for t in (keys, values))
         by_window = (t.unflatten(2, (num_windows, window)) for t in (queries, keys, values))
@@ -341,6 +356,12 @@ class SegmentedAttention(Resettable, InReferenceFormat):
             mask = self._window_mask(queries.shape[1], queries.device)
             mask = mask.unsqueeze(1).repeat(batch, 1, 1, 1)
             keys, values = (torch.cat((_shifted(t), t), dim=-2) for t in (keys, values))
+        if documents is not None:
+            ids = F.pad(documents.ids, (0, trail), value=-1).unflatten(1, (num_windows, window))
+            seen = ids if mask is None else torch.cat((F.pad(ids, (0, 0, 1, 0))[:, :-1], ids), dim=-1)
+            same = ids.unsqueeze(-1) == seen.unsqueeze(-2)
+            same = F.pad(same, (self.num_persist_mem_tokens, 0), value=True).flatten(0, 1).unsqueeze(1)
+            mask = same if mask is None else mask & same
 
         queries, keys, values = (t.flatten(0, 1) for t in (queries, keys, values))
         out, _ = self.attend(queries, *self._with_persistent(keys, values), mask=mask)

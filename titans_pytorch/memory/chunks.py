@@ -14,7 +14,7 @@ from titans_pytorch.memory.fast_weights import FastWeights, Weights, matmul
 from titans_pytorch.ops.gate_products import gate_products
 from titans_pytorch.utils.functional import replaced
 from titans_pytorch.utils.precision import at_least_float32, no_autocast
-from titans_pytorch.utils.shapes import Float
+from titans_pytorch.utils.shapes import Bool, Float
 
 
 class Chunks(NamedTuple):
@@ -35,6 +35,8 @@ class Chunks(NamedTuple):
     """Factors on the update of each parameter."""
     momentum_shares: Float[Tensor, 'bh n o'] | None = None
     """1 − η, the share of what each order holds that it hands on; `None`: momentum is not normalised."""
+    resets: Bool[Tensor, 'bh n'] | None = None
+    """True for chunks after which the memory begins anew, with its initial weights and without momentum."""
 
     @property
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,6 +129,9 @@ class Coefficients(NamedTuple):
 
     Both are linear (Titans eq. 10, 13), so every state is a combination of the updates u_j of the chunks and of the k
     initial states, the weights and the momentum of each order. The coefficients depend on the gates alone.
+
+    Where there are `Chunks.resets`, the weights with which the memory begins anew are one more state, the last, which
+    never changes. After a reset the weights consist of it alone, and no coefficient reaches across.
     """
 
     steps: Float[Tensor, 'bh n n']
@@ -152,6 +157,7 @@ class Coefficients(NamedTuple):
         if not lookahead:
             coefficients = cls.of_blocks(chunks, num_blocks)
             return coefficients, coefficients
+        assert chunks.resets is None
         with no_autocast(chunks.decay):
             weights, initial, orders, initial_orders = cls._solved(*_gates_of_blocks(chunks, num_blocks))
             of_weights = cls._shifted(weights, initial, orders, initial_orders)
@@ -178,9 +184,27 @@ class Coefficients(NamedTuple):
         momentum: Float[Tensor, 'bh n o'] | None,
         momentum_mix: Float[Tensor, 'bh n o'] | Float[Tensor, 'bh n o+1'] | None,
         momentum_shares: Float[Tensor, 'bh n o'] | None = None,
+        resets: Bool[Tensor, 'bh n'] | None = None,
     ) -> Coefficients:
         """Coefficients from the gates of `Chunks`."""
-        return cls._shifted(*cls._solved(decay, momentum, momentum_mix, momentum_shares))
+        if resets is None:
+            return cls._shifted(*cls._solved(decay, momentum, momentum_mix, momentum_shares))
+        retention = gate_products(_log_gate(-decay))
+        reset = Resets.of(resets, retention)
+        coefficients = cls._shifted(*cls._solved(decay, momentum, momentum_mix, momentum_shares, reset))
+        return coefficients._with_constant_state(reset.restored(retention))
+
+    def _with_constant_state(self, in_weights: Float[Tensor, 'bh n 1']) -> Coefficients:
+        """The same with one more state, which never changes, given its coefficient in the weights after every chunk."""
+        between, final_weights = in_weights.split((in_weights.shape[1] - 1, 1), dim=1)
+        states = self.initial_final.shape[2]
+        of_constant = torch.cat((final_weights, F.pad(torch.ones_like(final_weights), (0, 0, states - 1, 0))), dim=1)
+        return Coefficients(
+            steps=self.steps,
+            initial_steps=torch.cat((self.initial_steps, F.pad(between, (0, 0, 1, 0))), dim=2),
+            final=F.pad(self.final, (0, 0, 0, 1)),
+            initial_final=torch.cat((F.pad(self.initial_final, (0, 0, 0, 1)), of_constant), dim=2),
+        )
 
     @staticmethod
     def _solved(
@@ -188,21 +212,20 @@ class Coefficients(NamedTuple):
         momentum: Float[Tensor, 'bh n o'] | None,
         momentum_mix: Float[Tensor, 'bh n o'] | Float[Tensor, 'bh n o+1'] | None,
         momentum_shares: Float[Tensor, 'bh n o'] | None,
+        reset: Resets | None = None,
     ) -> tuple[Float[Tensor, 'bh n n'], Float[Tensor, 'bh n k'], list[Tensor], list[Tensor]]:
         """Coefficients of each update and of each initial state in the weights after every chunk, and for each order of
         momentum those in the momentum, (bh, n, n) and (bh, n, o), which does not depend on the initial weights."""
 
-        # in log space and at least float32: saturated gates stay finite
-        def log_gate(logits: Tensor) -> Tensor:
-            return F.logsigmoid(at_least_float32(logits))
-
-        log_retention = log_gate(-decay)
+        log_retention = _log_gate(-decay)
         retention = gate_products(log_retention)
         initial_weights = _left_of_start(retention, log_retention)
+        if reset is not None:
+            retention, initial_weights = reset.cut(retention, initial_weights)
         if momentum is None:
             return retention, initial_weights, [], []
 
-        log_gates = log_gate(momentum)
+        log_gates = _log_gate(momentum)
         num_orders = log_gates.shape[-1]
         orders: list[Tensor] = []  # of update j, in the momentum after chunk c
         initial: list[Tensor] = []  # of each order's initial momentum, in the momentum after chunk c
@@ -214,6 +237,8 @@ class Coefficients(NamedTuple):
                 of_order = F.pad(of_order[:, :-1], (1, 0))
             held = gate_products(of_order)
             held_initial = F.pad(_left_of_start(held, of_order), (order, num_orders - order - 1))
+            if reset is not None:
+                held, held_initial = reset.cut(held, held_initial)
             if given:
                 held, held_initial = held @ given[-1][0], held @ given[-1][1] + held_initial
             carried = passed = (held, held_initial)
@@ -256,9 +281,44 @@ class Coefficients(NamedTuple):
         )
 
 
+def _log_gate(logits: Tensor) -> Tensor:
+    # in log space and at least float32: saturated gates stay finite
+    return F.logsigmoid(at_least_float32(logits))
+
+
+class Resets(NamedTuple):
+    """Where a memory begins anew within a block, as factors of coefficients."""
+
+    indicator: Float[Tensor, 'bh n 1']
+    """1 for chunks after which the memory begins anew."""
+    none_since: Float[Tensor, 'bh n n']
+    """1 where there is none from chunk j to chunk c, both included."""
+    none_after: Float[Tensor, 'bh n n']
+    """1 where there is none from the chunk after j to chunk c."""
+    none_before: Float[Tensor, 'bh n 1']
+    """1 where there is none up to chunk c."""
+
+    @classmethod
+    def of(cls, resets: Bool[Tensor, 'bh n'], like: Tensor) -> Resets:
+        ends = resets.cumsum(dim=1)
+        starts = ends - resets.long()
+        none_since, none_after = (ends.unsqueeze(2) == t.unsqueeze(1) for t in (starts, ends))
+        return cls(*(t.to(like.dtype) for t in (resets.unsqueeze(2), none_since, none_after, (ends == 0).unsqueeze(2))))
+
+    def cut(
+        self, products: Float[Tensor, 'bh n n'], initial: Float[Tensor, 'bh n k']
+    ) -> tuple[Float[Tensor, 'bh n n'], Float[Tensor, 'bh n k']]:
+        """Coefficients of inputs and of initial states, without those that would reach across a reset."""
+        return products * self.none_since, initial * self.none_before
+
+    def restored(self, retention: Float[Tensor, 'bh n n']) -> Float[Tensor, 'bh n 1']:
+        """Coefficient, after each chunk, of the weights with which the memory began anew last."""
+        return (retention * self.none_after) @ self.indicator
+
+
 def _gates_of_blocks(chunks: Chunks, num_blocks: int) -> list[Any]:
     """The gates of the recurrences, with blocks of equal length as part of the batch."""
-    gates = (chunks.decay, chunks.momentum, chunks.momentum_mix, chunks.momentum_shares)
+    gates = (chunks.decay, chunks.momentum, chunks.momentum_mix, chunks.momentum_shares, chunks.resets)
     return [None if t is None else t.unflatten(1, (num_blocks, -1)).flatten(0, 1) for t in gates]
 
 

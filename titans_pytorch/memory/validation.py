@@ -35,6 +35,7 @@ from titans_pytorch.utils.checks import (
     flags_among,
 )
 from titans_pytorch.utils.functional import outside_inference, replaced
+from titans_pytorch.utils.packing import PackedDocuments
 from titans_pytorch.utils.precision import at_least_float32
 from titans_pytorch.utils.shapes import Bool, Float
 
@@ -183,6 +184,13 @@ class Call(NamedTuple):
     batch_size: int | None
     stores: bool = True
     """False if the memory is only read; `to_store` is then empty."""
+    resets: Bool[Tensor, 'b c'] | None = None
+    """`PackedDocuments.resets`"""
+
+    def of_documents(self, documents: PackedDocuments) -> Call:
+        """This call with zeros for the padding of `documents`, as before a first token."""
+        queries, to_store = (t.masked_fill(~documents.real.unsqueeze(-1), 0.0) for t in (self.queries, self.to_store))
+        return replaced(self, queries=queries, to_store=to_store, resets=documents.resets)
 
     def read_only(self) -> Call:
         """This call with nothing to store."""

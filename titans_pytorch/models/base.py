@@ -20,7 +20,14 @@ from titans_pytorch.attention.segmented import segmented_flex_attention
 from titans_pytorch.memory.state import LayerSurprises
 from titans_pytorch.models.block import Block, Carried, LayerState
 from titans_pytorch.models.decoding import StepwiseDecoding
-from titans_pytorch.models.documents import IGNORED, Documents, checked_documents, continues
+from titans_pytorch.models.documents import (
+    IGNORED,
+    DocumentGroup,
+    Documents,
+    PackedRows,
+    checked_documents,
+    continues,
+)
 from titans_pytorch.models.residual_streams import complete, residual_streams
 from titans_pytorch.models.state import ModelState
 from titans_pytorch.models.validation import checked_labels, checked_model_state
@@ -37,6 +44,7 @@ from titans_pytorch.utils.checks import (
     described,
     is_integral,
 )
+from titans_pytorch.utils.packing import PackedDocuments
 from titans_pytorch.utils.parameters import Resettable, reset_parameters
 from titans_pytorch.utils.precision import at_least_float32
 from titans_pytorch.utils.shapes import Bool, Float, Int
@@ -355,13 +363,30 @@ class Transformer(StepwiseDecoding, Resettable):
     ) -> Float[Tensor, 'b n d']:
         """`_read` of each document separately."""
 
-        def read(rows: Tensor) -> Float[Tensor, 'r m d']:
-            return self._read(rows, None, disable_flex_attn, False, store, embedding_kwargs)[0]
+        def read(rows: Tensor, packed: PackedDocuments | None = None) -> Float[Tensor, 'r m d']:
+            return self._read(rows, None, disable_flex_attn, False, store, embedding_kwargs, documents=packed)[0]
 
-        groups = Documents.groups(mask, document_ids, (x.shape[0], x.shape[1]), x.device)
-        if not groups:  # the only token is the last one, which is predicted but not read
+        documents = Documents.of(mask, document_ids, (x.shape[0], x.shape[1]), x.device)
+        if not documents.lengths:  # the only token is the last one, which is predicted but not read
             return read(x)
-        return Documents.batch(groups, [read(documents.rows(x)) for documents in groups])
+        in_flex = self.use_flex_attn and x.is_cuda and not disable_flex_attn and self._attentions
+        packed = self._packed(documents, x.device) if store and not in_flex else None
+        if packed is not None:
+            return packed.batch(read(packed.rows(x), packed.documents))
+        groups = documents.groups()
+        return DocumentGroup.batch(groups, [read(group.rows(x)) for group in groups])
+
+    def _packed(self, documents: Documents, device: torch.device) -> PackedRows | None:
+        """Documents in the rows that they came in, if every part of the model can read them so."""
+        memories = [block.memory for block in self._blocks if block.memory is not None]
+        alone = self.embedding_keywords or any(not attention.sliding for attention in self._attentions)
+        if alone or not all(memory.reads_documents(device) for memory in memories):
+            return None
+        first = memories[0] if memories else None  # chunks and memory batches are the same in all layers
+        chunk_size = 1 if first is None else first.store_chunk_size
+        alignment = chunk_size if first is None or first.batch_size is None else first.batch_size
+        # a token of padding keeps the last query from reading what begins anew
+        return documents.packed(chunk_size, alignment, max([1, *(memory.conv_context for memory in memories)]))
 
     def _read(
         self,
@@ -372,6 +397,7 @@ class Transformer(StepwiseDecoding, Resettable):
         store: bool,
         embedding_kwargs: Mapping[str, Any],
         return_surprises: bool = False,
+        documents: PackedDocuments | None = None,
     ) -> tuple[Float[Tensor, 'b n d'], ModelState | None, LayerSurprises]:
         """Hidden states of the tokens `x`, before the last norm; the state after them; and surprises, if requested."""
         start = 0 if state is None else state.seq_index
@@ -381,6 +407,8 @@ class Transformer(StepwiseDecoding, Resettable):
         hidden = self._embedded(x, start, **embedding_kwargs)
         kwargs: dict[str, Any] = {'store': store, 'return_state': return_state, 'return_surprises': return_surprises}
         kwargs |= self._attention_kwargs(hidden, layer_states, disable_flex_attn)
+        if documents is not None:
+            kwargs['documents'] = documents
         carried, hidden = Carried(), self.expand_streams(hidden)
         after: list[LayerState] = []
         for block, layer_state in zip(self._blocks, layer_states):

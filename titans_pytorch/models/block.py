@@ -28,6 +28,7 @@ from titans_pytorch.models.residual_streams import (
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.ops.token_attention import Position
 from titans_pytorch.utils.functional import replaced
+from titans_pytorch.utils.packing import PackedDocuments
 from titans_pytorch.utils.parameters import Resettable
 from titans_pytorch.utils.shapes import Int
 
@@ -106,6 +107,7 @@ class Block(Resettable):
         store: bool = True,
         return_state: bool = True,
         return_surprises: bool = False,
+        documents: PackedDocuments | None = None,
         **attention_kwargs: Any,
     ) -> tuple[Streams, Carried, LayerState]:
         """Process a sequence that begins at `position`.
@@ -114,9 +116,12 @@ class Block(Resettable):
             store: false to read the memory without writing it.
             return_state: false to return an empty state, which frees keys, values and weights over time.
             return_surprises: add the memory's surprises to the results that are carried.
+            documents: several documents in each row, which are read separately.
             attention_kwargs: further arguments of the attention.
         """
-        memory_kwargs = {'store': store, 'return_surprises': return_surprises}
+        memory_kwargs: dict[str, Any] = {'store': store, 'return_surprises': return_surprises}
+        if documents is not None:
+            memory_kwargs['documents'] = attention_kwargs['documents'] = documents
         parts = SequenceParts(self, carried, state, position, memory_kwargs, attention_kwargs)
         x = self.update_stream(x, parts)
         kept = self._kept(parts.key_values, parts.memory_state, parts.end) if return_state else LayerState()
@@ -245,7 +250,7 @@ class SequenceParts(Parts):
         carried: Carried,
         state: LayerState,
         position: int,
-        memory_kwargs: dict[str, bool],
+        memory_kwargs: dict[str, Any],
         attention_kwargs: dict[str, Any],
     ):
         super().__init__(block, (partial(connect, connection) for connection in block.connections), carried)  # type: ignore[arg-type]

@@ -1,7 +1,8 @@
 """Batches whose rows are padded or hold several documents.
 
 Causal models need no mask for this. Each document moves to a row of its own, with padding on its right, where no token
-sees it. So any model reads a document exactly as if it were alone.
+sees it. So any model reads a document exactly as if it were alone. Models that can begin anew within a row keep the
+documents in their rows, and read all of them at once.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from titans_pytorch.utils.checks import (
     checked_mask,
     is_integral,
 )
+from titans_pytorch.utils.packing import PackedDocuments
 from titans_pytorch.utils.shapes import Bool, Float, Int
 
 IGNORED = -100
@@ -34,29 +36,26 @@ _TOKENS_OF_CALL = {'cpu': 512, 'cuda': 65_536}
 
 
 class Documents(NamedTuple):
-    """The locations of several documents in a batch."""
+    """The locations of the documents in a batch."""
 
     shape: tuple[int, int]
     """(batch, length) of the batch."""
-    indices: Int[Tensor, 'r m']
-    """Indices of each document's tokens in the flattened batch; 0 beyond its end."""
-    real: Bool[Tensor, 'r m']
-    """True for tokens, false for padding."""
+    indices: Int[Tensor, ' t']
+    """Indices of all tokens in the flattened batch, without padding."""
+    first: Int[Tensor, ' r']
+    """Index, among these, of each document's first token."""
+    lengths: list[int]
 
     @classmethod
-    def groups(
+    def of(
         cls,
         mask: Bool[Tensor, 'b n'] | None,
         document_ids: Int[Tensor, 'b n'] | None,
         shape: tuple[int, int],
         device: torch.device,
-    ) -> list[Documents]:
-        """All documents, grouped by length so that reading all groups takes little time, and padding at most doubles
-        the number of tokens.
-
-        A document ends where `document_ids` change, where `mask` is false, and with its row. Reading the lengths
-        synchronises with the device.
-        """
+    ) -> Documents:
+        """A document ends where `document_ids` change, where `mask` is false, and with its row. Reading the lengths
+        synchronises with the device."""
         real = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask
         ids = torch.zeros(shape, dtype=torch.long, device=device) if document_ids is None else document_ids
 
@@ -67,23 +66,93 @@ class Documents(NamedTuple):
         begins[1:] = ~follows
         first = begins.nonzero().squeeze(1)
         lengths = torch.diff(first, append=first.new_tensor([len(indices)])).tolist()
+        return cls(shape, indices, first, lengths)
 
-        tokens_of_call = _TOKENS_OF_CALL.get(device.type, _TOKENS_OF_CALL['cpu'])
-        groups = group_by_length(lengths, tokens_of_call)
-        return [cls._of(shape, indices, first[own], [lengths[number] for number in own]) for own in groups]
+    def groups(self) -> list[DocumentGroup]:
+        """All documents, grouped by length so that reading all groups takes little time, and padding at most doubles
+        the number of tokens."""
+        tokens_of_call = _TOKENS_OF_CALL.get(self.indices.device.type, _TOKENS_OF_CALL['cpu'])
+        return [self._group(own) for own in group_by_length(self.lengths, tokens_of_call)]
 
-    @classmethod
-    def _of(
-        cls,
-        shape: tuple[int, int],
-        indices: Int[Tensor, ' t'],
-        first: Int[Tensor, ' r'],
-        lengths: list[int],
-    ) -> Documents:
-        offsets = torch.arange(max(lengths), device=indices.device)
-        real = offsets < torch.tensor(lengths, device=indices.device).unsqueeze(1)
-        own_indices = indices[(first.unsqueeze(1) + offsets).clamp(max=len(indices) - 1)]
-        return cls(shape=shape, indices=torch.where(real, own_indices, 0), real=real)
+    def _group(self, own: list[int]) -> DocumentGroup:
+        lengths, device = [self.lengths[number] for number in own], self.indices.device
+        offsets = torch.arange(max(lengths), device=device)
+        real = offsets < torch.tensor(lengths, device=device).unsqueeze(1)
+        indices = self.indices[(self.first[own].unsqueeze(1) + offsets).clamp(max=len(self.indices) - 1)]
+        return DocumentGroup(self.shape, torch.where(real, indices, 0), real)
+
+    def packed(self, chunk_size: int, alignment: int, gap: int) -> PackedRows | None:
+        """All documents in the rows that they came in, or `None` where padding would more than double the number of
+        tokens.
+
+        Args:
+            chunk_size: chunk size of the memories.
+            alignment: tokens, a multiple of which is before each document.
+            gap: tokens of padding after each, at least.
+        """
+        rows = (self.indices[self.first] // self.shape[1]).tolist()
+        taken = [-(-(length + gap) // alignment) * alignment for length in self.lengths]
+        ends, starts = [0] * self.shape[0], []
+        for row, length in zip(rows, taken):
+            starts.append(ends[row])
+            ends[row] += length
+        batch, length = self.shape[0], max(ends)
+        if batch * length > 2 * len(self.indices):
+            return None
+
+        of_row = self.indices.new_tensor(starts) + self.indices.new_tensor(rows) * length
+        document = torch.arange(len(rows), device=of_row.device).repeat_interleave(
+            self.indices.new_tensor(self.lengths), output_size=len(self.indices)
+        )
+        position = torch.arange(len(self.indices), device=of_row.device) - self.first[document]
+        places = of_row[document] + position
+        every = of_row.new_zeros(batch * length)
+        ids = every.index_fill(0, of_row, 1).view(batch, length).cumsum(dim=1)
+        last_chunks = (of_row + of_row.new_tensor(taken)) // chunk_size - 1
+        documents = PackedDocuments(
+            real=every.index_fill(0, places, 1).view(batch, length) > 0,
+            ids=ids,
+            positions=every.index_copy(0, places, position).view(batch, length),
+            resets=every[: batch * length // chunk_size].index_fill(0, last_chunks, 1).view(batch, -1) > 0,
+        )
+        return PackedRows(self.shape, self.indices, places, documents)
+
+
+class PackedRows(NamedTuple):
+    """All documents of a batch, in rows that hold several."""
+
+    shape: tuple[int, int]
+    """(batch, length) of the batch."""
+    indices: Int[Tensor, ' t']
+    """Indices of all tokens in the flattened batch."""
+    places: Int[Tensor, ' t']
+    """Indices of the same tokens in the flattened rows."""
+    documents: PackedDocuments
+
+    def rows(self, x: Float[Tensor, 'b n ...'] | Int[Tensor, 'b n']) -> Float[Tensor, 'b m ...'] | Int[Tensor, 'b m']:
+        """The rows, with zeros for padding."""
+        return _moved(x, self.indices, self.places, self.documents.real.shape)
+
+    def batch(self, rows: Float[Tensor, 'b m ...']) -> Float[Tensor, 'b n ...']:
+        """Inverse of `rows`."""
+        return _moved(rows, self.places, self.indices, self.shape)
+
+
+def _moved(x: Tensor, of: Int[Tensor, ' t'], to: Int[Tensor, ' t'], shape: Sequence[int]) -> Tensor:
+    """Rows of a flattened batch moved to other rows of a batch of this shape; zeros elsewhere."""
+    out = x.new_zeros(math.prod(shape), *x.shape[2:])
+    return out.index_copy(0, to, x.flatten(0, 1).index_select(0, of)).unflatten(0, tuple(shape))
+
+
+class DocumentGroup(NamedTuple):
+    """Documents in a row each."""
+
+    shape: tuple[int, int]
+    """(batch, length) of the batch."""
+    indices: Int[Tensor, 'r m']
+    """Indices of each document's tokens in the flattened batch; 0 beyond its end."""
+    real: Bool[Tensor, 'r m']
+    """True for tokens, false for padding."""
 
     def rows(self, x: Float[Tensor, 'b n ...'] | Int[Tensor, 'b n']) -> Float[Tensor, 'r m ...'] | Int[Tensor, 'r m']:
         """One row per document, padded with zeros on the right."""
@@ -92,7 +161,7 @@ class Documents(NamedTuple):
         return torch.where(real, rows, torch.zeros_like(rows))
 
     @staticmethod
-    def batch(groups: list[Documents], rows: list[Float[Tensor, 'r m ...']]) -> Float[Tensor, 'b n ...']:
+    def batch(groups: list[DocumentGroup], rows: list[Float[Tensor, 'r m ...']]) -> Float[Tensor, 'b n ...']:
         """Inverse of the `rows` of all groups, with zeros for padding."""
         shape = groups[0].shape
         flat = rows[0].new_zeros(shape[0] * shape[1], *rows[0].shape[2:])

@@ -34,6 +34,8 @@ class StoreInputs(NamedTuple):
     """False if nobody reads the losses of the rows."""
     at_rest: bool = False
     """True if the momentum is known to be zero."""
+    origin: Weights | None = None
+    """Weights with which the memory begins anew after `Chunks.resets`; `None` without these."""
 
 
 class Gradients(NamedTuple):

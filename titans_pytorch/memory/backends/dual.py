@@ -8,7 +8,7 @@ products. Kept as these two factors, chunks can be stored and retrieved from wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import groupby
 from typing import NamedTuple
@@ -96,9 +96,10 @@ class DualBackend(Backend):
         lengths = [sum(block.num_chunks for block in group) for group in groups]
         for group, own in zip(groups, split_inputs(chunks, inputs.residual, lengths)):
             if in_one is not None and group is not first and all(block.is_batch for block in group):
-                yield from self._in_blocks(in_one, group, *own)
+                prepared = self._in_blocks(in_one, group, *own)
             else:
-                yield from self._separately(group, *own, formed)
+                prepared = self._separately(group, *own, formed)
+            yield from prepared if inputs.origin is None else _beginning_anew(prepared, inputs.origin)
 
     def _store_in_one(self, inputs: StoreInputs) -> StoreInOne | None:
         """How whole memory batches are stored by one operation; `None` if they are stored one after the other."""
@@ -143,7 +144,7 @@ class DualBackend(Backend):
             return False
         matrices, _ = self.fused.mlp.of_weights(inputs.weights.newest)
         rows = per_batch * inputs.chunks.keys.shape[2]
-        return has_deep_kernel(matrices, 1 + _num_orders(inputs.chunks), rows)
+        return has_deep_kernel(matrices, _num_states(inputs), rows)
 
     def _has_plain_updates(self, inputs: StoreInputs) -> bool:
         """True if updates are those of the gradients at the base weights, and nothing else moves these."""
@@ -158,7 +159,7 @@ class DualBackend(Backend):
         if not keys.is_cuda or per_batch is None:
             return False
         matrices, _ = self.fused.mlp.of_weights(inputs.weights.newest)
-        return fits_on_chip(matrices, 1 + _num_orders(inputs.chunks), per_batch * keys.shape[2])
+        return fits_on_chip(matrices, _num_states(inputs), per_batch * keys.shape[2])
 
     def _solves(self, inputs: StoreInputs) -> bool:
         """True for a linear memory whose memory batches are so short that several are solved together."""
@@ -414,8 +415,26 @@ def _solved_together(chunks: Chunks) -> SolvedRows:
     return SolvedRows(MOST_ROWS_OF_LINEAR, MOST_ROWS_OF_LINEAR)
 
 
-def _num_orders(chunks: Chunks) -> int:
-    return 0 if chunks.momentum is None else chunks.momentum.shape[-1]
+def _num_states(inputs: StoreInputs) -> int:
+    """Of each parameter: its weights, its momentum of each order, and the weights to begin anew with."""
+    momentum = inputs.chunks.momentum
+    return 1 + (0 if momentum is None else momentum.shape[-1]) + (inputs.origin is not None)
+
+
+def _beginning_anew(blocks: Iterable[PreparedBlock], origin: Weights) -> Iterator[PreparedBlock]:
+    """The same blocks with `origin` as the last state, which they take and leave as if it were momentum."""
+    last = {name: w.unsqueeze(0) for name, w in origin.items()}
+
+    def stored(store: Callable[[MemoryWeights], Stored], weights: MemoryWeights) -> Stored:
+        momentum = (
+            {name: torch.cat((weights.momentum[name], w)) for name, w in last.items()} if weights.momentum else last
+        )
+        block = store(replaced(weights, momentum=momentum))
+        own = {name: states[:-1] for name, states in block.momentum.items()} if weights.momentum else {}
+        return replaced(block, momentum=own)
+
+    for block in blocks:
+        yield PreparedBlock(partial(stored, block.store), block.ends_batch)
 
 
 def _forms_matrix(chunks: Chunks, weight: Float[Tensor, 'bh d e']) -> bool:

@@ -22,7 +22,7 @@ def scan_chunks(
     # imported where it is used: PyTorch may yet move it
     from torch._higher_order_ops.scan import scan
 
-    chunks, residual, schedule, weights, transition, with_losses, _ = inputs
+    chunks, residual, schedule, weights, transition, with_losses, *_ = inputs
     given = [index for index, t in enumerate(chunks) if t is not None]
     added: Any = ()
     if residual is not None:
