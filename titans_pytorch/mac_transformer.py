@@ -158,7 +158,8 @@ class PaperMACBlock(MACBlock):
         # eq. 22, 23: y_t = Attn([p ‖ h_t ‖ S_t])
         attended = parts.attend(seq, context=context)
         # eq. 24, 25: M_t = M_{t−1}(y_t), o_t = y_t ⊗ M*_t(y_t)
-        return self.combine(attended.out, parts.store_and_retrieve(attended.to_store))
+        # the norms of the memory are faster in their own precision, which autocast has lowered
+        return self.combine(attended.out, parts.store_and_retrieve(attended.to_store.to(seq.dtype)))
 
     def _segments(self, seq: Float[Tensor, 'b n d'], position: int) -> Iterator[Float[Tensor, 'b n d']]:
         """A sequence that begins at `position`, split at the ends of segments."""

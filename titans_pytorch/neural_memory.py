@@ -425,8 +425,12 @@ class NeuralMemory(Resettable, InReferenceFormat):
         return self._backend_for(self.batch_size, 1)
 
     def _backend_for(self, batch_size: int | None, num_chunks: int) -> Backend:
-        # proximal steps of each parameter in each chunk of a memory batch, or else of the call, are added up
-        chunks = num_chunks if batch_size is None else batch_size // self.store_chunk_size
+        # proximal steps of each parameter in each chunk of a memory batch are added up; without memory batches those of
+        # the call, which may be a part of what is stored at the same weights, as long as a memory batch otherwise is
+        if batch_size is None:
+            chunks = max(num_chunks, (self.batch_size or 0) // self.store_chunk_size)
+        else:
+            chunks = batch_size // self.store_chunk_size
         added = len(self.memory_model_parameter_names) * chunks
         return self._backend_class(
             self._network,
@@ -578,6 +582,9 @@ class NeuralMemory(Resettable, InReferenceFormat):
         return_surprises: bool = True,
     ) -> Any:
         """Store the complete chunks of `seq` with all gradients at `weights`, without retrieving.
+
+        Convolutions see zeros before `seq`. Proximal steps are limited for as many chunks as `seq` has, or as a memory
+        batch has if these are more; further calls with the same `weights` exceed that.
 
         Args:
             seq: (batch, length, dim); (2, batch, length, dim) with different views.
@@ -745,8 +752,9 @@ class NeuralMemory(Resettable, InReferenceFormat):
         return self._combine(values.index_select(1, row), normed.index_select(1, row))
 
     def _apply_network(self, weights: Weights, rows: Float[Tensor, 'bh m d']) -> Float[Tensor, 'bh m d']:
+        rows = network_rows(rows, self._dtype)
         with network_autocast(self._dtype, rows.device):
-            return self._backend.apply(weights, network_rows(rows, self._dtype))
+            return self._backend.apply(weights, rows)
 
     # storing
 

@@ -27,7 +27,14 @@ from transformers import (  # noqa: E402
     T5ForConditionalGeneration,
 )
 
-from titans_pytorch.hf import add_memory, load_memory, memory_parameters, remove_memory, save_memory  # noqa: E402
+from titans_pytorch.hf import (  # noqa: E402
+    MemoryCheckpoints,
+    add_memory,
+    load_memory,
+    memory_parameters,
+    remove_memory,
+    save_memory,
+)
 from titans_pytorch.hf.layer_memory import MemoryStates  # noqa: E402
 
 transformers.logging.set_verbosity_error()  # missing kernels of the hybrid model
@@ -63,7 +70,7 @@ every_backbone = pytest.mark.parametrize('backbone', BACKBONES)
 
 
 def gates(model):
-    return [memory.gate for memory in model.model.neural_memories.values()]
+    return [memory.gate for memory in model.get_decoder().neural_memories.values()]
 
 
 def with_memory(backbone='llama', **changes):
@@ -365,14 +372,22 @@ def test_gradient_checkpointing_changes_no_gradient(backbone):
         torch.testing.assert_close(checkpointed[name], gradient, atol=1e-6, rtol=1e-4)
 
 
-def test_trainer_trains_and_resumes(tmp_path):
+@pytest.mark.parametrize('with_lora', [False, True])
+def test_trainer_trains_and_resumes(with_lora, tmp_path):
     from transformers import Trainer, TrainingArguments
+
+    if with_lora:
+        peft = pytest.importorskip('peft')
 
     data = [dict(input_ids=row, labels=row) for row in tokens(8, 12)]
 
     def trainer(steps):
         torch.manual_seed(0)
-        model = add_memory(BACKBONES['llama'](), **MEMORY)
+        model = BACKBONES['llama']()
+        if with_lora:
+            lora = peft.LoraConfig(target_modules=['q_proj', 'v_proj'], r=2, task_type='CAUSAL_LM')
+            model = peft.get_peft_model(model, lora)
+        model = add_memory(model, **MEMORY)
         arguments = TrainingArguments(
             output_dir=tmp_path,
             max_steps=steps,
@@ -387,7 +402,8 @@ def test_trainer_trains_and_resumes(tmp_path):
             report_to=[],
             disable_tqdm=True,
         )
-        return Trainer(model=model, args=arguments, train_dataset=data)
+        callbacks = [MemoryCheckpoints()] if with_lora else []
+        return Trainer(model=model, args=arguments, train_dataset=data, callbacks=callbacks)
 
     whole = trainer(4)
     whole.train()
@@ -396,6 +412,28 @@ def test_trainer_trains_and_resumes(tmp_path):
     resumed.train(resume_from_checkpoint=f'{tmp_path}/checkpoint-2')
     for name, value in whole.model.state_dict().items():
         torch.testing.assert_close(resumed.model.state_dict()[name], value, atol=1e-6, rtol=1e-5)
+
+    if with_lora:
+        (tmp_path / 'checkpoint-2' / 'memory.safetensors').unlink()
+        with pytest.raises(FileNotFoundError, match='must hold the memories of the model, memory.safetensors'):
+            trainer(4).train(resume_from_checkpoint=f'{tmp_path}/checkpoint-2')
+
+
+def test_the_best_memories_are_restored(tmp_path):
+    from transformers import TrainerState, TrainingArguments
+
+    model = add_memory(BACKBONES['llama'](), **MEMORY)
+    best = [gate.clone() for gate in gates(model)]
+    arguments = TrainingArguments(
+        output_dir=tmp_path, load_best_model_at_end=True, eval_strategy='steps', save_strategy='steps', use_cpu=True
+    )
+    state = TrainerState(global_step=7, best_model_checkpoint=f'{tmp_path}/checkpoint-7')
+    MemoryCheckpoints().on_save(arguments, state, None, model=model)
+    with torch.no_grad():
+        for gate in gates(model):
+            gate.add_(1)
+    MemoryCheckpoints().on_train_end(arguments, state, None, model=model)
+    assert all(torch.equal(a, b) for a, b in zip(gates(model), best))
 
 
 @pytest.mark.parametrize('lora_first', [True, False])

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from architectures import CLASSES
+from architectures import CLASSES, build
 from memories import SWITCHES, inputs, memory
 from torch import Tensor, nn
 
@@ -78,6 +78,27 @@ def test_a_state_in_half_precision_is_continued_in_float32():
     assert (came - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+@by_autocast
+@dtypes
+@pytest.mark.parametrize('switch', ['plain', 'no residual norm', 'deep memory', 'swiglu memory'])
+def test_reading_a_memory_and_single_steps(switch: str, dtype: torch.dtype, autocast: bool):
+    mem = memory(switch, chunk_size=2, batch_size=4, default_step_transform_max_lr=0.02).float()
+    seq = inputs(mem, 8).float()
+
+    def read(seq: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            _, state = mem(seq[:, :5])
+            buffers = mem.to_buffers(state)
+            step, _ = mem.step(seq[:, 5:6], buffers, torch.tensor([1]), True, False)
+            return [mem.recall(seq, state), step, mem.retrieve_memories(seq, state.weights)]
+
+    expected = read(seq)
+    with in_half(mem, dtype, autocast):
+        came = read(seq if autocast else seq.to(dtype))
+    for have, want in zip(came, expected):
+        assert (have.float() - want).abs().max() / want.abs().max() < EPSILONS * torch.finfo(dtype).eps
+
+
 def test_gated_residual_memories_under_autocast_with_float32_rows():
     model = GatedResidualMemoryMLP(8, depth=2)
     mem = NeuralMemory(8, chunk_size=4, model=model, qk_rmsnorm=True, default_step_transform_max_lr=0.01)
@@ -145,14 +166,17 @@ def test_a_model_learns(cls: type, dtype: torch.dtype, autocast: bool):
     assert losses[-1] < 0.75 * losses[0]
 
 
+@by_autocast
 @dtypes
-def test_sampling_with_a_cache_in_half_precision(dtype: torch.dtype):
-    model = LongTermMemoryModel(num_tokens=16, dim=16, depth=1, neural_memory_segment_len=4).to(dtype)
+@pytest.mark.parametrize('name', CLASSES)
+def test_sampling_with_a_cache_in_half_precision(name: str, dtype: torch.dtype, autocast: bool):
+    model = build(name).float()
     prompt = torch.randint(0, 16, (2, 7))
-    logits, state = model(prompt, return_state=True)
-    assert logits.dtype == dtype and logits.isfinite().all()
-    assert all(w.dtype == torch.float32 for w in state.memories[0].states[0].values())
-    assert model.sample(prompt, 20, use_cache=True, show_progress=False).shape == (2, 13)
+    with in_half(model, dtype, autocast):
+        logits, state = model(prompt, return_state=True)
+        assert logits.dtype == dtype and logits.isfinite().all()
+        assert all(w.dtype == torch.float32 for w in state.memories[0].states[0].values())
+        assert model.sample(prompt, 20, use_cache=True, show_progress=False).shape == (2, 13)
 
 
 @pytest.mark.gpu

@@ -202,6 +202,19 @@ def test_storing_without_retrieval_counts_the_chunks_of_the_call():
     assert_same((stored[-1] if isinstance(stored, tuple) else stored).states, mem(seq)[1].states, 1e-12)
 
 
+def test_storing_a_memory_batch_in_pieces_without_retrieval_equals_one_call():
+    mem = proximal(1, 4, batch_size=24, momentum=False, default_step_transform_max_lr=100.0)
+    seq = inputs(mem, 24)
+    expected = mem(seq)[1].states
+    for length in (4, 8, 12):
+        weights, state, position = None, None, 0
+        for piece in seq.split(length, dim=-2):
+            # all gradients at the initial weights
+            _, after = mem.store_memories(piece, weights, state, position, return_surprises=False)
+            weights, state, position = after.weights, after.states, after.seq_index
+        assert_same(state, expected, 1e-9)
+
+
 def test_look_ahead_from_a_state_with_momentum_at_the_start():
     """Gradients of the first memory batch are taken at the state's base weights."""
     results = []

@@ -88,7 +88,7 @@ class ContextAttention(SegmentedAttention):
     def _project_pair(self, seq: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of `seq`; keys and values of both, interleaved: each position's own, then its context's."""
         queries, *own = self._queries_keys_values(self.norm(seq))
-        _, *of_context = self._queries_keys_values(self.norm(context))
+        _, *of_context = self._queries_keys_values(self.norm(context.to(seq.dtype)))
         keys, values = (torch.stack(pair, dim=-2).flatten(-3, -2) for pair in zip(own, of_context))
         return queries, keys, values
 

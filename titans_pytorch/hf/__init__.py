@@ -15,12 +15,14 @@ from titans_pytorch.hf.configuration import TitansConfig
 from titans_pytorch.hf.conversion import pretrained_to_run, run_to_pretrained
 from titans_pytorch.hf.modeling import TitansForCausalLM, TitansModel, TitansPreTrainedModel
 from titans_pytorch.hf.tokenization import byte_tokenizer
+from titans_pytorch.hf.trainer import MemoryCheckpoints
 
 AutoConfig.register(TitansConfig.model_type, TitansConfig)
 AutoModel.register(TitansConfig, TitansModel)
 AutoModelForCausalLM.register(TitansConfig, TitansForCausalLM)
 
 __all__ = [
+    'MemoryCheckpoints',
     'TitansCache',
     'TitansConfig',
     'TitansForCausalLM',

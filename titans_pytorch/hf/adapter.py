@@ -110,12 +110,12 @@ def add_memory(
 
 def memory_parameters(model: Module) -> Iterator[Parameter]:
     """The parameters of all memories and gates of `model`, and no others."""
-    return _memories(model).parameters()
+    return memories_of(model).parameters()
 
 
 def remove_memory(model: M) -> M:
     """`model` itself without memories, as it was before `add_memory`; parameters frozen by it are trained again."""
-    memories = _memories(model)
+    memories = memories_of(model)
     for hook in memories.hooks:
         hook.remove()
     for parameter in memories.frozen:
@@ -129,9 +129,9 @@ def save_memory(model: Module, folder: str | Path) -> None:
 
     The configuration names the layers, the arguments, and the backbone by its configuration and a hash of it.
     `save_pretrained` of the model, and checkpoints of `Trainer`, hold memories and backbone in one file; from there
-    `from_pretrained` reads the backbone alone.
+    `from_pretrained` reads the backbone alone. Those of a peft model hold neither: see `MemoryCheckpoints`.
     """
-    memories, folder = _memories(model), Path(folder)
+    memories, folder = memories_of(model), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     backbone = _backbone(model)
     config = {
@@ -163,7 +163,7 @@ def load_memory(model: M, folder: str | Path, *, freeze_backbone: bool = False) 
             f'with {name}={saved[name]!r}, got {_hash(own)}, with {name}={own[name]!r}'
         )
     _attach(model, config['layers'], config['neural_memory_kwargs'], freeze_backbone)
-    _memories(model).load_state_dict(load_file(folder / WEIGHTS))
+    memories_of(model).load_state_dict(load_file(folder / WEIGHTS))
     return model
 
 
@@ -243,7 +243,8 @@ def _layers(decoder: Any) -> ModuleList:
     raise TypeError(f'model must hold its {depth} decoder layers in a ModuleList, got {type(decoder).__name__}')
 
 
-def _memories(model: Module) -> Memories:
+def memories_of(model: Module) -> Memories:
+    """The memories of `model`, which must have some."""
     memories = getattr(_decoder(model), 'neural_memories', None)
     if memories is None:
         raise ValueError('model must have memories, added by add_memory or load_memory, and it has none')

@@ -114,10 +114,10 @@ def projection(dim: int, dim_out: int, activation: Module | None, conv_kernel: i
 
 
 def pointwise(projection: Module) -> Module:
-    """A projection without its convolution."""
+    """A projection without its convolution, unless that sees single tokens."""
     if not isinstance(projection, nn.Sequential):
         return projection
-    return nn.Sequential(*(part for part in projection if not isinstance(part, CausalConv)))
+    return nn.Sequential(*(part for part in projection if not isinstance(part, CausalConv) or part.context == 0))
 
 
 class SplitHeads(Module):

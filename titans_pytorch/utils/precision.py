@@ -49,7 +49,10 @@ def network_autocast(module: torch.dtype, device: torch.device) -> AbstractConte
 
 
 def network_rows(rows: Tensor, module: torch.dtype) -> Tensor:
-    """Inputs of a memory network: at least float32 in a module of half precision, or under autocast to float16."""
+    """Inputs of a memory network: at least float32 in a module of half precision, or under autocast to float16.
+
+    To be called outside `network_autocast`, which hides the autocast around it.
+    """
     if module in HALF or _lowered(module, rows.device) == torch.float16:
         return at_least_float32(rows)
     return rows

@@ -25,9 +25,8 @@ def token_retrieval(
         queries = F.rms_norm(queries, queries.shape[-1:], eps=eps) * (gain + 1.0)
 
     dtype = matrices[0].dtype
+    values = rows = network_rows(queries.flatten(0, 1), dtype)
     with network_autocast(dtype, projected.device):
-        rows = network_rows(queries.flatten(0, 1), dtype)
-        values = rows
         for layer, matrix in enumerate(matrices):
             values = torch.bmm(F.gelu(values) if layer > 0 else values, matrix)
         if norm is not None:
