@@ -73,16 +73,15 @@ def clear_run_folder(folder: Path) -> None:
 def describe_run(
     folder: Path, model: Mapping[str, Any], vocabulary: Vocabulary, settings: Mapping[str, Any] = {}
 ) -> None:
-    """Write `config.json`, from which others can open the run; one that is there already is left alone.
+    """Write `config.json`, from which others can open the run, and which tells a resumed run's latest settings.
 
     Args:
         model: a result of `model_config`.
         settings: the settings of the script, as JSON values.
     """
-    if not (folder / DESCRIPTION).exists():
-        content = {'model': model, 'vocabulary': vocabulary.to_dict(), 'settings': settings}
-        with atomic_file(folder / DESCRIPTION) as file:
-            file.write(json.dumps(content, indent=2).encode())
+    content = {'model': model, 'vocabulary': vocabulary.to_dict(), 'settings': settings}
+    with atomic_file(folder / DESCRIPTION) as file:
+        file.write(json.dumps(content, indent=2).encode())
 
 
 def wandb_id(folder: Path) -> str:
