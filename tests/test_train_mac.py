@@ -461,7 +461,7 @@ def test_resume_at_an_older_checkpoint_takes_back_the_later_metrics(text, tmp_pa
     assert final['config']['CHECKPOINT_EVERY'] == 3
     # what opens the run later reads the same settings
     settings = json.loads((folder / 'config.json').read_text())['settings']
-    assert {name: settings[name] for name in ('LEARNING_RATE', 'NUM_BATCHES')} == {'LEARNING_RATE': 0.02, 'NUM_BATCHES': 5}
+    assert (settings['LEARNING_RATE'], settings['NUM_BATCHES']) == (0.02, 5)
 
 
 def test_latest_is_the_checkpoint_of_most_steps_whatever_the_file_times(text, tmp_path, capsys):
