@@ -171,7 +171,7 @@ def run(
     text = texts.read(data).to(training.device)
     held_out = text[len(text) * 19 // 20 :] if test is None else texts.read(test).to(training.device)
     text = text[: len(text) * 19 // 20] if test is None else text
-    options = {'num_tokens': 256, **SIZES, **sizes}
+    options = {'num_tokens': 256, 'position_length': trained, **SIZES, **sizes}
     model = models.build(name, seed, **options).to(training.device)
     clock = Clock(training.seconds, text.is_cuda)
 

@@ -90,6 +90,8 @@ def _config(
     architecture, kwargs = MODELS[name]
     heads = sizes['dim'] // sizes['dim_head']
     common: dict[str, Any] = {**sizes, 'heads': heads, 'ff_mult': ff_mult, **kwargs}
+    if architecture != 'mac':
+        common.pop('position_length', None)  # has no positions of chunks
     if name in HYBRIDS:
         # in the middle, where tokens know the ones before them
         common['neural_memory_layers'] = (max(1, sizes['depth'] // 2),)

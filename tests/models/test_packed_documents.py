@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from architectures import build
 from compare import all_in_float64, assert_same, gradients, randomised
 from memories import DIM, HEAD, SWITCHES
 
-from titans_pytorch import LongTermMemoryModel, MemoryMLP, NeuralMemory
+from titans_pytorch import LongTermMemoryModel, MemoryAsGateTransformer, MemoryMLP, NeuralMemory
 from titans_pytorch.attention.segmented import SegmentedAttention
 from titans_pytorch.models.documents import Documents
+from titans_pytorch.presets import delta_rule_settings, memory_settings
 
 TOKENS = 16
 ALONE = {
@@ -123,6 +126,31 @@ def test_of_memories_that_solve_several_memory_batches_at_once(chunk_size, depth
 def test_checkpointed_layers(monkeypatch):
     model = build('MAG', 'memory batches', checkpoint_layers=True)
     assert_packed(model, monkeypatch, document_ids=DOCUMENTS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('chunk_size', [1, 4])
+def test_on_a_gpu(chunk_size, monkeypatch):
+    """By kernels, whose recurrences have one more state."""
+    settings = (
+        delta_rule_settings(2, 32) if chunk_size == 1 else memory_settings(2, 32, 4, default_model_kwargs={'depth': 1})
+    )
+    model = MemoryAsGateTransformer(
+        num_tokens=TOKENS,
+        dim=64,
+        depth=2,
+        heads=2,
+        dim_head=32,
+        segment_len=16,
+        neural_memory_segment_len=chunk_size,
+        neural_memory_batch_size=chunk_size,
+        neural_memory_kwargs=settings,
+    ).cuda()
+    tokens, given = torch.randint(0, TOKENS, (4, 40), device='cuda'), {'document_ids': DOCUMENTS.cuda()}
+    _, expected = read(copy.deepcopy(model).double(), tokens, False, monkeypatch, **given)
+    sizes, came = read(model, tokens, True, monkeypatch, **given)
+    assert sizes == [4, 4]
+    assert_same(came, expected, 1e-3)
 
 
 def test_short_documents_in_long_memory_batches_get_rows_of_their_own():
