@@ -19,7 +19,7 @@ from titans_pytorch.generation.decodable import StepKind
 from titans_pytorch.generation.logits import gumbel_noise, gumbel_sample, min_p_filter
 from titans_pytorch.models.axial_positions import AxialPositions, AxialTables
 from titans_pytorch.models.base import Transformer
-from titans_pytorch.models.block import Block, Parts
+from titans_pytorch.models.block import Block, Parts, SequenceParts
 from titans_pytorch.models.decoding import ModelBuffers
 from titans_pytorch.models.feedforward import GEGLU, FeedForward
 from titans_pytorch.models.gating import Gated
@@ -143,6 +143,10 @@ class PaperMACBlock(MACBlock):
 
     combine = _part(7)
 
+    def __init__(self, *parts: Module | None, detach_context: bool = False, **kwargs: Any):
+        super().__init__(*parts, **kwargs)
+        self.detach_context = detach_context
+
     def update_stream(self, x: Streams, parts: Parts) -> Streams:
         _, to_attention, to_feedforward = parts.connections
         seq, add_residual = to_attention(x)
@@ -154,12 +158,15 @@ class PaperMACBlock(MACBlock):
 
     def _segment(self, seq: Float[Tensor, 'b n d'], parts: Parts) -> Float[Tensor, 'b n d']:
         # eq. 21: h_t = M*_{t−1}(q_t)
-        context = parts.retrieve(seq)
+        context, stored = parts.retrieve(seq), None
+        if self.detach_context and isinstance(parts, SequenceParts) and torch.is_grad_enabled():
+            stored = parts.attend_without_gradient_of_context(seq, context)
         # eq. 22, 23: y_t = Attn([p ‖ h_t ‖ S_t])
         attended = parts.attend(seq, context=context)
-        # eq. 24, 25: M_t = M_{t−1}(y_t), o_t = y_t ⊗ M*_t(y_t)
         # the norms of the memory are faster in their own precision, which autocast has lowered
-        return self.combine(attended.out, parts.store_and_retrieve(attended.to_store.to(seq.dtype)))
+        stored = (attended if stored is None else stored).to(seq.dtype)
+        # eq. 24, 25: M_t = M_{t−1}(y_t), o_t = y_t ⊗ M*_t(y_t)
+        return self.combine(attended, parts.store_and_retrieve(stored))
 
     def _segments(self, seq: Float[Tensor, 'b n d'], position: int) -> Iterator[Float[Tensor, 'b n d']]:
         """A sequence that begins at `position`, split at the ends of segments."""
@@ -313,8 +320,7 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         def block(connection: Callable[..., Module], layer: int) -> MACBlock:
             in_paper_order = paper_order and layer in memory_layers
             memory_connection, view_selector, memory = memory_parts(connection, layer)
-            attend = partial(ContextAttention, detach_context=detach_context) if in_paper_order else SegmentedAttention
-            attention = attend(
+            attention = (ContextAttention if in_paper_order else SegmentedAttention)(
                 dim=dim,
                 dim_head=dim_head,
                 heads=heads,
@@ -325,7 +331,8 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
                 num_persist_mem_tokens=num_persist_mem_tokens,
                 sliding=sliding_window_attn,
             )
-            return (PaperMACBlock if in_paper_order else MACBlock)(
+            make = partial(PaperMACBlock, detach_context=detach_context) if in_paper_order else MACBlock
+            return make(
                 memory_connection,
                 connection(),
                 connection(),

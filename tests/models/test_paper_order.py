@@ -21,21 +21,18 @@ def test_what_is_stored_has_no_gradient_for_the_context():
     """In pieces too, whose caches hold keys and values of earlier contexts."""
     seq, context = (torch.randn(2, 6, 16).double().requires_grad_() for _ in range(2))
     attention = randomised(ContextAttention(16, 6, dim_head=8, heads=2, num_persist_mem_tokens=1), 0.3).double()
+    whole, _ = attention(seq, context)
+    expected = torch.autograd.grad(whole.sin().sum(), [seq, context], retain_graph=True)
     for lengths in ([6], [2, 3, 1]):
         outs, stored, cache, position = [], [], None, 0
-        attention.detach_context = True
         for pieces in zip(seq.split(lengths, dim=1), context.split(lengths, dim=1)):
-            attended, (_, cache) = attention(*pieces, cache=cache, position=position)
+            kwargs = {'cache': cache, 'position': position}
+            stored.append(attention(*pieces, detach_context=True, **kwargs)[0])
+            out, (_, cache) = attention(*pieces, **kwargs)
             position += pieces[0].shape[1]
-            outs.append(attended.out)
-            stored.append(attended.to_store)
+            outs.append(out)
         out, to_store = torch.cat(outs, dim=1), torch.cat(stored, dim=1)
-
-        attention.detach_context = False
-        whole, _ = attention(seq, context)
-        assert_same((out, to_store), (whole.out, whole.out), 1e-12)
-        assert whole.to_store is whole.out
-        expected = torch.autograd.grad(whole.out.sin().sum(), [seq, context], retain_graph=True)
+        assert_same((out, to_store), (whole, whole), 1e-12)
         assert_same(torch.autograd.grad(out.sin().sum(), [seq, context], retain_graph=True), expected, 1e-12)
         of_seq, of_context = torch.autograd.grad(to_store.sin().sum(), [seq, context])
         assert_same(of_seq, expected[0], 1e-12)

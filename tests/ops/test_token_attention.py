@@ -132,8 +132,7 @@ def step_by_step(layer, seq, start, **inputs):
     for number in range(start, seq.shape[1]):
         now = {name: t[..., number : number + 1, :] for name, t in inputs.items()}
         position = at(number, frequencies(layer.rotary_emb)[None])
-        out, _ = layer.step(seq[:, number : number + 1], buffers, position, 0, **now)
-        outs.append(out if 'context' not in inputs else out.out)
+        outs.append(layer.step(seq[:, number : number + 1], buffers, position, 0, **now)[0])
     return torch.cat(outs, dim=1), layer.from_buffers(buffers, seq.shape[1])
 
 
@@ -156,7 +155,7 @@ def test_steps_with_contexts_equal_whole_segments(use, switch_kernel):
     switch_kernel(token_attention_ops, use)
     one, seq, context = layer(ContextAttention), random(2, 13, 24), random(2, 13, 24)
     segments = zip(seq.split(5, dim=1), context.split(5, dim=1), (0, 5, 10))
-    expected = torch.cat([one(*segment, position=start)[0].out for *segment, start in segments], dim=1)
+    expected = torch.cat([one(*segment, position=start)[0] for *segment, start in segments], dim=1)
     for start in (1, 5, 7):
         assert_same(step_by_step(one, seq, start, context=context)[0], expected[:, start:], 1e-5)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,30 +14,14 @@ from titans_pytorch.ops.token_attention.cache import Position
 from titans_pytorch.utils.shapes import Float
 
 
-class Attended(NamedTuple):
-    """The output of attention for its two readers. Their values are equal, their gradients may differ."""
-
-    out: Float[Tensor, 'b n d']
-    to_store: Float[Tensor, 'b n d']
-    """What the memory stores."""
-
-
 class ContextAttention(SegmentedAttention):
     """Attention within segments in which each position has two keys: its own, and that of its context.
 
     The context is the long-term memory's output for the segment (Titans eq. 22, [persistent ‖ h ‖ segment]). Like a
     key, it depends on its token, and is visible from that position on.
-
-    Args:
-        detach_context: let no gradient of what is stored reach the context, at the cost of a second backward pass.
-        kwargs: arguments of `SegmentedAttention`.
     """
 
     keys_per_position = 2
-
-    def __init__(self, *args: Any, detach_context: bool = False, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.detach_context = detach_context
 
     def forward(  # type: ignore[override]
         self,
@@ -45,8 +29,9 @@ class ContextAttention(SegmentedAttention):
         context: Float[Tensor, 'b n d'],
         cache: KeyValues | None = None,
         position: int = 0,
+        detach_context: bool = False,
         **_: Any,
-    ) -> tuple[Attended, AttnIntermediates]:
+    ) -> tuple[Float[Tensor, 'b n d'], AttnIntermediates]:
         """Attend within one segment, which `seq` must not exceed.
 
         Args:
@@ -54,6 +39,7 @@ class ContextAttention(SegmentedAttention):
             context: context of each position, of the same shape.
             cache: keys and values of the positions immediately before `seq`.
             position: index of the first position of `seq`.
+            detach_context: let no gradient reach contexts, those in the cache included.
         """
         queries, keys, values = self._project_pair(seq, context)
         own_values, first = values, position
@@ -61,12 +47,10 @@ class ContextAttention(SegmentedAttention):
             first = position - cache[0].shape[-2] // self.keys_per_position
             keys, values = torch.cat((cache[0], keys), dim=-2), torch.cat((cache[1], values), dim=-2)
         intermediates = AttnIntermediates(value_residual=own_values, cached_key_values=(keys, values))
-
-        out = self._attended(queries, keys, values, first)
-        if not (self.detach_context and torch.is_grad_enabled()):
-            return Attended(out, out), intermediates
-        to_store = self._attended(queries, _without_context(keys), _without_context(values), first)
-        return Attended(out, to_store), intermediates
+        if detach_context:
+            keys, values = _without_context(keys), _without_context(values)
+        out = self._attend_at_once(queries, keys, values, first)
+        return self.to_out(self.merge_heads(out)), intermediates
 
     def step(  # type: ignore[override]
         self,
@@ -76,14 +60,11 @@ class ContextAttention(SegmentedAttention):
         layer: int,
         context: Float[Tensor, 'b 1 d'],
         **_: Any,
-    ) -> tuple[Attended, Float[Tensor, 'b h 2 e']]:
+    ) -> tuple[Float[Tensor, 'b 1 d'], Float[Tensor, 'b h 2 e']]:
         """`forward` for one position, which it writes into `buffers`; `layer` is the number of attentions before it."""
         projected = self.to_qkv(self.norm(torch.cat((seq, context), dim=1)))
         out = self.to_out(token_attention(projected, buffers, self.cache_layout, position, layer))
-        return Attended(out, out), heads_of(projected, self.heads)[2]
-
-    def _attended(self, queries: Tensor, keys: Tensor, values: Tensor, first: int) -> Float[Tensor, 'b n d']:
-        return self.to_out(self.merge_heads(self._attend_at_once(queries, keys, values, first)))
+        return out, heads_of(projected, self.heads)[2]
 
     def _project_pair(self, seq: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of `seq`; keys and values of both, interleaved: each position's own, then its context's."""

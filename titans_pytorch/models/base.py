@@ -379,8 +379,10 @@ class Transformer(StepwiseDecoding, Resettable):
     def _packed(self, documents: Documents, device: torch.device) -> PackedRows | None:
         """Documents in the rows that they came in, if every part of the model can read them so."""
         memories = [block.memory for block in self._blocks if block.memory is not None]
-        alone = self.embedding_keywords or any(not attention.sliding for attention in self._attentions)
-        if alone or not all(memory.reads_documents(device) for memory in memories):
+        # segments, and embeddings of positions, would have to begin anew as well
+        if self.embedding_keywords or not all(attention.sliding for attention in self._attentions):
+            return None
+        if not all(memory.reads_documents(device) for memory in memories):
             return None
         first = memories[0] if memories else None  # chunks and memory batches are the same in all layers
         chunk_size = 1 if first is None else first.store_chunk_size

@@ -203,9 +203,8 @@ class Parts:
         """Add tensors to the views of the blocks after."""
         self._own_views = (*self._own_views, *views)
 
-    def attend(self, seq: Tensor, **inputs: Tensor | None) -> Any:
-        """Attention of a sequence, `Attended` with a `context` and a tensor without; `inputs` are this or
-        `output_gating`."""
+    def attend(self, seq: Tensor, **inputs: Tensor | None) -> Tensor:
+        """Attention of a sequence; `inputs` are `output_gating` or `context`."""
         assert self._attention is not None
         if self._attention.to_learned_v_mix is not None:
             inputs['value_residual'] = self._carried.values
@@ -230,7 +229,7 @@ class Parts:
 
     memory_state: Any
 
-    def _attend(self, attention: SegmentedAttention, seq: Tensor, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
+    def _attend(self, attention: SegmentedAttention, seq: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The output of attention, and the values before any residual."""
         raise NotImplementedError
 
@@ -259,7 +258,13 @@ class SequenceParts(Parts):
         self._shares_memory_weights = block.shares_memory_weights
         self._memory_kwargs, self._attention_kwargs = memory_kwargs, attention_kwargs
 
-    def _attend(self, attention: SegmentedAttention, seq: Tensor, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
+    def attend_without_gradient_of_context(self, seq: Tensor, context: Tensor) -> Tensor:
+        """What `attend` returns when it is called next, without gradients through any context."""
+        assert self._attention is not None
+        inputs = {'context': context, 'detach_context': True, **self._attention_kwargs}
+        return self._attention(seq, cache=self.key_values, position=self.end, **inputs)[0]
+
+    def _attend(self, attention: SegmentedAttention, seq: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         out, (values, self.key_values) = attention(
             seq, cache=self.key_values, position=self.end, **inputs, **self._attention_kwargs
         )
@@ -289,7 +294,7 @@ class StepParts(Parts):
         self.memory_state = buffers.memory
         self._buffers, self._here, self._attention_layer = buffers, here, attention_layer
 
-    def _attend(self, attention: SegmentedAttention, seq: Tensor, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
+    def _attend(self, attention: SegmentedAttention, seq: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         assert self._buffers.key_values is not None
         return attention.step(seq, self._buffers.key_values, self._here.position, self._attention_layer, **inputs)
 
