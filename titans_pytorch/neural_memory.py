@@ -447,18 +447,22 @@ class NeuralMemory(Resettable, InReferenceFormat):
         """True if the memory network's output for a row depends on other rows."""
         return not getattr(self._network, 'rowwise', False)
 
-    def reads_documents(self, device: torch.device) -> bool:
+    @property
+    def is_linear(self) -> bool:
+        """True if the memory network is a single matrix, with or without a norm."""
+        mlp = self.memory_model_parameters.mlp
+        return mlp is not None and len(mlp.matrices) == 1
+
+    @property
+    def reads_documents(self) -> bool:
         """True if documents of one row can be read one after the other, beginning anew for each.
 
         The recurrences of the dual engine can, with the initial weights as one more state. Steps that are not linear in
-        the states cannot, nor can what depends on other rows or on the length of a call. On a GPU only linear memories
-        do, as the kernels of others have no room for one more state.
+        the states cannot, nor can what depends on other rows or on the length of a call.
         """
         recurrent = self._backend_class is DualBackend and self.transition_gate is None and not self.lookahead_gradients
         by_itself = not self.mixes_tokens and self.to_learned_weight_residual_mix is None
-        mlp = self.memory_model_parameters.mlp
-        fits = device.type != 'cuda' or (mlp is not None and len(mlp.matrices) == 1)
-        return recurrent and by_itself and fits and self.checkpoint_every is None
+        return recurrent and by_itself and self.checkpoint_every is None
 
     @property
     def _carries_queries(self) -> bool:
@@ -525,7 +529,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         call = call if store else call.read_only()
         if documents is not None:
             check_documents(documents, len(call.queries), call.queries.shape[1], self.store_chunk_size)
-            if state is not None or not store or not self.reads_documents(call.queries.device):
+            if state is not None or not store or not self.reads_documents:
                 raise ValueError('documents need a call without state that stores, and a memory that reads_documents')
             call = call.of_documents(documents)
         state = EMPTY if state is None else state

@@ -49,6 +49,7 @@ PADDED[0, 36:], PADDED[2, :3] = False, False
 def read(model, tokens, in_rows: bool, monkeypatch, **given):
     """Loss and gradients, and how many rows were read at once."""
     sizes, read = [], model._read
+    monkeypatch.setattr(NeuralMemory, 'is_linear', True)  # all can, but deep ones are faster with rows of their own
     monkeypatch.setattr(model, '_read', lambda x, *args, **kwargs: sizes.append(len(x)) or read(x, *args, **kwargs))
     if not in_rows:
         monkeypatch.setattr(model, '_packed', lambda *_: None)
@@ -87,7 +88,7 @@ def test_of_memories_with_every_option(switch, batch_size, monkeypatch):
     model = randomised(model, 0.1).double()
     memory = model.layers[0].memory
     in_rows = switch not in ALONE
-    assert memory.reads_documents(torch.device('cpu')) == in_rows
+    assert memory.reads_documents == in_rows
     if in_rows:
         assert_packed(model, monkeypatch, document_ids=DOCUMENTS, mask=PADDED)
 
@@ -153,12 +154,20 @@ def test_on_a_gpu(chunk_size, monkeypatch):
     assert_same(came, expected, 1e-3)
 
 
-def test_short_documents_in_long_memory_batches_get_rows_of_their_own():
+def test_deep_memories_get_rows_of_their_own():
+    documents = Documents.of(None, DOCUMENTS, (4, 40), torch.device('cpu'))
+    for depth in (1, 2):
+        model = build('MAG', neural_memory_model=MemoryMLP(8, depth=depth))
+        assert (model._packed(documents) is not None) == (depth == 1)
+
+
+def test_short_documents_in_long_memory_batches_get_rows_of_their_own(monkeypatch):
+    monkeypatch.setattr(NeuralMemory, 'is_linear', True)
     model = build('MAG', 'memory batches', neural_memory_batch_size=20)
     documents = Documents.of(None, packed_ids([2] * 20), (1, 40), torch.device('cpu'))
-    assert model._packed(documents, torch.device('cpu')) is None
+    assert model._packed(documents) is None
     documents = Documents.of(None, packed_ids([19, 21]), (1, 40), torch.device('cpu'))
-    assert model._packed(documents, torch.device('cpu')) is not None
+    assert model._packed(documents) is not None
 
 
 def test_layers_that_cannot_refuse_documents():

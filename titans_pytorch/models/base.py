@@ -370,19 +370,21 @@ class Transformer(StepwiseDecoding, Resettable):
         if not documents.lengths:  # the only token is the last one, which is predicted but not read
             return read(x)
         in_flex = self.use_flex_attn and x.is_cuda and not disable_flex_attn and self._attentions
-        packed = self._packed(documents, x.device) if store and not in_flex else None
+        packed = self._packed(documents) if store and not in_flex else None
         if packed is not None:
             return packed.batch(read(packed.rows(x), packed.documents))
         groups = documents.groups()
         return DocumentGroup.batch(groups, [read(group.rows(x)) for group in groups])
 
-    def _packed(self, documents: Documents, device: torch.device) -> PackedRows | None:
-        """Documents in the rows that they came in, if every part of the model can read them so."""
+    def _packed(self, documents: Documents) -> PackedRows | None:
+        """Documents in the rows that they came in, if every part of the model can read them so, and fast."""
         memories = [block.memory for block in self._blocks if block.memory is not None]
         # segments, and embeddings of positions, would have to begin anew as well
         if self.embedding_keywords or not all(attention.sliding for attention in self._attentions):
             return None
-        if not all(memory.reads_documents(device) for memory in memories):
+        # measured: deep memories, whose steps wait for each other, are faster with a row for each document; and their
+        # kernels have no room for one more state
+        if not all(memory.is_linear and memory.reads_documents for memory in memories):
             return None
         first = memories[0] if memories else None  # chunks and memory batches are the same in all layers
         chunk_size = 1 if first is None else first.store_chunk_size
