@@ -10,7 +10,7 @@ from architectures import build
 from compare import all_in_float64, assert_same, gradients, randomised
 from memories import DIM, HEAD, SWITCHES
 
-from titans_pytorch import LongTermMemoryModel, MemoryAsGateTransformer, MemoryMLP, NeuralMemory
+from titans_pytorch import LongTermMemoryModel, MemoryMLP, NeuralMemory
 from titans_pytorch.attention.segmented import SegmentedAttention
 from titans_pytorch.models.documents import Documents
 from titans_pytorch.presets import delta_rule_settings, memory_settings
@@ -136,17 +136,9 @@ def test_on_a_gpu(chunk_size, monkeypatch):
     settings = (
         delta_rule_settings(2, 32) if chunk_size == 1 else memory_settings(2, 32, 4, default_model_kwargs={'depth': 1})
     )
-    model = MemoryAsGateTransformer(
-        num_tokens=TOKENS,
-        dim=64,
-        depth=2,
-        heads=2,
-        dim_head=32,
-        segment_len=16,
-        neural_memory_segment_len=chunk_size,
-        neural_memory_batch_size=chunk_size,
-        neural_memory_kwargs=settings,
-    ).cuda()
+    sizes = {'dim': 64, 'dim_head': 32, 'segment_len': 16, 'neural_memory_kwargs': settings}
+    model = build('MAG', neural_memory_segment_len=chunk_size, neural_memory_batch_size=chunk_size, **sizes)
+    model = model.float().cuda()
     tokens, given = torch.randint(0, TOKENS, (4, 40), device='cuda'), {'document_ids': DOCUMENTS.cuda()}
     _, expected = read(copy.deepcopy(model).double(), tokens, False, monkeypatch, **given)
     sizes, came = read(model, tokens, True, monkeypatch, **given)

@@ -77,7 +77,7 @@ def segmented_block_mask(
     first_key, last_key = key_blocks - num_persistent, (key_blocks + BLOCK).clamp(max=kv_len) - 1 - num_persistent
     own_first = first_key.clamp(min=0)
 
-    # the first query that may see the block's last key sees the most of what precedes it
+    # of the queries that follow the block's first key, the first sees furthest back
     earliest = torch.maximum(first_query, own_first)
     some = (first_key < 0) | ((earliest <= last_query) & (first(earliest) <= last_key))
     every = (last_key < 0) | ((last_key <= first_query) & (first(last_query) <= own_first))

@@ -383,7 +383,7 @@ class Transformer(StepwiseDecoding, Resettable):
         if self.embedding_keywords or not all(attention.sliding for attention in self._attentions):
             return None
         # measured: deep memories, whose steps wait for each other, are faster with a row for each document; and their
-        # kernels have no room for one more state
+        # kernels take two states at most
         if not all(memory.is_linear and memory.reads_documents for memory in memories):
             return None
         first = memories[0] if memories else None  # chunks and memory batches are the same in all layers
@@ -410,9 +410,8 @@ class Transformer(StepwiseDecoding, Resettable):
 
         hidden = self._embedded(x, start, **embedding_kwargs)
         kwargs: dict[str, Any] = {'store': store, 'return_state': return_state, 'return_surprises': return_surprises}
+        kwargs['documents'] = documents
         kwargs |= self._attention_kwargs(hidden, layer_states, disable_flex_attn)
-        if documents is not None:
-            kwargs['documents'] = documents
         carried, hidden = Carried(), self.expand_streams(hidden)
         after: list[LayerState] = []
         for block, layer_state in zip(self._blocks, layer_states):
