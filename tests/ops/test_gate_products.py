@@ -33,7 +33,13 @@ def test_definition():
             assert_same(out[:, c, j], product.double(), 1e-14)
 
 
-@pytest.mark.parametrize('shape', [(3, 1), (2, 3, 7), (1, 32), (5, 33), (2, 128)])
+def test_one_step_has_no_gates_between():
+    out = gate_products(problem(3, 1).requires_grad_())
+    assert_same(out, torch.ones(3, 1, 1, device=DEVICE), 0.0)
+    assert not out.requires_grad
+
+
+@pytest.mark.parametrize('shape', [(3, 2), (2, 3, 7), (1, 32), (5, 33), (2, 128)])
 def test_kernels_equal_the_reference(kernels, poisoned, shape):
     log_gates = problem(*shape)
     expected = learned(reference.gate_products, log_gates.double())

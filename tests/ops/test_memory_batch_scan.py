@@ -272,7 +272,7 @@ def lowered(tensors, dtype):
     return {name: t.to(dtype) if name in ('keys', 'values') else t for name, t in tensors.items()}
 
 
-def learned_in(low, tensors):
+def learned_in(low, tensors, leaves=leaves):
     with torch.autocast(DEVICE, low, enabled=low is not None):
         return learned(scanned, leaves(tensors))
 
@@ -295,6 +295,23 @@ ON_CHIP = [(2, 3, 4, 4, 16, 32, 2), (1, 2, 5, 1, 20, 37, 1), (1, 3, 2, 5, 24, 80
 def test_states_on_chip(on_chip, poisoned, shape, norm):
     tensors = problem(*shape, 2, norm)
     assert_same(learned(scanned, leaves(tensors)), exactly(tensors), EXACT)
+
+
+@pytest.mark.parametrize('learned_coefficients', [True, False])
+@pytest.mark.parametrize('states', [1, 2])
+def test_memory_batches_of_one_chunk_on_chip(on_chip, poisoned, states, learned_coefficients):
+    tensors = problem(2, 3, 1, 7, 24, 80, states)
+    if learned_coefficients:
+        came, expected = learned(scanned, leaves(tensors)), exactly(tensors)
+    else:
+        came, expected = learned(scanned, frozen(tensors)), learned(looped, frozen(tensors, torch.float64))
+    assert_same(came, expected, EXACT)
+
+
+def frozen(tensors, dtype=None):
+    """Coefficients of updates that learn nothing."""
+    every = leaves(tensors, dtype)
+    return every | {'coefficients': every['coefficients'].detach()}
 
 
 @pytest.mark.parametrize('depth', [1, 2])
@@ -352,7 +369,7 @@ def test_the_operation_on_chip_is_registered_correctly(on_chip):
     rows = (tensors[name] for name in ('keys', 'values', 'step_sizes'))
     stacked = (torch.stack(own, dim=1).detach().requires_grad_() for own in by_parameter(tensors))
     coefficients = (tensors[name] for name in ('coefficients', 'initial_coefficients'))
-    args = (*rows, *stacked, *coefficients, 2, True, 1e-5, torch.float32)
+    args = (*rows, *stacked, *coefficients, 2, True, True, 1e-5, torch.float32)
     torch.library.opcheck(on_chip.memory_batch_scan_on_chip, args, test_utils=CHECKS)
 
 
@@ -420,6 +437,10 @@ def test_states_on_chip_in_sizes_of_training(on_chip, poisoned, shape, norm, low
     tensors['step_sizes'] = tensors['step_sizes'] * 0.03
     tensors = tensors if low is None else lowered(tensors, low)
     assert_no_worse(lambda: learned_in(low, tensors), exactly(tensors), floor=1e-5)
+    # coefficients of one chunk are constants in the plainest memory
+    if shape[2] == 1:
+        expected = learned(looped, frozen(tensors, torch.float64))
+        assert_no_worse(lambda: learned_in(low, tensors, frozen), expected, floor=1e-5)
 
 
 @pytest.mark.gpu

@@ -18,6 +18,9 @@ def gate_products(log_gates: Float[Tensor, '... n']) -> Float[Tensor, '... n n']
 
     Each entry sums the logarithms of its own range: the difference of two long sums would cancel.
     """
+    if log_gates.shape[-1] == 1:
+        # the product of no gates: a constant, so that what follows needs no gradient of it
+        return torch.ones_like(log_gates.detach()).unsqueeze(-1)
     if use_kernel([log_gates], dtypes=(torch.float32,)) and _supports(log_gates):
         from titans_pytorch.ops.gate_products import triton
 

@@ -81,7 +81,7 @@ def memory_batch_scan(
         from titans_pytorch.ops.memory_batch_scan import triton_on_chip
 
         stacked = (None if own is None else torch.stack(own, dim=1) for own in (*matrices, gamma))
-        options = batches_per_block, torch.is_grad_enabled(), eps, operands
+        options = batches_per_block, torch.is_grad_enabled(), coefficients.requires_grad, eps, operands
         outputs = triton_on_chip.memory_batch_scan_on_chip(*rows, *stacked, *of_states, *options)
         batches = _of_kernel(keys.to(operands), chunks, *outputs[:11])
         gamma_updates = batches.negative_gamma_gradient

@@ -69,31 +69,57 @@ def _load_mix(initial_coefficients, own, MOMENTUM: tl.constexpr):  # type: ignor
 
 
 @triton.jit
-def _load_coefficients(coefficients, own, chunk, valid, chunks, STATES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Coefficients of each row's update in the next weights and in the next momentum."""
-    start = coefficients + own * STATES * chunks + chunk
-    of_weights = tl.load(start, mask=valid, other=0.0)
-    of_momentum = of_weights
-    if STATES > 1:
-        of_momentum = tl.load(start + chunks, mask=valid, other=0.0)
+def _load_coefficients(  # type: ignore[no-untyped-def]
+    coefficients, own, chunk, valid, chunks, STATES: tl.constexpr, SCALAR: tl.constexpr
+):  # fmt: skip
+    """Coefficients of each row's update in the next weights and in the next momentum; scalars if all rows share
+    them."""
+    start = coefficients + own * STATES * chunks
+    if SCALAR:
+        of_weights = tl.load(start)
+        of_momentum = of_weights
+        if STATES > 1:
+            of_momentum = tl.load(start + chunks)
+    else:
+        of_weights = tl.load(start + chunk, mask=valid, other=0.0)
+        of_momentum = of_weights
+        if STATES > 1:
+            of_momentum = tl.load(start + chunks + chunk, mask=valid, other=0.0)
     return of_weights, of_momentum
 
 
 @triton.jit
 def _advance(  # type: ignore[no-untyped-def]
-    w, momentum, x, delta, coefficients, mix, MOMENTUM: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr
+    w, momentum, x, delta, coefficients, mix,
+    MOMENTUM: tl.constexpr, SCALAR: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """A matrix and its momentum after a memory batch of rows x and Δ."""
     of_weights, of_momentum = coefficients
     kept, added, kept_momentum = mix
-    if MOMENTUM:
-        w = kept * w + added * momentum
-        momentum = kept_momentum * momentum
-        momentum = multiply_add(momentum, tl.trans(x * of_momentum[:, None]), delta, PRECISION, OPERAND)
+    if SCALAR:
+        update = multiply_add(tl.zeros_like(w), tl.trans(x), delta, PRECISION, OPERAND)
+        if MOMENTUM:
+            w = kept * w + added * momentum + of_weights * update
+            momentum = kept_momentum * momentum + of_momentum * update
+        else:
+            w = kept * w + of_weights * update
     else:
-        w = kept * w
-    w = multiply_add(w, tl.trans(x * of_weights[:, None]), delta, PRECISION, OPERAND)
+        if MOMENTUM:
+            w = kept * w + added * momentum
+            momentum = kept_momentum * momentum
+            momentum = multiply_add(momentum, tl.trans(x * of_momentum[:, None]), delta, PRECISION, OPERAND)
+        else:
+            w = kept * w
+        w = multiply_add(w, tl.trans(x * of_weights[:, None]), delta, PRECISION, OPERAND)
     return w, momentum
+
+
+@triton.jit
+def _sum_over_rows(rows, coefficient, SCALAR: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The rows times their coefficients, added up."""
+    if SCALAR:
+        return coefficient * tl.sum(rows, axis=0)
+    return tl.sum(coefficient[:, None] * rows, axis=0)
 
 
 @triton.jit
@@ -124,7 +150,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     first_batch, last_batch, batches, batches_per_block, heads, chunks, rows, eps,
     key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
     dim: tl.constexpr, width: tl.constexpr, NORM: tl.constexpr, STATES: tl.constexpr, MOMENTUM: tl.constexpr,
-    SAVES: tl.constexpr, BEFORE_SUM: tl.constexpr, AFTER_SUM: tl.constexpr, WAITS: tl.constexpr,
+    SCALAR: tl.constexpr, SAVES: tl.constexpr,
+    BEFORE_SUM: tl.constexpr, AFTER_SUM: tl.constexpr, WAITS: tl.constexpr,
     COUNTER_STRIDE: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr,
     ROWS: tl.constexpr, DIM: tl.constexpr, UNITS: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr,
@@ -155,8 +182,15 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
             own = head * batches + batch
             start = own * chunks * rows
             offset = tl.cast(batch * chunks + chunk, tl.int64)
+            # all that is read, before programs wait for each other
             from_keys = keys + head * key_head + (offset * key_chunk + row * key_row)[:, None] + feature[None, :]
             k = tl.load(from_keys, mask=inside, other=0.0).to(tl.float32)
+            to_values = (offset * value_chunk + row * value_row)[:, None] + feature[None, :]
+            v = tl.load(values + head * value_head + to_values, mask=inside, other=0.0).to(tl.float32)
+            to_steps = offset * step_chunk + row * step_row
+            theta = tl.load(step_sizes + head * step_head + to_steps, mask=valid, other=0.0).to(tl.float32)
+            mix = _load_mix(initial_coefficients, own, MOMENTUM)
+            of_chunks = _load_coefficients(coefficients, own, chunk, valid, chunks, STATES, SCALAR)
             h = multiply_add(nothing, k, w_1, PRECISION, OPERAND)
             a = h * normal_cdf(h)
             # two places in turn: when one is written again, all programs have read it
@@ -188,10 +222,6 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
             if AFTER_SUM:
                 y = _sum_of_parts(parts_of_y, PARTS, SIZE, ROWS, DIM)
-                to_values = (offset * value_chunk + row * value_row)[:, None] + feature[None, :]
-                v = tl.load(values + head * value_head + to_values, mask=inside, other=0.0).to(tl.float32)
-                to_steps = offset * step_chunk + row * step_row
-                theta = tl.load(step_sizes + head * step_head + to_steps, mask=valid, other=0.0).to(tl.float32)
                 gain = 1.0
                 if NORM:
                     gain += w_gamma[None, :]  # type: ignore[index]
@@ -209,17 +239,15 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                         tl.store(of_gamma + to_rows, of_rows, mask=inside)
                 tl.store(hidden_deltas + (start + index)[:, None] * width + unit[None, :], hidden_delta, mask=present)
 
-                mix = _load_mix(initial_coefficients, own, MOMENTUM)
-                of_chunks = _load_coefficients(coefficients, own, chunk, valid, chunks, STATES)
-                w_1, s_1 = _advance(w_1, s_1, k, hidden_delta, of_chunks, mix, MOMENTUM, PRECISION, OPERAND)
-                w_2, s_2 = _advance(w_2, s_2, a, delta, of_chunks, mix, MOMENTUM, PRECISION, OPERAND)
+                w_1, s_1 = _advance(w_1, s_1, k, hidden_delta, of_chunks, mix, MOMENTUM, SCALAR, PRECISION, OPERAND)
+                w_2, s_2 = _advance(w_2, s_2, a, delta, of_chunks, mix, MOMENTUM, SCALAR, PRECISION, OPERAND)
                 if NORM:
                     of_weights, of_momentum = of_chunks
                     kept, added, kept_momentum = mix
-                    w_gamma = kept * w_gamma + tl.sum(of_weights[:, None] * of_rows, axis=0)
+                    w_gamma = kept * w_gamma + _sum_over_rows(of_rows, of_weights, SCALAR)
                     if MOMENTUM:
                         w_gamma += added * s_gamma
-                        s_gamma = kept_momentum * s_gamma + tl.sum(of_momentum[:, None] * of_rows, axis=0)
+                        s_gamma = kept_momentum * s_gamma + _sum_over_rows(of_rows, of_momentum, SCALAR)
 
         if AFTER_SUM:
             _store_matrix(first_final + head * STATES * size, w_1, s_1, size, to_first, in_first, MOMENTUM)
@@ -232,40 +260,43 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _through_states(  # type: ignore[no-untyped-def]
     x, delta, g_weights, g_momentum, coefficients,
-    MOMENTUM: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+    MOMENTUM: tl.constexpr, SCALAR: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """state = Σ c · xᵀ δ has the gradients Σ c · x G of δ, Σ c · δ Gᵀ of x, and x G ∘ δ of each row's c."""
+    """state = Σ c · xᵀ δ has the gradients Σ c · x G of δ, Σ c · δ Gᵀ of x, and x G ∘ δ of each row's c. If rows are
+    `SCALAR`, they share one c, whose gradient nobody wants, and Σ c · G is one matrix."""
     of_weights, of_momentum = coefficients
-    nothing = tl.zeros_like(delta)
-    product = multiply_add(nothing, x, g_weights, PRECISION, OPERAND)
-    d_of_weights = tl.sum(product * delta, axis=1)
+    nothing, none = tl.zeros_like(delta), tl.zeros_like(x)
+    d_of_weights = tl.zeros_like(of_weights)
     d_of_momentum = d_of_weights
-    d_delta = of_weights[:, None] * product
-    none = tl.zeros_like(x)
-    d_x = multiply_add(none, of_weights[:, None] * delta, tl.trans(g_weights), PRECISION, OPERAND)
-    if MOMENTUM:
-        product = multiply_add(nothing, x, g_momentum, PRECISION, OPERAND)
-        d_of_momentum = tl.sum(product * delta, axis=1)
-        d_delta += of_momentum[:, None] * product
-        d_x = multiply_add(d_x, of_momentum[:, None] * delta, tl.trans(g_momentum), PRECISION, OPERAND)
+    if SCALAR:
+        together = of_weights * g_weights
+        if MOMENTUM:
+            together += of_momentum * g_momentum
+        together = together.to(OPERAND)
+        d_delta = multiply_add(nothing, x, together, PRECISION, OPERAND)
+        d_x = multiply_add(none, delta, tl.trans(together), PRECISION, OPERAND)
+    else:
+        product = multiply_add(nothing, x, g_weights, PRECISION, OPERAND)
+        d_of_weights = tl.sum(product * delta, axis=1)
+        d_delta = of_weights[:, None] * product
+        d_x = multiply_add(none, of_weights[:, None] * delta, tl.trans(g_weights), PRECISION, OPERAND)
+        if MOMENTUM:
+            product = multiply_add(nothing, x, g_momentum, PRECISION, OPERAND)
+            d_of_momentum = tl.sum(product * delta, axis=1)
+            d_delta += of_momentum[:, None] * product
+            d_x = multiply_add(d_x, of_momentum[:, None] * delta, tl.trans(g_momentum), PRECISION, OPERAND)
     return d_x, d_delta, d_of_weights, d_of_momentum
 
 
 @triton.jit
-def _dot(a, b):  # type: ignore[no-untyped-def]
-    return tl.sum(tl.sum(a * b, axis=1), axis=0)
-
-
-@triton.jit
-def _step_back(g_weights, g_momentum, w, momentum, inside, mix, MOMENTUM: tl.constexpr):  # type: ignore[no-untyped-def]
+def _step_back(g_weights, g_momentum, w, s, mix, MOMENTUM: tl.constexpr):  # type: ignore[no-untyped-def]
     """G before a memory batch from G after it, but for what passes through gradients; and the gradients of the three
     coefficients of `mix`."""
     kept, added, kept_momentum = mix
-    d_kept = _dot(g_weights, w)
+    d_kept = tl.sum(g_weights * w)
     d_added, d_kept_momentum = d_kept, d_kept
     if MOMENTUM:
-        s = tl.load(momentum, mask=inside, other=0.0)
-        d_added, d_kept_momentum = _dot(g_weights, s), _dot(g_momentum, s)
+        d_added, d_kept_momentum = tl.sum(g_weights * s), tl.sum(g_momentum * s)
         g_momentum = added * g_weights + kept_momentum * g_momentum
     return kept * g_weights, g_momentum, d_kept, d_added, d_kept_momentum
 
@@ -281,9 +312,9 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     d_hidden_head, d_hidden_batch, d_hidden_row, d_hidden_unit,
     key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
     dim: tl.constexpr, width: tl.constexpr, NORM: tl.constexpr, STATES: tl.constexpr, MOMENTUM: tl.constexpr,
-    FIRST_INITIAL: tl.constexpr, LAST_INITIAL: tl.constexpr, GAMMA_INITIAL: tl.constexpr, OF_HIDDEN: tl.constexpr,
-    OF_HIDDEN_DELTAS: tl.constexpr, OF_DELTAS: tl.constexpr, OF_GAMMA: tl.constexpr, LOSSES: tl.constexpr,
-    BEFORE_SUM: tl.constexpr, AFTER_SUM: tl.constexpr, WAITS: tl.constexpr,
+    SCALAR: tl.constexpr, FIRST_INITIAL: tl.constexpr, LAST_INITIAL: tl.constexpr, GAMMA_INITIAL: tl.constexpr,
+    OF_HIDDEN: tl.constexpr, OF_HIDDEN_DELTAS: tl.constexpr, OF_DELTAS: tl.constexpr, OF_GAMMA: tl.constexpr,
+    LOSSES: tl.constexpr, BEFORE_SUM: tl.constexpr, AFTER_SUM: tl.constexpr, WAITS: tl.constexpr,
     COUNTER_STRIDE: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr,
     ROWS: tl.constexpr, DIM: tl.constexpr, UNITS: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr,
@@ -299,6 +330,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     to_last, in_last = unit[:, None] * dim + feature[None, :], with_unit[:, None] & with_feature[None, :]
     inside, present = valid[:, None] & with_feature[None, :], valid[:, None] & with_unit[None, :]
     nothing = tl.zeros((ROWS, UNITS), tl.float32)
+    # one program's share of what all programs of a head compute alike
+    is_first_part = tl.where(part == 0, 1.0, 0.0)
 
     for head_index in range(program // PARTS, heads, groups):
         head = tl.cast(head_index, tl.int64)
@@ -317,137 +350,133 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
             start = own * chunks * rows
             to_rows = (start + index)[:, None] * dim + feature[None, :]
             to_units = (start + index)[:, None] * width + unit[None, :]
+            to_parts = own * PARTS + part
             offset = tl.cast(batch * chunks + chunk, tl.int64)
+
+            # all that is read, before programs wait for each other
             from_keys = keys + head * key_head + (offset * key_chunk + row * key_row)[:, None] + feature[None, :]
             k = tl.load(from_keys, mask=inside, other=0.0).to(tl.float32)
+            hidden_delta = tl.load(hidden_deltas + to_units, mask=present, other=0.0).to(tl.float32)
+            delta = tl.load(deltas + to_rows, mask=inside, other=0.0).to(tl.float32)
+            a = tl.load(hidden + to_units, mask=present, other=0.0).to(tl.float32)
+            mix = _load_mix(initial_coefficients, own, MOMENTUM)
+            of_chunks = _load_coefficients(coefficients, own, chunk, valid, chunks, STATES, SCALAR)
             to_values = (offset * value_chunk + row * value_row)[:, None] + feature[None, :]
             v = tl.load(values + head * value_head + to_values, mask=inside, other=0.0).to(tl.float32)
             to_steps = offset * step_chunk + row * step_row
             theta = tl.load(step_sizes + head * step_head + to_steps, mask=valid, other=0.0).to(tl.float32)[:, None]
             y = tl.load(products + to_rows, mask=inside, other=0.0)
-            a = tl.load(hidden + to_units, mask=present, other=0.0).to(tl.float32)
-            hidden_delta = tl.load(hidden_deltas + to_units, mask=present, other=0.0).to(tl.float32)
-            w_1 = tl.load(first_saved + own * STATES * size + to_first, mask=in_first, other=0.0)
-            w_2 = tl.load(last_saved + own * STATES * size + to_last, mask=in_last, other=0.0)
-            gain = 1.0
+            gain, d_of_rows, d_loss = 1.0, 0.0, 0.0
             if NORM:
-                gain += tl.load(gamma_saved + own * STATES * dim + feature, mask=with_feature, other=0.0)[None, :]
-            _, delta, _ = gradient_of_product(y, k, v, theta, gain, inside, eps, dim, NORM)
-            of_chunks = _load_coefficients(coefficients, own, chunk, valid, chunks, STATES)
+                w_gamma, s_gamma = _load_matrix(gamma_saved + own * STATES * dim, dim, feature, with_feature, MOMENTUM)
+                gain += w_gamma[None, :]
+                if OF_GAMMA:
+                    d_of_rows += tl.load(d_of_gamma + to_rows, mask=inside, other=0.0)
+            if LOSSES:
+                d_loss = tl.load(d_losses + start + index, mask=valid, other=0.0)[:, None]
 
-            # through the states, to X and Δ of each matrix
-            d_a, d_delta, of_weights, of_momentum = _through_states(
-                a, delta, g_2, t_2, of_chunks, MOMENTUM, PRECISION, OPERAND
-            )  # fmt: skip
+            # for each matrix: through the states, to its X and Δ; and back before the memory batch, but for what passes
+            # through gradients
             d_k, d_hidden_delta, of_first, of_first_momentum = _through_states(
-                k, hidden_delta, g_1, t_1, of_chunks, MOMENTUM, PRECISION, OPERAND
+                k, hidden_delta, g_1, t_1, of_chunks, MOMENTUM, SCALAR, PRECISION, OPERAND
             )  # fmt: skip
+            w_1, s_1 = _load_matrix(first_saved + own * STATES * size, size, to_first, in_first, MOMENTUM)
+            g_1, t_1, d_kept, d_added, d_kept_momentum = _step_back(g_1, t_1, w_1, s_1, mix, MOMENTUM)
+            d_a, d_delta, of_weights, of_momentum = _through_states(
+                a, delta, g_2, t_2, of_chunks, MOMENTUM, SCALAR, PRECISION, OPERAND
+            )  # fmt: skip
+            w_2, s_2 = _load_matrix(last_saved + own * STATES * size, size, to_last, in_last, MOMENTUM)
+            g_2, t_2, d_kept_2, d_added_2, d_kept_momentum_2 = _step_back(g_2, t_2, w_2, s_2, mix, MOMENTUM)
+            d_kept += d_kept_2
+            d_added += d_added_2
+            d_kept_momentum += d_kept_momentum_2
             of_weights += of_first
             of_momentum += of_first_momentum
-            if OF_HIDDEN:
-                given = d_hidden + head * d_hidden_head + tl.cast(batch, tl.int64) * d_hidden_batch
-                given += (index * d_hidden_row)[:, None] + (unit * d_hidden_unit)[None, :]
-                d_a += tl.load(given, mask=present, other=0.0).to(tl.float32)
             if OF_HIDDEN_DELTAS:
                 d_hidden_delta += tl.load(d_hidden_deltas + to_units, mask=present, other=0.0).to(tl.float32)
             # Δ₁ = g ∘ gelu′(h) with g = Δ₂ W₂ᵀ
             h = multiply_add(nothing, k, w_1, PRECISION, OPERAND)
             slope = gelu_derivative(h)
-            g = multiply_add(nothing, delta, tl.trans(w_2), PRECISION, OPERAND)
+            d_g = d_hidden_delta * slope
             parts_of_delta = partial + (head * 2 + step % 2) * PARTS * SIZE
             if BEFORE_SUM:
-                d_delta = multiply_add(d_delta, d_hidden_delta * slope, w_2, PRECISION, OPERAND)
-                _store_part(parts_of_delta, part, d_delta, SIZE, ROWS, DIM)
-            wait_for_all(counter, (step - first_batch + 1) * PARTS, WAITS)
-
-            if AFTER_SUM:
-                d_delta = _sum_of_parts(parts_of_delta, PARTS, SIZE, ROWS, DIM)
+                d_delta = multiply_add(d_delta, d_g, w_2, PRECISION, OPERAND)
                 if OF_DELTAS:
-                    d_delta += tl.load(d_deltas + to_rows, mask=inside, other=0.0).to(tl.float32)
-                d_of_rows, d_loss = 0.0, 0.0
-                d_g = d_hidden_delta * slope
-                if NORM:
+                    given = tl.load(d_deltas + to_rows, mask=inside, other=0.0).to(tl.float32)
+                    d_delta += is_first_part * given
+                _store_part(parts_of_delta, part, d_delta, SIZE, ROWS, DIM)
+            if OF_HIDDEN:
+                given = d_hidden + head * d_hidden_head + tl.cast(batch, tl.int64) * d_hidden_batch
+                given += (index * d_hidden_row)[:, None] + (unit * d_hidden_unit)[None, :]
+                d_a += tl.load(given, mask=present, other=0.0).to(tl.float32)
+            g = multiply_add(nothing, delta, tl.trans(w_2), PRECISION, OPERAND)
+
+            if NORM:
+                weights_row, momentum_row = of_chunks
+                if SCALAR:
+                    d_of_rows += (weights_row * g_gamma)[None, :]  # type: ignore[index]
+                    if MOMENTUM:
+                        d_of_rows += (momentum_row * t_gamma)[None, :]  # type: ignore[index]
+                else:
                     own_of_gamma = tl.load(of_gamma + to_rows, mask=inside, other=0.0)
-                    weights_row, momentum_row = of_chunks
-                    d_of_rows = weights_row[:, None] * g_gamma[None, :]  # type: ignore[index]
-                    # one program's share of the coefficients' gradients
-                    is_first_part = tl.where(part == 0, 1.0, 0.0)
+                    d_of_rows += weights_row[:, None] * g_gamma[None, :]  # type: ignore[index]
                     of_weights += is_first_part * tl.sum(own_of_gamma * g_gamma[None, :], axis=1)  # type: ignore[index]
                     if MOMENTUM:
                         d_of_rows += momentum_row[:, None] * t_gamma[None, :]  # type: ignore[index]
                         of_momentum += is_first_part * tl.sum(own_of_gamma * t_gamma[None, :], axis=1)  # type: ignore[index]
-                    if OF_GAMMA:
-                        d_of_rows += tl.load(d_of_gamma + to_rows, mask=inside, other=0.0)
-                if LOSSES:
-                    d_loss = tl.load(d_losses + start + index, mask=valid, other=0.0)[:, None]
-                _, d_step, d_prediction, d_k_direct, d_product, d_gain = gradient_of_product_backward(
-                    y, k, v, theta, gain, d_delta, d_of_rows, d_loss, inside, eps, dim, NORM
-                )
-                if part == 0:
-                    tl.store(d_step_sizes + start + index, d_step, mask=valid)
-                    tl.store(d_values + to_rows, -d_prediction, mask=inside)
-                    d_k += d_k_direct
-
-                w_1 = tl.load(first_saved + own * STATES * size + to_first, mask=in_first, other=0.0)
-                w_2 = tl.load(last_saved + own * STATES * size + to_last, mask=in_last, other=0.0)
-                d_a = multiply_add(d_a, d_product, tl.trans(w_2), PRECISION, OPERAND)
-                d_h = d_a * slope + g * d_hidden_delta * gelu_second_derivative(h)
-                d_k = multiply_add(d_k, d_h, tl.trans(w_1), PRECISION, OPERAND)
-                to_parts = own * PARTS + part
-                tl.store(
-                    d_keys + (to_parts * chunks * rows + index)[:, None] * dim + feature[None, :], d_k, mask=inside
-                )
-                to_coefficients = d_coefficients + to_parts * STATES * chunks * rows + index
-                tl.store(to_coefficients, of_weights, mask=valid)
+                kept, added, kept_momentum = mix
+                d_kept += is_first_part * tl.sum(g_gamma * w_gamma, axis=0)
                 if MOMENTUM:
-                    tl.store(to_coefficients + chunks * rows, of_momentum, mask=valid)
-
-                # back before the memory batch
-                mix = _load_mix(initial_coefficients, own, MOMENTUM)
-                from_saved = first_saved + own * STATES * size + to_first
-                g_1, t_1, d_kept, d_added, d_kept_momentum = _step_back(
-                    g_1, t_1, w_1, from_saved + size, in_first, mix, MOMENTUM
-                )
-                g_1 = multiply_add(g_1, tl.trans(k), d_h, PRECISION, OPERAND)
-                from_saved = last_saved + own * STATES * size + to_last
-                g_2, t_2, d_kept_2, d_added_2, d_kept_momentum_2 = _step_back(
-                    g_2, t_2, w_2, from_saved + size, in_last, mix, MOMENTUM
-                )
-                g_2 = multiply_add(g_2, tl.trans(a), d_product, PRECISION, OPERAND)
-                g_2 = multiply_add(g_2, tl.trans(d_g), delta, PRECISION, OPERAND)
-                d_kept += d_kept_2
-                d_added += d_added_2
-                d_kept_momentum += d_kept_momentum_2
-                if NORM:
-                    from_saved = gamma_saved + own * STATES * dim
-                    w_gamma, s_gamma = _load_matrix(from_saved, dim, feature, with_feature, MOMENTUM)
-                    kept, added, kept_momentum = mix
-                    d_kept += is_first_part * tl.sum(g_gamma * w_gamma, axis=0)
-                    if MOMENTUM:
-                        d_added += is_first_part * tl.sum(g_gamma * s_gamma, axis=0)
-                        d_kept_momentum += is_first_part * tl.sum(t_gamma * s_gamma, axis=0)
-                        t_gamma = added * g_gamma + kept_momentum * t_gamma
-                    g_gamma = kept * g_gamma + d_gain
+                    d_added += is_first_part * tl.sum(g_gamma * s_gamma, axis=0)
+                    d_kept_momentum += is_first_part * tl.sum(t_gamma * s_gamma, axis=0)
+                    t_gamma = added * g_gamma + kept_momentum * t_gamma
+                g_gamma = kept * g_gamma
+            if AFTER_SUM:
                 to_mix = d_initial_coefficients + to_parts * 3
                 tl.store(to_mix, d_kept)
                 if MOMENTUM:
                     tl.store(to_mix + 1, d_added)
                     tl.store(to_mix + 2, d_kept_momentum)
+                if not SCALAR:
+                    to_coefficients = d_coefficients + to_parts * STATES * chunks * rows + index
+                    tl.store(to_coefficients, of_weights, mask=valid)
+                    if MOMENTUM:
+                        tl.store(to_coefficients + chunks * rows, of_momentum, mask=valid)
+            if batch % batches_per_block == 0:
+                block = own // batches_per_block
+                if FIRST_INITIAL:
+                    from_block = d_first_initial + block * STATES * size
+                    d_w, d_s = _load_matrix(from_block, size, to_first, in_first, MOMENTUM)
+                    g_1, t_1 = g_1 + d_w, t_1 + d_s
+                if LAST_INITIAL:
+                    from_block = d_last_initial + block * STATES * size
+                    d_w, d_s = _load_matrix(from_block, size, to_last, in_last, MOMENTUM)
+                    g_2, t_2 = g_2 + d_w, t_2 + d_s
+                if GAMMA_INITIAL:
+                    from_block = d_gamma_initial + block * STATES * dim
+                    d_w, d_s = _load_matrix(from_block, dim, feature, with_feature, MOMENTUM)
+                    g_gamma, t_gamma = g_gamma + d_w, t_gamma + d_s
+            wait_for_all(counter, (step - first_batch + 1) * PARTS, WAITS)
 
-                if batch % batches_per_block == 0:
-                    block = own // batches_per_block
-                    if FIRST_INITIAL:
-                        from_block = d_first_initial + block * STATES * size
-                        d_w, d_s = _load_matrix(from_block, size, to_first, in_first, MOMENTUM)
-                        g_1, t_1 = g_1 + d_w, t_1 + d_s
-                    if LAST_INITIAL:
-                        from_block = d_last_initial + block * STATES * size
-                        d_w, d_s = _load_matrix(from_block, size, to_last, in_last, MOMENTUM)
-                        g_2, t_2 = g_2 + d_w, t_2 + d_s
-                    if GAMMA_INITIAL:
-                        from_block = d_gamma_initial + block * STATES * dim
-                        d_w, d_s = _load_matrix(from_block, dim, feature, with_feature, MOMENTUM)
-                        g_gamma, t_gamma = g_gamma + d_w, t_gamma + d_s
+            if AFTER_SUM:
+                d_delta = _sum_of_parts(parts_of_delta, PARTS, SIZE, ROWS, DIM)
+                _, d_step, d_prediction, d_k_direct, d_product, d_gain = gradient_of_product_backward(
+                    y, k, v, theta, gain, d_delta, d_of_rows, d_loss, inside, eps, dim, NORM
+                )
+                d_a = multiply_add(d_a, d_product, tl.trans(w_2), PRECISION, OPERAND)
+                d_h = d_a * slope + g * d_hidden_delta * gelu_second_derivative(h)
+                g_1 = multiply_add(g_1, tl.trans(k), d_h, PRECISION, OPERAND)
+                g_2 = multiply_add(g_2, tl.trans(a), d_product, PRECISION, OPERAND)
+                g_2 = multiply_add(g_2, tl.trans(d_g), delta, PRECISION, OPERAND)
+                if NORM:
+                    g_gamma += d_gain
+                d_k = multiply_add(d_k, d_h, tl.trans(w_1), PRECISION, OPERAND)
+                if part == 0:
+                    tl.store(d_step_sizes + start + index, d_step, mask=valid)
+                    tl.store(d_values + to_rows, -d_prediction, mask=inside)
+                    d_k += d_k_direct
+                to_keys = (to_parts * chunks * rows + index)[:, None] * dim + feature[None, :]
+                tl.store(d_keys + to_keys, d_k, mask=inside)
 
         if AFTER_SUM:
             _store_matrix(d_first + head * STATES * size, g_1, t_1, size, to_first, in_first, MOMENTUM)
@@ -472,11 +501,13 @@ def _outputs(
     initial_coefficients: Tensor,
     batches_per_block: int,
     saves: bool,
+    learns_coefficients: bool,
     eps: float,
     operands: torch.dtype,
 ) -> tuple[Tensor, ...]:
     """The fields of `MemoryBatches`, absent ones empty; then, if the call `saves` them for the backward, states before
-    each memory batch and products with W₂."""
+    each memory batch and products with W₂. `learns_coefficients`: whether those of updates get a gradient, which costs
+    the backward four products of states for each memory batch."""
     (heads, batches, count, chunks), (rows, dim) = coefficients.shape, keys.shape[2:]
     width = first.shape[3]
     blocks, stored = batches // batches_per_block, chunks * rows
@@ -518,11 +549,12 @@ def _forward(
     initial_coefficients: Tensor,  # bh r k k
     batches_per_block: int,
     saves: bool,
+    learns_coefficients: bool,
     eps: float,
     operands: torch.dtype,
 ) -> list[Tensor]:
     given = (keys, values, step_sizes, first, last, gamma, coefficients, initial_coefficients)
-    outputs = _outputs(*given, batches_per_block, saves, eps, operands)
+    outputs = _outputs(*given, batches_per_block, saves, learns_coefficients, eps, operands)
     shared = _arguments(keys, values, step_sizes, first, coefficients, initial_coefficients, eps, operands)
     parts = shared['PARTS']
     arguments: dict[str, Any] = shared | dict(zip(OUTPUTS, outputs)) | dict(batches_per_block=batches_per_block)
@@ -533,7 +565,8 @@ def _forward(
         states['gamma'] = gamma.unsqueeze(1).expand(-1, parts, -1, -1).contiguous()
         arguments['gamma_final'] = torch.empty_like(states['gamma'])
     carried = {name: arguments[f'{name}_final'] for name in states}
-    _launch(_forward_kernel, arguments | dict(NORM=gamma is not None, SAVES=saves), states, carried)
+    arguments |= dict(NORM=gamma is not None, SAVES=saves, SCALAR=coefficients.shape[3] == 1)
+    _launch(_forward_kernel, arguments, states, carried)
     if gamma is not None:
         outputs[5].copy_(arguments['gamma_final'][:, 0])
     return [*outputs]
@@ -559,6 +592,7 @@ def _backward(
     initial_coefficients: Tensor,
     batches_per_block: int,
     saves: bool,
+    learns_coefficients: bool,
     eps: float,
     operands: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
@@ -569,6 +603,7 @@ def _backward(
     shared = _arguments(keys, values, step_sizes, first, coefficients, initial_coefficients, eps, operands)
     parts = shared['PARTS']
     absent = coefficients.new_empty(0)
+    scalar = chunks == 1 and not learns_coefficients
 
     def final_gradient(name: str, shape: torch.Size) -> Tensor:
         """G, which becomes the gradient of the initial states."""
@@ -585,7 +620,7 @@ def _backward(
         d_keys=coefficients.new_empty(heads, batches, parts, chunks * rows, dim),
         d_values=coefficients.new_empty(values.shape),
         d_step_sizes=coefficients.new_empty(step_sizes.shape),
-        d_coefficients=coefficients.new_empty(heads, batches, parts, count, chunks * rows),
+        d_coefficients=coefficients.new_empty(0 if scalar else heads, batches, parts, count, chunks * rows),
         d_initial_coefficients=coefficients.new_empty(heads, batches, parts, 3),
     )
     # often the gradient of a transposed tensor
@@ -603,13 +638,16 @@ def _backward(
         | dict(d_hidden=absent if d_hidden is None else d_hidden, OF_HIDDEN=d_hidden is not None)
         | dict(hidden=hidden, hidden_deltas=hidden_deltas, deltas=deltas, of_gamma=of_gamma, products=products)
         | dict(first_saved=first_saved, last_saved=last_saved, gamma_saved=gamma_saved)
-        | dict(batches_per_block=batches_per_block, NORM=gamma is not None)
+        | dict(batches_per_block=batches_per_block, NORM=gamma is not None, SCALAR=scalar)
         | results
     )
     states = dict(d_first=d_first, d_last=d_last, d_gamma=d_gamma)
     _launch(_backward_kernel, arguments, states, states)
 
-    d_coefficients = results['d_coefficients'].sum(dim=2).unflatten(-1, (chunks, rows)).sum(dim=-1)
+    if scalar:
+        d_coefficients = torch.zeros_like(coefficients, memory_format=torch.contiguous_format)
+    else:
+        d_coefficients = results['d_coefficients'].sum(dim=2).unflatten(-1, (chunks, rows)).sum(dim=-1)
     kept, added, kept_momentum = results['d_initial_coefficients'].sum(dim=2).unbind(-1)
     d_mix = torch.zeros_like(initial_coefficients)
     d_mix[:, :, 0, 0] = kept
