@@ -119,7 +119,8 @@ def operations() -> None:
     )  # fmt: skip
     for states, norm in ((1, False), (2, True)):
         tensors = test_memory_batch_scan.problem(1, 2, 1, 16, 64, 128, states, 2, norm)
-        test_memory_batch_scan.learned(test_memory_batch_scan.scanned, test_memory_batch_scan.leaves(tensors))
+        for of in (test_memory_batch_scan.leaves, test_memory_batch_scan.frozen):
+            test_memory_batch_scan.learned(test_memory_batch_scan.scanned, of(tensors))
     deep_scan._over_batches = lambda kernel, arguments, phases: lambda block: kernel[(1,)](
         **deep_scan._taken_by(kernel, arguments), block=block, first_batch=0, last_batch=1, PHASE=-1, WAITS=True,
         counters=torch.zeros(1, dtype=torch.int32), launch_cooperative_grid=True,

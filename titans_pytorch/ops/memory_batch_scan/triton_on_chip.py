@@ -118,8 +118,10 @@ def _advance(  # type: ignore[no-untyped-def]
 def _sum_over_rows(rows, coefficient, SCALAR: tl.constexpr):  # type: ignore[no-untyped-def]
     """The rows times their coefficients, added up."""
     if SCALAR:
-        return coefficient * tl.sum(rows, axis=0)
-    return tl.sum(coefficient[:, None] * rows, axis=0)
+        total = coefficient * tl.sum(rows, axis=0)
+    else:
+        total = tl.sum(coefficient[:, None] * rows, axis=0)
+    return total
 
 
 @triton.jit
