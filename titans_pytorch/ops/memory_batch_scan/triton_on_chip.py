@@ -522,7 +522,7 @@ def _outputs(
         return new(shape if saves else (0,), dtype=dtype)
 
     return (
-        new(heads, blocks, count, dim, width), new(heads, blocks, count, width, dim),
+        new(heads, blocks, count, dim, width, dtype=operands), new(heads, blocks, count, width, dim, dtype=operands),
         of_gamma(heads, blocks, count, dim), new(first.shape), new(last.shape), of_gamma(heads, count, dim),
         new(heads, batches, stored, width, dtype=operands), new(heads, batches, stored, width, dtype=operands),
         new(heads, batches, stored, dim, dtype=operands), of_gamma(heads, batches, stored, dim),
