@@ -5,7 +5,6 @@ A program owns one matrix x, transposed if need be so that it has no more rows t
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +37,12 @@ def _polynomial(gram, b, c, PRECISION: tl.constexpr, OPERAND: tl.constexpr):  # 
 
 
 @triton.jit
+def _iterate(x, a, b, c, zeros, PRECISION: tl.constexpr, OPERAND: tl.constexpr):  # type: ignore[no-untyped-def]
+    gram = _multiply_add_transposed(zeros, x, x, PRECISION, OPERAND)
+    return multiply_add(a * x, _polynomial(gram, b, c, PRECISION, OPERAND), x, PRECISION, OPERAND)
+
+
+@triton.jit
 def _forward_kernel(  # type: ignore[no-untyped-def]
     matrices, outputs,
     matrix_stride, steps, eps, a, b, c,
@@ -54,14 +59,13 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
     x, _ = _normalized(matrices + matrix * matrix_stride + offset, inside, eps)
     for _ in range(steps):
-        gram = _multiply_add_transposed(zeros, x, x, PRECISION, OPERAND)
-        x = multiply_add(a * x, _polynomial(gram, b, c, PRECISION, OPERAND), x, PRECISION, OPERAND)
+        x = _iterate(x, a, b, c, zeros, PRECISION, OPERAND)
     tl.store(outputs + matrix * rows * columns + out_offset, x, mask=inside)
 
 
 @triton.jit
 def _backward_kernel(  # type: ignore[no-untyped-def]
-    matrices, d_outputs, d_matrices, iterates, grams, polynomials,
+    matrices, d_outputs, d_matrices, iterates,
     matrix_stride, count, steps, eps, a, b, c,
     rows: tl.constexpr, columns: tl.constexpr, row_stride: tl.constexpr, column_stride: tl.constexpr,
     out_row_stride: tl.constexpr, out_column_stride: tl.constexpr,
@@ -72,35 +76,24 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     offset = row * row_stride + column * column_stride
     out_offset = row * out_row_stride + column * out_column_stride
     zeros = tl.zeros((ROWS, ROWS), tl.float32)
-    # scratch memory of this program for each step, padding included: small enough to stay in the cache
-    own = tl.program_id(0).to(tl.int64) * tl.maximum(1, steps)
-    square: tl.constexpr = ROWS * ROWS
-    to_square = tl.arange(0, ROWS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-    iterates += own * (ROWS * COLUMNS) + row * COLUMNS + column
-    grams += own * square + to_square
-    polynomials += own * square + to_square
+    # scratch memory of this program, padding included: small enough to stay in the cache
+    iterates += tl.program_id(0).to(tl.int64) * tl.maximum(1, steps) * (ROWS * COLUMNS) + row * COLUMNS + column
 
     for matrix in range(tl.program_id(0).to(tl.int64), count, tl.num_programs(0)):
         source = matrices + matrix * matrix_stride + offset
         out_start = matrix * rows * columns
 
         x, _ = _normalized(source, inside, eps)
-        for step in range(steps):
+        tl.store(iterates, x.to(OPERAND))
+        for step in range(1, steps):
+            x = _iterate(x, a, b, c, zeros, PRECISION, OPERAND)
             tl.store(iterates + step * (ROWS * COLUMNS), x.to(OPERAND))
-            gram = _multiply_add_transposed(zeros, x, x, PRECISION, OPERAND)
-            polynomial = _polynomial(gram, b, c, PRECISION, OPERAND)
-            tl.store(grams + step * square, gram)
-            tl.store(polynomials + step * square, polynomial.to(OPERAND))
-            if step < steps - 1:
-                x = multiply_add(a * x, polynomial, x, PRECISION, OPERAND)
         tl.debug_barrier()
 
         d_x = tl.load(d_outputs + out_start + out_offset, mask=inside, other=0.0).to(tl.float32)
         for back in range(steps):
-            step = steps - 1 - back
-            before = tl.load(iterates + step * (ROWS * COLUMNS))
-            gram = tl.load(grams + step * square)
-            polynomial = tl.load(polynomials + step * square)
+            before = tl.load(iterates + (steps - 1 - back) * (ROWS * COLUMNS))
+            gram = _multiply_add_transposed(zeros, before, before, PRECISION, OPERAND)
             # y = a·x + P·x with P = b·G + c·G² and G = x·xᵀ, so dP = dy·xᵀ, and only D = dP + dPᵀ is needed:
             # dx = a·dy + P·dy + (dG + dGᵀ)·x with dG + dGᵀ = b·D + c·(D·G + G·D).
             # Sums with transposes are separate products, because Triton 3.4 to 3.7 miscompiles a transposed result as
@@ -109,6 +102,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
             d_polynomial = _multiply_add_transposed(d_polynomial, before, d_x, PRECISION, OPERAND)
             d_gram = _multiply_add_transposed(b * d_polynomial, c * d_polynomial, gram, PRECISION, OPERAND)
             d_gram = _multiply_add_transposed(d_gram, c * gram, d_polynomial, PRECISION, OPERAND)
+            polynomial = _polynomial(gram, b, c, PRECISION, OPERAND)
             d_x = multiply_add(a * d_x, polynomial, d_x, PRECISION, OPERAND)
             d_x = multiply_add(d_x, d_gram, before, PRECISION, OPERAND)
 
@@ -157,13 +151,9 @@ def _backward(
     sizes = _matrix_sizes(matrices, d_matrices)
     warps = _warps(sizes)
     programs = min(len(matrices), _programs(matrices.device, warps))
-    height, width = sizes['ROWS'], sizes['COLUMNS']
-    scratch = partial(matrices.new_empty, dtype=operands)
-    iterates, polynomials = (scratch(programs, max(1, steps), height, across) for across in (width, height))
-    grams = torch.empty_like(polynomials, dtype=torch.float32)
+    iterates = matrices.new_empty(programs, max(1, steps), sizes['ROWS'], sizes['COLUMNS'], dtype=operands)
     _backward_kernel[(programs,)](
-        matrices=matrices, d_outputs=d_outputs, d_matrices=d_matrices,
-        iterates=iterates, grams=grams, polynomials=polynomials,
+        matrices=matrices, d_outputs=d_outputs, d_matrices=d_matrices, iterates=iterates,
         count=len(matrices), steps=steps, eps=eps, a=a, b=b, c=c,
         **sizes, **_precision(operands), num_warps=warps, num_stages=1,
     )  # fmt: skip
