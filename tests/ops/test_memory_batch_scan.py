@@ -156,6 +156,12 @@ def leaves(tensors, dtype=None):
     return {name: t.detach().to(dtype or t.dtype).requires_grad_() for name, t in tensors.items()}
 
 
+def frozen(tensors, dtype=None):
+    """Coefficients of updates that learn nothing."""
+    every = leaves(tensors, dtype)
+    return every | {'coefficients': every['coefficients'].detach()}
+
+
 def learned(function, tensors, used=None, transposed=False):
     """Results of `function`, and gradients of a linear function of them, or of those in `used`, for every tensor."""
     generator, total = torch.Generator().manual_seed(1), 0.0
@@ -194,6 +200,13 @@ def test_kernels_equal_a_loop(kernels, poisoned, depth, norm, shape):
     came = learned(scanned, leaves(tensors))
     assert_same(came, exactly(tensors), EXACT)
     assert all(t.dtype == torch.float32 for own in came for t in own.values())
+
+
+@pytest.mark.parametrize('of', [leaves, frozen])
+@pytest.mark.parametrize(('depth', 'norm', 'states'), [(2, True, 2), (1, False, 3), (2, False, 1)])
+def test_memory_batches_of_one_chunk(kernels, poisoned, depth, norm, states, of):
+    tensors = problem(2, 3, 1, 35, 20, 40, states, depth, norm)
+    assert_same(learned(scanned, of(tensors)), learned(looped, of(tensors, torch.float64)), EXACT)
 
 
 @pytest.mark.parametrize(('programs', 'depth', 'norm'), [(1, 2, True), (2, 1, True), (2, 2, False), (3, 2, True)])
@@ -303,21 +316,11 @@ def test_states_on_chip(on_chip, poisoned, shape, norm):
     assert_same(learned(scanned, leaves(tensors)), exactly(tensors), EXACT)
 
 
-@pytest.mark.parametrize('learned_coefficients', [True, False])
+@pytest.mark.parametrize('of', [leaves, frozen])
 @pytest.mark.parametrize('states', [1, 2])
-def test_memory_batches_of_one_chunk_on_chip(on_chip, poisoned, states, learned_coefficients):
+def test_memory_batches_of_one_chunk_on_chip(on_chip, poisoned, states, of):
     tensors = problem(2, 3, 1, 7, 24, 80, states)
-    if learned_coefficients:
-        came, expected = learned(scanned, leaves(tensors)), exactly(tensors)
-    else:
-        came, expected = learned(scanned, frozen(tensors)), learned(looped, frozen(tensors, torch.float64))
-    assert_same(came, expected, EXACT)
-
-
-def frozen(tensors, dtype=None):
-    """Coefficients of updates that learn nothing."""
-    every = leaves(tensors, dtype)
-    return every | {'coefficients': every['coefficients'].detach()}
+    assert_same(learned(scanned, of(tensors)), learned(looped, of(tensors, torch.float64)), EXACT)
 
 
 @pytest.mark.parametrize('depth', [1, 2])
@@ -387,7 +390,7 @@ def test_the_operation_is_registered_correctly(kernels, depth, norm):
     tensors = leaves(problem(1, 2, 2, 2, 16, 16, 1 + norm, depth, norm))
     rows = (tensors[name] for name in ('keys', 'values', 'step_sizes'))
     coefficients = (tensors[name] for name in ('coefficients', 'initial_coefficients'))
-    args = (*rows, *by_parameter(tensors), *coefficients, 1e-5, torch.float32)
+    args = (*rows, *by_parameter(tensors), *coefficients, True, 1e-5, torch.float32)
     torch.library.opcheck(kernels.memory_batch_scan, args, test_utils=CHECKS)
 
 
@@ -418,6 +421,7 @@ def test_it_compiles_to_one_operation(kernels, fresh_compiler):
     [
         (16, 4, 32, 4, 64, 256, 2),
         (64, 3, 32, 4, 64, 256, 2),
+        (64, 3, 1, 64, 64, 256, 2),
         (200, 2, 8, 4, 64, 128, 2),
         (3, 3, 5, 3, 100, 250, 3),
         (8, 2, 8, 64, 128, 512, 2),
@@ -429,6 +433,9 @@ def test_kernels_in_sizes_of_training(kernels, poisoned, shape, depth, norm, low
     tensors['step_sizes'] = tensors['step_sizes'] * 0.03
     tensors = tensors if low is None else lowered(tensors, low)
     assert_no_worse(lambda: learned_in(low, tensors), exactly(tensors), floor=1e-5)
+    if shape[2] == 1:
+        expected = learned(looped, frozen(tensors, torch.float64))
+        assert_no_worse(lambda: learned_in(low, tensors, frozen), expected, floor=1e-5)
 
 
 @pytest.mark.gpu

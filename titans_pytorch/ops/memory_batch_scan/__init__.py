@@ -94,7 +94,8 @@ def memory_batch_scan(
         from titans_pytorch.ops.memory_batch_scan import triton
 
         first, last = [[], *matrices][-2:]
-        outputs = triton.memory_batch_scan(*rows, first, last, gamma or [], *of_states, eps, operands)
+        options = coefficients.requires_grad, eps, operands
+        outputs = triton.memory_batch_scan(*rows, first, last, gamma or [], *of_states, *options)
         batches = _of_kernel(keys.to(operands), chunks, *outputs)
     else:
         batches = MemoryBatches(*reference.memory_batch_scan(*rows, matrices, gamma, *of_states, eps, operands))

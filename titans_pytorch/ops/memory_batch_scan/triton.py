@@ -43,12 +43,12 @@ from titans_pytorch.ops.inner_gradient.triton import (
 PROGRAMS_PER_MULTIPROCESSOR, MOST_PROGRAMS = 2, 16
 # rows of a block of the first phase, forward and backward; in float32 in full, products take twice the registers
 MOST_ROWS, MOST_ROWS_IN_FULL = (32, 32), (16, 16)
-# entries and columns, forward and backward, of the block of a matrix that is on chip at a time
-BLOCK, MOST_COLUMNS, MOST_COLUMNS_IN_FULL = 4096, (64, 32), (64, 64)
+# entries and columns of the block of a matrix that is on chip at a time, and, forward and backward, entries of rows
+BLOCK, MOST_COLUMNS, MOST_ENTRIES = 4096, 64, (2048, 1024)
 # the tile of each state that is computed at a time, forward, and the rows that are read at a time for it
 STATE_BLOCK, STATE_BLOCK_IN_FULL, STATE_ROWS = (64, 64), (32, 64), 32
 # hidden features whose states' gradients are computed at a time, and the rows that are read at a time for it
-UNITS, UNIT_ROWS = 64, 32
+UNITS, UNIT_ROWS = 32, 32
 # forward and backward
 WARPS, STAGES = (4, 4), (1, 2)
 # entries of a state that are copied at a time
@@ -73,14 +73,16 @@ def _copy(  # type: ignore[no-untyped-def]
 def _advance(  # type: ignore[no-untyped-def]
     inputs, input_chunk, input_row, deltas, delta_chunk, delta_row, coefficients, initial_coefficients,
     initial, after, final, more, first_tile, programs, chunks, rows,
-    dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr,
+    dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr, SCALAR: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Computes tiles of all states of a matrix after a memory batch, into `after` if there is one more, else `final`.
-    The states' tiles are stacked, so that rows are read once for all."""
+    If rows share a coefficient, their product is formed once; otherwise the states' tiles are stacked, so that rows are
+    read once for all."""
     across: tl.constexpr = (width + WIDTH - 1) // WIDTH
     tiles: tl.constexpr = (dim + DIM - 1) // DIM * across
-    entry = tl.arange(0, PADDED * DIM)
+    stacked: tl.constexpr = 1 if SCALAR else PADDED
+    entry = tl.arange(0, stacked * DIM)
     state = entry // DIM
     for tile in range(first_tile, tiles, programs):
         own_in = (tile // across) * DIM + entry % DIM
@@ -88,26 +90,40 @@ def _advance(  # type: ignore[no-untyped-def]
         with_in, with_out = (state < STATES) & (own_in < dim), own_out < width
         offset = own_in[:, None] * width + own_out[None, :]
         inside = with_in[:, None] & with_out[None, :]
-        total = tl.zeros((PADDED * DIM, WIDTH), tl.float32)
+        total = tl.zeros((stacked * DIM, WIDTH), tl.float32)
         for first_row in range(0, chunks * rows, ROWS):
             index = first_row + tl.arange(0, ROWS)
             chunk, row, valid = index // rows, index % rows, index < chunks * rows
             present = with_in[:, None] & valid[None, :]
-            coefficient = tl.load(coefficients + state[:, None] * chunks + chunk[None, :], mask=present, other=0.0)
             # loaded as it stands in the product, rows across
             from_inputs = inputs + (chunk * input_chunk + row * input_row)[None, :] + own_in[:, None]
             x = tl.load(from_inputs, mask=present, other=0.0).to(tl.float32)
+            if not SCALAR:
+                x *= tl.load(coefficients + state[:, None] * chunks + chunk[None, :], mask=present, other=0.0)
             from_deltas = deltas + (chunk * delta_chunk + row * delta_row)[:, None] + own_out[None, :]
             delta = tl.load(from_deltas, mask=valid[:, None] & with_out[None, :], other=0.0)
-            total = multiply_add(total, x * coefficient, delta, PRECISION, OPERAND)
-        for i in tl.static_range(STATES):
-            initial_coefficient = tl.load(initial_coefficients + state * STATES + i, mask=state < STATES, other=0.0)
-            total += initial_coefficient[:, None] * tl.load(initial + i * dim * width + offset, mask=inside, other=0.0)
-        offset += (state * dim * width)[:, None]
-        if more:
-            tl.store(after + offset, total, mask=inside)
+            total = multiply_add(total, x, delta, PRECISION, OPERAND)
+        if SCALAR:
+            for k in tl.static_range(STATES):
+                of_state = tl.load(coefficients + k) * total
+                for i in tl.static_range(STATES):
+                    initial_coefficient = tl.load(initial_coefficients + k * STATES + i)
+                    from_state = initial + i * dim * width + offset
+                    of_state += initial_coefficient * tl.load(from_state, mask=inside, other=0.0)
+                if more:
+                    tl.store(after + k * dim * width + offset, of_state, mask=inside)
+                else:
+                    tl.store(final + k * dim * width + offset, of_state, mask=inside)
         else:
-            tl.store(final + offset, total, mask=inside)
+            for i in tl.static_range(STATES):
+                initial_coefficient = tl.load(initial_coefficients + state * STATES + i, mask=state < STATES, other=0.0)
+                from_state = initial + i * dim * width + offset
+                total += initial_coefficient[:, None] * tl.load(from_state, mask=inside, other=0.0)
+            offset += (state * dim * width)[:, None]
+            if more:
+                tl.store(after + offset, total, mask=inside)
+            else:
+                tl.store(final + offset, total, mask=inside)
 
 
 @triton.jit
@@ -145,7 +161,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     first_head_0, first_head_1, first_head_2, first_head_3, last_head_0, last_head_1, last_head_2, last_head_3,
     gamma_head_0, gamma_head_1, gamma_head_2, gamma_head_3,
     dim: tl.constexpr, width: tl.constexpr, HIDDEN: tl.constexpr, NORM: tl.constexpr,
-    STATES: tl.constexpr, PADDED: tl.constexpr,
+    STATES: tl.constexpr, PADDED: tl.constexpr, SCALAR: tl.constexpr,
     INITIAL_PHASE: tl.constexpr, ROWS_PHASE: tl.constexpr, STATES_PHASE: tl.constexpr, WAITS: tl.constexpr,
     CHUNKS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
     FIRST_DIM: tl.constexpr, FIRST_WIDTH: tl.constexpr, LAST_DIM: tl.constexpr, LAST_WIDTH: tl.constexpr,
@@ -216,7 +232,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                     own_keys, key_chunk, key_row, hidden_deltas + start * width, rows * width, width,
                     own_coefficients, own_initial_coefficients, at_first, at_first + STATES * dim * width,
                     first_final + head * STATES * dim * width, more, part, programs, chunks, rows,
-                    dim, width, STATES, PADDED, FIRST_DIM, FIRST_WIDTH, STATE_ROWS, PRECISION, OPERAND,
+                    dim, width, STATES, PADDED, SCALAR, FIRST_DIM, FIRST_WIDTH, STATE_ROWS, PRECISION, OPERAND,
                 )  # fmt: skip
                 # the tiles of both matrices go to the programs in turn
                 _advance(
@@ -224,14 +240,14 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                     own_coefficients, own_initial_coefficients, at_last, at_last + STATES * width * dim,
                     last_final + head * STATES * width * dim, more,
                     (part + programs - first_tiles % programs) % programs, programs, chunks, rows,
-                    width, dim, STATES, PADDED, LAST_DIM, LAST_WIDTH, STATE_ROWS, PRECISION, OPERAND,
+                    width, dim, STATES, PADDED, SCALAR, LAST_DIM, LAST_WIDTH, STATE_ROWS, PRECISION, OPERAND,
                 )  # fmt: skip
             else:
                 _advance(
                     own_keys, key_chunk, key_row, deltas + start * dim, rows * dim, dim,
                     own_coefficients, own_initial_coefficients, at_last, at_last + STATES * width * dim,
                     last_final + head * STATES * width * dim, more, part, programs, chunks, rows,
-                    width, dim, STATES, PADDED, LAST_DIM, LAST_WIDTH, STATE_ROWS, PRECISION, OPERAND,
+                    width, dim, STATES, PADDED, SCALAR, LAST_DIM, LAST_WIDTH, STATE_ROWS, PRECISION, OPERAND,
                 )  # fmt: skip
             if NORM:
                 if part == (first_tiles * HIDDEN + last_tiles) % programs:
@@ -248,12 +264,13 @@ def _backward_of_states(  # type: ignore[no-untyped-def]
     x, others, d_others, given, given_offset, given_unit, states, coefficients, of_coefficients, chunk, chunks,
     row_offset, valid, feature,
     dim: tl.constexpr, width: tl.constexpr, stride: tl.constexpr, other_stride: tl.constexpr, GIVEN: tl.constexpr,
-    STATES: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+    STATES: tl.constexpr, PADDED: tl.constexpr, SCALAR: tl.constexpr,
+    ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Backward through the states of a matrix. Of X and Δ the shorter rows, x, are on chip whole, the others in blocks;
     G is read so that it leads from the shorter to the others. Writes the gradient of the others, added to what is given
-    of it; returns that of x, and that of each row's coefficients."""
+    of it; returns that of x, and that of each row's coefficients, unless these are `SCALAR`: the same for all rows, and
+    without a gradient."""
     nothing = tl.zeros((ROWS, BLOCK), tl.float32)
     state = tl.arange(0, PADDED)[None, :]
     d_x = tl.zeros((ROWS, DIM), tl.float32)
@@ -268,14 +285,23 @@ def _backward_of_states(  # type: ignore[no-untyped-def]
             d_y = nothing
         offset = feature[:, None] * stride + unit[None, :] * other_stride
         inside = (feature < dim)[:, None] & (unit < width)[None, :]
-        for k in tl.static_range(STATES):
-            # state = Σ c · xᵀ y has the gradients Σ c · x G of y, Σ c · y Gᵀ of x, and x G ∘ y of c
-            g = tl.load(states + k * dim * width + offset, mask=inside, other=0.0).to(OPERAND)
-            coefficient = tl.load(coefficients + k * chunks + chunk, mask=valid, other=0.0)[:, None]
-            product = multiply_add(nothing, x, g, PRECISION, OPERAND)
-            of_coefficients += tl.where(state == k, tl.sum(product * y, axis=1)[:, None], 0.0)
-            d_y += coefficient * product
-            d_x = multiply_add(d_x, coefficient * y, tl.trans(g), PRECISION, OPERAND)
+        # state = Σ c · xᵀ y has the gradients Σ c · x G of y, Σ c · y Gᵀ of x, and x G ∘ y of c
+        if SCALAR:
+            together = tl.zeros((DIM, BLOCK), tl.float32)
+            for k in tl.static_range(STATES):
+                g = tl.load(states + k * dim * width + offset, mask=inside, other=0.0)
+                together += tl.load(coefficients + k) * g
+            together = together.to(OPERAND)
+            d_y = multiply_add(d_y, x, together, PRECISION, OPERAND)
+            d_x = multiply_add(d_x, y, tl.trans(together), PRECISION, OPERAND)
+        else:
+            for k in tl.static_range(STATES):
+                g = tl.load(states + k * dim * width + offset, mask=inside, other=0.0).to(OPERAND)
+                coefficient = tl.load(coefficients + k * chunks + chunk, mask=valid, other=0.0)[:, None]
+                product = multiply_add(nothing, x, g, PRECISION, OPERAND)
+                of_coefficients += tl.where(state == k, tl.sum(product * y, axis=1)[:, None], 0.0)
+                d_y += coefficient * product
+                d_x = multiply_add(d_x, coefficient * y, tl.trans(g), PRECISION, OPERAND)
         tl.store(d_others + units, d_y, mask=present)
     return d_x, of_coefficients
 
@@ -319,7 +345,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     d_hidden_head, d_hidden_batch, d_hidden_row, d_hidden_unit,
     key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
     dim: tl.constexpr, width: tl.constexpr, HIDDEN: tl.constexpr, NORM: tl.constexpr,
-    STATES: tl.constexpr, PADDED: tl.constexpr,
+    STATES: tl.constexpr, PADDED: tl.constexpr, SCALAR: tl.constexpr,
     FIRST_INITIAL: tl.constexpr, LAST_INITIAL: tl.constexpr, GAMMA_INITIAL: tl.constexpr, OF_HIDDEN: tl.constexpr,
     OF_HIDDEN_DELTAS: tl.constexpr, OF_DELTAS: tl.constexpr, OF_GAMMA_GRADIENT: tl.constexpr, LOSSES: tl.constexpr,
     ROWS_PHASE: tl.constexpr, STATES_PHASE: tl.constexpr, WAITS: tl.constexpr,
@@ -381,7 +407,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                     d_delta, of_coefficients = _backward_of_states(
                         delta, own_hidden, to_hidden, given_hidden, row_offset * d_hidden_row, d_hidden_unit,
                         d_last, own_coefficients, of_coefficients, chunk, chunks, row_offset, valid, feature,
-                        dim, width, 1, dim, OF_HIDDEN, STATES, PADDED, CHUNKS * ROWS, DIM, BLOCK, PRECISION, OPERAND,
+                        dim, width, 1, dim, OF_HIDDEN,
+                        STATES, PADDED, SCALAR, CHUNKS * ROWS, DIM, BLOCK, PRECISION, OPERAND,
                     )  # fmt: skip
                     if OF_DELTAS:
                         given = tl.load(d_deltas + start * dim + features, mask=inside, other=0.0)
@@ -391,14 +418,14 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                         k, own_hidden_deltas, to_hidden_deltas, d_hidden_deltas + start * width, row_offset * width, 1,
                         d_first, own_coefficients, of_coefficients, chunk, chunks, row_offset, valid, feature,
                         dim, width, width, 1, OF_HIDDEN_DELTAS,
-                        STATES, PADDED, CHUNKS * ROWS, DIM, BLOCK, PRECISION, OPERAND,
+                        STATES, PADDED, SCALAR, CHUNKS * ROWS, DIM, BLOCK, PRECISION, OPERAND,
                     )  # fmt: skip
                 else:
                     d_k, of_coefficients = _backward_of_states(
                         k, own_deltas, to_deltas, d_deltas + start * dim, row_offset * dim, 1,
                         d_last, own_coefficients, of_coefficients, chunk, chunks, row_offset, valid, feature,
                         dim, dim, dim, 1, OF_DELTAS,
-                        STATES, PADDED, CHUNKS * ROWS, DIM, BLOCK, PRECISION, OPERAND,
+                        STATES, PADDED, SCALAR, CHUNKS * ROWS, DIM, BLOCK, PRECISION, OPERAND,
                     )  # fmt: skip
                 if NORM:
                     # that of a chunk, with its first row
@@ -476,6 +503,7 @@ def _outputs(
     gamma: list[Tensor],
     coefficients: Tensor,
     initial_coefficients: Tensor,
+    learns_coefficients: bool,
     eps: float,
     operands: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -507,11 +535,12 @@ def _forward(
     gamma: list[Tensor],  # k of bh d, or none
     coefficients: Tensor,  # bh r k n
     initial_coefficients: Tensor,  # bh r k k
+    learns_coefficients: bool,
     eps: float,
     operands: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     given = (keys, values, step_sizes, first, last, gamma, coefficients, initial_coefficients)
-    outputs = _outputs(*given, eps, operands)
+    outputs = _outputs(*given, learns_coefficients, eps, operands)
     names = [f'{name}_{when}' for when in ('initial', 'final') for name in ('first', 'last', 'gamma')]
     names += ['hidden', 'hidden_deltas', 'deltas', 'of_gamma', 'losses']
     arguments: dict[str, Any] = dict(zip(names, outputs))
@@ -527,9 +556,10 @@ def _forward(
 
     shared = _arguments(*given[:3], coefficients, initial_coefficients, width, bool(first), bool(gamma), operands, 0)
     of_gamma, parts = arguments['of_gamma'], shared['parts']
+    arguments |= dict(eps=eps, STATE_ROWS=STATE_ROWS, COPIED=COPIED, SCALAR=coefficients.shape[3] == 1)
     if gamma and parts > 1:
         arguments['of_gamma'] = of_gamma.new_empty(*of_gamma.shape[:3], parts, dim)
-    _launch(_forward_kernel, arguments | shared | dict(eps=eps, STATE_ROWS=STATE_ROWS, COPIED=COPIED), copies=True)
+    _launch(_forward_kernel, arguments | shared, copies=True)
     if gamma and parts > 1:
         outputs = (*outputs[:-2], arguments['of_gamma'].sum(dim=3), outputs[-1])
     return outputs
@@ -562,6 +592,7 @@ def _backward(
     gamma: list[Tensor],
     coefficients: Tensor,
     initial_coefficients: Tensor,
+    learns_coefficients: bool,
     eps: float,
     operands: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
@@ -626,6 +657,7 @@ def _backward(
             of_products=rows_of_batch(hidden_width), of_y=rows_of_batch(dim), of_h=rows_of_batch(hidden_width),
             of_gamma=coefficients.new_empty((heads, shared['blocks'], dim) if gamma else (0,)),
             steps=triton.cdiv(chunks * rows, UNIT_ROWS), eps=eps, UNITS=units, UNIT_ROWS=UNIT_ROWS,
+            SCALAR=chunks == 1 and not learns_coefficients,
         ),
     )  # fmt: skip
     return (
@@ -683,7 +715,7 @@ def _arguments(
     own, most = 16, (MOST_ROWS_IN_FULL if in_full else MOST_ROWS)[back]
     while own < most and own * programs < chunks * rows:
         own *= 2
-    columns = (MOST_COLUMNS_IN_FULL if in_full else MOST_COLUMNS)[back]
+    columns = min(MOST_COLUMNS, MOST_ENTRIES[back] // own)
     of_chunk = min(triton.next_power_of_2(rows), own)
     parts = triton.cdiv(rows, of_chunk)
     return dict(
