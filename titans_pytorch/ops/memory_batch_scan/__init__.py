@@ -76,12 +76,13 @@ def memory_batch_scan(
     """
     rows, of_states = (keys, values, step_sizes), (coefficients, initial_coefficients)
     operands, chunks, num_states = operand_dtype(keys), coefficients.shape[3], len(matrices[0])
+    settings = coefficients.requires_grad, eps, operands
     uses_kernel = use_kernel(rows, [*chain(*matrices, gamma or []), *of_states]) and keys.numel() > 0
     if uses_kernel and fits_on_chip([own[0] for own in matrices], num_states, chunks * keys.shape[2]):
         from titans_pytorch.ops.memory_batch_scan import triton_on_chip
 
         stacked = (None if own is None else torch.stack(own, dim=1) for own in (*matrices, gamma))
-        options = batches_per_block, torch.is_grad_enabled(), coefficients.requires_grad, eps, operands
+        options = batches_per_block, torch.is_grad_enabled(), *settings
         outputs = triton_on_chip.memory_batch_scan_on_chip(*rows, *stacked, *of_states, *options)
         batches = _of_kernel(keys.to(operands), chunks, *outputs[:11])
         gamma_updates = batches.negative_gamma_gradient
@@ -94,8 +95,7 @@ def memory_batch_scan(
         from titans_pytorch.ops.memory_batch_scan import triton
 
         first, last = [[], *matrices][-2:]
-        options = coefficients.requires_grad, eps, operands
-        outputs = triton.memory_batch_scan(*rows, first, last, gamma or [], *of_states, *options)
+        outputs = triton.memory_batch_scan(*rows, first, last, gamma or [], *of_states, *settings)
         batches = _of_kernel(keys.to(operands), chunks, *outputs)
     else:
         batches = MemoryBatches(*reference.memory_batch_scan(*rows, matrices, gamma, *of_states, eps, operands))
