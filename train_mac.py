@@ -132,7 +132,7 @@ class Config:
     PRESET: str = option(
         'auto',
         'full: the defaults listed here; quick: a small model, for two CPU cores; stable, quick-stable: the same with '
-        'memories that stay finite at any length; auto: full with a GPU, else quick',
+        'memories whose steps do not overshoot; auto: full with a GPU, else quick',
         ('auto', 'full', 'quick', 'stable', 'quick-stable'),
     )
     RUN_DIR: str = option('', 'folder for checkpoints, metrics, samples and the plot; empty: runs/PRESET')

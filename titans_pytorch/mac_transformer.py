@@ -193,7 +193,7 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         num_tokens: size of the vocabulary; `None` for a model of embeddings, without logits.
         dim: width of the model.
         depth: number of layers.
-        segment_len: tokens in a segment, and in an attention window.
+        segment_len: tokens in a segment. An attention window is a segment and its `num_longterm_mem_tokens`.
         neural_memory_segment_len: chunk size of the memories. Default: `segment_len + num_longterm_mem_tokens`.
         neural_mem_gate_attn_output: let the memory gate the attention's output, instead of adding to its input.
         neural_memory_add_value_residual: without effect, as in the reference.

@@ -96,11 +96,12 @@ def default_adaptive_step_transform(adaptive_step: Tensor, max_lr: float = 1e-2)
 class NeuralMemory(Resettable, InReferenceFormat):
     """Neural long-term memory that learns at test time.
 
-    Each token yields a key, a value and a query. Storing is gradient descent of the memory network M on
-    ‖M(k) − v‖², chunk by chunk, with momentum (the surprise S carries over) and forgetting:
+    Each token t yields a key, a value and a query. Storing is gradient descent of the memory network M on the loss
+    ℓ_t, the mean over features of (M(k_t) − v_t)², chunk by chunk, with momentum (the surprise S carries over) and
+    forgetting. For chunk c:
 
-        S_t = η_t S_{t−1} − θ_t ∇‖M(k_t) − v_t‖²          (Titans eq. 10)
-        M_t = (1 − α_t) M_{t−1} + S_t                      (eq. 13)
+        S_c = η_c S_{c−1} − Σ_t θ_t ∇ℓ_t          (over its tokens t; Titans eq. 10)
+        M_c = (1 − α_c) M_{c−1} + S_c             (eq. 13)
 
     The step size θ is learned per token, momentum η and forgetting α per chunk. Retrieving is M(q). Token t, counted
     from 0 over all calls, reads the weights after ⌊(t + 1) / chunk⌋ complete chunks, so the result does not depend on

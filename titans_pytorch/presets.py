@@ -81,7 +81,8 @@ def delta_rule_settings(heads: int, dim_head: int, **changes: Any) -> dict[str, 
 def preset(size: str, memory_batch: int | None = None, **memory_changes: Any) -> dict[str, Any]:
     """Arguments of any of the models for one of the paper's `SIZES`; other arguments are passed to `memory_settings`.
 
-        MemoryAsGateTransformer(num_tokens=32000, segment_len=512, neural_memory_segment_len=16, **preset('170M'))
+        sizes = preset('170M', memory_batch=16)
+        MemoryAsGateTransformer(num_tokens=32000, segment_len=512, neural_memory_segment_len=16, **sizes)
 
     With `paper_order=True` pass `memory_batch`, the length of a segment: without it, plain steps diverge there. Pass
     `detach_context=True` and the same `neural_memory_segment_len` too, as gradients explode in long windows otherwise.

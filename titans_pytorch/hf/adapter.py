@@ -46,8 +46,11 @@ def add_memory(
     """`model` itself, with a `NeuralMemory` in front of some of its decoder layers.
 
         model = AutoModelForCausalLM.from_pretrained(...)
-        add_memory(model, layers=[8, 16, 24], freeze_backbone=True)
-        optimizer = torch.optim.AdamW(memory_parameters(model), lr=1e-3)
+        add_memory(model, layers=[8, 16, 24])
+        memories = [*memory_parameters(model)]
+        own = {id(parameter) for parameter in memories}
+        backbone = [parameter for parameter in model.parameters() if id(parameter) not in own]
+        optimizer = torch.optim.AdamW([{'params': backbone, 'lr': 1e-5}, {'params': memories, 'lr': 1e-3}])
 
     A memory reads the input x of its layer and adds the retrieved values to it: x + gate · memory(x). As in memory as
     context, attention sees them, in that layer and in all later ones; and since nothing inside a layer changes, any

@@ -16,7 +16,10 @@ POSITIVE = ('num_tokens', 'dim', 'depth', 'dim_head', 'heads', 'num_residual_str
 class TitansConfig(PreTrainedConfig):
     """The architecture of a model and the arguments of its constructor, as JSON values.
 
-        config = TitansConfig(architecture='mag', num_tokens=256, segment_len=64, **preset('170M'))
+        sizes = preset('170M', memory_batch=16)
+        config = TitansConfig(
+            architecture='mag', num_tokens=256, segment_len=512, neural_memory_segment_len=16, **sizes
+        )
 
     Names that other models share are accepted and readable too: `vocab_size`, `hidden_size`, `num_hidden_layers`,
     `num_attention_heads` and `head_dim`.
