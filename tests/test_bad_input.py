@@ -238,6 +238,10 @@ BAD_TRANSFORMERS = [
         dict(neural_memory_kwargs={'chunk_size': 2}),
         "must not hold 'chunk_size': models have neural_memory_segment_len for it",
     ),
+    (
+        dict(neural_memory_kwargs={'accept_weight_residual': True}),
+        "must not hold 'accept_weight_residual': models set it",
+    ),
     (dict(neural_memory_kwargs={'max_grad_norm': -1}), 'max_grad_norm must be a finite number above 0, got -1'),
 ]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -306,7 +305,7 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
                 dim=dim,
                 chunk_size=self.neural_memory_segment_len,
                 batch_size=self.neural_memory_batch_size,
-                model=deepcopy(neural_memory_model),
+                model=neural_memory_model,
                 qkv_receives_diff_views=not paper_order,
                 accept_weight_residual=neural_mem_weight_residual and layer != min(memory_layers),
                 **neural_memory_kwargs,

@@ -156,8 +156,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
             (`prev_weights`).
         spectral_norm_surprises: orthogonalise the momentum of each chunk by Newton–Schulz (Muon) before it is applied.
             The size of momentum and steps then no longer matters, except for parameters that are not matrices.
-        gated_transition: let the base weights move only part of the way at the end of a memory batch, by a learned
-            share that starts at sigmoid(−5).
+        gated_transition: let the weights move only part of the way, from those at the start of a memory batch to those
+            at its end, by a learned share that starts at sigmoid(−5). Queries and gradients of the next one read these.
         mem_model_norm_add_residual: wrap the network as LN(f(x)) + x (TTT).
         store_with_lookahead_value: pair each key with the value of the next row in its chunk, which is the next
             token's if each token has one key (arXiv 2601.00671). The last row of a chunk stores nothing; chunks of a
@@ -186,7 +186,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
             `learned_momentum_combine` and `gated_transition`, with which momentum leads elsewhere.
         checkpoint_every: tokens per checkpoint segment (activation checkpointing). The backward pass recomputes
             everything within a segment, so that a training step holds one segment and a state for each of the others,
-            for a third more work; `state.updates` is `None`. Requires the dual engine. Default: keep everything.
+            for a third more work; with gradients `state.updates` is `None`. Requires the dual engine. Default: keep
+            everything.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit; the message names the argument, the expected value and
@@ -667,7 +668,9 @@ class NeuralMemory(Resettable, InReferenceFormat):
         if tokens is None:
             raise ValueError('state.cache_store_segment must hold the tokens of the open chunk, got None')
         opened = self._opened(state, tokens[0] if self.qkv_receives_diff_views else tokens)
-        buffers = MemoryBuffers.of(opened, self.buffer_sizes)
+        # later tokens are in the precision of the memory, whatever that of the state
+        kept: Any = (None if t is None else t.to(torch.promote_types(t.dtype, self._dtype)) for t in opened.pending)
+        buffers = MemoryBuffers.of(replaced(opened, pending=PendingSegment(*kept)), self.buffer_sizes)
         if not with_surprises:
             return buffers
         rows = next(iter(opened.weights.newest.values())).new_zeros(tokens.shape[-3], self.heads, self._rows_per_chunk)
@@ -787,10 +790,13 @@ class NeuralMemory(Resettable, InReferenceFormat):
             inputs = StoreInputs(*given, with_surprises, state.at_rest, origin)
             over_time, weights, losses = self._backend_for(call.batch_size, schedule.num_chunks).store(inputs)
 
+        # without a mask in this call, tokens left over from an earlier one are needed only until a chunk is complete
+        masked = call.mask is not None or complete == 0
+        rest_mask = mask[:, complete:] if mask is not None and masked and tokens.shape[-2] > complete else None
         # copied, so that a kept state does not keep the whole input
         rest = PendingSegment(
             tokens=tokens[..., complete:, :].clone(),
-            mask=None if mask is None else mask[:, complete:].clone(),
+            mask=None if rest_mask is None else rest_mask.clone(),
             before=rows[..., complete:, :].clone() if self.conv_context else None,
         )
         after = OpenState(state.seq_index + complete, weights, rest)

@@ -153,3 +153,11 @@ def test_flex_attention_on_a_gpu_equals_windows(variant):
         out = layer(seq, disable_flex_attn=disable)[0]
         results.append((out, torch.autograd.grad((out * weights).sum(), [seq, *layer.parameters()][:2])))
     assert_same(*results, 2e-3)
+
+
+@every_variant
+def test_windows_are_counted_from_the_position(variant):
+    layer, seq = attention(variant), torch.randn(2, LENGTH, 16, dtype=torch.float64)
+    nothing = seq.new_zeros(2, 2, 0, 16)
+    expected = layer(seq, cache=(nothing, nothing), position=2)[0]
+    assert_same(layer(seq, position=2)[0], expected, FLOAT32_SOFTMAX)

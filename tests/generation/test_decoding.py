@@ -12,6 +12,7 @@ import torch
 from compare import all_in_float64, assert_same, leaves, randomised
 from mac_configurations import CONFIGURATIONS, TOKENS, ids, transformer
 from memories import SWITCHES, inputs, memory
+from torch import nn
 
 from titans_pytorch import LongTermMemoryModel, MemoryAsContextTransformer, MemoryMLP
 from titans_pytorch.generation.stepper import Stepper
@@ -88,6 +89,33 @@ def test_steps_of_a_memory_equal_one_call(switch, chunk_size):
         outs.append(out)
     assert_same(torch.cat(outs, dim=1), expected[:, 4:], 1e-9)
     assert_same(buffers.to_state(17, mem.buffer_sizes), end._replace(updates=None), 1e-9)
+
+
+def steps_of_memory(mem, seq, state, first):
+    """Results of steps with the tokens from `first` on, in chunks of 4 and memory batches of 8."""
+    buffers, outs = mem.to_buffers(state), []
+    for position in range(first, seq.shape[1]):
+        in_chunk, ends = torch.tensor([position % 4]), ((position + 1) % 4 == 0, (position + 1) % 8 == 0)
+        out, after = mem.step(seq[:, position : position + 1], buffers, in_chunk, *ends)
+        copy_weights([(buffers, after)])
+        outs.append(out)
+    return torch.cat(outs, dim=1)
+
+
+@torch.no_grad()
+def test_steps_with_another_inner_norm_equal_a_call():
+    mem = memory('plain', 4, qk_rmsnorm=True)
+    mem.q_norm.rmsnorm = nn.LayerNorm(mem.q_norm.gamma.shape[-1], elementwise_affine=False)
+    seq = inputs(mem, 12)
+    assert_same(steps_of_memory(mem, seq, mem(seq[:, :5])[1], 5), mem(seq)[0][:, 5:], 1e-9)
+
+
+@torch.no_grad()
+def test_steps_after_a_state_in_lower_precision_equal_a_call():
+    mem = memory('plain', 4).to(torch.float32)
+    seq = inputs(mem, 40).to(torch.float32)
+    state = mem(seq[:, :5])[1].to(torch.bfloat16)
+    assert_same(steps_of_memory(mem, seq, state, 5), mem(seq[:, 5:], state=state)[0], 1e-5)
 
 
 @torch.no_grad()

@@ -124,3 +124,15 @@ def test_a_generator_replaces_the_global_random_state():
 def test_malformed_filters_are_refused(kwargs, error, message):
     with pytest.raises(error, match=message):
         filters(**kwargs)
+
+
+@pytest.mark.parametrize(('dtype', 'temperature'), [(torch.float16, 1e-4), (torch.float32, 1e-38)])
+def test_low_temperatures_take_the_likeliest_token(dtype, temperature):
+    logits = torch.tensor([[8.0, 9.0, 10.0], [-9.0, -8.0, -10.0]], dtype=dtype)
+    assert gumbel_sample(logits, temperature).flatten().tolist() == [2, 1]
+
+
+@pytest.mark.parametrize('row', [[float('-inf')] * 2, [float('nan'), 1.0]])
+def test_rows_without_a_valid_token_are_refused(row):
+    with pytest.raises(ValueError, match='logits must leave a token to choose'):
+        gumbel_sample(torch.tensor([[0.0, 1.0], row]), 1.0)

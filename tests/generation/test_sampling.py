@@ -73,6 +73,20 @@ def test_each_row_gets_as_many_new_tokens(use_cache):
     assert (stopped[:, 1:] == -1).all()
 
 
+def test_filters_may_change_logits_in_place():
+    model, prompt = build('MAC'), ids(5)
+
+    def in_place(logits):
+        logits[:, 8:] = float('-inf')
+        return logits
+
+    kwargs = {'max_new_tokens': 3, 'temperature': 0.0, 'filter_kwargs': {}, 'return_logprobs': True, **QUIET}
+    came = model.sample(prompt, filter_fn=in_place, **kwargs)
+    expected = model.sample(prompt, filter_fn=lambda logits: in_place(logits.clone()), **kwargs)
+    assert torch.equal(came.tokens, expected.tokens)
+    assert_same(came.logprobs, expected.logprobs, 0.0)
+
+
 @cached
 @pytest.mark.parametrize('name', ['MAC', 'LMM'])
 def test_log_probabilities_are_those_of_one_uncached_call(name, use_cache):

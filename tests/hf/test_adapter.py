@@ -565,6 +565,11 @@ def test_a_model_on_the_meta_device():
         (dict(neural_memory_kwargs={'activation': 'swish'}), "activation must be one of .*, got 'swish'"),
         (dict(neural_memory_kwargs={'accept_weight_residual': True}), 'must leave out accept_weight_residual'),
         (dict(neural_memory_kwargs={'hedas': 2}), 'hedas'),
+        (dict(neural_memory_kwargs={'chunk_size': 4}), "must not hold 'chunk_size': add_memory has chunk_size for it"),
+        (
+            dict(neural_memory_kwargs={'batch_size': 4}),
+            "must not hold 'batch_size': add_memory has memory_batch for it",
+        ),
     ],
 )
 def test_bad_arguments_are_refused_and_leave_the_model_alone(changes, message):
@@ -609,3 +614,28 @@ def test_whatever_is_learned_the_default_memory_stays_bounded():
     initial = memory.init_weights(2)['weights.0'].norm(dim=(-2, -1)).max()
     bound = initial + 4 * values.norm(dim=-1).max()
     assert state.states[0]['weights.0'].norm(dim=(-2, -1)).max() < bound
+
+
+@pytest.mark.parametrize('changes', [{}, {'memory_batch': 4}, {'neural_memory_kwargs': {'num_kv_per_token': 2}}])
+def test_the_largest_steps_of_the_default_memory_do_not_overshoot(changes):
+    kwargs = {'init_adaptive_step_bias': 8.0, 'init_decay_bias': -20.0, 'conv_kernel': None}
+    kwargs |= changes.get('neural_memory_kwargs', {})
+    model = add_memory(
+        BACKBONES['llama'](), layers=[1], heads=2, dim_head=4, **{**changes, 'neural_memory_kwargs': kwargs}
+    )
+    memory = model.get_decoder().neural_memories['1'].memory.double()
+    seq = torch.randn(1, 1, memory.dim, dtype=torch.float64).expand(-1, 64, -1)  # one token, over and over
+    with torch.no_grad():
+        losses = memory(seq, return_surprises=True)[2].losses
+    assert (losses[..., -1] < 0.01 * losses[..., 0]).all()
+
+
+def test_hooks_on_a_memory_work_in_cached_steps_too():
+    model = add_memory(BACKBONES['llama'](), layers=[1], heads=2, dim_head=4).eval()
+    layer = model.get_decoder().neural_memories['1']
+    torch.nn.init.ones_(layer.gate)
+    layer.memory.register_forward_hook(lambda module, args, out: (out[0] * 0, *out[1:]))
+    ids, cache = tokens(1, 8), DynamicCache(config=model.config)
+    with torch.no_grad():
+        pieces = [model(piece, **{CACHE: cache}).logits for piece in ids.split((5, 1, 1, 1), dim=1)]
+        assert_close(torch.cat(pieces, dim=1), model(ids, use_cache=False).logits)

@@ -176,6 +176,32 @@ def test_masked_tokens_leave_no_trace_but_in_the_gates():
     assert_same(mem(seq, store_mask=torch.ones_like(mask))[0], mem(seq)[0], 1e-12)
 
 
+def test_a_mask_leaves_the_state_with_the_chunk_that_it_belongs_to():
+    mem = memory('plain')
+    seq, mask = inputs(mem, 30), torch.rand(2, 6) > 0.5
+    _, state = mem(seq[:, :6], store_mask=mask)
+    assert state.cache_store_segment.mask is not None
+    _, in_chunk = mem(seq[:, 6:7], state=state)
+    assert in_chunk.cache_store_segment.mask is not None
+    _, after = mem(seq[:, 6:11], state=state)
+    assert isinstance(after.cache_store_segment, torch.Tensor)
+    mem.to_buffers(after)
+    assert isinstance(mem(seq[:, :8], store_mask=torch.rand(2, 8) > 0.5)[1].cache_store_segment, torch.Tensor)
+
+
+def test_entries_of_a_state_with_parts_missing():
+    mem = memory('plain')
+    _, state = mem(inputs(mem, 6))
+    for missing in ({'states': None}, {'weights': None}):
+        part = state._replace(**missing).select([1])
+        assert part.batch_size == 1
+        assert_same(part.cache_store_segment, state.cache_store_segment[1:], 0.0)
+    with pytest.raises(ValueError, match='cache_store_segment of the state must hold the tokens of its open chunk'):
+        state._replace(cache_store_segment=None).select([1])
+    empty = NeuralMemState(0, None, None, None, None)
+    assert empty.select([3]) is empty
+
+
 def test_a_fully_masked_chunk_with_soft_clamp_is_an_update_of_zero():
     mem = memory('soft clamp')
     seq, mask = inputs(mem, 16), torch.ones(2, 16, dtype=torch.bool)

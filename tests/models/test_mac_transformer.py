@@ -188,3 +188,12 @@ def test_min_p_and_gumbel_sampling():
     shares = drawn.bincount(minlength=4) / drawn.numel()
     assert_same(shares, logits.exp(), 0.02)
     assert gumbel_sample(logits, temperature=0.0).item() == 0
+
+
+def test_positions_of_chunks_stay_apart_in_half_precision():
+    model = MemoryAsContextTransformer(num_tokens=16, dim=32, depth=1, segment_len=4, heads=2, dim_head=16).float()
+    numbers = torch.arange(1000, 1012)
+    expected = model.axial_pos_emb.axis(0, numbers)
+    came = model.bfloat16().axial_pos_emb.axis(0, numbers)
+    assert came.dtype == torch.bfloat16 and len(came.unique(dim=0)) == len(numbers)
+    assert_same(came.float(), expected, 0.01)

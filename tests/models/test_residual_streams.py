@@ -227,10 +227,13 @@ def test_only_plain_connections_take_the_operation(monkeypatch):
     branch_in, add_residual = connect(make(), x)
     assert branch_in is x and torch.equal(add_residual(x), 2 * x)
 
-    one, seen = connection(4, 8, constraint=sinkhorn), []
-    one.register_forward_hook(lambda *_: seen.append(True))
-    connect(one, x)
-    assert seen
+    for of in ('', 'norm'):
+        for register in ('register_forward_hook', 'register_full_backward_hook'):
+            one, seen = connection(4, 8, constraint=sinkhorn), []
+            getattr(one.get_submodule(of), register)(lambda *_, seen=seen: seen.append(True))
+            with torch.enable_grad():
+                connect(one, x.clone().requires_grad_())[0].sum().backward()
+            assert seen, (of, register)
 
 
 def test_connections_of_a_sequence_are_compiled_whole(kernels_everywhere):

@@ -184,10 +184,12 @@ class SegmentedAttention(Resettable, InReferenceFormat):
                 raise ValueError('documents need sliding windows, and a call without cache')
         if cache is not None:
             cache, position = self.checked_cache('cache', cache, position, seq.shape[0])
+        elif position is not None:
+            (position,) = check_not_negative(position=position)
 
         queries, keys, values, own_values = self._project(seq, value_residual)
 
-        first = 0
+        first = 0 if position is None else position
         if cache is not None:
             first = 0 if position is None else position - cache[0].shape[-2]
             keys, values = torch.cat((cache[0], keys), dim=-2), torch.cat((cache[1], values), dim=-2)

@@ -102,7 +102,9 @@ def sampled(
 ) -> tuple[Int[Tensor, ' ...'], Float[Tensor, ' ...']]:
     """A token for each row, and its logit with the noise added, which is NaN or −inf if no token was valid."""
     if temperature > 0.0:
-        logits = logits / temperature + gumbel_noise(logits, generator)
+        # at most 0, so that no quotient overflows, however low the temperature
+        logits = at_least_float32(logits)
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature + gumbel_noise(logits, generator)
     best, tokens = logits.max(dim=-1)
     return tokens, best
 

@@ -325,7 +325,8 @@ def _positions(
                 reader.read_all_but_last(prompt[:, :shortest])
             for position in range(shortest, request.seq_len):
                 logits = reader.start(prompt[:, :shortest]) if position == shortest else reader(tokens)
-                tokens, best = choose(logits)
+                # a filter may change them in place
+                tokens, best = choose(logits.clone() if logprobs else logits)
                 if position < longest:  # some rows still read their prompts
                     tokens = torch.where(position < ends, prompt[:, position], tokens)
                     best = best.masked_fill(position < ends, 0.0)

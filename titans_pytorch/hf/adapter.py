@@ -28,6 +28,11 @@ WEIGHTS, CONFIG = 'memory.safetensors', 'memory_config.json'
 UNAVAILABLE = ('dim', 'qkv_receives_diff_views', 'accept_weight_residual')
 """Arguments of `NeuralMemory` that an adapter sets itself, or whose further inputs no decoder layer has."""
 
+OF_ADD_MEMORY = {name: name for name in ('heads', 'dim_head', 'chunk_size', 'memory_batch')} | {
+    'batch_size': 'memory_batch'
+}
+"""Arguments of `NeuralMemory` and `memory_settings` that `add_memory` has arguments of its own for."""
+
 NOT_OF_THE_BACKBONE = {*PreTrainedConfig().to_dict(), 'use_cache', 'quantization_config'} - {'model_type'}
 """Fields of a configuration that change with how a model is used or stored. Token ids are left out as well."""
 
@@ -96,14 +101,18 @@ def add_memory(
     for name in UNAVAILABLE:
         if neural_memory_kwargs.get(name):
             raise ValueError(f'neural_memory_kwargs must leave out {name}, got {neural_memory_kwargs[name]!r}')
+    for name, argument in OF_ADD_MEMORY.items():
+        if name in neural_memory_kwargs:
+            raise ValueError(f'neural_memory_kwargs must not hold {name!r}: add_memory has {argument} for it')
     settings: dict[str, Any] = {'chunk_size': chunk_size, 'batch_size': memory_batch}
     if 'model' not in neural_memory_kwargs:
+        keys_per_token = check_integer('num_kv_per_token', neural_memory_kwargs.get('num_kv_per_token', 1), 1)
         settings |= {
             'model': {'type': 'MemoryMLP', 'dim': dim_head, 'depth': 1},
             'momentum': False,
             # the plain steps that a memory batch takes for one key move its value to the target at most
             'proximal_steps': False,
-            'default_step_transform_max_lr': dim_head / (2 * memory_batch),
+            'default_step_transform_max_lr': dim_head / (2 * memory_batch * keys_per_token),
         }
     sizes = {'heads': heads, 'dim_head': dim_head, 'memory_batch': memory_batch}
     settings = memory_settings(**{**sizes, **settings, **neural_memory_kwargs})

@@ -78,7 +78,8 @@ class TitansCache(Cache):
     """The states of a batch, of constant size, for `past_key_values` (`cache` in newer versions) of a Titans model.
 
     A call of the model continues each row where the last call left it, and updates the cache. Tokens cannot be taken
-    back, as they have been stored in the weights of the memories.
+    back, as they have been stored in the weights of the memories. While single tokens are read, the cache holds what
+    was computed from the model's parameters: begin a new one after changing these.
     """
 
     is_compileable = False

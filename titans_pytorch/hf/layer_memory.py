@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from titans_pytorch.neural_memory import NeuralMemory, NeuralMemState
-from titans_pytorch.utils.functional import replaced
+from titans_pytorch.utils.functional import is_intercepted, replaced
 from titans_pytorch.utils.shapes import Bool, Float, Int
 
 PADDING = 'memory_padding_mask'
@@ -116,7 +116,9 @@ class Rows:
 
     def read(self, memory: NeuralMemory, tokens: Float[Tensor, 'r n d']) -> Float[Tensor, 'r n d']:
         """The values retrieved for the next tokens, which are stored."""
-        if tokens.shape[1] == 1 and self.state is not None and not torch.is_grad_enabled():
+        one = tokens.shape[1] == 1 and not torch.is_grad_enabled()
+        # a step calls few of the modules
+        if one and self.state is not None and not is_intercepted((*memory.modules(), *memory._network.modules())):
             if not isinstance(self.state, DecodingSteps):
                 self.state = DecodingSteps(memory, self.state)
             return self.state.read(memory, tokens)

@@ -116,10 +116,17 @@ class NeuralMemState(NamedTuple):
         return _map_tensors(lambda t: t.detach().clone(), self)
 
     def select(self, entries: Int[Tensor, ' e'] | list[int]) -> NeuralMemState:
-        """The state of these batch entries, in this order and with repetitions, but without `updates`."""
+        """The state of these batch entries, in this order and with repetitions, but without `updates`.
+
+        Raises:
+            ValueError: for entries that are not in the batch, and for a state with weights but without tokens, not even
+                none of them, as it does not tell the size of its batch.
+        """
         pending = self.cache_store_segment
-        if pending is None or self.weights is None or self.states is None:
-            return self  # it belongs to no batch yet
+        if pending is None:
+            if self.weights is None and self.states is None:
+                return self  # it belongs to no batch yet
+            raise ValueError('cache_store_segment of the state must hold the tokens of its open chunk, got None')
         tokens = pending.tokens if isinstance(pending, PendingSegment) else pending
         batch = tokens.shape[-3]
         chosen = checked_entries(entries, batch).to(tokens.device)
@@ -143,9 +150,12 @@ class NeuralMemState(NamedTuple):
             )
         else:
             pending = of_batch(pending, -3)
-        last, momentum = self.states
-        states = (of_heads(last, 0), of_heads(momentum, 1))
-        return NeuralMemState(self.seq_index, of_heads(self.weights, 0), pending, states, None)
+        weights = None if self.weights is None else of_heads(self.weights, 0)
+        states = None
+        if self.states is not None:
+            last, momentum = self.states
+            states = (of_heads(last, 0), of_heads(momentum, 1))
+        return NeuralMemState(self.seq_index, weights, pending, states, None)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # the file holds plain dictionaries, so that it loads with `weights_only=True` and does not depend on TensorDict

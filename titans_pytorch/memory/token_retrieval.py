@@ -46,6 +46,8 @@ class PlainRetrieval(NamedTuple):
             return None
         if type(query_norm) not in (nn.Identity, MultiheadRMSNorm) or type(value_norm) is not nn.Identity:
             return None
+        if isinstance(query_norm, MultiheadRMSNorm) and not query_norm.is_plain:
+            return None
         to_gate = logits_of(gate)
         if gate is not None and (type(to_gate) is not nn.Linear or to_gate.out_features != heads):
             return None

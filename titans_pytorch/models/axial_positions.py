@@ -9,6 +9,7 @@ from axial_positional_embedding import ContinuousAxialPositionalEmbedding
 from torch import Tensor
 
 from titans_pytorch.utils.checks import check_floating, check_shape, described
+from titans_pytorch.utils.functional import call_with_weights
 from titans_pytorch.utils.shapes import Float, Int, divided
 
 
@@ -46,9 +47,12 @@ class AxialPositions(ContinuousAxialPositionalEmbedding):
         `num_chunks`, the later ones have the embedding of the last."""
         if axis == 0 and self.num_chunks is not None:
             indices = indices.clamp(max=self.num_chunks - 1)
-        # exact integers, so never in half precision
+        # in half precision, integers beyond 256 would not be exact
         with torch.autocast(indices.device.type, enabled=False):
-            return self.mlps[axis](indices.to(self.dtype).unsqueeze(1))
+            if self.dtype.itemsize > 2:
+                return self.mlps[axis](indices.to(self.dtype).unsqueeze(1))
+            weights = {name: p.float() for name, p in self.mlps[axis].named_parameters()}
+            return call_with_weights(self.mlps[axis], weights, indices.float().unsqueeze(1)).to(self.dtype)
 
     def span(self, start: int, stop: int, chunk: int, factorized: Any, device: torch.device) -> Float[Tensor, 'n d']:
         """Embeddings of the positions from `start` to `stop`, in chunks of `chunk` positions.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from typing import Any
 
 from torch import nn
@@ -121,7 +120,7 @@ class HybridTransformer(Transformer):
                 dim=dim,
                 chunk_size=self.neural_memory_segment_len,
                 batch_size=neural_memory_batch_size,
-                model=deepcopy(neural_memory_model),
+                model=neural_memory_model,
                 **neural_memory_kwargs,
             )
 

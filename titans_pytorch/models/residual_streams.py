@@ -26,6 +26,7 @@ from torch.nn import Identity, Module, Parameter
 from titans_pytorch.ops.hyper_connection import hyper_connection
 from titans_pytorch.ops.sinkhorn import sinkhorn
 from titans_pytorch.ops.token_hyper_connection import token_hyper_connection
+from titans_pytorch.utils.functional import is_intercepted
 from titans_pytorch.utils.parameters import InReferenceFormat, Resettable, fill
 from titans_pytorch.utils.shapes import Float
 
@@ -177,7 +178,7 @@ def _is_plain(connection: Any) -> bool:
     one_each = connection.num_fracs == connection.num_input_views == connection.num_dynamic_alpha_proposals == 1
     return (
         one_each
-        and not (connection._forward_hooks or connection._forward_pre_hooks)
+        and not is_intercepted(connection.modules())
         and connection.branch is None
         and not connection.channel_first
         and connection.dropout.p == 0

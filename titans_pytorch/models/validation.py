@@ -36,6 +36,9 @@ OF_MODELS = {
 }
 """Arguments of `NeuralMemory` that models have arguments of their own for."""
 
+SET_BY_MODELS = ('qkv_receives_diff_views', 'accept_weight_residual')
+"""Arguments of `NeuralMemory` that depend on the layer."""
+
 
 def checked_memory_settings(
     dim: int, chunk_size: Any, batch_size: Any, model: Module | None, kwargs: Mapping[str, Any]
@@ -49,6 +52,9 @@ def checked_memory_settings(
     for name, argument in OF_MODELS.items():
         if name in kwargs:
             raise ValueError(f'neural_memory_kwargs must not hold {name!r}: models have {argument} for it')
+    for name in SET_BY_MODELS:
+        if name in kwargs:
+            raise ValueError(f'neural_memory_kwargs must not hold {name!r}: models set it for each layer')
     if model is not None:
         dim_head = kwargs.get('dim_head')
         dim_head = dim if dim_head is None else check_integer('dim_head', dim_head, 1)
