@@ -274,13 +274,13 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         self.neural_memory_batch_size = segment_len if paper_order else neural_memory_batch_size
         if paper_order:
             _check_paper_order(
-                num_longterm_mem_tokens=num_longterm_mem_tokens or None,
-                neural_mem_gate_attn_output=neural_mem_gate_attn_output or None,
+                num_longterm_mem_tokens=num_longterm_mem_tokens,
+                neural_mem_gate_attn_output=neural_mem_gate_attn_output,
                 neural_memory_batch_size=None if neural_memory_batch_size == segment_len else neural_memory_batch_size,
-                neural_memory_qkv_receives_diff_views=neural_memory_qkv_receives_diff_views or None,
-                neural_mem_weight_residual=neural_mem_weight_residual or None,
-                sliding_window_attn=sliding_window_attn or None,
-                use_flex_attn=use_flex_attn or None,
+                neural_memory_qkv_receives_diff_views=neural_memory_qkv_receives_diff_views,
+                neural_mem_weight_residual=neural_mem_weight_residual,
+                sliding_window_attn=sliding_window_attn,
+                use_flex_attn=use_flex_attn,
             )
             check_multiple('segment_len', segment_len, 'neural_memory_segment_len', self.neural_memory_segment_len)
         elif detach_context:
@@ -478,5 +478,5 @@ def _view_selector(dim: int, layer: int) -> nn.Sequential:
 
 def _check_paper_order(**given: Any) -> None:
     for name, value in given.items():
-        if value is not None:
+        if value:
             raise ValueError(f'{name} cannot be combined with paper_order=True, got {value}')

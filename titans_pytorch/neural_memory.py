@@ -242,13 +242,16 @@ class NeuralMemory(Resettable, InReferenceFormat):
     ):
         super().__init__()
         settings = checked_settings(locals(), NeuralMemory)
-        dim, dim_head, heads, num_kv_per_token, momentum_order = settings[:5]
-        store_chunk_size, conv_kernel = settings.store_chunk_size, settings.conv_kernel
+        dim, dim_head, heads = settings.dim, settings.dim_head, settings.heads
+        num_kv_per_token, momentum_order = settings.num_kv_per_token, settings.momentum_order
+        retrieve_chunk_size, store_chunk_size = settings.retrieve_chunk_size, settings.store_chunk_size
+        conv_kernel = settings.conv_kernel
 
         self.dim = dim
         self.heads = heads
-        self.chunk_size = settings[5:7] if isinstance(chunk_size, (tuple, list)) else store_chunk_size
-        self.retrieve_chunk_size, self.store_chunk_size = settings.retrieve_chunk_size, store_chunk_size
+        is_pair = isinstance(chunk_size, (tuple, list))
+        self.chunk_size = (retrieve_chunk_size, store_chunk_size) if is_pair else store_chunk_size
+        self.retrieve_chunk_size, self.store_chunk_size = retrieve_chunk_size, store_chunk_size
         self.batch_size = settings.batch_size
         self.checkpoint_every = settings.checkpoint_every
         self.num_kv_per_token = num_kv_per_token

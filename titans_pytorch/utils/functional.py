@@ -115,13 +115,13 @@ def with_tensors(model: Module, tensors: dict[int, Any]) -> Module:
     Modules and tensors are also replaced in lists, tuples and dictionaries among a module's attributes, as `nn.LSTM`
     has, and bound methods among the attributes are bound to the copy.
     """
-    replaced = {id(module): object.__new__(type(module)) for module in model.modules()} | tensors
+    substitutes = {id(module): object.__new__(type(module)) for module in model.modules()} | tensors
 
     def of(value: Any) -> Any:
-        if id(value) in replaced:
-            return replaced[id(value)]
-        if isinstance(value, MethodType) and id(value.__self__) in replaced:
-            return MethodType(value.__func__, replaced[id(value.__self__)])
+        if id(value) in substitutes:
+            return substitutes[id(value)]
+        if isinstance(value, MethodType) and id(value.__self__) in substitutes:
+            return MethodType(value.__func__, substitutes[id(value.__self__)])
         if type(value) in (list, tuple):
             items = [of(item) for item in value]
             return type(value)(items) if any(new is not old for new, old in zip(items, value)) else value
@@ -131,8 +131,8 @@ def with_tensors(model: Module, tensors: dict[int, Any]) -> Module:
         return value
 
     for module in model.modules():
-        replaced[id(module)].__dict__.update({name: of(value) for name, value in vars(module).items()})
-    return replaced[id(model)]
+        substitutes[id(module)].__dict__.update({name: of(value) for name, value in vars(module).items()})
+    return substitutes[id(model)]
 
 
 def outside_inference(t: Tensor) -> Tensor:

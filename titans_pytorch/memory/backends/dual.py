@@ -294,8 +294,8 @@ class DualBackend(Backend):
                 found = self.fused.gradients(chunks, base, residual)
             else:
                 found = call_outside_inference(self.traced_gradients, chunks, base, residual)
-            added = self.num_proximal_steps
-            return found if added is None else found.proximal(chunks.step_sizes, added)
+            num_steps = self.num_proximal_steps
+            return found if num_steps is None else found.proximal(chunks.step_sizes, num_steps)
 
     def _needs_graph(self, chunks: Chunks, base: Weights, residual: WeightResidual | None) -> bool:
         """True if an input of the gradients can have a gradient itself."""

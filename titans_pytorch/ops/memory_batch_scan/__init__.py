@@ -84,7 +84,7 @@ def memory_batch_scan(
         stacked = (None if own is None else torch.stack(own, dim=1) for own in (*matrices, gamma))
         options = batches_per_block, torch.is_grad_enabled(), *settings
         outputs = triton_on_chip.memory_batch_scan_on_chip(*rows, *stacked, *of_states, *options)
-        batches = _of_kernel(keys.to(operands), chunks, *outputs[:11])
+        batches = _of_kernel(keys.to(operands), chunks, *outputs[: triton_on_chip.FOR_BACKWARD.start])
         gamma_updates = batches.negative_gamma_gradient
         if gamma_updates is not None:
             gamma_updates = gamma_updates.unflatten(2, (chunks, -1)).sum(dim=3)

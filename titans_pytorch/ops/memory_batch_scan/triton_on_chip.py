@@ -538,6 +538,8 @@ OUTPUTS = (
     'hidden', 'hidden_deltas', 'deltas', 'of_gamma', 'losses',
     'first_saved', 'last_saved', 'gamma_saved', 'products',
 )  # fmt: skip
+# those that only the backward needs
+FOR_BACKWARD = range(OUTPUTS.index('first_saved'), len(OUTPUTS))
 
 
 def _forward(
@@ -598,7 +600,7 @@ def _backward(
     eps: float,
     operands: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
-    names = OUTPUTS[: len(OUTPUTS) - NOT_DIFFERENTIABLE]
+    names = OUTPUTS[: FOR_BACKWARD.start]
     incoming = {name: d for name, d in zip(names, d_outputs) if gamma is not None or 'gamma' not in name}
     heads, batches, count, chunks = coefficients.shape
     rows, dim = keys.shape[2:]
@@ -668,14 +670,13 @@ def _backward(
     )
 
 
-NOT_DIFFERENTIABLE = 4
 memory_batch_scan_on_chip = register_kernel(
     'memory_batch_scan_on_chip',
     _forward,
     _backward,
     outputs=lambda *arguments: [*_outputs(*arguments)],
-    saved=(6, 7, 8, 9, *range(11, 15)),
-    not_differentiable=(*range(11, 15),),
+    saved=(*map(OUTPUTS.index, ('hidden', 'hidden_deltas', 'deltas', 'of_gamma')), *FOR_BACKWARD),
+    not_differentiable=(*FOR_BACKWARD,),
     # later layers may use some outputs and not others
     materialize_grads=False,
 )
