@@ -85,18 +85,22 @@ class NeuralMemState(NamedTuple):
     residual of the next memory layer; not needed to continue. Matrices are formed when they are asked for."""
 
     @property
+    def open_chunk(self) -> PendingSegment | None:
+        """`cache_store_segment` with all its parts."""
+        pending = self.cache_store_segment
+        return pending if pending is None or isinstance(pending, PendingSegment) else PendingSegment(pending)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens read so far, including those of the open chunk."""
-        pending = self.cache_store_segment
-        if pending is None:
-            return self.seq_index
-        return self.seq_index + (pending.tokens if isinstance(pending, PendingSegment) else pending).shape[-2]
+        pending = self.open_chunk
+        return self.seq_index if pending is None else self.seq_index + pending.tokens.shape[-2]
 
     @property
     def batch_size(self) -> int | None:
         """Number of sequences; `None` for a state without an open chunk."""
-        pending = self.cache_store_segment
-        tokens = pending.tokens if isinstance(pending, PendingSegment) else pending
+        pending = self.open_chunk
+        tokens = None if pending is None else pending.tokens
         return tokens.shape[-3] if isinstance(tokens, Tensor) and tokens.ndim > 2 else None
 
     def detach(self) -> NeuralMemState:
@@ -122,12 +126,12 @@ class NeuralMemState(NamedTuple):
             ValueError: for entries that are not in the batch, and for a state with weights but without tokens, not even
                 none of them, as it does not tell the size of its batch.
         """
-        pending = self.cache_store_segment
+        pending = self.open_chunk
         if pending is None:
             if self.weights is None and self.states is None:
                 return self  # it belongs to no batch yet
             raise ValueError('cache_store_segment of the state must hold the tokens of its open chunk, got None')
-        tokens = pending.tokens if isinstance(pending, PendingSegment) else pending
+        tokens, mask, queries, before = pending
         batch = tokens.shape[-3]
         chosen = checked_entries(entries, batch).to(tokens.device)
 
@@ -140,22 +144,18 @@ class NeuralMemState(NamedTuple):
 
             return TensorDict({name: pick(w) for name, w in weights.to_dict().items()})
 
-        if isinstance(pending, PendingSegment):
-            _, mask, queries, before = pending
-            pending = PendingSegment(
-                of_batch(tokens, -3),
-                None if mask is None else of_batch(mask, 0),
-                None if queries is None else of_batch(queries, 0),
-                None if before is None else of_batch(before, -3),
-            )
-        else:
-            pending = of_batch(pending, -3)
+        pending = PendingSegment(
+            of_batch(tokens, -3),
+            None if mask is None else of_batch(mask, 0),
+            None if queries is None else of_batch(queries, 0),
+            None if before is None else of_batch(before, -3),
+        )
         weights = None if self.weights is None else of_heads(self.weights, 0)
         states = None
         if self.states is not None:
             last, momentum = self.states
             states = (of_heads(last, 0), of_heads(momentum, 1))
-        return NeuralMemState(self.seq_index, weights, pending, states, None)
+        return NeuralMemState(self.seq_index, weights, pending.simplified(), states, None)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # the file holds plain dictionaries, so that it loads with `weights_only=True` and does not depend on TensorDict
