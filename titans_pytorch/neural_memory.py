@@ -666,9 +666,10 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
     def to_buffers(self, state: NeuralMemState, with_surprises: bool = False) -> MemoryBuffers:
         """`state` as buffers for `step`; `MemoryBuffers.to_state` is the inverse."""
-        if state.open_chunk is None:
+        pending = state.open_chunk
+        if pending is None:
             raise ValueError('state.cache_store_segment must hold the tokens of the open chunk, got None')
-        tokens = state.open_chunk.tokens
+        tokens = pending.tokens
         opened = self._opened(state, tokens[0] if self.qkv_receives_diff_views else tokens)
         # later tokens are in the precision of the memory, whatever that of the state
         kept: Any = (None if t is None else t.to(torch.promote_types(t.dtype, self._dtype)) for t in opened.pending)

@@ -189,9 +189,8 @@ class SegmentedAttention(Resettable, InReferenceFormat):
 
         queries, keys, values, own_values = self._project(seq, value_residual)
 
-        first = 0 if position is None else position
+        first = 0 if position is None else position - (0 if cache is None else cache[0].shape[-2])
         if cache is not None:
-            first = 0 if position is None else position - cache[0].shape[-2]
             keys, values = torch.cat((cache[0], keys), dim=-2), torch.cat((cache[1], values), dim=-2)
 
         if documents is not None:

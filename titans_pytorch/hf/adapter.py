@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from titans_pytorch.configuration import memory_arguments, memory_config
 from titans_pytorch.hf.layer_memory import PADDING, LayerMemory
+from titans_pytorch.models.validation import SET_BY_MODELS, check_left_out
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.presets import memory_settings
 from titans_pytorch.utils.checks import check_flags, check_integer, check_integers, check_keywords, check_multiple
@@ -25,11 +26,15 @@ M = TypeVar('M', bound=Module)
 WEIGHTS, CONFIG = 'memory.safetensors', 'memory_config.json'
 """Files of a saved adapter."""
 
-UNAVAILABLE = ('dim', 'qkv_receives_diff_views', 'accept_weight_residual')
+UNAVAILABLE = ('dim', *SET_BY_MODELS)
 """Arguments of `NeuralMemory` that an adapter sets itself, or whose further inputs no decoder layer has."""
 
-OF_ADD_MEMORY = {name: name for name in ('heads', 'dim_head', 'chunk_size', 'memory_batch')} | {
-    'batch_size': 'memory_batch'
+OF_ADD_MEMORY = {
+    'heads': 'heads',
+    'dim_head': 'dim_head',
+    'chunk_size': 'chunk_size',
+    'batch_size': 'memory_batch',
+    'memory_batch': 'memory_batch',
 }
 """Arguments of `NeuralMemory` and `memory_settings` that `add_memory` has arguments of its own for."""
 
@@ -101,9 +106,7 @@ def add_memory(
     for name in UNAVAILABLE:
         if neural_memory_kwargs.get(name):
             raise ValueError(f'neural_memory_kwargs must leave out {name}, got {neural_memory_kwargs[name]!r}')
-    for name, argument in OF_ADD_MEMORY.items():
-        if name in neural_memory_kwargs:
-            raise ValueError(f'neural_memory_kwargs must not hold {name!r}: add_memory has {argument} for it')
+    check_left_out(neural_memory_kwargs, OF_ADD_MEMORY, 'add_memory has')
     settings: dict[str, Any] = {'chunk_size': chunk_size, 'batch_size': memory_batch}
     if 'model' not in neural_memory_kwargs:
         keys_per_token = check_integer('num_kv_per_token', neural_memory_kwargs.get('num_kv_per_token', 1), 1)

@@ -40,6 +40,13 @@ SET_BY_MODELS = ('qkv_receives_diff_views', 'accept_weight_residual')
 """Arguments of `NeuralMemory` that depend on the layer."""
 
 
+def check_left_out(kwargs: Mapping[str, Any], arguments: Mapping[str, str], owner_has: str) -> None:
+    """Refuse `neural_memory_kwargs` with names that their owner has `arguments` of its own for."""
+    for name, argument in arguments.items():
+        if name in kwargs:
+            raise ValueError(f'neural_memory_kwargs must not hold {name!r}: {owner_has} {argument} for it')
+
+
 def checked_memory_settings(
     dim: int, chunk_size: Any, batch_size: Any, model: Module | None, kwargs: Mapping[str, Any]
 ) -> tuple[int, int | None]:
@@ -49,9 +56,7 @@ def checked_memory_settings(
         batch_size = check_multiple('neural_memory_batch_size', batch_size, 'chunk_size', chunk_size)
     check_module(neural_memory_model=model)
     check_keywords(neural_memory_kwargs=kwargs)
-    for name, argument in OF_MODELS.items():
-        if name in kwargs:
-            raise ValueError(f'neural_memory_kwargs must not hold {name!r}: models have {argument} for it')
+    check_left_out(kwargs, OF_MODELS, 'models have')
     for name in SET_BY_MODELS:
         if name in kwargs:
             raise ValueError(f'neural_memory_kwargs must not hold {name!r}: models set it for each layer')

@@ -507,7 +507,8 @@ def _outputs(
     eps: float,
     operands: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of `MemoryBatches`; absent ones are empty."""
+    """The fields of `MemoryBatches`; absent ones are empty. `learns_coefficients`: whether those of updates get a
+    gradient."""
     (heads, batches, count, chunks), (rows, dim) = coefficients.shape, keys.shape[2:]
 
     def states(own: list[Tensor], *axes: int) -> Tensor:
@@ -603,6 +604,7 @@ def _backward(
     heads, batches, count, chunks = coefficients.shape
     rows, dim = keys.shape[2:]
     absent = coefficients.new_empty(0)
+    scalar = chunks == 1 and not learns_coefficients
 
     def final_gradient(states: list[Tensor], d_final: Tensor | None) -> Tensor:
         """G, which becomes the gradient of the initial states."""
@@ -657,7 +659,7 @@ def _backward(
             of_products=rows_of_batch(hidden_width), of_y=rows_of_batch(dim), of_h=rows_of_batch(hidden_width),
             of_gamma=coefficients.new_empty((heads, shared['blocks'], dim) if gamma else (0,)),
             steps=triton.cdiv(chunks * rows, UNIT_ROWS), eps=eps, UNITS=units, UNIT_ROWS=UNIT_ROWS,
-            SCALAR=chunks == 1 and not learns_coefficients,
+            SCALAR=scalar,
         ),
     )  # fmt: skip
     return (
@@ -668,7 +670,7 @@ def _backward(
         [own.clone() for own in d_first.unbind(1)] if first else [],
         [own.clone() for own in d_last.unbind(1)],
         [own.clone() for own in d_gamma.unbind(1)] if gamma else [],
-        d_coefficients.sum(dim=-1),
+        torch.zeros_like(coefficients) if scalar else d_coefficients.sum(dim=-1),
         d_initial_coefficients.sum(dim=-1),
     )
 
