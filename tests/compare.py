@@ -60,7 +60,8 @@ def assert_no_worse(compute: Callable[[], Any], exact: Any, floor: float = 0.0) 
         ours, theirs = by_kernels[path], by_reference[path]
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape == want.shape, path
         error, budget = ((t.double() - want).norm() for t in (ours, theirs))
-        assert error <= max(2 * budget, floor * want.norm()), f'{path}: {error:.2e}, reference {budget:.2e}'
+        size = want.norm()
+        assert error <= max(2 * budget, floor * size), f'{path}: {error:.2e} of {size:.2e}, reference {budget:.2e}'
 
 
 def learned(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

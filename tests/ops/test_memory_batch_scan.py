@@ -277,7 +277,8 @@ def test_not_all_inputs_learn(kernels, poisoned):
 @pytest.mark.parametrize('dtype', [torch.float32, LOW])
 def test_kernels_are_as_exact_under_autocast_as_the_reference(kernels, poisoned, depth, norm, dtype):
     tensors = lowered(problem(2, 2, 4, 4, 16, 32, 2, depth, norm), dtype)
-    assert_no_worse(lambda: learned_in(LOW, tensors), exactly(tensors))
+    # the backward reads states in the precision of products
+    assert_no_worse(lambda: learned_in(LOW, tensors), exactly(tensors), floor=torch.finfo(LOW).eps)
 
 
 def lowered(tensors, dtype):

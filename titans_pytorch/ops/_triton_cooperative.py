@@ -16,15 +16,28 @@ REGISTERS = 2**16
 
 
 @triton.jit
-def wait_for_all(counter, target, WAITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Waits until all programs of a head are here, `target` arrivals since the launch; all they wrote can be read."""
+def arrive(counter, WAITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Tells the other programs of a head that they can read what this one has written."""
     tl.debug_barrier()
     if WAITS:
         tl.atomic_add(counter, 1, sem='release', scope='gpu')
+
+
+@triton.jit
+def wait_for_arrivals(counter, target, WAITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Waits for `target` arrivals of programs of a head since the launch."""
+    if WAITS:
         arrived = tl.atomic_add(counter, 0, sem='acquire', scope='gpu')
         while arrived < target:
             arrived = tl.atomic_add(counter, 0, sem='acquire', scope='gpu')
         tl.debug_barrier()
+
+
+@triton.jit
+def wait_for_all(counter, target, WAITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Waits until all programs of a head are here, `target` arrivals since the launch; all they wrote can be read."""
+    arrive(counter, WAITS)
+    wait_for_arrivals(counter, target, WAITS)
 
 
 def new_counters(heads: int, device: torch.device) -> Tensor:

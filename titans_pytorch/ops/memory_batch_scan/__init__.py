@@ -34,7 +34,7 @@ class MemoryBatches(NamedTuple):
     each matrix."""
 
     initial: list[Float[Tensor, 'bh r k _d _e']]
-    """States before each block; in the precision of products if they stayed on chip."""
+    """States before each block; from a kernel in the precision of products."""
     gamma_initial: Float[Tensor, 'bh r k d'] | None
     """Those of the norm's γ; `None` without."""
     final: list[Float[Tensor, 'bh k _d _e']]

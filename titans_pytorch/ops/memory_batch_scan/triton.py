@@ -1,10 +1,11 @@
 """Kernels of the scan over memory batches: one launch forward, one backward.
 
 Several programs share one head of one sequence. For each memory batch there are two phases: of rows, which computes the
-inner gradient, and of states, which computes the final state; between them the programs of a head wait for each other,
-so that all must be on the GPU at once: a cooperative launch. States and rows travel through global memory, and seldom
-leave its cache. The backward goes from the last memory batch to the first, with the gradient G of the states after each
-in place.
+inner gradient, and of states, which takes the states in place to after the memory batch; between them the programs of a
+head wait for each other, so that all must be on the GPU at once: a cooperative launch. States and rows travel through
+global memory, and seldom leave its cache, whose rate is the limit: products, for which each program reads all states,
+read copies in their own precision. The backward goes from the last memory batch to the first, with the gradient G of
+the states after each in place, and a copy of that.
 
 Every phase of every memory batch can also be launched by itself: so several programs of a head are tested where there
 is no GPU, and programs cannot wait.
@@ -57,28 +58,46 @@ COPIED = 2048
 
 @triton.jit
 def _copy(  # type: ignore[no-untyped-def]
-    state_0, state_1, state_2, state_3, head_0, head_1, head_2, head_3, initial, head, part, programs,
+    state_0, state_1, state_2, state_3, head_0, head_1, head_2, head_3, states, initial, head, part, programs,
     SIZE: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Copies initial states to where the first memory batch reads them."""
+    """Copies initial states to where they are updated, and to where the first memory batch reads them."""
     for k in tl.static_range(STATES):
         state = select(k, state_0, state_1, state_2, state_3) + head * select(k, head_0, head_1, head_2, head_3)
         for first_entry in range(part * BLOCK, SIZE, programs * BLOCK):
             entry = first_entry + tl.arange(0, BLOCK)
             own = tl.load(state + entry, mask=entry < SIZE, other=0.0)
+            tl.store(states + k * SIZE + entry, own, mask=entry < SIZE)
             tl.store(initial + k * SIZE + entry, own, mask=entry < SIZE)
+
+
+@triton.jit
+def _advance_tile(  # type: ignore[no-untyped-def]
+    update, coefficients, initial_coefficients, states, next_initial, more, offset, inside,
+    state: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, SIZE: tl.constexpr, STATES: tl.constexpr,
+):  # fmt: skip
+    """Takes a tile of one state in place to after a memory batch. It contains the states from `FIRST` to `LAST`."""
+    total = tl.load(coefficients + state) * update
+    for i in tl.static_range(FIRST, LAST + 1):
+        initial_coefficient = tl.load(initial_coefficients + state * STATES + i)
+        total += initial_coefficient * tl.load(states + i * SIZE + offset, mask=inside, other=0.0)
+    # what one thread has yet to read, another may write
+    tl.debug_barrier()
+    tl.store(states + state * SIZE + offset, total, mask=inside)
+    if more:
+        tl.store(next_initial + state * SIZE + offset, total, mask=inside)
 
 
 @triton.jit
 def _advance(  # type: ignore[no-untyped-def]
     inputs, input_chunk, input_row, deltas, delta_chunk, delta_row, coefficients, initial_coefficients,
-    initial, after, final, more, first_tile, programs, chunks, rows,
+    states, next_initial, more, first_tile, programs, chunks, rows,
     dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr, SCALAR: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Computes tiles of all states of a matrix after a memory batch, into `after` if there is one more, else `final`.
-    If rows share a coefficient, their product is formed once; otherwise the states' tiles are stacked, so that rows are
-    read once for all."""
+    """Takes tiles of all states of a matrix in place to after a memory batch, and copies them for the next if there is
+    one more. If rows share a coefficient, their product is formed once; otherwise the states' tiles are stacked, so
+    that rows are read once for all."""
     across: tl.constexpr = (width + WIDTH - 1) // WIDTH
     tiles: tl.constexpr = (dim + DIM - 1) // DIM * across
     stacked: tl.constexpr = 1 if SCALAR else PADDED
@@ -104,31 +123,31 @@ def _advance(  # type: ignore[no-untyped-def]
             delta = tl.load(from_deltas, mask=valid[:, None] & with_out[None, :], other=0.0)
             total = multiply_add(total, x, delta, PRECISION, OPERAND)
         if SCALAR:
-            for k in tl.static_range(STATES):
-                of_state = tl.load(coefficients + k) * total
-                for i in tl.static_range(STATES):
-                    initial_coefficient = tl.load(initial_coefficients + k * STATES + i)
-                    from_state = initial + i * dim * width + offset
-                    of_state += initial_coefficient * tl.load(from_state, mask=inside, other=0.0)
-                if more:
-                    tl.store(after + k * dim * width + offset, of_state, mask=inside)
-                else:
-                    tl.store(final + k * dim * width + offset, of_state, mask=inside)
+            _advance_tile(
+                total, coefficients, initial_coefficients, states, next_initial, more, offset, inside,
+                0, 0, STATES - 1, dim * width, STATES,
+            )  # fmt: skip
+            # later orders of momentum before earlier ones, so that what is written is not read any more
+            for step in tl.static_range(1, STATES):
+                _advance_tile(
+                    total, coefficients, initial_coefficients, states, next_initial, more, offset, inside,
+                    STATES - step, 1, STATES - step, dim * width, STATES,
+                )  # fmt: skip
         else:
             for i in tl.static_range(STATES):
                 initial_coefficient = tl.load(initial_coefficients + state * STATES + i, mask=state < STATES, other=0.0)
-                from_state = initial + i * dim * width + offset
-                total += initial_coefficient[:, None] * tl.load(from_state, mask=inside, other=0.0)
+                own = tl.load(states + i * dim * width + offset, mask=inside, other=0.0)
+                total += initial_coefficient[:, None] * own
+            tl.debug_barrier()
             offset += (state * dim * width)[:, None]
+            tl.store(states + offset, total, mask=inside)
             if more:
-                tl.store(after + offset, total, mask=inside)
-            else:
-                tl.store(final + offset, total, mask=inside)
+                tl.store(next_initial + offset, total, mask=inside)
 
 
 @triton.jit
 def _advance_gamma(  # type: ignore[no-untyped-def]
-    of_gamma, coefficients, initial_coefficients, initial, after, final, more, chunks, parts, feature,
+    of_gamma, coefficients, initial_coefficients, initial, states, next_initial, more, chunks, parts, feature,
     dim: tl.constexpr, STATES: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """The same for γ, whose negative gradients come in parts of a chunk."""
@@ -144,10 +163,9 @@ def _advance_gamma(  # type: ignore[no-untyped-def]
         for i in tl.static_range(STATES):
             initial_coefficient = tl.load(initial_coefficients + k * STATES + i)
             total += initial_coefficient * tl.load(initial + i * dim + feature, mask=with_dim, other=0.0)
+        tl.store(states + k * dim + feature, total, mask=with_dim)
         if more:
-            tl.store(after + k * dim + feature, total, mask=with_dim)
-        else:
-            tl.store(final + k * dim + feature, total, mask=with_dim)
+            tl.store(next_initial + k * dim + feature, total, mask=with_dim)
 
 
 @triton.jit(do_not_specialize=['first_batch', 'last_batch', 'batches'])
@@ -178,16 +196,19 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         if HIDDEN:
             _copy(
                 first_0, first_1, first_2, first_3, first_head_0, first_head_1, first_head_2, first_head_3,
-                first_initial + of_head * dim * width, head, part, programs, dim * width, STATES, COPIED,
+                first_final + head * STATES * dim * width, first_initial + of_head * dim * width,
+                head, part, programs, dim * width, STATES, COPIED,
             )  # fmt: skip
         _copy(
             last_0, last_1, last_2, last_3, last_head_0, last_head_1, last_head_2, last_head_3,
-            last_initial + of_head * width * dim, head, part, programs, width * dim, STATES, COPIED,
+            last_final + head * STATES * width * dim, last_initial + of_head * width * dim,
+            head, part, programs, width * dim, STATES, COPIED,
         )  # fmt: skip
         if NORM:
             _copy(
                 gamma_0, gamma_1, gamma_2, gamma_3, gamma_head_0, gamma_head_1, gamma_head_2, gamma_head_3,
-                gamma_initial + of_head * dim, head, part, programs, dim, STATES, COPIED,
+                gamma_final + head * STATES * dim, gamma_initial + of_head * dim,
+                head, part, programs, dim, STATES, COPIED,
             )  # fmt: skip
         wait_for_all(counter, programs, WAITS)
 
@@ -230,30 +251,31 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
             if HIDDEN:
                 _advance(
                     own_keys, key_chunk, key_row, hidden_deltas + start * width, rows * width, width,
-                    own_coefficients, own_initial_coefficients, at_first, at_first + STATES * dim * width,
-                    first_final + head * STATES * dim * width, more, part, programs, chunks, rows,
+                    own_coefficients, own_initial_coefficients, first_final + head * STATES * dim * width,
+                    at_first + STATES * dim * width, more, part, programs, chunks, rows,
                     dim, width, STATES, PADDED, SCALAR, FIRST_DIM, FIRST_WIDTH, STATE_ROWS, PRECISION, OPERAND,
                 )  # fmt: skip
                 # the tiles of both matrices go to the programs in turn
                 _advance(
                     hidden + start * width, rows * width, width, deltas + start * dim, rows * dim, dim,
-                    own_coefficients, own_initial_coefficients, at_last, at_last + STATES * width * dim,
-                    last_final + head * STATES * width * dim, more,
+                    own_coefficients, own_initial_coefficients, last_final + head * STATES * width * dim,
+                    at_last + STATES * width * dim, more,
                     (part + programs - first_tiles % programs) % programs, programs, chunks, rows,
                     width, dim, STATES, PADDED, SCALAR, LAST_DIM, LAST_WIDTH, STATE_ROWS, PRECISION, OPERAND,
                 )  # fmt: skip
             else:
                 _advance(
                     own_keys, key_chunk, key_row, deltas + start * dim, rows * dim, dim,
-                    own_coefficients, own_initial_coefficients, at_last, at_last + STATES * width * dim,
-                    last_final + head * STATES * width * dim, more, part, programs, chunks, rows,
+                    own_coefficients, own_initial_coefficients, last_final + head * STATES * width * dim,
+                    at_last + STATES * width * dim, more, part, programs, chunks, rows,
                     width, dim, STATES, PADDED, SCALAR, LAST_DIM, LAST_WIDTH, STATE_ROWS, PRECISION, OPERAND,
                 )  # fmt: skip
             if NORM:
                 if part == (first_tiles * HIDDEN + last_tiles) % programs:
                     _advance_gamma(
-                        own_gamma, own_coefficients, own_initial_coefficients, at_gamma, at_gamma + STATES * dim,
-                        gamma_final + head * STATES * dim, more, chunks, parts, feature, dim, STATES, DIM,
+                        own_gamma, own_coefficients, own_initial_coefficients, at_gamma,
+                        gamma_final + head * STATES * dim, at_gamma + STATES * dim,
+                        more, chunks, parts, feature, dim, STATES, DIM,
                     )  # fmt: skip
             if more:
                 wait_for_all(counter, (2 * (batch - first_batch) + 3) * programs, WAITS)
@@ -290,13 +312,13 @@ def _backward_of_states(  # type: ignore[no-untyped-def]
             together = tl.zeros((DIM, BLOCK), tl.float32)
             for k in tl.static_range(STATES):
                 g = tl.load(states + k * dim * width + offset, mask=inside, other=0.0)
-                together += tl.load(coefficients + k) * g
+                together += tl.load(coefficients + k) * g.to(tl.float32)
             together = together.to(OPERAND)
             d_y = multiply_add(d_y, x, together, PRECISION, OPERAND)
             d_x = multiply_add(d_x, y, tl.trans(together), PRECISION, OPERAND)
         else:
             for k in tl.static_range(STATES):
-                g = tl.load(states + k * dim * width + offset, mask=inside, other=0.0).to(OPERAND)
+                g = tl.load(states + k * dim * width + offset, mask=inside, other=0.0)
                 coefficient = tl.load(coefficients + k * chunks + chunk, mask=valid, other=0.0)[:, None]
                 product = multiply_add(nothing, x, g, PRECISION, OPERAND)
                 of_coefficients += tl.where(state == k, tl.sum(product * y, axis=1)[:, None], 0.0)
@@ -308,10 +330,11 @@ def _backward_of_states(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _step_back(  # type: ignore[no-untyped-def]
-    states, initial, given, initial_coefficients, d_initial_coefficients, slot, slots, offset, present, d_weight,
+    states, copies, initial, given, initial_coefficients, d_initial_coefficients, slot, slots,
+    offset, present, d_weight,
     SIZE: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """Takes a tile of G in place from after a memory batch to before it. A part of the gradient of
+    """Takes a tile of G in place from after a memory batch to before it, and copies it. A part of the gradient of
     `initial_coefficients` goes to `slot`."""
     state = tl.arange(0, PADDED)
     valid = (state < STATES)[:, None, None] & present[None, :, :]
@@ -325,17 +348,18 @@ def _step_back(  # type: ignore[no-untyped-def]
             # the weights that gradients were taken at
             d_initial += d_weight
         if GIVEN:
-            d_initial += tl.load(given + i * SIZE + offset, mask=present, other=0.0)
-        initial_state = tl.load(initial + i * SIZE + offset, mask=present, other=0.0)
+            d_initial += tl.load(given + i * SIZE + offset, mask=present, other=0.0).to(tl.float32)
+        initial_state = tl.load(initial + i * SIZE + offset, mask=present, other=0.0).to(tl.float32)
         of_initial_coefficient = tl.sum(tl.sum(g * initial_state[None, :, :], axis=2), axis=1)
         to_slot = d_initial_coefficients + (state * STATES + i) * slots + slot
         tl.store(to_slot, of_initial_coefficient, mask=state < STATES)
         tl.store(states + i * SIZE + offset, d_initial, mask=present)
+        tl.store(copies + i * SIZE + offset, d_initial, mask=present)
 
 
 @triton.jit(do_not_specialize=['first_batch', 'last_batch', 'batches'])
 def _backward_kernel(  # type: ignore[no-untyped-def]
-    d_first_initial, d_last_initial, d_gamma_initial, d_first, d_last, d_gamma,
+    d_first_initial, d_last_initial, d_gamma_initial, d_first, d_last, d_gamma, first_copies, last_copies,
     d_hidden, d_hidden_deltas, d_deltas, d_gamma_gradient, d_losses,
     keys, values, step_sizes, coefficients, initial_coefficients, first_initial, last_initial, gamma_initial,
     hidden, hidden_deltas, deltas, gamma_gradient,
@@ -370,6 +394,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     of_gamma += head * blocks * dim
     d_first += head * STATES * dim * width
     d_last += head * STATES * width * dim
+    first_copies += head * STATES * dim * width
+    last_copies += head * STATES * width * dim
     d_gamma += head * STATES * dim
 
     for step in range(first_batch, last_batch):
@@ -406,7 +432,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                     delta = tl.load(own_deltas + features, mask=inside, other=0.0).to(tl.float32)
                     d_delta, of_coefficients = _backward_of_states(
                         delta, own_hidden, to_hidden, given_hidden, row_offset * d_hidden_row, d_hidden_unit,
-                        d_last, own_coefficients, of_coefficients, chunk, chunks, row_offset, valid, feature,
+                        last_copies, own_coefficients, of_coefficients, chunk, chunks, row_offset, valid, feature,
                         dim, width, 1, dim, OF_HIDDEN,
                         STATES, PADDED, SCALAR, CHUNKS * ROWS, DIM, BLOCK, PRECISION, OPERAND,
                     )  # fmt: skip
@@ -416,14 +442,14 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                     tl.store(to_deltas + features, d_delta, mask=inside)
                     d_k, of_coefficients = _backward_of_states(
                         k, own_hidden_deltas, to_hidden_deltas, d_hidden_deltas + start * width, row_offset * width, 1,
-                        d_first, own_coefficients, of_coefficients, chunk, chunks, row_offset, valid, feature,
+                        first_copies, own_coefficients, of_coefficients, chunk, chunks, row_offset, valid, feature,
                         dim, width, width, 1, OF_HIDDEN_DELTAS,
                         STATES, PADDED, SCALAR, CHUNKS * ROWS, DIM, BLOCK, PRECISION, OPERAND,
                     )  # fmt: skip
                 else:
                     d_k, of_coefficients = _backward_of_states(
                         k, own_deltas, to_deltas, d_deltas + start * dim, row_offset * dim, 1,
-                        d_last, own_coefficients, of_coefficients, chunk, chunks, row_offset, valid, feature,
+                        last_copies, own_coefficients, of_coefficients, chunk, chunks, row_offset, valid, feature,
                         dim, dim, dim, 1, OF_DELTAS,
                         STATES, PADDED, SCALAR, CHUNKS * ROWS, DIM, BLOCK, PRECISION, OPERAND,
                     )  # fmt: skip
@@ -471,14 +497,14 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                     rows, key_chunk, key_row, dim, width, HIDDEN, UNITS, UNIT_ROWS, DIM, PRECISION, OPERAND,
                 )  # fmt: skip
                 _step_back(
-                    d_last, at_last, d_last_initial + own * STATES * width * dim, own_initial_coefficients,
+                    d_last, last_copies, at_last, d_last_initial + own * STATES * width * dim, own_initial_coefficients,
                     own_slots, block, slots, unit[:, None] * dim + feature[None, :], present, of_last,
                     width * dim, STATES, PADDED, LAST_INITIAL,
                 )  # fmt: skip
                 if HIDDEN:
                     _step_back(
-                        d_first, at_first, d_first_initial + own * STATES * dim * width, own_initial_coefficients,
-                        own_slots, unit_blocks + block, slots,
+                        d_first, first_copies, at_first, d_first_initial + own * STATES * dim * width,
+                        own_initial_coefficients, own_slots, unit_blocks + block, slots,
                         feature[None, :] * width + unit[:, None], present, of_first,
                         dim * width, STATES, PADDED, FIRST_INITIAL,
                     )  # fmt: skip
@@ -486,7 +512,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                 if part == unit_blocks % programs:
                     of_weight = sum_rows(of_gamma, blocks, feature, dim, DIM)
                     _step_back(
-                        d_gamma, at_gamma, d_gamma_initial + own * STATES * dim, own_initial_coefficients,
+                        d_gamma, d_gamma, at_gamma, d_gamma_initial + own * STATES * dim, own_initial_coefficients,
                         own_slots, slots - 1, slots, feature[None, :], (feature < dim)[None, :], of_weight[None, :],
                         dim, STATES, PADDED, GAMMA_INITIAL,
                     )  # fmt: skip
@@ -511,15 +537,16 @@ def _outputs(
     gradient."""
     (heads, batches, count, chunks), (rows, dim) = coefficients.shape, keys.shape[2:]
 
-    def states(own: list[Tensor], *axes: int) -> Tensor:
-        return coefficients.new_empty((*axes, count, *own[0].shape[1:]) if own else (0,))
+    def states(own: list[Tensor], *axes: int, dtype: torch.dtype = coefficients.dtype) -> Tensor:
+        return coefficients.new_empty((*axes, count, *own[0].shape[1:]) if own else (0,), dtype=dtype)
 
     def of_rows(features: int) -> Tensor:
         return keys.new_empty((heads, batches, chunks * rows, features) if features else (0,), dtype=operands)
 
     width = first[0].shape[2] if first else 0
     return (
-        states(first, heads, batches), states(last, heads, batches), states(gamma, heads, batches),
+        states(first, heads, batches, dtype=operands), states(last, heads, batches, dtype=operands),
+        states(gamma, heads, batches),
         states(first, heads), states(last, heads), states(gamma, heads),
         of_rows(width), of_rows(width), of_rows(dim),
         coefficients.new_empty((heads, batches, chunks, dim) if gamma else (0,)),
@@ -650,6 +677,8 @@ def _backward(
         | dict(
             d_hidden=absent if d_hidden is None else d_hidden, OF_HIDDEN=d_hidden is not None,
             d_first=d_first, d_last=d_last, d_gamma=d_gamma,
+            # what products read; in float32 the same memory
+            first_copies=d_first.to(operands), last_copies=d_last.to(operands),
             first_initial=first_initial, last_initial=last_initial, gamma_initial=gamma_initial,
             hidden=hidden, hidden_deltas=hidden_deltas, deltas=deltas, gamma_gradient=gamma_gradient,
             d_keys=d_keys, d_values=d_values, d_step_sizes=d_step_sizes,

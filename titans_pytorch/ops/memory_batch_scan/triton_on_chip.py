@@ -31,7 +31,13 @@ from titans_pytorch.ops._triton import (
     product_precision,
     tile_size,
 )
-from titans_pytorch.ops._triton_cooperative import COUNTER_STRIDE, heads_together, new_counters, wait_for_all
+from titans_pytorch.ops._triton_cooperative import (
+    COUNTER_STRIDE,
+    arrive,
+    heads_together,
+    new_counters,
+    wait_for_arrivals,
+)
 from titans_pytorch.ops.inner_gradient.triton import gradient_of_product, gradient_of_product_backward
 
 # hidden features of a program
@@ -200,6 +206,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
             if BEFORE_SUM:
                 y = multiply_add(tl.zeros((ROWS, DIM), tl.float32), a, w_2, PRECISION, OPERAND)
                 _store_part(parts_of_y, part, y, SIZE, ROWS, DIM)
+            arrive(counter, WAITS)
+            # whatever needs no sum, while the others arrive
             if AFTER_SUM:
                 if batch % batches_per_block == 0:
                     block = own // batches_per_block
@@ -220,7 +228,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                         if part == 0:
                             _store_matrix(to_saved, w_gamma, s_gamma, dim, feature, with_feature, MOMENTUM)
                 tl.store(hidden + (start + index)[:, None] * width + unit[None, :], a, mask=present)
-            wait_for_all(counter, (batch - first_batch + 1) * PARTS, WAITS)
+            wait_for_arrivals(counter, (batch - first_batch + 1) * PARTS, WAITS)
 
             if AFTER_SUM:
                 y = _sum_of_parts(parts_of_y, PARTS, SIZE, ROWS, DIM)
@@ -407,6 +415,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                     given = tl.load(d_deltas + to_rows, mask=inside, other=0.0).to(tl.float32)
                     d_delta += is_first_part * given
                 _store_part(parts_of_delta, part, d_delta, SIZE, ROWS, DIM)
+            arrive(counter, WAITS)
+            # whatever needs no sum, while the others arrive
             if OF_HIDDEN:
                 given = d_hidden + head * d_hidden_head + tl.cast(batch, tl.int64) * d_hidden_batch
                 given += (index * d_hidden_row)[:, None] + (unit * d_hidden_unit)[None, :]
@@ -458,7 +468,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                     from_block = d_gamma_initial + block * STATES * dim
                     d_w, d_s = _load_matrix(from_block, dim, feature, with_feature, MOMENTUM)
                     g_gamma, t_gamma = g_gamma + d_w, t_gamma + d_s
-            wait_for_all(counter, (step - first_batch + 1) * PARTS, WAITS)
+            wait_for_arrivals(counter, (step - first_batch + 1) * PARTS, WAITS)
 
             if AFTER_SUM:
                 d_delta = _sum_of_parts(parts_of_delta, PARTS, SIZE, ROWS, DIM)
