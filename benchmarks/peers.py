@@ -1,13 +1,15 @@
 """A memory layer with gradients at the newest weights, beside other sequence mixers of the same width.
 
     python benchmarks/peers.py                                   (about 4 minutes on a GPU)
+    python benchmarks/peers.py --compile                         (a minute more for each row)
     python benchmarks/peers.py --reference-path /folder/with/the/reference --lengths 2048 32768
     python benchmarks/peers.py --quick                           (a minute on a CPU: does it run?)
 
 Every layer has a norm, projections of width 384 to four heads of 64, and a projection back. Tokens are constant: at
 twice the length, half the sequences. A row is the time of forward and backward under autocast in bf16, as a CUDA graph
-where one can be captured. Before it is timed, a memory is compared with the dense backend in float64, and another mixer
-with a loop over tokens; the error of its output in the precision of the row is in the table.
+where one can be captured; with `--compile` also that of the layer compiled by `torch.compile`. Before it is timed, a
+memory is compared with the dense backend in float64, and another mixer with a loop over tokens; the error of its output
+in the precision of the row is in the table.
 
 Linear attention with gates and the gated delta rule are those of flash-linear-attention (package `fla-core`), if it is
 installed; the first step of these rows searches for settings, which takes up to a minute each.
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -165,7 +168,7 @@ def output(layer: nn.Module, x: Tensor) -> Tensor:
     return out if isinstance(out, Tensor) else out[0]
 
 
-def work(row: dict[str, Any], length: int, tokens: int, repeats: int) -> dict[str, Any]:
+def work(row: dict[str, Any], length: int, tokens: int, repeats: int, compiles: bool) -> dict[str, Any]:
     # TorchScript, through which the reference's scan goes, fails on some GPUs to fuse casts to bfloat16
     torch._C._jit_set_texpr_fuser_enabled(False)
     layer, exact = build(Row(**row))
@@ -185,22 +188,34 @@ def work(row: dict[str, Any], length: int, tokens: int, repeats: int) -> dict[st
     x = torch.randn(tokens // length, length, DIM, device=DEVICE)
     gradient = torch.randn_like(x)
 
-    def step() -> None:
-        layer.zero_grad(set_to_none=False)
-        loss(x).backward(gradient.to(torch.bfloat16))
+    def timed_as_graph(forward: Callable[[Tensor], Tensor]) -> tuple[list[float], bool]:
+        """Seconds of each step, and whether a CUDA graph was captured."""
 
-    step()
-    run, captures = step, True
-    if DEVICE == 'cuda':
-        try:
-            run = captured(step)
-        except RuntimeError:  # a kernel that cannot be captured
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            captures = False
-    seconds = timed(run, repeats)
+        def step() -> None:
+            layer.zero_grad(set_to_none=True)
+            forward(x).backward(gradient.to(torch.bfloat16))
+
+        step()
+        run, captures = step, DEVICE == 'cuda'
+        if captures:
+            try:
+                run = captured(step)
+            except RuntimeError:  # a kernel that cannot be captured
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                captures = False
+        return timed(run, repeats), captures
+
+    seconds, captures = timed_as_graph(loss)
     peak = torch.cuda.max_memory_allocated() if DEVICE == 'cuda' else None
-    return {'seconds': seconds, 'peak': peak, 'error': error.item(), 'captures': captures}
+    compiled = None
+    if compiles:
+        compiled, _ = timed_as_graph(torch.compile(loss, dynamic=False))
+    return {'seconds': seconds, 'compiled': compiled, 'peak': peak, 'error': error.item(), 'captures': captures}
+
+
+def milliseconds(seconds: float) -> str:
+    return f'{seconds * 1e3:.2f} ms'
 
 
 def main() -> None:
@@ -208,7 +223,8 @@ def main() -> None:
     parser.add_argument('--lengths', type=int, nargs='+', default=[2048], help='tokens of a sequence')
     parser.add_argument('--tokens', type=int, default=32_768, help='tokens of a step')
     parser.add_argument('--repeats', type=int, default=20, help='timed steps')
-    parser.add_argument('--timeout', type=float, default=90.0, help='seconds after which a row is given up')
+    parser.add_argument('--compile', action='store_true', help='time each layer compiled too')
+    parser.add_argument('--timeout', type=float, default=180.0, help='seconds after which a row is given up')
     parser.add_argument('--quick', action='store_true', help='few tokens')
     options = parsed(parser, work)
     if options.quick:
@@ -222,26 +238,34 @@ def main() -> None:
     cells = []
     for length in options.lengths:
         for row, name, path in jobs:
-            job = dict(row=asdict(row), length=length, tokens=options.tokens, repeats=options.repeats)
+            compiles = options.compile and path != options.reference_path
+            job = dict(
+                row=asdict(row), length=length, tokens=options.tokens, repeats=options.repeats, compiles=compiles
+            )  # fmt: skip
             figures = in_own_process(__file__, path, options.timeout, **job)
             print(json.dumps({'row': name, 'length': length, **figures}), flush=True)
             if 'failed' in figures:
-                cells.append([name, f'{length:,}', f'failed: {figures["failed"][:80]}', '', '', ''])
+                cells.append([name, f'{length:,}', f'failed: {figures["failed"][:80]}', *[''] * (3 + options.compile)])
                 continue
             own = summary([figures])
-            eager = '' if own['captures'] else ', eager'
-            speed = f'{options.tokens / own["median"] / 1e6:.2f} M'
+            eager = '' if own['captures'] or DEVICE == 'cpu' else ', eager'
+            times = [own['median'], *([statistics.median(own['compiled'])] if own['compiled'] else [])]
+            compiled = milliseconds(times[1]) if own['compiled'] else '–'
+            speed = f'{options.tokens / min(times) / 1e6:.2f} M'
             cells.append(
                 [
                     name,
                     f'{length:,}',
-                    f'{own["median"] * 1e3:.2f} ms{eager}',
+                    f'{milliseconds(times[0])}{eager}',
+                    *([compiled] if options.compile else []),
                     speed,
                     gibibytes(own['peak']),
                     f'{own["error"]:.1e}',
                 ]
             )
     heads = ['layer', 'length', 'forward and backward', 'tokens/s', 'peak memory', 'error']
+    if options.compile:
+        heads.insert(3, 'compiled')
     text = f'{machine()}, {options.tokens:,} tokens\n\n{table(heads, cells)}'
     print(f'\n{text}')
     if options.write:

@@ -124,7 +124,15 @@ class FusedMLP(NamedTuple):
                 dense[gamma] = (every + coefficients.initial_steps @ out.gamma_initial).flatten(1, 2)
 
         matrices = {name: FactoredMatrix(*own) for name, *own in zip(names, out.initial, out.inputs, out.deltas)}
-        blocks = FactoredBlocks(coefficients.steps, coefficients.initial_steps, matrices)
+        initial_steps = coefficients.initial_steps
+        if initial_steps.shape[2] == 1 and not lookahead:
+            # the only step of a block reads the weights before it, and nothing else
+            initial_steps = initial_steps[..., :1]
+            matrices = {
+                name: FactoredMatrix(own.initial_states[:, :, :1], own.inputs.detach(), own.deltas.detach())
+                for name, own in matrices.items()
+            }
+        blocks = FactoredBlocks(coefficients.steps, initial_steps, matrices)
         states = {name: [*final[name].unbind(1)] for name in weights.newest}
         newest = {name: weights_of_states(own, lookahead) for name, own in states.items()}
         momentum = {name: stacked(states[name][1:]) for name in weights.momentum}

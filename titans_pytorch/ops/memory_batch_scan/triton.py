@@ -50,8 +50,9 @@ BLOCK, MOST_COLUMNS, MOST_ENTRIES = 4096, 64, (2048, 1024)
 STATE_BLOCK, STATE_BLOCK_IN_FULL, STATE_ROWS = (64, 64), (32, 64), 32
 # hidden features whose states' gradients are computed at a time, and the rows that are read at a time for it
 UNITS, UNIT_ROWS = 32, 32
-# forward and backward
-WARPS, STAGES = (4, 4), (1, 2)
+WARPS = 4
+# forward, backward, and forward where rows share a coefficient, which leaves registers free
+STAGES, STAGES_SCALAR = (1, 3), 2
 # entries of a state that are copied at a time
 COPIED = 2048
 
@@ -749,6 +750,10 @@ def _arguments(
     columns = min(MOST_COLUMNS, MOST_ENTRIES[back] // own)
     of_chunk = min(triton.next_power_of_2(rows), own)
     parts = triton.cdiv(rows, of_chunk)
+    stages = STAGES_SCALAR if chunks == 1 and not back else STAGES[back]
+    if in_full and padded > 64:
+        # two take more memory than a multiprocessor of compute capability 8.6 has
+        stages = 1
     return dict(
         keys=keys, **named_strides('key', keys, 'head chunk row'),
         values=values, **named_strides('value', values, 'head chunk row'),
@@ -758,9 +763,7 @@ def _arguments(
         dim=dim, width=width, HIDDEN=has_first, NORM=has_gamma, STATES=count, PADDED=triton.next_power_of_2(count),
         CHUNKS=own // of_chunk, ROWS=of_chunk, DIM=padded,
         BLOCK=min(tile_size(width), columns, BLOCK // padded, max(32, padded)), COUNTER_STRIDE=COUNTER_STRIDE,
-        **product_precision(operands), num_warps=WARPS[back],
-        # one, where two take more memory than a multiprocessor of compute capability 8.6 has
-        num_stages=1 if in_full and padded > 64 else STAGES[back],
+        **product_precision(operands), num_warps=WARPS, num_stages=stages,
     )  # fmt: skip
 
 

@@ -56,8 +56,8 @@ class Tiles(NamedTuple):
 
 # of each kernel, in the tensor cores' precision and in float32 in full: there products take twice the registers, and
 # with fewer than 64 rows Triton takes the tensor cores' older instructions, which read matrices either way round
-FORWARD = (Tiles(64, 64, 64, 4), Tiles(32, 32, 32, 4))
-QUERIES = (Tiles(64, 64, 32, 4), Tiles(32, 32, 32, 4))
+FORWARD = (Tiles(64, 64, 64, 4, 3), Tiles(32, 32, 32, 4))
+QUERIES = (Tiles(64, 64, 32, 4, 3), Tiles(32, 32, 32, 4))
 STORED = (Tiles(32, 64, 64, 4), Tiles(32, 32, 32, 4))
 INITIAL = (Tiles(32, 64, 64, 4, 3), Tiles(32, 32, 32, 4))
 # where there would be fewer programs of 64 rows than these, each gets 32
