@@ -299,8 +299,9 @@ STABLE: dict[str, Any] = {
     'NEURAL_MEM_BATCH_SIZE': 16,
     'NEURAL_MEM_MAX_LR': 10.0,
     'NEURAL_MEM_INIT_DECAY_BIAS': -5.0,
-    # a window has many memory batches, which the compiler would unroll
-    'COMPILE': False,
+    # with these, memory batches would be stored one after the other, in eight times the time of a step
+    'NEURAL_MEM_WEIGHT_RESIDUAL': False,
+    'MEMORY_MODEL_PER_LAYER_LEARNED_LR': False,
 }
 PRESETS = {'full': {}, 'quick': QUICK, 'stable': STABLE, 'quick-stable': {**QUICK, **STABLE}}
 
