@@ -3,9 +3,8 @@
 Several programs share one head of one sequence. For each memory batch there are two phases: of rows, which computes the
 inner gradient, and of states, which takes the states in place to after the memory batch; between them the programs of a
 head wait for each other, so that all must be on the GPU at once: a cooperative launch. States and rows travel through
-global memory, and seldom leave its cache, whose rate is the limit: products, for which each program reads all states,
-read copies in their own precision. The backward goes from the last memory batch to the first, with the gradient G of
-the states after each in place, and a copy of that.
+global memory, and seldom leave its cache. Products read a copy of the states in their own precision. The backward goes
+from the last memory batch to the first, with the gradient G of the states after each in place, and a copy of that.
 
 Every phase of every memory batch can also be launched by itself: so several programs of a head are tested where there
 is no GPU, and programs cannot wait.
