@@ -149,7 +149,7 @@ def test_gradient_checkpointing_recomputes_the_layers(monkeypatch):
 
 def cache_of_three() -> TitansCache:
     cache = TitansCache()
-    cache.groups = [Group(torch.arange(3))]
+    cache.groups = [Group(range(3))]
     return cache
 
 

@@ -1,12 +1,8 @@
-"""`TitansCache`, the states of a batch between calls, in the form of Hugging Face's caches.
-
-A `ModelState` has one position for all of its rows. The rows of a padded batch have read different numbers of tokens,
-so they are grouped by that number, and each group has a state. A batch without padding is one group.
-"""
+"""`TitansCache`, the states of a batch between calls, in the form of Hugging Face's caches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any, NoReturn
 from weakref import finalize
@@ -16,6 +12,7 @@ from torch import Tensor
 from transformers import Cache
 
 from titans_pytorch.generation.stepper import CallStepper, Stepper
+from titans_pytorch.hf.row_groups import RowGroup, number_of_rows, select_rows, split_by_count
 from titans_pytorch.models.base import Transformer
 from titans_pytorch.models.state import ModelState
 from titans_pytorch.utils.shapes import Bool, Float, Int
@@ -23,19 +20,17 @@ from titans_pytorch.utils.shapes import Bool, Float, Int
 Read = Callable[[Tensor, ModelState | None], tuple[list[Tensor], ModelState | None]]
 
 
-class Group:
-    """Rows of a batch that have read the same number of tokens, and their state, in buffers while they step."""
+class Group(RowGroup[ModelState]):
+    """Rows of a batch and their state, in buffers while they step."""
 
     _release: finalize
 
-    def __init__(self, rows: Int[Tensor, ' r'], state: ModelState | None = None):
-        self.rows = rows
-        self._state = state
+    def __init__(self, rows: Sequence[int], state: ModelState | None = None):
+        super().__init__(rows, state)
         self._stepper: Stepper | CallStepper | None = None
 
     @property
     def state(self) -> ModelState | None:
-        """The state after the tokens read so far; `None` before the first."""
         if self._stepper is not None:
             self.state = self._stepper.cache()
         return self._state
@@ -58,20 +53,6 @@ class Group:
             self._release = finalize(self, self._stepper.release)  # the next stepper takes over its CUDA graphs
             self._release.atexit = False
         return self._stepper(tokens)
-
-    def selected(self, entries: Int[Tensor, ' e'], rows: Int[Tensor, ' e']) -> Group:
-        """Some of the rows, which may repeat, as `rows` of another batch."""
-        state = self.state
-        return Group(rows, None if state is None else state.select(entries))
-
-    def split(self, counts: Int[Tensor, ' b']) -> list[Group]:
-        """Groups of the rows that have the same of `counts`."""
-        own = counts[self.rows]
-        distinct = own.unique()
-        if len(distinct) == 1:
-            return [self]
-        parts = [(own == count).nonzero().squeeze(1) for count in distinct]
-        return [self.selected(entries, self.rows[entries]) for entries in parts]
 
 
 class TitansCache(Cache):
@@ -101,23 +82,22 @@ class TitansCache(Cache):
             read: a function from the tokens of some rows, and their state, to results (r, m, …) and the next state.
         """
         if not self.groups:
-            self.groups = [Group(torch.arange(len(x), device=x.device))]
+            self.groups = [Group(range(len(x)))]
         if mask is None and len(self.groups) == 1:
             (group,) = self.groups
             results, group.state = read(x, group.state)
             self._length += x.shape[1]
             return results
 
-        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
-        self.groups = [part for group in self.groups for part in group.split(mask.sum(dim=1))]
+        counts = [x.shape[1]] * len(x) if mask is None else mask.sum(dim=1).tolist()
+        self.groups = split_by_count(self.groups, counts)
         results = []
         for group in self.groups:
-            row, column = mask[group.rows].nonzero(as_tuple=True)
-            if len(row):
-                tokens = group.rows[row], column
-                own, group.state = read(x[tokens].unflatten(0, (len(group.rows), -1)), group.state)
+            if count := counts[group.rows[0]]:
+                tokens = group.positions(count, mask, x.device)
+                own, group.state = read(x[tokens], group.state)
                 results = results or [part.new_zeros(*x.shape[:2], *part.shape[2:]) for part in own]
-                results = [whole.index_put(tokens, part.flatten(0, 1)) for whole, part in zip(results, own)]
+                results = [whole.index_put(tokens, part) for whole, part in zip(results, own)]
         if not results:
             raise ValueError('attention_mask must leave at least one token, got only padding')
         self._length += x.shape[1]
@@ -130,9 +110,15 @@ class TitansCache(Cache):
 
     def step(self, model: Transformer, tokens: Int[Tensor, ' b']) -> Float[Tensor, 'b l']:
         """Logits after one more token in each row, by decoding steps."""
-        logits = torch.cat([group.step(model, tokens[group.rows]) for group in self.groups])
         self._length += 1
-        return logits[torch.cat([group.rows for group in self.groups]).argsort()]
+        if len(self.groups) == 1:
+            return self.groups[0].step(model, tokens).clone()
+        every = []
+        for group in self.groups:
+            rows, _ = group.positions(1, None, tokens.device)
+            every.append((rows.squeeze(1), group.step(model, tokens[rows.squeeze(1)])))
+        rows, logits = (torch.cat(parts) for parts in zip(*every))
+        return logits[rows.argsort()]
 
     # the interface of `transformers.Cache`
 
@@ -147,11 +133,7 @@ class TitansCache(Cache):
     @property
     def batch_size(self) -> int:
         """Number of rows; −1 before the first call."""
-        return self._num_rows or -1
-
-    @property
-    def _num_rows(self) -> int:
-        return sum(len(group.rows) for group in self.groups)
+        return number_of_rows(self.groups) or -1
 
     def reorder_cache(self, beam_idx: Int[Tensor, ' b']) -> None:
         """Replace the rows by those with these indices, for beam search."""
@@ -159,22 +141,12 @@ class TitansCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
-        self.batch_select_indices(torch.arange(self._num_rows).repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(number_of_rows(self.groups)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Int[Tensor, ' e'] | Bool[Tensor, ' b']) -> None:
         """Keep the rows with these indices, in their order."""
-        if not self.groups:
-            return
-        present = torch.arange(self._num_rows, device=self.groups[0].rows.device)
-        chosen = present[indices.to(present.device)]
-        if torch.equal(chosen, present):  # as often in beam search: the rows go on stepping in their buffers
-            return
-        groups = []
-        for group in self.groups:
-            rows, entries = (chosen.unsqueeze(1) == group.rows).nonzero(as_tuple=True)
-            if len(rows):
-                groups.append(group.selected(entries, rows))
-        self.groups = groups
+        present = torch.arange(number_of_rows(self.groups))
+        self.groups = select_rows(self.groups, present[indices.cpu()].tolist())
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -193,6 +165,6 @@ class TitansCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TitansCache:
         copy = TitansCache()
-        copy.groups = [Group(group.rows.clone(), deepcopy(group.state, memo)) for group in self.groups]
+        copy.groups = [Group(group.rows, deepcopy(group.state, memo)) for group in self.groups]
         copy._length = self._length
         return copy

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from titans_pytorch.hf.row_groups import RowGroup, number_of_rows, select_rows, split_by_count
 from titans_pytorch.neural_memory import NeuralMemory, NeuralMemState
 from titans_pytorch.utils.functional import is_intercepted, replaced
 from titans_pytorch.utils.shapes import Bool, Float, Int
@@ -106,40 +107,41 @@ class DecodingSteps:
         return self.buffers.to_state(self.position, self.sizes)
 
 
-class Rows:
-    """Rows of a batch that have read the same number of tokens, and so can share a state."""
+class Rows(RowGroup[NeuralMemState]):
+    """Rows of a batch and their state, in buffers while they read single tokens."""
 
-    def __init__(self, numbers: Sequence[int], state: NeuralMemState | DecodingSteps | None = None):
-        self.numbers = numbers
-        self.state = state
-        """Of these rows, in their order; `None` before the first token."""
+    def __init__(self, rows: Sequence[int], state: NeuralMemState | None = None):
+        super().__init__(rows, state)
+        self._steps: DecodingSteps | None = None
+
+    @property
+    def state(self) -> NeuralMemState | None:
+        return self._state if self._steps is None else self._steps.state
 
     def read(self, memory: NeuralMemory, tokens: Float[Tensor, 'r n d']) -> Float[Tensor, 'r n d']:
         """The values retrieved for the next tokens, which are stored."""
         one = tokens.shape[1] == 1 and not torch.is_grad_enabled()
         # a step calls few of the modules
-        if one and self.state is not None and not is_intercepted((*memory.modules(), *memory._network.modules())):
-            if not isinstance(self.state, DecodingSteps):
-                self.state = DecodingSteps(memory, self.state)
-            return self.state.read(memory, tokens)
-        state = self.state.state if isinstance(self.state, DecodingSteps) else self.state
-        retrieved, state = memory(tokens, state=state)
-        self.state = replaced(state, updates=None)
+        if one and self.is_started and not is_intercepted((*memory.modules(), *memory._network.modules())):
+            if self._steps is None:
+                assert self._state is not None
+                self._steps, self._state = DecodingSteps(memory, self._state), None
+            return self._steps.read(memory, tokens)
+        retrieved, state = memory(tokens, state=self.state)
+        self._steps, self._state = None, replaced(state, updates=None)
         return retrieved
 
-    def select(self, entries: list[int]) -> Rows:
-        if entries == [*range(len(self.numbers))]:
-            return self
-        state = self.state.state if isinstance(self.state, DecodingSteps) else self.state
-        return Rows([self.numbers[entry] for entry in entries], None if state is None else state.select(entries))
+    @property
+    def is_started(self) -> bool:
+        """True once the rows have read a token."""
+        return self._state is not None or self._steps is not None
 
 
 class MemoryStates:
     """States of a memory for all rows of a batch, as an entry of `cache.layers`.
 
     There they belong to one sequence of calls, and follow whatever `generate` does to the cache: beams are reordered,
-    rows repeated and selected. A `NeuralMemState` counts one position for its rows; so rows are grouped by the number
-    of tokens that they have read.
+    rows repeated and selected.
     """
 
     # read by transformers from every entry of a cache
@@ -157,36 +159,16 @@ class MemoryStates:
         batch, length = x.shape[:2]
         counts = [length] * batch if real is None else real.sum(dim=1).tolist()
         retrieved = torch.zeros_like(x)
-        groups: list[Rows] = []
-        for group in self.groups or [Rows(range(batch), None)]:
-            for count in dict.fromkeys(counts[number] for number in group.numbers):
-                rows = group.select([entry for entry, number in enumerate(group.numbers) if counts[number] == count])
-                if count:
-                    at = self._positions(rows.numbers, count, x.device, real)
-                    retrieved[at] = rows.read(memory, x[at]).to(x.dtype)
-                groups.append(rows)
-        self.groups = groups
+        self.groups = split_by_count(self.groups or [Rows(range(batch))], counts)
+        for group in self.groups:
+            if count := counts[group.rows[0]]:
+                tokens = group.positions(count, real, x.device)
+                retrieved[tokens] = group.read(memory, x[tokens]).to(x.dtype)
         return retrieved
-
-    @staticmethod
-    def _positions(
-        numbers: Sequence[int], count: int, device: torch.device, real: Bool[Tensor, 'b n'] | None
-    ) -> tuple[Int[Tensor, 'r 1'], Int[Tensor, 'r m']]:
-        """Indices of the tokens of these rows."""
-        rows = torch.tensor([*numbers], device=device).unsqueeze(1)
-        if real is None:
-            return rows, torch.arange(count, device=device).expand(len(rows), -1)
-        return rows, real[rows.squeeze(1)].nonzero()[:, 1].unflatten(0, (-1, count))
 
     def select(self, rows: list[int]) -> None:
         """Keep these rows, in this order and with repetitions."""
-        groups, self.groups = self.groups, []
-        for group in groups:
-            entry = {number: index for index, number in enumerate(group.numbers)}
-            kept = [new for new, old in enumerate(rows) if old in entry]
-            if kept:
-                chosen = group.select([entry[rows[new]] for new in kept])
-                self.groups.append(Rows(kept, chosen.state))
+        self.groups = select_rows(self.groups, rows)
 
     # called by transformers for every entry of a cache
 
@@ -194,13 +176,13 @@ class MemoryStates:
         self.select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.select(self._numbers()[indices.cpu()].tolist())
+        self.select(self._rows()[indices.cpu()].tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.select(self._numbers().repeat_interleave(repeats).tolist())
+        self.select(self._rows().repeat_interleave(repeats).tolist())
 
-    def _numbers(self) -> Int[Tensor, ' b']:
-        return torch.arange(sum(len(group.numbers) for group in self.groups))
+    def _rows(self) -> Int[Tensor, ' b']:
+        return torch.arange(number_of_rows(self.groups))
 
     def reset(self) -> None:
         self.groups = []

@@ -16,7 +16,7 @@ from torch import Tensor
 from titans_pytorch.utils.shapes import Bool, divided
 
 
-class Block(NamedTuple):
+class ChunkBlock(NamedTuple):
     """Consecutive chunks of one memory batch, stored together."""
 
     num_chunks: int
@@ -45,9 +45,9 @@ class Schedule(NamedTuple):
         num_chunks, _ = divided(num_tokens, chunk_size)
         return cls(seq_index // chunk_size, num_chunks, None if batch_size is None else batch_size // chunk_size)
 
-    def blocks(self, preferred: int | None) -> list[Block]:
+    def blocks(self, preferred: int | None) -> list[ChunkBlock]:
         """The chunks in blocks of the preferred number of chunks (`None`: no limit), cut where memory batches end."""
-        blocks: list[Block] = []
+        blocks: list[ChunkBlock] = []
         chunk, end = self.first_chunk, self.first_chunk + self.num_chunks
         while chunk < end:
             length = end - chunk if preferred is None else min(end - chunk, preferred)
@@ -55,7 +55,7 @@ class Schedule(NamedTuple):
             if self.chunks_per_batch is not None:
                 left_in_batch = self.chunks_per_batch - chunk % self.chunks_per_batch
                 length = min(length, left_in_batch)
-            blocks.append(Block(length, length == self.chunks_per_batch, length == left_in_batch))
+            blocks.append(ChunkBlock(length, length == self.chunks_per_batch, length == left_in_batch))
             chunk += length
         return blocks
 

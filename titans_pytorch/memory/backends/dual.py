@@ -33,7 +33,7 @@ from titans_pytorch.memory.backends.fused_mlp import FusedMLP
 from titans_pytorch.memory.chunks import Chunks, Coefficients, WeightResidual, scaled, split_inputs
 from titans_pytorch.memory.fast_weights import Factors, FastWeights, MemoryWeights, StoredBlock, Weights
 from titans_pytorch.memory.reference import LossFn, default_loss_fn
-from titans_pytorch.memory.schedule import Block
+from titans_pytorch.memory.schedule import ChunkBlock
 from titans_pytorch.memory.soft_clamp import soft_clamp_factor, soft_clamp_norm
 from titans_pytorch.ops.associative_scan import coefficient_product
 from titans_pytorch.ops.deep_memory_scan import MOST_ROWS as MOST_ROWS_OF_DEEP
@@ -176,7 +176,7 @@ class DualBackend(Backend):
     def _in_blocks(
         self,
         in_one: StoreInOne,
-        batches: list[Block],
+        batches: list[ChunkBlock],
         chunks: Chunks,
         residual: WeightResidual | None,
     ) -> Iterator[PreparedBlock]:
@@ -245,7 +245,7 @@ class DualBackend(Backend):
         return self.fused.store_linear(chunks, *coefficients, chunks_per_batch, weights, with_losses, lookahead)
 
     def _separately(
-        self, blocks: list[Block], chunks: Chunks, residual: WeightResidual | None, formed: set[str]
+        self, blocks: list[ChunkBlock], chunks: Chunks, residual: WeightResidual | None, formed: set[str]
     ) -> Iterator[PreparedBlock]:
         # the recurrences of neighbours of one length are solved together
         coefficients = Coefficients.of_blocks(chunks, len(blocks))

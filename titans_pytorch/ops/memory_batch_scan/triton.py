@@ -39,6 +39,8 @@ from titans_pytorch.ops.inner_gradient.triton import (
     sum_rows_of_chunks,
 )
 
+# whether programs of a head wait for each other on a GPU; else each phase is a launch
+PROGRAMS_WAIT = True
 # at most, programs of a multiprocessor, where that many fit, and of a head: more find too little to do in a phase
 PROGRAMS_PER_MULTIPROCESSOR, MOST_PROGRAMS = 2, 16
 # rows of a block of the first phase, forward and backward; in float32 in full, products take twice the registers
@@ -715,12 +717,12 @@ memory_batch_scan = register_kernel(
 )
 
 
-def _programs(heads: int, rows: Tensor) -> tuple[int, bool]:
-    """Programs of a head, and whether all phases are one launch."""
+def _programs(heads: int, rows: Tensor) -> int:
+    """Programs of a head."""
     if not rows.is_cuda:
-        return 1, True
+        return 1
     fit = torch.cuda.get_device_properties(rows.device).multi_processor_count * PROGRAMS_PER_MULTIPROCESSOR
-    return max(1, min(fit // heads, MOST_PROGRAMS)), True
+    return max(1, min(fit // heads, MOST_PROGRAMS))
 
 
 def _arguments(
@@ -739,7 +741,7 @@ def _arguments(
     keys, values = contiguous_inside(keys, 1), contiguous_inside(values, 1)
     heads, batches, count, chunks = coefficients.shape
     rows, dim = keys.shape[2:]
-    programs, _ = _programs(heads, keys)
+    programs = _programs(heads, keys)
     in_full = operands == torch.float32
     padded = tile_size(dim)
     # a block of rows for each program, if there are so many
@@ -770,7 +772,7 @@ def _launch(kernel: Any, arguments: dict[str, Any], copies: bool = False) -> Non
     """Runs all phases of all memory batches, in one launch or in one each; `copies`: and the copy of initial states."""
     keys, batches = arguments['keys'], arguments['batches']
     heads = len(keys)
-    programs, together = _programs(heads, keys)
+    programs = _programs(heads, keys)
 
     def phases(first_batch: int, last_batch: int, copy: bool, of_rows: bool, of_states: bool, waits: bool) -> None:
         own = dict(
@@ -786,7 +788,7 @@ def _launch(kernel: Any, arguments: dict[str, Any], copies: bool = False) -> Non
             in_grid = min(programs, most // heads)
         kernel[(heads * in_grid,)](**arguments, **own, **options, programs=in_grid)
 
-    if together:
+    if programs == 1 or (keys.is_cuda and PROGRAMS_WAIT):
         phases(0, batches, True, True, True, waits=programs > 1)
         return
     if copies:

@@ -1,0 +1,79 @@
+"""Rows of a batch in groups that have read the same number of tokens.
+
+A state has one position for all of its rows, and the rows of a padded batch have read different numbers of tokens. A
+batch without padding is one group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from titans_pytorch.memory.state import NeuralMemState
+from titans_pytorch.models.state import ModelState
+from titans_pytorch.utils.shapes import Bool, Int
+
+State = TypeVar('State', ModelState, NeuralMemState)
+Group = TypeVar('Group', bound='RowGroup[Any]')
+
+
+class RowGroup(Generic[State]):
+    """Rows that have read the same number of tokens, and the state that they share."""
+
+    def __init__(self, rows: Sequence[int], state: State | None = None):
+        self.rows = [*rows]
+        self._state: State | None = state
+
+    @property
+    def state(self) -> State | None:
+        """The state after the tokens read so far, of the rows in their order; `None` before the first."""
+        return self._state
+
+    def select(self: Group, entries: list[int], rows: Sequence[int]) -> Group:
+        """Some of the rows, which may repeat, as `rows` of another batch."""
+        state = self.state
+        return type(self)(rows, None if state is None else state.select(entries))
+
+    def positions(
+        self, count: int, mask: Bool[Tensor, 'b n'] | None, device: torch.device
+    ) -> tuple[Int[Tensor, 'r 1'], Int[Tensor, 'r m']]:
+        """Row and column of each of the `count` tokens that a call has for every row, where `mask` is true."""
+        rows = torch.tensor(self.rows, device=device).unsqueeze(1)
+        if mask is None:
+            return rows, torch.arange(count, device=device).expand(len(rows), -1)
+        return rows, mask[rows.squeeze(1)].nonzero()[:, 1].unflatten(0, (-1, count))
+
+
+def number_of_rows(groups: Sequence[RowGroup[Any]]) -> int:
+    return sum(len(group.rows) for group in groups)
+
+
+def split_by_count(groups: Sequence[Group], counts: Sequence[int]) -> list[Group]:
+    """Groups of the rows that have the same of `counts`, which has an entry for each row of the batch."""
+    parts = []
+    for group in groups:
+        own = [counts[row] for row in group.rows]
+        distinct = dict.fromkeys(own)
+        if len(distinct) == 1:  # the same group goes on in its buffers
+            parts.append(group)
+            continue
+        for count in distinct:
+            entries = [entry for entry, other in enumerate(own) if other == count]
+            parts.append(group.select(entries, [group.rows[entry] for entry in entries]))
+    return parts
+
+
+def select_rows(groups: Sequence[Group], rows: Sequence[int]) -> list[Group]:
+    """Groups of the rows with these numbers, in this order and with repetitions."""
+    if [*rows] == [*range(number_of_rows(groups))]:  # as often in beam search
+        return [*groups]
+    parts = []
+    for group in groups:
+        entry = {row: index for index, row in enumerate(group.rows)}
+        kept = [new for new, old in enumerate(rows) if old in entry]
+        if kept:
+            parts.append(group.select([entry[rows[new]] for new in kept], kept))
+    return parts
