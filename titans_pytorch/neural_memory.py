@@ -853,8 +853,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
             keys=keys,
             values=values,
             step_sizes=step_sizes,
-            decay=at_least_float32(self.to_decay_factor(pooled)).squeeze(-1),
-            momentum=momentum,
+            decay_logits=at_least_float32(self.to_decay_factor(pooled)).squeeze(-1),
+            momentum_logits=momentum,
             momentum_mix=_optional(self.to_learned_momentum_combine, pooled),
             modulation=None if modulation is None else modulation * self.max_mem_layer_modulation,
             # 1 − η

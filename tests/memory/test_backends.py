@@ -446,17 +446,17 @@ def test_coefficients_solve_the_recurrences():
     torch.manual_seed(0)
     n, orders = 7, 3
     gates = {
-        'decay': torch.randn(2, n),
-        'momentum': torch.randn(2, n, orders),
+        'decay_logits': torch.randn(2, n),
+        'momentum_logits': torch.randn(2, n, orders),
         'momentum_mix': torch.rand(2, n, orders + 1),
     }
     empty = torch.zeros(2, n, 1, 1)
     chunks = Chunks(empty, empty, empty[..., 0], **{k: v.double() for k, v in gates.items()}, modulation=None)
-    coefficients = Coefficients.of(chunks.decay, chunks.momentum, chunks.momentum_mix)
+    coefficients = Coefficients.of(chunks.decay_logits, chunks.momentum_logits, chunks.momentum_mix)
     _, *parts = chunks.split([1, 3, 3])
     (_, both) = chunks.split([1, 6])
     for block, own in zip(Coefficients.of_blocks(both, 2).unbind(), parts):
-        assert_same(block, Coefficients.of(own.decay, own.momentum, own.momentum_mix), 1e-12)
+        assert_same(block, Coefficients.of(own.decay_logits, own.momentum_logits, own.momentum_mix), 1e-12)
 
     u, w0, s0 = torch.randn(2, n).double(), torch.randn(2).double(), torch.randn(2, orders).double()
     initial = torch.cat((w0[:, None], s0), dim=1)
@@ -466,11 +466,11 @@ def test_coefficients_solve_the_recurrences():
         assert_same(before, weight, 1e-12)
         surprise = u[:, c]
         for o in range(orders):
-            states[o] = chunks.momentum[:, c, o].sigmoid() * states[o] + surprise
+            states[o] = chunks.momentum_logits[:, c, o].sigmoid() * states[o] + surprise
             surprise = states[o]
         terms = torch.stack([u[:, c], *states], dim=1)
         combined = (chunks.momentum_mix[:, c] * terms).sum(dim=1)
-        weight = (1 - chunks.decay[:, c].sigmoid()) * weight + combined
+        weight = (1 - chunks.decay_logits[:, c].sigmoid()) * weight + combined
     final = (coefficients.final * u[:, None]).sum(2) + (coefficients.initial_final * initial[:, None]).sum(2)
     assert_same(final, torch.stack([weight, *states], dim=1), 1e-12)
 

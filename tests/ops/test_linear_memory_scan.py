@@ -35,8 +35,8 @@ def problem(blocks, batches, chunks, rows, dim=5, orders=1):
         keys=keys,
         values=torch.randn(*leading, rows, dim, **double),
         step_sizes=torch.rand(*leading, rows, **double) * dim / 2,
-        decay=torch.randn(*leading, **double),
-        momentum=torch.randn(*leading, orders, **double) if orders else None,
+        decay_logits=torch.randn(*leading, **double),
+        momentum_logits=torch.randn(*leading, orders, **double) if orders else None,
         momentum_mix=None,
         modulation=None,
     )

@@ -24,10 +24,10 @@ class Chunks(NamedTuple):
     values: Float[Tensor, 'bh n m d']
     step_sizes: Float[Tensor, 'bh n m']
     """θ, the weight of a row's loss; 0 for rows that are not stored."""
-    decay: Float[Tensor, 'bh n']
-    """Logits of α, the share of the memory forgotten."""
-    momentum: Float[Tensor, 'bh n o'] | None
-    """Logits of η, the share of the past surprise carried over, for each order of momentum."""
+    decay_logits: Float[Tensor, 'bh n']
+    """Of α, the share of the memory forgotten."""
+    momentum_logits: Float[Tensor, 'bh n o'] | None
+    """Of η, the share of the past surprise carried over, for each order of momentum."""
     momentum_mix: Float[Tensor, 'bh n o'] | Float[Tensor, 'bh n o+1'] | None
     """Weights that combine the orders; one more than there are orders if the surprise itself takes part. `None`: only
     the last order counts."""
@@ -54,8 +54,10 @@ class Chunks(NamedTuple):
 
     def update_gates(self) -> UpdateGates:
         """The gates of each chunk's update, as factors."""
-        retention = (-at_least_float32(self.decay)).sigmoid()
-        momentum = () if self.momentum is None else at_least_float32(self.momentum).sigmoid().unbind(-1)
+        retention = (-at_least_float32(self.decay_logits)).sigmoid()
+        momentum: Sequence[Tensor] = ()
+        if self.momentum_logits is not None:
+            momentum = at_least_float32(self.momentum_logits).sigmoid().unbind(-1)
         optional = (self.momentum_mix, self.modulation, self.momentum_shares)
         return UpdateGates(retention, momentum, *(None if gates is None else gates.unbind(-1) for gates in optional))
 
@@ -147,7 +149,7 @@ class Coefficients(NamedTuple):
     def of_blocks(cls, chunks: Chunks, num_blocks: int) -> Coefficients:
         """Coefficients of blocks of equal length, which become the second axis of every tensor."""
 
-        with no_autocast(chunks.decay):
+        with no_autocast(chunks.decay_logits):
             return cls.of(*_gates_of_blocks(chunks, num_blocks))._with_blocks(num_blocks)
 
     @classmethod
@@ -158,7 +160,7 @@ class Coefficients(NamedTuple):
             coefficients = cls.of_blocks(chunks, num_blocks)
             return coefficients, coefficients
         assert chunks.resets is None
-        with no_autocast(chunks.decay):
+        with no_autocast(chunks.decay_logits):
             weights, initial, orders, initial_orders = cls._solved(*_gates_of_blocks(chunks, num_blocks))
             of_weights = cls._shifted(weights, initial, orders, initial_orders)
             initial_ahead = initial + F.pad(sum(initial_orders[1:], initial_orders[0]), (1, 0))
@@ -180,18 +182,18 @@ class Coefficients(NamedTuple):
     @classmethod
     def of(
         cls,
-        decay: Float[Tensor, 'bh n'],
-        momentum: Float[Tensor, 'bh n o'] | None,
+        decay_logits: Float[Tensor, 'bh n'],
+        momentum_logits: Float[Tensor, 'bh n o'] | None,
         momentum_mix: Float[Tensor, 'bh n o'] | Float[Tensor, 'bh n o+1'] | None,
         momentum_shares: Float[Tensor, 'bh n o'] | None = None,
         resets: Bool[Tensor, 'bh n'] | None = None,
     ) -> Coefficients:
         """Coefficients from the gates of `Chunks`."""
         if resets is None:
-            return cls._shifted(*cls._solved(decay, momentum, momentum_mix, momentum_shares))
-        retention = gate_products(_log_gate(-decay))
+            return cls._shifted(*cls._solved(decay_logits, momentum_logits, momentum_mix, momentum_shares))
+        retention = gate_products(_log_gate(-decay_logits))
         reset = Resets.of(resets, retention)
-        coefficients = cls._shifted(*cls._solved(decay, momentum, momentum_mix, momentum_shares, reset))
+        coefficients = cls._shifted(*cls._solved(decay_logits, momentum_logits, momentum_mix, momentum_shares, reset))
         return coefficients._with_constant_state(reset.restored(retention))
 
     def _with_constant_state(self, in_weights: Float[Tensor, 'bh n 1']) -> Coefficients:
@@ -208,8 +210,8 @@ class Coefficients(NamedTuple):
 
     @staticmethod
     def _solved(
-        decay: Float[Tensor, 'bh n'],
-        momentum: Float[Tensor, 'bh n o'] | None,
+        decay_logits: Float[Tensor, 'bh n'],
+        momentum_logits: Float[Tensor, 'bh n o'] | None,
         momentum_mix: Float[Tensor, 'bh n o'] | Float[Tensor, 'bh n o+1'] | None,
         momentum_shares: Float[Tensor, 'bh n o'] | None,
         reset: Resets | None = None,
@@ -217,15 +219,15 @@ class Coefficients(NamedTuple):
         """Coefficients of each update and of each initial state in the weights after every chunk, and for each order of
         momentum those in the momentum, (bh, n, n) and (bh, n, o), which does not depend on the initial weights."""
 
-        log_retention = _log_gate(-decay)
+        log_retention = _log_gate(-decay_logits)
         retention = gate_products(log_retention)
         initial_weights = _left_of_start(retention, log_retention)
         if reset is not None:
             retention, initial_weights = reset.cut(retention, initial_weights)
-        if momentum is None:
+        if momentum_logits is None:
             return retention, initial_weights, [], []
 
-        log_gates = _log_gate(momentum)
+        log_gates = _log_gate(momentum_logits)
         num_orders = log_gates.shape[-1]
         orders: list[Tensor] = []  # of update j, in the momentum after chunk c
         initial: list[Tensor] = []  # of each order's initial momentum, in the momentum after chunk c
@@ -318,7 +320,8 @@ class Resets(NamedTuple):
 
 def _gates_of_blocks(chunks: Chunks, num_blocks: int) -> list[Any]:
     """The gates of the recurrences, with blocks of equal length as part of the batch."""
-    gates = (chunks.decay, chunks.momentum, chunks.momentum_mix, chunks.momentum_shares, chunks.resets)
+    logits = (chunks.decay_logits, chunks.momentum_logits)
+    gates = (*logits, chunks.momentum_mix, chunks.momentum_shares, chunks.resets)
     return [None if t is None else t.unflatten(1, (num_blocks, -1)).flatten(0, 1) for t in gates]
 
 

@@ -417,8 +417,8 @@ def _solved_together(chunks: Chunks) -> SolvedRows:
 
 def _num_states(inputs: StoreInputs) -> int:
     """Of each parameter: its weights, its momentum of each order, and the weights to begin anew with."""
-    momentum = inputs.chunks.momentum
-    return 1 + (0 if momentum is None else momentum.shape[-1]) + (inputs.origin is not None)
+    logits = inputs.chunks.momentum_logits
+    return 1 + (0 if logits is None else logits.shape[-1]) + (inputs.origin is not None)
 
 
 def _beginning_anew(blocks: Iterable[PreparedBlock], origin: Weights) -> Iterator[PreparedBlock]:

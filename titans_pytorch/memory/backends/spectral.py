@@ -34,10 +34,10 @@ class SpectralBackend(DualBackend):
         blocks = inputs.schedule.blocks(self.preferred_chunks(chunks))
         lengths = [block.num_chunks for block in blocks]
         # gates of all blocks at once, which are fewer launches than block by block
-        log_retention = F.logsigmoid(-at_least_float32(chunks.decay)).split(lengths, dim=1)
+        log_retention = F.logsigmoid(-at_least_float32(chunks.decay_logits)).split(lengths, dim=1)
         log_gates: Sequence[Tensor | None] = [None] * len(blocks)
-        if chunks.momentum is not None:
-            log_gates = F.logsigmoid(at_least_float32(chunks.momentum)).split(lengths, dim=1)
+        if chunks.momentum_logits is not None:
+            log_gates = F.logsigmoid(at_least_float32(chunks.momentum_logits)).split(lengths, dim=1)
         parts = zip(blocks, split_inputs(chunks, inputs.residual, lengths), log_retention, log_gates)
         for block, of_block, retention, gates in parts:
             yield PreparedBlock(partial(self._store_spectral, *of_block, retention, gates), block.ends_batch)
