@@ -50,6 +50,7 @@ from titans_pytorch.training import (
     first_rank_first,
     is_distributed,
     latest_checkpoint,
+    leave_later_checkpoints,
     load_bpe,
     load_optimizer,
     load_shards,
@@ -62,6 +63,7 @@ from titans_pytorch.training import (
     read_checkpoint,
     read_resumable,
     remove_leftovers,
+    remove_other_form,
     rewind,
     run_lock,
     save_shards,
@@ -395,6 +397,16 @@ def load_data(config: Config, stored_vocabulary: dict[str, Any] | None = None) -
     return data
 
 
+def stored_vocabulary(
+    config: Config, resume: dict[str, Any] | None, weights: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """The vocabulary of a run that is resumed, or of the weights that a run with a BPE vocabulary starts from."""
+    if resume is not None:
+        return resume.get('vocabulary')
+    stored = None if weights is None or config.VOCABULARY != 'bpe' else weights.get('vocabulary')
+    return None if stored == BYTES.to_dict() else stored
+
+
 def choose_vocabulary(config: Config, stored: dict[str, Any] | None) -> Vocabulary | int:
     """A vocabulary, or the size of one to be trained on the data."""
     try:
@@ -543,10 +555,12 @@ def training_loop(
         + f'PyTorch {torch.__version__}'
     )
     with first_rank_first():  # which fills the cache
-        data = load_data(config, resume.get('vocabulary') if resume is not None else None)
+        data = load_data(config, stored_vocabulary(config, resume, weights))
+    if weights is not None and weights.get('vocabulary') not in (None, data.vocabulary.to_dict()):
+        raise BadSetting('VOCABULARY must be that of the weights in --init-from, whose embeddings belong to its tokens')
     if config.VOCABULARY != 'bytes':
         config = dataclasses.replace(config, VOCABULARY_SIZE=data.vocabulary.size)
-    unit = 'bytes' if config.VOCABULARY == 'bytes' else 'tokens'
+    unit = 'bytes' if isinstance(data.vocabulary, ByteVocabulary) else 'tokens'
     say(f'data: {data.source}: {len(data.train):,} {unit} to train on, {len(data.valid):,} to validate')
 
     # `batch` counts the steps done, `evaluated` is its value at the last evaluation, and `windows_random` the state of
@@ -586,15 +600,21 @@ def training_loop(
         say(f'resumed after {batch} steps')
         if resume['data_sha256'] != data.sha256:
             say('NOTICE: the data is not what this run began with')
+        validated = ('SEQ_LEN', 'BATCH_SIZE', 'VALIDATE_BATCHES')
+        if resume['data_sha256'] != data.sha256 or any(
+            resume['config'].get(name) not in (None, getattr(config, name)) for name in validated
+        ):
+            best = math.inf  # of other windows
     windows_random = generator.get_state()
     rehearse(model, data, config, machine)
     any_rank(False)  # all have read what they resume
     first = rank() == 0  # the one that writes
     if first:
         remove_leftovers(folder)
-        if resume is None:
+        if resume is None or resume['folder'] != folder:
             clear_run_folder(folder)
         else:
+            leave_later_checkpoints(folder, batch)
             rewind(folder, batch, evaluated)
         describe_run(folder, describe_model(config), data.vocabulary, dataclasses.asdict(config))
     curve = LossCurve(folder)
@@ -660,6 +680,8 @@ def training_loop(
         elif first:
             states = {'model_state_dict': weights, 'optimizer_state_dict': optimizer.state_dict()}
             write_checkpoint(path, {**content, **states})
+        if first:
+            remove_other_form(path)
         say(f'saved {path}')
 
     start = batch
@@ -814,9 +836,13 @@ def main(arguments: list[str] | None = None) -> int:
             elif resume:
                 checkpoint = read_resumable(Path(resume))
             if checkpoint is not None:
+                checkpoint['folder'] = source
                 known = {setting.name for setting in dataclasses.fields(Config)}
                 saved = {name: value for name, value in checkpoint['config'].items() if name in known}
                 options.pop('PRESET', None)  # it has named the folder; the settings come from the checkpoint
+                vocabulary = saved.get('VOCABULARY', 'bytes')
+                if (asked := options.get('VOCABULARY', vocabulary)) != vocabulary:
+                    raise BadSetting(f'VOCABULARY must stay {vocabulary} in the run that is resumed, not {asked}')
                 config = dataclasses.replace(Config(), **{**saved, **options, 'RUN_DIR': str(folder)})
             return train(config, checkpoint, weights)
     except (BadSetting, RunError) as error:

@@ -34,8 +34,11 @@ def main() -> float:
     with t.process_group(), t.Signals() as signals, t.run_lock(options.run_dir):
         first = t.rank() == 0
         machine = t.choose_machine()
+        path = options.run_dir / 'checkpoint.pt'
+        saved = t.read_checkpoint(path) if path.exists() else None
+        vocabulary = options.vocabulary if saved is None else t.vocabulary_from_dict(saved['vocabulary'])
         with t.first_rank_first():
-            data = t.load_data(options.data, options.vocabulary, window=options.length + 1)
+            data = t.load_data(options.data, vocabulary, window=options.length + 1)
         description = model_config(
             'mal',
             num_tokens=data.vocabulary.size,
@@ -51,8 +54,7 @@ def main() -> float:
         model = build_model(description).to(machine.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
         generator, start, loss = torch.Generator().manual_seed(0), 0, math.nan
-        if (path := options.run_dir / 'checkpoint.pt').exists():
-            saved = t.read_checkpoint(path)
+        if saved is not None:
             model.load_state_dict(saved['model_state_dict'])
             optimizer.load_state_dict(saved['optimizer_state_dict'])
             generator.set_state(saved['windows_random'])
@@ -81,8 +83,9 @@ def main() -> float:
                 if first:
                     t.append(options.run_dir / 'metrics.jsonl', json.dumps(row) + '\n')
                     states = {'model_state_dict': model.state_dict(), 'optimizer_state_dict': optimizer.state_dict()}
-                    rest = {'batch': batch, 'val_loss': loss, 'config': {}, 'vocabulary': data.vocabulary.to_dict()}
-                    t.write_checkpoint(path, {**states, **rest, 'windows_random': generator.get_state()})
+                    text = {'vocabulary': data.vocabulary.to_dict(), 'data_sha256': data.sha256}
+                    rest = {'batch': batch, 'val_loss': loss, 'config': {}, 'windows_random': generator.get_state()}
+                    t.write_checkpoint(path, {**states, **text, **rest})
             if stop:
                 break
     return loss

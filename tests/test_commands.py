@@ -183,6 +183,10 @@ def test_evaluate(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert titles.split() == ['context', 'bits', 'per', 'byte', 'bytes', 'seconds']
     assert [row.split()[::2] for row in rows] == [['128', '256'], ['150', '300']]
 
+    # by default, contexts that the text has
+    assert main(['evaluate', '--run', str(folder), '--data', str(tmp_path / 'other.txt'), '--json']) == 0
+    assert [row['context'] for row in json.loads(capsys.readouterr().out)['contexts']] == [128, 512]
+
 
 # chat
 
@@ -254,6 +258,9 @@ def test_chat(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     sizes = {path.stat().st_size for path in tmp_path.glob('*.pt')}
     assert max(sizes) - min(sizes) < 4096
 
+    # as a terminal gives bytes that are not UTF-8
+    assert chat('who \udcff?', state='bytes.pt')[0].startswith('Model: ')
+
     checkpoint(folder / 'titans_enwik8_best.pt', 8, seed=1)
     with pytest.raises(SystemExit, match=r'the conversation in .*chat.pt is not with .*best.pt'):
         chat('four')
@@ -293,6 +300,7 @@ def test_ctrl_c_ends_an_answer_and_then_the_conversation(folder: Path, capsys, m
         (['generate', '--file', 'none.txt'], "FileNotFoundError: .*none.txt'"),
         (['chat', '--template', 'hello'], 'template must contain {message}'),
         (['chat', '--state', 'runs/small/titans_enwik8_best.pt'], 'best.pt holds no conversation'),
+        (['chat', '--state', 'nowhere/chat.pt'], 'must be a file in a folder that exists, got nowhere/chat.pt'),
         (['evaluate', '--data', 'none.txt'], 'none.txt'),
         (['evaluate', '--context', '1000000'], 'too few for a context of'),
         (['evaluate', '--context', '0'], 'context must be a positive integer, got 0'),
@@ -306,3 +314,9 @@ def test_failures_are_one_line(arguments: list[str], message: str, folder: Path,
     with pytest.raises(SystemExit, match=message) as ended:
         main(arguments)
     assert '\n' not in str(ended.value.code)
+
+
+def test_an_empty_stop_string_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(['generate', 'a', '--stop', ''])
+    assert 'argument --stop: must not be empty' in capsys.readouterr().err

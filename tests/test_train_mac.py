@@ -327,6 +327,22 @@ def test_a_vocabulary_of_its_own(text, tmp_path):
     assert prompt.encode() in TEXT * 3
 
 
+def test_weights_belong_to_their_vocabulary(text, tmp_path):
+    pytest.importorskip('tokenizers')
+    text.write_bytes(TEXT * 3)
+    other = tmp_path / 'other.bin'
+    other.write_bytes(TEXT.swapcase() * 3)
+    words = {'VOCABULARY': 'bpe', 'VOCABULARY_SIZE': 280, 'NUM_BATCHES': 1}
+    train_mac.main(options(text, tmp_path / 'run', **words))
+    first = tmp_path / 'run' / 'titans_enwik8.pt'
+    train_mac.main([*options(other, tmp_path / 'next', **words), '--init-from', str(first)])
+    assert_same(load(tmp_path / 'next' / 'titans_enwik8.pt')['vocabulary'], load(first)['vocabulary'])
+    message = refusal([*options(other, tmp_path / 'bytes', NUM_BATCHES=1), '--init-from', first])
+    assert 'VOCABULARY must be that of the weights in --init-from' in message
+    message = refusal(['--resume', first, '--vocabulary', 'bytes'])
+    assert 'VOCABULARY must stay bpe' in message
+
+
 def test_an_unknown_vocabulary_is_refused_in_one_line(text, tmp_path):
     assert 'VOCABULARY nowhere.json cannot be used' in refusal(
         options(text, tmp_path / 'run', VOCABULARY='nowhere.json')
@@ -462,6 +478,44 @@ def test_resume_at_an_older_checkpoint_takes_back_the_later_metrics(text, tmp_pa
     # what opens the run later reads the same settings
     settings = json.loads((folder / 'config.json').read_text())['settings']
     assert (settings['LEARNING_RATE'], settings['NUM_BATCHES']) == (0.02, 5)
+
+
+def test_a_run_that_goes_back_takes_its_new_course(text, tmp_path, capsys):
+    """Checkpoints of the course that it left are kept apart, so that `latest` is one of the new course."""
+    folder = tmp_path / 'run'
+    train_mac.main(options(text, folder, NUM_BATCHES=6, CHECKPOINT_EVERY=2))
+    train_mac.main(['--resume', str(folder / 'checkpoint_batch_2.pt'), '--num-batches', '3', '--learning-rate', '0.02'])
+    aside = {path.name for path in (folder / 'earlier-1').iterdir()}
+    assert {'checkpoint_batch_4.pt', 'checkpoint_batch_6.pt', 'titans_enwik8.pt'} <= aside
+    capsys.readouterr()
+    train_mac.main(['--resume', 'latest', '--run-dir', str(folder), '--num-batches', '4'])
+    assert 'resumed after 3 steps' in capsys.readouterr().out
+    assert list(rows(folder, 'train_loss')) == [1, 2, 3, 4]
+    assert load(folder / 'titans_enwik8.pt')['config']['LEARNING_RATE'] == 0.02
+
+
+def test_a_run_that_goes_on_in_the_folder_of_another_keeps_that_apart(text, tmp_path):
+    for name in ('one', 'other'):
+        train_mac.main(options(text, tmp_path / name, NUM_BATCHES=2, CHECKPOINT_EVERY=1))
+    before = (tmp_path / 'other' / 'metrics.jsonl').read_bytes()
+    words = ['--resume', str(tmp_path / 'one' / 'checkpoint_batch_1.pt'), '--run-dir', str(tmp_path / 'other')]
+    train_mac.main([*words, '--num-batches', '2'])
+    assert (tmp_path / 'other' / 'earlier-1' / 'metrics.jsonl').read_bytes() == before
+    assert list(rows(tmp_path / 'other', 'train_loss')) == [2]
+
+
+def test_the_best_validation_is_one_of_the_same_windows(text, tmp_path):
+    folder = tmp_path / 'run'
+    train_mac.main(options(text, folder, NUM_BATCHES=1))
+    checkpoint = folder / 'titans_enwik8.pt'
+    content = load(checkpoint)
+    checkpoints.write_checkpoint(checkpoint, {**content, 'best_val_loss': 0.1})
+    train_mac.main(['--resume', 'latest', '--run-dir', str(folder), '--num-batches', '2'])
+    assert load(checkpoint)['best_val_loss'] == 0.1
+    more = str(content['config']['SEQ_LEN'] + 1)
+    train_mac.main(['--resume', 'latest', '--run-dir', str(folder), '--num-batches', '3', '--seq-len', more])
+    after = load(checkpoint)
+    assert after['best_val_loss'] == after['val_loss'] > 0.1
 
 
 def test_latest_is_the_checkpoint_of_most_steps_whatever_the_file_times(text, tmp_path, capsys):

@@ -20,7 +20,6 @@ VARIANTS = [
 ]
 every_variant = pytest.mark.parametrize('variant', VARIANTS)
 LENGTH = 29
-FLOAT32_SOFTMAX = 1e-6  # x-transformers computes its softmax in float32
 
 
 def attention(variant, **kwargs) -> SegmentedAttention:
@@ -59,7 +58,7 @@ def expected_output(layer: SegmentedAttention, seq: torch.Tensor) -> torch.Tenso
 @every_variant
 def test_windows_equal_the_definition(variant):
     layer, seq = attention(variant), torch.randn(2, LENGTH, 16, dtype=torch.float64)
-    assert_same(layer(seq)[0], expected_output(layer, seq), FLOAT32_SOFTMAX)
+    assert_same(layer(seq)[0], expected_output(layer, seq), 1e-12)
 
 
 @every_variant
@@ -74,7 +73,7 @@ def test_cached_pieces_equal_the_definition(variant):
                 position += piece.shape[1]
                 cache = layer.trimmed(cache, position) if trims else cache
                 outs.append(out)
-            assert_same(torch.cat(outs, dim=1), expected, FLOAT32_SOFTMAX)
+            assert_same(torch.cat(outs, dim=1), expected, 1e-12)
             assert not trims or cache[0].shape[-2] <= layer.total_segment_len
 
 
@@ -160,4 +159,4 @@ def test_windows_are_counted_from_the_position(variant):
     layer, seq = attention(variant), torch.randn(2, LENGTH, 16, dtype=torch.float64)
     nothing = seq.new_zeros(2, 2, 0, 16)
     expected = layer(seq, cache=(nothing, nothing), position=2)[0]
-    assert_same(layer(seq, position=2)[0], expected, FLOAT32_SOFTMAX)
+    assert_same(layer(seq, position=2)[0], expected, 1e-12)

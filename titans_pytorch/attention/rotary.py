@@ -21,6 +21,13 @@ from titans_pytorch.utils.shapes import Float, Int
 KeyValues = tuple[Float[Tensor, 'b h _j e'], Float[Tensor, 'b h _j e']]
 
 
+def _initial_frequencies(dim: int, device: Any = None) -> Float[Tensor, ' half']:
+    """In PyTorch's default dtype, but at least float32."""
+    indices = torch.arange(0, dim // 2 * 2, 2, device=device)
+    indices = indices.double() if torch.get_default_dtype() == torch.float64 else indices.float()
+    return 1.0 / 10000.0 ** (indices / dim)
+
+
 class Rotary(RotaryEmbedding):
     """The frequencies of a rotary embedding of `dim` features.
 
@@ -29,13 +36,12 @@ class Rotary(RotaryEmbedding):
     """
 
     def __init__(self, dim: int):
-        super().__init__(dim, cache_if_possible=False, cache_max_seq_len=0)
+        super().__init__(dim, custom_freqs=_initial_frequencies(dim), cache_if_possible=False, cache_max_seq_len=0)
         self.dim = dim
         del self.cached_freqs, self.dummy
 
     def reset_parameters(self) -> None:
-        exponents = torch.arange(0, self.dim // 2 * 2, 2, device=self.device).float() / self.dim
-        fill(self.freqs, 1.0 / 10000.0**exponents)
+        fill(self.freqs, _initial_frequencies(self.dim, self.device))
 
     @property
     def device(self) -> torch.device:

@@ -31,6 +31,7 @@ from titans_pytorch.utils.checks import (
 from titans_pytorch.utils.functional import is_intercepted
 from titans_pytorch.utils.packing import PackedDocuments, check_documents
 from titans_pytorch.utils.parameters import InReferenceFormat, Resettable
+from titans_pytorch.utils.precision import at_least_float32
 from titans_pytorch.utils.shapes import Float, divided
 
 
@@ -111,7 +112,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         dim_inner = dim_head * heads
         self.norm = nn.RMSNorm(dim)
         self.rotary_emb = Rotary(dim_head)
-        self.attend = Attend(causal=True, **attend_kwargs)
+        self.attend = _attend(**attend_kwargs)
         self.to_qkv = Linear(dim, dim_inner * 3, bias=False)
         self.to_out = Linear(dim_inner, dim, bias=False)
         self.to_learned_v_mix = (
@@ -408,3 +409,17 @@ def heads_of(projected: Float[Tensor, 'b n qkv'], heads: int) -> Float[Tensor, '
 def _shifted(windows: Float[Tensor, 'b w h n d']) -> Float[Tensor, 'b w h n d']:
     """The window before each window; zeros for the first."""
     return F.pad(windows, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
+
+
+def _attend(**kwargs: Any) -> Attend:
+    """Attention by x_transformers, but with a softmax of float64 in float64, where it has float32."""
+    attend = Attend(causal=True, **kwargs)
+    fn = attend.attn_fn
+    if isinstance(fn, partial) and fn.func is F.softmax and fn.keywords.get('dtype') is torch.float32:
+        attend.attn_fn = partial(softmax, dim=fn.keywords['dim'])
+    return attend
+
+
+def softmax(t: Tensor, dim: int) -> Tensor:
+    """In the precision of `t`, but at least float32."""
+    return at_least_float32(t).softmax(dim=dim)

@@ -20,6 +20,7 @@ from titans_pytorch.training.files import RunError, one_line
 from titans_pytorch.training.runs import Run, latest_run, open_run, unseen_text
 
 CONTEXTS = (128, 512, 2048, 8192, 32_768, 131_072, 524_288)
+LONGEST = 8192
 TOKENS_ON_CPU = 65_536
 
 
@@ -71,7 +72,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, stops: list[str]) -> N
     parser.add_argument('--seed', type=int, help='for the same text again')
     parser.add_argument(
         '--stop',
-        type=unescaped,
+        type=stop_string,
         action='append',
         help=r'end before this text; \n stands for a new line; can be repeated' + (r' (default: \n)' if stops else ''),
     )
@@ -83,7 +84,9 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--data', type=Path, nargs='+', default=[], help='files or folders (default: the text of the run)'
     )
-    parser.add_argument('--context', type=int, default=8192, help='longest context in tokens (default: 8192)')
+    parser.add_argument(
+        '--context', type=int, help=f'longest context in tokens (default: {LONGEST:,}, or less for a shorter text)'
+    )
     parser.add_argument(
         '--tokens', type=int, help=f'tokens of the text (default: {TOKENS_ON_CPU:,} on a CPU, all on a GPU; 0: all)'
     )
@@ -92,6 +95,12 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
 
 def unescaped(text: str) -> str:
     return text.replace('\\n', '\n')
+
+
+def stop_string(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError('must not be empty')
+    return unescaped(text)
 
 
 def generate_command(options: argparse.Namespace) -> None:
@@ -121,7 +130,11 @@ def evaluate_command(options: argparse.Namespace) -> None:
     limit = (default if options.tokens is None else options.tokens) or None
     if limit is not None and limit < len(text):
         source = f'{source}, {limit:,} of its {len(text):,} tokens'
-    contexts = [*(context for context in CONTEXTS if context < options.context), options.context]
+    longest = LONGEST if options.context is None else options.context
+    contexts = [*(context for context in CONTEXTS if context < longest), longest]
+    if options.context is None:
+        # the shortest is an error if the text is shorter still
+        contexts = [context for context in contexts if context < len(text)] or contexts[:1]
 
     rows = []
     if not options.json:
@@ -148,8 +161,11 @@ def chat_command(options: argparse.Namespace) -> None:
     """Hold a conversation. Ctrl-C ends an answer, Ctrl-D the conversation."""
     run = opened(options)
     conversation = Conversation(run, options.template, options.stop or options.default_stops)
-    if options.state is not None and options.state.exists():
-        conversation.load(options.state)
+    if options.state is not None:
+        if not options.state.parent.is_dir():
+            raise RunError(f'--state must be a file in a folder that exists, got {options.state}')
+        if options.state.exists():
+            conversation.load(options.state)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # lines can be edited
     arguments = sampling(options, run)

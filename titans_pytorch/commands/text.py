@@ -115,7 +115,8 @@ class Conversation:
     def answer(self, message: str, length: int = 256, **sampling: Any) -> Generator[str, None, None]:
         """Yield the answer to a message, as it comes. Closed early, the state holds as much of it as came."""
         vocabulary, tokens = self.run.vocabulary, []
-        turn = vocabulary.encode(self.template.replace('{message}', message).encode())
+        # a terminal passes on bytes that are not UTF-8
+        turn = vocabulary.encode(self.template.replace('{message}', message).encode('utf-8', 'surrogateescape'))
         before = read(self.run, turn[:-1], self.state)
 
         def pieces() -> Iterator[bytes]:

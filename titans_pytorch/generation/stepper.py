@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from titans_pytorch.generation.decodable import Decodable, StepKind
 from titans_pytorch.memory.state import LayerSurprises
 from titans_pytorch.ops import _dispatch
+from titans_pytorch.utils.precision import autocast_dtype
 from titans_pytorch.utils.shapes import Float, Int
 
 _LOCK = threading.RLock()
@@ -96,8 +97,7 @@ class Stepper:
             self._model.step(self._state, kind)
 
     def _mode(self, kind: StepKind) -> Mode:
-        device = self._state.token.device.type
-        return kind, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return kind, autocast_dtype(self._state.token.device)
 
 
 class CallStepper:

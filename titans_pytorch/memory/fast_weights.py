@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 from titans_pytorch.ops.retrieve_sequence import FactoredMatrix
 from titans_pytorch.ops.retrieve_sequence.reference import ROWS_IN_CACHE, factored_linear
+from titans_pytorch.utils.precision import autocast_dtype
 from titans_pytorch.utils.shapes import Float, concatenated
 
 Weights = dict[str, Tensor]
@@ -146,7 +147,7 @@ def _rows(block: StoredBlock) -> Float[Tensor, 'bh t d']:
 def matmul(x: Float[Tensor, 'bh n c d'], weights: Float[Tensor, 'bh n d e']) -> Float[Tensor, 'bh n c e']:
     """Rows of each chunk times its matrix."""
     # autocast makes the dtypes equal; without it, the weights may have been stored under autocast
-    return x @ (weights if torch.is_autocast_enabled(x.device.type) else weights.to(x.dtype))
+    return x @ (weights.to(x.dtype) if autocast_dtype(x.device) is None else weights)
 
 
 def _joined(parts: list[Float[Tensor, 'bh _n ...']], final: Float[Tensor, 'bh ...']) -> Float[Tensor, 'bh n ...']:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from titans_pytorch.utils.checks import check_floating, check_shape, described
 from titans_pytorch.utils.functional import call_with_weights
+from titans_pytorch.utils.precision import no_autocast
 from titans_pytorch.utils.shapes import Float, Int, divided
 
 
@@ -48,7 +49,7 @@ class AxialPositions(ContinuousAxialPositionalEmbedding):
         if axis == 0 and self.num_chunks is not None:
             indices = indices.clamp(max=self.num_chunks - 1)
         # in half precision, integers beyond 256 would not be exact
-        with torch.autocast(indices.device.type, enabled=False):
+        with no_autocast(indices):
             if self.dtype.itemsize > 2:
                 return self.mlps[axis](indices.to(self.dtype).unsqueeze(1))
             weights = {name: p.float() for name, p in self.mlps[axis].named_parameters()}

@@ -19,6 +19,7 @@ from titans_pytorch.models.state import ModelState
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.ops.token_attention import Position
 from titans_pytorch.utils.functional import is_intercepted
+from titans_pytorch.utils.precision import autocast_dtype
 from titans_pytorch.utils.shapes import Float, Int
 
 
@@ -96,7 +97,7 @@ class StepwiseDecoding(Module):
         if batch is None:
             raise ValueError('a model with neither attention nor memory has no state to decode from')
         position = torch.full((1,), start, device=device)
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
+        dtype = autocast_dtype(device) or weight.dtype
         rotations = [frequencies(attention.rotary_emb) for attention in self._attentions]
         return ModelBuffers(
             position=position,

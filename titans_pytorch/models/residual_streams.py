@@ -28,6 +28,7 @@ from titans_pytorch.ops.sinkhorn import sinkhorn
 from titans_pytorch.ops.token_hyper_connection import token_hyper_connection
 from titans_pytorch.utils.functional import is_intercepted
 from titans_pytorch.utils.parameters import InReferenceFormat, Resettable, fill
+from titans_pytorch.utils.precision import at_least_float32
 from titans_pytorch.utils.shapes import Float
 
 
@@ -206,7 +207,7 @@ def folded(connection: Any) -> FoldedConnection | None:
         to_logits = torch.cat((to_logits, to_write), dim=1)
         bias = torch.cat((bias, connection.static_beta.reshape(streams, 1)), dim=1)
     gain = connection.norm.gamma.unsqueeze(1) + 1.0
-    return FoldedConnection((to_logits * gain).float().mT.contiguous(), bias.float().contiguous())
+    return FoldedConnection(at_least_float32(to_logits * gain).mT.contiguous(), at_least_float32(bias).contiguous())
 
 
 def connect_token(connection: Module, weights: FoldedConnection | None, x: Streams) -> tuple[Tensor, AddResidual]:

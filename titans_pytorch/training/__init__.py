@@ -8,6 +8,7 @@ from titans_pytorch.training.checkpoints import (
     load_shards,
     read_checkpoint,
     read_resumable,
+    remove_other_form,
     save_shards,
     write_checkpoint,
 )
@@ -30,7 +31,13 @@ from titans_pytorch.training.distributed import (
 from titans_pytorch.training.files import RunError, append, atomic_file, one_line, remove_leftovers, say
 from titans_pytorch.training.machine import Machine, choose_machine
 from titans_pytorch.training.metrics import LossCurve, read_metrics, rewind
-from titans_pytorch.training.run_folder import clear_run_folder, describe_run, run_lock, wandb_id
+from titans_pytorch.training.run_folder import (
+    clear_run_folder,
+    describe_run,
+    leave_later_checkpoints,
+    run_lock,
+    wandb_id,
+)
 from titans_pytorch.training.runs import Run, latest_run, open_run, unseen_text
 from titans_pytorch.training.signals import Interrupted, Signals
 from titans_pytorch.training.steps import MicroStep, validation_loss
@@ -69,6 +76,7 @@ __all__ = [
     'first_rank_first',
     'is_distributed',
     'latest_checkpoint',
+    'leave_later_checkpoints',
     'latest_run',
     'load_bpe',
     'load_data',
@@ -85,6 +93,7 @@ __all__ = [
     'read_metrics',
     'read_resumable',
     'remove_leftovers',
+    'remove_other_form',
     'rewind',
     'run_lock',
     'save_shards',

@@ -108,20 +108,46 @@ def read_resumable(path: Path) -> dict[str, Any]:
     return {**content, 'shards': path} if path.is_dir() else content
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """Files and folders of checkpoints in a run's folder."""
+    return [*folder.glob('*.pt'), *(content.parent for content in folder.glob(f'*/{CONTENT}'))]
+
+
+def steps_done(path: Path) -> int:
+    """Optimizer steps until a checkpoint; −1 if it cannot be read or does not tell."""
+    peek = _peek(path)
+    return -1 if peek is None else peek[0]
+
+
+def _peek(path: Path) -> tuple[int, int] | None:
+    """Steps done, and those done at the last evaluation."""
+    try:
+        file = path / CONTENT if path.is_dir() else path
+        peek = torch.load(file, map_location='cpu', weights_only=True, mmap=True)  # reads no tensor
+        return int(peek['batch']), int(peek.get('evaluated', -1))
+    except Exception:
+        return None
+
+
+def remove_other_form(path: Path) -> None:
+    """Remove the checkpoint that has the name of `path`, but is a folder where that is a file, or the reverse."""
+    if path.suffix == '.pt':
+        if (path.with_suffix('') / CONTENT).exists():
+            shutil.rmtree(path.with_suffix(''))
+    else:
+        path.with_name(f'{path.name}.pt').unlink(missing_ok=True)
+
+
 def latest_checkpoint(folder: Path) -> dict[str, Any]:
     """The resumable checkpoint in `folder` with the most steps, regardless of file times."""
 
     def progress(path: Path) -> tuple[float, int]:
-        try:
-            # reads no tensor
-            peek = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-            return int(peek['batch']), int(peek['evaluated'])
-        except Exception:
-            return math.inf, 0  # tried first, so that the output says why it is skipped
+        # what cannot be read is tried first, so that the output says why it is skipped
+        return _peek(path) or (math.inf, 0)
 
-    for path in sorted([*folder.glob('*.pt'), *folder.glob(f'*/{CONTENT}')], key=progress, reverse=True):
+    for path in sorted(checkpoints(folder), key=progress, reverse=True):
         try:
-            return read_resumable(path.parent if path.name == CONTENT else path)
+            return read_resumable(path)
         except BadCheckpoint as error:
             say(f'skipped: {error}')
     raise BadCheckpoint(f'there is no checkpoint to resume in {folder}')

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from titans_pytorch.training.checkpoints import CONTENT
+from titans_pytorch.training.checkpoints import checkpoints, steps_done
 from titans_pytorch.training.distributed import rank
 from titans_pytorch.training.files import RunError, atomic_file, one_line, remove_leftovers, say
 from titans_pytorch.training.metrics import CURVE, METRICS, SAMPLES
@@ -59,15 +59,27 @@ def clear_run_folder(folder: Path) -> None:
     was forgotten."""
     remove_leftovers(folder)
     names = (METRICS, SAMPLES, CURVE, DESCRIPTION, WANDB_ID)
-    earlier = [
-        path for path in folder.iterdir() if path.suffix == '.pt' or path.name in names or (path / CONTENT).exists()
-    ]
-    if earlier:
-        aside = next(path for n in itertools.count(1) if not (path := folder / f'earlier-{n}').exists())
-        aside.mkdir()
-        for path in earlier:
-            path.rename(aside / path.name)
-        say(f'a new run (no --resume): the run that was in {folder} is now in {aside}')
+    earlier = [*checkpoints(folder), *(folder / name for name in names if (folder / name).exists())]
+    if aside := _set_aside(folder, earlier):
+        say(f'the run that was in {folder} is now in {aside}')
+
+
+def leave_later_checkpoints(folder: Path, batch: int) -> None:
+    """Move checkpoints with more than `batch` steps into a folder of their own, as a run that is resumed after `batch`
+    steps takes another course."""
+    if aside := _set_aside(folder, [path for path in checkpoints(folder) if steps_done(path) > batch]):
+        say(f'later checkpoints, of the course that the run had taken, are now in {aside}')
+
+
+def _set_aside(folder: Path, paths: list[Path]) -> Path | None:
+    """Move files to a new folder within `folder`; `None` if there are none."""
+    if not paths:
+        return None
+    aside = next(path for n in itertools.count(1) if not (path := folder / f'earlier-{n}').exists())
+    aside.mkdir()
+    for path in paths:
+        path.rename(aside / path.name)
+    return aside
 
 
 def describe_run(

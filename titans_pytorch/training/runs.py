@@ -14,7 +14,7 @@ from torch import Tensor
 from titans_pytorch import configuration
 from titans_pytorch.models.base import Transformer
 from titans_pytorch.training import enwik8
-from titans_pytorch.training.checkpoints import CONTENT, BadCheckpoint, read_checkpoint
+from titans_pytorch.training.checkpoints import CONTENT, BadCheckpoint, read_checkpoint, steps_done
 from titans_pytorch.training.data import BadData, load_data
 from titans_pytorch.training.files import RunError, one_line
 from titans_pytorch.training.machine import Machine, choose_machine
@@ -150,15 +150,8 @@ def _description(folder: Path) -> dict[str, Any]:
 
 def _chosen(folder: Path) -> tuple[Path, dict[str, Any]]:
     """The best checkpoint that can be read, else the latest."""
-
-    def steps(path: Path) -> int:
-        try:
-            return int(torch.load(path, map_location='cpu', weights_only=True, mmap=True)['batch'])  # reads no tensor
-        except Exception:
-            return -1
-
     best = [*folder.glob('*_best.pt')]
-    for path in [*best, *sorted({*folder.glob('*.pt')} - {*best}, key=steps, reverse=True)]:
+    for path in [*best, *sorted({*folder.glob('*.pt')} - {*best}, key=steps_done, reverse=True)]:
         try:
             return path, _weights(path)
         except BadCheckpoint as error:

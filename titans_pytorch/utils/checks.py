@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from titans_pytorch.utils.functional import is_traced
+from titans_pytorch.utils.precision import autocast_dtype
 from titans_pytorch.utils.shapes import Bool, Int
 
 
@@ -182,7 +183,7 @@ def check_floating(name: str, value: Any, dtype: torch.dtype | None = None) -> N
     check_tensor(name, value)
     if not value.is_floating_point():
         raise TypeError(f'{name} must be a floating-point tensor, got {value.dtype}')
-    if dtype is not None and value.dtype != dtype and not torch.is_autocast_enabled(value.device.type):
+    if dtype is not None and value.dtype != dtype and autocast_dtype(value.device) is None:
         raise TypeError(f'{name} must be of {dtype}, as the parameters are, got {value.dtype}')
 
 

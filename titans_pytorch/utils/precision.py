@@ -18,15 +18,22 @@ def for_products(t: Tensor) -> Tensor:
     return t.to(operand_dtype(t))
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype to which autocast lowers matrix products on a device; `None` without autocast."""
+    # PyTorch refuses to answer for the meta device
+    if device.type == 'meta' or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 def _lowered(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return dtype
+    lowered = None if dtype == torch.float64 else autocast_dtype(device)
+    return dtype if lowered is None else lowered
 
 
-def no_autocast(like: Tensor) -> torch.autocast:
+def no_autocast(like: Tensor) -> AbstractContextManager[object]:
     """Context without autocast, for gates and states."""
-    return torch.autocast(like.device.type, enabled=False)
+    return nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
 
 
 def at_least_float32(t: Tensor) -> Tensor:
@@ -43,7 +50,7 @@ def network_autocast(module: torch.dtype, device: torch.device) -> AbstractConte
     derivatives of a norm, up to 1e5 for a small input, exceed its range.
     """
     dtype = _lowered(module, device)
-    if dtype not in HALF:
+    if dtype not in HALF or device.type == 'meta':
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 

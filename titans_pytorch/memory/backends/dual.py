@@ -489,7 +489,7 @@ def _batched(loss_fn: LossFn, axes: int) -> LossFn:
     if loss_fn is default_loss_fn:
         return loss_fn
     for _ in range(axes):
-        loss_fn = transformed(vmap, loss_fn)
+        loss_fn = transformed(vmap, loss_fn, randomness='different')
     return loss_fn
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from titans_pytorch.ops.norms import inverse_length
-from titans_pytorch.utils.precision import at_least_float32
+from titans_pytorch.utils.precision import at_least_float32, autocast_dtype
 from titans_pytorch.utils.shapes import Float
 
 
@@ -16,7 +16,7 @@ def newton_schulz(
     matrices: Float[Tensor, '... i j'], steps: int, eps: float, coefficients: tuple[float, float, float]
 ) -> Float[Tensor, '... i j']:
     a, b, c = coefficients
-    autocast = matrices.dtype != torch.float64 and torch.is_autocast_enabled(matrices.device.type)
+    autocast = matrices.dtype != torch.float64 and autocast_dtype(matrices.device) is not None
     x = matrices.float() if autocast else matrices
     dtype = x.dtype
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from titans_pytorch.ops._dispatch import VOLTA, use_kernel
 from titans_pytorch.ops.sinkhorn import reference
 from titans_pytorch.utils.checks import check_floating
+from titans_pytorch.utils.precision import at_least_float32
 from titans_pytorch.utils.shapes import Float
 
 EPS = 1e-12
@@ -20,7 +21,7 @@ def sinkhorn(log_alpha: Float[Tensor, '... s s'], iters: int = 20) -> Float[Tens
     """exp(`log_alpha`) with its columns and then its rows divided by their sums, `iters` times over.
 
     After enough iterations all rows and columns sum to 1; the rows do after each iteration, being last. The numbers are
-    those of `hyper_connections`: computed in float32, and returned in the precision of `log_alpha`.
+    those of `hyper_connections`: computed in float32 or float64, and returned in the precision of `log_alpha`.
 
     Source: Sinkhorn and Knopp, 1967; for residual streams, Xie et al., arXiv 2512.24880.
     """
@@ -29,7 +30,7 @@ def sinkhorn(log_alpha: Float[Tensor, '... s s'], iters: int = 20) -> Float[Tens
         raise ValueError(f'log_alpha must hold square matrices (…, s, s), got {tuple(log_alpha.shape)}')
     if iters <= 0:
         return log_alpha
-    full = log_alpha.float()
+    full = at_least_float32(log_alpha)
     if use_kernel([full], capability=VOLTA) and full.shape[-1] <= _LARGEST:
         from titans_pytorch.ops.sinkhorn import triton
 
