@@ -124,8 +124,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
             mixes tokens, is causal. Default: `MemoryMLP(dim_head, **default_model_kwargs)`. Weights with
             `requires_grad=False` are constants, which neither the memory nor an optimizer changes.
         store_memory_loss_fn: maps (prediction, target) to a loss per token. Default: mean squared error.
-        adaptive_step_transform: maps step-size logits to step sizes. Default: sigmoid times
-            `default_step_transform_max_lr`.
+        adaptive_step_transform: maps step-size logits (heads, tokens) to step sizes, each by itself, as a sequence may
+            be split anywhere. Default: sigmoid times `default_step_transform_max_lr`.
         default_step_transform_max_lr: the largest step size. A chunk is one step on the sum of its tokens' gradients,
             and all steps of a memory batch are taken at the same weights: the longer either is, the smaller this must
             be. `train_mac.py` uses 0.1 with chunks of 4 and memory batches of 128.
@@ -278,7 +278,9 @@ class NeuralMemory(Resettable, InReferenceFormat):
         check_memory_model(model, dim_head)
         model = frozen_as_buffers(model)
         model = ResidualNorm(dim_head, model) if mem_model_norm_add_residual else model
-        self._backend_class = choose_backend(engine, model, dim_head, spectral_norm_surprises, proximal_steps)
+        self._backend_class = choose_backend(
+            engine, model, dim_head, store_chunk_size * num_kv_per_token, spectral_norm_surprises, proximal_steps
+        )
         if checkpoint_every is not None and self._backend_class is DenseBackend:
             # torch.func, by which its gradients are taken, keeps saved tensors: nothing would be gained
             raise ValueError("checkpoint_every needs engine='dual', and this memory is dense")

@@ -55,6 +55,17 @@ def expected_output(layer: SegmentedAttention, seq: torch.Tensor) -> torch.Tenso
     return layer.to_out(rearrange(out, 'b h n d -> b n (h d)'))
 
 
+def test_frequencies_have_the_default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        layer = SegmentedAttention(16, 5, dim_head=16, heads=2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for p in layer.parameters()} == {torch.float64}
+    expected = 10000.0 ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16)
+    assert_same(layer.rotary_emb.freqs, expected, 1e-15)
+
+
 @every_variant
 def test_windows_equal_the_definition(variant):
     layer, seq = attention(variant), torch.randn(2, LENGTH, 16, dtype=torch.float64)

@@ -264,6 +264,32 @@ class Centred(nn.Linear):
         return super().forward(x - x.mean(dim=-2, keepdim=True))
 
 
+class Scaled(nn.Linear):
+    """Not causal: each row of the output depends on how many rows there are."""
+
+    def forward(self, x):
+        return super().forward(x) * x.shape[-2] ** -0.5
+
+
+class Rolled(nn.Linear):
+    """Not causal, which only seven rows show."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y + x.roll(-6, -2) if x.shape[-2] > 6 else y
+
+
+class Placed(nn.Linear):
+    """A vector for each of the three places in a chunk."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.places = nn.Parameter(torch.randn(3, sizes[0]))
+
+    def forward(self, x):
+        return super().forward(x + self.places[: x.shape[-2]])
+
+
 class CumulativeMean(nn.Linear):
     def forward(self, x):
         return super().forward(x.cumsum(dim=-2) / torch.arange(1, x.shape[-2] + 1, device=x.device).unsqueeze(-1))
@@ -271,13 +297,24 @@ class CumulativeMean(nn.Linear):
 
 @pytest.mark.parametrize('engine', ['auto', 'dense'])
 def test_networks_that_use_rows_they_may_not_see_are_refused(engine: str):
-    with pytest.raises(ValueError, match='model must be causal, but its output for a row depends on later rows'):
-        NeuralMemory(DIM, model=Centred(DIM, DIM), engine=engine)
+    for network in (Centred, Scaled, Rolled):
+        with pytest.raises(ValueError, match='model must be causal, but its output for a row depends on later rows'):
+            NeuralMemory(DIM, chunk_size=9, model=network(DIM, DIM), engine=engine)
     mixing = CumulativeMean(DIM, DIM)
-    NeuralMemory(DIM, model=mixing, engine=engine)
+    NeuralMemory(DIM, chunk_size=4, model=mixing, engine=engine)
     mixing.rowwise = True
     with pytest.raises(ValueError, match='has rowwise=True, but its output for a row depends on earlier rows'):
-        NeuralMemory(DIM, model=mixing, engine=engine)
+        NeuralMemory(DIM, chunk_size=4, model=mixing, engine=engine)
+
+
+def test_a_network_may_tell_the_places_in_a_chunk_apart():
+    mem = memory(Placed(DIM, DIM), chunk_size=3, batch_size=6)
+    seq = torch.randn(1, 11, DIM, dtype=torch.float64)
+    state, outs = None, []
+    for piece in seq.split([4, 1, 6], dim=1):
+        out, state = mem(piece, state=state)
+        outs.append(out)
+    assert_same(torch.cat(outs, dim=1), mem(seq)[0], 1e-9)
 
 
 def test_scripted_networks_are_refused():
@@ -285,6 +322,20 @@ def test_scripted_networks_are_refused():
         scripted = torch.jit.script(nn.Linear(DIM, DIM))
     with pytest.raises(TypeError, match='model must be a module of Python code, got a scripted one'):
         NeuralMemory(DIM, model=scripted)
+
+
+@pytest.mark.parametrize('engine', ['auto', 'dense'])
+def test_a_loss_may_draw_random_numbers(engine: str):
+    def loss(prediction, target):
+        return ((prediction - target) * torch.rand_like(prediction)).square().mean(dim=-1)
+
+    mem = NeuralMemory(DIM, chunk_size=2, store_memory_loss_fn=loss, engine=engine)
+    seq = torch.randn(2, 9, DIM)
+    torch.manual_seed(0)
+    first = mem(seq)[0]
+    assert not torch.equal(mem(seq)[0], first)
+    torch.manual_seed(0)
+    assert torch.equal(mem(seq)[0], first)
 
 
 def test_a_loss_over_all_rows_is_refused():

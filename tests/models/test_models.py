@@ -398,3 +398,14 @@ def test_layers_free_keys_and_values_that_no_later_token_sees():
         block.attention.register_forward_hook(hook)
     model(ids(40), return_state=True)
     assert alive == [0, 0, 0]
+
+
+@architectures
+def test_shapes_on_the_meta_device(name):
+    """As for counting operations, without computing anything."""
+    with torch.device('meta'):
+        model = build(name).to('meta')
+        tokens = torch.zeros(2, 13, dtype=torch.long)
+        logits, state = model(tokens, return_state=True)
+        assert logits.is_meta and logits.shape == model.to_logits(model(tokens, return_hidden=True)).shape
+        assert state.seq_index == model.num_positions(13) and model(tokens, return_loss=True).is_meta

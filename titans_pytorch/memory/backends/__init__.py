@@ -15,9 +15,9 @@ __all__ = ['Backend', 'DenseBackend', 'DualBackend', 'SpectralBackend', 'StoreIn
 
 
 def choose_backend(
-    requested: str, network: Module, dim: int, spectral_norm: bool, proximal_steps: bool = False
+    requested: str, network: Module, dim: int, rows: int, spectral_norm: bool, proximal_steps: bool = False
 ) -> type[Backend]:
-    """The backend for a network of width `dim`.
+    """The backend for a network of width `dim`, which is given up to `rows` rows at a time.
 
     Args:
         requested: the argument `engine` of `NeuralMemory`; 'auto' is 'dual' for all networks that it can serve.
@@ -32,7 +32,7 @@ def choose_backend(
         raise ValueError('proximal_steps needs a model that treats rows separately, and says so by `rowwise = True`')
     if is_built_in(network):
         return DenseBackend if requested == 'dense' else dual
-    trial = Trial.of(network, dim)
+    trial = Trial.of(network, dim, rows)
     obstacle_to_all = trial.obstacle_to_dense(network)
     if obstacle_to_all is not None:
         raise ValueError(
