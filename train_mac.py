@@ -664,6 +664,7 @@ def training_loop(
             'batch': batch,
             'val_loss': val_loss,
             'config': dataclasses.asdict(config),
+            'model': describe_model(config),
             'vocabulary': data.vocabulary.to_dict(),
             # the rest makes a resumed run the same as an uninterrupted one
             'best_val_loss': best,

@@ -33,6 +33,7 @@ from titans_pytorch.training import (
     checkpoints,
     enwik8,
     metrics,
+    open_run,
     read_metrics,
     rewind,
     vocabulary_from_dict,
@@ -516,6 +517,19 @@ def test_the_best_validation_is_one_of_the_same_windows(text, tmp_path):
     train_mac.main(['--resume', 'latest', '--run-dir', str(folder), '--num-batches', '3', '--seq-len', more])
     after = load(checkpoint)
     assert after['best_val_loss'] == after['val_loss'] > 0.1
+
+
+def test_a_checkpoint_keeps_the_model_that_it_was_trained_as(text, tmp_path):
+    folder = tmp_path / 'run'
+    train_mac.main(options(text, folder, NUM_BATCHES=1))
+    rate = load(folder / 'titans_enwik8.pt')['config']['NEURAL_MEM_MAX_LR']
+    (folder / 'titans_enwik8.pt').rename(folder / 'before.pt')
+    words = ['--num-batches', '2', '--neural-mem-max-lr', str(2 * rate)]
+    train_mac.main(['--resume', str(folder / 'before.pt'), *words])
+    for name, expected in (('before.pt', rate), ('titans_enwik8.pt', 2 * rate)):
+        model = open_run(folder, name).model
+        memory = next(layer.memory for layer in model.layers if layer.memory is not None)
+        assert memory.adaptive_step_transform(torch.zeros(())).item() == pytest.approx(expected / 2)
 
 
 def test_latest_is_the_checkpoint_of_most_steps_whatever_the_file_times(text, tmp_path, capsys):

@@ -64,18 +64,20 @@ def open_run(
         raise RunError(f'there is no run in {path}: train one with train_mac.py --run-dir {path}, or name another')
     description = _description(path)
     machine = choose_machine(device, precision)
-    try:
-        vocabulary = vocabulary_from_dict(description['vocabulary'])
-        model = configuration.build_model(description['model'])
-    except ModuleNotFoundError as error:
-        raise RunError(str(error)) from None
-    except (KeyError, ValueError, TypeError) as error:
-        raise RunError(f'{path / DESCRIPTION} describes no model: {one_line(error)}') from None
     if checkpoint is None:
         checkpoint, content = _chosen(path)
     else:
         checkpoint = Path(checkpoint) if Path(checkpoint).exists() else path / checkpoint
         content = _weights(checkpoint)
+    # a run that was resumed with other settings has described another model since
+    described: dict[str, Any] = description | content
+    try:
+        vocabulary = vocabulary_from_dict(described['vocabulary'])
+        model = configuration.build_model(described['model'])
+    except ModuleNotFoundError as error:
+        raise RunError(str(error)) from None
+    except (KeyError, ValueError, TypeError) as error:
+        raise RunError(f'{path / DESCRIPTION} describes no model: {one_line(error)}') from None
     try:
         model.load_state_dict(content['model_state_dict'])
     except (RuntimeError, TypeError, AttributeError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ def memory_batch_scan(
     # not by slices, whose gradients would each be as long as the whole
     rows = (t.split(coefficients.shape[3], dim=1) for t in (keys, values, step_sizes))
     for k, v, theta, own, own_initial in zip(*rows, coefficients.unbind(1), initial_coefficients.unbind(1)):
-        initial.append(matrices)
+        initial.append([torch.stack(states, dim=1) for states in matrices])
         weights, own_gamma = [states[0] for states in matrices], None if gamma is None else gamma[0]
         found = inner_gradient(k, v, theta, weights, own_gamma, None, [], None, eps, operands)
         of_rows.append(found)
@@ -46,14 +45,10 @@ def memory_batch_scan(
     def of_batches(parts: Any) -> Tensor:
         return torch.stack([*parts], dim=1)
 
-    def of_states(parts: tuple[list[Tensor], ...]) -> Tensor:
-        # in one stack: the gradient of each would be copied
-        return of_batches(chain(*parts)).unflatten(1, (len(parts), -1))
-
     all_inputs, all_deltas, gamma_updates, losses = zip(*of_rows)
     by_matrix = ([of_batches(own).flatten(2, 3) for own in zip(*parts)] for parts in (all_inputs, all_deltas))
     return (
-        [of_states(own) for own in zip(*initial)], None if gamma is None else of_batches(initial_gamma),
+        [of_batches(own) for own in zip(*initial)], None if gamma is None else of_batches(initial_gamma),
         [of_batches(states) for states in matrices], None if gamma is None else of_batches(gamma),
         *by_matrix, None if gamma is None else of_batches(gamma_updates), of_batches(losses),
     )  # fmt: skip
