@@ -136,7 +136,7 @@ def test_normalized_momentum_adds_up_to_one_step(order):
         [*weights.values()]
         for weights in (mem.init_weights(2), *(own(seq, store_mask=mask)[1].states[0] for own in (mem, plain)))
     )
-    gates = (mem._project_chunks(seq, None)[0].momentum).sigmoid()
+    gates = (mem._project_chunks(seq, None)[0].momentum_logits).sigmoid()
     assert gates.min() < 0.1 and gates.max() > 0.9
     assert_same(end - start, expected - start, 1e-9)
 
@@ -155,7 +155,7 @@ def errors_with_gates(gates, monkeypatch, **options):
     seq = torch.randn(1, 1, HEAD, dtype=torch.float64).expand(1, logits.shape[1], HEAD)
     chunks, pooled = mem._project_chunks(seq, None)
     orders = logits.expand(1, -1, mem.momentum_order)
-    chunks = chunks._replace(momentum=orders, momentum_shares=(-orders).sigmoid())
+    chunks = chunks._replace(momentum_logits=orders, momentum_shares=(-orders).sigmoid())
     monkeypatch.setattr(mem, '_project_chunks', lambda *_: (chunks, pooled))
     with torch.no_grad():
         (over_time,) = mem(seq)[1].updates.to_dict().values()

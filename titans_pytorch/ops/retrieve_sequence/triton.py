@@ -819,7 +819,8 @@ def _tiles(both: tuple[Tiles, Tiles], sizes: _Sizes, operands: torch.dtype) -> T
     if sizes.head_blocks * triton.cdiv(sizes.rows, tiles.rows) < ENOUGH_PROGRAMS:
         tiles = tiles._replace(rows=min(tiles.rows, 32))
     if tile_size(sizes.dim) > 64:
-        tiles = tiles._replace(units=min(tiles.units, 32), warps=8)
+        # and no third stage, for which GPUs of compute capability 8.6 and 8.9 lack the memory
+        tiles = tiles._replace(units=min(tiles.units, 32), warps=8, stages=2)
     return tiles
 
 
