@@ -560,7 +560,7 @@ def training_loop(
         raise BadSetting('VOCABULARY must be that of the weights in --init-from, whose embeddings belong to its tokens')
     if config.VOCABULARY != 'bytes':
         config = dataclasses.replace(config, VOCABULARY_SIZE=data.vocabulary.size)
-    unit = 'bytes' if isinstance(data.vocabulary, ByteVocabulary) else 'tokens'
+    unit = 'bytes' if config.VOCABULARY == 'bytes' else 'tokens'
     say(f'data: {data.source}: {len(data.train):,} {unit} to train on, {len(data.valid):,} to validate')
 
     # `batch` counts the steps done, `evaluated` is its value at the last evaluation, and `windows_random` the state of
@@ -598,20 +598,18 @@ def training_loop(
             group['lr'] = config.LEARNING_RATE  # which may have been changed on the command line
         batch, evaluated, val_loss, best = (resume[key] for key in ('batch', 'evaluated', 'val_loss', 'best_val_loss'))
         say(f'resumed after {batch} steps')
-        if resume['data_sha256'] != data.sha256:
+        if other_data := resume['data_sha256'] != data.sha256:
             say('NOTICE: the data is not what this run began with')
-        validated = ('SEQ_LEN', 'BATCH_SIZE', 'VALIDATE_BATCHES')
-        if resume['data_sha256'] != data.sha256 or any(
-            resume['config'].get(name) not in (None, getattr(config, name)) for name in validated
-        ):
-            best = math.inf  # of other windows
+        sizes = {name: getattr(config, name) for name in ('SEQ_LEN', 'BATCH_SIZE', 'VALIDATE_BATCHES')}
+        if other_data or any(resume['config'].get(name, size) != size for name, size in sizes.items()):
+            best = math.inf  # the best loss so far was that of other validation windows
     windows_random = generator.get_state()
     rehearse(model, data, config, machine)
     any_rank(False)  # all have read what they resume
     first = rank() == 0  # the one that writes
     if first:
         remove_leftovers(folder)
-        if resume is None or resume['folder'] != folder:
+        if resume is None or not folder.samefile(resume['folder']):
             clear_run_folder(folder)
         else:
             leave_later_checkpoints(folder, batch)

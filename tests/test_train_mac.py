@@ -499,8 +499,11 @@ def test_a_run_that_goes_on_in_the_folder_of_another_keeps_that_apart(text, tmp_
     for name in ('one', 'other'):
         train_mac.main(options(text, tmp_path / name, NUM_BATCHES=2, CHECKPOINT_EVERY=1))
     before = (tmp_path / 'other' / 'metrics.jsonl').read_bytes()
-    words = ['--resume', str(tmp_path / 'one' / 'checkpoint_batch_1.pt'), '--run-dir', str(tmp_path / 'other')]
-    train_mac.main([*words, '--num-batches', '2'])
+    words = ['--resume', str(tmp_path / 'one' / 'checkpoint_batch_1.pt'), '--num-batches', '2']
+    # its own folder by another path
+    train_mac.main([*words, '--run-dir', str(tmp_path / 'other' / '..' / 'one')])
+    assert list(rows(tmp_path / 'one', 'train_loss')) == [1, 2]
+    train_mac.main([*words, '--run-dir', str(tmp_path / 'other')])
     assert (tmp_path / 'other' / 'earlier-1' / 'metrics.jsonl').read_bytes() == before
     assert list(rows(tmp_path / 'other', 'train_loss')) == [2]
 
