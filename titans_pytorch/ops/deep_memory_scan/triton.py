@@ -48,7 +48,7 @@ from titans_pytorch.ops.deep_memory_scan.triton_proximal import (
     through_vector_steps,
     vector_steps,
 )
-from titans_pytorch.ops.inner_gradient.triton import gradient_of_product, gradient_of_product_backward
+from titans_pytorch.ops.inner_gradient.triton import gradient_of_product, gradient_of_product_backward, gradient_terms
 
 # columns of a tile, features that are summed over at a time, and most programs of a head
 BLOCK, DEPTH, MOST_PROGRAMS = 64, 64, 4
@@ -673,8 +673,9 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                     d_loss = tl.load(d_losses + first_row + index, mask=valid, other=0.0)[:, None]
                 if PROXIMAL:
                     d_loss += (d_weighted * theta)[:, None]
-                _, d_theta, d_prediction, d_key, d_product, d_gain = gradient_of_product_backward(
-                    y, key, v, theta[:, None], gain, of_delta, d_gamma_update, d_loss, inside, eps, dim, NORM
+                terms = gradient_terms(y, key, v, theta[:, None], gain, inside, eps, dim, NORM)
+                d_theta, d_prediction, d_key, d_product, gain_rows = gradient_of_product_backward(
+                    terms, theta[:, None], gain, of_delta, d_gamma_update, d_loss, inside, dim, NORM
                 )
                 if PROXIMAL:
                     d_theta += d_weighted * loss
@@ -697,6 +698,7 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                     of_gain = tl.zeros((COUNT,), tl.float32)
                     if NORM:
                         # γ before the memory batch is a combination of states and of earlier gamma_updates
+                        d_gain = tl.sum(gain_rows, axis=0)
                         to_gain = of_gains + (own * batches + batch) * dim + feature
                         tl.store(to_gain, d_gain, mask=with_feature)
                         of_gain = tl.sum(gamma_updates * d_gain, axis=1)

@@ -70,6 +70,15 @@ def _block(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def block_of_rows(start, offsets, stride, first_unit, valid, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A block of columns of some rows. Loops that add products to it read it a block ahead: Triton does so by itself
+    only for what is multiplied."""
+    unit = first_unit + tl.arange(0, BLOCK)
+    present = valid[:, None] & (unit < width)[None, :]
+    return tl.load(start + offsets[:, None] + (unit * stride)[None, :], mask=present, other=0.0)
+
+
+@triton.jit
 def rows_of_block(block, parts, chunks, rows, CHUNKS: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Of each of a block's rows its chunk, its offset in that, and whether it is valid."""
     index = tl.arange(0, CHUNKS * ROWS)
@@ -89,47 +98,48 @@ def sum_rows_of_chunks(of_rows, CHUNKS: tl.constexpr, ROWS: tl.constexpr, WIDTH:
 
 
 @triton.jit
-def gradient_of_product(y, k, v, theta, gain, inside, eps, dim: tl.constexpr, NORM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """From the product y with the last matrix: p − v, Δ₂, and what γ is to descend by each row. `gain` is 1 + γ."""
-    # s = −(2θ/d) (p − v)
+def gradient_terms(y, k, v, theta, gain, inside, eps, dim: tl.constexpr, NORM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What Δ₂ and its gradient are made of, from the product y with the last matrix: p − v, s = −(2θ/d) (p − v), and
+    with a norm x̂, r, u = s ∘ (1 + γ), mean(u ∘ x̂) and P(u). `gain` is 1 + γ."""
     if NORM:
         x, inverse = standardize(y, inside, eps, dim)
         difference = x * gain + k - v
         s = theta * difference * (-2.0 / dim)
-        # Δ₂ = r · P(s ∘ (1 + γ))
-        delta = inverse * project_out(s * gain, x, inside, dim)
-        of_rows = s * x
+        u = s * gain
+        along = row_mean(u * x, dim)
+        tangent = tl.where(inside, u - row_mean(u, dim) - x * along, 0.0)
     else:
-        difference = y - v
-        delta = theta * difference * (-2.0 / dim)
-        of_rows = delta
-    return difference, delta, of_rows
+        x, inverse, along, difference = y, 1.0, 0.0, y - v
+        s = theta * difference * (-2.0 / dim)
+        u, tangent = s, s
+    return difference, s, x, inverse, u, along, tangent
+
+
+@triton.jit
+def gradient_of_product(y, k, v, theta, gain, inside, eps, dim: tl.constexpr, NORM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """From the product y with the last matrix: p − v, Δ₂, and what γ is to descend by each row. `gain` is 1 + γ."""
+    difference, s, x, inverse, _, _, tangent = gradient_terms(y, k, v, theta, gain, inside, eps, dim, NORM)
+    # Δ₂ = r · P(u)
+    return difference, inverse * tangent, s * x
 
 
 @triton.jit
 def gradient_of_product_backward(  # type: ignore[no-untyped-def]
-    y, k, v, theta, gain, d_delta, d_of_rows, d_loss, inside, eps, dim: tl.constexpr, NORM: tl.constexpr
+    terms, theta, gain, d_delta, d_of_rows, d_loss, inside, dim: tl.constexpr, NORM: tl.constexpr
 ):  # fmt: skip
-    """The way back: Δ₂ again, and the gradients of θ, p, k (by the residual around the network), y and γ, the last
-    summed over rows."""
+    """The way back from `gradient_terms`: the gradients of θ, p, k (by the residual around the network) and y, and each
+    row's part in that of γ."""
+    difference, s, x, inverse, u, along, tangent = terms
     if NORM:
-        x, inverse = standardize(y, inside, eps, dim)
-        difference = x * gain + k - v
-        s = theta * difference * (-2.0 / dim)
-        # Δ₂ = r · P(u) with u = s ∘ (1 + γ); P is symmetric, and made of x̂
-        tangent = project_out(s * gain, x, inside, dim)
-        delta = inverse * tangent
+        # P is symmetric, and made of x̂
         d_inverse = tl.sum(d_delta * tangent, axis=1)[:, None]
-        d_delta *= inverse
-        d_u = project_out(d_delta, x, inside, dim)
-        d_x = -row_mean(s * gain * x, dim) * d_delta - row_mean(d_delta * x, dim) * (s * gain)
+        d_tangent = inverse * d_delta
+        d_along = row_mean(d_tangent * x, dim)
+        d_u = tl.where(inside, d_tangent - row_mean(d_tangent, dim) - x * d_along, 0.0)
         # and minus the gradient of γ is Σ s ∘ x̂
         d_s = d_u * gain + d_of_rows * x
-        d_x += d_of_rows * s
-        of_gamma = d_u * s
+        d_x = d_of_rows * s - along * d_tangent - d_along * u
     else:
-        difference = y - v
-        delta = theta * difference * (-2.0 / dim)
         d_s = d_delta
 
     # s = −(2θ/d) (p − v), loss = mean (p − v)²
@@ -138,15 +148,14 @@ def gradient_of_product_backward(  # type: ignore[no-untyped-def]
 
     if NORM:
         # p = x̂ ∘ (1 + γ) + k
-        d_k = d_prediction
-        of_gamma = tl.sum(of_gamma + d_prediction * x, axis=0)
+        d_k, of_gamma = d_prediction, d_u * s + d_prediction * x
         d_x += d_prediction * gain
         # x̂ = (y − mean y) · r, and ∂r/∂y = −r² x̂ / d
         d_product = inverse * (project_out(d_x, x, inside, dim) - d_inverse * inverse * x / dim)
     else:
-        d_k = tl.zeros_like(y)
-        d_product, of_gamma = d_prediction, 0.0
-    return delta, d_step, d_prediction, d_k, d_product, of_gamma
+        d_k = tl.zeros_like(x)
+        d_product, of_gamma = d_prediction, d_k
+    return d_step, d_prediction, d_k, d_product, of_gamma
 
 
 @triton.jit
@@ -294,14 +303,18 @@ def backward_of_rows(  # type: ignore[no-untyped-def]
         d_chunk = tl.load(from_chunks, mask=inside, other=0.0)
     if LOSSES:
         d_loss = tl.load(d_losses + row_offset, mask=valid, other=0.0)[:, None]
-    delta, d_step, d_prediction, d_k, d_product, of_gamma = gradient_of_product_backward(
-        y, k, v, theta, gain, d_delta, d_chunk, d_loss, inside, eps, dim, NORM
+    terms = gradient_terms(y, k, v, theta, gain, inside, eps, dim, NORM)
+    _, _, _, inverse, _, _, tangent = terms
+    delta = inverse * tangent
+    d_step, d_prediction, d_k, d_product, of_gamma = gradient_of_product_backward(
+        terms, theta, gain, d_delta, d_chunk, d_loss, inside, dim, NORM
     )
     tl.store(d_step_sizes + row_offset, d_step, mask=valid)
     tl.store(d_values + features, -d_prediction, mask=inside)
     tl.store(d_y + features, d_product, mask=inside)
 
     if HIDDEN:
+        upcoming = block_of_rows(d_hidden, d_hidden_offset, d_hidden_unit, 0, valid, width, BLOCK)
         for first_unit in range(0, width, BLOCK):
             unit = first_unit + tl.arange(0, BLOCK)
             units, present = row_offset[:, None] * width + unit[None, :], valid[:, None] & (unit < width)[None, :]
@@ -312,8 +325,8 @@ def backward_of_rows(  # type: ignore[no-untyped-def]
                 from_h = _block(w_first, feature[None, :], unit[:, None], dim, width, RESIDUAL, OPERAND)
                 from_last = _block(w_last, unit[None, :], feature[:, None], width, dim, RESIDUAL, OPERAND)
                 h = multiply_add(nothing, k, from_keys, PRECISION, OPERAND)
-            from_rows = d_hidden + d_hidden_offset[:, None]
-            d_a = tl.load(from_rows + (unit * d_hidden_unit)[None, :], mask=present, other=0.0).to(tl.float32)
+            d_a = upcoming.to(tl.float32)
+            upcoming = block_of_rows(d_hidden, d_hidden_offset, d_hidden_unit, first_unit + BLOCK, valid, width, BLOCK)
             d_a = multiply_add(d_a, d_product, from_last, PRECISION, OPERAND)
             g = multiply_add(nothing, delta, from_last, PRECISION, OPERAND)
             d_slope = g * tl.load(d_hidden_deltas + units, mask=present, other=0.0).to(tl.float32)
@@ -323,7 +336,7 @@ def backward_of_rows(  # type: ignore[no-untyped-def]
     else:
         from_last = _block(w_last, feature[None, :], feature[:, None], dim, dim, RESIDUAL, OPERAND)
         d_k = multiply_add(d_k, d_product, from_last, PRECISION, OPERAND)
-    return d_k, of_gamma
+    return d_k, tl.sum(of_gamma, axis=0)
 
 
 @triton.jit

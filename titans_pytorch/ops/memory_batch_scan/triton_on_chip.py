@@ -38,11 +38,13 @@ from titans_pytorch.ops._triton_cooperative import (
     new_counters,
     wait_for_arrivals,
 )
-from titans_pytorch.ops.inner_gradient.triton import gradient_of_product, gradient_of_product_backward
+from titans_pytorch.ops.inner_gradient.triton import gradient_of_product, gradient_of_product_backward, gradient_terms
 
 # hidden features of a program
 UNITS = 64
-WARPS = 8
+# warps of a program; fewer forward, in half precision, where a memory batch has 16 rows at most: two programs then
+# share a multiprocessor, and one computes while the other waits
+WARPS, WARPS_OF_FEW_ROWS = 8, 4
 
 
 @triton.jit
@@ -103,7 +105,7 @@ def _advance(  # type: ignore[no-untyped-def]
     of_weights, of_momentum = coefficients
     kept, added, kept_momentum = mix
     if SCALAR:
-        update = multiply_add(tl.zeros_like(w), tl.trans(x), delta, PRECISION, OPERAND)
+        update = multiply_add(tl.zeros_like(w), tl.trans(x.to(OPERAND)), delta, PRECISION, OPERAND)
         if MOMENTUM:
             w = kept * w + added * momentum + of_weights * update
             momentum = kept_momentum * momentum + of_momentum * update
@@ -201,10 +203,11 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
             of_chunks = _load_coefficients(coefficients, own, chunk, valid, chunks, STATES, SCALAR)
             h = multiply_add(nothing, k, w_1, PRECISION, OPERAND)
             a = h * normal_cdf(h)
+            from_hidden = w_2.to(OPERAND)
             # two places in turn: when one is written again, all programs have read it
             parts_of_y = partial + (head * 2 + batch % 2) * PARTS * SIZE
             if BEFORE_SUM:
-                y = multiply_add(tl.zeros((ROWS, DIM), tl.float32), a, w_2, PRECISION, OPERAND)
+                y = multiply_add(tl.zeros((ROWS, DIM), tl.float32), a, from_hidden, PRECISION, OPERAND)
                 _store_part(parts_of_y, part, y, SIZE, ROWS, DIM)
             arrive(counter, WAITS)
             # whatever needs no sum, while the others arrive
@@ -237,7 +240,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                     gain += w_gamma[None, :]  # type: ignore[index]
                 difference, delta, of_rows = gradient_of_product(y, k, v, theta[:, None], gain, inside, eps, dim, NORM)
                 loss = tl.sum(difference * difference, axis=1) / dim
-                g = multiply_add(nothing, delta, tl.trans(w_2), PRECISION, OPERAND)
+                g = multiply_add(nothing, delta, tl.trans(from_hidden), PRECISION, OPERAND)
                 hidden_delta = g * gelu_derivative(h)
                 to_rows = (start + index)[:, None] * dim + feature[None, :]
                 if part == 0:
@@ -299,16 +302,92 @@ def _through_states(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _step_back(g_weights, g_momentum, w, s, mix, MOMENTUM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """G before a memory batch from G after it, but for what passes through gradients; and the gradients of the three
-    coefficients of `mix`."""
+def _read_batch(  # type: ignore[no-untyped-def]
+    batch, head, batches, chunks, rows, part, inputs, coefficients, outputs, saved, from_later, strides,
+    dim: tl.constexpr, width: tl.constexpr, NORM: tl.constexpr, STATES: tl.constexpr, MOMENTUM: tl.constexpr,
+    SCALAR: tl.constexpr, OF_HIDDEN: tl.constexpr, OF_HIDDEN_DELTAS: tl.constexpr, OF_DELTAS: tl.constexpr,
+    OF_GAMMA: tl.constexpr, LOSSES: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    """What the forward was given of a memory batch, what it left, and what reaches its outputs from later layers, 0 if
+    nothing does. Momentum is read by itself, as nobody waits for it."""
+    keys, values, step_sizes = inputs
+    of_updates, of_states = coefficients
+    hidden, hidden_deltas, deltas, products = outputs
+    first_saved, last_saved, gamma_saved = saved
+    d_hidden, d_hidden_deltas, d_deltas, d_of_gamma, d_losses = from_later
+    (
+        key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
+        d_hidden_head, d_hidden_batch, d_hidden_row, d_hidden_unit,
+    ) = strides  # fmt: skip
+    feature, unit, index = tl.arange(0, DIM), part * UNITS + tl.arange(0, UNITS), tl.arange(0, ROWS)
+    with_feature, with_unit, valid = feature < dim, unit < width, index < chunks * rows
+    inside, present = valid[:, None] & with_feature[None, :], valid[:, None] & with_unit[None, :]
+    own = head * batches + batch
+    chunk, row, start = index // rows, index % rows, own * chunks * rows
+    offset = tl.cast(batch * chunks + chunk, tl.int64)
+    to_rows = (start + index)[:, None] * dim + feature[None, :]
+    to_units = (start + index)[:, None] * width + unit[None, :]
+    size: tl.constexpr = dim * width
+    to_first, in_first = feature[:, None] * width + unit[None, :], with_feature[:, None] & with_unit[None, :]
+    to_last, in_last = unit[:, None] * dim + feature[None, :], with_unit[:, None] & with_feature[None, :]
+
+    from_keys = keys + head * key_head + (offset * key_chunk + row * key_row)[:, None] + feature[None, :]
+    from_values = values + head * value_head + (offset * value_chunk + row * value_row)[:, None] + feature[None, :]
+    from_steps = step_sizes + head * step_head + offset * step_chunk + row * step_row
+    k, v = tl.load(from_keys, mask=inside, other=0.0), tl.load(from_values, mask=inside, other=0.0)
+    theta = tl.load(from_steps, mask=valid, other=0.0)
+    mix = _load_mix(of_states, own, MOMENTUM)
+    of_chunks = _load_coefficients(of_updates, own, chunk, valid, chunks, STATES, SCALAR)
+    w_1 = tl.load(first_saved + own * STATES * size + to_first, mask=in_first, other=0.0)
+    w_2 = tl.load(last_saved + own * STATES * size + to_last, mask=in_last, other=0.0)
+    w_gamma, s_gamma = 0.0, 0.0
+    if NORM:
+        w_gamma, s_gamma = _load_matrix(gamma_saved + own * STATES * dim, dim, feature, with_feature, MOMENTUM)
+    a = tl.load(hidden + to_units, mask=present, other=0.0)
+    hidden_delta = tl.load(hidden_deltas + to_units, mask=present, other=0.0)
+    delta, y = tl.load(deltas + to_rows, mask=inside, other=0.0), tl.load(products + to_rows, mask=inside, other=0.0)
+    of_a, of_hidden_delta, of_delta, of_gamma, of_loss = 0.0, 0.0, 0.0, 0.0, 0.0
+    if OF_HIDDEN:
+        from_hidden = d_hidden + head * d_hidden_head + tl.cast(batch, tl.int64) * d_hidden_batch
+        from_hidden += (index * d_hidden_row)[:, None] + (unit * d_hidden_unit)[None, :]
+        of_a = tl.load(from_hidden, mask=present, other=0.0)
+    if OF_HIDDEN_DELTAS:
+        of_hidden_delta = tl.load(d_hidden_deltas + to_units, mask=present, other=0.0)
+    if OF_DELTAS:
+        of_delta = tl.load(d_deltas + to_rows, mask=inside, other=0.0)
+    if OF_GAMMA:
+        of_gamma = tl.load(d_of_gamma + to_rows, mask=inside, other=0.0)
+    if LOSSES:
+        of_loss = tl.load(d_losses + start + index, mask=valid, other=0.0)
+    return (
+        (k, v, theta), (mix, of_chunks), (a, hidden_delta, delta, y), (w_1, w_2, w_gamma, s_gamma),
+        (of_a, of_hidden_delta, of_delta, of_gamma, of_loss),
+    )  # fmt: skip
+
+
+@triton.jit
+def _rows_of_both(x, y, OPERAND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The rows of x, then those of y."""
+    both = tl.join(x.to(OPERAND), y.to(OPERAND))
+    return tl.permute(both, (2, 0, 1)).reshape(2 * x.shape[0], x.shape[1])
+
+
+@triton.jit
+def _products_of_states(g_weights, g_momentum, w, s):  # type: ignore[no-untyped-def]
+    """For each entry its part in the gradients of the three coefficients of `mix`, which are Σ G ∘ W, Σ G ∘ S and
+    Σ T ∘ S with the gradient T of the momentum; and a zero. Side by side, their sums take fewer barriers."""
+    of_weights = tl.join(g_weights * w, g_momentum * s)
+    products = tl.join(of_weights, tl.join(g_weights * s, tl.zeros_like(g_weights)))
+    return products.reshape(g_weights.numel, 4)
+
+
+@triton.jit
+def _step_back(g_weights, g_momentum, mix, MOMENTUM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """G before a memory batch from G after it, but for what passes through gradients."""
     kept, added, kept_momentum = mix
-    d_kept = tl.sum(g_weights * w)
-    d_added, d_kept_momentum = d_kept, d_kept
     if MOMENTUM:
-        d_added, d_kept_momentum = tl.sum(g_weights * s), tl.sum(g_momentum * s)
         g_momentum = added * g_weights + kept_momentum * g_momentum
-    return kept * g_weights, g_momentum, d_kept, d_added, d_kept_momentum
+    return kept * g_weights, g_momentum
 
 
 @triton.jit(do_not_specialize=['first_batch', 'last_batch', 'batches'])
@@ -334,14 +413,20 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     part, groups = program % PARTS, tl.num_programs(0) // PARTS
     feature, unit, index = tl.arange(0, DIM), part * UNITS + tl.arange(0, UNITS), tl.arange(0, ROWS)
     with_feature, with_unit, valid = feature < dim, unit < width, index < chunks * rows
-    chunk, row = index // rows, index % rows
     size: tl.constexpr = dim * width
     to_first, in_first = feature[:, None] * width + unit[None, :], with_feature[:, None] & with_unit[None, :]
     to_last, in_last = unit[:, None] * dim + feature[None, :], with_unit[:, None] & with_feature[None, :]
-    inside, present = valid[:, None] & with_feature[None, :], valid[:, None] & with_unit[None, :]
+    inside = valid[:, None] & with_feature[None, :]
     nothing = tl.zeros((ROWS, UNITS), tl.float32)
     # one program's share of what all programs of a head compute alike
     is_first_part = tl.where(part == 0, 1.0, 0.0)
+    inputs, both_coefficients = (keys, values, step_sizes), (coefficients, initial_coefficients)
+    outputs, saved = (hidden, hidden_deltas, deltas, products), (first_saved, last_saved, gamma_saved)
+    from_later = d_hidden, d_hidden_deltas, d_deltas, d_of_gamma, d_losses
+    strides = (
+        key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
+        d_hidden_head, d_hidden_batch, d_hidden_row, d_hidden_unit,
+    )  # fmt: skip
 
     for head_index in range(program // PARTS, heads, groups):
         head = tl.cast(head_index, tl.int64)
@@ -354,56 +439,46 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
             to_gamma = d_gamma + (head * PARTS + part) * STATES * dim
             g_gamma, t_gamma = _load_matrix(to_gamma, dim, feature, with_feature, MOMENTUM)
 
+        upcoming = _read_batch(
+            batches - 1 - first_batch, head, batches, chunks, rows, part,
+            inputs, both_coefficients, outputs, saved, from_later, strides,
+            dim, width, NORM, STATES, MOMENTUM, SCALAR, OF_HIDDEN, OF_HIDDEN_DELTAS, OF_DELTAS, OF_GAMMA, LOSSES,
+            ROWS, DIM, UNITS,
+        )  # fmt: skip
         for step in range(first_batch, last_batch):
             batch = batches - 1 - step
             own = head * batches + batch
             start = own * chunks * rows
             to_rows = (start + index)[:, None] * dim + feature[None, :]
-            to_units = (start + index)[:, None] * width + unit[None, :]
             to_parts = own * PARTS + part
-            offset = tl.cast(batch * chunks + chunk, tl.int64)
-
-            # all that is read, before programs wait for each other
-            from_keys = keys + head * key_head + (offset * key_chunk + row * key_row)[:, None] + feature[None, :]
-            k = tl.load(from_keys, mask=inside, other=0.0).to(tl.float32)
-            hidden_delta = tl.load(hidden_deltas + to_units, mask=present, other=0.0).to(tl.float32)
-            delta = tl.load(deltas + to_rows, mask=inside, other=0.0).to(tl.float32)
-            a = tl.load(hidden + to_units, mask=present, other=0.0).to(tl.float32)
-            mix = _load_mix(initial_coefficients, own, MOMENTUM)
-            of_chunks = _load_coefficients(coefficients, own, chunk, valid, chunks, STATES, SCALAR)
-            to_values = (offset * value_chunk + row * value_row)[:, None] + feature[None, :]
-            v = tl.load(values + head * value_head + to_values, mask=inside, other=0.0).to(tl.float32)
-            to_steps = offset * step_chunk + row * step_row
-            theta = tl.load(step_sizes + head * step_head + to_steps, mask=valid, other=0.0).to(tl.float32)[:, None]
-            y = tl.load(products + to_rows, mask=inside, other=0.0)
-            gain, d_of_rows, d_loss = 1.0, 0.0, 0.0
+            own_inputs, own_coefficients, own_outputs, own_weights, given_gradients = upcoming
+            k, v, theta = own_inputs
+            mix, of_chunks = own_coefficients
+            a, hidden_delta, delta, y = own_outputs
+            w_1, w_2, w_gamma, s_gamma = own_weights
+            given_of_a, given_of_hidden_delta, given_of_delta, d_of_rows, d_loss = given_gradients
+            s_1, s_2 = w_1, w_2
+            if MOMENTUM:
+                s_1 = tl.load(first_saved + (own * STATES + 1) * size + to_first, mask=in_first, other=0.0)
+                s_2 = tl.load(last_saved + (own * STATES + 1) * size + to_last, mask=in_last, other=0.0)
+            k, v, theta = k.to(tl.float32), v.to(tl.float32), theta.to(tl.float32)[:, None]
+            a, hidden_delta, delta = a.to(tl.float32), hidden_delta.to(tl.float32), delta.to(tl.float32)
+            gain = 1.0
             if NORM:
-                w_gamma, s_gamma = _load_matrix(gamma_saved + own * STATES * dim, dim, feature, with_feature, MOMENTUM)
                 gain += w_gamma[None, :]
-                if OF_GAMMA:
-                    d_of_rows += tl.load(d_of_gamma + to_rows, mask=inside, other=0.0)
             if LOSSES:
-                d_loss = tl.load(d_losses + start + index, mask=valid, other=0.0)[:, None]
-
-            # for each matrix: through the states, to its X and Δ; and back before the memory batch, but for what passes
-            # through gradients
+                d_loss = d_loss[:, None]
+            # for each matrix: through the states, to its X and Δ
             d_k, d_hidden_delta, of_first, of_first_momentum = _through_states(
                 k, hidden_delta, g_1, t_1, of_chunks, MOMENTUM, SCALAR, PRECISION, OPERAND
             )  # fmt: skip
-            w_1, s_1 = _load_matrix(first_saved + own * STATES * size, size, to_first, in_first, MOMENTUM)
-            g_1, t_1, d_kept, d_added, d_kept_momentum = _step_back(g_1, t_1, w_1, s_1, mix, MOMENTUM)
             d_a, d_delta, of_weights, of_momentum = _through_states(
                 a, delta, g_2, t_2, of_chunks, MOMENTUM, SCALAR, PRECISION, OPERAND
             )  # fmt: skip
-            w_2, s_2 = _load_matrix(last_saved + own * STATES * size, size, to_last, in_last, MOMENTUM)
-            g_2, t_2, d_kept_2, d_added_2, d_kept_momentum_2 = _step_back(g_2, t_2, w_2, s_2, mix, MOMENTUM)
-            d_kept += d_kept_2
-            d_added += d_added_2
-            d_kept_momentum += d_kept_momentum_2
             of_weights += of_first
             of_momentum += of_first_momentum
             if OF_HIDDEN_DELTAS:
-                d_hidden_delta += tl.load(d_hidden_deltas + to_units, mask=present, other=0.0).to(tl.float32)
+                d_hidden_delta += given_of_hidden_delta.to(tl.float32)
             # Δ₁ = g ∘ gelu′(h) with g = Δ₂ W₂ᵀ
             h = multiply_add(nothing, k, w_1, PRECISION, OPERAND)
             slope = gelu_derivative(h)
@@ -412,17 +487,15 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
             if BEFORE_SUM:
                 d_delta = multiply_add(d_delta, d_g, w_2, PRECISION, OPERAND)
                 if OF_DELTAS:
-                    given = tl.load(d_deltas + to_rows, mask=inside, other=0.0).to(tl.float32)
-                    d_delta += is_first_part * given
+                    d_delta += is_first_part * given_of_delta.to(tl.float32)
                 _store_part(parts_of_delta, part, d_delta, SIZE, ROWS, DIM)
             arrive(counter, WAITS)
             # whatever needs no sum, while the others arrive
             if OF_HIDDEN:
-                given = d_hidden + head * d_hidden_head + tl.cast(batch, tl.int64) * d_hidden_batch
-                given += (index * d_hidden_row)[:, None] + (unit * d_hidden_unit)[None, :]
-                d_a += tl.load(given, mask=present, other=0.0).to(tl.float32)
+                d_a += given_of_a.to(tl.float32)
             g = multiply_add(nothing, delta, tl.trans(w_2), PRECISION, OPERAND)
-
+            of_mix = _products_of_states(g_1, t_1, w_1, s_1) + _products_of_states(g_2, t_2, w_2, s_2)
+            d_mix = tl.sum(of_mix, axis=0)
             if NORM:
                 weights_row, momentum_row = of_chunks
                 if SCALAR:
@@ -436,19 +509,15 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                     if MOMENTUM:
                         d_of_rows += momentum_row[:, None] * t_gamma[None, :]  # type: ignore[index]
                         of_momentum += is_first_part * tl.sum(own_of_gamma * t_gamma[None, :], axis=1)  # type: ignore[index]
-                kept, added, kept_momentum = mix
-                d_kept += is_first_part * tl.sum(g_gamma * w_gamma, axis=0)
-                if MOMENTUM:
-                    d_added += is_first_part * tl.sum(g_gamma * s_gamma, axis=0)
-                    d_kept_momentum += is_first_part * tl.sum(t_gamma * s_gamma, axis=0)
-                    t_gamma = added * g_gamma + kept_momentum * t_gamma
-                g_gamma = kept * g_gamma
+                of_mix = _products_of_states(g_gamma, t_gamma, w_gamma, s_gamma)
+                d_mix += is_first_part * tl.sum(of_mix, axis=0)
+                g_gamma, t_gamma = _step_back(g_gamma, t_gamma, mix, MOMENTUM)
+            g_1, t_1 = _step_back(g_1, t_1, mix, MOMENTUM)
+            g_2, t_2 = _step_back(g_2, t_2, mix, MOMENTUM)
+            terms = gradient_terms(y, k, v, theta, gain, inside, eps, dim, NORM)
             if AFTER_SUM:
-                to_mix = d_initial_coefficients + to_parts * 3
-                tl.store(to_mix, d_kept)
-                if MOMENTUM:
-                    tl.store(to_mix + 1, d_added)
-                    tl.store(to_mix + 2, d_kept_momentum)
+                entry = tl.arange(0, 4)
+                tl.store(d_initial_coefficients + to_parts * 3 + entry, d_mix, mask=entry < (3 if MOMENTUM else 1))
                 if not SCALAR:
                     to_coefficients = d_coefficients + to_parts * STATES * chunks * rows + index
                     tl.store(to_coefficients, of_weights, mask=valid)
@@ -472,16 +541,24 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
             if AFTER_SUM:
                 d_delta = _sum_of_parts(parts_of_delta, PARTS, SIZE, ROWS, DIM)
-                _, d_step, d_prediction, d_k_direct, d_product, d_gain = gradient_of_product_backward(
-                    y, k, v, theta, gain, d_delta, d_of_rows, d_loss, inside, eps, dim, NORM
+                d_step, d_prediction, d_k_direct, d_product, gain_rows = gradient_of_product_backward(
+                    terms, theta, gain, d_delta, d_of_rows, d_loss, inside, dim, NORM
                 )
+                # the next to be computed, as a read that is needed at once takes as long as several products
+                upcoming = _read_batch(
+                    tl.maximum(batch - 1, 0), head, batches, chunks, rows, part,
+                    inputs, both_coefficients, outputs, saved, from_later, strides,
+                    dim, width, NORM, STATES, MOMENTUM, SCALAR, OF_HIDDEN, OF_HIDDEN_DELTAS, OF_DELTAS, OF_GAMMA,
+                    LOSSES, ROWS, DIM, UNITS,
+                )  # fmt: skip
                 d_a = multiply_add(d_a, d_product, tl.trans(w_2), PRECISION, OPERAND)
                 d_h = d_a * slope + g * d_hidden_delta * gelu_second_derivative(h)
-                g_1 = multiply_add(g_1, tl.trans(k), d_h, PRECISION, OPERAND)
-                g_2 = multiply_add(g_2, tl.trans(a), d_product, PRECISION, OPERAND)
-                g_2 = multiply_add(g_2, tl.trans(d_g), delta, PRECISION, OPERAND)
+                g_1 = multiply_add(g_1, tl.trans(k.to(OPERAND)), d_h, PRECISION, OPERAND)
+                # in one product: given two in a row, Triton has half of the warps repeat the work of the others
+                x_of_both, y_of_both = _rows_of_both(a, d_g, OPERAND), _rows_of_both(d_product, delta, OPERAND)
+                g_2 = multiply_add(g_2, tl.trans(x_of_both), y_of_both, PRECISION, OPERAND)
                 if NORM:
-                    g_gamma += d_gain
+                    g_gamma += tl.sum(gain_rows, axis=0)
                 d_k = multiply_add(d_k, d_h, tl.trans(w_1), PRECISION, OPERAND)
                 if part == 0:
                     tl.store(d_step_sizes + start + index, d_step, mask=valid)
@@ -580,6 +657,8 @@ def _forward(
         arguments['gamma_final'] = torch.empty_like(states['gamma'])
     carried = {name: arguments[f'{name}_final'] for name in states}
     arguments |= dict(NORM=gamma is not None, SAVES=saves, SCALAR=coefficients.shape[3] == 1)
+    if shared['ROWS'] == 16 and operands != torch.float32:
+        arguments |= dict(num_warps=WARPS_OF_FEW_ROWS)
     _launch(_forward_kernel, arguments, states, carried)
     if gamma is not None:
         outputs[5].copy_(arguments['gamma_final'][:, 0])
