@@ -33,6 +33,7 @@ from titans_pytorch.ops._triton import (
 from titans_pytorch.ops._triton_cooperative import COUNTER_STRIDE, new_counters, resident_programs, wait_for_all
 from titans_pytorch.ops.inner_gradient.triton import (
     backward_of_rows,
+    block_of_rows,
     forward_of_rows,
     outer_products,
     rows_of_block,
@@ -74,20 +75,31 @@ def _copy(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _advance_tile(  # type: ignore[no-untyped-def]
-    update, coefficients, initial_coefficients, states, next_initial, more, offset, inside,
-    state: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, SIZE: tl.constexpr, STATES: tl.constexpr,
-):  # fmt: skip
-    """Takes a tile of one state in place to after a memory batch. It contains the states from `FIRST` to `LAST`."""
-    total = tl.load(coefficients + state) * update
-    for i in tl.static_range(FIRST, LAST + 1):
-        initial_coefficient = tl.load(initial_coefficients + state * STATES + i)
-        total += initial_coefficient * tl.load(states + i * SIZE + offset, mask=inside, other=0.0)
-    # what one thread has yet to read, another may write
-    tl.debug_barrier()
-    tl.store(states + state * SIZE + offset, total, mask=inside)
-    if more:
-        tl.store(next_initial + state * SIZE + offset, total, mask=inside)
+def _load_states(states, offset, inside, size, STATES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile of each of up to four states, `size` entries apart; missing ones repeat the first."""
+    first = tl.load(states + offset, mask=inside, other=0.0)
+    second, third, fourth = first, first, first
+    if STATES > 1:
+        second = tl.load(states + size + offset, mask=inside, other=0.0)
+    if STATES > 2:
+        third = tl.load(states + 2 * size + offset, mask=inside, other=0.0)
+    if STATES > 3:
+        fourth = tl.load(states + 3 * size + offset, mask=inside, other=0.0)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _load_mix(initial_coefficients, STATES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """For each state after a memory batch the coefficients of those before it."""
+    of_first = _load_states(initial_coefficients, 0, True, 1, STATES)
+    second, third, fourth = of_first, of_first, of_first
+    if STATES > 1:
+        second = _load_states(initial_coefficients + STATES, 0, True, 1, STATES)
+    if STATES > 2:
+        third = _load_states(initial_coefficients + 2 * STATES, 0, True, 1, STATES)
+    if STATES > 3:
+        fourth = _load_states(initial_coefficients + 3 * STATES, 0, True, 1, STATES)
+    return of_first, second, third, fourth
 
 
 @triton.jit
@@ -112,7 +124,7 @@ def _advance(  # type: ignore[no-untyped-def]
         offset = own_in[:, None] * width + own_out[None, :]
         inside = with_in[:, None] & with_out[None, :]
         total = tl.zeros((stacked * DIM, WIDTH), tl.float32)
-        for first_row in range(0, chunks * rows, ROWS):
+        for first_row in tl.range(0, chunks * rows, ROWS, num_stages=2 if SCALAR else 1):
             index = first_row + tl.arange(0, ROWS)
             chunk, row, valid = index // rows, index % rows, index < chunks * rows
             present = with_in[:, None] & valid[None, :]
@@ -125,16 +137,17 @@ def _advance(  # type: ignore[no-untyped-def]
             delta = tl.load(from_deltas, mask=valid[:, None] & with_out[None, :], other=0.0)
             total = multiply_add(total, x, delta, PRECISION, OPERAND)
         if SCALAR:
-            _advance_tile(
-                total, coefficients, initial_coefficients, states, next_initial, more, offset, inside,
-                0, 0, STATES - 1, dim * width, STATES,
-            )  # fmt: skip
-            # later orders of momentum before earlier ones, so that what is written is not read any more
-            for step in tl.static_range(1, STATES):
-                _advance_tile(
-                    total, coefficients, initial_coefficients, states, next_initial, more, offset, inside,
-                    STATES - step, 1, STATES - step, dim * width, STATES,
-                )  # fmt: skip
+            own = _load_states(states, offset, inside, dim * width, STATES)
+            mix = _load_mix(initial_coefficients, STATES)
+            # what one thread has yet to read, another may write
+            tl.debug_barrier()
+            for k in tl.static_range(STATES):
+                advanced = tl.load(coefficients + k) * total
+                for i in tl.static_range(STATES):
+                    advanced += mix[k][i] * own[i]
+                tl.store(states + k * dim * width + offset, advanced, mask=inside)
+                if more:
+                    tl.store(next_initial + k * dim * width + offset, advanced, mask=inside)
         else:
             for i in tl.static_range(STATES):
                 initial_coefficient = tl.load(initial_coefficients + state * STATES + i, mask=state < STATES, other=0.0)
@@ -284,6 +297,21 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _replaced(four, index: tl.constexpr, value):  # type: ignore[no-untyped-def]
+    """A tuple of four with another value at an index."""
+    first, second, third, fourth = four
+    if index == 0:
+        first = value
+    if index == 1:
+        second = value
+    if index == 2:
+        third = value
+    if index == 3:
+        fourth = value
+    return first, second, third, fourth
+
+
+@triton.jit
 def _backward_of_states(  # type: ignore[no-untyped-def]
     x, others, d_others, given, given_offset, given_unit, states, coefficients, of_coefficients, chunk, chunks,
     row_offset, valid, feature,
@@ -296,37 +324,45 @@ def _backward_of_states(  # type: ignore[no-untyped-def]
     of it; returns that of x, and that of each row's coefficients, unless these are `SCALAR`: the same for all rows, and
     without a gradient."""
     nothing = tl.zeros((ROWS, BLOCK), tl.float32)
-    state = tl.arange(0, PADDED)[None, :]
     d_x = tl.zeros((ROWS, DIM), tl.float32)
+    of_states = d_x, d_x, d_x, d_x
+    if SCALAR:
+        c = _load_states(coefficients, 0, True, 1, STATES)
+    else:
+        c = _load_states(coefficients, chunk[:, None], valid[:, None], chunks, STATES)
+    upcoming = 0.0
+    if GIVEN:
+        upcoming = block_of_rows(given, given_offset, given_unit, 0, valid, width, BLOCK)
     for first_unit in range(0, width, BLOCK):
         unit = first_unit + tl.arange(0, BLOCK)
         units, present = row_offset[:, None] * width + unit[None, :], valid[:, None] & (unit < width)[None, :]
-        y = tl.load(others + units, mask=present, other=0.0).to(tl.float32)
+        y = tl.load(others + units, mask=present, other=0.0).to(OPERAND)
+        d_y = nothing
         if GIVEN:
-            from_given = given + given_offset[:, None] + (unit * given_unit)[None, :]
-            d_y = tl.load(from_given, mask=present, other=0.0).to(tl.float32)
-        else:
-            d_y = nothing
+            d_y += upcoming.to(tl.float32)  # type: ignore[union-attr]
+            upcoming = block_of_rows(given, given_offset, given_unit, first_unit + BLOCK, valid, width, BLOCK)
         offset = feature[:, None] * stride + unit[None, :] * other_stride
         inside = (feature < dim)[:, None] & (unit < width)[None, :]
-        # state = Σ c · xᵀ y has the gradients Σ c · x G of y, Σ c · y Gᵀ of x, and x G ∘ y of c
+        g = _load_states(states, offset, inside, dim * width, STATES)
+        # state = Σ c · xᵀ y has the gradients Σ c · x G of y, Σ c · y Gᵀ of x, and y Gᵀ ∘ x of c
         if SCALAR:
             together = tl.zeros((DIM, BLOCK), tl.float32)
             for k in tl.static_range(STATES):
-                g = tl.load(states + k * dim * width + offset, mask=inside, other=0.0)
-                together += tl.load(coefficients + k) * g.to(tl.float32)
+                together += c[k] * g[k].to(tl.float32)
             together = together.to(OPERAND)
             d_y = multiply_add(d_y, x, together, PRECISION, OPERAND)
             d_x = multiply_add(d_x, y, tl.trans(together), PRECISION, OPERAND)
         else:
             for k in tl.static_range(STATES):
-                g = tl.load(states + k * dim * width + offset, mask=inside, other=0.0)
-                coefficient = tl.load(coefficients + k * chunks + chunk, mask=valid, other=0.0)[:, None]
-                product = multiply_add(nothing, x, g, PRECISION, OPERAND)
-                of_coefficients += tl.where(state == k, tl.sum(product * y, axis=1)[:, None], 0.0)
-                d_y += coefficient * product
-                d_x = multiply_add(d_x, coefficient * y, tl.trans(g), PRECISION, OPERAND)
+                d_y += c[k] * multiply_add(nothing, x, g[k], PRECISION, OPERAND)
+                of_state = multiply_add(of_states[k], y, tl.trans(g[k]), PRECISION, OPERAND)
+                of_states = _replaced(of_states, k, of_state)
         tl.store(d_others + units, d_y, mask=present)
+    if not SCALAR:
+        for k in tl.static_range(STATES):
+            d_x += c[k] * of_states[k]
+            of_coefficient = tl.sum(of_states[k] * x, axis=1)[:, None]
+            of_coefficients += tl.where(tl.arange(0, PADDED)[None, :] == k, of_coefficient, 0.0)
     return d_x, of_coefficients
 
 
@@ -334,29 +370,34 @@ def _backward_of_states(  # type: ignore[no-untyped-def]
 def _step_back(  # type: ignore[no-untyped-def]
     states, copies, initial, given, initial_coefficients, d_initial_coefficients, slot, slots,
     offset, present, d_weight,
-    SIZE: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr, GIVEN: tl.constexpr,
+    SIZE: tl.constexpr, STATES: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
     """Takes a tile of G in place from after a memory batch to before it, and copies it. A part of the gradient of
     `initial_coefficients` goes to `slot`."""
-    state = tl.arange(0, PADDED)
-    valid = (state < STATES)[:, None, None] & present[None, :, :]
-    g = tl.load(states + (state * SIZE)[:, None, None] + offset[None, :, :], mask=valid, other=0.0)
+    # all that is read, before threads wait for each other
+    g, own = _load_states(states, offset, present, SIZE, STATES), _load_states(initial, offset, present, SIZE, STATES)
+    mix = _load_mix(initial_coefficients, STATES)
+    from_later = g
+    if GIVEN:
+        from_later = _load_states(given, offset, present, SIZE, STATES)
     # what one thread has yet to read, another may write
     tl.debug_barrier()
     for i in tl.static_range(STATES):
-        initial_coefficient = tl.load(initial_coefficients + state * STATES + i, mask=state < STATES, other=0.0)
-        d_initial = tl.sum(initial_coefficient[:, None, None] * g, axis=0)
+        d_initial = tl.zeros_like(d_weight)
         if i == 0:
             # the weights that gradients were taken at
             d_initial += d_weight
         if GIVEN:
-            d_initial += tl.load(given + i * SIZE + offset, mask=present, other=0.0).to(tl.float32)
-        initial_state = tl.load(initial + i * SIZE + offset, mask=present, other=0.0).to(tl.float32)
-        of_initial_coefficient = tl.sum(tl.sum(g * initial_state[None, :, :], axis=2), axis=1)
-        to_slot = d_initial_coefficients + (state * STATES + i) * slots + slot
-        tl.store(to_slot, of_initial_coefficient, mask=state < STATES)
+            d_initial += from_later[i].to(tl.float32)
+        for k in tl.static_range(STATES):
+            d_initial += mix[k][i] * g[k]
         tl.store(states + i * SIZE + offset, d_initial, mask=present)
         tl.store(copies + i * SIZE + offset, d_initial, mask=present)
+        # a sum over all entries for each state after the memory batch
+        products = tl.join(tl.join(g[0], g[2]), tl.join(g[1], g[3])) * own[i].to(tl.float32)[:, :, None, None]
+        after = tl.arange(0, 4)
+        to_slot = d_initial_coefficients + (after * STATES + i) * slots + slot
+        tl.store(to_slot, tl.sum(products.reshape(d_weight.numel, 4), axis=0), mask=after < STATES)
 
 
 @triton.jit(do_not_specialize=['first_batch', 'last_batch', 'batches'])
@@ -501,14 +542,14 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                 _step_back(
                     d_last, last_copies, at_last, d_last_initial + own * STATES * width * dim, own_initial_coefficients,
                     own_slots, block, slots, unit[:, None] * dim + feature[None, :], present, of_last,
-                    width * dim, STATES, PADDED, LAST_INITIAL,
+                    width * dim, STATES, LAST_INITIAL,
                 )  # fmt: skip
                 if HIDDEN:
                     _step_back(
                         d_first, first_copies, at_first, d_first_initial + own * STATES * dim * width,
                         own_initial_coefficients, own_slots, unit_blocks + block, slots,
                         feature[None, :] * width + unit[:, None], present, of_first,
-                        dim * width, STATES, PADDED, FIRST_INITIAL,
+                        dim * width, STATES, FIRST_INITIAL,
                     )  # fmt: skip
             if NORM:
                 if part == unit_blocks % programs:
@@ -516,7 +557,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                     _step_back(
                         d_gamma, d_gamma, at_gamma, d_gamma_initial + own * STATES * dim, own_initial_coefficients,
                         own_slots, slots - 1, slots, feature[None, :], (feature < dim)[None, :], of_weight[None, :],
-                        dim, STATES, PADDED, GAMMA_INITIAL,
+                        dim, STATES, GAMMA_INITIAL,
                     )  # fmt: skip
             if step + 1 < batches:
                 wait_for_all(counter, (2 * (step - first_batch) + 2) * programs, WAITS)

@@ -35,7 +35,7 @@ from titans_pytorch.ops._triton import (
     taken_by,
     tile_size,
 )
-from titans_pytorch.ops.inner_gradient.triton import sum_rows_of_chunks
+from titans_pytorch.ops.inner_gradient.triton import block_of_rows, sum_rows_of_chunks
 
 
 class Tiles(NamedTuple):
@@ -347,6 +347,7 @@ def _queries_kernel(  # type: ignore[no-untyped-def]
 
     if HIDDEN:
         tl.debug_barrier()
+        upcoming = block_of_rows(hidden, offset * width, 1, 0, valid, width, BLOCK)
         for first_unit in range(0, width, BLOCK):
             unit = first_unit + tl.arange(0, BLOCK)
             has_unit = _within(unit, width, width % BLOCK == 0)
@@ -361,7 +362,8 @@ def _queries_kernel(  # type: ignore[no-untyped-def]
                 from_inputs = last_inputs + index[:, None] * last_input_row + unit[None, :]
                 x = tl.load(from_inputs, mask=stored_valid[:, None] & has_unit[None, :], other=0.0)
                 d_a = multiply_add(d_a, g, x, PRECISION, OPERAND)
-            h = tl.load(hidden + units, mask=present, other=0.0).to(tl.float32)
+            h = upcoming.to(tl.float32)
+            upcoming = block_of_rows(hidden, offset * width, 1, first_unit + BLOCK, valid, width, BLOCK)
             a = h * normal_cdf(h)
             tl.store(activations + units, a, mask=present)
             for k in range(0, STATES):
