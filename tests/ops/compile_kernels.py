@@ -56,14 +56,14 @@ def learn(model: torch.nn.Module, *inputs: Any, **kwargs: Any) -> None:
     (out if isinstance(out, torch.Tensor) else out[0]).float().sum().backward()
 
 
+def store(chunk: int, batch: int | None, width: int = 64, depth: int = 2, **kwargs: Any) -> None:
+    model = MemoryMLP(width, depth=depth, expansion_factor=4.0)
+    settings = {'dim_head': width, 'heads': 2, 'model': model, 'chunk_size': chunk, 'batch_size': batch, **kwargs}
+    learn(NeuralMemory(dim=64, **settings), torch.randn(1, 256, 64))
+
+
 def memories() -> None:
     """Memories with heads in sizes of training, of 64 and 128."""
-
-    def store(chunk: int, batch: int | None, width: int = 64, depth: int = 2, **kwargs: Any) -> None:
-        model = MemoryMLP(width, depth=depth, expansion_factor=4.0)
-        settings = {'dim_head': width, 'heads': 2, 'model': model, 'chunk_size': chunk, 'batch_size': batch, **kwargs}
-        learn(NeuralMemory(dim=64, **settings), torch.randn(1, 256, 64))
-
     linear = {**memory_settings(2, 64, 16), 'depth': 1}
     store(16, 16, **linear)
     store(1, 1, 128, 1, mem_model_norm_add_residual=False)
@@ -71,6 +71,12 @@ def memories() -> None:
     store(64, 64, qk_rmsnorm=True)
     store(4, None, qk_rmsnorm=True, per_parameter_lr_modulation=True)
     store(16, 128, spectral_norm_surprises=True)
+
+
+def memories_in_full() -> None:
+    """Memories in float32, whose tiles take the most shared memory."""
+    store(4, 128, qk_rmsnorm=True)
+    store(64, 64, qk_rmsnorm=True)
 
 
 def models() -> None:
@@ -152,6 +158,8 @@ def main() -> None:
         memories()
         models()
         operations()
+    if capability < 90:
+        memories_in_full()
     for (file, name), size in shared.items():
         print(file, name, size)
 

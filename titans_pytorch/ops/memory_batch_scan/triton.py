@@ -53,8 +53,7 @@ STATE_BLOCK, STATE_BLOCK_IN_FULL, STATE_ROWS = (64, 64), (32, 64), 32
 # hidden features whose states' gradients are computed at a time, and the rows that are read at a time for it
 UNITS, UNIT_ROWS = 32, 32
 WARPS = 4
-# forward, backward, and forward where rows share a coefficient, which leaves registers free
-STAGES, STAGES_SCALAR = (1, 3), 2
+STAGES = 3
 # entries of a state that are copied at a time
 COPIED = 2048
 
@@ -124,6 +123,7 @@ def _advance(  # type: ignore[no-untyped-def]
         offset = own_in[:, None] * width + own_out[None, :]
         inside = with_in[:, None] & with_out[None, :]
         total = tl.zeros((stacked * DIM, WIDTH), tl.float32)
+        # stacked, states leave no registers for reading ahead
         for first_row in tl.range(0, chunks * rows, ROWS, num_stages=2 if SCALAR else 1):
             index = first_row + tl.arange(0, ROWS)
             chunk, row, valid = index // rows, index % rows, index < chunks * rows
@@ -339,7 +339,7 @@ def _backward_of_states(  # type: ignore[no-untyped-def]
         y = tl.load(others + units, mask=present, other=0.0).to(OPERAND)
         d_y = nothing
         if GIVEN:
-            d_y += upcoming.to(tl.float32)  # type: ignore[union-attr]
+            d_y += upcoming.to(tl.float32)  # type: ignore[attr-defined]
             upcoming = block_of_rows(given, given_offset, given_unit, first_unit + BLOCK, valid, width, BLOCK)
         offset = feature[:, None] * stride + unit[None, :] * other_stride
         inside = (feature < dim)[:, None] & (unit < width)[None, :]
@@ -792,10 +792,8 @@ def _arguments(
     columns = min(MOST_COLUMNS, MOST_ENTRIES[back] // own)
     of_chunk = min(triton.next_power_of_2(rows), own)
     parts = triton.cdiv(rows, of_chunk)
-    stages = STAGES_SCALAR if chunks == 1 and not back else STAGES[back]
-    if in_full and padded > 64:
-        # two take more memory than a multiprocessor of compute capability 8.6 has
-        stages = 1
+    # in float32, three of 64 features or two of 128 take more memory than GPUs of compute capability 8.6 and 8.9 have
+    stages = STAGES if not in_full else 2 if padded <= 64 else 1
     return dict(
         keys=keys, **named_strides('key', keys, 'head chunk row'),
         values=values, **named_strides('value', values, 'head chunk row'),
