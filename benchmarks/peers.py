@@ -41,13 +41,14 @@ class Row:
     memory_batch: int = 0
     depth: int = 0
     proximal: bool = False
+    spectral: bool = False
 
     @property
     def name(self) -> str:
         if self.depth == 0:
             return self.mixer
-        steps = ', proximal steps' if self.proximal else ''
-        return f'{self.mixer}, depth {self.depth}, ({self.chunk}, {self.memory_batch}){steps}'
+        options = ', proximal steps' * self.proximal + ', spectral norm' * self.spectral
+        return f'{self.mixer}, depth {self.depth}, ({self.chunk}, {self.memory_batch}){options}'
 
     def kwargs(self) -> dict[str, Any]:
         """Arguments of `NeuralMemory`. A linear memory has no norm around it, as in the delta rule."""
@@ -62,6 +63,7 @@ class Row:
             'init_decay_bias': -3.0,
             'default_model_kwargs': {'depth': self.depth, 'expansion_factor': 4.0},
             'mem_model_norm_add_residual': self.depth > 1,
+            'spectral_norm_surprises': self.spectral,
             # options that the reference lacks
             **({'proximal_steps': True, 'normalized_momentum': True} if self.proximal else {}),
         }
@@ -69,6 +71,7 @@ class Row:
 
 MEMORIES = [(1, 1, 1), (16, 16, 1), (64, 64, 1), (16, 16, 2), (32, 32, 2), (64, 64, 2), (4, 128, 2), (16, 16, 3)]
 PROXIMAL = [(1, 1, 1), (16, 16, 1), (16, 16, 2), (32, 32, 2), (64, 64, 2)]
+SPECTRAL = [(16, 128, 2), (64, 64, 2)]
 PEERS = ['causal attention', 'gated linear attention (fla)', 'gated delta rule (fla)']
 
 
@@ -231,7 +234,8 @@ def main() -> None:
         options.lengths, options.tokens, options.repeats = [256], 512, 3
 
     rows = [Row('memory', *sizes) for sizes in MEMORIES]
-    rows += [Row('memory', *sizes, proximal=True) for sizes in PROXIMAL] + [Row(name) for name in PEERS]
+    rows += [Row('memory', *sizes, proximal=True) for sizes in PROXIMAL]
+    rows += [Row('memory', *sizes, spectral=True) for sizes in SPECTRAL] + [Row(name) for name in PEERS]
     jobs = [(row, row.name, own_path()) for row in rows]
     if options.reference_path:
         jobs.append((Row('memory', 16, 16, 2), 'reference, depth 2, (16, 16)', options.reference_path))
