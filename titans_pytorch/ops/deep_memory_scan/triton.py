@@ -249,12 +249,12 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
                         if part == 0:
                             tl.store(own_scores + l * ROWS * COUNT, match)
                     for column in range(part * BLOCK, columns, PARTS * BLOCK):
+                        stored_deltas = _rows(all_deltas + to_layer, in_all, earlier, column, columns, BLOCK)
+                        h = multiply_add(nothing, match * of_earlier, stored_deltas, PRECISION, OPERAND)
                         h = _through(
-                            nothing, own_inputs + to_layer, in_batch, valid, own_initial + before, mix,
+                            h, own_inputs + to_layer, in_batch, valid, own_initial + before, mix,
                             column, height, columns, STATES, BLOCK, DEPTH, PRECISION, OPERAND,
                         )  # fmt: skip
-                        stored_deltas = _rows(all_deltas + to_layer, in_all, earlier, column, columns, BLOCK)
-                        h = multiply_add(h, match * of_earlier, stored_deltas, PRECISION, OPERAND)
                         _store_rows(own_pre + to_layer, in_batch, valid, column, columns, h, BLOCK)
                         a = h * normal_cdf(h)
                         _store_rows(own_inputs + to_layer + layer, in_batch, valid, column, columns, a, BLOCK)
@@ -269,14 +269,15 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
                     own_inputs + to_layer, in_batch, valid, all_inputs + to_layer, in_all, earlier, width,
                     ROWS, COUNT, DEPTH, PRECISION, OPERAND,
                 )  # fmt: skip
-                y = _through(
-                    tl.zeros((ROWS, DIM), tl.float32), own_inputs + to_layer, in_batch, valid, from_last, mix,
-                    0, width, dim, STATES, DIM, DEPTH, PRECISION, OPERAND,
-                )  # fmt: skip
                 last_stored = _rows(all_deltas + to_layer, in_all, earlier, 0, dim, DIM)
-                y = multiply_add(y, match * of_earlier, last_stored, PRECISION, OPERAND)
                 k = _rows(keys + head * key_head, offset * key_chunk + row * key_row, valid, 0, dim, DIM)
                 v = _rows(values + head * value_head, offset * value_chunk + row * value_row, valid, 0, dim, DIM)
+                y = tl.zeros((ROWS, DIM), tl.float32)
+                y = multiply_add(y, match * of_earlier, last_stored, PRECISION, OPERAND)
+                y = _through(
+                    y, own_inputs + to_layer, in_batch, valid, from_last, mix,
+                    0, width, dim, STATES, DIM, DEPTH, PRECISION, OPERAND,
+                )  # fmt: skip
                 gain = 1.0
                 if NORM:
                     own_gamma = gamma_states + (head * (blocks + 1) + block) * STATES * dim
@@ -302,10 +303,10 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
                 for unit in range(part * BLOCK, width, PARTS * BLOCK):
                     to_tile, in_tile = _tile(unit, 0, width, dim, BLOCK, DIM)
                     w = _mixed(from_last, mix, width * dim, to_tile, in_tile, STATES)
-                    g = multiply_add(nothing, delta, tl.trans(w), PRECISION, OPERAND)
                     x = _rows(all_inputs + to_layer, in_all, earlier, unit, width, BLOCK)
-                    g = multiply_add(g, back_match * of_earlier, x, PRECISION, OPERAND)
                     h = _rows(own_pre + to_layer - layer, in_batch, valid, unit, width, BLOCK)
+                    g = multiply_add(nothing, delta, tl.trans(w), PRECISION, OPERAND)
+                    g = multiply_add(g, back_match * of_earlier, x, PRECISION, OPERAND)
                     _store_rows(own_back + to_layer - layer, in_batch, valid, unit, width, g, BLOCK)
                     g *= gelu_derivative(h)
                     _store_rows(own_raw + to_layer - layer, in_batch, valid, unit, width, g, BLOCK)
@@ -324,13 +325,13 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
                         if part == 0:
                             tl.store(own_back_scores + (l - 1) * ROWS * COUNT, match)
                     for unit in range(part * BLOCK, height, PARTS * BLOCK):
+                        x = _rows(all_inputs + to_layer, in_all, earlier, unit, height, BLOCK)
+                        h = _rows(own_pre + to_layer - layer, in_batch, valid, unit, height, BLOCK)
+                        g = multiply_add(nothing, match * of_earlier, x, PRECISION, OPERAND)
                         g = _through_transposed(
-                            nothing, own_raw + to_layer, in_batch, valid, own_initial + before, mix,
+                            g, own_raw + to_layer, in_batch, valid, own_initial + before, mix,
                             unit, height, columns, STATES, BLOCK, DEPTH, PRECISION, OPERAND,
                         )  # fmt: skip
-                        x = _rows(all_inputs + to_layer, in_all, earlier, unit, height, BLOCK)
-                        g = multiply_add(g, match * of_earlier, x, PRECISION, OPERAND)
-                        h = _rows(own_pre + to_layer - layer, in_batch, valid, unit, height, BLOCK)
                         _store_rows(own_back + to_layer - layer, in_batch, valid, unit, height, g, BLOCK)
                         g *= gelu_derivative(h)
                         _store_rows(own_raw + to_layer - layer, in_batch, valid, unit, height, g, BLOCK)
@@ -544,17 +545,17 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                         for column in range((part + l) % PARTS * BLOCK, columns, PARTS * BLOCK):
                             d_delta = _rows(head_of_deltas + l * kept, in_kept, valid, column, columns, BLOCK)
                             d_h = _rows(all_of_pre + l * layer, in_all, later, column, columns, BLOCK)
+                            d = _rows(all_raw + l * layer, in_all, later & (l > 0), column, columns, BLOCK)
                             d_delta = multiply_add(d_delta, tl.trans(match), d_h, PRECISION, OPERAND)
                             if l > 0:
-                                d = _rows(all_raw + l * layer, in_all, later, column, columns, BLOCK)
                                 d_delta = multiply_add(d_delta, tl.trans(d_of_g), d, PRECISION, OPERAND)
                             _store_rows(head_of_deltas + l * kept, in_kept, valid, column, columns, d_delta, BLOCK)
                         for unit in range((part + l) % PARTS * BLOCK, height, PARTS * BLOCK):
                             d_x = _rows(head_of_inputs + l * kept, in_kept, valid, unit, height, BLOCK)
                             x = _rows(all_inputs + l * layer, in_all, later, unit, height, BLOCK)
+                            d_g = _rows(all_of_back + (l - 1) * layer, in_all, later & (l > 0), unit, height, BLOCK)
                             d_x = multiply_add(d_x, tl.trans(d_match), x, PRECISION, OPERAND)
                             if l > 0:
-                                d_g = _rows(all_of_back + (l - 1) * layer, in_all, later, unit, height, BLOCK)
                                 d_x = multiply_add(d_x, tl.trans(of_g), d_g, PRECISION, OPERAND)
                             _store_rows(head_of_inputs + l * kept, in_kept, valid, unit, height, d_x, BLOCK)
                 if not PROXIMAL:
@@ -620,14 +621,14 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                         tl.store(own_of_back_scores + l * of_match, d_match)
                     for column in range(part * BLOCK, columns, PARTS * BLOCK):
                         d_delta = _rows(head_of_raw + l * kept, in_kept, valid, column, columns, BLOCK)
+                        d = _rows(all_deltas + l * layer, in_all, earlier, column, columns, BLOCK)
+                        h = _rows(own_pre + l * layer, in_batch, valid, column, columns, BLOCK)
+                        d_delta = multiply_add(d_delta, d_match * of_earlier, d, PRECISION, OPERAND)
                         d_delta = _through(
                             d_delta, own_of_back + (l - 1) * layer, in_batch, valid, own_initial + before, mix,
                             column, height, columns, STATES, BLOCK, DEPTH, PRECISION, OPERAND,
                         )  # fmt: skip
-                        d = _rows(all_deltas + l * layer, in_all, earlier, column, columns, BLOCK)
-                        d_delta = multiply_add(d_delta, d_match * of_earlier, d, PRECISION, OPERAND)
                         _store_rows(head_of_raw + l * kept, in_kept, valid, column, columns, d_delta, BLOCK)
-                        h = _rows(own_pre + l * layer, in_batch, valid, column, columns, BLOCK)
                         d_delta *= gelu_derivative(h)
                         _store_rows(own_of_back + l * layer, in_batch, valid, column, columns, d_delta, BLOCK)
                 met += 1
@@ -643,15 +644,15 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                 )  # fmt: skip
                 last_stored = _rows(all_deltas + to_layer, in_all, earlier, 0, dim, DIM)
                 of_delta = _rows(head_of_raw + to_last, in_kept, valid, 0, dim, DIM)
-                of_delta = _through(
-                    of_delta, own_of_back + to_layer - layer, in_batch, valid, from_last, mix, 0, width, dim,
-                    STATES, DIM, DEPTH, PRECISION, OPERAND,
-                )  # fmt: skip
-                of_delta = multiply_add(of_delta, d_match * of_earlier, last_stored, PRECISION, OPERAND)
                 y = _rows(products + first_row * dim, in_outputs, valid, 0, dim, DIM)
                 key = _rows(keys + head * key_head, offset * key_chunk + row * key_row, valid, 0, dim, DIM)
                 v = _rows(values + head * value_head, offset * value_chunk + row * value_row, valid, 0, dim, DIM)
                 loss = tl.load(losses + first_row + index, mask=valid, other=0.0)
+                of_delta = multiply_add(of_delta, d_match * of_earlier, last_stored, PRECISION, OPERAND)
+                of_delta = _through(
+                    of_delta, own_of_back + to_layer - layer, in_batch, valid, from_last, mix, 0, width, dim,
+                    STATES, DIM, DEPTH, PRECISION, OPERAND,
+                )  # fmt: skip
                 gain, d_gamma_update, d_loss, d_weighted = 1.0, 0.0, 0.0, 0.0
                 if PROXIMAL:
                     d_weighted = tl.load(of_weighted + head * ROWS + index)
@@ -711,8 +712,8 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                     to_tile, in_tile = _tile(unit, 0, width, dim, BLOCK, DIM)
                     w = _mixed(from_last, mix, width * dim, to_tile, in_tile, STATES)
                     d_x = _rows(head_of_inputs + to_last, in_kept, valid, unit, width, BLOCK)
-                    d_x = multiply_add(d_x, d_product, tl.trans(w), PRECISION, OPERAND)
                     x = _rows(all_inputs + to_layer, in_all, earlier, unit, width, BLOCK)
+                    d_x = multiply_add(d_x, d_product, tl.trans(w), PRECISION, OPERAND)
                     d_x = multiply_add(d_x, of_match_of_last * of_earlier, x, PRECISION, OPERAND)
                     d_h = _through_gelu(
                         d_x, own_pre + to_layer - layer, own_back + to_layer - layer, in_batch,
@@ -735,12 +736,12 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                         tl.store(own_of_scores + l * of_match, d_match)
                     for unit in range(part * BLOCK, height, PARTS * BLOCK):
                         d_x = _rows(head_of_inputs + l * kept, in_kept, valid, unit, height, BLOCK)
+                        x = _rows(all_inputs + l * layer, in_all, earlier, unit, height, BLOCK)
+                        d_x = multiply_add(d_x, d_match * of_earlier, x, PRECISION, OPERAND)
                         d_x = _through_transposed(
                             d_x, own_of_pre + l * layer, in_batch, valid, own_initial + before, mix,
                             unit, height, columns, STATES, BLOCK, DEPTH, PRECISION, OPERAND,
                         )  # fmt: skip
-                        x = _rows(all_inputs + l * layer, in_all, earlier, unit, height, BLOCK)
-                        d_x = multiply_add(d_x, d_match * of_earlier, x, PRECISION, OPERAND)
                         d_h = _through_gelu(
                             d_x, own_pre + (l - 1) * layer, own_back + (l - 1) * layer, in_batch,
                             head_of_raw + (l - 1) * kept, in_kept, valid, unit, height, BLOCK,
@@ -762,12 +763,12 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                     for column in range(0, dim, BLOCK):
                         d_k = _rows(head_of_inputs, in_kept, valid, column, dim, BLOCK)
                         d_k += _rows(d_keys + first_row * dim, in_outputs, valid, column, dim, BLOCK)
+                        x = _rows(all_inputs, in_all, earlier, column, dim, BLOCK)
+                        d_k = multiply_add(d_k, d_match * of_earlier, x, PRECISION, OPERAND)
                         d_k = _through_transposed(
                             d_k, own_of_pre, in_batch, valid, own_initial, mix,
                             column, dim, width, STATES, BLOCK, DEPTH, PRECISION, OPERAND,
                         )  # fmt: skip
-                        x = _rows(all_inputs, in_all, earlier, column, dim, BLOCK)
-                        d_k = multiply_add(d_k, d_match * of_earlier, x, PRECISION, OPERAND)
                         _store_rows(d_keys + first_row * dim, in_outputs, valid, column, dim, d_k, BLOCK)
             met += 1
             wait_for_all(counter, met * PARTS, WAITS)
