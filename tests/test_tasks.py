@@ -150,8 +150,15 @@ def test_bits_of_a_stream_are_those_of_one_pass(name):
     model = models.build(name, 0, memory_batch=4, memory={'init_adaptive_step_bias': -2.0}, num_tokens=256, **TINY)
     windows = torch.randint(0, 256, (2, 49), generator=torch.Generator().manual_seed(0))
     in_pieces, at_once = (long_text.bits_of_stream(model.double(), windows, piece) for piece in (13, 48))
-    # angles of rotary positions are computed in float32
-    torch.testing.assert_close(in_pieces, at_once, rtol=0, atol=1e-6)
+    torch.testing.assert_close(in_pieces, at_once, rtol=0, atol=1e-11)
+
+
+def test_arguments_of_memories_come_from_the_command_line():
+    chosen = ['--memory-batch', '4', '--memory', '{"lookahead_gradients": true}']
+    options = runs.parser('', ['LMM'], steps=1, small_steps=1).parse_args(chosen)
+    settings = {name: value for name, value in runs.settings(options, {}).items() if name != 'training'}
+    model = models.build('LMM', 0, num_tokens=256, **TINY, **settings)
+    assert all(memory.lookahead_gradients for memory in model._memories)
 
 
 def test_bins_of_long_text_hold_the_bits_of_their_positions():

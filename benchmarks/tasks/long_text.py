@@ -327,7 +327,6 @@ def main() -> None:
     parser.add_argument('--stride', type=int, help='bytes between the beginnings of windows in the test')
     parser.add_argument('--save', type=Path, help='folder for the trained models, in a folder each')
     parser.add_argument('--section', default='long text', help='of docs/benchmarks.md, for --write')
-    parser.add_argument('--memory', type=json.loads, default={}, help='arguments of all memories, as JSON')
     parser.add_argument('--sizes', type=json.loads, default={}, help='arguments of all models, as JSON')
     options = parser.parse_args()
     settings = runs.settings(options, SMALL) | options.sizes
@@ -335,7 +334,7 @@ def main() -> None:
         if (own := getattr(options, name)) is not None:
             settings[name] = own
     files = {'data': options.data, 'test': options.test, 'save': options.save}
-    one = partial(run, **files, memory=options.memory, **settings)
+    one = partial(run, **files, **settings)
     report(options, *runs.measured(options, one))
 
 

@@ -143,6 +143,7 @@ def parser(description: str, models: list[str], steps: int, small_steps: int) ->
         help='tokens per memory batch, a multiple of the chunk size: gradients at the newest weights, in proximal '
         'steps; default: gradients at the initial weights, but for the order of the paper',
     )
+    made.add_argument('--memory', type=json.loads, default={}, help='arguments of all memories, as JSON')
     made.add_argument('--seconds', type=float, help='time limit of the training of each run')
     made.add_argument('--compile', action='store_true', help='compile the training step (torch.compile)')
     made.add_argument('--json', type=Path, help='append each run to this file when it is done')
@@ -156,8 +157,8 @@ def settings(options: argparse.Namespace, small: dict[str, Any]) -> dict[str, An
     """Keyword arguments of a run from the options; with `--small` they include the sizes `small`."""
     steps = options.steps_of[options.small] if options.steps is None else options.steps
     training = Training(options.device, steps, options.learning_rate, options.seconds, options.compile)
-    batch = {} if options.memory_batch is None else {'memory_batch': options.memory_batch}
-    return {'training': training, **(small if options.small else {}), **batch}
+    memory = {name: value for name in ('memory_batch', 'memory') if (value := getattr(options, name))}
+    return {'training': training, **(small if options.small else {}), **memory}
 
 
 def measured(

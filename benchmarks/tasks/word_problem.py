@@ -135,8 +135,8 @@ def main() -> None:
     parser = runs.parser(__doc__ or '', MODELS, steps=3000, small_steps=200)
     parser.add_argument('--group', type=int, default=5, help='items of the symmetric group; 2 is parity')
     options = parser.parse_args()
-    if options.memory_batch is not None:
-        parser.error('--memory-batch: chunks and memory batches are single tokens here')
+    if options.memory_batch is not None or options.memory:
+        parser.error('--memory-batch and --memory: memories store single tokens here, with the settings of each row')
     settings = {'group': options.group, **runs.settings(options, SMALL)}
     where, results = runs.measured(options, partial(run, **settings))
     tested = settings.get('tested', TESTED)
