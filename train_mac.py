@@ -49,6 +49,7 @@ from titans_pytorch.training import (
     enwik8,
     first_rank_first,
     is_distributed,
+    is_run_folder,
     latest_checkpoint,
     leave_later_checkpoints,
     load_bpe,
@@ -314,8 +315,8 @@ def build_parser() -> argparse.ArgumentParser:
     start.add_argument(
         '--resume',
         metavar='PATH|latest',
-        help='continue a run exactly, with the settings in its '
-        'checkpoint; latest: the newest valid one in the folder of the run',
+        help='continue a run exactly, with the settings in a checkpoint, or in the newest valid one of a folder; '
+        'latest: of the folder of the run',
     )
     start.add_argument(
         '--init-from', metavar='PATH', help='start a new run from the weights in a checkpoint (or in a bare state dict)'
@@ -822,7 +823,8 @@ def main(arguments: list[str] | None = None) -> int:
         config = config_from_options(options)
         folder = run_folder(config)
         if resume:
-            source = folder if resume == 'latest' else Path(resume).parent
+            path = folder if resume == 'latest' else Path(resume)
+            source = path if resume == 'latest' or is_run_folder(path) else path.parent
             if not source.is_dir():
                 raise BadCheckpoint(f'there is no checkpoint to resume: {source} is not a folder')
             if not config.RUN_DIR:
@@ -830,11 +832,8 @@ def main(arguments: list[str] | None = None) -> int:
         with process_group(), run_lock(folder):
             weights = read_checkpoint(Path(init_from)) if init_from else None
             checkpoint = None
-            if resume == 'latest':
-                checkpoint = latest_checkpoint(folder)
-            elif resume:
-                checkpoint = read_resumable(Path(resume))
-            if checkpoint is not None:
+            if resume:
+                checkpoint = latest_checkpoint(source) if path == source else read_resumable(path)
                 checkpoint['folder'] = source
                 known = {setting.name for setting in dataclasses.fields(Config)}
                 saved = {name: value for name, value in checkpoint['config'].items() if name in known}

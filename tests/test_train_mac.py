@@ -508,6 +508,15 @@ def test_a_run_that_goes_on_in_the_folder_of_another_keeps_that_apart(text, tmp_
     assert list(rows(tmp_path / 'other', 'train_loss')) == [2]
 
 
+def test_resuming_a_folder_goes_on_from_its_newest_checkpoint(text, tmp_path):
+    folder = tmp_path / 'run'
+    train_mac.main(options(text, folder, NUM_BATCHES=2, CHECKPOINT_EVERY=1))
+    assert train_mac.main(['--resume', str(folder), '--num-batches', '3']) == 0
+    assert list(rows(folder, 'train_loss')) == [1, 2, 3]
+    (empty := tmp_path / 'empty').mkdir()
+    assert f'there is no checkpoint to resume in {empty}' in refusal(['--resume', empty])
+
+
 def test_the_best_validation_is_one_of_the_same_windows(text, tmp_path):
     folder = tmp_path / 'run'
     train_mac.main(options(text, folder, NUM_BATCHES=1))

@@ -3,6 +3,7 @@
 from titans_pytorch.training.checkpoints import (
     BadCheckpoint,
     consolidate,
+    is_run_folder,
     latest_checkpoint,
     load_optimizer,
     load_shards,
@@ -75,6 +76,7 @@ __all__ = [
     'even_starts',
     'first_rank_first',
     'is_distributed',
+    'is_run_folder',
     'latest_checkpoint',
     'latest_run',
     'leave_later_checkpoints',

@@ -138,6 +138,11 @@ def remove_other_form(path: Path) -> None:
         path.with_name(f'{path.name}.pt').unlink(missing_ok=True)
 
 
+def is_run_folder(path: Path) -> bool:
+    """Whether `path` is a folder that may hold checkpoints, and not a checkpoint in shards."""
+    return path.is_dir() and not (path / CONTENT).exists()
+
+
 def latest_checkpoint(folder: Path) -> dict[str, Any]:
     """The resumable checkpoint in `folder` with the most steps, regardless of file times."""
 
