@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -105,7 +106,30 @@ def checked_settings(arguments: Mapping[str, Any], constructor: Callable[..., An
         checkpoint_every=optional('checkpoint_every', check_integer, 1),
     )
     _check_combinations(settings, arguments)
+    if (activation := arguments['activation']) is not None:
+        for features in {dim_head * heads, dim_head * heads * num_kv_per_token}:
+            _check_activation(activation, features)
     return settings
+
+
+def _check_activation(activation: Module, features: int) -> None:
+    """Tries a copy on random numbers: it must keep the shape, and treat tokens separately, or results would depend on
+    how a sequence is split."""
+    if any(t.is_meta for t in (*activation.parameters(), *activation.buffers())):
+        return
+    with torch.random.fork_rng(devices=[]), torch.device('cpu'), torch.no_grad():
+        x = torch.randn(2, 3, features, generator=torch.Generator().manual_seed(0))
+        copy = deepcopy(activation).to('cpu', x.dtype)
+        try:
+            out, again, beginning = (copy(own.clone()) for own in (x, x, x[:, :2]))
+        except Exception as cause:
+            reason = [*str(cause).splitlines(), type(cause).__name__][0]
+            raise ValueError(f'activation must take {tuple(x.shape)}, but fails: {reason}') from cause
+    if out.shape != x.shape:
+        raise ValueError(f'activation must keep the shape {tuple(x.shape)}, but returned {tuple(out.shape)}')
+    # dropout has nothing to compare
+    if torch.equal(out, again) and not torch.allclose(out[:, :2], beginning):
+        raise ValueError('activation must treat tokens separately, but its result for a token depends on later ones')
 
 
 def _check_combinations(settings: Settings, arguments: Mapping[str, Any]) -> None:
