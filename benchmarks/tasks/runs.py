@@ -157,8 +157,9 @@ def settings(options: argparse.Namespace, small: dict[str, Any]) -> dict[str, An
     """Keyword arguments of a run from the options; with `--small` they include the sizes `small`."""
     steps = options.steps_of[options.small] if options.steps is None else options.steps
     training = Training(options.device, steps, options.learning_rate, options.seconds, options.compile)
-    memory = {name: value for name in ('memory_batch', 'memory') if (value := getattr(options, name))}
-    return {'training': training, **(small if options.small else {}), **memory}
+    batch = {} if options.memory_batch is None else {'memory_batch': options.memory_batch}
+    memory = {'memory': options.memory} if options.memory else {}
+    return {'training': training, **(small if options.small else {}), **batch, **memory}
 
 
 def measured(

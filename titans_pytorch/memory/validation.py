@@ -33,6 +33,7 @@ from titans_pytorch.utils.checks import (
     checked_mask,
     checked_state,
     described,
+    first_line,
     flags_among,
 )
 from titans_pytorch.utils.functional import outside_inference, replaced
@@ -123,8 +124,7 @@ def _check_activation(activation: Module, features: int) -> None:
         try:
             out, again, beginning = (copy(own.clone()) for own in (x, x, x[:, :2]))
         except Exception as cause:
-            reason = [*str(cause).splitlines(), type(cause).__name__][0]
-            raise ValueError(f'activation must take {tuple(x.shape)}, but fails: {reason}') from cause
+            raise ValueError(f'activation must take {tuple(x.shape)}, but fails: {first_line(cause)}') from cause
     if out.shape != x.shape:
         raise ValueError(f'activation must keep the shape {tuple(x.shape)}, but returned {tuple(out.shape)}')
     # dropout has nothing to compare

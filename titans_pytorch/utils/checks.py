@@ -23,6 +23,11 @@ from titans_pytorch.utils.precision import autocast_dtype
 from titans_pytorch.utils.shapes import Bool, Int
 
 
+def first_line(cause: Exception) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    return [*str(cause).splitlines(), type(cause).__name__][0]
+
+
 def described(value: Any) -> str:
     """A wrong value for an error message: its `repr`, or its shape or type if that is long."""
     if isinstance(value, Tensor):

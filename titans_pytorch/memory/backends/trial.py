@@ -20,6 +20,7 @@ from titans_pytorch.memory.fast_weights import FastWeights, Weights
 from titans_pytorch.memory.reference import default_loss_fn
 from titans_pytorch.memory_models import NETWORKS, ResidualNorm
 from titans_pytorch.ops.associative_scan import AssocScan
+from titans_pytorch.utils.checks import first_line
 from titans_pytorch.utils.functional import call_with_weights, is_intercepted, on_meta, with_tensors
 
 MOST_ROWS = 256
@@ -75,7 +76,7 @@ class Trial(NamedTuple):
             if not self._is_random() and not self._uses_given_weights(network):
                 return 'its result depends on weights that it does not reach through `self`'
         except Exception as cause:
-            return _first_line(cause)
+            return first_line(cause)
         return None
 
     def unseen_rows(self, rowwise: bool) -> str | None:
@@ -138,7 +139,7 @@ class Trial(NamedTuple):
                         'gradients through its products differ from those of its weights, as with operations in place'
                     )
         except Exception as cause:
-            return f'it fails there: {_first_line(cause)}'
+            return f'it fails there: {first_line(cause)}'
         return None
 
     def _backend(self, kind: type[Backend]) -> Any:
@@ -182,7 +183,3 @@ def _on_cpu() -> Iterator[None]:
     """Work on the CPU that leaves its random state as it is."""
     with torch.random.fork_rng(devices=[]), torch.device('cpu'):
         yield
-
-
-def _first_line(cause: Exception) -> str:
-    return [*str(cause).splitlines(), type(cause).__name__][0]
