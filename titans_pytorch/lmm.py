@@ -17,7 +17,7 @@ class LMMBlock(HybridBlock):
             x = add_residual(parts.store_and_retrieve(seq))
 
         seq, add_residual = to_feedforward(x)
-        return add_residual(self.feedforward(seq))
+        return add_residual(parts.feed_forward(seq))
 
 
 class LongTermMemoryModel(HybridTransformer):

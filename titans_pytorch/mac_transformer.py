@@ -120,7 +120,7 @@ class MACBlock(Block):
         x = add_residual(attn_out)
 
         ff_in, add_residual = to_feedforward(x)
-        ff_out = self.feedforward(ff_in)
+        ff_out = parts.feed_forward(ff_in)
         x = add_residual(ff_out)
 
         if self.shares_views:
@@ -153,7 +153,7 @@ class PaperMACBlock(MACBlock):
         x = add_residual(torch.cat([self._segment(segment, parts) for segment in segments], dim=1))
 
         seq, add_residual = to_feedforward(x)
-        return add_residual(self.feedforward(seq))
+        return add_residual(parts.feed_forward(seq))
 
     def _segment(self, seq: Float[Tensor, 'b n d'], parts: Parts) -> Float[Tensor, 'b n d']:
         # eq. 21: h_t = M*_{t−1}(q_t)

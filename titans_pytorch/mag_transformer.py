@@ -25,7 +25,7 @@ class MAGBlock(HybridBlock):
         x = add_residual(out if self.combine is None else self.combine(out, parts.store_and_retrieve(seq)))
 
         seq, add_residual = to_feedforward(x)
-        return add_residual(self.feedforward(seq))
+        return add_residual(parts.feed_forward(seq))
 
 
 class MemoryAsGateTransformer(HybridTransformer):

@@ -20,7 +20,7 @@ class MALBlock(HybridBlock):
         x = add_residual(parts.attend(seq))
 
         seq, add_residual = to_feedforward(x)
-        return add_residual(self.feedforward(seq))
+        return add_residual(parts.feed_forward(seq))
 
 
 class MemoryAsLayerTransformer(HybridTransformer):

@@ -55,6 +55,7 @@ from titans_pytorch.memory.validation import (
 from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
 from titans_pytorch.ops.associative_scan import AssocScan
 from titans_pytorch.ops.newton_schulz import newtonschulz5
+from titans_pytorch.ops.token_linear import linear_of_token
 from titans_pytorch.utils.checks import check_flags, check_not_traced, described
 from titans_pytorch.utils.functional import frozen_as_buffers, replaced
 from titans_pytorch.utils.packing import PackedDocuments, check_documents
@@ -740,7 +741,6 @@ class NeuralMemory(Resettable, InReferenceFormat):
             rows = query if buffers.queries is None else torch.cat((buffers.queries, query), dim=1)
             if buffers.queries is not None:
                 buffers.queries.copy_(rows[:, 1:])
-            normed = self.retrieve_norm(rows)
             plain = PlainRetrieval.of(
                 self.heads,
                 self.memory_model_parameters.mlp,
@@ -749,10 +749,12 @@ class NeuralMemory(Resettable, InReferenceFormat):
                 self.retrieve_gate,
                 self._dtype,
             )
-            own = normed[:, context:]
             if plain is None:
-                return self._combine(self._apply_network(newest, self._queries_of(normed, self.to_queries)), own)
-            return self.combine_heads(plain(newest, self.to_queries(normed), own))
+                normed = self.retrieve_norm(rows)
+                values = self._apply_network(newest, self._queries_of(normed, self.to_queries))
+                return self._combine(values, normed[:, context:])
+            projected, normed = linear_of_token(self.to_queries, rows, self.retrieve_norm)
+            return linear_of_token(self.combine_heads, plain(newest, projected, normed[:, context:]))[0]
 
         assert buffers.queries is not None
         if begins_group and context:

@@ -11,6 +11,7 @@ from titans_pytorch.attention.rotary import KeyValues
 from titans_pytorch.attention.segmented import AttnIntermediates, SegmentedAttention, heads_of
 from titans_pytorch.ops.token_attention import token_attention
 from titans_pytorch.ops.token_attention.cache import Position
+from titans_pytorch.ops.token_linear import linear_of_token
 from titans_pytorch.utils.shapes import Float
 
 
@@ -63,8 +64,8 @@ class ContextAttention(SegmentedAttention):
     ) -> tuple[Float[Tensor, 'b 1 d'], Float[Tensor, 'b h 2 e']]:
         """`forward` for one position, which it writes into `buffers`; `layer` is the number of attentions before it."""
         projected = self.to_qkv(self.norm(torch.cat((seq, context), dim=1)))
-        out = self.to_out(token_attention(projected, buffers, self.cache_layout, position, layer))
-        return out, heads_of(projected, self.heads)[2]
+        out = token_attention(projected, buffers, self.cache_layout, position, layer)
+        return linear_of_token(self.to_out, out)[0], heads_of(projected, self.heads)[2]
 
     def _project_pair(self, seq: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of `seq`; keys and values of both, interleaved: each position's own, then its context's."""

@@ -17,6 +17,7 @@ from titans_pytorch.attention.masks import after_persistent, over_positions, seg
 from titans_pytorch.attention.rotary import KeyValues, Rotary, check_rotary_width, rotate
 from titans_pytorch.memory.modules import MergeHeads, SplitHeads
 from titans_pytorch.ops.token_attention import Position, RingLayout, ValueMix, token_attention
+from titans_pytorch.ops.token_linear import linear_of_token
 from titans_pytorch.utils.checks import (
     check_broadcasts,
     check_callable,
@@ -273,8 +274,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
     ) -> tuple[Float[Tensor, 'b 1 d'], Float[Tensor, 'b h 1 e']]:
         """`forward` for one position, which it writes into `buffers`; `layer` is the number of attentions before this
         one. Returns the output, and the values before any residual."""
-        seq = self.norm(seq)
-        projected = self.to_qkv(seq)
+        projected, seq = linear_of_token(self.to_qkv, seq, self.norm)
         values, mix = heads_of(projected, self.heads)[2], None
         if self.to_learned_v_mix is not None and value_residual is not None:
             to_shares = self.to_learned_v_mix[0]
@@ -283,7 +283,8 @@ class SegmentedAttention(Resettable, InReferenceFormat):
             else:
                 mixed = self._mixed(values, value_residual, seq).transpose(1, 2).flatten(2)
                 projected = torch.cat((projected[..., : -mixed.shape[-1]], mixed), dim=-1)
-        out = self.to_out(token_attention(projected, buffers, self.cache_layout, position, layer, mix))
+        out = token_attention(projected, buffers, self.cache_layout, position, layer, mix)
+        out, _ = linear_of_token(self.to_out, out)
         return out if output_gating is None else out * output_gating, values
 
     # parts

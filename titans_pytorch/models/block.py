@@ -17,6 +17,7 @@ from titans_pytorch.attention.rotary import KeyValues
 from titans_pytorch.attention.segmented import SegmentedAttention
 from titans_pytorch.generation.decodable import StepKind
 from titans_pytorch.memory.state import MemoryBuffers, NeuralMemState, Surprises
+from titans_pytorch.models.feedforward import feedforward_of_token
 from titans_pytorch.models.residual_streams import (
     AddResidual,
     FoldedConnection,
@@ -181,7 +182,7 @@ class Parts:
         self, block: Block, connections: Iterable[Callable[[Streams], tuple[Tensor, AddResidual]]], carried: Carried
     ):
         self.connections = [*connections]
-        self._attention, self._memory = block.attention, block.memory
+        self._attention, self._memory, self._feedforward = block.attention, block.memory, block.feedforward
         self._carried = carried
         self._own_views: tuple[Tensor, ...] = ()
         self._own_surprises: list[Surprises] = []
@@ -227,6 +228,10 @@ class Parts:
         assert self._memory is not None
         return self._memory.recall(seq, self.memory_state)
 
+    def feed_forward(self, seq: Tensor) -> Tensor:
+        """The feedforward's output."""
+        raise NotImplementedError
+
     memory_state: Any
 
     def _attend(self, attention: SegmentedAttention, seq: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -264,6 +269,9 @@ class SequenceParts(Parts):
         inputs = {'context': context, 'detach_context': True, **self._attention_kwargs}
         return self._attention(seq, cache=self.key_values, position=self.end, **inputs)[0]
 
+    def feed_forward(self, seq: Tensor) -> Tensor:
+        return self._feedforward(seq)
+
     def _attend(self, attention: SegmentedAttention, seq: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         out, (values, self.key_values) = attention(
             seq, cache=self.key_values, position=self.end, **inputs, **self._attention_kwargs
@@ -293,6 +301,9 @@ class StepParts(Parts):
         super().__init__(block, (partial(connect_token, own, weights) for own, weights in pairs), carried)  # type: ignore[arg-type]
         self.memory_state = buffers.memory
         self._buffers, self._here, self._attention_layer = buffers, here, attention_layer
+
+    def feed_forward(self, seq: Tensor) -> Tensor:
+        return feedforward_of_token(self._feedforward, seq)
 
     def _attend(self, attention: SegmentedAttention, seq: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         assert self._buffers.key_values is not None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Linear, Module
 
+from titans_pytorch.ops.token_linear import token_linear
 from titans_pytorch.utils.checks import check_hidden_width
+from titans_pytorch.utils.functional import is_intercepted
 from titans_pytorch.utils.shapes import Float
 
 
@@ -22,3 +26,20 @@ def FeedForward(dim: int, mult: float = 4) -> nn.Sequential:
     """A gated feedforward with as many weights as an ungated one of hidden width `mult` · `dim`."""
     dim_inner = check_hidden_width('ff_mult', dim, mult, gated=True)
     return nn.Sequential(nn.RMSNorm(dim), Linear(dim, dim_inner * 2), GEGLU(), Linear(dim_inner, dim))
+
+
+def feedforward_of_token(feedforward: Module, x: Float[Tensor, 'b 1 d']) -> Float[Tensor, 'b 1 d']:
+    """`feedforward(x)` of a single token; of a `FeedForward` without hooks as two operations."""
+    if not _is_plain(feedforward):
+        return feedforward(x)
+    norm, to_hidden, _, to_out = cast(Any, feedforward)
+    hidden, _ = token_linear(x, to_hidden.weight, to_hidden.bias, (norm.weight, norm.eps), gated=True)
+    return token_linear(hidden, to_out.weight, to_out.bias)[0]
+
+
+def _is_plain(feedforward: Module) -> bool:
+    return (
+        type(feedforward) is nn.Sequential
+        and [type(part) for part in feedforward] == [nn.RMSNorm, Linear, GEGLU, Linear]
+        and not is_intercepted(feedforward.modules())
+    )

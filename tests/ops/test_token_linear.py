@@ -1,0 +1,95 @@
+"""`token_linear`: its reference and its Triton kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compare import assert_same
+from torch import nn
+
+from titans_pytorch.models.feedforward import FeedForward
+from titans_pytorch.ops import token_linear as operation
+from titans_pytorch.ops.token_linear import MOST_ENTRIES, reference, token_linear
+
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+
+
+@pytest.fixture
+def kernel():
+    pytest.importorskip('triton')
+    from titans_pytorch.ops.token_linear import triton
+
+    return triton
+
+
+@pytest.fixture
+def launches(kernel, switch_kernel, monkeypatch):
+    """The kernel runs on this device too; the list grows with each launch."""
+    switch_kernel(operation, True)
+    launches, compute = [], kernel.token_linear
+    monkeypatch.setattr(kernel, 'token_linear', lambda *args: (launches.append(None), compute(*args))[1])
+    return launches
+
+
+def problem(batch, dim, outputs, norm=True, bias=True, dtype=torch.float32, eps=None):
+    """Arguments of the operation. The rows are not dense."""
+    x = torch.randn(batch, 1, dim + 3, device=DEVICE).to(dtype)[..., :dim]
+    weight = (torch.randn(outputs, dim, device=DEVICE) * dim**-0.5).to(dtype)
+    gain = torch.rand(dim, device=DEVICE).to(dtype)
+    return x, weight, torch.randn(outputs, device=DEVICE).to(dtype) if bias else None, (gain, eps) if norm else None
+
+
+@pytest.mark.parametrize('gated', [False, True])
+@pytest.mark.parametrize('bias', [False, True])
+@pytest.mark.parametrize('norm', [False, True])
+@pytest.mark.parametrize(('batch', 'dim', 'outputs'), [(1, 20, 6), (3, 7, 2)])
+def test_kernel_equals_the_reference(batch, dim, outputs, norm, bias, gated, kernel, poisoned, monkeypatch):
+    given = problem(batch, dim, outputs, norm, bias)
+    for block in (1024, 8):
+        monkeypatch.setattr(kernel, 'BLOCK', block)
+        assert_same(kernel.token_linear(*given, gated), reference.token_linear(*given, gated), 1e-5)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+@pytest.mark.parametrize('eps', [None, 0.5])
+def test_kernel_takes_half_precision_and_any_eps(dtype, eps, kernel, poisoned):
+    given = problem(2, 24, 10, dtype=dtype, eps=eps)
+    came = kernel.token_linear(*given, True)
+    assert {t.dtype for t in came} == {dtype}
+    assert_same(came, reference.token_linear(*given, True), 1e-5 if dtype == torch.float32 else 4e-3)
+    empty = kernel.token_linear(*problem(0, 24, 10), True)
+    assert [t.shape for t in empty] == [(0, 1, 5), (0, 1, 24)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(('dim', 'outputs', 'gated'), [(384, 768, False), (384, 2048, True), (1024, 384, False)])
+def test_kernel_in_sizes_of_models(dim, outputs, gated, dtype, kernel, poisoned):
+    x, weight, bias, norm = problem(2, dim, outputs, dtype=dtype)
+    exact = reference.token_linear(x.double(), weight.double(), bias.double(), (norm[0].double(), 1e-7), gated)
+    came = kernel.token_linear(x, weight, bias, (norm[0], 1e-7), gated)
+    assert_same(came, exact, 1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_reference_equals_the_modules():
+    feedforward = FeedForward(12).double()
+    norm, to_hidden, gate, to_out = feedforward
+    nn.init.normal_(norm.weight)
+    x = torch.randn(2, 1, 12, dtype=torch.float64)
+    hidden, normed = token_linear(x, to_hidden.weight, to_hidden.bias, (norm.weight, norm.eps), gated=True)
+    assert_same(hidden, gate(to_hidden(norm(x))))
+    assert_same(normed, norm(x))
+    assert_same(token_linear(hidden, to_out.weight, to_out.bias)[0], feedforward(x))
+
+
+def test_the_kernel_is_for_few_entries_of_one_precision_without_gradient(launches):
+    few, many = problem(MOST_ENTRIES, 8, 6), problem(MOST_ENTRIES + 1, 8, 6)
+    token_linear(*few)
+    with torch.no_grad():
+        token_linear(*many)
+        token_linear(*(t.double() for t in few[:3]))
+        with torch.autocast(DEVICE, torch.bfloat16):
+            token_linear(*few)
+        assert not launches
+        token_linear(*few)
+    assert len(launches) == 1

@@ -1,0 +1,60 @@
+"""A linear layer for a single token, with the RMS norm before it and the gate after it, as decoding needs it.
+
+With gain g and input x of width d:
+
+    n = x / √(mean x² + ε) ∘ g    y = W n + b    out = y,  or  y₁ ∘ silu(y₂)  of its halves
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import Module
+
+from titans_pytorch.ops._dispatch import VOLTA, use_kernel
+from titans_pytorch.ops.token_linear import reference
+from titans_pytorch.utils.functional import is_intercepted
+from titans_pytorch.utils.precision import autocast_dtype
+from titans_pytorch.utils.shapes import Float
+
+MOST_ENTRIES = 4
+"""Entries of a batch, at most: the kernel reads the matrix once for each, and a product of matrices only once."""
+
+Norm = tuple[Float[Tensor, ' d'], float | None]
+"""The gain, and ε; `None`: the machine epsilon of what is normalised."""
+
+
+def token_linear(
+    x: Float[Tensor, 'b 1 d'],
+    weight: Float[Tensor, 'e d'],
+    bias: Float[Tensor, ' e'] | None = None,
+    norm: Norm | None = None,
+    gated: bool = False,
+) -> tuple[Float[Tensor, 'b 1 _'], Float[Tensor, 'b 1 d']]:
+    """The layer's output, of width e or, if gated, e / 2; and its input after the norm.
+
+    The kernel has no gradient, so it runs only where gradients are off.
+    """
+    tensors = (x, weight, bias, None if norm is None else norm[0])
+    if use_kernel(tensors, capability=VOLTA, has_backward=False) and _supports(*tensors):
+        from titans_pytorch.ops.token_linear import triton
+
+        return triton.token_linear(x, weight, bias, norm, gated)
+    return reference.token_linear(x, weight, bias, norm, gated)
+
+
+def linear_of_token(
+    linear: Module, x: Float[Tensor, 'b 1 d'], norm: Module | None = None
+) -> tuple[Float[Tensor, 'b 1 e'], Float[Tensor, 'b 1 d']]:
+    """The outputs of a linear layer and of the norm before it; modules of other kinds, or with hooks, are called."""
+    norm = None if type(norm) is nn.Identity else norm
+    modules = (linear,) if norm is None else (linear, norm)
+    if type(linear) is nn.Linear and type(norm) in (nn.RMSNorm, type(None)) and not is_intercepted(modules):
+        own = None if norm is None else (norm.weight, norm.eps)
+        return token_linear(x, linear.weight, linear.bias, own)  # type: ignore[arg-type]
+    normed = x if norm is None else norm(x)
+    return linear(normed), normed
+
+
+def _supports(x: Tensor, *parameters: Tensor | None) -> bool:
+    one_precision = all(t is None or t.dtype == x.dtype for t in parameters)
+    return len(x) <= MOST_ENTRIES and one_precision and autocast_dtype(x.device) is None
