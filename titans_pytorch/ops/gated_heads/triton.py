@@ -115,7 +115,7 @@ def _backward(
     d_x, d_logits = x.new_empty(x.shape), logits.new_empty(logits.shape)
     d_gamma = x.new_empty(*(0,) if gamma is None else (batch, heads, grid[1], dim), dtype=torch.float32)
     _backward_kernel[grid](**arguments, d_out=d_out.contiguous(), d_x=d_x, d_gamma=d_gamma, d_logits=d_logits)
-    return d_x, None if gamma is None else d_gamma.sum(dim=(0, 2)).unsqueeze(1).to(gamma.dtype), d_logits
+    return d_x, None if gamma is None else d_gamma.sum(dim=2).sum(dim=0).unsqueeze(1).to(gamma.dtype), d_logits
 
 
 gated_heads = register_kernel('gated_heads', _forward, _backward, outputs=_outputs)

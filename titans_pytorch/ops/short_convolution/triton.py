@@ -151,7 +151,7 @@ def _backward(
     arguments = taken_by(_convolution_backward_kernel, arguments) | dict(num_warps=arguments['num_warps'])
     over_tokens = (grid[0], triton.cdiv(x.shape[1], arguments['ROWS']))
     _convolution_backward_kernel[over_tokens](**arguments, d_convolved=d_convolved, d_x=d_x)
-    return d_x, d_weight.sum(dim=(0, 2)).view(weight.shape).to(weight.dtype)
+    return d_x, d_weight.sum(dim=2).sum(dim=0).view(weight.shape).to(weight.dtype)
 
 
 short_convolution = register_kernel('short_convolution', _forward, _backward, outputs=_outputs)
