@@ -57,7 +57,7 @@ from titans_pytorch.ops.associative_scan import AssocScan
 from titans_pytorch.ops.newton_schulz import newtonschulz5
 from titans_pytorch.ops.token_linear import linear_of_token
 from titans_pytorch.utils.checks import check_flags, check_not_traced, described
-from titans_pytorch.utils.functional import frozen_as_buffers, replaced
+from titans_pytorch.utils.functional import compile_each_length, frozen_as_buffers, replaced
 from titans_pytorch.utils.packing import PackedDocuments, check_documents
 from titans_pytorch.utils.parameters import InReferenceFormat, Resettable, depending_on
 from titans_pytorch.utils.precision import (
@@ -534,6 +534,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         if not store and (store_seq is not None or store_mask is not None):
             raise ValueError('store=False stores nothing: leave out store_seq and store_mask')
         call = self._layout.call(seq, store_seq, store_mask, ttt_batch_size, self.batch_size)
+        compile_each_length(call.queries.shape[1], call.to_store.shape[-2])
         call = call if store else call.read_only()
         if documents is not None:
             check_documents(documents, len(call.queries), call.queries.shape[1], self.store_chunk_size)
@@ -611,6 +612,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         """
         check_flags(return_surprises=return_surprises)
         self._layout.check_store('seq', seq)
+        compile_each_length(seq.shape[-2])
         mask = self._layout.checked_mask('mask', mask, seq)
         queries = seq[0] if self.qkv_receives_diff_views else seq
 

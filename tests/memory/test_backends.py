@@ -272,16 +272,16 @@ def test_low_precision_errs_no_more_than_twice_as_much_as_dense(switch):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_without_a_gradient_it_is_as_exact(dtype):
-    mem = pair('plain')[0]
+    mem, dense = pair('plain')
     seq = inputs(mem, 29)
     exact = mem(seq)[0]
-    mem, seq = mem.to(dtype), seq.to(dtype)
-    with_gradient = mem(seq)[0]
+    mem, dense, seq = mem.to(dtype), dense.to(dtype), seq.to(dtype)
+    with_gradient, by_dense = mem(seq)[0], dense(seq)[0]
     with torch.no_grad():
         without = mem(seq)[0]
-    error, other = ((out.double() - exact).norm() / exact.norm() for out in (without, with_gradient))
+    error, other, of_dense = ((out.double() - exact).norm() for out in (without, with_gradient, by_dense))
     assert error <= 1.5 * other
-    assert other < 8 * torch.finfo(dtype).eps
+    assert other <= 4 * of_dense  # rounding errors of one input differ between processors
 
 
 def test_a_module_in_bfloat16_runs():
@@ -304,10 +304,15 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize('switch', ['plain', 'linear memory'])
-def test_a_compiled_memory_takes_lengths_that_vary(switch, fresh_compiler):
-    mem = memory(switch)
-    compiled = torch.compile(mem, fullgraph=True, backend='eager')
+@pytest.mark.parametrize(('switch', 'engine'), [('plain', 'auto'), ('linear memory', 'auto'), ('plain', 'dense')])
+def test_a_compiled_memory_takes_lengths_that_vary(switch, engine, fresh_compiler):
+    mem = memory(switch, engine=engine)
+
+    def backend(graph, given):
+        assert not any(isinstance(t, torch.SymInt) for t in given)  # a symbolic length compiles slowly
+        return graph.forward
+
+    compiled = torch.compile(mem, fullgraph=True, backend=backend)
     for length in (16, 24, 37):
         seq = inputs(mem, length)
         assert_same(compiled(seq)[0], mem(seq)[0], 1e-12)

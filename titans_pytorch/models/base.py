@@ -44,6 +44,7 @@ from titans_pytorch.utils.checks import (
     described,
     is_integral,
 )
+from titans_pytorch.utils.functional import compile_each_length
 from titans_pytorch.utils.packing import PackedDocuments
 from titans_pytorch.utils.parameters import Resettable, reset_parameters
 from titans_pytorch.utils.precision import at_least_float32
@@ -244,6 +245,7 @@ class Transformer(StepwiseDecoding, Resettable):
         if not embedding_kwargs.keys() <= {*self.embedding_keywords}:
             raise TypeError(self._unknown_keywords(embedding_kwargs))
         x = self._checked_input(x)
+        compile_each_length(x.shape[1])
         return_state = return_state or return_cache
         return_loss = return_loss or labels is not None
         if not isinstance(reduction, str) or reduction not in ('mean', 'sum', 'none'):

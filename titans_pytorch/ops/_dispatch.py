@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from titans_pytorch.utils.functional import is_exporting
+
 VOLTA, AMPERE, HOPPER = 7, 8, 9
 """Compute capabilities. Volta is the least that Triton supports, Ampere was the first with TF32 and bfloat16."""
 
@@ -95,12 +97,6 @@ def kernels_enabled() -> bool:
     """True unless kernels are switched off, transforms are active, or a program is exported, which is to hold PyTorch's
     own operations alone."""
     return _enabled and not is_transformed() and not is_exporting()
-
-
-@torch.compiler.assume_constant_result
-def is_exporting() -> bool:
-    """True while `torch.export` traces. Traced itself, PyTorch's function is always true, up to 2.11 at least."""
-    return torch.compiler.is_exporting()
 
 
 def is_transformed() -> bool:

@@ -76,6 +76,23 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """True while `torch.export` traces. Traced itself, PyTorch's function is always true, up to 2.11 at least."""
+    return torch.compiler.is_exporting()
+
+
+def compile_each_length(*lengths: int) -> None:
+    """Have the compiler make a graph for each of these lengths, as fast as the first.
+
+    By default `torch.compile` takes the second length that it sees for a symbol. Everything computed from it is then
+    symbolic, and a graph, which still serves a single schedule of chunks, takes ten times as long.
+    """
+    if torch.compiler.is_compiling() and not is_exporting():
+        for length in lengths:
+            range(length)  # the compiler takes the ends of a range for constants
+
+
 def is_intercepted(modules: Iterable[Module]) -> bool:
     """True if one of `modules` has hooks or a `forward` set on the instance, so that only a call of that module, and no
     shortcut for its class, has the right effect."""

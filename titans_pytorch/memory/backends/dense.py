@@ -13,8 +13,13 @@ from titans_pytorch.memory.backends.base import Backend, PreparedBlock, Stored, 
 from titans_pytorch.memory.chunks import Chunks, WeightResidual, split_inputs
 from titans_pytorch.memory.fast_weights import FastWeights, MemoryWeights, StoredBlock, Weights
 from titans_pytorch.memory.reference import apply_network, gradient_of_chunk, surprise
-from titans_pytorch.ops import _dispatch
-from titans_pytorch.utils.functional import call_outside_inference, call_with_weights, outside_inference, transformed
+from titans_pytorch.utils.functional import (
+    call_outside_inference,
+    call_with_weights,
+    is_exporting,
+    outside_inference,
+    transformed,
+)
 from titans_pytorch.utils.shapes import Float
 
 
@@ -22,7 +27,7 @@ class DenseBackend(Backend):
     """Gradients by `torch.func`, all chunks of a block at once; momentum and decay by scans over chunks."""
 
     def prepare(self, inputs: StoreInputs) -> Iterator[PreparedBlock]:
-        if _dispatch.is_exporting():
+        if is_exporting():
             # its tracer takes no gradients under `vmap`
             raise ValueError("torch.export needs engine='dual', and this memory is dense")
         blocks = inputs.schedule.blocks(preferred=None)

@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.library import custom_op
 
 from titans_pytorch.ops import _dispatch
+from titans_pytorch.utils.functional import is_exporting
 from titans_pytorch.utils.shapes import Float
 
 
 def sinkhorn(log_alpha: Float[Tensor, '... s s'], iters: int, eps: float) -> Float[Tensor, '... s s']:
     # PyTorch transforms its own operations alone
-    if _dispatch.is_transformed() or _dispatch.is_exporting():
+    if _dispatch.is_transformed() or is_exporting():
         return loop(log_alpha, iters, eps)
     return _sinkhorn(log_alpha, iters, eps)
 
