@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +47,47 @@ def in_own_process(script: str, path: str, timeout: float | None = None, **job: 
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def together(script: str, jobs: list[tuple[str, dict[str, Any]]], timeout: float) -> list[dict[str, Any]]:
+    """`in_own_process` of all jobs, (PYTHONPATH, arguments), which are prepared at the same time and then take turns.
+
+    Args:
+        timeout: seconds after which a job that is not prepared is given up.
+    """
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(jobs)) as pool:
+        gate = {'folder': folder, 'timeout': timeout}
+        results = [pool.submit(in_own_process, script, path, **job, gate=gate) for path, job in jobs]
+        while len([*Path(folder).iterdir()]) + sum(result.done() for result in results) < len(jobs):
+            time.sleep(0.1)
+        (Path(folder) / 'open').touch()
+        return [result.result() for result in results]
+
+
+@contextmanager
+def turn(gate: dict[str, Any] | None) -> Iterator[None]:
+    """In a worker: its turn to measure, once all jobs that `together` has started are prepared."""
+    if gate is None:
+        yield
+        return
+    signal.alarm(0)
+    folder = Path(gate['folder'])
+    (folder / f'{os.getpid()} is prepared').touch()
+    while not (folder / 'open').exists():
+        time.sleep(0.1)
+    with open(folder / 'open') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _limited(gate: dict[str, Any]) -> None:
+    """In a worker: an error unless its turn to wait comes in time."""
+
+    def give_up(*_: Any) -> None:
+        raise TimeoutError(f'not prepared after {gate["timeout"]:.0f} s')
+
+    signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, gate['timeout'])
+
+
 def by_turns(
     script: str, paths: dict[str, str], rounds: int = 2, timeout: float | None = None, **job: Any
 ) -> dict[str, dict[str, Any]]:
@@ -62,7 +108,10 @@ def parsed(parser: argparse.ArgumentParser, work: Callable[..., dict[str, Any]])
     parser.add_argument('--worker', help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker is not None:
-        print(json.dumps(work(**json.loads(options.worker))))
+        job = json.loads(options.worker)
+        if job.get('gate') is not None:
+            _limited(job['gate'])
+        print(json.dumps(work(**job)))
         sys.exit()
     return options
 

@@ -2,6 +2,7 @@
 
     python benchmarks/peers.py                                   (about 4 minutes on a GPU)
     python benchmarks/peers.py --compile                         (a minute more for each row)
+    python benchmarks/peers.py --compile --together              (two minutes and a half on 16 cores and 80 GB)
     python benchmarks/peers.py --reference-path /folder/with/the/reference --lengths 2048 32768
     python benchmarks/peers.py --quick                           (a minute on a CPU: does it run?)
 
@@ -27,7 +28,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import captured, gibibytes, in_own_process, machine, own_path, parsed, summary, table, timed, write_section
+from harness import (
+    captured,
+    gibibytes,
+    in_own_process,
+    machine,
+    own_path,
+    parsed,
+    summary,
+    table,
+    timed,
+    together,
+    turn,
+    write_section,
+)
 from torch import Tensor, nn
 
 DIM, HEADS, DIM_HEAD = 384, 4, 64
@@ -171,7 +185,14 @@ def output(layer: nn.Module, x: Tensor) -> Tensor:
     return out if isinstance(out, Tensor) else out[0]
 
 
-def work(row: dict[str, Any], length: int, tokens: int, repeats: int, compiles: bool) -> dict[str, Any]:
+def work(
+    row: dict[str, Any],
+    length: int,
+    tokens: int,
+    repeats: int,
+    compiles: bool,
+    gate: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     # TorchScript, through which the reference's scan goes, fails on some GPUs to fuse casts to bfloat16
     torch._C._jit_set_texpr_fuser_enabled(False)
     layer, exact = build(Row(**row))
@@ -191,8 +212,8 @@ def work(row: dict[str, Any], length: int, tokens: int, repeats: int, compiles: 
     x = torch.randn(tokens // length, length, DIM, device=DEVICE)
     gradient = torch.randn_like(x)
 
-    def timed_as_graph(forward: Callable[[Tensor], Tensor]) -> tuple[list[float], bool]:
-        """Seconds of each step, and whether a CUDA graph was captured."""
+    def prepared(forward: Callable[[Tensor], Tensor]) -> tuple[Callable[[], Any], bool]:
+        """A step, and whether it is a CUDA graph."""
 
         def step() -> None:
             layer.zero_grad(set_to_none=True)
@@ -207,13 +228,15 @@ def work(row: dict[str, Any], length: int, tokens: int, repeats: int, compiles: 
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
                 captures = False
-        return timed(run, repeats), captures
+        run()
+        return run, captures
 
-    seconds, captures = timed_as_graph(loss)
+    run, captures = prepared(loss)
     peak = torch.cuda.max_memory_allocated() if DEVICE == 'cuda' else None
-    compiled = None
-    if compiles:
-        compiled, _ = timed_as_graph(torch.compile(loss, dynamic=False))
+    run_compiled = prepared(torch.compile(loss, dynamic=False))[0] if compiles else None
+    with turn(gate):
+        seconds = timed(run, repeats)
+        compiled = None if run_compiled is None else timed(run_compiled, repeats)
     return {'seconds': seconds, 'compiled': compiled, 'peak': peak, 'error': error.item(), 'captures': captures}
 
 
@@ -228,6 +251,7 @@ def main() -> None:
     parser.add_argument('--repeats', type=int, default=20, help='timed steps')
     parser.add_argument('--compile', action='store_true', help='time each layer compiled too')
     parser.add_argument('--timeout', type=float, default=180.0, help='seconds after which a row is given up')
+    parser.add_argument('--together', action='store_true', help='prepare all rows of a length at the same time')
     parser.add_argument('--quick', action='store_true', help='few tokens')
     options = parsed(parser, work)
     if options.quick:
@@ -241,12 +265,16 @@ def main() -> None:
         jobs.append((Row('memory', 16, 16, 2), 'reference, depth 2, (16, 16)', options.reference_path))
     cells = []
     for length in options.lengths:
-        for row, name, path in jobs:
-            compiles = options.compile and path != options.reference_path
-            job = dict(
-                row=asdict(row), length=length, tokens=options.tokens, repeats=options.repeats, compiles=compiles
-            )  # fmt: skip
-            figures = in_own_process(__file__, path, options.timeout, **job)
+        sizes = dict(length=length, tokens=options.tokens, repeats=options.repeats)
+        arguments = [
+            (path, dict(row=asdict(row), **sizes, compiles=options.compile and path != options.reference_path))
+            for row, _, path in jobs
+        ]
+        if options.together:
+            results = together(__file__, arguments, options.timeout)
+        else:
+            results = [in_own_process(__file__, path, options.timeout, **job) for path, job in arguments]
+        for (_, name, _), figures in zip(jobs, results):
             print(json.dumps({'row': name, 'length': length, **figures}), flush=True)
             if 'failed' in figures:
                 cells.append([name, f'{length:,}', f'failed: {figures["failed"][:80]}', *[''] * (3 + options.compile)])

@@ -30,11 +30,12 @@ def test_a_saved_model_is_loaded_by_the_auto_classes(name, tmp_path):
     assert type(loaded) is TitansForCausalLM and not any(info.values())
     assert_same(dict(loaded.named_parameters()), dict(own.named_parameters()), 0)
     assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in own.parameters()]
-    assert_same(loaded.double()(x).logits, own(x).logits, 0)  # constants of rotary embeddings are float32 until now
+    # constants of rotary embeddings are float32 until now; the last bits may depend on where parameters are in memory
+    assert_same(loaded.double()(x).logits, own(x).logits, 1e-13)
 
     base, info = AutoModel.from_pretrained(tmp_path, dtype=torch.float64, output_loading_info=True)
     assert type(base) is TitansModel and not any(info.values())
-    assert_same(base.double()(x).last_hidden_state, own.transformer(x, return_hidden=True), 0)
+    assert_same(base.double()(x).last_hidden_state, own.transformer(x, return_hidden=True), 1e-13)
 
 
 def test_tied_embeddings_are_saved_once(tmp_path):
@@ -44,7 +45,7 @@ def test_tied_embeddings_are_saved_once(tmp_path):
     assert 'transformer.to_logits.weight' not in load_file(tmp_path / 'model.safetensors')
     loaded = TitansForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
-    assert_same(loaded.double()(x).logits, own(x).logits, 0)
+    assert_same(loaded.double()(x).logits, own(x).logits, 1e-13)
 
 
 @architectures

@@ -206,7 +206,8 @@ def test_kernels_equal_a_loop(kernels, poisoned, depth, norm, shape):
 @pytest.mark.parametrize(('depth', 'norm', 'states'), [(2, True, 2), (1, False, 3), (2, False, 1)])
 def test_memory_batches_of_one_chunk(kernels, poisoned, depth, norm, states, of):
     tensors = problem(2, 3, 1, 35, 20, 40, states, depth, norm)
-    assert_same(learned(scanned, of(tensors)), learned(looped, of(tensors, torch.float64)), EXACT)
+    # of 35 rows, which some processors add up with twice the error of others
+    assert_same(learned(scanned, of(tensors)), learned(looped, of(tensors, torch.float64)), 4 * EXACT)
 
 
 @pytest.mark.parametrize(('programs', 'depth', 'norm'), [(2, 1, True), (2, 2, False), (3, 2, True)])

@@ -329,7 +329,8 @@ def test_what_the_kernels_do_not_support_takes_the_reference(kernels_everywhere,
 @pytest.mark.parametrize(('rows', 'sides'), [(65, (4, 4)), (1, (132, 132))])
 def test_matrices_that_no_kernel_supports(kernels_everywhere, rows, sides):
     tensors = matrices(1, 2, rows, *sides)
-    assert_same(learned(our_momenta, leaves(tensors)), exactly(looped_momenta, tensors), EXACT)
+    # sums of 132 × 132 entries in float32, which processors add up in different orders
+    assert_same(learned(our_momenta, leaves(tensors)), exactly(looped_momenta, tensors), 4 * EXACT)
 
 
 # to the compiler
