@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import platform
@@ -68,6 +67,8 @@ def turn(gate: dict[str, Any] | None) -> Iterator[None]:
     if gate is None:
         yield
         return
+    import fcntl  # which Windows lacks
+
     signal.alarm(0)
     folder = Path(gate['folder'])
     (folder / f'{os.getpid()} is prepared').touch()
@@ -78,8 +79,8 @@ def turn(gate: dict[str, Any] | None) -> Iterator[None]:
         yield
 
 
-def _limited(gate: dict[str, Any]) -> None:
-    """In a worker: an error unless its turn to wait comes in time."""
+def _limit_preparation(gate: dict[str, Any]) -> None:
+    """In a worker: raise an error if it has not come to `turn` in time."""
 
     def give_up(*_: Any) -> None:
         raise TimeoutError(f'not prepared after {gate["timeout"]:.0f} s')
@@ -110,7 +111,7 @@ def parsed(parser: argparse.ArgumentParser, work: Callable[..., dict[str, Any]])
     if options.worker is not None:
         job = json.loads(options.worker)
         if job.get('gate') is not None:
-            _limited(job['gate'])
+            _limit_preparation(job['gate'])
         print(json.dumps(work(**job)))
         sys.exit()
     return options
