@@ -23,9 +23,9 @@ def memory_settings(heads: int, dim_head: int, memory_batch: int | None = None, 
     Step sizes: the loss is a mean over `dim_head` features, so that a step of dim_head / 2 moves the value retrieved
     for a key of norm 1 all the way to its target. With gradients at the initial weights (no `memory_batch`) that is the
     maximum. Gradients at the newest weights are taken in proximal steps with normalised momentum, which do not
-    overshoot within a memory batch, up to four times that size; they start near half of it, from where models learn
-    associative recall sooner (docs/log.md). The closer the memory batch is to a single chunk, the more each step
-    stores. With momentum in chunks of one token, one of two models diverged (docs/guides/stability.md);
+    overshoot within a memory batch, up to four times that size; they start near dim_head / 2, as models learned
+    associative recall later from smaller steps (docs/log.md). The closer the memory batch is to a single chunk, the
+    more each step stores. With momentum in chunks of one token, one of two models diverged (docs/guides/stability.md);
     `delta_rule_settings` has none.
     In `MemoryAsContextTransformer(paper_order=True)` a memory batch is a segment. With `proximal_steps=False` the
     maximum is dim_head / (32 · memory_batch), at which next to nothing is stored: plain steps of a memory batch add up,
@@ -52,7 +52,7 @@ def memory_settings(heads: int, dim_head: int, memory_batch: int | None = None, 
         'init_decay_bias': -5.0,
         'mem_model_norm_add_residual': False,
         'default_step_transform_max_lr': max_step_size,
-        'init_adaptive_step_bias': -2.0 if proximal else None,
+        'init_adaptive_step_bias': -1.0 if proximal else None,
         'proximal_steps': proximal,
         'normalized_momentum': proximal and changes.get('momentum', True),
         **changes,
