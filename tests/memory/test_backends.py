@@ -18,7 +18,7 @@ from titans_pytorch import MemoryMLP, NeuralMemory
 from titans_pytorch.memory.backends import DenseBackend, DualBackend, SpectralBackend, fused_mlp
 from titans_pytorch.memory.backends import dual as dual_backend
 from titans_pytorch.memory.chunks import Chunks, Coefficients
-from titans_pytorch.memory.fast_weights import FastWeights, in_groups
+from titans_pytorch.memory.fast_weights import FastWeights
 from titans_pytorch.memory.soft_clamp import soft_clamp_norm
 from titans_pytorch.ops.gate_products import gate_products
 
@@ -138,7 +138,7 @@ def test_the_smaller_of_matrices_and_rows_is_kept():
             'linear memory', chunk_size, chunk_size
         )  # 8 × 8: as large as four rows of inputs and four of errors
         updates = mem(inputs(mem, 16))[1].updates
-        assert bool(updates.blocks) is factored
+        assert isinstance(updates, FastWeights) is factored
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -520,18 +520,3 @@ def test_memory_batches_of_long_chunks_are_stored_together_on_a_gpu(monkeypatch)
         results.append([t.double().cpu() for t in (out, *grads)])
     assert len(calls) == 1  # on the CPU the matrices are formed
     assert_same(*results, 1e-4)
-
-
-@pytest.mark.parametrize('lengths', [[1, 2, 6], [9], [0, 4, 0, 5], [4, 0, 5, 0], [2, 2, 2, 3]])
-def test_steps_in_parts_are_those_of_the_whole(lengths):
-    whole = torch.arange(9.0).view(1, 9, 1, 1)
-    for cuts in ([9], [2, 7], [4, 5], [1, 1, 6, 1]):
-        groups = in_groups(whole.split(cuts, dim=1), lengths)
-        for group, expected in zip(groups, whole.split(lengths, dim=1), strict=True):
-            assert torch.equal(torch.cat([whole[:, :0], *group], dim=1), expected)
-        weights = FastWeights({'w': whole.split(cuts, dim=1)}, [], {'w': whole[:, -1]})
-        for first, length in ((0, 9), (1, 9), (3, 2), (2, 0), (8, 1), (10, 2)):
-            steps = [min(step, 8) for step in range(first, first + length)]
-            assert weights.steps('w', first, length).flatten().tolist() == steps
-            rows = torch.randn(1, length, 3, 1)
-            torch.testing.assert_close(weights.linear('w', rows, first), rows * whole[:, steps])

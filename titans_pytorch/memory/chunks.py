@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titans_pytorch.memory.fast_weights import FastWeights, Parts, in_groups, matmul_parts
+from titans_pytorch.memory.fast_weights import FastWeights, Weights, matmul
 from titans_pytorch.ops.gate_products import gate_products
 from titans_pytorch.utils.functional import replaced
 from titans_pytorch.utils.precision import at_least_float32, no_autocast
-from titans_pytorch.utils.shapes import Bool, Float, concatenated
+from titans_pytorch.utils.shapes import Bool, Float
 
 
 class Chunks(NamedTuple):
@@ -85,7 +85,7 @@ class WeightResidual(NamedTuple):
     """Another memory's weights, a learned share of which is added to the base weights before gradients are taken."""
 
     weights: FastWeights
-    dense: dict[str, Parts]
+    dense: Weights
     """Those held densely, before each chunk, (bh, n, …)."""
     shares: Float[Tensor, 'bh n']
     first_step: int
@@ -94,12 +94,12 @@ class WeightResidual(NamedTuple):
     @classmethod
     def of(cls, weights: FastWeights, shares: Float[Tensor, 'bh n'], first_step: int) -> WeightResidual:
         """Weight residual of consecutive chunks."""
-        dense = {name: weights.parts(name, first_step, shares.shape[1]) for name in weights.dense}
+        dense = {name: weights.steps(name, first_step, shares.shape[1]) for name in weights.dense}
         return cls(weights, dense, shares, first_step)
 
     def split(self, lengths: list[int]) -> list[WeightResidual]:
         """Blocks of these lengths."""
-        dense = {name: in_groups(parts, lengths) for name, parts in self.dense.items()}
+        dense = {name: w.split(lengths, dim=1) for name, w in self.dense.items()}
         first_steps = accumulate(lengths[:-1], initial=self.first_step)
         return [
             WeightResidual(self.weights, {name: parts[index] for name, parts in dense.items()}, shares, first_step)
@@ -108,19 +108,14 @@ class WeightResidual(NamedTuple):
 
     def steps(self, name: str) -> Float[Tensor, 'bh n ...']:
         """The share of a parameter that is added before each chunk."""
-        return scaled(self.shares, self.unscaled(name))
-
-    def unscaled(self, name: str) -> Float[Tensor, 'bh n ...']:
-        """A parameter before each chunk."""
-        if name in self.dense:
-            return concatenated(self.dense[name], dim=1)
-        return self.weights.steps(name, self.first_step, self.shares.shape[1])
+        w = self.dense.get(name)
+        return scaled(self.shares, self.weights.steps(name, self.first_step, self.shares.shape[1]) if w is None else w)
 
     def linear(self, name: str, x: Float[Tensor, 'bh n m d']) -> Float[Tensor, 'bh n m e']:
         """Rows of each chunk times the share of a matrix that is added before it."""
-        if name in self.dense:
-            return scaled(self.shares, matmul_parts(x, self.dense[name]))
-        return scaled(self.shares, self.weights.linear(name, x, self.first_step))
+        in_dense = name in self.dense
+        out = matmul(x, self.dense[name]) if in_dense else self.weights.linear(name, x, self.first_step)
+        return scaled(self.shares, out)
 
 
 def split_inputs(

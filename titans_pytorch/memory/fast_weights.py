@@ -16,7 +16,7 @@ block. Applying it to rows x is attention without a softmax:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate, groupby
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -144,56 +144,25 @@ def _rows(block: StoredBlock) -> Float[Tensor, 'bh t d']:
     return next(iter(block.factors.values())).inputs
 
 
-Parts = Sequence[Float[Tensor, 'bh _n ...']]
-"""A tensor over time in consecutive parts, each of one step or more. They are not joined, as copies would take longer
-than what they are used for."""
-
-
-def in_groups(parts: Parts, lengths: list[int]) -> list[Parts]:
-    """Parts of groups of steps with these lengths, which are all; a part is cut where a group ends within it."""
-    ends = [*accumulate(lengths)]
-    groups: list[list[Tensor]] = [[] for _ in lengths]
-    start, group = 0, 0
-    for part in parts:
-        stop = start + part.shape[1]
-        cuts = [start, *(end for end in ends if start < end < stop), stop]
-        # not by slices: the gradient of each would be as long as the whole
-        pieces = part.split([high - low for low, high in zip(cuts, cuts[1:])], dim=1) if len(cuts) > 2 else [part]
-        for low, piece in zip(cuts, pieces):
-            while ends[group] <= low:
-                group += 1
-            groups[group].append(piece)
-        start = stop
-    return [*groups]
-
-
 def matmul(x: Float[Tensor, 'bh n c d'], weights: Float[Tensor, 'bh n d e']) -> Float[Tensor, 'bh n c e']:
     """Rows of each chunk times its matrix."""
     # autocast makes the dtypes equal; without it, the weights may have been stored under autocast
     return x @ (weights.to(x.dtype) if autocast_dtype(x.device) is None else weights)
 
 
-def matmul_parts(x: Float[Tensor, 'bh n c d'], parts: Parts) -> Float[Tensor, 'bh n c e']:
-    """`matmul` with weights in parts."""
-    if len(parts) == 1:
-        return matmul(x, parts[0])
-    rows = x.split([part.shape[1] for part in parts], dim=1)
-    return torch.cat([matmul(*of_part) for of_part in zip(rows, parts)], dim=1)
+def _joined(parts: list[Float[Tensor, 'bh _n ...']], final: Float[Tensor, 'bh ...']) -> Float[Tensor, 'bh n ...']:
+    final = final.unsqueeze(1)
+    return torch.cat([*parts, final.to(parts[0].dtype)], dim=1) if parts else final
 
 
 class FastWeights(Mapping[str, Tensor]):
     """A memory network's weights over time.
 
-    As a mapping it gives every parameter for every step, (bh, chunks + 1, …), formed or joined when it is asked for;
-    methods of TensorDict work on it in the same way.
-
-    Args:
-        dense: parameters held densely, all of their steps.
-        blocks: the other parameters, all steps but the last.
-        final: every parameter at the last step.
+    As a mapping it gives every parameter for every step, (bh, chunks + 1, …), formed when it is asked for; methods of
+    TensorDict work on it in the same way.
     """
 
-    def __init__(self, dense: Mapping[str, Parts], blocks: list[FactoredBlocks], final: Weights):
+    def __init__(self, dense: Weights, blocks: list[FactoredBlocks], final: Weights):
         self.dense = dense
         self.blocks = blocks
         self.final = final
@@ -201,47 +170,37 @@ class FastWeights(Mapping[str, Tensor]):
     @classmethod
     def of(cls, tensors: Weights) -> FastWeights:
         """Dense weights over time: every parameter (bh, chunks + 1, …)."""
-        parts = {name: [w] for name, w in tensors.items()}
-        return cls(parts, [], {name: w[:, -1] for name, w in tensors.items()})
+        return cls(tensors, [], {name: w[:, -1] for name, w in tensors.items()})
 
     @classmethod
     def joined(cls, stored: Sequence[StoredBlock | StoredBatches], final: Weights) -> FastWeights:
         """Consecutive blocks, and `final` after the last."""
         in_dense = stored[0].dense.keys() if stored else final.keys()
         blocks = [*_factored_blocks(stored)] if in_dense != final.keys() else []
-        dense = {}
-        for name in in_dense:
-            parts, last = [block.dense[name] for block in stored], final[name].unsqueeze(1)
-            dense[name] = [*parts, last.to(parts[0].dtype) if parts else last]
+        dense = {name: _joined([block.dense[name] for block in stored], final[name]) for name in in_dense}
         return cls(dense, blocks, final)
 
     @property
     def num_steps(self) -> int:
-        for parts in self.dense.values():
-            return sum(part.shape[1] for part in parts)
+        for name in self.dense:
+            return self.dense[name].shape[1]
         return sum(block.num_steps for block in self.blocks) + 1
 
     def steps(self, name: str, first: int, length: int) -> Float[Tensor, 'bh n ...']:
         """A parameter at steps `first` to `first + length`; the last step stays in force beyond the end."""
-        return concatenated(self.parts(name, first, length), dim=1)
-
-    def parts(self, name: str, first: int, length: int) -> Parts:
-        """`steps` in parts: those that a parameter is held in, if it is held densely."""
-        parts = [*self.dense[name]] if name in self.dense else [self[name]]
+        weights = self[name]
         if isinstance(length, torch.SymInt):  # in an exported program, whose one graph serves all lengths
-            weights = concatenated(parts, dim=1)
             steps = torch.arange(first, first + length, device=weights.device)
-            return [weights.index_select(1, steps.clamp(max=weights.shape[1] - 1))]
-        last, missing = parts[-1][:, -1:], first + length - sum(part.shape[1] for part in parts)
-        if missing > 0:
-            parts.append(last.expand(-1, missing, *last.shape[2:]))
-        _, wanted, _ = in_groups(parts, [first, length, max(-missing, 0)])
-        return wanted or [last[:, :0]]
+            return weights.index_select(1, steps.clamp(max=weights.shape[1] - 1))
+        if first + length <= weights.shape[1]:
+            return weights[:, first : first + length]
+        last = weights.shape[1] - 1
+        return weights[:, [min(step, last) for step in range(first, first + length)]]
 
     def linear(self, name: str, x: Float[Tensor, 'bh n c d'], first: int) -> Float[Tensor, 'bh n c e']:
         """Group k of the rows `x` times the matrix of step `first + k`."""
         if name in self.dense:
-            return matmul_parts(x, self.parts(name, first, x.shape[1]))
+            return matmul(x, self.steps(name, first, x.shape[1]))
         out = [self.blocks[index].linear(name, rows)[:, used] for index, rows, used in self.by_block(x, first)]
         after = self.after_blocks(x, first)
         if after is not None:
@@ -285,7 +244,7 @@ class FastWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Float[Tensor, 'bh n ...']:
         if name in self.dense:
-            return concatenated(self.dense[name], dim=1)
+            return self.dense[name]
         parts = [block.dense(name) for block in self.blocks]
         return torch.cat([*parts, self.final[name].unsqueeze(1)], dim=1)
 

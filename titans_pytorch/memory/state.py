@@ -82,7 +82,7 @@ class NeuralMemState(NamedTuple):
     """Weights after the last complete chunk, per parameter (bh, …), and momentum, per parameter (o, bh, …)."""
     updates: TensorDict | FastWeights | None
     """Weights over the call, per parameter (bh, chunks + 1, …): before its first chunk, and after each one. The weight
-    residual of the next memory layer; not needed to continue. Computed when it is read."""
+    residual of the next memory layer; not needed to continue. Matrices are formed when they are asked for."""
 
     @property
     def open_chunk(self) -> PendingSegment | None:
@@ -201,7 +201,7 @@ class OpenState(NamedTuple):
             weights=TensorDict(self.weights.base),
             cache_store_segment=self.pending.simplified(),
             states=(TensorDict(self.weights.newest), TensorDict(self.weights.momentum)),
-            updates=updates,
+            updates=updates if updates.blocks else TensorDict(updates.dense),
         )
 
 

@@ -40,8 +40,8 @@ def scan_chunks(
         own_residual = None
         if added:
             share, dense = added
-            one_step = FastWeights.of({name: w.unsqueeze(1) for name, w in dense.items()})
-            own_residual = WeightResidual.of(one_step, share.unsqueeze(1), 0)
+            dense = {name: w.unsqueeze(1) for name, w in dense.items()}
+            own_residual = WeightResidual(FastWeights.of(dense), dense, share.unsqueeze(1), 0)
 
         one = StoreInputs(Chunks(*fields), own_residual, Schedule(0, 1, None), weights, transition)
         (prepared,) = backend.prepare(one)

@@ -28,10 +28,7 @@ class FusedMLP(NamedTuple):
 
     def gradients(self, chunks: Chunks, base: Weights, residual: WeightResidual | None) -> Gradients:
         """Negative gradients of each chunk at `base`, plus the residual, which is dense."""
-        added = None
-        if residual is not None:
-            previous = {name: residual.unscaled(name) for name in residual.dense}
-            added = PreviousWeights(residual.shares, *self.mlp.of_weights(previous))
+        added = None if residual is None else PreviousWeights(residual.shares, *self.mlp.of_weights(residual.dense))
         out = inner_gradient(*chunks.rows, *self.mlp.of_weights(base), self.mlp.eps, added)
         names, gamma = self.mlp.matrices, self.mlp.gamma
         vectors = {}
@@ -158,7 +155,7 @@ class FusedMLP(NamedTuple):
         `after_blocks` does so for the groups that read the weights after the last of the factored blocks.
         """
         out, lengths = [], [block.num_steps for block in weights.blocks]
-        gamma = None if self.mlp.gamma is None else weights[self.mlp.gamma][:, :-1].split(lengths, dim=1)
+        gamma = None if self.mlp.gamma is None else weights.dense[self.mlp.gamma][:, :-1].split(lengths, dim=1)
         for index, padded, used in weights.by_block(rows, first):
             block = weights.blocks[index]
             shape = block.steps.shape[1:3]
