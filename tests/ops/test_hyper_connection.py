@@ -80,9 +80,10 @@ def test_kernels_equal_the_reference(
 
     # one position for each warp, and several; one group for each program, and several
     for positions, warps, programs in [(2, 2, 99), (4, 2, 2)]:
-        monkeypatch.setattr(kernel, 'FORWARD', (positions, warps))
-        monkeypatch.setattr(kernel, 'BACKWARD', (positions, warps))
-        monkeypatch.setattr(kernel, 'MOST_PROGRAMS', programs)
+        for name in ('FORWARD', 'BACKWARD_PRODUCTS'):
+            monkeypatch.setattr(kernel, name, kernel.Programs(positions, warps))
+        for name in ('BACKWARD_GATES', 'BACKWARD_ROWS'):
+            monkeypatch.setattr(kernel, name, kernel.Programs(positions, warps, programs))
         came = with_gradients(
             lambda x, weights: kernel.hyper_connection(x, weights, *SETTINGS)[:3], x, weights, d_results
         )

@@ -1,8 +1,10 @@
 """Kernels of a hyper-connection for a sequence: add the last branch's output, read for the next branch; the gradient.
 
-Each program owns some positions, with all their streams. It passes over the features twice, the second time out of a
-cache: first for the products that gates and mix are made of, then for the mixture. In between it iterates on the mix,
-an entry to a thread. The passes hand each other tables of a few numbers per position, through memory.
+Each program owns some positions, with all their streams. There are two passes over the features: first for the products
+that gates and mix are made of, or their gradients, then for the mixture. In between is the iteration on the mix, an
+entry to a thread. The passes hand each other tables of a few numbers per position, through memory. Forward, one kernel
+does all of it, and the second pass reads out of a cache; backward, each has a kernel of its own, as the iteration is a
+long chain of few numbers, which is short only for many positions at once.
 
 Tiles of features are (from stream, to stream or gate, feature), the features of the program's positions one after the
 other, so that threads and warps divide this dimension, whatever order Triton gives to the rest: each has some features
@@ -11,7 +13,7 @@ of all streams, sums over streams are its own, and those over features come last
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,18 +23,31 @@ from torch import Tensor
 from titans_pytorch.ops._registration import register_kernel
 from titans_pytorch.ops._triton import divide_by_sums, divide_by_sums_backward
 
-# positions of a program, and its warps. Programs of the backward go on to further positions, as each has its own sums
-# for the gradients of the weights
-FORWARD = (4, 4)
-BACKWARD = (2, 2)
-MOST_PROGRAMS = 528
+
+class Programs(NamedTuple):
+    """How positions are shared out to programs."""
+
+    positions: int
+    """Of one program at a time."""
+    warps: int
+    most: int | None = None
+    """Programs, which go on to further positions, as each has its own sums for the gradients of the weights."""
+
+    def number(self, positions: int) -> int:
+        needed = triton.cdiv(positions, self.positions)
+        return needed if self.most is None else min(needed, self.most)
+
+
+# measured with 2,320 and 74,240 positions of four streams of 384 features
+FORWARD = Programs(4, 4)
+BACKWARD_PRODUCTS, BACKWARD_GATES, BACKWARD_ROWS = Programs(2, 2), Programs(8, 4, 1056), Programs(2, 1, 352)
 # threads that divide the features of a position, and how many each reads at once; half as many where there are more
 # streams than `FEW`, as all must fit its registers
 THREADS, WIDTH, FEW = 32, 4, 4
 # steps of the iteration's backward whose sinkhorn_sums are read together
 UNROLLED = 4
-# the kernel that adds the programs' sums: features and programs at a time
-SUMMED_FEATURES, SUMMED_PROGRAMS = 8, 64
+# the kernel that adds the programs' sums: features and programs at a time, or gates
+SUMMED_FEATURES, SUMMED_PROGRAMS, SUMMED_SHARES = 8, 64, 512
 # features of a program that folds the weights
 FOLDED = 64
 
@@ -97,8 +112,8 @@ def _over_threads(  # type: ignore[no-untyped-def]
 def _over_positions(  # type: ignore[no-untyped-def]
     x, TO: tl.constexpr, POSITIONS: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """(i, j, f) to (j, feature of a position)"""
-    return tl.sum(tl.reshape(tl.sum(x, axis=0), (TO, POSITIONS, THREADS * WIDTH)), axis=1)
+    """(j, f) to (j, feature of a position)"""
+    return tl.sum(tl.reshape(x, (TO, POSITIONS, THREADS * WIDTH)), axis=1)
 
 
 @triton.jit
@@ -119,16 +134,29 @@ def _own_features(POSITIONS: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.cons
 
 
 @triton.jit
-def _add_up(  # type: ignore[no-untyped-def]
-    sums, start, logit, x, done,
-    LOGITS: tl.constexpr, DIM: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr,
+def _own_rows(  # type: ignore[no-untyped-def]
+    residual, write, branch_out, first, i, positions, tokens, stride_row, stride_token, branch_row, branch_token,
+    STREAMS: tl.constexpr, PADDED: tl.constexpr, PENDING: tl.constexpr,
+    POSITIONS: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Adds x (j, feature) to a program's sums for these logits, or begins them if it has `done` nothing yet."""
-    feature, logit = start + tl.arange(0, THREADS * WIDTH)[None, :], logit[:, None]
-    inside = (logit < LOGITS) & (feature < DIM)
-    at = sums + logit * DIM + feature
-    before = tl.load(at, mask=inside, other=0.0)
-    tl.store(at, x + tl.where(done > 0, before, 0.0), mask=inside)
+    """Of each place of the positions from `first` on: its position, batch entry, token and feature, and where its
+    streams and the pending branch output are, with the share of that in each stream.
+
+    Indices beyond the last are clamped to it: no address is out of bounds.
+    """
+    own_position, own_feature = _own_features(POSITIONS, THREADS, WIDTH)
+    position = tl.minimum(first + own_position, positions - 1)
+    entry, token = (position // tokens).to(tl.int64), (position % tokens).to(tl.int64)
+    from_rows = residual + (entry * STREAMS + i) * stride_row + token * stride_token
+    from_branch = branch_out + entry * branch_row + token * branch_token
+    share = 0.0
+    if PENDING:
+        at = tl.minimum(first + tl.arange(0, POSITIONS)[None, None, :], positions - 1)
+        from_write = write + ((at // tokens).to(tl.int64) * STREAMS + i) * tokens + at % tokens
+        share = 2.0 * tl.load(from_write, mask=i < STREAMS, other=0.0).to(tl.float32)
+        share = _spread(share, PADDED, 1, POSITIONS, THREADS, WIDTH)
+    there = first + own_position < positions
+    return position, there, entry, token, own_feature, from_rows, from_branch, share
 
 
 @triton.jit
@@ -154,25 +182,15 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     ROW: tl.constexpr = LOGITS + 1 + (STREAMS if ADDS else 0)
     first = tl.program_id(0) * POSITIONS
 
-    # indices beyond the last are clamped to it: no address is out of bounds
     i, j, gate = (
         tl.arange(0, PADDED)[:, None, None],
         tl.arange(0, PADDED)[None, :, None],
         tl.arange(0, 2)[None, :, None],
     )
-    own_position, own_feature = _own_features(POSITIONS, THREADS, WIDTH)
-    position = tl.minimum(first + own_position, positions - 1)
-    there = first + own_position < positions
-    entry, token = (position // tokens).to(tl.int64), (position % tokens).to(tl.int64)
-
-    from_rows = residual + (entry * STREAMS + i) * stride_row + token * stride_token
-    from_branch = branch_out + entry * branch_row + token * branch_token
-    share = 0.0
-    if PENDING:
-        at = tl.minimum(first + tl.arange(0, POSITIONS)[None, None, :], positions - 1)
-        from_write = write + ((at // tokens).to(tl.int64) * STREAMS + i) * tokens + at % tokens
-        share = 2.0 * tl.load(from_write, mask=i < STREAMS, other=0.0).to(tl.float32)
-        share = _spread(share, PADDED, 1, POSITIONS, THREADS, WIDTH)
+    position, there, entry, token, own_feature, from_rows, from_branch, share = _own_rows(
+        residual, write, branch_out, first, i, positions, tokens, stride_row, stride_token, branch_row, branch_token,
+        STREAMS, PADDED, PENDING, POSITIONS, THREADS, WIDTH,
+    )  # fmt: skip
 
     squares = tl.zeros((PADDED, 1, POSITIONS * THREADS), tl.float32)
     mix = tl.zeros((PADDED, PADDED, POSITIONS * THREADS), tl.float32)
@@ -242,32 +260,73 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _backward_kernel(  # type: ignore[no-untyped-def]
-    d_branch_in, d_mixed, d_next_write,
-    residual, write, branch_out, to_logits, static_alpha, read_scale, mix_scale, static_beta, write_scale, saved,
-    d_residual, d_write, d_branch_out, work, sinkhorn_sums, sums,
+def _backward_products_kernel(  # type: ignore[no-untyped-def]
+    d_branch_in, d_mixed, residual, write, branch_out, work,
     positions, tokens, stride_row, stride_token, branch_row, branch_token,
-    d_in_row, d_in_token, d_mixed_row, d_mixed_token, root_of_dim, iters,
-    STREAMS: tl.constexpr, DIM: tl.constexpr, LOGITS: tl.constexpr, PADDED: tl.constexpr, EPS: tl.constexpr,
-    PENDING: tl.constexpr, ADDS: tl.constexpr,
-    POSITIONS: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr, UNROLLED: tl.constexpr,
+    d_in_row, d_in_token, d_mixed_row, d_mixed_token,
+    STREAMS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, PENDING: tl.constexpr, ADDS: tl.constexpr,
+    POSITIONS: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
+    """Gradients of the gate to read and of the mix: products of streams with gradients of the results.
+
+    A stream's row in `work` begins with them. Then come the gradients of the stream's products with the weights, from
+    `OF_PRODUCTS` on, the gate to read, at `READ`, and what goes back along the stream itself.
+    """
+    WORK: tl.constexpr = 2 * STREAMS + 5
+    first = tl.program_id(0) * POSITIONS
+    i, j = tl.arange(0, PADDED)[:, None, None], tl.arange(0, PADDED)[None, :, None]
+    _, _, entry, token, own_feature, from_rows, from_branch, share = _own_rows(
+        residual, write, branch_out, first, i, positions, tokens, stride_row, stride_token, branch_row, branch_token,
+        STREAMS, PADDED, PENDING, POSITIONS, THREADS, WIDTH,
+    )  # fmt: skip
+    from_in = d_branch_in + entry * d_in_row + token * d_in_token
+    from_mixed = d_mixed + (entry * STREAMS + j) * d_mixed_row + token * d_mixed_token
+
+    d_read = tl.zeros((PADDED, 1, POSITIONS * THREADS), tl.float32)
+    d_mix = tl.zeros((PADDED, PADDED, POSITIONS * THREADS), tl.float32)
+    for start in range(0, DIM, THREADS * WIDTH):
+        feature = start + own_feature
+        rows = _streams(from_rows, from_branch, share, i, feature, STREAMS, DIM, PENDING)
+        d_in = tl.load(from_in + feature, mask=feature < DIM, other=0.0).to(tl.float32)
+        d_read += _products(rows * d_in, PADDED, 1, POSITIONS, THREADS, WIDTH)
+        if ADDS:
+            d_out = tl.load(from_mixed + feature, mask=(j < STREAMS) & (feature < DIM), other=0.0).to(tl.float32)
+            d_mix += _products(rows * d_out, PADDED, PADDED, POSITIONS, THREADS, WIDTH)
+
+    at = first + tl.arange(0, POSITIONS)[None, None, :]
+    table = work + (at.to(tl.int64) * STREAMS + i) * WORK
+    inside = (i < STREAMS) & (at < positions)
+    tl.store(table, _over_threads(d_read, PADDED, 1, POSITIONS, THREADS), mask=inside)
+    if ADDS:
+        d_mix = _over_threads(d_mix, PADDED, PADDED, POSITIONS, THREADS)
+        tl.store(table + 1 + j, d_mix, mask=inside & (j < STREAMS))
+
+
+@triton.jit
+def _backward_gates_kernel(  # type: ignore[no-untyped-def]
+    d_next_write, static_alpha, read_scale, mix_scale, static_beta, write_scale, saved, work, sinkhorn_sums, sums,
+    positions, tokens, root_of_dim, iters,
+    STREAMS: tl.constexpr, DIM: tl.constexpr, LOGITS: tl.constexpr, PADDED: tl.constexpr, EPS: tl.constexpr,
+    ADDS: tl.constexpr, POSITIONS: tl.constexpr, UNROLLED: tl.constexpr,
+):  # fmt: skip
+    """From the gradients of gates and mix those of the streams' products with the weights, in `work`, and the
+    program's sums for the gradients of biases and of scales."""
     ROW: tl.constexpr = LOGITS + 1 + (STREAMS if ADDS else 0)
-    # of a stream's row in `work`: gradients of read and mix; those of the streams' products with the weights; the
-    # gate to read; what goes back along the stream itself
     OF_PRODUCTS: tl.constexpr = STREAMS + 1
     READ: tl.constexpr = OF_PRODUCTS + STREAMS + 2
     WORK: tl.constexpr = READ + 2
     STEP: tl.constexpr = 2 * POSITIONS * PADDED * PADDED
     program = tl.program_id(0)
-    work += program * POSITIONS * STREAMS * WORK
     sinkhorn_sums += program.to(tl.int64) * iters * STEP
-    sums += program.to(tl.int64) * (LOGITS * DIM + 2 * STREAMS * LOGITS)
+    sums += program * 2 * STREAMS * LOGITS
     by_read, by_mix, by_write = tl.load(read_scale).to(tl.float32), 0.0, 0.0
     if ADDS:
         by_mix, by_write = tl.load(mix_scale).to(tl.float32), tl.load(write_scale).to(tl.float32)
+    own, row = tl.arange(0, POSITIONS)[:, None, None], tl.arange(0, PADDED)[None, :, None]
+    column = tl.arange(0, PADDED)[None, None, :]
+    stream, to = tl.minimum(row, STREAMS - 1), tl.minimum(column, STREAMS - 1)
 
-    # gradients of biases and of scales, each for positions (p, i, j)
+    # for positions (p, i, j)
     of_read, of_read_scale = tl.zeros((POSITIONS, PADDED, 1), tl.float32), tl.zeros((POSITIONS, PADDED, 1), tl.float32)
     of_write, of_write_scale = of_read, of_read
     of_mix = tl.zeros((POSITIONS, PADDED, PADDED), tl.float32)
@@ -275,54 +334,10 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
     for group in range(program, tl.cdiv(positions, POSITIONS), tl.num_programs(0)):
         first = group * POSITIONS
-        i, j, gate = (
-            tl.arange(0, PADDED)[:, None, None],
-            tl.arange(0, PADDED)[None, :, None],
-            tl.arange(0, 2)[None, :, None],
-        )
-        own_position, own_feature = _own_features(POSITIONS, THREADS, WIDTH)
-        position = tl.minimum(first + own_position, positions - 1)
-        there = first + own_position < positions
-        entry, token = (position // tokens).to(tl.int64), (position % tokens).to(tl.int64)
-
-        from_rows = residual + (entry * STREAMS + i) * stride_row + token * stride_token
-        from_branch = branch_out + entry * branch_row + token * branch_token
-        from_in = d_branch_in + entry * d_in_row + token * d_in_token
-        from_mixed = d_mixed + (entry * STREAMS + j) * d_mixed_row + token * d_mixed_token
-        share = 0.0
-        if PENDING:
-            at = tl.minimum(first + tl.arange(0, POSITIONS)[None, None, :], positions - 1)
-            from_write = write + ((at // tokens).to(tl.int64) * STREAMS + i) * tokens + at % tokens
-            share = 2.0 * tl.load(from_write, mask=i < STREAMS, other=0.0).to(tl.float32)
-            share = _spread(share, PADDED, 1, POSITIONS, THREADS, WIDTH)
-
-        d_read = tl.zeros((PADDED, 1, POSITIONS * THREADS), tl.float32)
-        d_mix = tl.zeros((PADDED, PADDED, POSITIONS * THREADS), tl.float32)
-        for start in range(0, DIM, THREADS * WIDTH):
-            feature = start + own_feature
-            rows = _streams(from_rows, from_branch, share, i, feature, STREAMS, DIM, PENDING)
-            d_in = tl.load(from_in + feature, mask=feature < DIM, other=0.0).to(tl.float32)
-            d_read += _products(rows * d_in, PADDED, 1, POSITIONS, THREADS, WIDTH)
-            if ADDS:
-                d_out = tl.load(from_mixed + feature, mask=(j < STREAMS) & (feature < DIM), other=0.0).to(tl.float32)
-                d_mix += _products(rows * d_out, PADDED, PADDED, POSITIONS, THREADS, WIDTH)
-
-        of_row, to = tl.arange(0, PADDED)[:, None, None], tl.arange(0, PADDED)[None, :, None]
-        table = work + (tl.arange(0, POSITIONS)[None, None, :] * STREAMS + of_row) * WORK
-        tl.store(table, _over_threads(d_read, PADDED, 1, POSITIONS, THREADS), mask=of_row < STREAMS)
-        if ADDS:
-            d_mix = _over_threads(d_mix, PADDED, PADDED, POSITIONS, THREADS)
-            tl.store(table + 1 + to, d_mix, mask=(of_row < STREAMS) & (to < STREAMS))
-        tl.debug_barrier()
-
-        own, row = tl.arange(0, POSITIONS)[:, None, None], tl.arange(0, PADDED)[None, :, None]
-        column = tl.arange(0, PADDED)[None, None, :]
-        is_row = row < STREAMS
-        inside = is_row & (first + own < positions)
+        inside = (row < STREAMS) & (first + own < positions)
         at = tl.minimum(first + own, positions - 1)
-        stream, to = tl.minimum(row, STREAMS - 1), tl.minimum(column, STREAMS - 1)
         from_saved = saved + (at.to(tl.int64) * STREAMS + stream) * ROW
-        table = work + (own * STREAMS + stream) * WORK
+        table = work + (at.to(tl.int64) * STREAMS + stream) * WORK
         scale = tl.load(from_saved + LOGITS)
 
         # of a gate g = σ(logit) the logit's gradient is g (1 − g) times its own
@@ -332,8 +347,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         of_read += d_logit
         of_read_scale += d_logit * projected
         along = by_read * d_logit * projected
-        tl.store(table + OF_PRODUCTS, by_read * d_logit * scale, mask=is_row)
-        tl.store(table + READ, read, mask=is_row)
+        tl.store(table + OF_PRODUCTS, by_read * d_logit * scale, mask=inside)
+        tl.store(table + READ, read, mask=inside)
         if ADDS:
             projected = tl.load(from_saved + STREAMS + 1)
             gate_to_write = tl.sigmoid(projected * by_write + tl.load(static_beta + stream).to(tl.float32))
@@ -343,7 +358,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
             of_write += d_logit
             of_write_scale += d_logit * projected
             along += by_write * d_logit * projected
-            tl.store(table + OF_PRODUCTS + STREAMS + 1, by_write * d_logit * scale, mask=is_row)
+            tl.store(table + OF_PRODUCTS + STREAMS + 1, by_write * d_logit * scale, mask=inside)
 
             # the iteration again, its sums stored; then it is undone by multiplying
             x, projected = _first_mix(from_saved, row, column, static_alpha, by_mix, STREAMS)
@@ -369,63 +384,13 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
             of_mix_scale += d_logit * projected
             along += by_mix * tl.sum(d_logit * projected, axis=2, keep_dims=True)
             to_table = table + OF_PRODUCTS + 1 + column
-            tl.store(to_table, by_mix * d_logit * scale, mask=is_row & (column < STREAMS))
+            tl.store(to_table, by_mix * d_logit * scale, mask=inside & (column < STREAMS))
         # n = √D x / ‖x‖ has no gradient along x; below `EPS` it is x times a constant
         along = tl.where(scale * EPS < 0.999 * root_of_dim, along * scale * scale / DIM, 0.0)
-        tl.store(table + READ + 1, along, mask=is_row)
-        tl.debug_barrier()
-
-        stream, to = tl.minimum(i, STREAMS - 1), tl.minimum(j, STREAMS - 1)
-        own = tl.arange(0, POSITIONS)[None, None, :]
-        table = work + (own * STREAMS + stream) * WORK
-        read = _spread(tl.load(table + READ), PADDED, 1, POSITIONS, THREADS, WIDTH)
-        along = _spread(tl.load(table + READ + 1), PADDED, 1, POSITIONS, THREADS, WIDTH)
-        of_gate = (STREAMS + 1) * gate
-        from_gates = tl.load(table + OF_PRODUCTS + of_gate, mask=of_gate < LOGITS, other=0.0)
-        from_gates = _spread(from_gates, PADDED, 2, POSITIONS, THREADS, WIDTH)
-        if ADDS:
-            from_mix = _spread(tl.load(table + OF_PRODUCTS + 1 + to), PADDED, PADDED, POSITIONS, THREADS, WIDTH)
-            at = tl.minimum(first + own, positions - 1)
-            from_saved = saved + (at.to(tl.int64) * STREAMS + stream) * ROW + LOGITS + 1 + to
-            mix = _spread(tl.load(from_saved), PADDED, PADDED, POSITIONS, THREADS, WIDTH)
-
-        d_share = tl.zeros((PADDED, 1, POSITIONS * THREADS), tl.float32)
-        for start in range(0, DIM, THREADS * WIDTH):
-            feature = start + own_feature
-            is_feature = there & (feature < DIM)
-            rows = _streams(from_rows, from_branch, share, i, feature, STREAMS, DIM, PENDING)
-            to_mix, to_gates = _weights(to_logits, feature, j, gate, STREAMS, DIM, LOGITS)
-            d_in = tl.load(from_in + feature, mask=feature < DIM, other=0.0).to(tl.float32)
-            d_rows = read * d_in - along * rows + tl.sum(from_gates * to_gates, axis=1, keep_dims=True)
-            if ADDS:
-                d_out = tl.load(from_mixed + feature, mask=(j < STREAMS) & (feature < DIM), other=0.0).to(tl.float32)
-                d_rows += tl.sum(mix * d_out + from_mix * to_mix, axis=1, keep_dims=True)
-            to_rows = d_residual + ((entry * STREAMS + i) * tokens + token) * DIM + feature
-            tl.store(to_rows, d_rows, mask=is_feature & (i < STREAMS))
-            if PENDING:
-                out = tl.load(from_branch + feature, mask=feature < DIM, other=0.0).to(tl.float32)
-                d_share += _products(2.0 * d_rows * out, PADDED, 1, POSITIONS, THREADS, WIDTH)
-                to_branch = d_branch_out + position.to(tl.int64) * DIM + feature
-                tl.store(to_branch, tl.sum(share * d_rows, axis=0, keep_dims=True), mask=is_feature)
-
-            of_gates = _over_positions(from_gates * rows, 2, POSITIONS, THREADS, WIDTH)
-            _add_up(
-                sums, start, (STREAMS + 1) * tl.arange(0, 2), of_gates, group - program, LOGITS, DIM, THREADS, WIDTH
-            )
-            if ADDS:
-                of_mixes = _over_positions(from_mix * rows, PADDED, POSITIONS, THREADS, WIDTH)
-                row_of_mix = 1 + tl.arange(0, PADDED)
-                _add_up(sums, start, row_of_mix, of_mixes, group - program, STREAMS + 1, DIM, THREADS, WIDTH)
-
-        if PENDING:
-            of_row, own = tl.arange(0, PADDED)[:, None, None], tl.arange(0, POSITIONS)[None, None, :]
-            at = first + own
-            to_write = d_write + ((at // tokens).to(tl.int64) * STREAMS + of_row) * tokens + at % tokens
-            d_share = _over_threads(d_share, PADDED, 1, POSITIONS, THREADS)
-            tl.store(to_write, d_share, mask=(of_row < STREAMS) & (at < positions))
+        tl.store(table + READ + 1, along, mask=inside)
 
     row, column = tl.arange(0, PADDED)[:, None], tl.arange(0, PADDED)[None, :]
-    to_biases = sums + LOGITS * DIM + row * LOGITS
+    to_biases = sums + row * LOGITS
     to_scales = to_biases + STREAMS * LOGITS
     tl.store(to_biases, tl.sum(of_read, axis=0), mask=row < STREAMS)
     tl.store(to_scales, tl.sum(of_read_scale, axis=0), mask=row < STREAMS)
@@ -438,16 +403,114 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _backward_rows_kernel(  # type: ignore[no-untyped-def]
+    d_branch_in, d_mixed, residual, write, branch_out, to_logits, saved, work,
+    d_residual, d_branch_out, of_shares, sums,
+    positions, tokens, stride_row, stride_token, branch_row, branch_token,
+    d_in_row, d_in_token, d_mixed_row, d_mixed_token,
+    STREAMS: tl.constexpr, DIM: tl.constexpr, LOGITS: tl.constexpr, PADDED: tl.constexpr,
+    PENDING: tl.constexpr, ADDS: tl.constexpr,
+    POSITIONS: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Gradients of some features of the streams and of the pending branch output, and the program's sums for those of
+    the gates to write it and of the weights."""
+    ROW: tl.constexpr = LOGITS + 1 + (STREAMS if ADDS else 0)
+    OF_PRODUCTS: tl.constexpr = STREAMS + 1
+    READ: tl.constexpr = OF_PRODUCTS + STREAMS + 2
+    WORK: tl.constexpr = READ + 2
+    program, start = tl.program_id(0), tl.program_id(1) * THREADS * WIDTH
+    i, j, gate = (
+        tl.arange(0, PADDED)[:, None, None],
+        tl.arange(0, PADDED)[None, :, None],
+        tl.arange(0, 2)[None, :, None],
+    )
+    stream, to, own = tl.minimum(i, STREAMS - 1), tl.minimum(j, STREAMS - 1), tl.arange(0, POSITIONS)[None, None, :]
+    of_gate = (STREAMS + 1) * gate
+    _, own_feature = _own_features(POSITIONS, THREADS, WIDTH)
+    feature = start + own_feature
+    to_mix, to_gates = _weights(to_logits, feature, j, gate, STREAMS, DIM, LOGITS)
+    of_gates = tl.zeros((2, POSITIONS * THREADS * WIDTH), tl.float32)
+    of_mix = tl.zeros((PADDED, POSITIONS * THREADS * WIDTH), tl.float32)
+
+    for group in range(program, tl.cdiv(positions, POSITIONS), tl.num_programs(0)):
+        first = group * POSITIONS
+        position, there, entry, token, _, from_rows, from_branch, share = _own_rows(
+            residual, write, branch_out, first, i, positions, tokens,
+            stride_row, stride_token, branch_row, branch_token,
+            STREAMS, PADDED, PENDING, POSITIONS, THREADS, WIDTH,
+        )  # fmt: skip
+        rows = _streams(from_rows, from_branch, share, i, feature, STREAMS, DIM, PENDING)
+        from_in = d_branch_in + entry * d_in_row + token * d_in_token
+        d_in = tl.load(from_in + feature, mask=feature < DIM, other=0.0).to(tl.float32)
+
+        at = tl.minimum(first + own, positions - 1)
+        table = work + (at.to(tl.int64) * STREAMS + stream) * WORK
+        read = _spread(tl.load(table + READ), PADDED, 1, POSITIONS, THREADS, WIDTH)
+        along = _spread(tl.load(table + READ + 1), PADDED, 1, POSITIONS, THREADS, WIDTH)
+        # positions beyond the last are not counted again
+        inside = (first + own < positions) & (i < STREAMS)
+        from_gates = tl.load(table + OF_PRODUCTS + of_gate, mask=inside & (of_gate < LOGITS), other=0.0)
+        from_gates = _spread(from_gates, PADDED, 2, POSITIONS, THREADS, WIDTH)
+        of_gates += tl.sum(from_gates * rows, axis=0)
+        d_rows = read * d_in - along * rows + tl.sum(from_gates * to_gates, axis=1, keep_dims=True)
+        if ADDS:
+            from_mixed = d_mixed + (entry * STREAMS + j) * d_mixed_row + token * d_mixed_token
+            d_out = tl.load(from_mixed + feature, mask=(j < STREAMS) & (feature < DIM), other=0.0).to(tl.float32)
+            from_mix = tl.load(table + OF_PRODUCTS + 1 + to, mask=inside & (j < STREAMS), other=0.0)
+            from_mix = _spread(from_mix, PADDED, PADDED, POSITIONS, THREADS, WIDTH)
+            from_saved = saved + (at.to(tl.int64) * STREAMS + stream) * ROW + LOGITS + 1 + to
+            mix = _spread(tl.load(from_saved), PADDED, PADDED, POSITIONS, THREADS, WIDTH)
+            of_mix += tl.sum(from_mix * rows, axis=0)
+            d_rows += tl.sum(mix * d_out + from_mix * to_mix, axis=1, keep_dims=True)
+
+        is_feature = there & (feature < DIM)
+        to_rows = d_residual + ((entry * STREAMS + i) * tokens + token) * DIM + feature
+        tl.store(to_rows, d_rows, mask=is_feature & (i < STREAMS))
+        if PENDING:
+            out = tl.load(from_branch + feature, mask=feature < DIM, other=0.0).to(tl.float32)
+            to_branch = d_branch_out + position.to(tl.int64) * DIM + feature
+            tl.store(to_branch, tl.sum(share * d_rows, axis=0, keep_dims=True), mask=is_feature)
+            d_share = _products(2.0 * d_rows * out, PADDED, 1, POSITIONS, THREADS, WIDTH)
+            to_share = of_shares + (tl.program_id(1).to(tl.int64) * positions + at) * STREAMS + i
+            tl.store(to_share, _over_threads(d_share, PADDED, 1, POSITIONS, THREADS), mask=inside)
+
+    feature, gate, to = start + tl.arange(0, THREADS * WIDTH)[None, :], tl.arange(0, 2)[:, None], tl.arange(0, PADDED)
+    to_sums = sums + program.to(tl.int64) * LOGITS * DIM + feature
+    of_gates = _over_positions(of_gates, 2, POSITIONS, THREADS, WIDTH)
+    logit = (STREAMS + 1) * gate
+    tl.store(to_sums + logit * DIM, of_gates, mask=(logit < LOGITS) & (feature < DIM))
+    if ADDS:
+        of_mix, to = _over_positions(of_mix, PADDED, POSITIONS, THREADS, WIDTH), to[:, None]
+        tl.store(to_sums + (1 + to) * DIM, of_mix, mask=(to < STREAMS) & (feature < DIM))
+
+
+@triton.jit
+def _sum_shares(  # type: ignore[no-untyped-def]
+    of_shares, d_write, start, positions, tokens, tiles, STREAMS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Gradients of the gates to write the pending branch output, from those of each tile of features."""
+    place = start + tl.arange(0, BLOCK)
+    inside = place < positions * STREAMS
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(tiles):
+        total += tl.load(of_shares + place, mask=inside, other=0.0)
+        of_shares += positions * STREAMS
+    position, stream = place // STREAMS, place % STREAMS
+    to_write = d_write + ((position // tokens).to(tl.int64) * STREAMS + stream) * tokens + position % tokens
+    tl.store(to_write, total, mask=inside)
+
+
+@triton.jit
 def _sum_biases(  # type: ignore[no-untyped-def]
     sums, d_static_alpha, d_read_scale, d_mix_scale, d_static_beta, d_write_scale, programs,
-    STREAMS: tl.constexpr, LOGITS: tl.constexpr, COLUMNS: tl.constexpr, SMALL: tl.constexpr, ROWS: tl.constexpr,
+    STREAMS: tl.constexpr, LOGITS: tl.constexpr, SMALL: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of biases and scales; a scale is shared."""
     row, place = tl.arange(0, ROWS)[:, None], tl.arange(0, SMALL)
     total = tl.zeros((ROWS, SMALL), tl.float32)
     for first in range(0, programs, ROWS):
         inside = (first + row < programs) & (place < 2 * STREAMS * LOGITS)[None, :]
-        total += tl.load(sums + (first + row).to(tl.int64) * COLUMNS + place[None, :], mask=inside, other=0.0)
+        total += tl.load(sums + (first + row) * 2 * STREAMS * LOGITS + place[None, :], mask=inside, other=0.0)
     total = tl.sum(total, axis=0)
     is_bias = place < STREAMS * LOGITS
     is_scale = (place >= STREAMS * LOGITS) & (place < 2 * STREAMS * LOGITS)
@@ -465,7 +528,7 @@ def _sum_biases(  # type: ignore[no-untyped-def]
 @triton.jit
 def _sum_features(  # type: ignore[no-untyped-def]
     sums, gamma, alpha_fn, beta_fn, d_gamma, d_alpha_fn, d_beta_fn, start, programs,
-    STREAMS: tl.constexpr, DIM: tl.constexpr, LOGITS: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr,
+    STREAMS: tl.constexpr, DIM: tl.constexpr, LOGITS: tl.constexpr, PADDED: tl.constexpr,
     FEATURES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the gain and of what comes after it, for some features: the products were with gain times weight."""
@@ -474,7 +537,7 @@ def _sum_features(  # type: ignore[no-untyped-def]
     inside = (logit < LOGITS) & (feature < DIM)
     total = tl.zeros((ROWS, PADDED, FEATURES), tl.float32)
     for first in range(0, programs, ROWS):
-        from_sums = sums + (first + row).to(tl.int64) * COLUMNS + logit * DIM + feature
+        from_sums = sums + ((first + row).to(tl.int64) * LOGITS + logit) * DIM + feature
         total += tl.load(from_sums, mask=inside & (first + row < programs), other=0.0)
     total = tl.sum(total, axis=0)
 
@@ -492,24 +555,28 @@ def _sum_features(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _sum_kernel(  # type: ignore[no-untyped-def]
-    sums, gamma, alpha_fn, beta_fn,
-    d_gamma, d_static_alpha, d_alpha_fn, d_read_scale, d_mix_scale, d_static_beta, d_beta_fn, d_write_scale,
-    programs,
+    of_biases, of_features, of_shares, gamma, alpha_fn, beta_fn,
+    d_gamma, d_static_alpha, d_alpha_fn, d_read_scale, d_mix_scale, d_static_beta, d_beta_fn, d_write_scale, d_write,
+    programs_of_biases, programs_of_features, positions, tokens, tiles,
     STREAMS: tl.constexpr, DIM: tl.constexpr, LOGITS: tl.constexpr, PADDED: tl.constexpr, SMALL: tl.constexpr,
-    FEATURES: tl.constexpr, ROWS: tl.constexpr,
+    FEATURES: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
-    """The sums of all programs, added up; as gradients of the weights."""
-    COLUMNS: tl.constexpr = LOGITS * DIM + 2 * STREAMS * LOGITS
-    if tl.program_id(0) == 0:
+    """The sums of all programs, added up; as gradients of the weights and of the gates to write the pending output."""
+    OF_FEATURES: tl.constexpr = (DIM + FEATURES - 1) // FEATURES
+    program = tl.program_id(0)
+    if program == 0:
         _sum_biases(
-            sums + LOGITS * DIM, d_static_alpha, d_read_scale, d_mix_scale, d_static_beta, d_write_scale, programs,
-            STREAMS, LOGITS, COLUMNS, SMALL, ROWS,
+            of_biases, d_static_alpha, d_read_scale, d_mix_scale, d_static_beta, d_write_scale, programs_of_biases,
+            STREAMS, LOGITS, SMALL, ROWS,
+        )  # fmt: skip
+    elif program <= OF_FEATURES:
+        _sum_features(
+            of_features, gamma, alpha_fn, beta_fn, d_gamma, d_alpha_fn, d_beta_fn, (program - 1) * FEATURES,
+            programs_of_features, STREAMS, DIM, LOGITS, PADDED, FEATURES, ROWS,
         )  # fmt: skip
     else:
-        _sum_features(
-            sums, gamma, alpha_fn, beta_fn, d_gamma, d_alpha_fn, d_beta_fn, (tl.program_id(0) - 1) * FEATURES, programs,
-            STREAMS, DIM, LOGITS, COLUMNS, PADDED, FEATURES, ROWS,
-        )  # fmt: skip
+        start = (program - 1 - OF_FEATURES) * SHARES
+        _sum_shares(of_shares, d_write, start, positions, tokens, tiles, STREAMS, SHARES)
 
 
 def _outputs(x: list[Tensor], weights: list[Tensor], iters: int, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -529,11 +596,13 @@ def _forward(
     its products with the weights, the factor √d / ‖x_s‖, and its row of the mix."""
     branch_in, mixed, write, saved = _outputs(x, weights, iters, eps)
     streams, dim, adds, batch, tokens = _sizes(x, weights)
-    positions, (block, warps) = batch * tokens, FORWARD
+    positions = batch * tokens
     if positions:
-        _forward_kernel[(triton.cdiv(positions, block),)](
-            **_arguments(x, weights), branch_in=branch_in, mixed=mixed, next_write=write, saved=saved,
-            iters=iters, EPS=eps, POSITIONS=block, num_warps=warps,
+        _forward_kernel[(FORWARD.number(positions),)](
+            **_arguments_of_rows(x, weights), **_arguments_of_gates(weights), to_logits=_folded(weights),
+            branch_in=branch_in, mixed=mixed, next_write=write, saved=saved,
+            root_of_dim=dim**0.5, iters=iters, EPS=eps, LOGITS=streams + 2 if adds else 1,
+            POSITIONS=FORWARD.positions, num_warps=FORWARD.warps,
         )  # fmt: skip
     return branch_in, mixed, write, saved
 
@@ -556,29 +625,46 @@ def _backward(
         for t in d_weights[1:3] + d_weights[4:]:
             t.zero_()
     d_branch_in, d_mixed = _dense_rows([d_branch_in, d_mixed if adds else d_branch_in])
-    positions, (block, warps) = batch * tokens, BACKWARD
-    programs = min(triton.cdiv(positions, block), MOST_PROGRAMS)
-    padded = triton.next_power_of_2(streams)
-    work = saved.new_empty(programs, block, streams, 2 * streams + 5)
-    sinkhorn_sums = saved.new_empty(programs, iters if adds else 0, 2, block, padded, padded)
-    sums = saved.new_empty(programs, logits * (dim + 2 * streams))
+    positions, padded = batch * tokens, triton.next_power_of_2(streams)
+    work = saved.new_empty(positions, streams, 2 * streams + 5)
+    of_products, gates, rows = (own.number(positions) for own in (BACKWARD_PRODUCTS, BACKWARD_GATES, BACKWARD_ROWS))
+    sinkhorn_sums = saved.new_empty(gates, iters if adds else 0, 2, BACKWARD_GATES.positions, padded, padded)
+    of_biases, of_features = saved.new_empty(gates, 2 * streams * logits), saved.new_empty(rows, logits * dim)
+    tiles = triton.cdiv(dim, THREADS * _width(streams))
+    of_shares = saved.new_empty(tiles, positions * streams if len(x) > 1 else 0)
+    d_residual, d_old_write, d_branch_out = d_x if len(d_x) > 1 else d_x * 3
     if positions:
-        d_residual, d_old_write, d_branch_out = d_x if len(d_x) > 1 else d_x * 3
-        _backward_kernel[(programs,)](
-            **_arguments(x, weights), d_branch_in=d_branch_in, d_mixed=d_mixed, d_next_write=d_write.contiguous(),
-            saved=saved, d_residual=d_residual, d_write=d_old_write, d_branch_out=d_branch_out,
-            work=work, sinkhorn_sums=sinkhorn_sums, sums=sums,
+        of_rows = _arguments_of_rows(x, weights)
+        gradients = dict(
+            d_branch_in=d_branch_in, d_mixed=d_mixed, work=work,
             d_in_row=d_branch_in.stride(0), d_in_token=d_branch_in.stride(1),
             d_mixed_row=d_mixed.stride(0), d_mixed_token=d_mixed.stride(1),
-            iters=iters, EPS=eps, POSITIONS=block, UNROLLED=UNROLLED, num_warps=warps,
+        )  # fmt: skip
+        _backward_products_kernel[(of_products,)](
+            **of_rows, **gradients, POSITIONS=BACKWARD_PRODUCTS.positions, num_warps=BACKWARD_PRODUCTS.warps
+        )
+        _backward_gates_kernel[(gates,)](
+            **_arguments_of_gates(weights), d_next_write=d_write.contiguous(), saved=saved, work=work,
+            sinkhorn_sums=sinkhorn_sums, sums=of_biases, positions=positions, tokens=tokens, root_of_dim=dim**0.5,
+            iters=iters, STREAMS=streams, DIM=dim, LOGITS=logits, PADDED=padded, EPS=eps, ADDS=adds,
+            POSITIONS=BACKWARD_GATES.positions, UNROLLED=UNROLLED, num_warps=BACKWARD_GATES.warps,
+        )  # fmt: skip
+        _backward_rows_kernel[(rows, tiles)](
+            **of_rows, **gradients, to_logits=_folded(weights), saved=saved,
+            d_residual=d_residual, d_branch_out=d_branch_out, of_shares=of_shares, sums=of_features, LOGITS=logits,
+            POSITIONS=BACKWARD_ROWS.positions, num_warps=BACKWARD_ROWS.warps,
         )  # fmt: skip
     names = ('gamma', 'static_alpha', 'alpha_fn', 'read_scale', 'mix_scale', 'static_beta', 'beta_fn', 'write_scale')
     gamma, _, alpha_fn, *_ = weights
-    _sum_kernel[(1 + triton.cdiv(dim, SUMMED_FEATURES),)](
-        sums=sums, gamma=gamma.contiguous(), alpha_fn=alpha_fn.contiguous(), beta_fn=_beta_fn(weights),
-        **{f'd_{name}': t for name, t in zip(names, (*d_weights, *d_weights[-3:]))},
-        programs=programs, STREAMS=streams, DIM=dim, LOGITS=logits, PADDED=triton.next_power_of_2(logits),
+    programs = 1 + triton.cdiv(dim, SUMMED_FEATURES) + triton.cdiv(of_shares[:1].numel(), SUMMED_SHARES)
+    _sum_kernel[(programs,)](
+        of_biases=of_biases, of_features=of_features, of_shares=of_shares,
+        gamma=gamma.contiguous(), alpha_fn=alpha_fn.contiguous(), beta_fn=_beta_fn(weights),
+        **{f'd_{name}': t for name, t in zip(names, (*d_weights, *d_weights[-3:]))}, d_write=d_old_write,
+        programs_of_biases=gates, programs_of_features=rows, positions=positions, tokens=tokens, tiles=tiles,
+        STREAMS=streams, DIM=dim, LOGITS=logits, PADDED=triton.next_power_of_2(logits),
         SMALL=triton.next_power_of_2(2 * streams * logits), FEATURES=SUMMED_FEATURES, ROWS=SUMMED_PROGRAMS,
+        SHARES=SUMMED_SHARES,
     )  # fmt: skip
     return d_x, d_weights
 
@@ -594,22 +680,31 @@ def _sizes(x: list[Tensor], weights: list[Tensor]) -> tuple[int, int, bool, int,
     return streams, dim, len(weights) == 8, rows // streams, tokens
 
 
-def _arguments(x: list[Tensor], weights: list[Tensor]) -> dict[str, Any]:
-    """Arguments of both kernels."""
+def _arguments_of_rows(x: list[Tensor], weights: list[Tensor]) -> dict[str, Any]:
+    """Arguments of all kernels that pass over features."""
     streams, dim, adds, batch, tokens = _sizes(x, weights)
     x = _dense_rows(x)
     residual, write, branch_out = x if len(x) > 1 else x * 3
+    return dict(
+        residual=residual, write=write, branch_out=branch_out, positions=batch * tokens, tokens=tokens,
+        stride_row=residual.stride(0), stride_token=residual.stride(1),
+        branch_row=branch_out.stride(0), branch_token=branch_out.stride(1),
+        STREAMS=streams, DIM=dim, PADDED=triton.next_power_of_2(streams), PENDING=len(x) > 1, ADDS=adds,
+        THREADS=THREADS, WIDTH=_width(streams),
+    )  # fmt: skip
+
+
+def _width(streams: int) -> int:
+    return WIDTH if streams <= FEW else WIDTH // 2
+
+
+def _arguments_of_gates(weights: list[Tensor]) -> dict[str, Any]:
+    """Biases and scales of the gates and the mix."""
     _, static_alpha, _, read_scale, mix_scale, *for_writing = weights
     static_beta, _, write_scale = for_writing or (static_alpha,) * 3
     return dict(
-        residual=residual, write=write, branch_out=branch_out, to_logits=_folded(weights),
         static_alpha=static_alpha.contiguous(), read_scale=read_scale, mix_scale=mix_scale,
         static_beta=static_beta.contiguous(), write_scale=write_scale,
-        positions=batch * tokens, tokens=tokens, root_of_dim=dim**0.5,
-        stride_row=residual.stride(0), stride_token=residual.stride(1),
-        branch_row=branch_out.stride(0), branch_token=branch_out.stride(1),
-        STREAMS=streams, DIM=dim, LOGITS=streams + 2 if adds else 1, PADDED=triton.next_power_of_2(streams),
-        PENDING=len(x) > 1, ADDS=adds, THREADS=THREADS, WIDTH=WIDTH if streams <= FEW else WIDTH // 2,
     )  # fmt: skip
 
 
