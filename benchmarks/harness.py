@@ -46,8 +46,9 @@ def in_own_process(script: str, path: str, timeout: float | None = None, **job: 
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def together(script: str, jobs: list[tuple[str, dict[str, Any]]], timeout: float) -> list[dict[str, Any]]:
-    """`in_own_process` of all jobs, (PYTHONPATH, arguments), which are prepared at the same time and then take turns.
+def together(script: str, jobs: list[tuple[str, dict[str, Any]]], timeout: float) -> Iterator[dict[str, Any]]:
+    """`in_own_process` of all jobs, (PYTHONPATH, arguments), which are prepared at the same time and then take turns;
+    each result as soon as it and those before it are there.
 
     Args:
         timeout: seconds after which a job that is not prepared is given up.
@@ -58,7 +59,8 @@ def together(script: str, jobs: list[tuple[str, dict[str, Any]]], timeout: float
         while len([*Path(folder).iterdir()]) + sum(result.done() for result in results) < len(jobs):
             time.sleep(0.1)
         (Path(folder) / 'open').touch()
-        return [result.result() for result in results]
+        for result in results:
+            yield result.result()
 
 
 @contextmanager

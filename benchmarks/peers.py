@@ -273,7 +273,7 @@ def main() -> None:
         if options.together:
             results = together(__file__, arguments, options.timeout)
         else:
-            results = [in_own_process(__file__, path, options.timeout, **job) for path, job in arguments]
+            results = (in_own_process(__file__, path, options.timeout, **job) for path, job in arguments)
         for (_, name, _), figures in zip(jobs, results):
             print(json.dumps({'row': name, 'length': length, **figures}), flush=True)
             if 'failed' in figures:
