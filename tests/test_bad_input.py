@@ -124,6 +124,8 @@ BAD_CALLS = [
     ('different views', dict(seq=SEQ.expand(2, 2, 10, DIM)), ValueError, r'seq must be \(views=3, batch'),
     ('plain', dict(seq=SEQ, store_seq=SEQ[:1]), ValueError, r'store_seq must be \(batch=2, length, dim=8\)'),
     ('different views', dict(seq=SEQ.expand(3, 2, 10, DIM), store_seq=SEQ[None]), ValueError, r'store_seq must be'),
+    ('different views', dict(seq=SEQ, store_seq=SEQ.expand(2, 2, 10, DIM)), ValueError, r'^seq must be \(views=3'),
+    ('different views', dict(seq=SEQ.expand(7, 2, 10, DIM), store_seq=SEQ.expand(2, 2, 10, DIM)), ValueError, r'^seq'),
     ('plain', dict(seq=SEQ, store_mask=MASK[:, :9]), ValueError, r'store_mask must be .* got \(2, 9\)'),
     ('plain', dict(seq=SEQ, store_mask=MASK.double()), TypeError, 'store_mask must be a boolean tensor'),
     ('plain', dict(seq=SEQ.float()), TypeError, 'seq must be of torch.float64, as the parameters are, got '),

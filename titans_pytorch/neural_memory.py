@@ -498,7 +498,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
         Args:
             seq: (batch, length, dim); with `qkv_receives_diff_views` (3, batch, length, dim), the views for queries,
-                keys and values. Without the length axis, (batch, dim), it is a single token.
+                keys and values, or (1, batch, length, dim) beside `store_seq`. Without the length axis it is a single
+                token.
             store_seq: the sequence to store, if it is not `seq`; (2, batch, length, dim) with different views.
             state: the state that the previous call returned. Pieces may have any length.
             detach_mem_state: detach the returned state from the graph.

@@ -335,13 +335,27 @@ def test_taking_tokens_back_is_refused():
         cache.crop(-1)
 
 
-def test_a_static_cache_works_without_padding():
-    model, settings = with_memory(), dict(max_new_tokens=5, do_sample=False)
+def test_a_static_cache_is_refused():
+    model, settings = with_memory(), dict(max_new_tokens=5, do_sample=False, cache_implementation='static')
     ids, mask = padded(5, 9)
-    static = model.generate(ids[1:], cache_implementation='static', **settings)
-    assert torch.equal(static, model.generate(ids[1:], **settings))
+    with pytest.raises(ValueError, match='cache must not be static'):
+        model.generate(ids[1:], **settings)
     with pytest.raises(ValueError, match='attention_mask must be .* static caches'):
-        model.generate(ids, attention_mask=mask, cache_implementation='static', **settings)
+        model.generate(ids, attention_mask=mask, **settings)
+
+
+def test_a_cache_that_has_read_padding_after_the_end_of_a_row_is_refused():
+    model = with_memory()
+    ids = tokens(2, 6)
+    cache = model(ids, use_cache=True)[CACHE]
+    text = torch.cat((ids, tokens(2, 3)), dim=1)
+    mask = torch.ones_like(text)
+    model(text[:, 6:7], attention_mask=mask[:, :7], **{CACHE: cache})
+    mask[1, 4:7] = 0
+    with pytest.raises(ValueError, match='which are 7 in row 1, got 4'):
+        model(text[:, 7:], attention_mask=mask, **{CACHE: cache})
+    mask[1, 4:7] = 1
+    model(text[:, 7:], attention_mask=mask, **{CACHE: cache})
 
 
 def test_an_offloaded_cache_is_refused(monkeypatch):

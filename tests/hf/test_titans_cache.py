@@ -77,6 +77,21 @@ def test_a_copy_can_be_returned_to():
     assert_same(steps_of(own, kept, x[:, :5]), expected, 0)
 
 
+def test_what_was_read_cannot_become_padding():
+    own, tokens = model(), torch.randint(1, 13, (2, 9))
+    cache = own(tokens[:, :5], use_cache=True)[CACHE]
+    for t in range(5, 7):
+        own(tokens[:, t : t + 1], **{CACHE: cache})
+    copy = deepcopy(cache)
+    mask = torch.ones_like(tokens)
+    mask[1, 5:7] = 0
+    with pytest.raises(ValueError, match='which are 7 in row 1, got 5'):
+        own(tokens[:, 7:], attention_mask=mask, **{CACHE: cache})
+    with pytest.raises(ValueError, match='which are 7 in row 1, got 5'):
+        own(tokens[:, 7:], attention_mask=mask, **{CACHE: copy})
+    own(tokens[:, 7:], attention_mask=torch.ones_like(tokens), **{CACHE: cache})
+
+
 def test_the_size_is_constant():
     own, (x, _) = model('MAG'), batch()
     cache = own(torch.cat((x, x), dim=1))[CACHE]

@@ -10,16 +10,19 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.nn import Module, ModuleDict, ModuleList, Parameter
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedConfig
+from transformers import Cache, PreTrainedConfig
 
 from titans_pytorch.configuration import memory_arguments, memory_config
-from titans_pytorch.hf.layer_memory import PADDING, LayerMemory
+from titans_pytorch.hf.layer_memory import PADDING, LayerMemory, MemoryStates, cache_of
+from titans_pytorch.hf.row_groups import check_past
 from titans_pytorch.models.validation import SET_BY_MODELS, check_left_out
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.presets import memory_settings
 from titans_pytorch.utils.checks import check_flags, check_integer, check_integers, check_keywords, check_multiple
+from titans_pytorch.utils.shapes import Bool
 
 M = TypeVar('M', bound=Module)
 
@@ -208,17 +211,25 @@ class Memories(ModuleDict):
         inputs = args[0] if args else kwargs.get('input_ids')
         inputs = kwargs.get('inputs_embeds') if inputs is None else inputs
         mask = args[1] if len(args) > 1 else kwargs.get('attention_mask')
-        if mask is not None and inputs is not None:
-            if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
-                got = f'{tuple(mask.shape)}' if isinstance(mask, torch.Tensor) else type(mask).__name__
-                raise ValueError(
-                    f'attention_mask must be (batch, length), so that memories can leave out padding, got {got}; '
-                    f'it has four dimensions in padded batches with static caches, which memories cannot read'
-                )
-            # of a longer mask, the first columns belong to earlier calls
-            mask = mask[:, -inputs.shape[1] :].bool()
-            mask = None if mask.all() else mask
-        return args, {**kwargs, PADDING: mask}
+        real = None if mask is None or inputs is None else self._real(mask, inputs.shape[1], cache_of(args, kwargs))
+        return args, {**kwargs, PADDING: real}
+
+    def _real(self, mask: Any, length: int, cache: Cache | None) -> Bool[Tensor, 'b n'] | None:
+        """Which tokens of a call are no padding; `None` if all are."""
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            got = f'{tuple(mask.shape)}' if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f'attention_mask must be (batch, length), so that memories can leave out padding, got {got}; '
+                f'it has four dimensions in padded batches with static caches, which memories cannot read'
+            )
+        if mask.all():
+            return None
+        # of a longer mask, the first columns belong to earlier calls
+        past, real = mask[:, :-length], mask[:, -length:].bool()
+        for entry in () if cache is None else cache.layers:
+            if isinstance(entry, MemoryStates):
+                check_past(entry.groups, past)
+        return None if real.all() else real
 
 
 def _attach(model: Module, numbers: list[int], settings: Mapping[str, Any], freeze_backbone: bool) -> None:

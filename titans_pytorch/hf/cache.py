@@ -25,8 +25,8 @@ class Group(RowGroup[ModelState]):
 
     _release: finalize
 
-    def __init__(self, rows: Sequence[int], state: ModelState | None = None):
-        super().__init__(rows, state)
+    def __init__(self, rows: Sequence[int], state: ModelState | None = None, num_tokens: int = 0):
+        super().__init__(rows, state, num_tokens)
         self._stepper: Stepper | CallStepper | None = None
 
     @property
@@ -52,6 +52,7 @@ class Group(RowGroup[ModelState]):
             self._stepper, self._state = Stepper.of(model, self._state, cuda_graphs=None), None
             self._release = finalize(self, self._stepper.release)  # the next stepper takes over its CUDA graphs
             self._release.atexit = False
+        self.num_tokens += 1
         return self._stepper(tokens)
 
 
@@ -86,6 +87,7 @@ class TitansCache(Cache):
         if mask is None and len(self.groups) == 1:
             (group,) = self.groups
             results, group.state = read(x, group.state)
+            group.num_tokens += x.shape[1]
             self._length += x.shape[1]
             return results
 
@@ -96,6 +98,7 @@ class TitansCache(Cache):
             if count := counts[group.rows[0]]:
                 tokens = group.positions(count, mask, x.device)
                 own, group.state = read(x[tokens], group.state)
+                group.num_tokens += count
                 results = results or [part.new_zeros(*x.shape[:2], *part.shape[2:]) for part in own]
                 results = [whole.index_put(tokens, part) for whole, part in zip(results, own)]
         if not results:
@@ -165,6 +168,6 @@ class TitansCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TitansCache:
         copy = TitansCache()
-        copy.groups = [Group(group.rows, deepcopy(group.state, memo)) for group in self.groups]
+        copy.groups = [Group(group.rows, deepcopy(group.state, memo), group.num_tokens) for group in self.groups]
         copy._length = self._length
         return copy

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticLayer
 
 from titans_pytorch.hf.row_groups import RowGroup, number_of_rows, select_rows, split_by_count
 from titans_pytorch.neural_memory import NeuralMemory, NeuralMemState
@@ -16,6 +16,11 @@ from titans_pytorch.utils.shapes import Bool, Float, Int
 
 PADDING = 'memory_padding_mask'
 """Keyword by which the decoder hands the padding mask to its layers."""
+
+
+def cache_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
+    """The cache among the arguments of a call, whatever its name is."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
 
 
 class LayerMemory(nn.Module):
@@ -58,7 +63,7 @@ class LayerMemory(nn.Module):
                 f'{type(layer).__name__} received none'
             )
         real = kwargs.pop(PADDING)
-        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        cache = cache_of(args, kwargs)
         if args:
             return (self(args[0], real, cache), *args[1:]), kwargs
         return args, {**kwargs, 'hidden_states': self(kwargs['hidden_states'], real, cache)}
@@ -78,6 +83,9 @@ class LayerMemory(nn.Module):
                 return entry
         if cache.offloading:
             raise ValueError('cache must not be offloaded: the states of memories stay on their device')
+        if any(isinstance(entry, StaticLayer) for entry in entries):
+            # beside an entry that is not compiled, transformers leaves out the mask of the empty places
+            raise ValueError('cache must not be static, as decoding with memories is not compiled: use a DynamicCache')
         if (new_entry := cache.layer_class_to_replicate) is not None:  # it adds those of the layers one by one
             entries.extend(new_entry() for _ in range(len(entries), self.num_layers))
         entries.append(states := MemoryStates(self.layer))
@@ -110,8 +118,8 @@ class DecodingSteps:
 class Rows(RowGroup[NeuralMemState]):
     """Rows of a batch and their state, in buffers while they read single tokens."""
 
-    def __init__(self, rows: Sequence[int], state: NeuralMemState | None = None):
-        super().__init__(rows, state)
+    def __init__(self, rows: Sequence[int], state: NeuralMemState | None = None, num_tokens: int = 0):
+        super().__init__(rows, state, num_tokens)
         self._steps: DecodingSteps | None = None
 
     @property
@@ -120,6 +128,7 @@ class Rows(RowGroup[NeuralMemState]):
 
     def read(self, memory: NeuralMemory, tokens: Float[Tensor, 'r n d']) -> Float[Tensor, 'r n d']:
         """The values retrieved for the next tokens, which are stored."""
+        self.num_tokens += tokens.shape[1]
         one = tokens.shape[1] == 1 and not torch.is_grad_enabled()
         # a step calls few of the modules
         if one and self.is_started and not is_intercepted((*memory.modules(), *memory._network.modules())):

@@ -17,6 +17,7 @@ from titans_pytorch.attention.rotary import Rotary
 from titans_pytorch.configuration import build_model
 from titans_pytorch.hf.cache import TitansCache
 from titans_pytorch.hf.configuration import TitansConfig
+from titans_pytorch.hf.row_groups import check_past
 from titans_pytorch.models.documents import IGNORED, continues
 from titans_pytorch.models.residual_streams import complete
 from titans_pytorch.models.state import ModelState
@@ -101,8 +102,15 @@ class TitansPreTrainedModel(PreTrainedModel):
             return x, None
         return x, checked_mask('attention_mask', attention_mask[:, -x.shape[1] :], x.shape[0], x.shape[1])
 
-    def _cache(self, given: TitansCache | None, use_cache: bool | None, batch: int) -> TitansCache | None:
-        """The cache that a call updates, if any."""
+    def _cache(
+        self,
+        given: TitansCache | None,
+        use_cache: bool | None,
+        batch: int,
+        length: int,
+        attention_mask: Int[Tensor, 'b m'] | None,
+    ) -> TitansCache | None:
+        """The cache that a call of `length` tokens updates, if any."""
         if given is None:
             wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
             return TitansCache() if wanted else None
@@ -110,6 +118,8 @@ class TitansPreTrainedModel(PreTrainedModel):
             raise TypeError(f'{CACHE} must be a TitansCache, got {type(given).__name__}')
         if given.batch_size not in (-1, batch):
             raise ValueError(f'{CACHE} must be of a batch of {batch}, as the input is, got one of {given.batch_size}')
+        if attention_mask is not None and attention_mask.shape[1] > length:
+            check_past(given.groups, attention_mask[:, :-length])
         return given
 
     def _wants_layers(self, output_hidden_states: bool | None) -> bool:
@@ -192,7 +202,7 @@ class TitansModel(TitansPreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         x, mask = self._inputs(input_ids, inputs_embeds, attention_mask, **kwargs)
-        cache = self._cache(past_key_values if cache is None else cache, use_cache, len(x))
+        cache = self._cache(past_key_values if cache is None else cache, use_cache, len(x), x.shape[1], attention_mask)
         layers = self._read(x, mask, cache, self._wants_layers(output_hidden_states))
         return BaseModelOutputWithPast(last_hidden_state=layers[-1], **_further_outputs(layers, cache))
 
@@ -244,7 +254,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         x, mask = self._inputs(input_ids, inputs_embeds, attention_mask, **kwargs)
         if use_cache is None and labels is not None:
             use_cache = False
-        cache = self._cache(past_key_values if cache is None else cache, use_cache, len(x))
+        cache = self._cache(past_key_values if cache is None else cache, use_cache, len(x), x.shape[1], attention_mask)
         all_layers = self._wants_layers(output_hidden_states)
         is_step = x.shape[1] == 1 and inputs_embeds is None and mask is None and not all_layers
         layers: list[Tensor] = []

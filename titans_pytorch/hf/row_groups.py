@@ -23,9 +23,10 @@ Group = TypeVar('Group', bound='RowGroup[Any]')
 class RowGroup(Generic[State]):
     """Rows that have read the same number of tokens, and the state that they share."""
 
-    def __init__(self, rows: Sequence[int], state: State | None = None):
+    def __init__(self, rows: Sequence[int], state: State | None = None, num_tokens: int = 0):
         self.rows = [*rows]
         self._state: State | None = state
+        self.num_tokens = num_tokens
 
     @property
     def state(self) -> State | None:
@@ -35,7 +36,7 @@ class RowGroup(Generic[State]):
     def select(self: Group, entries: list[int], rows: Sequence[int]) -> Group:
         """Some of the rows, which may repeat, as `rows` of another batch."""
         state = self.state
-        return type(self)(rows, None if state is None else state.select(entries))
+        return type(self)(rows, None if state is None else state.select(entries), self.num_tokens)
 
     def positions(
         self, count: int, mask: Bool[Tensor, 'b n'] | None, device: torch.device
@@ -49,6 +50,23 @@ class RowGroup(Generic[State]):
 
 def number_of_rows(groups: Sequence[RowGroup[Any]]) -> int:
     return sum(len(group.rows) for group in groups)
+
+
+def check_past(groups: Sequence[RowGroup[Any]], past: Tensor) -> None:
+    """Check the part of a mask (b, m) that is about earlier calls: what rows have read cannot turn out to be padding.
+
+    Raises:
+        ValueError: if a row has read more tokens than the mask leaves it.
+    """
+    left = past.bool().sum(dim=1).tolist()
+    for group in groups:
+        for row in group.rows:
+            if left[row] < group.num_tokens:
+                raise ValueError(
+                    f'attention_mask must be 1 for all tokens that the cache has read, which are {group.num_tokens} in '
+                    f'row {row}, got {left[row]}. `generate` has the model read padding after the end of a row: go on '
+                    f'from such a batch without its cache'
+                )
 
 
 def split_by_count(groups: Sequence[Group], counts: Sequence[int]) -> list[Group]:

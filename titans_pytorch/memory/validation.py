@@ -256,7 +256,8 @@ class MemoryLayout(NamedTuple):
         """The arguments of a call as a `Call`; a single token gets its length axis."""
         seq = self._with_length('seq', seq)
         if self.different_views:
-            views = 3 if store_seq is None else max(1, seq.shape[0])
+            # beside `store_seq` the queries suffice
+            views = 1 if store_seq is not None and len(seq) == 1 else 3
             check_shape('seq', seq, views=views, batch=None, length=None, dim=self.dim)
             queries, to_store = seq[0], seq[1:]
         else:
