@@ -54,9 +54,11 @@ def together(script: str, jobs: list[tuple[str, dict[str, Any]]], timeout: float
         timeout: seconds after which a job that is not prepared is given up.
     """
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(jobs)) as pool:
-        gate = {'folder': folder, 'timeout': timeout}
-        results = [pool.submit(in_own_process, script, path, **job, gate=gate) for path, job in jobs]
-        while len([*Path(folder).iterdir()]) + sum(result.done() for result in results) < len(jobs):
+        results = [
+            pool.submit(in_own_process, script, path, **job, gate={'folder': folder, 'timeout': timeout, 'job': number})
+            for number, (path, job) in enumerate(jobs)
+        ]
+        while not all(result.done() or _prepared(folder, number).exists() for number, result in enumerate(results)):
             time.sleep(0.1)
         (Path(folder) / 'open').touch()
         for result in results:
@@ -73,12 +75,17 @@ def turn(gate: dict[str, Any] | None) -> Iterator[None]:
 
     signal.alarm(0)
     folder = Path(gate['folder'])
-    (folder / f'{os.getpid()} is prepared').touch()
+    _prepared(folder, gate['job']).touch()
     while not (folder / 'open').exists():
         time.sleep(0.1)
     with open(folder / 'open') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _prepared(folder: str | Path, job: int) -> Path:
+    """The file that tells that a job is prepared."""
+    return Path(folder) / f'{job} is prepared'
 
 
 def _limit_preparation(gate: dict[str, Any]) -> None:
@@ -125,7 +132,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         if 'failed' in run:
             return run
     seconds = [s for run in runs for s in run['seconds']]
-    low, *_, high = statistics.quantiles(seconds, n=10)
+    low, *_, high = statistics.quantiles(seconds, n=10) if len(seconds) > 1 else seconds * 2
     peaks = [run['peak'] for run in runs if run['peak'] is not None]
     others = {key: value for key, value in runs[0].items() if key not in ('seconds', 'peak')}
     return {'median': statistics.median(seconds), 'low': low, 'high': high, 'peak': max(peaks, default=None), **others}

@@ -54,8 +54,8 @@ def gradient_error(options: argparse.Namespace) -> float:
     MicroStep(together, where, options.micro_batches).accumulate(share(batches))
     gradients = [
         (whole_tensor(own.grad), other.grad)
-        for own, other in zip(together.parameters(), alone.parameters())
-        if own.grad is not None
+        for own, other in zip(together.parameters(), alone.parameters(), strict=True)
+        if own.grad is not None or other.grad is not None
     ]
     error, size = (
         torch.stack([tensor.norm() for tensor in tensors]).norm()
@@ -73,7 +73,7 @@ def work(options: argparse.Namespace) -> None:
         config = settings(options)
         where = train_mac.choose_machine(config)
         error = gradient_error(options)
-        if error > 1e-3:
+        if not error <= 1e-3:
             raise SystemExit(f'{options.mode}: gradients differ from those of one process by {error:.1e}')
         model = train_mac.build_model(config)
         if config.FSDP:

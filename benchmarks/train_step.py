@@ -115,7 +115,7 @@ def main() -> None:
                 if 'failed' in f:
                     rows.append([f'{batch}', precision, mode, f'failed: {f["failed"]}', *[''] * 6])
                     continue
-                if mode != NO_MEMORY and abs(f['loss'] / reference.get('loss', f['loss']) - 1) > 0.01:
+                if mode != NO_MEMORY and not abs(f['loss'] / reference.get('loss', f['loss']) - 1) <= 0.01:
                     raise SystemExit(f'{mode}: the loss is {f["loss"]}, and {reference["loss"]} in the reference')
                 speed = f'{f["tokens"] / f["median"]:,.0f}'
                 ratio = f'{reference["median"] / f["median"]:.1f} ×' if 'median' in reference else '–'

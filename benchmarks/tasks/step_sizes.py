@@ -82,6 +82,9 @@ def main() -> None:
     parser = runs.parser(__doc__ or '', [*CELLS], steps=400, small_steps=20)
     parser.set_defaults(seeds=1, learning_rate=5e-3)
     options = parser.parse_args()
+    for name in ('memory_batch', 'memory', 'plot'):
+        if getattr(options, name):
+            parser.error(f'--{name.replace("_", "-")}: this task has memories of its own, and no picture')
     settings = runs.settings(options, {})
     where, results = runs.measured(options, partial(run, **settings))
     grouped, rows = runs.by_model(results), []

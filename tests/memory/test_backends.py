@@ -520,3 +520,18 @@ def test_memory_batches_of_long_chunks_are_stored_together_on_a_gpu(monkeypatch)
         results.append([t.double().cpu() for t in (out, *grads)])
     assert len(calls) == 1  # on the CPU the matrices are formed
     assert_same(*results, 1e-4)
+
+
+@pytest.mark.parametrize('switch', ['plain', 'linear memory'])
+def test_weights_stored_under_autocast_are_read_outside_it_and_the_other_way_round(switch):
+    mem = memory(switch, 4, 8).float()
+    seq = inputs(mem, 24).float()
+    with torch.autocast('cpu', torch.bfloat16):
+        stored, _ = mem.store_memories(seq, return_surprises=False)
+        within = dict(stored.items())
+    outside = dict(stored.items())
+    assert_same(within, outside, 0)
+    for name, w in mem.init_weights(len(seq)).items():
+        torch.testing.assert_close(outside[name][:, 0], w, atol=1e-6, rtol=0)
+    retrieved = mem.retrieve_memories(seq, stored)
+    torch.testing.assert_close(retrieved, mem.retrieve_memories(seq, outside), atol=0.02, rtol=0.02)

@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from titans_pytorch.ops.retrieve_sequence import FactoredMatrix
 from titans_pytorch.ops.retrieve_sequence.reference import ROWS_IN_CACHE, factored_linear
-from titans_pytorch.utils.precision import autocast_dtype
+from titans_pytorch.utils.precision import autocast_dtype, no_autocast
 from titans_pytorch.utils.shapes import Float, concatenated
 
 Weights = dict[str, Tensor]
@@ -112,11 +112,11 @@ class FactoredBlocks(NamedTuple):
     def dense(self, name: str) -> Float[Tensor, 'bh n d e']:
         """A matrix before each chunk, formed."""
         initial, inputs, deltas = self.matrices[name]
-        chunks = (self.steps.shape[2], -1)
-        updates = inputs.unflatten(2, chunks).mT @ deltas.unflatten(2, chunks)
-        weights = torch.einsum('brij, brjde -> bride', self.steps.to(updates.dtype), updates)
-        shares = self.initial_steps
-        return (weights + torch.einsum('brik, brkde -> bride', shares, initial.to(shares.dtype))).flatten(1, 2)
+        chunks, shares = (self.steps.shape[2], -1), self.initial_steps
+        with no_autocast(shares):  # which would lower the precision of the weights
+            updates = (inputs.unflatten(2, chunks).mT @ deltas.unflatten(2, chunks)).to(shares.dtype)
+            weights = torch.einsum('brij, brjde -> bride', self.steps, updates)
+            return (weights + torch.einsum('brik, brkde -> bride', shares, initial.to(shares.dtype))).flatten(1, 2)
 
 
 def _factored_blocks(stored: Sequence[StoredBlock | StoredBatches]) -> Iterator[FactoredBlocks]:
@@ -204,7 +204,7 @@ class FastWeights(Mapping[str, Tensor]):
         out = [self.blocks[index].linear(name, rows)[:, used] for index, rows, used in self.by_block(x, first)]
         after = self.after_blocks(x, first)
         if after is not None:
-            out.append(after @ self.final[name].unsqueeze(1))
+            out.append(matmul(after, self.final[name].unsqueeze(1)))
         return concatenated(out, dim=1)
 
     def by_block(

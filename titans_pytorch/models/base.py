@@ -64,7 +64,6 @@ class Transformer(StepwiseDecoding, Resettable):
         dim: width of the model.
         token_emb: a module from the input, token ids or any features, to (batch, length, dim), in place of
             `nn.Embedding`. It must embed each position independently, as pieces and steps see only their own.
-        num_residual_streams: streams of the hyper-connections; 1 is a plain residual.
     """
 
     layers: ModuleList
@@ -86,7 +85,12 @@ class Transformer(StepwiseDecoding, Resettable):
         use_flex_attn: bool,
         checkpoint_layers: bool,
     ) -> None:
-        """Build the layers and the logits; `blocks` builds the blocks, given a constructor of connections."""
+        """Build the layers and the logits.
+
+        Args:
+            num_residual_streams: streams of the hyper-connections; 1 is a plain residual.
+            blocks: builds the blocks, given a constructor of connections.
+        """
         connection, self.expand_streams, self.reduce_streams = residual_streams(num_residual_streams, self.dim)
         self.layers = ModuleList(blocks(connection))
         self.norm = nn.RMSNorm(self.dim)

@@ -112,11 +112,12 @@ def is_intercepted(modules: Iterable[Module]) -> bool:
 def frozen_as_buffers(model: Module) -> Module:
     """A copy of a network in which parameters without `requires_grad` are buffers."""
     copy = deepcopy(model)
+    buffers = {parameter: parameter.detach() for parameter in copy.parameters()}  # tied ones stay tied
     for module in copy.modules():
         for name, parameter in [*module._parameters.items()]:
             if parameter is not None and not parameter.requires_grad:
                 del module._parameters[name]
-                module.register_buffer(name, parameter.detach())
+                module.register_buffer(name, buffers[parameter])
     return copy
 
 

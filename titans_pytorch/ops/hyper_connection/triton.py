@@ -44,7 +44,7 @@ BACKWARD_PRODUCTS, BACKWARD_GATES, BACKWARD_ROWS = Programs(2, 2), Programs(8, 4
 # threads that divide the features of a position, and how many each reads at once; half as many where there are more
 # streams than `FEW`, as all must fit its registers
 THREADS, WIDTH, FEW = 32, 4, 4
-# steps of the iteration's backward whose sinkhorn_sums are read together
+# steps of the iteration's backward whose sums are read together
 UNROLLED = 4
 # the kernel that adds the programs' sums: features and programs at a time, or gates
 SUMMED_FEATURES, SUMMED_PROGRAMS, SUMMED_SHARES = 8, 64, 512
@@ -362,7 +362,7 @@ def _backward_gates_kernel(  # type: ignore[no-untyped-def]
 
             # the iteration again, its sums stored; then it is undone by multiplying
             x, projected = _first_mix(from_saved, row, column, static_alpha, by_mix, STREAMS)
-            # tells the compiler the order of the dimensions
+            # of rows it is not true: it tells the compiler the order of the dimensions
             entries = tl.max_contiguous((own * PADDED + row) * PADDED + column, [1, min(2, PADDED), PADDED])
             of_columns, of_rows = sinkhorn_sums + entries, sinkhorn_sums + POSITIONS * PADDED * PADDED + entries
             for step in range(iters):

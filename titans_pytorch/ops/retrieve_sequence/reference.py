@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from titans_pytorch.ops.norms import layer_norm
+from titans_pytorch.utils.precision import autocast_dtype
 from titans_pytorch.utils.shapes import Float
 
 ROWS_IN_CACHE = 2048
@@ -68,6 +69,8 @@ def factored_linear(
     deltas: Float[Tensor, 'b t e'],
 ) -> Float[Tensor, 'b n c e']:
     """Rows of every step times the matrix of that step, x W_i."""
+    if autocast_dtype(x.device) is None:  # the weights may have been stored under autocast
+        initial_states, inputs, deltas = (t.to(x.dtype) for t in (initial_states, inputs, deltas))
     n = x.shape[1]
     out = _combined_linear(x, initial_coefficients, initial_states)
     if n > 1:  # nothing is stored before step 0

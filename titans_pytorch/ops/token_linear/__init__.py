@@ -20,7 +20,7 @@ MOST_ENTRIES = 4
 """Entries of a batch, at most: the kernel reads the matrix once for each, and a product of matrices only once."""
 
 Norm = tuple[Float[Tensor, ' d'], float | None]
-"""The gain, and ε; `None`: the machine epsilon of what is normalised."""
+"""The gain, and ε; `None`: that of `nn.RMSNorm`, the machine epsilon of the precision it computes in."""
 
 
 def token_linear(

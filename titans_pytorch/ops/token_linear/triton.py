@@ -84,7 +84,7 @@ def token_linear(
     with torch.cuda.device_of(x):
         _kernel[(outputs, batch)](
             x=x, weight=weight.contiguous(), bias=x if bias is None else bias.contiguous(), gain=gain.contiguous(),
-            out=out, normed=normed, stride_b=x.stride(0), eps=torch.finfo(x.dtype).eps if eps is None else eps,
+            out=out, normed=normed, stride_b=x.stride(0), eps=torch.finfo(torch.float32).eps if eps is None else eps,
             OUTPUTS=outputs, DIM=dim, BLOCK=min(BLOCK, triton.next_power_of_2(dim)),
             NORMS=norm is not None, HAS_BIAS=bias is not None, GATED=gated, num_warps=1,
         )  # fmt: skip
