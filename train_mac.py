@@ -260,6 +260,8 @@ class Config:
                 f'NEURAL_MEM_BATCH_SIZE must be a multiple of NEURAL_MEM_SEGMENT_LEN={self.NEURAL_MEM_SEGMENT_LEN}, '
                 f'not {self.NEURAL_MEM_BATCH_SIZE}'
             )
+        if self.NEURAL_MEM_SEGMENT_LEN == 1 and self.STORE_ATTN_POOL_CHUNKS:
+            raise BadSetting('NEURAL_MEM_SEGMENT_LEN=1 needs --no-store-attn-pool-chunks: a token has nothing to pool')
         if self.NEURAL_MEM_PROXIMAL_STEPS and self.NEURAL_MEM_SPEC_NORM_SURPRISES:
             raise BadSetting('NEURAL_MEM_PROXIMAL_STEPS needs --no-neural-mem-spec-norm-surprises')
         if self.NEURAL_MEM_PROXIMAL_STEPS and self.USE_MEM_ATTENTION_MODEL:

@@ -1210,6 +1210,12 @@ def test_settings_that_may_be_unset_have_a_type():
             train_mac.Config(NEURAL_MEM_INIT_DECAY_BIAS=value)
 
 
+def test_chunks_of_one_token_are_not_pooled():
+    with pytest.raises(train_mac.BadSetting, match='NEURAL_MEM_SEGMENT_LEN=1 needs --no-store-attn-pool-chunks'):
+        train_mac.Config(NEURAL_MEM_SEGMENT_LEN=1)
+    assert train_mac.Config(NEURAL_MEM_SEGMENT_LEN=1, STORE_ATTN_POOL_CHUNKS=False).NEURAL_MEM_SEGMENT_LEN == 1
+
+
 def test_the_stable_presets_keep_gradients_small_at_any_length(text, tmp_path):
     text.write_bytes(TEXT * 16)
     sizes = {'SEQ_LEN': 2048, 'BATCH_SIZE': 1, 'NUM_BATCHES': 2}
