@@ -71,11 +71,9 @@ def run(
 
 
 def main() -> None:
-    parser = runs.parser(__doc__ or '', [*models.MODELS], steps=600, small_steps=300)
+    parser = runs.parser(__doc__ or '', [*models.MODELS], steps=600, small_steps=300, pictures=False)
     parser.add_argument('--data', type=Path, help='a file of text, gzipped or not; default: enwik8 in data/')
     options = parser.parse_args()
-    if options.plot:
-        parser.error('--plot: there is no picture of this task')
     one = partial(run, data=options.data, **runs.settings(options, SMALL))
     where, results = runs.measured(options, one)
     columns = {'bits per byte': lambda r: r['whole'], 'its last quarter': lambda r: r['late']}

@@ -53,14 +53,12 @@ def run(name: str, seed: int, training: runs.Training, options: argparse.Namespa
 
 
 def main() -> None:
-    parser = runs.parser(__doc__ or '', NAMES, steps=40, small_steps=40)
+    parser = runs.parser(__doc__ or '', NAMES, steps=40, small_steps=40, pictures=False)
     parser.add_argument('--data', type=Path, help='a file of text, gzipped or not; default: enwik8 in data/')
     parser.add_argument('--lengths', type=int, nargs='+', default=[512, 2048, 8192, 16_384], help='bytes of a window')
     parser.add_argument('--tokens', type=int, default=4096, help='bytes of a step, but at least one window')
     parser.set_defaults(seeds=1, learning_rate=3e-3)
     options = parser.parse_args()
-    if options.plot:
-        parser.error('--plot: there is no picture of this task')
     where, results = runs.measured(options, partial(run, options=options, **runs.settings(options, {})))
     rows = []
     for result in results:

@@ -125,7 +125,10 @@ def train(trainer: Trainer, batches: Iterator[tuple[Tensor, ...]]) -> int:
     return training.steps
 
 
-def parser(description: str, models: list[str], steps: int, small_steps: int) -> argparse.ArgumentParser:
+def parser(
+    description: str, models: list[str], steps: int, small_steps: int, pictures: bool = True
+) -> argparse.ArgumentParser:
+    """The options of a task; `pictures`: there is one to draw."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument('--models', nargs='*', default=models, help='models to run')
     made.add_argument('--seeds', type=int, default=3)
@@ -149,7 +152,9 @@ def parser(description: str, models: list[str], steps: int, small_steps: int) ->
     made.add_argument('--json', type=Path, help='append each run to this file when it is done')
     made.add_argument('--report', type=Path, nargs='+', help='print the table of saved runs')
     made.add_argument('--write', action='store_true', help='put the table into docs/benchmarks.md')
-    made.add_argument('--plot', type=Path, help='draw the table to this file (needs matplotlib)')
+    if pictures:
+        made.add_argument('--plot', type=Path, help='draw the table to this file (needs matplotlib)')
+    made.set_defaults(plot=None)
     return made
 
 

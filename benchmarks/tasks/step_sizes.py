@@ -79,12 +79,11 @@ def run(name: str, seed: int, training: runs.Training) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = runs.parser(__doc__ or '', [*CELLS], steps=400, small_steps=20)
+    parser = runs.parser(__doc__ or '', [*CELLS], steps=400, small_steps=20, pictures=False)
     parser.set_defaults(seeds=1, learning_rate=5e-3)
     options = parser.parse_args()
-    for name in ('memory_batch', 'memory', 'plot'):
-        if getattr(options, name):
-            parser.error(f'--{name.replace("_", "-")}: this task has memories of its own, and no picture')
+    if options.memory_batch is not None or options.memory:
+        parser.error('--memory-batch and --memory: memories have the settings of each row here')
     settings = runs.settings(options, {})
     where, results = runs.measured(options, partial(run, **settings))
     grouped, rows = runs.by_model(results), []
