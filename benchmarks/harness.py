@@ -23,6 +23,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'docs' / 'benchmarks.md'
 GIB = 2**30
+# memory that CPU tensors free is kept, as by `titans_pytorch.training.keep_freed_memory`, for every package
+ALLOCATOR = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': str(2**40)}
 
 
 def own_path() -> str:
@@ -33,7 +35,7 @@ def own_path() -> str:
 def in_own_process(script: str, path: str, timeout: float | None = None, **job: Any) -> dict[str, Any]:
     """Run `script --worker <job>` and return the JSON of its last line; `{'failed': reason}` if it fails."""
     command = [sys.executable, script, '--worker', json.dumps(job)]
-    settings = {'env': {**os.environ, 'PYTHONPATH': path}, 'cwd': Path(script).parent, 'timeout': timeout}
+    settings = {'env': {**os.environ, **ALLOCATOR, 'PYTHONPATH': path}, 'cwd': Path(script).parent, 'timeout': timeout}
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, **settings)
     except subprocess.TimeoutExpired:

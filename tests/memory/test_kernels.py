@@ -14,7 +14,7 @@ from titans_pytorch.memory.backends import dual as dual_backend
 from titans_pytorch.memory.backends.fused_mlp import FusedMLP
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
-OPERATIONS = ('inner_gradient', 'final_state', 'memory_batch_scan', 'retrieve_sequence')
+OPERATIONS = ('inner_gradient', 'final_state', 'memory_batch_scan', 'retrieve_sequence', 'spectral_memory_scan')
 OF_HEADS = ('short_convolution', 'gated_heads')
 # matrices are no larger than a chunk's rows, and are formed; or are factored, but not stored by a scan
 FORMED = ['spectral norm', 'two keys per token', 'linear memory']
@@ -63,7 +63,9 @@ def test_a_memory_equals_the_dense_engine(launched, switch):
     assert_same(*results, 3e-4)
     scanned = switch in SCANNED or (DEVICE == 'cuda' and switch in FORMED_ON_CPU)
     assert ('memory_batch_scan' in launched) == scanned
-    assert ('inner_gradient' in launched) != scanned
+    under_spectral_norm = switch == 'spectral norm'
+    assert ('spectral_memory_scan' in launched) == under_spectral_norm
+    assert ('inner_gradient' in launched) == (not scanned and not under_spectral_norm)
     assert ('retrieve_sequence' in launched) == ('final_state' in launched or scanned)
     assert ('final_state' in launched) == (switch in BY_BATCH)
 

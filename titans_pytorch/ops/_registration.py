@@ -25,7 +25,7 @@ def register_kernel(
 
     Args:
         forward: the launcher. Its annotations are the schema: `Tensor`, `Tensor | None`, `list[Tensor]`, then settings
-            (int, float, bool, dtype, str); it returns a tensor, a tuple of them or a list of them.
+            (int, float, bool, dtype, str, `list[int]`); it returns a tensor, a tuple of them or a list of them.
         backward: the launcher of the gradient, called with the gradient of each differentiable output (of an operation
             that returns a list: one list), then the saved outputs, then everything that `forward` was called with. It
             returns the gradient of each tensor argument, structured like the arguments and contiguous, with `None` for
@@ -72,7 +72,7 @@ def register_kernel(
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         produced = [output] if isinstance(output, Tensor) else output
-        leaves, ctx.structure = tree_flatten(inputs)
+        leaves, ctx.structure = tree_flatten(inputs, is_leaf=_is_list_of_numbers)
         ctx.settings = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         ctx.save_for_backward(
             *(leaf if isinstance(leaf, Tensor) else None for leaf in leaves), *(produced[index] for index in saved)
@@ -94,6 +94,11 @@ def register_kernel(
     operation.register_autograd(differentiate, setup_context=setup_context)
     gradient_operation.register_autograd(refuse_second_derivatives(name))
     return operation
+
+
+def _is_list_of_numbers(tree: Any) -> bool:
+    """True for a list that autograd takes for one argument."""
+    return isinstance(tree, list) and any(not isinstance(leaf, Tensor) for leaf in tree)
 
 
 def refuse_second_derivatives(name: str) -> Callable[..., NoReturn]:

@@ -30,7 +30,7 @@ from titans_pytorch.training.distributed import (
     whole_tensor,
 )
 from titans_pytorch.training.files import RunError, append, atomic_file, one_line, remove_leftovers, say
-from titans_pytorch.training.machine import Machine, choose_machine
+from titans_pytorch.training.machine import Machine, choose_machine, keep_freed_memory
 from titans_pytorch.training.metrics import LossCurve, read_metrics, rewind
 from titans_pytorch.training.run_folder import (
     clear_run_folder,
@@ -77,6 +77,7 @@ __all__ = [
     'first_rank_first',
     'is_distributed',
     'is_run_folder',
+    'keep_freed_memory',
     'latest_checkpoint',
     'latest_run',
     'leave_later_checkpoints',

@@ -7,16 +7,18 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from titans_pytorch.memory.backends.base import Gradients, Stored, stacked, weights_of_states
+from titans_pytorch.memory.backends.base import Gradients, Stored, StoreInputs, stacked, weights_of_states
 from titans_pytorch.memory.chunks import Chunks, Coefficients, WeightResidual
 from titans_pytorch.memory.fast_weights import FactoredBlocks, FastWeights, MemoryWeights, StoredBatches, Weights
+from titans_pytorch.memory.schedule import ChunkBlock
 from titans_pytorch.memory_models import PlainMLP
 from titans_pytorch.ops.deep_memory_scan import deep_memory_scan
 from titans_pytorch.ops.inner_gradient import PreviousWeights, inner_gradient
 from titans_pytorch.ops.linear_memory_scan import linear_memory_scan
 from titans_pytorch.ops.memory_batch_scan import MemoryBatches, memory_batch_scan
 from titans_pytorch.ops.retrieve_sequence import FactoredMatrix, retrieve_sequence
-from titans_pytorch.utils.precision import no_autocast
+from titans_pytorch.ops.spectral_memory_scan import spectral_memory_scan
+from titans_pytorch.utils.precision import at_least_float32, no_autocast
 from titans_pytorch.utils.shapes import Float, concatenated
 
 
@@ -28,13 +30,16 @@ class FusedMLP(NamedTuple):
 
     def gradients(self, chunks: Chunks, base: Weights, residual: WeightResidual | None) -> Gradients:
         """Negative gradients of each chunk at `base`, plus the residual, which is dense."""
-        added = None if residual is None else PreviousWeights(residual.shares, *self.mlp.of_weights(residual.dense))
-        out = inner_gradient(*chunks.rows, *self.mlp.of_weights(base), self.mlp.eps, added)
+        out = inner_gradient(*chunks.rows, *self.mlp.of_weights(base), self.mlp.eps, self.previous_weights(residual))
         names, gamma = self.mlp.matrices, self.mlp.gamma
         vectors = {}
         if gamma is not None and out.negative_gamma_gradient is not None:
             vectors[gamma] = out.negative_gamma_gradient
         return Gradients(dict(zip(names, out.inputs)), dict(zip(names, out.deltas)), vectors, out.losses)
+
+    def previous_weights(self, residual: WeightResidual | None) -> PreviousWeights | None:
+        """A residual that is dense, as operations take it."""
+        return None if residual is None else PreviousWeights(residual.shares, *self.mlp.of_weights(residual.dense))
 
     def store_batches(
         self,
@@ -103,6 +108,50 @@ class FusedMLP(NamedTuple):
         inputs = chunks.keys.to(out.deltas.dtype).unflatten(1, coefficients.steps.shape[1:3]).flatten(2, 3)
         batches = MemoryBatches([out.initial], None, [out.final], None, [inputs], [out.deltas], None, out.losses)
         return self._stored(batches, coefficients, weights, lookahead)
+
+    def store_spectral(
+        self,
+        inputs: StoreInputs,
+        log_retention: Float[Tensor, 'bh n'],
+        log_gates: Float[Tensor, 'bh n 1'] | None,
+        blocks: list[ChunkBlock],
+    ) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m'] | None]:
+        """All memory batches under spectral norm, of which only the last may be open at its end.
+
+        Returns the same as `Backend.store`.
+        """
+        chunks, weights, names = inputs.chunks, inputs.weights, self._names
+        scales = None
+        if chunks.modulation is not None:
+            by_name = dict(zip(weights.newest, at_least_float32(chunks.modulation).unbind(-1)))
+            scales = [by_name[name] for name in names]
+        out = spectral_memory_scan(
+            chunks.rows,
+            self.mlp.of_weights(weights.base),
+            self.mlp.of_weights(weights.newest),
+            self.mlp.of_weights({name: w[0] for name, w in weights.momentum.items()}) if weights.momentum else None,
+            log_retention,
+            None if log_gates is None else log_gates.squeeze(-1),
+            scales,
+            self.previous_weights(inputs.residual),
+            [block.num_chunks for block in blocks],
+            self.mlp.eps,
+        )
+        # modulation follows the order of the weights
+        over_time, ends, momentum = (
+            {name: by_name[name] for name in weights.newest if name in by_name}
+            for by_name in (dict(zip(names, own)) for own in (out.over_time, out.ends, out.momentum_ends))
+        )
+        newest = base = {name: own[-1] for name, own in ends.items()}
+        if not blocks[-1].ends_batch:
+            base = weights.base if len(blocks) == 1 else {name: own[-2] for name, own in ends.items()}
+        after = MemoryWeights(base, newest, {name: own[-1:] for name, own in momentum.items()})
+        return FastWeights(over_time, [], newest), after, out.losses if inputs.with_losses else None
+
+    @property
+    def _names(self) -> list[str]:
+        """Matrices, then γ."""
+        return [*self.mlp.matrices, *([] if self.mlp.gamma is None else [self.mlp.gamma])]
 
     def _initial_states(self, weights: MemoryWeights) -> tuple[list[list[Tensor]], list[Tensor] | None]:
         """State 0 and the momentum of each order, of the matrices and of γ."""

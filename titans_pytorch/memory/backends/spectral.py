@@ -7,7 +7,7 @@ Newton–Schulz of a sum of products Xᵀ Δ is no such sum, so the matrix of ev
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -17,10 +17,12 @@ from torch import Tensor
 from titans_pytorch.memory.backends.base import Gradients, PreparedBlock, Stored, StoreInputs, final_momentum
 from titans_pytorch.memory.backends.dual import DualBackend
 from titans_pytorch.memory.chunks import Chunks, WeightResidual, split_inputs
-from titans_pytorch.memory.fast_weights import MemoryWeights, StoredBlock
+from titans_pytorch.memory.fast_weights import FastWeights, MemoryWeights, StoredBlock
 from titans_pytorch.memory.reference import surprise
+from titans_pytorch.memory.schedule import ChunkBlock
 from titans_pytorch.ops.momentum_scan import momentum_scan, vector_scan, weight_scan
 from titans_pytorch.ops.newton_schulz import newton_schulz
+from titans_pytorch.ops.spectral_memory_scan import has_kernel
 from titans_pytorch.utils.functional import replaced
 from titans_pytorch.utils.precision import at_least_float32, operand_dtype
 from titans_pytorch.utils.shapes import Float
@@ -29,16 +31,40 @@ from titans_pytorch.utils.shapes import Float
 class SpectralBackend(DualBackend):
     """Gradients as in the dual backend; momentum and weights of every chunk by scans."""
 
+    def store(self, inputs: StoreInputs) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m'] | None]:
+        if self._has_kernel(inputs):
+            blocks = self._blocks(inputs)
+            if all(block.ends_batch for block in blocks[:-1]):
+                assert self.fused is not None
+                return self.fused.store_spectral(inputs, *_log_gates(inputs.chunks), blocks)
+        return super().store(inputs)
+
+    def _blocks(self, inputs: StoreInputs) -> list[ChunkBlock]:
+        return inputs.schedule.blocks(self.preferred_chunks(inputs.chunks))
+
+    def _has_kernel(self, inputs: StoreInputs) -> bool:
+        """True if one operation can store all memory batches."""
+        if self.fused is None or self.max_grad_norm is not None or inputs.chunks.keys.numel() == 0:
+            return False
+        logits, transition = inputs.chunks.momentum_logits, inputs.transition
+        several_orders = logits is not None and logits.shape[-1] > 1
+        if several_orders or inputs.chunks.resets is not None or transition.share is not None or transition.lookahead:
+            return False
+        residual = inputs.residual
+        if residual is not None and residual.dense.keys() != inputs.weights.base.keys():
+            return False
+        matrices, _ = self.fused.mlp.of_weights(inputs.weights.base)
+        states = (*inputs.weights.newest.values(), *inputs.weights.momentum.values())
+        return has_kernel(inputs.chunks.rows, matrices, states, self.fused.previous_weights(residual))
+
     def prepare(self, inputs: StoreInputs) -> Iterator[PreparedBlock]:
         chunks = inputs.chunks
-        blocks = inputs.schedule.blocks(self.preferred_chunks(chunks))
+        blocks = self._blocks(inputs)
         lengths = [block.num_chunks for block in blocks]
         # gates of all blocks at once, which are fewer launches than block by block
-        log_retention = F.logsigmoid(-at_least_float32(chunks.decay_logits)).split(lengths, dim=1)
-        log_gates: Sequence[Tensor | None] = [None] * len(blocks)
-        if chunks.momentum_logits is not None:
-            log_gates = F.logsigmoid(at_least_float32(chunks.momentum_logits)).split(lengths, dim=1)
-        parts = zip(blocks, split_inputs(chunks, inputs.residual, lengths), log_retention, log_gates)
+        log_retention, all_gates = _log_gates(chunks)
+        log_gates = [None] * len(blocks) if all_gates is None else all_gates.split(lengths, dim=1)
+        parts = zip(blocks, split_inputs(chunks, inputs.residual, lengths), log_retention.split(lengths, 1), log_gates)
         for block, of_block, retention, gates in parts:
             yield PreparedBlock(partial(self._store_spectral, *of_block, retention, gates), block.ends_batch)
 
@@ -91,6 +117,13 @@ class SpectralBackend(DualBackend):
         for name, newest in weights.newest.items():
             dense[name], final[name] = weight_scan(updates[name], log_retention, newest, newest.dtype)
         return Stored(StoredBlock(dense, final), final_momentum(orders), gradients.losses)
+
+
+def _log_gates(chunks: Chunks) -> tuple[Float[Tensor, 'bh n'], Float[Tensor, 'bh n o'] | None]:
+    """Logarithms of retention and of momentum gates."""
+    momentum = chunks.momentum_logits
+    log_gates = None if momentum is None else F.logsigmoid(at_least_float32(momentum))
+    return F.logsigmoid(-at_least_float32(chunks.decay_logits)), log_gates
 
 
 def _momentum_after(log_gates: Tensor, inputs: Tensor, initial: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def inner_gradient(
     """
     shares, previous, previous_gamma = (None, [], None) if residual is None else residual
     operands, rows = operand_dtype(keys), (keys, values, step_sizes)
-    if _supports(keys, matrices) and use_kernel((*rows, shares, *previous, previous_gamma), [*matrices, gamma]):
+    if supports(keys, matrices) and use_kernel((*rows, shares, *previous, previous_gamma), [*matrices, gamma]):
         from titans_pytorch.ops.inner_gradient import triton
 
         # absent ones are `None`
@@ -86,5 +86,5 @@ def inner_gradient(
     )
 
 
-def _supports(keys: Tensor, matrices: list[Tensor]) -> bool:
+def supports(keys: Tensor, matrices: list[Tensor]) -> bool:
     return len(matrices) <= 2 and keys.shape[-1] <= WIDEST and keys.numel() > 0

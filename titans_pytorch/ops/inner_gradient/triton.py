@@ -10,6 +10,7 @@ a program owns rows of one chunk and, if its matrices fit on chip, keeps them (K
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -423,6 +424,7 @@ def outer_products(  # type: ignore[no-untyped-def]
 def _weights_kernel(  # type: ignore[no-untyped-def]
     keys, hidden, deltas, d_products, d_y, d_h, of_gamma, shares, residual_first, residual_last, residual_gamma,
     d_first, d_last, d_gamma, d_shares, d_residual_first, d_residual_last, d_residual_gamma,
+    d_residual_first_head, d_residual_last_head, d_residual_gamma_head,
     blocks, groups, group_chunks, steps, parts, row_blocks, chunks, rows, key_head, key_chunk, key_row,
     share_head, share_chunk, residual_first_head, residual_first_chunk,
     residual_last_head, residual_last_chunk, residual_gamma_head, residual_gamma_chunk,
@@ -463,11 +465,13 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
                 rows, key_chunk, key_row, dim, width, HIDDEN, UNITS, ROWS, DIM, PRECISION, OPERAND,
             )  # fmt: skip
             of_last += own_last
-            tl.store(d_residual_last + offset * width * dim + in_last, share * own_last, mask=present)
+            to_last = d_residual_last + head * d_residual_last_head + chunk * (width * dim) + in_last
+            tl.store(to_last, share * own_last, mask=present)
             of_share = tl.sum(own_last * other_last)
             if HIDDEN:
                 of_first += own_first
-                tl.store(d_residual_first + offset * width * dim + in_first, share * own_first, mask=present)
+                to_first = d_residual_first + head * d_residual_first_head + chunk * (width * dim) + in_first
+                tl.store(to_first, share * own_first, mask=present)
                 of_share += tl.sum(own_first * other_first)
             if NORM:
                 # the first block's
@@ -475,7 +479,8 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
                 from_gamma = residual_gamma + head * residual_gamma_head + chunk * residual_gamma_chunk + feature
                 other_gamma = tl.load(from_gamma, mask=with_gamma, other=0.0).to(tl.float32)
                 own_gamma = sum_rows(of_gamma + offset * parts * dim, parts, feature, dim, DIM)
-                tl.store(d_residual_gamma + offset * dim + feature, share * own_gamma, mask=with_gamma)
+                to_gamma = d_residual_gamma + head * d_residual_gamma_head + chunk * dim + feature
+                tl.store(to_gamma, share * own_gamma, mask=with_gamma)
                 of_share += tl.sum(own_gamma * other_gamma)
             tl.store(d_shares + offset * blocks + block, of_share)
     else:
@@ -535,7 +540,29 @@ def _forward(
     operands: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     given = (keys, values, step_sizes, first, last, gamma, shares, residual_first, residual_last, residual_gamma)
-    hidden, hidden_deltas, deltas, of_gamma, losses = _outputs(*given, eps, operands)
+    outputs = _outputs(*given, eps, operands)
+    write_gradients(outputs, *given, eps, operands)
+    return outputs
+
+
+def write_gradients(
+    outputs: Sequence[Tensor],  # those of `_forward`, contiguous
+    keys: Tensor,
+    values: Tensor,
+    step_sizes: Tensor,
+    first: Tensor | None,
+    last: Tensor,
+    gamma: Tensor | None,
+    shares: Tensor | None,
+    residual_first: Tensor | None,
+    residual_last: Tensor | None,
+    residual_gamma: Tensor | None,
+    eps: float,
+    operands: torch.dtype,
+) -> None:
+    """`_forward`, with places given for its results."""
+    given = (keys, values, step_sizes, first, last, gamma, shares, residual_first, residual_last, residual_gamma)
+    hidden, hidden_deltas, deltas, of_gamma, losses = outputs
     heads, chunks, rows, dim = keys.shape
     tiles = _tiles(keys, first, last, shares, operands)
     blocks, parts = _blocks(chunks, rows, tiles)
@@ -546,8 +573,7 @@ def _forward(
         blocks=blocks, parts=parts,
     )  # fmt: skip
     if gamma_parts is not of_gamma:
-        of_gamma = gamma_parts.sum(dim=2)
-    return hidden, hidden_deltas, deltas, of_gamma, losses
+        torch.sum(gamma_parts, dim=2, out=of_gamma)
 
 
 def _backward(
@@ -571,6 +597,33 @@ def _backward(
     eps: float,
     operands: torch.dtype,
 ) -> list[Tensor | None]:
+    of_residual = residual_first, residual_last, residual_gamma
+    d_residual = [None if t is None else t.new_empty(t.shape) for t in of_residual]
+    d_outputs = d_hidden, d_hidden_deltas, d_deltas, d_of_gamma, d_losses
+    given = keys, values, step_sizes, first, last, gamma, shares, *of_residual
+    return [*second_derivatives(d_residual, d_outputs, hidden, deltas, *given, eps, operands), *d_residual]
+
+
+def second_derivatives(
+    d_residual: Sequence[Tensor | None],  # contiguous but for the first axis
+    d_outputs: Sequence[Tensor | None],
+    hidden: Tensor,
+    deltas: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    step_sizes: Tensor,
+    first: Tensor | None,
+    last: Tensor,
+    gamma: Tensor | None,
+    shares: Tensor | None,
+    residual_first: Tensor | None,
+    residual_last: Tensor | None,
+    residual_gamma: Tensor | None,
+    eps: float,
+    operands: torch.dtype,
+) -> list[Any]:
+    """`_backward` but for the gradients of residual weights, for which places are given."""
+    d_hidden, d_hidden_deltas, d_deltas, d_of_gamma, d_losses = d_outputs
     given = (keys, values, step_sizes, first, last, gamma, shares, residual_first, residual_last, residual_gamma)
     arguments, sizes = _arguments(*given, eps=eps), _sizes(keys, first, last, gamma, shares, operands)
     heads, chunks, rows, dim = keys.shape
@@ -619,7 +672,6 @@ def _backward(
     )
     assert d_last is not None
     d_gamma = None if gamma is None else last.new_empty(gamma.shape)
-    d_residual = [None if t is None else t.new_empty(t.shape) for t in (residual_first, residual_last, residual_gamma)]
     d_shares = last.new_empty((heads, chunks, unit_blocks) if residual else (0,))
     d_residual_first, d_residual_last, d_residual_gamma = (absent if t is None else t for t in d_residual)
     _weights_kernel[(heads * groups * unit_blocks,)](
@@ -628,6 +680,9 @@ def _backward(
         d_first=absent if d_first is None else d_first, d_last=d_last, d_gamma=absent if d_gamma is None else d_gamma,
         d_shares=d_shares, d_residual_first=d_residual_first, d_residual_last=d_residual_last,
         d_residual_gamma=d_residual_gamma,
+        **named_strides('d_residual_first', d_residual[0], 'head'),
+        **named_strides('d_residual_last', d_residual[1], 'head'),
+        **named_strides('d_residual_gamma', d_residual[2], 'head'),
         blocks=unit_blocks, groups=groups, group_chunks=group_chunks, steps=triton.cdiv(summed, at_a_time),
         parts=parts, row_blocks=blocks, UNITS=units, ROWS=at_a_time,
         num_warps=warps if sizes['DIM'] <= 64 else 2 * warps, num_stages=STAGES,
@@ -635,7 +690,7 @@ def _backward(
     if groups > 1:
         d_first, d_last = None if d_first is None else d_first.sum(dim=1), d_last.sum(dim=1)
     of_shares = None if shares is None else d_shares.sum(dim=-1).to(shares.dtype)
-    return [d_keys, d_values, d_step_sizes, d_first, d_last, d_gamma, of_shares, *d_residual]
+    return [d_keys, d_values, d_step_sizes, d_first, d_last, d_gamma, of_shares]
 
 
 inner_gradient = register_kernel(

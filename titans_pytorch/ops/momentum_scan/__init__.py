@@ -24,7 +24,7 @@ from titans_pytorch.utils.shapes import Float
 
 # the shorter side of a matrix, which a kernel keeps on chip whole; rows of a chunk; entries of a head's states over all
 # chunks, because offsets among them have 32 bits
-_WIDEST, _MOST_ROWS, _MOST_ENTRIES = 128, 64, 2**31
+_WIDEST, MOST_ROWS, _MOST_ENTRIES = 128, 64, 2**31
 
 
 def momentum_scan(
@@ -111,7 +111,7 @@ def _supports_matrices(inputs: Tensor, deltas: Tensor) -> bool:
     _, chunks, rows, dim = inputs.shape
     width = deltas.shape[-1]
     narrow = 0 < min(dim, width) <= _WIDEST
-    return narrow and 0 < rows <= _MOST_ROWS and len(inputs) > 0 and 0 < chunks * dim * width < _MOST_ENTRIES
+    return narrow and 0 < rows <= MOST_ROWS and len(inputs) > 0 and 0 < chunks * dim * width < _MOST_ENTRIES
 
 
 def _supports_vectors(updates: Tensor) -> bool:

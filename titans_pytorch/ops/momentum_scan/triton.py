@@ -174,7 +174,7 @@ def _vector_kernel(  # type: ignore[no-untyped-def]
     updates, scales, log_gates, log_retention, momentum_start, weight_start, before, momenta, weight_end, momentum_end,
     chunks, features, strips,
     update_head, update_chunk, scale_head, scale_chunk, gate_head, gate_chunk, retention_head, retention_chunk,
-    momentum_head, weight_head,
+    momentum_head, weight_head, before_head,
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -182,7 +182,9 @@ def _vector_kernel(  # type: ignore[no-untyped-def]
     feature = (program % strips) * BLOCK + tl.arange(0, BLOCK)
     inside = feature < features
     updates += head * update_head + feature
-    offset = head * chunks * features + feature
+    before += head * before_head + feature
+    if log_gates is not None:
+        momenta += head * chunks * features + feature
 
     weight = tl.load(weight_start + head * weight_head + feature, mask=inside, other=0.0).to(tl.float32)
     momentum = tl.zeros((BLOCK,), tl.float32)
@@ -192,9 +194,9 @@ def _vector_kernel(  # type: ignore[no-untyped-def]
         update = tl.load(updates + chunk * update_chunk, mask=inside, other=0.0).to(tl.float32)
         if scales is not None:
             update *= tl.load(scales + head * scale_head + chunk * scale_chunk)
-        tl.store(before + offset + chunk * features, weight, mask=inside)
+        tl.store(before + chunk * features, weight, mask=inside)
         if log_gates is not None:
-            tl.store(momenta + offset + chunk * features, momentum, mask=inside)
+            tl.store(momenta + chunk * features, momentum, mask=inside)
             momentum = tl.exp(tl.load(log_gates + head * gate_head + chunk * gate_chunk)) * momentum + update
             update = momentum
         weight = tl.exp(tl.load(log_retention + head * retention_head + chunk * retention_chunk)) * weight + update
@@ -209,7 +211,7 @@ def _vector_backward_kernel(  # type: ignore[no-untyped-def]
     d_updates, d_scales, d_log_gates, d_log_retention, d_momentum_start, d_weight_start,
     chunks, features, strips,
     update_head, update_chunk, scale_head, scale_chunk, gate_head, gate_chunk, retention_head, retention_chunk,
-    d_before_head, d_before_chunk,
+    before_head, d_before_head, d_before_chunk,
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a chunk's weight is G_c = d_before_{c+1} + κ_{c+1} G_{c+1}, and that of its momentum
@@ -230,7 +232,8 @@ def _vector_backward_kernel(  # type: ignore[no-untyped-def]
         h = tl.load(d_momentum_end + head * features + feature, mask=inside, other=0.0).to(tl.float32)
     for back in tl.range(0, chunks, num_stages=STAGES):
         chunk = chunks - 1 - back
-        weight = tl.load(before + offset + chunk * features, mask=inside, other=0.0).to(tl.float32)
+        from_before = before + head * before_head + chunk * features + feature
+        weight = tl.load(from_before, mask=inside, other=0.0).to(tl.float32)
         d_update = g
         if log_gates is not None:
             h += g
@@ -247,8 +250,8 @@ def _vector_backward_kernel(  # type: ignore[no-untyped-def]
         g *= tl.exp(tl.load(log_retention + head * retention_head + chunk * retention_chunk))
         tl.store(d_log_retention + partial + chunk * strips, tl.sum(g * weight, axis=0))
         if d_before is not None:
-            from_before = d_before + head * d_before_head + chunk * d_before_chunk + feature
-            g += tl.load(from_before, mask=inside, other=0.0).to(tl.float32)
+            from_d_before = d_before + head * d_before_head + chunk * d_before_chunk + feature
+            g += tl.load(from_d_before, mask=inside, other=0.0).to(tl.float32)
     tl.store(d_weight_start + head * features + feature, g, mask=inside)
     if d_momentum_start is not None:
         tl.store(d_momentum_start + head * features + feature, h, mask=inside)
@@ -273,6 +276,20 @@ def _momentum_forward(
 ) -> tuple[Tensor, Tensor]:  # bh n d e, and bh d e
     """The momentum after each chunk, and the last one in float32."""
     momenta, end = _momentum_outputs(inputs, deltas, scales, log_gates, start, out_dtype)
+    write_momentum(momenta, end, inputs, deltas, scales, log_gates, start)
+    return momenta, end
+
+
+def write_momentum(
+    momenta: Tensor,  # bh n d e, contiguous
+    end: Tensor,  # bh d e, contiguous
+    inputs: Tensor,
+    deltas: Tensor,
+    scales: Tensor | None,
+    log_gates: Tensor | None,
+    start: Tensor | None,
+) -> None:
+    """`_momentum_forward`, with places given for its results."""
     arguments = _momentum_arguments(inputs, deltas, scales, log_gates, start)
     heads, chunks, rows, dim = inputs.shape
     width = deltas.shape[-1]
@@ -287,7 +304,6 @@ def _momentum_forward(
         DIM=own_in, WIDTH=own_out, STAGES=STAGES, num_warps=warps,
         TENSOR_CORES=tensor_cores, PRECISION=FLOAT32_PRECISION, OPERAND=TRITON_DTYPES[operand],
     )  # fmt: skip
-    return momenta, end
 
 
 def _momentum_backward(
@@ -301,6 +317,22 @@ def _momentum_backward(
     start: Tensor | None,  # bh d e
     out_dtype: torch.dtype,
 ) -> list[Tensor | None]:
+    return summed_factors(
+        momentum_gradients(d_momenta, d_end, momenta, inputs, deltas, scales, log_gates, start), of=(2, 3)
+    )
+
+
+def momentum_gradients(
+    d_momenta: Tensor | None,
+    d_end: Tensor | None,
+    momenta: Tensor,
+    inputs: Tensor,
+    deltas: Tensor,
+    scales: Tensor | None,
+    log_gates: Tensor | None,
+    start: Tensor | None,
+) -> list[Any]:
+    """`_momentum_backward`, but gradients of factors, scales and log_gates, come in parts (bh, n, _)."""
     arguments = _momentum_arguments(inputs, deltas, scales, log_gates, start)
     heads, chunks, rows, dim = inputs.shape
     width = deltas.shape[-1]
@@ -327,12 +359,7 @@ def _momentum_backward(
         DIM=own_in, WIDTH=own_out, PRECISION=FLOAT32_PRECISION, OPERAND=TRITON_DTYPES[operand],
         STAGES=BACKWARD_STAGES, num_warps=warps,
     )  # fmt: skip
-    return [
-        _summed(d_inputs, inputs.dtype),
-        _summed(d_deltas, deltas.dtype),
-        *(None if parts is None else parts.sum(dim=-1) for parts in (d_scales, d_log_gates)),
-        d_start,
-    ]
+    return [_summed(d_inputs, inputs.dtype), _summed(d_deltas, deltas.dtype), d_scales, d_log_gates, d_start]
 
 
 momentum_scan = register_kernel(
@@ -389,9 +416,28 @@ def _vector_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # bh n f, bh f, bh f, bh n f
     """Weights before each chunk, weights and momentum at the end, and for the gradient the momentum before each chunk;
     without log_gates momenta are empty."""
-    before, weight_end, momentum_end, momenta = _vector_outputs(
-        updates, scales, log_gates, log_retention, momentum_start, weight_start, out_dtype
-    )
+    outputs = _vector_outputs(updates, scales, log_gates, log_retention, momentum_start, weight_start, out_dtype)
+    before, weight_end, momentum_end, momenta = outputs
+    write_weights(
+        before, weight_end, momentum_end, momenta,
+        updates, scales, log_gates, log_retention, momentum_start, weight_start,
+    )  # fmt: skip
+    return outputs
+
+
+def write_weights(
+    before: Tensor,  # bh n f, contiguous but for the first axis
+    weight_end: Tensor,  # bh f, contiguous
+    momentum_end: Tensor | None,  # bh f, contiguous
+    momenta: Tensor | None,  # bh n f, contiguous
+    updates: Tensor,
+    scales: Tensor | None,
+    log_gates: Tensor | None,
+    log_retention: Tensor,
+    momentum_start: Tensor | None,
+    weight_start: Tensor,
+) -> None:
+    """`_vector_forward`, with places given for its results."""
     arguments = _vector_arguments(updates, scales, log_gates, log_retention)
     weight_start = contiguous_inside(weight_start, 1)
     momentum_start = None if momentum_start is None else contiguous_inside(momentum_start, 1)
@@ -399,8 +445,8 @@ def _vector_forward(
         **arguments, momentum_start=momentum_start, weight_start=weight_start,
         before=before, momenta=momenta, weight_end=weight_end, momentum_end=momentum_end,
         **named_strides('momentum', momentum_start, 'head'), **named_strides('weight', weight_start, 'head'),
+        **named_strides('before', before, 'head'),
     )  # fmt: skip
-    return before, weight_end, momentum_end, momenta
 
 
 def _vector_backward(
@@ -417,6 +463,25 @@ def _vector_backward(
     weight_start: Tensor,  # bh f
     out_dtype: torch.dtype,
 ) -> list[Tensor | None]:
+    factors, starts = (scales, log_gates, log_retention), (momentum_start, weight_start)
+    gradients = weight_gradients(d_before, d_weight_end, d_momentum_end, before, momenta, updates, *factors, *starts)
+    return summed_factors(gradients, of=(1, 2, 3))
+
+
+def weight_gradients(
+    d_before: Tensor | None,
+    d_weight_end: Tensor | None,
+    d_momentum_end: Tensor | None,
+    before: Tensor,  # contiguous but for the first axis
+    momenta: Tensor | None,
+    updates: Tensor,  # not read without scales
+    scales: Tensor | None,
+    log_gates: Tensor | None,
+    log_retention: Tensor,
+    momentum_start: Tensor | None,
+    weight_start: Tensor,
+) -> list[Any]:
+    """`_vector_backward`, but gradients of factors, scales, log_gates and log_retention, come in parts (bh, n, _)."""
     # the gradient of a block's weights is a slice of that of all blocks' weights
     d_before = None if d_before is None else contiguous_inside(d_before, 1)
     arguments = _vector_arguments(updates, scales, log_gates, log_retention)
@@ -427,15 +492,19 @@ def _vector_backward(
     d_weight_start = weight_start.new_empty(weight_start.shape)
     d_momentum_start = None if momentum_start is None else momentum_start.new_empty(momentum_start.shape)
     _vector_backward_kernel[(len(updates) * arguments['strips'],)](
-        **arguments, before=before.contiguous(), momenta=momenta.contiguous(), d_before=d_before,
+        **arguments, before=before, momenta=None if momenta is None else momenta.contiguous(), d_before=d_before,
         d_weight_end=None if d_weight_end is None else d_weight_end.contiguous(),
         d_momentum_end=None if d_momentum_end is None or log_gates is None else d_momentum_end.contiguous(),
         d_updates=d_updates, d_scales=d_scales, d_log_gates=d_log_gates, d_log_retention=d_log_retention,
         d_momentum_start=d_momentum_start, d_weight_start=d_weight_start,
-        **named_strides('d_before', d_before, 'head chunk'),
+        **named_strides('before', before, 'head'), **named_strides('d_before', d_before, 'head chunk'),
     )  # fmt: skip
-    sums = [None if parts is None else parts.sum(dim=-1) for parts in (d_scales, d_log_gates, d_log_retention)]
-    return [d_updates, *sums, d_momentum_start, d_weight_start]
+    return [d_updates, d_scales, d_log_gates, d_log_retention, d_momentum_start, d_weight_start]
+
+
+def summed_factors(gradients: list[Tensor | None], of: tuple[int, ...]) -> list[Tensor | None]:
+    """Gradients with the parts of those `of` factors added up."""
+    return [t if t is None or index not in of else t.sum(dim=-1) for index, t in enumerate(gradients)]
 
 
 vector_scan = register_kernel(

@@ -13,6 +13,9 @@ from titans_pytorch.utils.shapes import Float
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """Jordan et al.'s coefficients: the steepest at 0 that still keep every singular value within about [0.7, 1.2]."""
 
+STEPS, EPS = 5, 1e-7
+"""Iterations, which bring singular values above 0.01 or so near 1, and the least norm that is divided by."""
+
 # shorter and longer side of the largest matrices that fit on chip beside the products of the backward pass
 _LARGEST_IN_HALF = [(64, 256), (128, 128)]
 _LARGEST = {torch.float32: [(64, 128)], torch.bfloat16: _LARGEST_IN_HALF, torch.float16: _LARGEST_IN_HALF}
@@ -20,8 +23,8 @@ _LARGEST = {torch.float32: [(64, 128)], torch.bfloat16: _LARGEST_IN_HALF, torch.
 
 def newton_schulz(
     matrices: Float[Tensor, '... i j'],
-    steps: int = 5,
-    eps: float = 1e-7,
+    steps: int = STEPS,
+    eps: float = EPS,
     coefficients: tuple[float, float, float] = QUINTIC,
 ) -> Float[Tensor, '... i j']:
     """Roughly the nearest semi-orthogonal matrix to each of `matrices`: singular values are pushed towards 1.
@@ -35,7 +38,7 @@ def newton_schulz(
     The kernel serves Hopper GPUs; elsewhere less fits on chip.
     """
     operands = operand_dtype(matrices)
-    if _dispatch.use_kernel([matrices], capability=_dispatch.HOPPER) and _supports(matrices, operands):
+    if _dispatch.use_kernel([matrices], capability=_dispatch.HOPPER) and supports(matrices, operands):
         from titans_pytorch.ops.newton_schulz import triton
 
         flat = matrices.reshape(-1, *matrices.shape[-2:])
@@ -47,15 +50,15 @@ def newton_schulz(
 
 def newtonschulz5(
     t: Float[Tensor, 'bh n ...'],
-    steps: int = 5,
-    eps: float = 1e-7,
+    steps: int = STEPS,
+    eps: float = EPS,
     coefs: tuple[float, float, float] = QUINTIC,
 ) -> Float[Tensor, 'bh n ...']:
     """`newton_schulz` of a parameter's update in each chunk, under the reference's name; vectors stay as they are."""
     return newton_schulz(t, steps, eps, coefs) if t.ndim > 3 else t
 
 
-def _supports(matrices: Tensor, operands: torch.dtype) -> bool:
+def supports(matrices: Tensor, operands: torch.dtype) -> bool:
     short, long = sorted(matrices.shape[-2:])
     return matrices.numel() > 0 and any(
         short <= most_short and long <= most_long for most_short, most_long in _LARGEST.get(operands, [])

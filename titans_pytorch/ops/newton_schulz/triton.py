@@ -118,7 +118,7 @@ def _outputs(matrices: Tensor, *settings: Any) -> Tensor:
     return matrices.new_empty(matrices.shape)
 
 
-def _forward(
+def orthogonalise(
     matrices: Tensor,  # n i j
     steps: int,
     eps: float,
@@ -136,7 +136,7 @@ def _forward(
     return outputs
 
 
-def _backward(
+def orthogonalise_backward(
     d_outputs: Tensor,  # n i j
     matrices: Tensor,  # n i j
     steps: int,
@@ -160,7 +160,7 @@ def _backward(
     return [d_matrices]
 
 
-newton_schulz = register_kernel('newton_schulz', _forward, _backward, outputs=_outputs)
+newton_schulz = register_kernel('newton_schulz', orthogonalise, orthogonalise_backward, outputs=_outputs)
 
 
 def _matrix_sizes(matrices: Tensor, outputs: Tensor) -> dict[str, int]:

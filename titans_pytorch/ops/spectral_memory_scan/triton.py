@@ -1,0 +1,346 @@
+"""The kernels of the inner gradient, of momentum, of Newton–Schulz and of weights, launched in turn.
+
+Weights before each chunk go straight to their places among those of all chunks, and so do the gradients of residual
+weights, which are as large. What only the gradient needs is kept in flat buffers, one memory batch after the other, so
+that each batch's part is contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from titans_pytorch.ops._registration import register_kernel
+from titans_pytorch.ops.inner_gradient import triton as inner_gradient
+from titans_pytorch.ops.momentum_scan import triton as scans
+from titans_pytorch.ops.newton_schulz.triton import orthogonalise, orthogonalise_backward
+
+# Outputs: lists with a place for each of two matrices and γ, in the order of the parameters, absent ones empty; the
+# losses; and what only the gradient needs.
+SLOTS = 3
+OVER_TIME, ENDS, MOMENTUM_ENDS, LOSSES, OF_ROWS, MOMENTA, NUM_OUTPUTS = 0, 3, 6, 9, 10, 14, 17
+LISTS = OVER_TIME, ENDS, MOMENTUM_ENDS
+
+
+class _Arguments(NamedTuple):
+    """Those of `_forward`."""
+
+    keys: Tensor
+    values: Tensor
+    step_sizes: Tensor
+    base: list[Tensor]
+    newest: list[Tensor]
+    momentum: list[Tensor]
+    log_retention: Tensor
+    log_gates: Tensor | None
+    scales: list[Tensor]
+    shares: Tensor | None
+    previous: list[Tensor]
+    lengths: list[int]
+    num_matrices: int
+    eps: float
+    steps: int
+    least_norm: float
+    coefficients: list[float]
+    keeps: bool
+    operands: torch.dtype
+
+    @property
+    def iteration(self) -> tuple[Any, ...]:
+        """Settings of Newton–Schulz."""
+        return self.steps, self.least_norm, *self.coefficients, self.operands
+
+
+class _Parameter(NamedTuple):
+    """A matrix or γ in one memory batch: its states before and after it, and over its chunks."""
+
+    newest: Tensor  # bh …
+    end: Tensor  # bh …
+    momentum: Tensor | None  # bh …
+    momentum_end: Tensor | None  # bh …
+    before: Tensor  # bh n f, the weights before each chunk
+    momenta: Any  # of a matrix bh n d e, after each chunk; of γ bh n d, before each chunk
+    scale: Tensor | None  # bh n
+
+
+class _Batch(NamedTuple):
+    """One memory batch."""
+
+    number: int
+    span: slice
+    """Of its chunks."""
+    rows: tuple[Tensor, Tensor, Tensor]
+    at: tuple[Any, Any, Any]
+    """First and last matrix and γ, at which gradients are taken."""
+    residual: tuple[Any, Any, Any, Any]
+    """The shares and what they are of, like `at`."""
+    of_rows: tuple[Tensor, Tensor, Tensor, Tensor]
+    """Hidden activations, their deltas, the other deltas, and what γ is to descend by; absent ones empty."""
+    factors: list[tuple[Tensor, Tensor]]
+    """X and Δ of each matrix."""
+    log_retention: Tensor
+    log_gates: Tensor | None
+    parameters: list[_Parameter]
+
+
+def _outputs(
+    keys: Tensor,
+    values: Tensor,
+    step_sizes: Tensor,
+    base: list[Tensor],
+    newest: list[Tensor],
+    momentum: list[Tensor],
+    log_retention: Tensor,
+    log_gates: Tensor | None,
+    scales: list[Tensor],
+    shares: Tensor | None,
+    previous: list[Tensor],
+    lengths: list[int],
+    num_matrices: int,
+    eps: float,
+    steps: int,
+    least_norm: float,
+    coefficients: list[float],
+    keeps: bool,
+    operands: torch.dtype,
+) -> list[Tensor]:
+    heads, chunks, rows, dim = keys.shape
+    kept = chunks if keeps else max(lengths)
+    outputs = [newest[0].new_empty(0) for _ in range(NUM_OUTPUTS)]
+    for index, w in enumerate(newest):
+        is_matrix = index < num_matrices
+        dtype = operands if is_matrix else w.dtype
+        outputs[OVER_TIME + index] = w.new_empty(heads, chunks + 1, *w.shape[1:], dtype=dtype)
+        outputs[ENDS + index] = w.new_empty(len(lengths), *w.shape)
+        if momentum:
+            outputs[MOMENTUM_ENDS + index] = w.new_empty(len(lengths), *w.shape)
+        if is_matrix or momentum:
+            outputs[MOMENTA + index] = w.new_empty(kept * w.numel(), dtype=dtype)
+    outputs[LOSSES] = newest[0].new_empty(heads, chunks, rows)
+    of_hidden = kept * heads * rows * newest[0].shape[2] if num_matrices == 2 else 0
+    for index, numel in enumerate((of_hidden, of_hidden, kept * heads * rows * dim)):
+        outputs[OF_ROWS + index] = keys.new_empty(numel, dtype=operands)
+    of_gamma = kept * heads * dim if len(newest) > num_matrices else 0
+    outputs[MOMENTA - 1] = newest[0].new_empty(of_gamma)
+    return outputs
+
+
+def _forward(
+    keys: Tensor,  # bh n m d
+    values: Tensor,  # bh n m d
+    step_sizes: Tensor,  # bh n m
+    base: list[Tensor],  # bh d e, bh e d, bh d
+    newest: list[Tensor],  # the same
+    momentum: list[Tensor],  # the same, or empty
+    log_retention: Tensor,  # bh n
+    log_gates: Tensor | None,  # bh n
+    scales: list[Tensor],  # bh n, of each parameter; or empty
+    shares: Tensor | None,  # bh n
+    previous: list[Tensor],  # bh n d e, bh n e d, bh n d; or empty
+    lengths: list[int],
+    num_matrices: int,
+    eps: float,
+    steps: int,  # of Newton–Schulz
+    least_norm: float,
+    coefficients: list[float],
+    keeps: bool,  # whether there will be a gradient
+    operands: torch.dtype,
+) -> list[Tensor]:
+    given = _Arguments(
+        keys, values, step_sizes, base, newest, momentum, log_retention, log_gates, scales, shares, previous,
+        lengths, num_matrices, eps, steps, least_norm, coefficients, keeps, operands,
+    )  # fmt: skip
+    outputs, losses = _outputs(*given), []
+    for batch in _batches(outputs, given):
+        losses.append(newest[0].new_empty(batch.rows[2].shape))
+        results = *batch.of_rows, losses[-1]
+        inner_gradient.write_gradients(results, *batch.rows, *batch.at, *batch.residual, eps, operands)
+        for (inputs, deltas), own in zip(batch.factors, batch.parameters):
+            momenta = own.momenta
+            momentum_end = torch.empty_like(own.newest) if own.momentum_end is None else own.momentum_end
+            scans.write_momentum(momenta, momentum_end, inputs, deltas, own.scale, batch.log_gates, own.momentum)
+            updates = orthogonalise(momenta.flatten(0, 1), *given.iteration).view_as(momenta).flatten(2)
+            scans.write_weights(
+                own.before, own.end, None, None,
+                updates, None, None, batch.log_retention, None, own.newest.flatten(1),
+            )  # fmt: skip
+        for own in batch.parameters[num_matrices:]:
+            scans.write_weights(
+                own.before, own.end, own.momentum_end, own.momenta,
+                batch.of_rows[-1], own.scale, batch.log_gates, batch.log_retention, own.momentum, own.newest,
+            )  # fmt: skip
+    for index in range(len(newest)):
+        outputs[OVER_TIME + index][:, -1] = outputs[ENDS + index][-1]
+    outputs[LOSSES] = torch.cat(losses, dim=1)
+    return outputs
+
+
+def _backward(d_outputs: list[Any], *saved_and_given: Any) -> list[Any]:
+    saved, given = saved_and_given[: NUM_OUTPUTS - 1], _Arguments(*saved_and_given[NUM_OUTPUTS - 1 :])
+    no_losses = given.values.new_empty(0)
+    d_over_time, d_ends, d_momentum_ends = (d_outputs[first : first + SLOTS] for first in LISTS)
+    d_losses = d_outputs[LOSSES]
+
+    # from the memory batch after: the gradients of weights and momentum
+    d_weights: list[Any] = [None if d is None else d[:, -1].float() for d in d_over_time]
+    d_momentum: list[Any] = [None] * SLOTS
+    d_previous = [t.new_empty(t.shape) for t in given.previous]
+    of_rows: list[Any] = []
+    parts: list[list[Any]] = [[] for _ in given.newest]  # of gradients of factors
+    d_base: list[Any] = []
+    for batch in reversed(_batches([*saved[:LOSSES], no_losses, *saved[LOSSES:]], given)):
+        hidden, _, deltas, of_gamma = batch.of_rows
+        d_factors: list[Any] = []
+        d_of_gamma = None
+        for index, own in enumerate(batch.parameters):
+            d_before = d_over_time[index]
+            d_before = None if d_before is None else d_before[:, batch.span].flatten(2)
+            d_end = _added(d_weights[index], d_ends[index], batch.number)
+            d_momentum_end = _added(d_momentum[index], d_momentum_ends[index], batch.number)
+            if index < given.num_matrices:
+                momenta = own.momenta
+                d_updates, _, _, d_retention, _, d_newest = scans.weight_gradients(
+                    d_before, d_end, None, own.before, None,
+                    momenta.flatten(2), None, None, batch.log_retention, None, own.newest.flatten(1),
+                )  # fmt: skip
+                matrices = momenta.flatten(0, 1)
+                (d_matrices,) = orthogonalise_backward(d_updates.view_as(matrices), matrices, *given.iteration)
+                inputs, own_deltas = batch.factors[index]
+                d_inputs, d_deltas, d_scale, d_gates, d_momentum[index] = scans.momentum_gradients(
+                    d_matrices.view_as(momenta), d_momentum_end,
+                    momenta, inputs, own_deltas, own.scale, batch.log_gates, own.momentum,
+                )  # fmt: skip
+                d_factors.append((d_inputs, d_deltas))
+            else:
+                d_of_gamma, d_scale, d_gates, d_retention, d_momentum[index], d_newest = scans.weight_gradients(
+                    d_before, d_end, d_momentum_end, own.before, own.momenta,
+                    of_gamma, own.scale, batch.log_gates, batch.log_retention, own.momentum, own.newest,
+                )  # fmt: skip
+            d_weights[index] = d_newest
+            parts[index].append([d_retention, d_gates, d_scale])
+
+        of_inputs, of_deltas = zip(*d_factors)
+        d_hidden, d_hidden_deltas = (of_inputs[1], of_deltas[0]) if given.num_matrices == 2 else (None, None)
+        d_own_losses = None if d_losses is None else d_losses[:, batch.span]
+        of_gradient: tuple[Any, ...] = (*batch.rows, *batch.at, *batch.residual, given.eps, given.operands)
+        d_keys, d_values, d_step_sizes, *d_at, d_shares = inner_gradient.second_derivatives(
+            _slots([t[:, batch.span] for t in d_previous], given.num_matrices),
+            (d_hidden, d_hidden_deltas, of_deltas[-1], d_of_gamma, d_own_losses),
+            hidden,
+            deltas,
+            *of_gradient,
+        )
+        of_rows.append([d_keys.add_(of_inputs[0]), d_values, d_step_sizes, d_shares])
+        d_base = [d for d in d_at if d is not None]
+        if batch.number > 0:
+            d_weights = [d_newest.view_as(d).add_(d) for d_newest, d in zip(d_weights, d_base)]
+
+    d_rows = [_joined(own) for own in zip(*of_rows)]
+    of_retention, of_gates, of_scales = zip(*([_joined(own) for own in zip(*of_parameter)] for of_parameter in parts))
+    return [
+        *d_rows[:3],
+        d_base,
+        [d.view_as(w) for d, w in zip(d_weights, given.newest)],
+        d_momentum[: len(given.momentum)],
+        torch.cat(of_retention, dim=-1).sum(dim=-1),
+        None if given.log_gates is None else torch.cat(of_gates, dim=-1).sum(dim=-1),
+        [d.sum(dim=-1) for d in of_scales if d is not None],
+        d_rows[3],
+        d_previous,
+    ]
+
+
+spectral_memory_scan = register_kernel(
+    'spectral_memory_scan',
+    _forward,
+    _backward,
+    outputs=_outputs,
+    saved=[index for index in range(NUM_OUTPUTS) if index != LOSSES],
+    not_differentiable=range(LOSSES + 1, NUM_OUTPUTS),
+    materialize_grads=False,
+)
+
+
+def _batches(outputs: list[Tensor], given: _Arguments) -> list[_Batch]:
+    """The memory batches as views of arguments and outputs."""
+    keys, num_matrices = given.keys, given.num_matrices
+    low_keys = keys.to(given.operands)
+    over_time, ends, momentum_ends, momenta = (outputs[first : first + SLOTS] for first in (*LISTS, MOMENTA))
+    heads, _, rows, dim = keys.shape
+    width = given.newest[0].shape[2]
+    shapes = [(rows, width), (rows, width), (rows, dim), (dim,)]
+    batches = []
+    for index, stop in enumerate(accumulate(given.lengths)):
+        span = slice(stop - given.lengths[index], stop)
+        kept = span if given.keeps else slice(0, given.lengths[index])
+        newest, momentum = given.newest, given.momentum
+        if index > 0:
+            newest, momentum = ([t[index - 1] for t in states if t.numel() > 0] for states in (ends, momentum_ends))
+        hidden, hidden_deltas, deltas, of_gamma = (
+            _of_chunks(t, heads, kept, shape) for t, shape in zip(outputs[OF_ROWS:MOMENTA], shapes)
+        )
+        parameters = [
+            _Parameter(
+                newest=w,
+                end=ends[p][index],
+                momentum=momentum[p] if momentum else None,
+                momentum_end=momentum_ends[p][index] if momentum else None,
+                before=over_time[p][:, span].flatten(2),
+                momenta=_of_chunks(momenta[p], heads, kept, w.shape[1:]) if momenta[p].numel() > 0 else None,
+                scale=given.scales[p][:, span] if given.scales else None,
+            )
+            for p, w in enumerate(newest)
+        ]
+        factors = [(low_keys[:, span], hidden_deltas), (hidden, deltas)]
+        batch = _Batch(
+            number=index,
+            span=span,
+            rows=(keys[:, span], given.values[:, span], given.step_sizes[:, span]),
+            at=_slots(given.base if index == 0 else newest, num_matrices),
+            residual=(
+                None if given.shares is None else given.shares[:, span],
+                *_slots([t[:, span] for t in given.previous], num_matrices),
+            ),
+            of_rows=(hidden, hidden_deltas, deltas, of_gamma),
+            factors=factors if num_matrices == 2 else [(low_keys[:, span], deltas)],
+            log_retention=given.log_retention[:, span],
+            log_gates=None if given.log_gates is None else given.log_gates[:, span],
+            parameters=parameters,
+        )
+        batches.append(batch)
+    return batches
+
+
+def _of_chunks(flat: Tensor, heads: int, chunks: slice, shape: Sequence[int]) -> Tensor:
+    """A memory batch's part (bh, n, …) of a flat buffer of all chunks; of an empty one nothing."""
+    if flat.numel() == 0:
+        return flat
+    number = chunks.stop - chunks.start
+    per_chunk = heads * prod(shape)
+    return flat.narrow(0, chunks.start * per_chunk, number * per_chunk).view(heads, number, *shape)
+
+
+def _slots(weights: list[Tensor], num_matrices: int) -> tuple[Any, Any, Any]:
+    """First and last matrix and γ, as kernels of the inner gradient take them: of one matrix it is the last."""
+    if not weights:
+        return None, None, None
+    *first, last = weights[:num_matrices]
+    gamma = weights[num_matrices:]
+    return first[0] if first else None, last, gamma[0] if gamma else None
+
+
+def _added(carried: Tensor | None, of_output: Tensor | None, index: int) -> Tensor | None:
+    """The gradient of the states after a memory batch: from the next one, and of the operation's output."""
+    if of_output is None:
+        return carried
+    return of_output[index] if carried is None else carried + of_output[index]
+
+
+def _joined(backwards: Sequence[Any]) -> Tensor | None:
+    """Parts of all memory batches, given from the last to the first."""
+    return None if backwards[0] is None else torch.cat([*backwards[::-1]], dim=1)
