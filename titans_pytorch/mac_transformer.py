@@ -26,6 +26,7 @@ from titans_pytorch.models.residual_streams import Streams
 from titans_pytorch.models.state import ModelState
 from titans_pytorch.models.validation import checked_memory_settings, layers_with_memory
 from titans_pytorch.neural_memory import NeuralMemory
+from titans_pytorch.ops.grouped_linear import grouped_linear
 from titans_pytorch.utils.checks import (
     check_flags,
     check_multiple,
@@ -133,7 +134,7 @@ class MACBlock(Block):
             return memory_in.expand(3, *memory_in.shape)
         choices = torch.stack((memory_in, *earlier), dim=2)
         weights = self.view_selector(memory_in).unflatten(-1, (3, -1)).softmax(dim=-1)
-        return (weights @ choices).movedim(2, 0)
+        return grouped_linear(weights, choices).movedim(2, 0)
 
 
 class PaperMACBlock(MACBlock):

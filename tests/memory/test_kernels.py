@@ -152,7 +152,7 @@ def test_a_memory_compiles_to_few_operations(kernels_everywhere, fresh_compiler)
 
     compiled = torch.compile(loss, fullgraph=True, backend=backend)(seq)
     counts = [sum(f'titans_pytorch.{name}' in target for target in seen) for name in OPERATIONS]
-    assert counts == [0, 0, 1, 1], seen
+    assert counts == [0, 0, 1, 1, 0], seen
     expected = loss(seq)
     assert_same((compiled, gradients(mem, compiled)), (expected, gradients(mem, expected)), 1e-5)
 

@@ -27,6 +27,7 @@ SHAPES = [
     (1, 2, 16, 130, 20),
     (3, 4, 1, 37, 20),
     (1, 3, 40, 20, 37),
+    (1, 35, 2, 8, 6),
 ]
 MOMENTA = [
     ('scales', 'gates', 'start'),
@@ -180,7 +181,7 @@ def test_kernels_of_momenta(kernels_everywhere, poisoned, shape, present):
 
 
 @pytest.mark.parametrize('present', VECTORS)
-@pytest.mark.parametrize('shape', [(2, 5, 37), (1, 1, 3), (3, 4, 600)])
+@pytest.mark.parametrize('shape', [(2, 5, 37), (1, 1, 3), (3, 4, 600), (1, 70, 5)])
 def test_kernels_of_vectors(kernels_everywhere, poisoned, shape, present):
     tensors = vectors(*shape, present)
     came = learned(our_vectors, leaves(tensors))

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titans_pytorch.memory.fast_weights import FastWeights, Weights, matmul
+from titans_pytorch.memory.fast_weights import FastWeights, Weights
 from titans_pytorch.ops.gate_products import gate_products
+from titans_pytorch.ops.grouped_linear import grouped_linear
 from titans_pytorch.utils.functional import replaced
 from titans_pytorch.utils.precision import at_least_float32, no_autocast
 from titans_pytorch.utils.shapes import Bool, Float
@@ -114,7 +115,7 @@ class WeightResidual(NamedTuple):
     def linear(self, name: str, x: Float[Tensor, 'bh n m d']) -> Float[Tensor, 'bh n m e']:
         """Rows of each chunk times the share of a matrix that is added before it."""
         in_dense = name in self.dense
-        out = matmul(x, self.dense[name]) if in_dense else self.weights.linear(name, x, self.first_step)
+        out = grouped_linear(x, self.dense[name]) if in_dense else self.weights.linear(name, x, self.first_step)
         return scaled(self.shares, out)
 
 

@@ -25,9 +25,10 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from titans_pytorch.ops.grouped_linear import grouped_linear
 from titans_pytorch.ops.retrieve_sequence import FactoredMatrix
 from titans_pytorch.ops.retrieve_sequence.reference import ROWS_IN_CACHE, factored_linear
-from titans_pytorch.utils.precision import autocast_dtype, no_autocast
+from titans_pytorch.utils.precision import no_autocast
 from titans_pytorch.utils.shapes import Float, concatenated
 
 Weights = dict[str, Tensor]
@@ -144,12 +145,6 @@ def _rows(block: StoredBlock) -> Float[Tensor, 'bh t d']:
     return next(iter(block.factors.values())).inputs
 
 
-def matmul(x: Float[Tensor, 'bh n c d'], weights: Float[Tensor, 'bh n d e']) -> Float[Tensor, 'bh n c e']:
-    """Rows of each chunk times its matrix."""
-    # autocast makes the dtypes equal; without it, the weights may have been stored under autocast
-    return x @ (weights.to(x.dtype) if autocast_dtype(x.device) is None else weights)
-
-
 def _joined(parts: list[Float[Tensor, 'bh _n ...']], final: Float[Tensor, 'bh ...']) -> Float[Tensor, 'bh n ...']:
     final = final.unsqueeze(1)
     return torch.cat([*parts, final.to(parts[0].dtype)], dim=1) if parts else final
@@ -200,11 +195,11 @@ class FastWeights(Mapping[str, Tensor]):
     def linear(self, name: str, x: Float[Tensor, 'bh n c d'], first: int) -> Float[Tensor, 'bh n c e']:
         """Group k of the rows `x` times the matrix of step `first + k`."""
         if name in self.dense:
-            return matmul(x, self.steps(name, first, x.shape[1]))
+            return grouped_linear(x, self.steps(name, first, x.shape[1]))
         out = [self.blocks[index].linear(name, rows)[:, used] for index, rows, used in self.by_block(x, first)]
         after = self.after_blocks(x, first)
         if after is not None:
-            out.append(matmul(after, self.final[name].unsqueeze(1)))
+            out.append(grouped_linear(after, self.final[name].unsqueeze(1)))
         return concatenated(out, dim=1)
 
     def by_block(

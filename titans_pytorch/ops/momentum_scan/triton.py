@@ -19,17 +19,17 @@ from torch import Tensor
 from titans_pytorch.ops._registration import register_kernel
 from titans_pytorch.ops._triton import TRITON_DTYPES, contiguous_inside, multiply_add, named_strides, tile_size
 
-# longer side of a program's block of a matrix, at most and at least, and the entries of it that a thread holds; the
+# longer side of a program's block of a matrix, at most and at least, and the entries of either that a thread holds; the
 # least where there would be fewer programs than these. Sides of products are 16 or more; in full float32, products
 # take twice the registers
-FORWARD, BACKWARD, BACKWARD_IN_FULL = (64, 16, 16), (64, 16, 16), (32, 16, 8)
+FORWARD, BACKWARD, BACKWARD_IN_FULL = (64, 16, 16, 8), (64, 16, 32, 8), (32, 16, 8, 8)
 ENOUGH_PROGRAMS, MOST_WARPS = 128, 8
 # rows of float32 that are multiplied one by one, at most
 MOST_SINGLE_ROWS = 16
-# features of a strip, and its warps
-STRIP, STRIP_WARPS = 512, 2
+# features of a strip, and its warps: within one warp sums need no barrier
+STRIP, STRIP_WARPS = 256, 1
 # chunks loaded ahead: loads of the next chunks do not wait for the state
-STAGES, BACKWARD_STAGES, STRIP_STAGES = 3, 3, 3
+STAGES, BACKWARD_STAGES, STRIP_STAGES = 3, 3, 5
 # entries of a gradient that a program sums
 SUM_BLOCK = 512
 # in full, also where PyTorch may use TF32: errors of a state accumulate
@@ -533,13 +533,14 @@ def _vector_arguments(
     )  # fmt: skip
 
 
-def _block(heads: int, dim: int, width: int, setting: tuple[int, int, int]) -> tuple[int, int, int]:
+def _block(heads: int, dim: int, width: int, setting: tuple[int, int, int, int]) -> tuple[int, int, int]:
     """Rows and columns of a matrix that a program owns, and its warps."""
     short, long = sorted((dim, width))
-    most, least, entries = setting
+    most, least, of_most, of_least = setting
     whole, own = tile_size(short), min(most, tile_size(long))
     while own > least and heads * triton.cdiv(long, own) < ENOUGH_PROGRAMS:
         own //= 2
+    entries = of_most if own > least else of_least
     warps = min(MOST_WARPS, max(1, whole * own // (32 * entries)))
     return (whole, own, warps) if dim <= width else (own, whole, warps)
 
