@@ -24,6 +24,7 @@ import json
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -270,10 +271,13 @@ def main() -> None:
             (path, dict(row=asdict(row), **sizes, compiles=options.compile and path != options.reference_path))
             for row, _, path in jobs
         ]
-        if options.together:
-            results = together(__file__, arguments, options.timeout)
-        else:
-            results = (in_own_process(__file__, path, options.timeout, **job) for path, job in arguments)
+        # the reference, which may need the memory of the whole GPU, comes last and by itself
+        side_by_side = [job for job in arguments if options.together and job[0] != options.reference_path]
+        by_themselves = arguments[len(side_by_side) :]
+        results = chain(
+            together(__file__, side_by_side, options.timeout) if side_by_side else (),
+            (in_own_process(__file__, path, options.timeout, **job) for path, job in by_themselves),
+        )
         for (_, name, _), figures in zip(jobs, results):
             print(json.dumps({'row': name, 'length': length, **figures}), flush=True)
             if 'failed' in figures:

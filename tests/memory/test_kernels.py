@@ -70,6 +70,16 @@ def test_a_memory_equals_the_dense_engine(launched, switch):
     assert ('final_state' in launched) == (switch in BY_BATCH)
 
 
+@pytest.mark.parametrize('switch', ['plain', 'spectral norm', 'soft clamp'])
+def test_checkpoints_recompute_what_kernels_read(launched, switch):
+    plain, checkpointed = (memory(switch, checkpoint_every=every).float().to(DEVICE) for every in (None, 8))
+    checkpointed.load_state_dict(plain.state_dict())
+    seq = inputs(plain, 24).float().to(DEVICE)
+    expected, came = (gradients(mem, mem(seq)[0].sin().sum()) for mem in (plain, checkpointed))
+    assert_same(came, expected, 1e-4)
+    assert launched
+
+
 @pytest.mark.parametrize('changes', [{}, {'qk_l2norm': True, 'post_rmsnorm': True, 'num_kv_per_token': 2}])
 @pytest.mark.parametrize('channel_gate', [False, True])
 def test_queries_keys_and_values_equal_those_of_the_dense_engine(launched, changes, channel_gate):

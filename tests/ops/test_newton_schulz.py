@@ -124,7 +124,7 @@ def test_kernel_is_as_exact_as_the_reference_in_sizes_of_training(kernel, poison
 @pytest.mark.parametrize('shape', [(300, 64, 256), (300, 128, 128), (300, 256, 64)])
 def test_kernel_takes_larger_matrices_in_bfloat16(kernel, poisoned, shape):
     matrices = leaf(torch.randn(shape, device='cuda'))
-    assert operation._supports(matrices, torch.bfloat16) and not operation._supports(matrices, torch.float32)
+    assert operation.supports(matrices, torch.bfloat16) and not operation.supports(matrices, torch.float32)
     exact = with_gradient(by_reference, leaf(matrices, torch.float64))
     came = with_gradient(lambda m: by_kernel(kernel, m, operands=torch.bfloat16), matrices)
     with torch.autocast('cuda', torch.bfloat16):
@@ -139,14 +139,14 @@ def test_kernel_takes_larger_matrices_in_bfloat16(kernel, poisoned, shape):
 @pytest.fixture
 def taken(kernels_everywhere, monkeypatch):
     """Kernels run on this device too; the sizes that the limits were checked for, and `None` for those beyond."""
-    sizes, supports = [], operation._supports
+    sizes, supports = [], operation.supports
 
     def supports_and_tells(matrices, operands):
         supported = supports(matrices, operands)
         sizes.append((*matrices.shape[-2:], operands) if supported else None)
         return supported
 
-    monkeypatch.setattr(operation, '_supports', supports_and_tells)
+    monkeypatch.setattr(operation, 'supports', supports_and_tells)
     return sizes
 
 

@@ -6,14 +6,34 @@ import pytest
 import torch
 from compare import assert_same
 from memories import randomised
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from titans_pytorch import NeuralMemory
 from titans_pytorch.memory.backends import SpectralBackend, fused_mlp
+from titans_pytorch.ops import newton_schulz
 from titans_pytorch.ops import spectral_memory_scan as operation
+from titans_pytorch.ops.inner_gradient import PreviousWeights, inner_gradient
+from titans_pytorch.ops.momentum_scan import momentum_scan, vector_scan, weight_scan
+from titans_pytorch.ops.newton_schulz import QUINTIC
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 # Triton's interpreter multiplies no bfloat16
 LOW = torch.bfloat16 if DEVICE == 'cuda' else torch.float16
+CHECKS = ('test_schema', 'test_autograd_registration', 'test_faketensor', 'test_aot_dispatch_dynamic')
+
+
+def triton():
+    pytest.importorskip('triton')
+    from titans_pytorch.ops.spectral_memory_scan import triton
+
+    return triton
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
 
 
 @pytest.fixture
@@ -51,11 +71,8 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize(
-    ('option', 'precision'),
-    [*((option, 'full') for option in OPTIONS), ('two matrices and a norm', 'autocast')],
-)
-def test_all_memory_batches_at_once_are_as_one_by_one(option, precision, kernels_everywhere, scans, monkeypatch):
+@pytest.mark.parametrize('option', OPTIONS)
+def test_all_memory_batches_at_once_are_as_one_by_one(option, kernels_everywhere, scans, monkeypatch):
     """Outputs, states and gradients of two memories, of which the second builds on the first and goes on from a state
     within a memory batch. Both run the same kernels, so that Newton–Schulz magnifies no difference."""
 
@@ -63,17 +80,14 @@ def test_all_memory_batches_at_once_are_as_one_by_one(option, precision, kernels
         torch.manual_seed(0)
         one, two = (memory(residual, **OPTIONS[option]) for residual in (False, True))
         seq = torch.randn(1, 22, 8, device=DEVICE, requires_grad=True)
-        with torch.autocast(DEVICE, LOW, enabled=precision == 'autocast'):
-            first, before = one(seq)
-            second, after = two(first.float(), prev_weights=before.updates)
-            longer, state = one(seq[:, :11], state=before)
-            third, after = two(seq[:, :11], state=after, prev_weights=state.updates)
+        first, before = one(seq)
+        second, after = two(first, prev_weights=before.updates)
+        longer, state = one(seq[:, :11], state=before)
+        third, after = two(seq[:, :11], state=after, prev_weights=state.updates)
         states = [w for pair in after.states for w in pair.values()]
-        total = sum(t.float().square().mean() for t in (first, second, third, longer, *states))
+        total = sum(t.square().mean() for t in (first, second, third, longer, *states))
         inputs = [seq, *one.parameters(), *two.parameters()]
-        scale = 1.0 if precision == 'full' else 1e-4  # so that half precision does not overflow
-        gradients = torch.autograd.grad(scale * total, inputs, allow_unused=True)
-        gradients = [None if g is None else g / scale for g in gradients]
+        gradients = torch.autograd.grad(total, inputs, allow_unused=True)
         return first, second, third, dict(after.updates.items()), dict(after.weights.items()), gradients
 
     found = stored()
@@ -81,7 +95,7 @@ def test_all_memory_batches_at_once_are_as_one_by_one(option, precision, kernels
     part_by_part(monkeypatch)
     expected = stored()
     assert len(scans) == 4
-    assert_same(found, expected, 1e-4 if precision == 'full' else 1e-2)
+    assert_same(found, expected, 1e-4)
 
 
 def test_a_call_may_end_within_a_memory_batch_or_not_reach_its_end(kernels_everywhere, scans):
@@ -92,17 +106,15 @@ def test_a_call_may_end_within_a_memory_batch_or_not_reach_its_end(kernels_every
 
 
 def test_without_a_gradient_only_one_memory_batch_is_kept(kernels_everywhere, monkeypatch):
-    from titans_pytorch.ops.spectral_memory_scan import triton
-
-    kept = []
-    outputs = triton._outputs
+    kernels, kept = triton(), []
+    outputs = kernels._outputs
 
     def noted(*args):
         found = outputs(*args)
-        kept.append(found[triton.MOMENTA].numel())
+        kept.append(found[kernels.MOMENTA].numel())
         return found
 
-    monkeypatch.setattr(triton, '_outputs', noted)
+    monkeypatch.setattr(kernels, '_outputs', noted)
     one, seq = memory(), torch.randn(1, 16, 8, device=DEVICE)
     learned, _ = one(seq)
     with torch.no_grad():
@@ -111,10 +123,116 @@ def test_without_a_gradient_only_one_memory_batch_is_kept(kernels_everywhere, mo
     assert kept[0] == 2 * kept[1] > 0
 
 
+def test_a_state_holds_the_weights_of_no_other_memory_batch(kernels_everywhere, scans):
+    _, state = memory()(torch.randn(1, 29, 8, device=DEVICE))
+    assert scans == [[2, 2, 2, 1]]
+    for w in (*state.weights.values(), *(w for pair in state.states for w in pair.values())):
+        assert w.untyped_storage().nbytes() == w.nbytes
+
+
 def test_outputs_are_written_whole(kernels_everywhere, poisoned, scans):
-    out, state = memory()(torch.randn(1, 14, 8, device=DEVICE))
-    (out.sum() + sum(w.sum() for w in state.updates.values())).backward()
-    assert scans and out.isfinite().all()
+    one, two = (memory(residual, per_parameter_lr_modulation=True) for residual in (False, True))
+    seq = torch.randn(1, 14, 8, device=DEVICE)
+    first, state = one(seq)
+    out, after = two(seq, prev_weights=state.updates)
+    states = [w for pair in after.states for w in pair.values()]
+    total = first.sum() + out.sum() + sum(w.sum() for w in (*after.updates.values(), *states))
+    of_parameters = torch.autograd.grad(total, [*one.parameters(), *two.parameters()], allow_unused=True)
+    assert len(scans) == 2
+    assert all(t.isfinite().all() for t in (out, *states, *of_parameters) if t is not None)
+
+
+def problem(num_matrices, norm, momentum, residual, dtype):
+    """Arguments of the operation for two memory batches of three chunks and one of two."""
+    heads, lengths, rows, dim, width = 2, [3, 3, 2], 4, 4, 8
+    chunks = sum(lengths)
+    shapes = [(dim, width), (width, dim)] if num_matrices == 2 else [(dim, dim)]
+    torch.manual_seed(0)
+    made = lambda *shape: torch.randn(*shape, device=DEVICE)  # noqa: E731
+
+    def weights(*axes):
+        return [made(heads, *axes, *shape) for shape in (*shapes, *([(dim,)] if norm else []))]
+
+    learned = [made(heads, chunks, rows, dim).to(dtype), made(heads, chunks, rows, dim).to(dtype)]
+    learned += [torch.rand(heads, chunks, rows, device=DEVICE).to(dtype), weights(), weights()]
+    learned += [weights() if momentum else [], -torch.rand(heads, chunks, device=DEVICE)]
+    learned += [-torch.rand(heads, chunks, device=DEVICE) if momentum else None]
+    learned += [[made(heads, chunks) for _ in shapes + [()] * norm], made(heads, chunks) if residual else None]
+    learned += [[w.to(dtype) for w in weights(chunks)] if residual else []]
+    tree_map_only(torch.Tensor, lambda t: t.requires_grad_(), learned)
+    return *learned, lengths, num_matrices, 1e-5, newton_schulz.STEPS, newton_schulz.EPS, [*QUINTIC], True, dtype
+
+
+def looped(*arguments):
+    """`ScannedWeights` but for the losses, by the operations on a single memory batch."""
+    keys, values, thetas, at, newest, momentum, retention, gates, scales, shares, previous = arguments[:11]
+    lengths, number, eps, *_, operands = arguments[11:]
+    before, ends, momentum_ends = [[] for _ in newest], [[] for _ in newest], [[] for _ in momentum]
+    start = 0
+    for length in lengths:
+        own = slice(start, start + length)
+        start += length
+        residual = None
+        if shares is not None:
+            of_chunks = [w[:, own] for w in previous]
+            residual = PreviousWeights(shares[:, own], of_chunks[:number], (of_chunks[number:] or [None])[0])
+        rows = keys[:, own], values[:, own], thetas[:, own]
+        found = inner_gradient(*rows, at[:number], (at[number:] or [None])[0], eps, residual)
+        own_gates = None if gates is None else gates[:, own]
+        at = []
+        for index, w in enumerate(newest):
+            earlier = momentum[index] if momentum else None
+            if index < number:
+                update = found.inputs[index], found.deltas[index], scales[index][:, own]
+                every, last = momentum_scan(*update, own_gates, earlier, operands)
+                over_time, end = weight_scan(newton_schulz.newton_schulz(every), retention[:, own], w, operands)
+            else:
+                gated = scales[index][:, own], own_gates, retention[:, own]
+                over_time, end, last = vector_scan(found.negative_gamma_gradient, *gated, earlier, w)
+            before[index].append(over_time)
+            ends[index].append(end)
+            if momentum:
+                momentum_ends[index].append(last)
+            at.append(end)
+        newest, momentum = at, [own[-1] for own in momentum_ends]
+    over_time = [torch.cat([*own, end[-1][:, None].to(own[0].dtype)], dim=1) for own, end in zip(before, ends)]
+    return over_time, [torch.stack(own) for own in ends], [torch.stack(own) for own in momentum_ends]
+
+
+PROBLEMS = [(2, True, True, True), (1, False, True, False), (2, False, False, True), (1, True, False, False)]
+
+
+@pytest.mark.parametrize('problem_of', PROBLEMS)
+def test_the_operation_in_half_precision_equals_its_parts(kernels_everywhere, problem_of):
+    arguments = problem(*problem_of, LOW)
+    inputs = [t for t in tree_leaves(arguments) if isinstance(t, torch.Tensor)]
+    results = []
+    for scanned in (triton().spectral_memory_scan, looped):
+        outputs = scanned(*arguments)
+        if scanned is not looped:
+            outputs = [[t for t in outputs[first : first + 3] if t.numel() > 0] for first in triton().LISTS]
+        total = sum(t.double().square().mean() for t in tree_leaves(outputs))
+        results.append((outputs, torch.autograd.grad(1e-3 * total, inputs, allow_unused=True)))
+    assert_same(*results, 1e-5)
+    assert all(t.isfinite().all() for t in tree_leaves(results[0][1]) if t is not None)
+
+
+@pytest.mark.parametrize('problem_of', PROBLEMS)
+def test_the_operation_keeps_the_rules_of_pytorch(kernels_everywhere, problem_of):
+    torch.library.opcheck(triton().spectral_memory_scan, problem(*problem_of, torch.float32), test_utils=CHECKS)
+
+
+def test_a_memory_compiles_to_one_operation(kernels_everywhere, fresh_compiler):
+    one, seen = memory(), []
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    seq = torch.randn(1, 14, 8, device=DEVICE)
+    compiled, _ = torch.compile(one, fullgraph=True, backend=backend)(seq)
+    assert sum('spectral_memory_scan' in target for target in seen) == 1
+    assert_same(compiled, one(seq)[0], 1e-6)
 
 
 @pytest.mark.parametrize(

@@ -85,10 +85,11 @@ def register_kernel(
         d_outputs_needed = [d for index, d in enumerate(flat) if index not in not_differentiable]
         if all(d is None for d in d_outputs_needed):
             return tree_unflatten([None] * len(ctx.settings), ctx.structure)
-        tensors = ctx.saved_tensors[: len(ctx.settings)]
+        saved_tensors = ctx.saved_tensors  # checkpointing lets them be read only once
+        tensors, kept = saved_tensors[: len(ctx.settings)], [*saved_tensors[len(ctx.settings) :]]
         leaves = [setting if tensor is None else tensor for tensor, setting in zip(tensors, ctx.settings)]
         arguments = tree_unflatten(leaves, ctx.structure)
-        found = iter(gradient_operation(d_outputs_needed, [*ctx.saved_tensors[len(leaves) :]], *arguments))
+        found = iter(gradient_operation(d_outputs_needed, kept, *arguments))
         return tree_unflatten([None if tensor is None else next(found) for tensor in tensors], ctx.structure)
 
     operation.register_autograd(differentiate, setup_context=setup_context)

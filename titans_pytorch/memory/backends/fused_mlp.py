@@ -137,15 +137,16 @@ class FusedMLP(NamedTuple):
             [block.num_chunks for block in blocks],
             self.mlp.eps,
         )
-        # modulation follows the order of the weights
-        over_time, ends, momentum = (
-            {name: by_name[name] for name in weights.newest if name in by_name}
-            for by_name in (dict(zip(names, own)) for own in (out.over_time, out.ends, out.momentum_ends))
+        # in the order of `weights.newest`, by which modulation is indexed
+        over_time, ends, momentum_ends = (
+            {name: own[names.index(name)] for name in weights.newest} if own else {}
+            for own in (out.over_time, out.ends, out.momentum_ends)
         )
-        newest = base = {name: own[-1] for name, own in ends.items()}
+        # copies, as a state would otherwise hold those of all memory batches
+        newest = base = {name: own[-1].clone() for name, own in ends.items()}
         if not blocks[-1].ends_batch:
-            base = weights.base if len(blocks) == 1 else {name: own[-2] for name, own in ends.items()}
-        after = MemoryWeights(base, newest, {name: own[-1:] for name, own in momentum.items()})
+            base = weights.base if len(blocks) == 1 else {name: own[-2].clone() for name, own in ends.items()}
+        after = MemoryWeights(base, newest, {name: own[-1:].clone() for name, own in momentum_ends.items()})
         return FastWeights(over_time, [], newest), after, out.losses if inputs.with_losses else None
 
     @property

@@ -26,7 +26,7 @@ from titans_pytorch.ops.inner_gradient import PreviousWeights
 from titans_pytorch.utils.precision import operand_dtype
 from titans_pytorch.utils.shapes import Float
 
-_MOST_ENTRIES = 2**31  # of a parameter over all chunks, because offsets among them have 32 bits
+_MOST_ENTRIES = 2**31  # of a head's matrix over all chunks, because offsets among them have 32 bits
 
 
 class ScannedWeights(NamedTuple):
@@ -52,12 +52,12 @@ def has_kernel(
     and momentum, and residual weights."""
     keys = rows[0]
     of_residual = [] if residual is None else [residual.shares, *_listed(residual.matrices, residual.gamma)]
-    operands, (heads, chunks) = operand_dtype(keys), keys.shape[:2]
+    operands, chunks = operand_dtype(keys), keys.shape[1]
     return (
         use_kernel([*rows, *of_residual], [*matrices, *states], capability=HOPPER)
         and inner_gradient.supports(keys, matrices)
         and all(newton_schulz.supports(w, operands) for w in matrices)
-        and all(chunks > 0 and heads * (chunks + 1) * w[0].numel() < _MOST_ENTRIES for w in matrices)
+        and all((chunks + 1) * w[0].numel() < _MOST_ENTRIES for w in matrices)
         and keys.shape[2] <= momentum_scan.MOST_ROWS
     )
 

@@ -23,7 +23,7 @@ from titans_pytorch.ops.newton_schulz.triton import orthogonalise, orthogonalise
 # Outputs: lists with a place for each of two matrices and γ, in the order of the parameters, absent ones empty; the
 # losses; and what only the gradient needs.
 SLOTS = 3
-OVER_TIME, ENDS, MOMENTUM_ENDS, LOSSES, OF_ROWS, MOMENTA, NUM_OUTPUTS = 0, 3, 6, 9, 10, 14, 17
+OVER_TIME, ENDS, MOMENTUM_ENDS, LOSSES, OF_ROWS, OF_GAMMA, MOMENTA, NUM_OUTPUTS = 0, 3, 6, 9, 10, 13, 14, 17
 LISTS = OVER_TIME, ENDS, MOMENTUM_ENDS
 
 
@@ -88,29 +88,12 @@ class _Batch(NamedTuple):
     parameters: list[_Parameter]
 
 
-def _outputs(
-    keys: Tensor,
-    values: Tensor,
-    step_sizes: Tensor,
-    base: list[Tensor],
-    newest: list[Tensor],
-    momentum: list[Tensor],
-    log_retention: Tensor,
-    log_gates: Tensor | None,
-    scales: list[Tensor],
-    shares: Tensor | None,
-    previous: list[Tensor],
-    lengths: list[int],
-    num_matrices: int,
-    eps: float,
-    steps: int,
-    least_norm: float,
-    coefficients: list[float],
-    keeps: bool,
-    operands: torch.dtype,
-) -> list[Tensor]:
+def _outputs(*arguments: Any) -> list[Tensor]:
+    given = _Arguments(*arguments)
+    newest, momentum, lengths, operands = given.newest, given.momentum, given.lengths, given.operands
+    keys, num_matrices = given.keys, given.num_matrices
     heads, chunks, rows, dim = keys.shape
-    kept = chunks if keeps else max(lengths)
+    kept = chunks if given.keeps else max(lengths)
     outputs = [newest[0].new_empty(0) for _ in range(NUM_OUTPUTS)]
     for index, w in enumerate(newest):
         is_matrix = index < num_matrices
@@ -126,7 +109,7 @@ def _outputs(
     for index, numel in enumerate((of_hidden, of_hidden, kept * heads * rows * dim)):
         outputs[OF_ROWS + index] = keys.new_empty(numel, dtype=operands)
     of_gamma = kept * heads * dim if len(newest) > num_matrices else 0
-    outputs[MOMENTA - 1] = newest[0].new_empty(of_gamma)
+    outputs[OF_GAMMA] = newest[0].new_empty(of_gamma)
     return outputs
 
 
@@ -156,7 +139,7 @@ def _forward(
         lengths, num_matrices, eps, steps, least_norm, coefficients, keeps, operands,
     )  # fmt: skip
     outputs, losses = _outputs(*given), []
-    for batch in _batches(outputs, given):
+    for batch in _batches([*outputs[:LOSSES], *outputs[LOSSES + 1 :]], given):
         losses.append(newest[0].new_empty(batch.rows[2].shape))
         results = *batch.of_rows, losses[-1]
         inner_gradient.write_gradients(results, *batch.rows, *batch.at, *batch.residual, eps, operands)
@@ -176,13 +159,14 @@ def _forward(
             )  # fmt: skip
     for index in range(len(newest)):
         outputs[OVER_TIME + index][:, -1] = outputs[ENDS + index][-1]
-    outputs[LOSSES] = torch.cat(losses, dim=1)
+    torch.cat(losses, dim=1, out=outputs[LOSSES])
     return outputs
 
 
 def _backward(d_outputs: list[Any], *saved_and_given: Any) -> list[Any]:
     saved, given = saved_and_given[: NUM_OUTPUTS - 1], _Arguments(*saved_and_given[NUM_OUTPUTS - 1 :])
-    no_losses = given.values.new_empty(0)
+    # absent outputs are empty, and so are their gradients
+    d_outputs = [None if d is None or d.numel() == 0 else d for d in d_outputs]
     d_over_time, d_ends, d_momentum_ends = (d_outputs[first : first + SLOTS] for first in LISTS)
     d_losses = d_outputs[LOSSES]
 
@@ -193,7 +177,7 @@ def _backward(d_outputs: list[Any], *saved_and_given: Any) -> list[Any]:
     of_rows: list[Any] = []
     parts: list[list[Any]] = [[] for _ in given.newest]  # of gradients of factors
     d_base: list[Any] = []
-    for batch in reversed(_batches([*saved[:LOSSES], no_losses, *saved[LOSSES:]], given)):
+    for batch in reversed(_batches(saved, given)):
         hidden, _, deltas, of_gamma = batch.of_rows
         d_factors: list[Any] = []
         d_of_gamma = None
@@ -266,11 +250,12 @@ spectral_memory_scan = register_kernel(
 )
 
 
-def _batches(outputs: list[Tensor], given: _Arguments) -> list[_Batch]:
-    """The memory batches as views of arguments and outputs."""
+def _batches(saved: Sequence[Tensor], given: _Arguments) -> list[_Batch]:
+    """The memory batches as views of arguments and of all outputs but the losses."""
     keys, num_matrices = given.keys, given.num_matrices
     low_keys = keys.to(given.operands)
-    over_time, ends, momentum_ends, momenta = (outputs[first : first + SLOTS] for first in (*LISTS, MOMENTA))
+    over_time, ends, momentum_ends = (saved[first : first + SLOTS] for first in LISTS)
+    of_rows, momenta = saved[OF_ROWS - 1 : MOMENTA - 1], saved[MOMENTA - 1 :]
     heads, _, rows, dim = keys.shape
     width = given.newest[0].shape[2]
     shapes = [(rows, width), (rows, width), (rows, dim), (dim,)]
@@ -282,7 +267,7 @@ def _batches(outputs: list[Tensor], given: _Arguments) -> list[_Batch]:
         if index > 0:
             newest, momentum = ([t[index - 1] for t in states if t.numel() > 0] for states in (ends, momentum_ends))
         hidden, hidden_deltas, deltas, of_gamma = (
-            _of_chunks(t, heads, kept, shape) for t, shape in zip(outputs[OF_ROWS:MOMENTA], shapes)
+            _of_chunks(t, heads, kept, shape) for t, shape in zip(of_rows, shapes)
         )
         parameters = [
             _Parameter(
