@@ -178,35 +178,20 @@ def _backward(d_outputs: list[Any], *saved_and_given: Any) -> list[Any]:
     parts: list[list[Any]] = [[] for _ in given.newest]  # of gradients of factors
     d_base: list[Any] = []
     for batch in reversed(_batches(saved, given)):
-        hidden, _, deltas, of_gamma = batch.of_rows
-        d_factors: list[Any] = []
-        d_of_gamma = None
-        for index, own in enumerate(batch.parameters):
+        hidden, _, deltas, _ = batch.of_rows
+        d_factors: list[Any] = []  # of each matrix those of X and Δ, and that of what γ is to descend by
+        for index in range(len(given.newest)):
             d_before = d_over_time[index]
-            d_before = None if d_before is None else d_before[:, batch.span].flatten(2)
-            d_end = _added(d_weights[index], d_ends[index], batch.number)
-            d_momentum_end = _added(d_momentum[index], d_momentum_ends[index], batch.number)
-            if index < given.num_matrices:
-                momenta = own.momenta
-                d_updates, _, _, d_retention, _, d_newest = scans.weight_gradients(
-                    d_before, d_end, None, own.before, None,
-                    momenta.flatten(2), None, None, batch.log_retention, None, own.newest.flatten(1),
-                )  # fmt: skip
-                matrices = momenta.flatten(0, 1)
-                (d_matrices,) = orthogonalise_backward(d_updates.view_as(matrices), matrices, *given.iteration)
-                inputs, own_deltas = batch.factors[index]
-                d_inputs, d_deltas, d_scale, d_gates, d_momentum[index] = scans.momentum_gradients(
-                    d_matrices.view_as(momenta), d_momentum_end,
-                    momenta, inputs, own_deltas, own.scale, batch.log_gates, own.momentum,
-                )  # fmt: skip
-                d_factors.append((d_inputs, d_deltas))
-            else:
-                d_of_gamma, d_scale, d_gates, d_retention, d_momentum[index], d_newest = scans.weight_gradients(
-                    d_before, d_end, d_momentum_end, own.before, own.momenta,
-                    of_gamma, own.scale, batch.log_gates, batch.log_retention, own.momentum, own.newest,
-                )  # fmt: skip
-            d_weights[index] = d_newest
-            parts[index].append([d_retention, d_gates, d_scale])
+            d_states = (
+                None if d_before is None else d_before[:, batch.span].flatten(2),
+                _added(d_weights[index], d_ends[index], batch.number),
+                _added(d_momentum[index], d_momentum_ends[index], batch.number),
+            )
+            of_parameter = _matrix_backward if index < given.num_matrices else _gamma_backward
+            own_factors, d_weights[index], d_momentum[index], of_gates = of_parameter(*d_states, batch, index, given)
+            d_factors.append(own_factors)
+            parts[index].append(of_gates)
+        d_of_gamma = d_factors.pop() if len(d_factors) > given.num_matrices else None
 
         of_inputs, of_deltas = zip(*d_factors)
         d_hidden, d_hidden_deltas = (of_inputs[1], of_deltas[0]) if given.num_matrices == 2 else (None, None)
@@ -237,6 +222,48 @@ def _backward(d_outputs: list[Any], *saved_and_given: Any) -> list[Any]:
         d_rows[3],
         d_previous,
     ]
+
+
+def _matrix_backward(
+    d_before: Tensor | None,
+    d_end: Tensor | None,
+    d_momentum_end: Tensor | None,
+    batch: _Batch,
+    index: int,
+    given: _Arguments,
+) -> tuple[Any, ...]:
+    """The gradients of X and Δ, of the weights and of the momentum before a memory batch, and parts of those of
+    retention, gates and scales."""
+    own, (inputs, deltas) = batch.parameters[index], batch.factors[index]
+    momenta = own.momenta
+    d_updates, _, _, d_retention, _, d_newest = scans.weight_gradients(
+        d_before, d_end, None, own.before, None,
+        momenta.flatten(2), None, None, batch.log_retention, None, own.newest.flatten(1),
+    )  # fmt: skip
+    matrices = momenta.flatten(0, 1)
+    (d_matrices,) = orthogonalise_backward(d_updates.view_as(matrices), matrices, *given.iteration)
+    d_inputs, d_deltas, d_scale, d_gates, d_momentum = scans.momentum_gradients(
+        d_matrices.view_as(momenta), d_momentum_end,
+        momenta, inputs, deltas, own.scale, batch.log_gates, own.momentum,
+    )  # fmt: skip
+    return (d_inputs, d_deltas), d_newest, d_momentum, (d_retention, d_gates, d_scale)
+
+
+def _gamma_backward(
+    d_before: Tensor | None,
+    d_end: Tensor | None,
+    d_momentum_end: Tensor | None,
+    batch: _Batch,
+    index: int,
+    given: _Arguments,
+) -> tuple[Any, ...]:
+    """The same for γ, whose update is given instead of X and Δ."""
+    own = batch.parameters[index]
+    d_update, d_scale, d_gates, d_retention, d_momentum, d_newest = scans.weight_gradients(
+        d_before, d_end, d_momentum_end, own.before, own.momenta,
+        batch.of_rows[-1], own.scale, batch.log_gates, batch.log_retention, own.momentum, own.newest,
+    )  # fmt: skip
+    return d_update, d_newest, d_momentum, (d_retention, d_gates, d_scale)
 
 
 spectral_memory_scan = register_kernel(
