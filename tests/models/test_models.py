@@ -347,6 +347,7 @@ def test_calls():
         ({'mask': ~mask}, ValueError, 'mask must leave at least one token'),
         ({'document_ids': torch.rand(2, 10)}, TypeError, 'document_ids must hold integers'),
         ({'state': build('MAL', depth=3)(tokens, return_state=True)[1]}, ValueError, 'state must be of a model'),
+        ({'state': build('MAG', segment_len=2)(tokens, return_state=True)[1]}, ValueError, 'windows of this length'),
     ]:  # fmt: skip
         with pytest.raises(error, match=message):
             model(tokens, **kwargs)

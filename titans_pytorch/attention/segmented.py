@@ -223,10 +223,15 @@ class SegmentedAttention(Resettable, InReferenceFormat):
 
     def trimmed(self, key_values: KeyValues, position: int) -> KeyValues:
         """Keys and values visible from `position` on: the last window if it slides, else the incomplete one."""
-        length, window = key_values[0].shape[-2], self.total_segment_len
-        visible = min(length, (window if self.sliding else position % window) * self.keys_per_position)
+        length = key_values[0].shape[-2]
+        visible = min(length, self.num_visible(position) * self.keys_per_position)
         keys, values = (t[..., length - visible :, :].clone() for t in key_values)
         return keys, values
+
+    def num_visible(self, position: int) -> int:
+        """Number of positions before `position` that it sees."""
+        window = self.total_segment_len
+        return min(position, window) if self.sliding else position % window
 
     # decoding steps, over ring-buffer caches that are written in place
 
@@ -256,9 +261,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
 
     def from_buffers(self, buffers: KeyValues, position: int) -> KeyValues:
         """Inverse of `to_buffers`: keys, rotated back, and values in the order of their positions."""
-        window = self.total_segment_len
-        start = position - (min(position, window) if self.sliding else position % window)
-        positions = torch.arange(start, position, device=buffers[0].device)
+        positions = torch.arange(position - self.num_visible(position), position, device=buffers[0].device)
         slots = self.cache_layout.slots(positions) + self.num_persist_mem_tokens
         keys, values = (t.index_select(2, slots) for t in buffers)
         return rotate(self.rotary_emb, keys, -positions.repeat_interleave(self.keys_per_position)), values

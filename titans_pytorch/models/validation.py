@@ -107,6 +107,13 @@ def checked_model_state(state: Any, blocks: Sequence[Block], batch: int) -> Mode
         name = f'state.key_values[{layer}]'
         if block.attention is not None:
             pair, _ = block.attention.checked_cache(name, pair, position, None)
+            held = pair[0].shape[-2] // block.attention.keys_per_position
+            visible = block.attention.num_visible(position)
+            if isinstance(held, int) and held < visible:
+                raise ValueError(
+                    f'{name} must hold the {visible} positions that position {position} sees, got {held}: '
+                    'state must be of a model with windows of this length'
+                )
         elif pair is not None:
             raise ValueError(f'{name} must be None, as the layer has no attention, got {described(pair)}')
         checked.append(None if pair is None else (outside_inference(pair[0]), outside_inference(pair[1])))
