@@ -80,6 +80,14 @@ def poisoned(monkeypatch):
 
 
 @pytest.fixture
+def fresh_compiler():
+    """A compiler that has compiled nothing yet."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
 def kernels_everywhere(monkeypatch):
     """Kernels run on the CPU too, in Triton's interpreter, as on the newest device that any of them needs."""
     pytest.importorskip('triton')

@@ -297,13 +297,6 @@ def test_a_module_in_bfloat16_runs():
 # compiling, streaming
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 @pytest.mark.parametrize(('switch', 'engine'), [('plain', 'auto'), ('linear memory', 'auto'), ('plain', 'dense')])
 def test_a_compiled_memory_takes_lengths_that_vary(switch, engine, fresh_compiler):
     mem = memory(switch, engine=engine)

@@ -42,13 +42,6 @@ def launched(kernels_everywhere, monkeypatch):
     return launched
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 @pytest.mark.parametrize('switch', FORMED + BY_BATCH + SCANNED)
 def test_a_memory_equals_the_dense_engine(launched, switch):
     dual = memory(switch, engine='dual').float().to(DEVICE)

@@ -49,13 +49,6 @@ def on_chip(kernels_everywhere, monkeypatch):
     return triton_on_chip
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 def problem(heads, batches, chunks, rows, dim, width, states, depth=2, norm=True):
     """The arguments of the operation by name. Steps are small, as each memory batch builds on the one before."""
 

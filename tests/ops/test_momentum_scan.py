@@ -47,13 +47,6 @@ VECTORS = [
 CHECKS = ('test_schema', 'test_autograd_registration', 'test_faketensor', 'test_aot_dispatch_dynamic')
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 def leaf(t, dtype=None):
     return t.detach().to(dtype or t.dtype).requires_grad_()
 

@@ -172,13 +172,6 @@ def test_others_take_the_reference(taken):
     assert len(taken) == 4
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 def test_the_kernel_is_one_node_of_a_compiled_graph(taken, fresh_compiler):
     def loss(matrices):
         return newton_schulz(matrices * 2).pow(3).sum()

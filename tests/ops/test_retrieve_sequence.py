@@ -45,13 +45,6 @@ def launches(kernels_everywhere, monkeypatch):
     return launches
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 def leaf(t, dtype=None):
     return t.detach().to(dtype or t.dtype).requires_grad_()
 

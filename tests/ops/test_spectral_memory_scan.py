@@ -30,13 +30,6 @@ def triton():
 
 
 @pytest.fixture
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.fixture
 def scans(monkeypatch):
     """The numbers of chunks of each memory batch in each call of the operation."""
     calls = []

@@ -11,7 +11,7 @@ a program owns rows of one chunk and, if its matrices fit on chip, keeps them (K
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -499,28 +499,34 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
             tl.store(d_gamma + head * dim + feature, of_head, mask=feature < dim)
 
 
-def _outputs(
-    keys: Tensor,
-    values: Tensor,
-    step_sizes: Tensor,
-    first: Tensor | None,
-    last: Tensor,
-    gamma: Tensor | None,
-    shares: Tensor | None,
-    residual_first: Tensor | None,
-    residual_last: Tensor | None,
-    residual_gamma: Tensor | None,
-    eps: float,
-    operands: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+class Arguments(NamedTuple):
+    """Those of the operation."""
+
+    keys: Tensor
+    values: Tensor
+    step_sizes: Tensor
+    first: Tensor | None
+    last: Tensor
+    gamma: Tensor | None
+    shares: Tensor | None
+    residual_first: Tensor | None
+    residual_last: Tensor | None
+    residual_gamma: Tensor | None
+    eps: float
+    operands: torch.dtype
+
+
+def _outputs(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `InnerGradient`; absent ones are empty."""
+    given = Arguments(*arguments)
+    keys, first, last, operands = given.keys, given.first, given.last, given.operands
     heads, chunks, rows, dim = keys.shape
     of_hidden = (0,) if first is None else (heads, chunks, rows, first.shape[-1])
     return (
         keys.new_empty(of_hidden, dtype=operands),
         keys.new_empty(of_hidden, dtype=operands),
         keys.new_empty(keys.shape, dtype=operands),
-        last.new_empty((0,) if gamma is None else (heads, chunks, dim)),
+        last.new_empty((0,) if given.gamma is None else (heads, chunks, dim)),
         last.new_empty(heads, chunks, rows),
     )
 
@@ -539,36 +545,24 @@ def _forward(
     eps: float,
     operands: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    given = (keys, values, step_sizes, first, last, gamma, shares, residual_first, residual_last, residual_gamma)
-    outputs = _outputs(*given, eps, operands)
-    write_gradients(outputs, *given, eps, operands)
+    given = Arguments(
+        keys, values, step_sizes, first, last, gamma, shares, residual_first, residual_last, residual_gamma,
+        eps, operands,
+    )  # fmt: skip
+    outputs = _outputs(*given)
+    write_gradients(outputs, given)
     return outputs
 
 
-def write_gradients(
-    outputs: Sequence[Tensor],  # those of `_forward`, contiguous
-    keys: Tensor,
-    values: Tensor,
-    step_sizes: Tensor,
-    first: Tensor | None,
-    last: Tensor,
-    gamma: Tensor | None,
-    shares: Tensor | None,
-    residual_first: Tensor | None,
-    residual_last: Tensor | None,
-    residual_gamma: Tensor | None,
-    eps: float,
-    operands: torch.dtype,
-) -> None:
-    """`_forward`, with places given for its results."""
-    given = (keys, values, step_sizes, first, last, gamma, shares, residual_first, residual_last, residual_gamma)
+def write_gradients(outputs: Sequence[Tensor], given: Arguments) -> None:
+    """`_forward` with places given for its results, which are contiguous."""
     hidden, hidden_deltas, deltas, of_gamma, losses = outputs
-    heads, chunks, rows, dim = keys.shape
-    tiles = _tiles(keys, first, last, shares, operands)
+    heads, chunks, rows, dim = given.keys.shape
+    tiles = _tiles(given)
     blocks, parts = _blocks(chunks, rows, tiles)
-    gamma_parts = of_gamma if gamma is None or parts == 1 else of_gamma.new_empty(heads, chunks, parts, dim)
+    gamma_parts = of_gamma if given.gamma is None or parts == 1 else of_gamma.new_empty(heads, chunks, parts, dim)
     _forward_kernel[(heads * blocks,)](
-        **_arguments(*given, eps=eps), **_sizes(keys, first, last, gamma, shares, operands), **tiles,
+        **_tensors(given), **_sizes(given), **tiles,
         hidden=hidden, hidden_deltas=hidden_deltas, deltas=deltas, of_gamma=gamma_parts, losses=losses,
         blocks=blocks, parts=parts,
     )  # fmt: skip
@@ -584,24 +578,13 @@ def _backward(
     d_losses: Tensor | None,  # bh n m
     hidden: Tensor,  # bh n m e
     deltas: Tensor,  # bh n m d
-    keys: Tensor,
-    values: Tensor,
-    step_sizes: Tensor,
-    first: Tensor | None,
-    last: Tensor,
-    gamma: Tensor | None,
-    shares: Tensor | None,
-    residual_first: Tensor | None,
-    residual_last: Tensor | None,
-    residual_gamma: Tensor | None,
-    eps: float,
-    operands: torch.dtype,
+    *arguments: Any,
 ) -> list[Tensor | None]:
-    of_residual = residual_first, residual_last, residual_gamma
+    given = Arguments(*arguments)
+    of_residual = given.residual_first, given.residual_last, given.residual_gamma
     d_residual = [None if t is None else t.new_empty(t.shape) for t in of_residual]
     d_outputs = d_hidden, d_hidden_deltas, d_deltas, d_of_gamma, d_losses
-    given = keys, values, step_sizes, first, last, gamma, shares, *of_residual
-    return [*second_derivatives(d_residual, d_outputs, hidden, deltas, *given, eps, operands), *d_residual]
+    return [*second_derivatives(d_residual, d_outputs, hidden, deltas, given), *d_residual]
 
 
 def second_derivatives(
@@ -609,26 +592,16 @@ def second_derivatives(
     d_outputs: Sequence[Tensor | None],
     hidden: Tensor,
     deltas: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    step_sizes: Tensor,
-    first: Tensor | None,
-    last: Tensor,
-    gamma: Tensor | None,
-    shares: Tensor | None,
-    residual_first: Tensor | None,
-    residual_last: Tensor | None,
-    residual_gamma: Tensor | None,
-    eps: float,
-    operands: torch.dtype,
+    given: Arguments,
 ) -> list[Any]:
     """`_backward` but for the gradients of residual weights, for which places are given."""
     d_hidden, d_hidden_deltas, d_deltas, d_of_gamma, d_losses = d_outputs
-    given = (keys, values, step_sizes, first, last, gamma, shares, residual_first, residual_last, residual_gamma)
-    arguments, sizes = _arguments(*given, eps=eps), _sizes(keys, first, last, gamma, shares, operands)
+    keys, first, last, gamma, shares, operands = (
+        given.keys, given.first, given.last, given.gamma, given.shares, given.operands
+    )  # fmt: skip
+    tensors, sizes, tiles = _tensors(given), _sizes(given), _tiles(given)
     heads, chunks, rows, dim = keys.shape
     width, residual = last.shape[1], shares is not None
-    tiles = _tiles(keys, first, last, shares, operands)
     blocks, parts = _blocks(chunks, rows, tiles)
     absent = last.new_empty(0)
     if d_hidden is None:
@@ -640,7 +613,7 @@ def second_derivatives(
     else:
         d_of_gamma = last.new_zeros(heads, chunks, dim) if d_of_gamma is None else d_of_gamma.contiguous()
 
-    d_keys, d_values, d_step_sizes = (t.new_empty(t.shape) for t in (keys, values, step_sizes))
+    d_keys, d_values, d_step_sizes = (t.new_empty(t.shape) for t in given[:3])
     # the factors of the weights' gradients, for each row; that of γ is summed over a program's rows
     d_y = keys.new_empty(keys.shape, dtype=operands)
     d_products, d_h = (keys.new_empty(hidden.shape, dtype=operands) for _ in range(2))
@@ -650,7 +623,7 @@ def second_derivatives(
         registers = RESIDUAL_REGISTERS[heads * chunks * parts >= MANY_PROGRAMS]
     # `d_hidden` is often the gradient of a transposed tensor
     _backward_kernel[(heads * blocks,)](
-        **arguments, **sizes, **tiles, maxnreg=registers,
+        **tensors, **sizes, **tiles, maxnreg=registers,
         d_hidden=d_hidden,
         **named_strides('d_hidden', None if first is None else d_hidden, 'head chunk row unit'),
         d_hidden_deltas=d_hidden_deltas, d_deltas=d_deltas, d_of_gamma=d_of_gamma,
@@ -675,7 +648,7 @@ def second_derivatives(
     d_shares = last.new_empty((heads, chunks, unit_blocks) if residual else (0,))
     d_residual_first, d_residual_last, d_residual_gamma = (absent if t is None else t for t in d_residual)
     _weights_kernel[(heads * groups * unit_blocks,)](
-        **taken_by(_weights_kernel, arguments | sizes),
+        **taken_by(_weights_kernel, tensors | sizes),
         hidden=hidden, deltas=deltas, d_products=d_products, d_y=d_y, d_h=d_h, of_gamma=gamma_parts,
         d_first=absent if d_first is None else d_first, d_last=d_last, d_gamma=absent if d_gamma is None else d_gamma,
         d_shares=d_shares, d_residual_first=d_residual_first, d_residual_last=d_residual_last,
@@ -698,70 +671,52 @@ inner_gradient = register_kernel(
 )
 
 
-def _arguments(
-    keys: Tensor,
-    values: Tensor,
-    step_sizes: Tensor,
-    first: Tensor | None,
-    last: Tensor,
-    gamma: Tensor | None,
-    shares: Tensor | None,
-    residual_first: Tensor | None,
-    residual_last: Tensor | None,
-    residual_gamma: Tensor | None,
-    eps: float,
-) -> dict[str, Any]:
+def _tensors(given: Arguments) -> dict[str, Any]:
     """Tensors, their strides and numbers of rows. Chunks may be slices of a longer sequence, and heads may share
     weights, but features are contiguous."""
-    tensors: dict[str, tuple[Tensor | None, int, str, str]] = {
-        'keys': (keys, 1, 'key', 'head chunk row'),
-        'values': (values, 1, 'value', 'head chunk row'),
-        'step_sizes': (step_sizes, 0, 'step', 'head chunk row'),
-        'first': (first, 2, 'first', 'head'),
-        'last': (last, 2, 'last', 'head'),
-        'gamma': (gamma, 1, 'gamma', 'head'),
-        'shares': (shares, 0, 'share', 'head chunk'),
-        'residual_first': (residual_first, 2, 'residual_first', 'head chunk'),
-        'residual_last': (residual_last, 2, 'residual_last', 'head chunk'),
-        'residual_gamma': (residual_gamma, 1, 'residual_gamma', 'head chunk'),
+    # the axes that have to be contiguous, and the others by name
+    layouts = {
+        'keys': (1, 'key', 'head chunk row'),
+        'values': (1, 'value', 'head chunk row'),
+        'step_sizes': (0, 'step', 'head chunk row'),
+        'first': (2, 'first', 'head'),
+        'last': (2, 'last', 'head'),
+        'gamma': (1, 'gamma', 'head'),
+        'shares': (0, 'share', 'head chunk'),
+        'residual_first': (2, 'residual_first', 'head chunk'),
+        'residual_last': (2, 'residual_last', 'head chunk'),
+        'residual_gamma': (1, 'residual_gamma', 'head chunk'),
     }
-    arguments: dict[str, Any] = {'chunks': keys.shape[1], 'rows': keys.shape[2], 'eps': eps}
-    for name, (t, contiguous, prefix, axes) in tensors.items():
+    tensors: dict[str, Any] = {'chunks': given.keys.shape[1], 'rows': given.keys.shape[2], 'eps': given.eps}
+    for name, (contiguous, prefix, axes) in layouts.items():
+        t = getattr(given, name)
         t = t if t is None or not contiguous else contiguous_inside(t, contiguous)
-        arguments |= {name: last.new_empty(0) if t is None else t, **named_strides(prefix, t, axes)}
-    return arguments
+        tensors |= {name: given.last.new_empty(0) if t is None else t, **named_strides(prefix, t, axes)}
+    return tensors
 
 
-def _sizes(
-    keys: Tensor,
-    first: Tensor | None,
-    last: Tensor,
-    gamma: Tensor | None,
-    shares: Tensor | None,
-    operands: torch.dtype,
-) -> dict[str, Any]:
+def _sizes(given: Arguments) -> dict[str, Any]:
     """Constants of all kernels."""
+    dim = given.keys.shape[-1]
     return dict(
-        dim=keys.shape[-1], width=last.shape[1], DIM=tile_size(keys.shape[-1]),
-        HIDDEN=first is not None, NORM=gamma is not None, RESIDUAL=shares is not None, **product_precision(operands),
+        dim=dim, width=given.last.shape[1], DIM=tile_size(dim), HIDDEN=given.first is not None,
+        NORM=given.gamma is not None, RESIDUAL=given.shares is not None, **product_precision(given.operands),
     )  # fmt: skip
 
 
-def _tiles(
-    keys: Tensor, first: Tensor | None, last: Tensor, shares: Tensor | None, operands: torch.dtype
-) -> dict[str, Any]:
+def _tiles(given: Arguments) -> dict[str, Any]:
     """The cut of the kernels of rows, and their launch options."""
-    heads, chunks, rows, dim = keys.shape
-    padded, wide = tile_size(dim), tile_size(last.shape[1])
-    in_full = operands == torch.float32
+    heads, chunks, rows, dim = given.keys.shape
+    padded, wide = tile_size(dim), tile_size(given.last.shape[1])
+    in_full = given.operands == torch.float32
     block = min(wide, MOST_COLUMNS, BLOCK // padded, max(32, padded))
-    if shares is None:
+    if given.shares is None:
         own, warps = rows_per_program(heads, chunks * rows, max(padded, block), in_full)
         of_chunk = min(triton.next_power_of_2(rows), own)
         # two stages take more memory than a multiprocessor of compute capability 8.6 has, in full and so wide
         options = {'num_warps': warps, 'num_stages': 1 if in_full and padded > 64 else STAGES}
         return dict(KEEPS=False, CHUNKS=own // of_chunk, ROWS=of_chunk, BLOCK=block, **options)
-    keeps = first is not None and wide * padded <= (KEPT_IN_FULL if in_full else KEPT)
+    keeps = given.first is not None and wide * padded <= (KEPT_IN_FULL if in_full else KEPT)
     own = min(MOST_ROWS, tile_size(rows))
     many = heads * chunks * triton.cdiv(rows, own) >= MANY_PROGRAMS
     options = {'num_warps': RESIDUAL_WARPS[many], 'num_stages': RESIDUAL_STAGES}

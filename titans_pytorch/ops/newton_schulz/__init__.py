@@ -14,7 +14,7 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 """Jordan et al.'s coefficients: the steepest at 0 that still keep every singular value within about [0.7, 1.2]."""
 
 STEPS, EPS = 5, 1e-7
-"""Iterations, which bring singular values above 0.01 or so near 1, and the least norm that is divided by."""
+"""Iterations and the least norm that is divided by, as in Muon."""
 
 # shorter and longer side of the largest matrices that fit on chip beside the products of the backward pass
 _LARGEST_IN_HALF = [(64, 256), (128, 128)]

@@ -74,11 +74,8 @@ class _Batch(NamedTuple):
     number: int
     span: slice
     """Of its chunks."""
-    rows: tuple[Tensor, Tensor, Tensor]
-    at: tuple[Any, Any, Any]
-    """First and last matrix and γ, at which gradients are taken."""
-    residual: tuple[Any, Any, Any, Any]
-    """The shares and what they are of, like `at`."""
+    gradient: inner_gradient.Arguments
+    """What its gradients are taken of."""
     of_rows: tuple[Tensor, Tensor, Tensor, Tensor]
     """Hidden activations, their deltas, the other deltas, and what γ is to descend by; absent ones empty."""
     factors: list[tuple[Tensor, Tensor]]
@@ -140,9 +137,8 @@ def _forward(
     )  # fmt: skip
     outputs, losses = _outputs(*given), []
     for batch in _batches([*outputs[:LOSSES], *outputs[LOSSES + 1 :]], given):
-        losses.append(newest[0].new_empty(batch.rows[2].shape))
-        results = *batch.of_rows, losses[-1]
-        inner_gradient.write_gradients(results, *batch.rows, *batch.at, *batch.residual, eps, operands)
+        losses.append(newest[0].new_empty(batch.gradient.step_sizes.shape))
+        inner_gradient.write_gradients((*batch.of_rows, losses[-1]), batch.gradient)
         for (inputs, deltas), own in zip(batch.factors, batch.parameters):
             momenta = own.momenta
             momentum_end = torch.empty_like(own.newest) if own.momentum_end is None else own.momentum_end
@@ -187,22 +183,21 @@ def _backward(d_outputs: list[Any], *saved_and_given: Any) -> list[Any]:
                 _added(d_weights[index], d_ends[index], batch.number),
                 _added(d_momentum[index], d_momentum_ends[index], batch.number),
             )
-            of_parameter = _matrix_backward if index < given.num_matrices else _gamma_backward
-            own_factors, d_weights[index], d_momentum[index], of_gates = of_parameter(*d_states, batch, index, given)
-            d_factors.append(own_factors)
+            d_own = _parameter_backward(*d_states, batch, index, given)
+            d_update, d_weights[index], d_momentum[index], of_gates = d_own
+            d_factors.append(d_update)
             parts[index].append(of_gates)
         d_of_gamma = d_factors.pop() if len(d_factors) > given.num_matrices else None
 
         of_inputs, of_deltas = zip(*d_factors)
         d_hidden, d_hidden_deltas = (of_inputs[1], of_deltas[0]) if given.num_matrices == 2 else (None, None)
         d_own_losses = None if d_losses is None else d_losses[:, batch.span]
-        of_gradient: tuple[Any, ...] = (*batch.rows, *batch.at, *batch.residual, given.eps, given.operands)
         d_keys, d_values, d_step_sizes, *d_at, d_shares = inner_gradient.second_derivatives(
             _slots([t[:, batch.span] for t in d_previous], given.num_matrices),
             (d_hidden, d_hidden_deltas, of_deltas[-1], d_of_gamma, d_own_losses),
             hidden,
             deltas,
-            *of_gradient,
+            batch.gradient,
         )
         of_rows.append([d_keys.add_(of_inputs[0]), d_values, d_step_sizes, d_shares])
         d_base = [d for d in d_at if d is not None]
@@ -224,7 +219,7 @@ def _backward(d_outputs: list[Any], *saved_and_given: Any) -> list[Any]:
     ]
 
 
-def _matrix_backward(
+def _parameter_backward(
     d_before: Tensor | None,
     d_end: Tensor | None,
     d_momentum_end: Tensor | None,
@@ -232,38 +227,28 @@ def _matrix_backward(
     index: int,
     given: _Arguments,
 ) -> tuple[Any, ...]:
-    """The gradients of X and Δ, of the weights and of the momentum before a memory batch, and parts of those of
-    retention, gates and scales."""
-    own, (inputs, deltas) = batch.parameters[index], batch.factors[index]
+    """The gradients of X and Δ of a matrix, or of what γ is to descend by; of the weights and of the momentum before a
+    memory batch; and parts of those of retention, gates and scales."""
+    own = batch.parameters[index]
     momenta = own.momenta
+    if index >= given.num_matrices:
+        d_update, d_scale, d_gates, d_retention, d_momentum, d_newest = scans.weight_gradients(
+            d_before, d_end, d_momentum_end, own.before, momenta,
+            batch.of_rows[-1], own.scale, batch.log_gates, batch.log_retention, own.momentum, own.newest,
+        )  # fmt: skip
+        return d_update, d_newest, d_momentum, (d_retention, d_gates, d_scale)
     d_updates, _, _, d_retention, _, d_newest = scans.weight_gradients(
         d_before, d_end, None, own.before, None,
         momenta.flatten(2), None, None, batch.log_retention, None, own.newest.flatten(1),
     )  # fmt: skip
     matrices = momenta.flatten(0, 1)
     (d_matrices,) = orthogonalise_backward(d_updates.view_as(matrices), matrices, *given.iteration)
+    inputs, deltas = batch.factors[index]
     d_inputs, d_deltas, d_scale, d_gates, d_momentum = scans.momentum_gradients(
         d_matrices.view_as(momenta), d_momentum_end,
         momenta, inputs, deltas, own.scale, batch.log_gates, own.momentum,
     )  # fmt: skip
     return (d_inputs, d_deltas), d_newest, d_momentum, (d_retention, d_gates, d_scale)
-
-
-def _gamma_backward(
-    d_before: Tensor | None,
-    d_end: Tensor | None,
-    d_momentum_end: Tensor | None,
-    batch: _Batch,
-    index: int,
-    given: _Arguments,
-) -> tuple[Any, ...]:
-    """The same for γ, whose update is given instead of X and Δ."""
-    own = batch.parameters[index]
-    d_update, d_scale, d_gates, d_retention, d_momentum, d_newest = scans.weight_gradients(
-        d_before, d_end, d_momentum_end, own.before, own.momenta,
-        batch.of_rows[-1], own.scale, batch.log_gates, batch.log_retention, own.momentum, own.newest,
-    )  # fmt: skip
-    return d_update, d_newest, d_momentum, (d_retention, d_gates, d_scale)
 
 
 spectral_memory_scan = register_kernel(
@@ -312,11 +297,15 @@ def _batches(saved: Sequence[Tensor], given: _Arguments) -> list[_Batch]:
         batch = _Batch(
             number=index,
             span=span,
-            rows=(keys[:, span], given.values[:, span], given.step_sizes[:, span]),
-            at=_slots(given.base if index == 0 else newest, num_matrices),
-            residual=(
+            gradient=inner_gradient.Arguments(
+                keys[:, span],
+                given.values[:, span],
+                given.step_sizes[:, span],
+                *_slots(given.base if index == 0 else newest, num_matrices),
                 None if given.shares is None else given.shares[:, span],
                 *_slots([t[:, span] for t in given.previous], num_matrices),
+                given.eps,
+                given.operands,
             ),
             of_rows=(hidden, hidden_deltas, deltas, of_gamma),
             factors=factors if num_matrices == 2 else [(low_keys[:, span], deltas)],
