@@ -2,7 +2,7 @@
 
     python benchmarks/peers.py                                   (about 4 minutes on a GPU)
     python benchmarks/peers.py --compile                         (a minute more for each row)
-    python benchmarks/peers.py --compile --together              (150 s on 16 cores and 80 GB; over 170 s on others)
+    python benchmarks/peers.py --compile --together              (2 to 3 minutes on 16 cores; --timeout 90: 114 s)
     python benchmarks/peers.py --reference-path /folder/with/the/reference --lengths 2048 32768
     python benchmarks/peers.py --quick                           (a minute on a CPU: does it run?)
 
