@@ -5,7 +5,7 @@
     make bench ARGS="--kinds step growth --cases 0 1 --repeats 20 --write"
 
 A case is timed only if its numbers are right: in float64 they are compared with the dense backend, which reads the
-sequence in uneven pieces. Then this package (on a GPU also as a CUDA graph, eager and compiled) and the reference run
+sequence in uneven pieces. Then this package (also compiled, and on a GPU as a CUDA graph) and the reference run
 alternately, each time in a new process. Four kinds of measurement:
 
     step     a training step: median, 10th to 90th percentile, peak memory, and the speed-up over the reference
@@ -49,7 +49,7 @@ DIM = 384
 
 @dataclass(frozen=True)
 class Case:
-    """Dim 384, 4 heads of 64, memory 64 → 256 → 64, momentum and decay."""
+    """Dim 384, 4 heads of 64, memory 64 → 256 → 64, or one matrix without a norm; momentum and decay."""
 
     kind: str
     device: str
@@ -59,11 +59,12 @@ class Case:
     length: int
     checkpoint_every: int | None = None
     precision: str = 'fp32'
+    linear: bool = False
 
     @property
     def sizes(self) -> str:
         every = f', checkpoint_every={self.checkpoint_every}' if self.checkpoint_every else ''
-        return f'{self.chunk}, {self.memory_batch}{every}'
+        return f'{"one matrix, " if self.linear else ""}{self.chunk}, {self.memory_batch}{every}'
 
     @property
     def name(self) -> str:
@@ -71,7 +72,9 @@ class Case:
         return f'{self.sizes}, {self.batch} × {self.length}{lowered}'
 
     def kwargs(self) -> dict[str, Any]:
-        extra = {'checkpoint_every': self.checkpoint_every} if self.checkpoint_every else {}
+        extra: dict[str, Any] = {'checkpoint_every': self.checkpoint_every} if self.checkpoint_every else {}
+        if self.linear:
+            extra |= {'default_model_kwargs': {'depth': 1}, 'mem_model_norm_add_residual': False}
         return {
             'dim': DIM,
             'dim_head': 64,
@@ -90,6 +93,7 @@ CASES = [
     Case('step', 'cpu', 64, None, 1, 512),
     Case('step', 'cpu', 1, 32, 1, 256),
     Case('step', 'cpu', 16, 128, 1, 1024),
+    Case('step', 'cpu', 16, 16, 1, 512, linear=True),
     Case('step', 'cuda', 4, 128, 4, 512),
     Case('step', 'cuda', 4, 128, 16, 2048),
     Case('step', 'cuda', 64, 512, 4, 4096),
@@ -250,8 +254,8 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     modes = {'ours': own_path()}
     if case.device == 'cuda' and case.kind in ('step', 'growth'):
         modes |= {'ours, CUDA graph': own_path()}
-    if case.device == 'cuda' and case.kind == 'step' and options.compile:
-        modes |= {'ours, compiled, CUDA graph': own_path()}
+    if case.kind == 'step' and options.compile:
+        modes |= {'ours, compiled, CUDA graph' if case.device == 'cuda' else 'ours, compiled': own_path()}
     if options.reference_path and case.kind in ('step', 'longest') and not case.checkpoint_every:
         modes |= {'reference': options.reference_path}
 

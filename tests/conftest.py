@@ -3,7 +3,10 @@
 import gc
 import os
 import random
+import shutil
+import sysconfig
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,6 +132,9 @@ def steps_compiled_eagerly(monkeypatch, request):
     return compiled
 
 
+HAS_COMPILER = shutil.which('c++') is not None and Path(sysconfig.get_paths()['include'], 'Python.h').exists()
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker('gpu'):
@@ -136,3 +142,5 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.filterwarnings('default'))
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason='needs a CUDA device'))
+        if item.get_closest_marker('compiler') and not HAS_COMPILER:
+            item.add_marker(pytest.mark.skip(reason='needs a C++ compiler and the headers of Python'))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import sysconfig
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -387,10 +384,7 @@ def test_compiled_steps_are_recompiled_when_necessary(steps_compiled_eagerly):
         assert compiles(both_kinds, 3e-2) == 2
 
 
-HAS_HEADERS = Path(sysconfig.get_paths()['include'], 'Python.h').exists()
-
-
-@pytest.mark.skipif(not HAS_HEADERS or shutil.which('c++') is None, reason='needs a C++ compiler')
+@pytest.mark.compiler
 def test_compiled_steps():
     model = LongTermMemoryModel(num_tokens=TOKENS, dim=8, depth=1, neural_memory_segment_len=3)
     model, prompt = randomised(model, 0.1).double(), ids(5)

@@ -329,6 +329,21 @@ def test_a_memory_compiles_whole_and_once(switch, fresh_compiler):
         assert_same((came, of_compiled), (expected, gradients(mem, expected)), 1e-9)
 
 
+@pytest.mark.compiler
+def test_a_training_step_compiles_on_a_cpu(fresh_compiler):
+    mem = NeuralMemory(32, heads=4, chunk_size=8).double()  # fewer heads than a vector has elements
+
+    def loss(seq):
+        return mem(seq)[0].sin().sum()
+
+    compiled, seq = torch.compile(loss, fullgraph=True), torch.randn(1, 65, 32, dtype=torch.float64)
+    expected = loss(seq)
+    of_expected = gradients(mem, expected)
+    for _ in range(3):  # a write beyond the end of a tensor shows later
+        came = compiled(seq)
+        assert_same((came, gradients(mem, came)), (expected, of_expected), 1e-9)
+
+
 def test_a_stream_holds_constant_memory():
     mem = NeuralMemory(8, chunk_size=4, batch_size=64)
     state, held = None, []

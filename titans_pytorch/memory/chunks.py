@@ -262,8 +262,12 @@ class Coefficients(NamedTuple):
             weighted = [(share * matrix, share * start) for share, (matrix, start) in terms]
             combined, combined_initial = (sum(own[1:], own[0]) for own in zip(*weighted))
 
-        initial_weights = torch.cat((initial_weights, retention @ combined_initial), dim=-1)
-        return retention @ combined, initial_weights, orders, initial
+        # in one product: where an axis has one entry, Inductor would make sums of it, and on a CPU it writes sums that
+        # are joined with others beyond their end (seen with PyTorch 2.13, batch × heads below the vector width)
+        updates, momenta = (retention @ torch.cat((combined, combined_initial), dim=-1)).split(
+            (combined.shape[-1], num_orders), dim=-1
+        )
+        return updates, torch.cat((initial_weights, momenta), dim=-1), orders, initial
 
     @classmethod
     def _shifted(
