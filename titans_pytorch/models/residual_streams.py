@@ -94,6 +94,10 @@ class ExpandStreams(Resettable, StreamEmbed):
     def __init__(self, streams: int, dim: int):
         super().__init__(streams, dim, expand_to_streams=True)
 
+    def forward(self, residuals: Float[Tensor, 'b n d']) -> Float[Tensor, 'bs n d']:
+        # without einops, through which the compiler would trace
+        return (residuals.unsqueeze(1) + self.stream_embed.unsqueeze(1)).flatten(0, 1)
+
     def _reset_own(self) -> None:
         nn.init.zeros_(self.stream_embed)
 
@@ -177,9 +181,11 @@ def _is_plain(connection: Any) -> bool:
     if type(connection) not in (ManifoldConstrainedHyperConnections, HyperConnection):
         return False
     one_each = connection.num_fracs == connection.num_input_views == connection.num_dynamic_alpha_proposals == 1
+    # not `modules()`, through which the compiler would trace
+    called = (connection, connection.norm, connection.dropout, connection.residual_transform)
     return (
         one_each
-        and not is_intercepted(connection.modules())
+        and not is_intercepted(called)
         and connection.branch is None
         and not connection.channel_first
         and connection.dropout.p == 0
