@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -150,7 +150,10 @@ class PaperMACBlock(MACBlock):
     def update_stream(self, x: Streams, parts: Parts) -> Streams:
         _, to_attention, to_feedforward = parts.connections
         seq, add_residual = to_attention(x)
-        segments = [seq] if parts.position is None else self._segments(seq, parts.position)
+        segments: Sequence[Tensor] = [seq]
+        if isinstance(parts, SequenceParts):
+            stored = 0 if parts.memory_state is None else parts.memory_state.num_tokens
+            segments = self._segments(seq, parts.end, stored)
         x = add_residual(torch.cat([self._segment(segment, parts) for segment in segments], dim=1))
 
         seq, add_residual = to_feedforward(x)
@@ -168,13 +171,13 @@ class PaperMACBlock(MACBlock):
         # eq. 24, 25: M_t = M_{t−1}(y_t), o_t = y_t ⊗ M*_t(y_t)
         return self.combine(attended, parts.store_and_retrieve(stored))
 
-    def _segments(self, seq: Float[Tensor, 'b n d'], position: int) -> Iterator[Float[Tensor, 'b n d']]:
-        """A sequence that begins at `position`, split at the ends of segments."""
-        size = self.attention.total_segment_len
-        lengths = [min(size - position % size, seq.shape[1])]
-        while left := seq.shape[1] - sum(lengths):
-            lengths.append(min(size, left))
-        return iter(seq.split(lengths, dim=1))
+    def _segments(self, seq: Float[Tensor, 'b n d'], position: int, stored: int) -> Sequence[Float[Tensor, 'b _n d']]:
+        """A sequence that begins at `position`, split where attention begins a segment or the memory a memory batch,
+        after which it retrieves from other weights. Both are in step unless tokens were read without being stored:
+        the memory has read `stored`."""
+        size, length = self.attention.total_segment_len, seq.shape[1]
+        ends = sorted({end for begun in (position, stored) for end in range(size - begun % size, length, size)})
+        return seq.split([end - start for start, end in zip((0, *ends), (*ends, length))], dim=1)
 
 
 class MemoryAsContextTransformer(Transformer, InReferenceFormat):

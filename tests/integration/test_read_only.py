@@ -121,6 +121,23 @@ def test_a_model_reads_on(name: str, variant: str):
     assert (stored - whole).abs().max() > 1e-6
 
 
+@architectures
+def test_a_model_writes_on_after_reading(name: str):
+    x = ids(40)
+    with all_in_float64(), torch.no_grad():
+        model = build(name)
+        _, state = model(x[:, :13], return_state=True)
+        _, state = model(x[:, 13:15], state=state, return_state=True, store=False)  # the memory is now behind
+        whole, after = model(x[:, 15:], state=state, return_state=True)
+        for lengths in ([25], [4, 7, 14], [1] * 25):
+            pieces, at = [], state
+            for piece in x[:, 15:].split(lengths, dim=1):
+                logits, at = model(piece, state=at, return_state=True)
+                pieces.append(logits)
+            assert_same(torch.cat(pieces, dim=1), whole)
+            assert_same(at, after)
+
+
 @pytest.mark.parametrize('name', CLASSES)
 def test_sampling_without_writing(name: str):
     prompt = ids(9)

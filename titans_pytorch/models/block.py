@@ -175,9 +175,6 @@ class Parts:
         carried: results of earlier blocks.
     """
 
-    position: int | None = None
-    """First position of the sequence; `None` for a single position."""
-
     def __init__(
         self, block: Block, connections: Iterable[Callable[[Streams], tuple[Tensor, AddResidual]]], carried: Carried
     ):
@@ -259,7 +256,7 @@ class SequenceParts(Parts):
     ):
         super().__init__(block, (partial(connect, connection) for connection in block.connections), carried)  # type: ignore[arg-type]
         self.key_values, self.memory_state = state
-        self.position, self.end = position, position
+        self.end = position
         self._shares_memory_weights = block.shares_memory_weights
         self._memory_kwargs, self._attention_kwargs = memory_kwargs, attention_kwargs
 
