@@ -382,7 +382,7 @@ def test_sampling_arguments(kwargs, error, message):
 @pytest.mark.parametrize('value', [NAN, -INF])
 def test_logits_that_leave_no_token(use_cache, temperature, value):
     model, prompt = MemoryAsGateTransformer(**TRANSFORMER), torch.randint(0, 16, (2, 4))
-    message = 'logits must leave a token to choose, and those of a row are NaN or all -inf'
+    message = r'logits must leave a token to choose, and those of a row hold NaN or \+inf, or are all -inf'
 
     def second_row(logits):
         return torch.stack((logits[0], torch.full_like(logits[1], value)))

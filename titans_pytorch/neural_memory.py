@@ -57,7 +57,7 @@ from titans_pytorch.ops.associative_scan import AssocScan
 from titans_pytorch.ops.newton_schulz import newtonschulz5
 from titans_pytorch.ops.token_linear import linear_of_token
 from titans_pytorch.utils.checks import check_flags, check_not_traced, described
-from titans_pytorch.utils.functional import compile_each_length, frozen_as_buffers, replaced
+from titans_pytorch.utils.functional import can_checkpoint, compile_each_length, frozen_as_buffers, replaced
 from titans_pytorch.utils.packing import PackedDocuments, check_documents
 from titans_pytorch.utils.parameters import InReferenceFormat, Resettable, depending_on
 from titans_pytorch.utils.precision import (
@@ -543,7 +543,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
                 raise ValueError('documents need a call without state that stores, and a memory that reads_documents')
             call = call.of_documents(documents)
         state = EMPTY if state is None else state
-        if self.checkpoint_every is not None and torch.is_grad_enabled():
+        if self.checkpoint_every is not None and can_checkpoint():
             pieces = call.pieces(self.checkpoint_every)
             retrieved, next_state, surprises = self._checkpointed(pieces, state, prev_weights, return_surprises)
         else:
@@ -633,7 +633,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         ⌊(t + 1) / chunk⌋; constant, (bh, …), like `state.weights`; or the initial weights.
         """
         self._layout.check_rows('seq', seq)
-        over_time = self._layout.over_time('weights', weights, seq.shape[0])
+        over_time = self._layout.over_time('weights', weights, seq.shape[0], seq.device)
         rows, _ = self._query_rows(seq, self._layout.no_pending(seq), 0)
         return self._retrieve(seq.shape[1], rows, over_time, 0)
 
@@ -881,7 +881,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         if prev_weights is None or to_mix is None or num_chunks == 0:
             return None
 
-        previous = self._layout.over_time('prev_weights', prev_weights, batch)
+        previous = self._layout.over_time('prev_weights', prev_weights, batch, pooled.device)
         first_step = self._layout.first_step('prev_weights', previous, first_chunk, num_chunks)
         return WeightResidual.of(previous, to_mix(pooled).squeeze(-1), first_step)
 

@@ -214,6 +214,23 @@ def test_prompts_of_different_lengths_equal_each_alone(index, use_cache):
     assert torch.equal(as_tensor, together)
 
 
+def test_a_cache_after_prompts_of_different_lengths():
+    model, prompt, lengths = transformer(7), ids(8, batch=2), [8, 3]
+    added, cache = model.sample(prompt, 14, prompt_lengths=lengths, return_cache=True, **GREEDY)
+    rows = [torch.cat((own[:n], new[: 14 - n])) for own, new, n in zip(prompt, added, lengths)]
+    more = model.sample(torch.stack(rows)[:, -1:], max_new_tokens=6, state=cache, **GREEDY)
+    for row, own, length in zip(more, prompt, lengths):
+        assert torch.equal(row, model.sample(own[None, :length], 20, **GREEDY)[0, 14 - length :])
+    # rows that end at different positions would have read filler
+    with pytest.raises(ValueError, match='return_cache=True needs rows that end together'):
+        model.sample(prompt, max_new_tokens=4, prompt_lengths=lengths, return_cache=True, **GREEDY)
+    stream = model.stream(prompt, max_new_tokens=4, prompt_lengths=lengths, temperature=0.0)
+    with pytest.raises(StopIteration) as end:
+        while True:
+            next(stream)
+    assert end.value.value is None
+
+
 @pytest.mark.parametrize('use_cache', [False, True])
 def test_stop_tokens_end_each_row(use_cache):
     model, prompt, lengths = transformer(7), ids(5, batch=6), [5, 3, 5, 4, 5, 5]

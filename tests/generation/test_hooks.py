@@ -10,6 +10,8 @@ from memories import inputs, memory
 from torch import nn
 
 from titans_pytorch import MemoryMLP, NeuralMemory
+from titans_pytorch.attention.rotary import Rotary
+from titans_pytorch.models.residual_streams import ExpandStreams
 
 MODELS = [name for name in CLASSES if name != 'LMM']
 
@@ -45,6 +47,31 @@ def test_cached_sampling_sees_hooks(name: str, which: str):
         cached = model.sample(prompt, 19, use_cache=True, **kwargs)
         assert torch.equal(cached, model.sample(prompt, 19, **kwargs))
         assert not torch.equal(cached, plain.sample(prompt, 19, use_cache=True, **kwargs))
+
+
+class Interpolated(Rotary):
+    def forward(self, t, *args, **kwargs):
+        return super().forward(t / 4, *args, **kwargs)
+
+
+class Longer(ExpandStreams):
+    def forward(self, residuals):
+        return 1.3 * super().forward(residuals)
+
+
+@pytest.mark.parametrize(
+    ('path', 'replacement'), [('layers.0.attention.rotary_emb', Interpolated), ('expand_streams', Longer)]
+)
+def test_cached_sampling_sees_modules_of_other_classes(path: str, replacement: type[nn.Module]):
+    with all_in_float64():
+        model, prompt = build('MAG', num_residual_streams=2).eval(), ids(7)
+        kwargs = {'max_new_tokens': 9, 'temperature': 0.0, 'return_logprobs': True, 'show_progress': False}
+        plain = model.sample(prompt, use_cache=True, **kwargs)
+        model.get_submodule(path).__class__ = replacement
+        cached, uncached = (model.sample(prompt, use_cache=use_cache, **kwargs) for use_cache in (True, False))
+        assert torch.equal(cached.tokens, uncached.tokens)
+        assert_same(cached.logprobs, uncached.logprobs)
+        assert (cached.logprobs - plain.logprobs).abs().max() > 1e-3
 
 
 def test_global_hooks_are_called():

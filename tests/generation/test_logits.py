@@ -89,6 +89,13 @@ def test_filters_are_applied_one_after_the_other():
     assert torch.equal(filters()(logits), logits)
 
 
+def test_the_lowest_temperatures_pick_the_likeliest_token():
+    logits = example()
+    for dtype in (torch.float32, torch.float64):
+        for temperature in (1e-37, 1e-40, 1e-46, 1e-310):
+            assert torch.equal(gumbel_sample(logits.to(dtype), temperature), gumbel_sample(logits.to(dtype), 0.0))
+
+
 def test_log_probabilities():
     logits = example()
     tokens = torch.arange(len(logits)) % 30

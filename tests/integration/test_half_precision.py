@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from architectures import CLASSES, build
+from architectures import CLASSES, build, ids
 from memories import SWITCHES, inputs, memory
 from torch import Tensor, nn
 
@@ -76,6 +76,29 @@ def test_a_state_in_half_precision_is_continued_in_float32():
     came = mem(seq, state=state.to(torch.bfloat16))[1].states[0]['norm.gamma']
     assert came.dtype == torch.float32
     assert (came - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@dtypes
+def test_a_state_in_float32_is_continued_in_half_precision(dtype: torch.dtype):
+    mem = memory('convolution', default_step_transform_max_lr=0.02).to(dtype)
+    seq = inputs(mem, 18).to(dtype)
+    _, state = mem(seq[:, :9])
+    assert torch.equal(mem(seq[:, 9:], state=state.to(torch.float32))[0], mem(seq[:, 9:], state=state)[0])
+
+    model = build('MAG').to(dtype)
+    x = ids(18)
+    _, of_model = model(x[:, :9], return_state=True)
+    assert torch.equal(model(x[:, 9:], state=of_model.to(torch.float32)), model(x[:, 9:], state=of_model))
+
+
+def test_updates_are_formed_in_float32():
+    mem = NeuralMemory(64, heads=2, dim_head=32, chunk_size=4, batch_size=4, qk_rmsnorm=True)
+    seq = torch.randn(1, 4, 64)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        buffers = mem.to_buffers(mem(seq[:, :3])[1])
+        _, after = mem.step(seq[:, 3:], buffers, torch.tensor([3]), True, True)
+    momentum = after.weights.momentum['model.weights.0'][0]
+    assert (torch.linalg.matrix_rank(momentum, rtol=1e-4) <= 4).all()  # a direction for each row
 
 
 @by_autocast

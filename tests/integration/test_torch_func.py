@@ -34,6 +34,23 @@ def float64():
         yield
 
 
+def test_gradients_of_functions_without_checkpoints(float64):
+    """Transforms do not support activation checkpointing, so nothing is recomputed."""
+    mem = NeuralMemory(8, chunk_size=2)
+    recomputing = NeuralMemory(8, chunk_size=2, checkpoint_every=4)
+    recomputing.load_state_dict(mem.state_dict())
+    seq = torch.randn(1, 9, 8)
+    results = [grad(lambda seq, m=m: m(seq)[0].sin().sum())(seq) for m in (mem, recomputing)]
+    assert_same(*results)
+
+    model = MemoryAsGateTransformer(**SMALL | HEADS, checkpoint_layers=True).double()
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    x = torch.randint(0, 11, (2, 9))
+    of_function = grad(lambda p: functional_call(model, p, (x,), {'return_loss': True}))(parameters)
+    model(x, return_loss=True).backward()
+    assert_same(of_function, {name: model.get_parameter(name).grad for name in parameters})
+
+
 SMALL = {'num_tokens': 11, 'dim': 8, 'depth': 2, 'segment_len': 4, 'neural_memory_batch_size': 8}
 HEADS = {'dim_head': 4, 'heads': 2}
 MODELS: dict[str, Callable[[], Module]] = {

@@ -197,3 +197,13 @@ def test_positions_of_chunks_stay_apart_in_half_precision():
     came = model.bfloat16().axial_pos_emb.axis(0, numbers)
     assert came.dtype == torch.bfloat16 and len(came.unique(dim=0)) == len(numbers)
     assert_same(came.float(), expected, 0.01)
+    whole, (outer, inner) = (model.axial_pos_emb((1012, 4), return_factorized=two) for two in (False, True))
+    assert torch.equal(outer[1000:], came) and torch.equal(whole, outer.unsqueeze(1) + inner)
+
+
+@pytest.mark.parametrize('position_length', [None, 8])
+def test_positions_computed_before(position_length):
+    model = transformer(0, position_length=position_length)
+    x, size = ids(32), model.neural_memory_segment_len
+    positions = model.axial_pos_emb((-(-model.num_positions(32) // size), size), return_factorized=True)
+    assert_same(model(x, factorized_pos_emb=positions), model(x), 1e-12)

@@ -131,7 +131,7 @@ def step_by_step(layer, seq, start, **inputs):
     buffers, outs = layer.to_buffers(cache, start), []
     for number in range(start, seq.shape[1]):
         now = {name: t[..., number : number + 1, :] for name, t in inputs.items()}
-        position = at(number, frequencies(layer.rotary_emb)[None])
+        position = at(number, frequencies(layer.rotary_emb, seq.device)[None])
         outs.append(layer.step(seq[:, number : number + 1], buffers, position, 0, **now)[0])
     return torch.cat(outs, dim=1), layer.from_buffers(buffers, seq.shape[1])
 

@@ -79,19 +79,18 @@ def rotate(
     not the library's own, which loses them in float32 and caches them in the precision of their first use, nor is the
     rotation, through whose einops PyTorch 2.13 traces for as long as through the rest of a model.
     """
-    # frequencies are angles of position 1, by a call, in which hooks give an offloaded module its weights
-    dtype = torch.promote_types(rotary.freqs.dtype, torch.float32)
-    one = torch.ones(1, dtype=dtype, device=positions.device) / rotary.interpolate_factor
-    rotation = rotation_at(rotary(one)[0, ::2].to(dtype), positions.unsqueeze(-1))
+    rotation = rotation_at(frequencies(rotary, positions.device), positions.unsqueeze(-1))
     width = 2 * rotation.shape[-2]
     rotated = rotate_pairs(t[..., :width].unflatten(-1, (-1, 2)), rotation).flatten(-2)
     return torch.cat((rotated, t[..., width:]), dim=-1).to(t.dtype)
 
 
-def frequencies(rotary: RotaryEmbedding) -> Float[Tensor, ' half']:
+def frequencies(rotary: RotaryEmbedding, device: torch.device) -> Float[Tensor, ' half']:
     """Angle per position of each pair of features, in the precision of `rotate`."""
+    # the angles of position 1, by a call, in which hooks give an offloaded module its weights
     dtype = torch.promote_types(rotary.freqs.dtype, torch.float32)
-    return rotary.freqs.detach().to(dtype) / rotary.interpolate_factor
+    one = torch.ones(1, dtype=dtype, device=device) / rotary.interpolate_factor
+    return rotary(one)[0, ::2].to(dtype)
 
 
 def rotary_causal_attention(

@@ -101,9 +101,10 @@ def sampled(
     logits: Float[Tensor, '... l'], temperature: float, generator: torch.Generator | None
 ) -> tuple[Int[Tensor, ' ...'], Float[Tensor, ' ...']]:
     """A token for each row, and its logit with the noise added, which is NaN or −inf if no token was valid."""
-    if temperature > 0.0:
-        # at most 0, so that no quotient overflows, however low the temperature
-        logits = at_least_float32(logits)
+    logits = at_least_float32(logits)
+    # in the precision of the logits, lower temperatures are 0
+    if temperature >= torch.finfo(logits.dtype).tiny:
+        # at most 0, so that no quotient overflows
         logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature + gumbel_noise(logits, generator)
     best, tokens = logits.max(dim=-1)
     return tokens, best
@@ -113,7 +114,7 @@ def check_best(best: Float[Tensor, ' ...']) -> None:
     """Refuse rows without a valid token, by the logits of the tokens sampled."""
     if not (best > float('-inf')).all():  # NaN compares false too
         raise ValueError(
-            'logits must leave a token to choose, and those of a row are NaN or all -inf: '
+            'logits must leave a token to choose, and those of a row hold NaN or +inf, or are all -inf: '
             'the model returned them, or filter_fn removed every token'
         )
 

@@ -138,7 +138,9 @@ def sample(  # type: ignore[misc]  # the overloads name only what decides the re
         cache: cache of an earlier call, whose prompt and result `prompt` begins with; only the rest is processed.
         state: the same, but `prompt` holds only the rest: the last token of the earlier call, which that call did not
             read, and any new ones.
-        return_cache: also return the cache for a later call. `cache`, `state` and `return_cache` imply `use_cache`.
+        return_cache: also return the cache for a later call. `cache`, `state` and `return_cache` imply `use_cache`. A
+            cache has one position for all rows, so prompts of different lengths need `seq_len`, where rows end
+            together. Rows that a stop token has ended earlier have read the filler after it.
         cuda_graphs: with a cache, replay the steps as CUDA graphs. Default: on a CUDA device.
         compiled: with a cache, on a CPU, compile the steps with `torch.compile`, which makes them several times as
             fast. Off by default, as it needs a C++ compiler, Python's headers and minutes in the first call for a batch
@@ -154,16 +156,25 @@ def sample(  # type: ignore[misc]  # the overloads name only what decides the re
         was added.
 
     Raises:
-        ValueError, TypeError: for invalid arguments; and for logits without a valid token, NaN or all −inf. On a GPU,
-            where a check in each step would synchronise with the device, such logits are reported at the end.
+        ValueError, TypeError: for invalid arguments; and for rows of logits that hold NaN or +inf, or are all −inf. On
+            a GPU, where a check in each step would synchronise with the device, these are reported at the end.
     """
     check_flags(show_progress=show_progress, use_cache=use_cache, return_cache=return_cache, store=store)
     check_flags(return_logprobs=return_logprobs, return_surprises=return_surprises)
+    steps = {name: own for name, own in (('cuda_graphs', cuda_graphs), ('compiled', compiled)) if own is not None}
+    check_flags(**steps)
     request = _Request.of(self, prompt, prompt_lengths, seq_len, max_new_tokens, stop_tokens, pad_token)
+    if return_cache and not request.has_one_limit:
+        raise ValueError(
+            'return_cache=True needs rows that end together: '
+            'with prompts of different lengths pass seq_len in place of max_new_tokens'
+        )
     choose = _chooser(temperature, _filter(filter_fn, filter_kwargs, top_k, top_p, min_p), generator, request.prompt)
     reader: _Reader
     if use_cache or return_cache or cache is not None or state is not None:
         reader = _CachedReader(self, store, return_surprises, cache, state, cuda_graphs, compiled)
+    elif any(steps.values()):
+        raise ValueError(f'{next(name for name, own in steps.items() if own)}=True needs use_cache=True')
     else:
         reader = _UncachedReader(self, store, return_surprises)
     positions = _positions(self, reader, request, choose, return_logprobs)
@@ -211,7 +222,7 @@ def stream(
     cuda_graphs: bool | None = None,
     compiled: bool = False,
     store: bool = True,
-) -> Generator[Any, None, CacheT]:
+) -> Generator[Any, None, CacheT | None]:
     """Yield the tokens of `sample(…, use_cache=True)` position by position, (batch,) each, as they come.
 
     The arguments are those of `sample`. With `return_logprobs` or `return_surprises` each position is a `Sampled`. With
@@ -219,7 +230,7 @@ def stream(
     then the tokens sampled for it.
 
     The model is in evaluation mode until the generator ends or is closed. The generator returns the cache for a later
-    call: `cache = yield from model.stream(…)`.
+    call: `cache = yield from model.stream(…)`. It is `None` where `sample` refuses `return_cache`.
     """
     check_flags(return_logprobs=return_logprobs, return_surprises=return_surprises)
     request = _Request.of(self, prompt, prompt_lengths, seq_len, max_new_tokens, stop_tokens, pad_token)
@@ -288,9 +299,14 @@ class _Request(NamedTuple):
         return max(self.limits)
 
     @property
+    def has_one_limit(self) -> bool:
+        """True if all rows end together, unless a stop token ends them earlier."""
+        return min(self.limits) == self.seq_len
+
+    @property
     def rows_end_early(self) -> bool:
         """True if a row may end before the longest one."""
-        return len(self.stops) > 0 or min(self.limits) < self.seq_len
+        return len(self.stops) > 0 or not self.has_one_limit
 
     def by_row(self, positions: list[Any], filler: float) -> Tensor:
         """Results of all positions as rows, without their own prompts beyond the shortest one, padded on the right."""
@@ -346,7 +362,7 @@ def _positions(
                 if may_end_early and finished.all():
                     break
             check_best(worst)
-            return reader.cache()
+            return reader.cache() if request.has_one_limit else None
     finally:
         reader.release()
 

@@ -27,9 +27,11 @@ from titans_pytorch.utils.checks import (
     check_multiple,
     check_not_negative,
     check_number,
+    check_origin,
     check_positive,
     check_shape,
     check_tensor,
+    checked_carried,
     checked_mask,
     checked_state,
     described,
@@ -356,8 +358,17 @@ class MemoryLayout(NamedTuple):
                 raise ValueError(
                     f'{name}.{part} must come from a memory with the same settings, got {tuple(rows.shape)}'
                 )
-        mask, queries, before = (None if t is None else outside_inference(t) for t in (mask, queries, before))
-        return PendingSegment(outside_inference(tokens), mask, queries, before)
+        mask = None if mask is None else outside_inference(mask)
+
+        def carried(part: str, rows: Tensor | None) -> Tensor | None:
+            return None if rows is None else checked_carried(f'{name}{part}', rows, self.dtype, seq.device)
+
+        return PendingSegment(
+            checked_carried(name, tokens, self.dtype, seq.device),
+            mask,
+            carried('.queries', queries),
+            carried('.before', before),
+        )
 
     def no_pending(self, like: Float[Tensor, 'b n d']) -> PendingSegment:
         tokens = like[:, :0]
@@ -373,20 +384,17 @@ class MemoryLayout(NamedTuple):
         # key by key: the compiler cannot compare dictionaries of shapes
         if came.keys() != expected.keys() or any(came[key] != shape for key, shape in expected.items()):
             raise ValueError(f'{name} must hold the weights of this memory, {expected}, got {came}')
-        # half precision is raised to float32
-        precision = torch.promote_types(self.dtype, torch.float32)
         for key, t in weights.items():
-            if torch.promote_types(t.dtype, torch.float32) != precision:
-                raise TypeError(f'{name}[{key!r}] must be {precision}, as the memory is in {self.dtype}, got {t.dtype}')
-            if t.device != device:
-                raise ValueError(f'{name}[{key!r}] must be on {device}, as the input is, got {t.device}')
+            check_origin(f'{name}[{key!r}]', t, self.dtype, device)
 
-    def over_time(self, name: str, weights: Mapping[str, Tensor], batch: int) -> FastWeights:
+    def over_time(self, name: str, weights: Mapping[str, Tensor], batch: int, device: torch.device) -> FastWeights:
         """Weights passed by a user, (bh, n, …), (bh, …) or without these axes, as weights over time."""
         _check_tensors(name, weights)
         if {*weights.keys()} != {*self.parameters}:
             raise ValueError(f'{name} must hold the parameters {[*self.parameters]}, got {[*weights.keys()]}')
 
+        for key, w in (weights.final if isinstance(weights, FastWeights) else weights).items():
+            check_origin(f'{name}[{key!r}]', w, self.dtype, device)
         bh, tensors = batch * self.heads, {}
         if isinstance(weights, FastWeights):
             came = {key: tuple(w.shape) for key, w in weights.final.items()}

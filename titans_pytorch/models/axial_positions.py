@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,14 @@ class AxialPositions(ContinuousAxialPositionalEmbedding):
         weight = self.mlps[0][0].weight
         # a quantised linear map takes float32; its `weight` is a method
         return weight.dtype if isinstance(weight, Tensor) else torch.float32
+
+    def forward(
+        self, axial_dims: Sequence[int], return_factorized: bool = False, flatten: bool = False
+    ) -> Float[Tensor, '... d'] | list[Float[Tensor, '_n d']]:
+        """Embeddings of so many chunks and of so many offsets in a chunk: their sums (chunks, offsets, d), or with
+        `flatten` (chunks · offsets, d); or with `return_factorized` those of each axis, to be passed to a model."""
+        embeddings = [self.axis(axis, torch.arange(n, device=self.device)) for axis, n in enumerate(axial_dims)]
+        return embeddings if return_factorized else self.combine_factorized(embeddings, flatten=flatten)
 
     def axis(self, axis: int, indices: Int[Tensor, ' n']) -> Float[Tensor, 'n d']:
         """Embeddings of indices along one axis: 0 for chunks, 1 for offsets in a chunk. Of more chunks than

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Linear, Module, ModuleList
@@ -44,7 +43,7 @@ from titans_pytorch.utils.checks import (
     described,
     is_integral,
 )
-from titans_pytorch.utils.functional import compile_each_length
+from titans_pytorch.utils.functional import can_checkpoint, compile_each_length
 from titans_pytorch.utils.packing import PackedDocuments
 from titans_pytorch.utils.parameters import Resettable, reset_parameters
 from titans_pytorch.utils.precision import at_least_float32
@@ -320,7 +319,8 @@ class Transformer(StepwiseDecoding, Resettable):
         """The input not yet read, and the checked state that it continues."""
         if state is None and cache is None:
             return x, None
-        before = checked_model_state(cache if state is None else state, self._blocks, len(x))
+        given = cache if state is None else state
+        before = checked_model_state(given, self._blocks, len(x), self.norm.weight.dtype, x.device)
         if cache is None:
             return x, before
         num_read = self.num_tokens_until(before.seq_index)
@@ -421,7 +421,7 @@ class Transformer(StepwiseDecoding, Resettable):
         carried, hidden = Carried(), self.expand_streams(hidden)
         after: list[LayerState] = []
         for block, layer_state in zip(self._blocks, layer_states):
-            recomputes = self.checkpoint_layers and torch.is_grad_enabled()
+            recomputes = self.checkpoint_layers and can_checkpoint()
             call = partial(checkpoint, block, use_reentrant=False) if recomputes else block
             hidden, carried, layer_state = call(hidden, carried, layer_state, start, **kwargs)
             after.append(layer_state)

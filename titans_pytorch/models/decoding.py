@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from einops.layers.torch import Reduce
 from torch import Tensor, nn
-from torch.nn import Linear, Module, ModuleList
+from torch.nn import Identity, Linear, Module, ModuleList
 
 from titans_pytorch.attention.rotary import frequencies
 from titans_pytorch.attention.segmented import SegmentedAttention
@@ -71,7 +72,8 @@ class StepwiseDecoding(Module):
     def obstacle_to_steps(self, state: ModelState) -> str | None:
         """The reason why steps from `state` would differ from calls, or `None`.
 
-        Steps bypass the calls of most modules, and derive the offset in a chunk from the position.
+        Steps bypass the calls of most modules, streams are expanded and reduced by sums, and the offset in a chunk is
+        derived from the position.
         """
         called = [self.token_emb, self.norm, self.to_logits, *(block.feedforward for block in self._blocks)]
         whole = {module for part in called if part is not None for module in part.modules()}
@@ -80,6 +82,9 @@ class StepwiseDecoding(Module):
             return 'a module of it has hooks, or a forward of its own'
         if not isinstance(self.to_logits, Linear):
             return f'its to_logits is a {type(self.to_logits).__name__}'
+        for name, types in (('expand_streams', (ExpandStreams, Identity)), ('reduce_streams', (Reduce, Identity))):
+            if type(getattr(self, name)) not in types:
+                return f'its {name} is a {type(getattr(self, name)).__name__}'
         if any(memory.num_tokens != state.seq_index for memory in state.memories):
             return 'its memories were read without being written (store=False)'
         return None
@@ -98,7 +103,7 @@ class StepwiseDecoding(Module):
             raise ValueError('a model with neither attention nor memory has no state to decode from')
         position = torch.full((1,), start, device=device)
         dtype = autocast_dtype(device) or weight.dtype
-        rotations = [frequencies(attention.rotary_emb) for attention in self._attentions]
+        rotations = [frequencies(attention.rotary_emb, device).detach() for attention in self._attentions]
         return ModelBuffers(
             position=position,
             token=torch.zeros(batch, 1, dtype=torch.long, device=device),

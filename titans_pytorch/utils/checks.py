@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from titans_pytorch.utils.functional import is_traced
+from titans_pytorch.utils.functional import is_traced, outside_inference
 from titans_pytorch.utils.precision import autocast_dtype
 from titans_pytorch.utils.shapes import Bool, Int
 
@@ -190,6 +190,21 @@ def check_floating(name: str, value: Any, dtype: torch.dtype | None = None) -> N
         raise TypeError(f'{name} must be a floating-point tensor, got {value.dtype}')
     if dtype is not None and value.dtype != dtype and autocast_dtype(value.device) is None:
         raise TypeError(f'{name} must be of {dtype}, as the parameters are, got {value.dtype}')
+
+
+def check_origin(name: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    """A tensor of an earlier call of a module of `dtype` must be on `device`, and in float64 only if the module is."""
+    if (value.dtype == torch.float64) != (dtype == torch.float64):
+        precision = torch.promote_types(dtype, torch.float32)
+        raise TypeError(f'{name} must be {precision}, as the parameters are {dtype}, got {value.dtype}')
+    if value.device != device:
+        raise ValueError(f'{name} must be on {device}, as the input is, got {value.device}')
+
+
+def checked_carried(name: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Rows of an earlier call of a module of `dtype`, which in half precision takes no others."""
+    check_origin(name, value, dtype, device)
+    return outside_inference(value.to(dtype) if dtype.itemsize == 2 else value)
 
 
 def is_integral(value: Tensor) -> bool:

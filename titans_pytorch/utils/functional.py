@@ -76,6 +76,12 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
+def can_checkpoint() -> bool:
+    """True if activation checkpointing has an effect: with gradients, and not under transforms of `torch.func`, which
+    do not support it."""
+    return torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+
+
 @torch.compiler.assume_constant_result
 def is_exporting() -> bool:
     """True while `torch.export` traces. Traced itself, PyTorch's function is always true, up to 2.11 at least."""

@@ -18,6 +18,7 @@ from titans_pytorch.memory_models import PlainMLP
 from titans_pytorch.ops.associative_scan import AssocScan
 from titans_pytorch.ops.proximal_steps import proximal_deltas, proximal_vector
 from titans_pytorch.utils.functional import replaced
+from titans_pytorch.utils.precision import at_least_float32, no_autocast
 from titans_pytorch.utils.shapes import Float, concatenated
 
 
@@ -60,6 +61,17 @@ class Gradients(NamedTuple):
     def dense(self, name: str) -> Float[Tensor, 'bh n ...']:
         """Minus the gradient of a parameter, formed."""
         return self.inputs[name].mT @ self.deltas[name] if name in self.inputs else self.vectors[name]
+
+    def formed(self, like: Weights) -> Weights:
+        """Minus the gradients of the parameters `like`, in their precision.
+
+        Products are in float32 at least. Rounded, the update of a few rows would have more directions than rows, and
+        spectral norm makes all directions equally long.
+        """
+        inputs, deltas = ({name: at_least_float32(t) for name, t in own.items()} for own in (self.inputs, self.deltas))
+        raised = replaced(self, inputs=inputs, deltas=deltas)
+        with no_autocast(self.losses):
+            return {name: raised.dense(name).to(w.dtype) for name, w in like.items()}
 
 
 class Stored(NamedTuple):

@@ -386,8 +386,7 @@ class DualBackend(Backend):
     def negative_gradients(self, chunk: Chunks, at: Weights) -> tuple[Weights, Float[Tensor, 'bh m']]:
         if self.fused is not None or self.num_proximal_steps is not None:
             gradients = self.gradients(chunk, at, None)
-            formed = {name: gradients.dense(name)[:, 0].to(w.dtype) for name, w in at.items()}
-            return formed, gradients.losses[:, 0]
+            return {name: own[:, 0] for name, own in gradients.formed(at).items()}, gradients.losses[:, 0]
         with torch.inference_mode(False):
             keys, values, step_sizes = (outside_inference(t.squeeze(1)) for t in chunk.rows)
 

@@ -108,7 +108,7 @@ class SpectralBackend(DualBackend):
         log_gates: Float[Tensor, 'bh n o'],
         weights: MemoryWeights,
     ) -> Stored:
-        formed = {name: gradients.dense(name).to(newest.dtype) for name, newest in weights.newest.items()}
+        formed = gradients.formed(weights.newest)
         gates = replaced(chunks.update_gates(), momentum=log_gates.unbind(-1))
         updates, orders = surprise(
             formed, gates, weights.momentum, _momentum_after, self.max_grad_norm, self.spectral_norm
