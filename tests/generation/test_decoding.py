@@ -224,11 +224,11 @@ def test_a_cache_after_prompts_of_different_lengths():
     # rows that end at different positions would have read filler
     with pytest.raises(ValueError, match='return_cache=True needs rows that end together'):
         model.sample(prompt, max_new_tokens=4, prompt_lengths=lengths, return_cache=True, **GREEDY)
-    stream = model.stream(prompt, max_new_tokens=4, prompt_lengths=lengths, temperature=0.0)
-    with pytest.raises(StopIteration) as end:
-        while True:
-            next(stream)
-    assert end.value.value is None
+
+    def of_stream():
+        yield (yield from model.stream(prompt, max_new_tokens=4, prompt_lengths=lengths, temperature=0.0))
+
+    assert [*of_stream()][-1] is None
 
 
 @pytest.mark.parametrize('use_cache', [False, True])
