@@ -18,6 +18,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 import random
 import sys
 import time
@@ -341,6 +342,15 @@ def build_parser() -> argparse.ArgumentParser:
             **kind,
         )
     return parser
+
+
+def with_absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
+    """Options that a run keeps, as it may be resumed and evaluated from another folder."""
+    paths = {'DATA': [os.path.abspath(path) for path in given.get('DATA', ())]}
+    for name in ('CACHE_DIR', 'VOCABULARY'):
+        if given.get(name) not in (None, '', 'bytes', 'bpe'):
+            paths[name] = os.path.abspath(given[name])
+    return {**given, **{name: value for name, value in paths.items() if name in given}}
 
 
 def config_from_options(given: dict[str, Any]) -> Config:
@@ -819,19 +829,26 @@ def main(arguments: list[str] | None = None) -> int:
     with contextlib.suppress(AttributeError):
         # a terminal may lack characters of a sample, and a log file should be up to date
         sys.stdout.reconfigure(errors='replace', line_buffering=True)  # type: ignore[union-attr]
-    options = vars(build_parser().parse_args(arguments))
+    options = with_absolute_paths(vars(build_parser().parse_args(arguments)))
     resume, init_from = options.pop('resume'), options.pop('init_from')
     try:
         config = config_from_options(options)
         folder = run_folder(config)
         if resume:
             path = folder if resume == 'latest' else Path(resume)
+            if resume != 'latest':
+                if not path.exists():
+                    raise BadCheckpoint(f'there is no checkpoint to resume: {path} does not exist')
+                if 'PRESET' in options:
+                    raise BadSetting('--preset cannot go with --resume PATH, whose checkpoint holds the settings')
             source = path if resume == 'latest' or is_run_folder(path) else path.parent
             if not source.is_dir():
                 raise BadCheckpoint(f'there is no checkpoint to resume: {source} is not a folder')
             if not config.RUN_DIR:
                 folder = source
         with process_group(), run_lock(folder):
+            if init_from and Path(init_from).is_dir():
+                raise BadCheckpoint(f'--init-from must name a file, and {init_from} is a folder')
             weights = read_checkpoint(Path(init_from)) if init_from else None
             checkpoint = None
             if resume:
@@ -840,9 +857,10 @@ def main(arguments: list[str] | None = None) -> int:
                 known = {setting.name for setting in dataclasses.fields(Config)}
                 saved = {name: value for name, value in checkpoint['config'].items() if name in known}
                 options.pop('PRESET', None)  # it has named the folder; the settings come from the checkpoint
-                vocabulary = saved.get('VOCABULARY', 'bytes')
-                if (asked := options.get('VOCABULARY', vocabulary)) != vocabulary:
-                    raise BadSetting(f'VOCABULARY must stay {vocabulary} in the run that is resumed, not {asked}')
+                for name in ('VOCABULARY', 'DATA_SEED'):
+                    kept = saved.get(name, getattr(Config(), name))
+                    if (asked := options.get(name, kept)) != kept:
+                        raise BadSetting(f'{name} must stay {kept} in the run that is resumed, not {asked}')
                 config = dataclasses.replace(Config(), **{**saved, **options, 'RUN_DIR': str(folder)})
             return train(config, checkpoint, weights)
     except (BadSetting, RunError) as error:

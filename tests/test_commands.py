@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_runs import TEXT, checkpoint, small_run
 
+from titans_pytorch.commands import main as main_module
 from titans_pytorch.commands.evaluation import evaluate
 from titans_pytorch.commands.main import main
 from titans_pytorch.commands.text import Conversation, characters, generate, read, until
@@ -261,6 +262,15 @@ def test_chat(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     # as a terminal gives bytes that are not UTF-8
     assert chat('who \udcff?', state='bytes.pt')[0].startswith('Model: ')
 
+    # a message that cannot be read does not end the conversation
+    monkeypatch.setattr(main_module, 'input', lambda prompt: next(lines), raising=False)
+    lines = iter(['', 'more'])
+    with pytest.raises(StopIteration):
+        main(['chat', '--run', str(folder), '--template', '{message}', '--length', '3'])
+    refused, answered = capsys.readouterr().out.splitlines()[:2]
+    assert refused.endswith('message must not be empty, as there is nothing around it')
+    assert answered.startswith('Model: ')
+
     checkpoint(folder / 'titans_enwik8_best.pt', 8, seed=1)
     with pytest.raises(SystemExit, match=r'the conversation in .*chat.pt is not with .*best.pt'):
         chat('four')
@@ -314,6 +324,12 @@ def test_failures_are_one_line(arguments: list[str], message: str, folder: Path,
     with pytest.raises(SystemExit, match=message) as ended:
         main(arguments)
     assert '\n' not in str(ended.value.code)
+
+
+def test_a_text_too_short_for_the_longest_context_is_refused_before_any_result(folder: Path, capsys) -> None:
+    with pytest.raises(SystemExit, match='too few for a context of 1000000'):
+        main(['evaluate', '--run', str(folder), '--context', '1000000'])
+    assert capsys.readouterr().out == ''
 
 
 def test_an_empty_stop_string_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

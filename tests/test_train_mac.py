@@ -345,9 +345,7 @@ def test_weights_belong_to_their_vocabulary(text, tmp_path):
 
 
 def test_an_unknown_vocabulary_is_refused_in_one_line(text, tmp_path):
-    assert 'VOCABULARY nowhere.json cannot be used' in refusal(
-        options(text, tmp_path / 'run', VOCABULARY='nowhere.json')
-    )
+    assert '/nowhere.json cannot be used' in refusal(options(text, tmp_path / 'run', VOCABULARY='nowhere.json'))
 
 
 def test_sharding_is_refused_where_it_cannot_work(text, tmp_path):
@@ -515,6 +513,30 @@ def test_resuming_a_folder_goes_on_from_its_newest_checkpoint(text, tmp_path):
     assert list(rows(folder, 'train_loss')) == [1, 2, 3]
     (empty := tmp_path / 'empty').mkdir()
     assert f'there is no checkpoint to resume in {empty}' in refusal(['--resume', empty])
+    assert f'--init-from must name a file, and {folder} is a folder' in refusal(['--init-from', folder])
+
+
+def test_a_path_that_is_not_there_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert 'there is no checkpoint to resume: nowhere does not exist' in refusal(['--resume', 'nowhere'])
+    assert not [*tmp_path.iterdir()]
+
+
+def test_what_a_checkpoint_decides_cannot_be_chosen(text, tmp_path):
+    folder = tmp_path / 'run'
+    train_mac.main(options(text, folder, NUM_BATCHES=1))
+    path = folder / 'titans_enwik8.pt'
+    assert '--preset cannot go with --resume PATH' in refusal(['--resume', path, '--preset', 'quick'])
+    assert 'DATA_SEED must stay 0 in the run that is resumed, not 3' in refusal(['--resume', path, '--data-seed', '3'])
+
+
+def test_a_run_finds_its_data_from_another_folder(text, tmp_path, monkeypatch):
+    folder = tmp_path / 'run'
+    monkeypatch.chdir(text.parent)
+    train_mac.main(options(text.name, folder, NUM_BATCHES=1))
+    monkeypatch.chdir(tmp_path)
+    assert train_mac.main(['--resume', str(folder), '--num-batches', '2']) == 0
+    assert json.loads((folder / 'config.json').read_text())['settings']['DATA'] == [str(text)]
 
 
 def test_the_best_validation_is_one_of_the_same_windows(text, tmp_path):

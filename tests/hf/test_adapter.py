@@ -19,6 +19,8 @@ from transformers import (  # noqa: E402
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3NextConfig,
@@ -61,6 +63,12 @@ MEMORY = dict(layers=[1, 3], heads=2, dim_head=4, chunk_size=2, memory_batch=4)
 BACKBONES = {
     'llama': lambda **changes: LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes})),
     'qwen3': lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
+    'sliding windows': lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=0)
+    ),
+    'some sliding windows': lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=2)
+    ),
     # three layers of linear attention, then one of full attention
     'hybrid': lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**SIZES, **LINEAR, **EXPERTS)),
 }
@@ -507,6 +515,9 @@ def test_a_memory_of_another_backbone_is_refused(tmp_path):
     with pytest.raises(ValueError, match='with rope_parameters='):
         load_memory(other, tmp_path)
     assert 'neural_memories' not in dict(other.model.named_children())
+    grown = BACKBONES['llama']()
+    grown.resize_token_embeddings(40)
+    assert load_memory(grown, tmp_path) is grown
 
 
 def test_removing_restores_the_model():

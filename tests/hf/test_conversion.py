@@ -9,7 +9,7 @@ import torch
 from compare import assert_same
 from hf_models import model
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
 
 from titans_pytorch.hf import byte_tokenizer, pretrained_to_run, run_to_pretrained
 from titans_pytorch.hf.tokenization import tokenizer_of, vocabulary_of
@@ -73,3 +73,20 @@ def test_a_run_becomes_a_pipeline_and_a_run_again(vocabulary, tmp_path):
     assert type(opened.vocabulary) is type(vocabulary)
     with pytest.raises(FileExistsError, match='there is a run in'):
         pretrained_to_run(folder, again)
+
+
+def test_folders_without_a_whole_titans_model_are_refused(tmp_path):
+    tokenizer = byte_tokenizer()
+    llama = LlamaConfig(vocab_size=256, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    for part in (LlamaForCausalLM(llama), tokenizer):
+        part.save_pretrained(tmp_path / 'llama')
+    with pytest.raises(ValueError, match="folder must hold a Titans model, .* of type 'llama'"):
+        pretrained_to_run(tmp_path / 'llama', tmp_path / 'run')
+
+    own = model('MAG', num_tokens=256).float()
+    weights = {name: w for name, w in own.state_dict().items() if 'to_logits' not in name}
+    own.save_pretrained(tmp_path / 'titans', state_dict=weights)
+    tokenizer.save_pretrained(tmp_path / 'titans')
+    with pytest.raises(ValueError, match='folder must hold all parameters of its model, .*to_logits'):
+        pretrained_to_run(tmp_path / 'titans', tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()

@@ -91,6 +91,31 @@ def test_accumulated_gradients_are_those_of_one_batch(tmp_path):
     assert_same(own[1].state_dict(), own[0].state_dict(), 1e-6)
 
 
+def test_label_smoothing_is_of_the_next_token(tmp_path):
+    own, smoothing = byte_model(), 0.1
+    rows = trainer(own, tmp_path, label_smoothing_factor=smoothing)
+    inputs = rows.data_collator(rows.eval_dataset[:2])
+    log_probs = own(**inputs).logits[:, :-1].log_softmax(dim=-1)
+    labels = inputs['labels'][:, 1:]
+    counted = labels != -100
+    of_labels = log_probs.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    expected = -((1 - smoothing) * of_labels + smoothing * log_probs.mean(dim=-1))[counted].mean()
+    assert_same(rows.compute_loss(own, inputs), expected, 1e-6)
+
+
+def test_the_base_model_is_the_model_without_its_logits():
+    own, (tokens, mask) = byte_model(), batch('right')
+    hidden = own.base_model(tokens, attention_mask=mask, use_cache=False).last_hidden_state
+    expected = own(tokens, attention_mask=mask, use_cache=False).logits
+    assert_same(own.get_output_embeddings()(hidden), expected)
+    assert own.get_decoder().transformer is own.transformer and own.transformer.to_logits is not None
+
+
+def test_a_mask_of_floating_point_numbers():
+    own, (tokens, mask) = byte_model(), batch()
+    assert torch.equal(own(tokens, attention_mask=mask.double()).logits, own(tokens, attention_mask=mask).logits)
+
+
 @pytest.mark.filterwarnings('ignore:`gradient_checkpointing(_enable)?` is deprecated')
 def test_a_resumed_training_is_that_without_interruption(tmp_path):
     own = [byte_model().float(), byte_model().float()]

@@ -57,8 +57,6 @@ def evaluate(
         ValueError: for a context or a limit below 1.
     """
     count = num_windows(text, context, limit)
-    if not count:
-        raise BadData(f'the text has {len(text)} tokens, too few for a context of {context}')
     started, piece = time.perf_counter(), min(context, PIECE)
     nats = torch.zeros((), dtype=torch.float64, device=run.machine.device)
     num_bytes = 0
@@ -78,7 +76,9 @@ def evaluate(
 
 
 def num_windows(text: Int[Tensor, ' n'], context: int, limit: int | None) -> int:
-    """Windows that `evaluate` reads."""
+    """Windows that `evaluate` reads, with the same errors."""
     context, *_ = check_positive(context=context, **({} if limit is None else {'limit': limit}))
     fit = (len(text) - 1) // context
+    if fit < 1:
+        raise BadData(f'the text has {len(text)} tokens, too few for a context of {context}')
     return fit if limit is None else min(fit, max(1, limit // context))

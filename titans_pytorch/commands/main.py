@@ -88,7 +88,9 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
         '--context', type=int, help=f'longest context in tokens (default: {LONGEST:,}, or less for a shorter text)'
     )
     parser.add_argument(
-        '--tokens', type=int, help=f'tokens of the text (default: {TOKENS_ON_CPU:,} on a CPU, all on a GPU; 0: all)'
+        '--tokens',
+        type=int,
+        help=f'tokens of the text (default: {TOKENS_ON_CPU:,} on a CPU, all on a GPU; 0: all)',
     )
     parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
 
@@ -136,6 +138,8 @@ def evaluate_command(options: argparse.Namespace) -> None:
         # the shortest is an error if the text is shorter still
         contexts = [context for context in contexts if context < len(text)] or contexts[:1]
 
+    num_windows(text, contexts[-1], limit)  # errors come before any result
+
     rows = []
     if not options.json:
         print(f'{source}\n{"context":>9}  {"bits per byte":>13}  {"bytes":>11}  {"seconds":>7}', flush=True)
@@ -172,9 +176,13 @@ def chat_command(options: argparse.Namespace) -> None:
     while True:
         try:
             message = input('You: ')
+            conversation.turn(message)
         except (EOFError, KeyboardInterrupt):
             print()
             return
+        except ValueError as error:
+            print(one_line(error))
+            continue
         with (
             contextlib.suppress(KeyboardInterrupt),
             contextlib.closing(conversation.answer(message, options.length, **arguments)) as answer,

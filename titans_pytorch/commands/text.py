@@ -112,11 +112,23 @@ class Conversation:
         self.stops = [stop.encode() for stop in stops]
         self.state: ModelState | None = None
 
+    def turn(self, message: str) -> Int[Tensor, ' n']:
+        """A message in its template, as tokens.
+
+        Raises:
+            ValueError: for an empty text, and for one that the vocabulary has no tokens for.
+        """
+        # a terminal passes on bytes that are not UTF-8
+        tokens = self.run.vocabulary.encode(
+            self.template.replace('{message}', message).encode('utf-8', 'surrogateescape')
+        )
+        if not len(tokens):
+            raise ValueError('message must not be empty, as there is nothing around it')
+        return tokens
+
     def answer(self, message: str, length: int = 256, **sampling: Any) -> Generator[str, None, None]:
         """Yield the answer to a message, as it comes. Closed early, the state holds as much of it as came."""
-        vocabulary, tokens = self.run.vocabulary, []
-        # a terminal passes on bytes that are not UTF-8
-        turn = vocabulary.encode(self.template.replace('{message}', message).encode('utf-8', 'surrogateescape'))
+        vocabulary, tokens, turn = self.run.vocabulary, [], self.turn(message)
         before = read(self.run, turn[:-1], self.state)
 
         def pieces() -> Iterator[bytes]:

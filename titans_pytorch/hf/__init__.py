@@ -8,6 +8,7 @@ Needs the extra `hf`: `pip install .[hf]`.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from titans_pytorch.hf.adapter import add_memory, load_memory, memory_parameters, remove_memory, save_memory
 from titans_pytorch.hf.cache import TitansCache
@@ -20,6 +21,8 @@ from titans_pytorch.hf.trainer import MemoryCheckpoints
 AutoConfig.register(TitansConfig.model_type, TitansConfig)
 AutoModel.register(TitansConfig, TitansModel)
 AutoModelForCausalLM.register(TitansConfig, TitansForCausalLM)
+# `Trainer` with label smoothing shifts the labels of these classes alone
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[TitansConfig.model_type] = TitansForCausalLM.__name__
 
 __all__ = [
     'MemoryCheckpoints',

@@ -41,8 +41,9 @@ OF_ADD_MEMORY = {
 }
 """Arguments of `NeuralMemory` and `memory_settings` that `add_memory` has arguments of its own for."""
 
-NOT_OF_THE_BACKBONE = {*PreTrainedConfig().to_dict(), 'use_cache', 'quantization_config'} - {'model_type'}
-"""Fields of a configuration that change with how a model is used or stored. Token ids are left out as well."""
+NOT_OF_THE_BACKBONE = {*PreTrainedConfig().to_dict(), 'use_cache', 'quantization_config', 'vocab_size'} - {'model_type'}
+"""Fields of a configuration that change with how a model is used or stored, or by an added token. Token ids are left
+out as well."""
 
 
 def add_memory(

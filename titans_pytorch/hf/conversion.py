@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from titans_pytorch.hf.configuration import TitansConfig
 from titans_pytorch.hf.modeling import TitansForCausalLM
@@ -50,12 +50,17 @@ def pretrained_to_run(folder: str | Path, run: str | Path) -> None:
 
     Raises:
         FileExistsError: if there is a run in `run` already.
-        OSError, ValueError: if there is no Titans model with a byte-level tokenizer in `folder`.
+        OSError, ValueError: if there is no complete Titans model with a byte-level tokenizer in `folder`.
     """
     run = Path(run)
     if (run / DESCRIPTION).exists():
         raise FileExistsError(f'there is a run in {run} already: name a new folder')
-    model = TitansForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if not isinstance(config := AutoConfig.from_pretrained(folder), TitansConfig):
+        raise ValueError(f'folder must hold a Titans model, and in {folder} is one of type {config.model_type!r}')
+    loaded: Any = TitansForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, found = loaded
+    if missing := sorted(found['missing_keys']):
+        raise ValueError(f'folder must hold all parameters of its model, and {folder} lacks {missing}')
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     vocabulary = vocabulary_of(tokenizer)
     run.mkdir(parents=True, exist_ok=True)

@@ -88,7 +88,8 @@ class LayerMemory(nn.Module):
             raise ValueError('cache must not be static, as decoding with memories is not compiled: use a DynamicCache')
         if (new_entry := cache.layer_class_to_replicate) is not None:  # it adds those of the layers one by one
             entries.extend(new_entry() for _ in range(len(entries), self.num_layers))
-        entries.append(states := MemoryStates(self.layer))
+        slides = any(getattr(entry, 'is_sliding', False) for entry in entries)
+        entries.append(states := MemoryStates(self.layer, slides))
         return states
 
 
@@ -155,10 +156,12 @@ class MemoryStates:
 
     # read by transformers from every entry of a cache
     keys = values = None
-    is_compileable = is_croppable = is_sliding = is_initialized = supports_early_init = False
+    is_compileable = is_croppable = is_initialized = supports_early_init = False
 
-    def __init__(self, layer: int):
+    def __init__(self, layer: int, is_sliding: bool):
         self.layer = layer
+        # of a kind that the decoder's own entries have, of which transformers takes the first to make a mask
+        self.is_sliding = is_sliding
         self.groups: list[Rows] = []
 
     def read(

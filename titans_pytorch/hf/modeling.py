@@ -100,6 +100,8 @@ class TitansPreTrainedModel(PreTrainedModel):
             raise ValueError('pass one of input_ids and inputs_embeds')
         if attention_mask is None:
             return x, None
+        if attention_mask.is_floating_point():
+            attention_mask = attention_mask.long()
         return x, checked_mask('attention_mask', attention_mask[:, -x.shape[1] :], x.shape[0], x.shape[1])
 
     def _cache(
@@ -215,6 +217,14 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
     def __init__(self, config: TitansConfig):
         super().__init__(config)
         self.post_init()
+
+    @property
+    def base_model(self) -> TitansModel:  # type: ignore[override]
+        """The model without its logits, made of the same modules. TRL's trainers compute their losses from it."""
+        model = TitansModel.__new__(TitansModel)
+        nn.Module.__init__(model)
+        model.config, model.transformer, model.training = self.config, self.transformer, self.training
+        return model
 
     def get_output_embeddings(self) -> Module | None:
         return self.transformer.to_logits

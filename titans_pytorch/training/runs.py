@@ -120,7 +120,8 @@ def unseen_text(run: Run, paths: Sequence[str | Path] = ()) -> tuple[Int[Tensor,
     try:
         data = load_data(read, run.vocabulary, cache=run.settings.get('CACHE_DIR') or None) if read else None
     except (OSError, ValueError) as error:
-        raise BadData(f'the data cannot be read: {one_line(error)}') from None
+        other = '' if paths else '; name it, or another text, with --data'
+        raise BadData(f'the data cannot be read: {one_line(error)}{other}') from None
     if data is not None and data.sha256 == run.data_sha256:
         return data.test, f'test split of {data.source}'
     if data is None or not paths:
