@@ -422,6 +422,8 @@ def stored_vocabulary(
 
 def choose_vocabulary(config: Config, stored: dict[str, Any] | None) -> Vocabulary | int:
     """A vocabulary, or the size of one to be trained on the data."""
+    if config.VOCABULARY == 'bpe' and config.VOCABULARY_SIZE < BYTES.size:
+        raise BadSetting(f'VOCABULARY_SIZE must be at least {BYTES.size}, got {config.VOCABULARY_SIZE}')
     try:
         if stored is not None:
             return vocabulary_from_dict(stored)

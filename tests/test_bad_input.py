@@ -75,6 +75,11 @@ BAD_MEMORIES = [
     (dict(activation=nn.Softmax(dim=1)), ValueError, 'activation must treat tokens separately'),
     (dict(store_memory_loss_fn=nn.MSELoss()), ValueError, 'store_memory_loss_fn must return one loss a row'),
     (dict(store_memory_loss_fn=torch.tanh), ValueError, 'store_memory_loss_fn must accept two tensors .* it raised'),
+    (
+        dict(store_memory_loss_fn=lambda came, wanted: (came - wanted).square().mean(-1) * float(came.sum() >= 0)),
+        ValueError,
+        'store_memory_loss_fn must work under torch.func.vmap, it raised: ',
+    ),
     (dict(default_model_kwargs=4), TypeError, 'default_model_kwargs must be a mapping of keyword arguments, got 4'),
     (dict(default_model_kwargs={'depth': 2, 'expansion_factor': '4'}), TypeError, 'expansion_factor must be a number'),
     (dict(engine=['dual']), ValueError, 'engine must be .*, got'),

@@ -348,6 +348,11 @@ def test_an_unknown_vocabulary_is_refused_in_one_line(text, tmp_path):
     assert '/nowhere.json cannot be used' in refusal(options(text, tmp_path / 'run', VOCABULARY='nowhere.json'))
 
 
+def test_a_vocabulary_smaller_than_the_bytes_is_refused(text, tmp_path):
+    words = options(text, tmp_path / 'run', VOCABULARY='bpe', VOCABULARY_SIZE=100)
+    assert refusal(words) == 'VOCABULARY_SIZE must be at least 256, got 100'
+
+
 def test_sharding_is_refused_where_it_cannot_work(text, tmp_path):
     assert 'FSDP must be started by torchrun' in refusal(options(text, tmp_path / 'run', FSDP=True))
     assert 'FSDP cannot go with' in refusal(options(text, tmp_path / 'run', FSDP=True, USE_CUDA_GRAPHS=True))

@@ -324,6 +324,11 @@ def test_scripted_networks_are_refused():
         NeuralMemory(DIM, model=scripted)
 
 
+def test_a_network_that_is_compiled_by_itself_is_refused():
+    with pytest.raises(TypeError, match='model must not be compiled by itself'):
+        NeuralMemory(8, chunk_size=4, model=torch.compile(nn.Linear(8, 8)))
+
+
 @pytest.mark.parametrize('engine', ['auto', 'dense'])
 def test_a_loss_may_draw_random_numbers(engine: str):
     def loss(prediction, target):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from einops import repeat
 from torch import Tensor
+from torch.func import vmap
 from torch.nn import Module
 from torch.utils._pytree import tree_map
 
@@ -454,7 +455,10 @@ def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def check_memory_loss(loss_fn: Callable[[Tensor, Tensor], Any], shape: tuple[int, int]) -> None:
     """Check that a memory's loss function maps predictions and targets, (rows, dim_head), to one loss per row."""
-    rows = torch.zeros(shape)
+    if loss_fn is default_loss_fn:
+        return
+    parameters = loss_fn.parameters() if isinstance(loss_fn, Module) else ()
+    rows = torch.zeros(shape, device=next((p.device for p in parameters), None))
     try:
         losses = loss_fn(rows, rows)
     except Exception as cause:
@@ -464,12 +468,19 @@ def check_memory_loss(loss_fn: Callable[[Tensor, Tensor], Any], shape: tuple[int
             f'store_memory_loss_fn must return one loss a row, {shape[:1]} for two tensors {shape}, '
             f'got {described(losses)}'
         )
+    try:
+        vmap(loss_fn, randomness='different')(rows.unsqueeze(0), rows.unsqueeze(0))
+    except Exception as cause:
+        message = first_line(cause)
+        raise ValueError(f'store_memory_loss_fn must work under torch.func.vmap, it raised: {message}') from cause
 
 
 def check_memory_model(model: Module, dim_head: int, name: str = 'model') -> None:
     """Check that a memory network keeps the shape of its input, has parameters and has no buffers."""
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f'{name} must be a module of Python code, got a scripted one: pass the module it was made from')
+    if any('_orig_mod' in module._modules for module in model.modules()):  # as `torch.compile` wraps a module
+        raise TypeError(f'{name} must not be compiled by itself: compile the memory, or the model around it')
     buffers = [buffer for buffer, _ in model.named_buffers()]
     if buffers:
         raise ValueError(f'{name} must have no buffers, got {buffers}')
