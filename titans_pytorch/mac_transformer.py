@@ -175,9 +175,12 @@ class PaperMACBlock(MACBlock):
         """A sequence that begins at `position`, split where attention begins a segment or the memory a memory batch,
         after which it retrieves from other weights. Both are in step unless tokens were read without being stored:
         the memory has read `stored`."""
-        size, length = self.attention.total_segment_len, seq.shape[1]
-        ends = sorted({end for begun in (position, stored) for end in range(size - begun % size, length, size)})
-        return seq.split([end - start for start, end in zip((0, *ends), (*ends, length))], dim=1)
+        size = self.attention.total_segment_len
+        lengths: list[int] = []
+        while left := seq.shape[1] - sum(lengths):
+            lengths.append(min(left, size - position % size, size - stored % size))
+            position, stored = position + lengths[-1], stored + lengths[-1]
+        return seq.split(lengths, dim=1)
 
 
 class MemoryAsContextTransformer(Transformer, InReferenceFormat):
