@@ -45,6 +45,7 @@ class ContextAttention(SegmentedAttention):
         queries, keys, values = self._project_pair(seq, context)
         own_values, first = values, position
         if cache is not None and position % self.total_segment_len:
+            cache = self._carried(cache, seq)
             first = position - cache[0].shape[-2] // self.keys_per_position
             keys, values = torch.cat((cache[0], keys), dim=-2), torch.cat((cache[1], values), dim=-2)
         intermediates = AttnIntermediates(value_residual=own_values, cached_key_values=(keys, values))

@@ -27,6 +27,7 @@ from titans_pytorch.utils.checks import (
     check_not_negative,
     check_shape,
     checked_arguments,
+    checked_carried,
     checked_key_values,
 )
 from titans_pytorch.utils.functional import is_intercepted
@@ -186,6 +187,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
                 raise ValueError('documents need sliding windows, and a call without cache')
         if cache is not None:
             cache, position = self.checked_cache('cache', cache, position, seq.shape[0])
+            cache = self._carried(cache, seq)
         elif position is not None:
             (position,) = check_not_negative(position=position)
 
@@ -220,6 +222,11 @@ class SegmentedAttention(Resettable, InReferenceFormat):
                     f'got {key_values[0].shape[-2] // self.keys_per_position}'
                 )
         return key_values, position
+
+    def _carried(self, cache: KeyValues, seq: Float[Tensor, 'b n d']) -> KeyValues:
+        """`cache`, whose precision and device must fit a call with `seq`."""
+        keys, values = (checked_carried('cache', t, self.norm.weight.dtype, seq.device) for t in cache)
+        return keys, values
 
     def trimmed(self, key_values: KeyValues, position: int) -> KeyValues:
         """Keys and values visible from `position` on: the last window if it slides, else the incomplete one."""

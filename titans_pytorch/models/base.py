@@ -319,8 +319,7 @@ class Transformer(StepwiseDecoding, Resettable):
         """The input not yet read, and the checked state that it continues."""
         if state is None and cache is None:
             return x, None
-        given = cache if state is None else state
-        before = checked_model_state(given, self._blocks, len(x), self.norm.weight.dtype, x.device)
+        before = checked_model_state(cache if state is None else state, self._blocks, len(x))
         if cache is None:
             return x, before
         num_read = self.num_tokens_until(before.seq_index)

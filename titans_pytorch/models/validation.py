@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 
@@ -21,12 +20,12 @@ from titans_pytorch.utils.checks import (
     check_keywords,
     check_module,
     check_multiple,
-    checked_carried,
     checked_state,
     checked_token_ids,
     described,
     values_are_at_hand,
 )
+from titans_pytorch.utils.functional import outside_inference
 from titans_pytorch.utils.shapes import Int
 
 OF_MODELS = {
@@ -90,10 +89,8 @@ def checked_labels(labels: Any, num_tokens: int, batch: int, length: int) -> Int
     return labels
 
 
-def checked_model_state(
-    state: Any, blocks: Sequence[Block], batch: int, dtype: torch.dtype, device: torch.device
-) -> ModelState:
-    """`state` as a `ModelState`, which must fit a model of `dtype` with these blocks, and a batch of this size."""
+def checked_model_state(state: Any, blocks: Sequence[Block], batch: int) -> ModelState:
+    """`state` as a `ModelState`, which must fit a model of these blocks and a batch of this size."""
     position, key_values, memories = checked_state('state', state, ModelState)
     position = check_integer('state.seq_index', position, 0)
     if not isinstance(key_values, (tuple, list)) or not isinstance(memories, (tuple, list)):
@@ -119,10 +116,7 @@ def checked_model_state(
                 )
         elif pair is not None:
             raise ValueError(f'{name} must be None, as the layer has no attention, got {described(pair)}')
-        if pair is not None:
-            keys, values = (checked_carried(name, t, dtype, device) for t in pair)
-            pair = keys, values
-        checked.append(pair)
+        checked.append(None if pair is None else (outside_inference(pair[0]), outside_inference(pair[1])))
     memories = [checked_state(f'state.memories[{n}]', memory, NeuralMemState) for n, memory in enumerate(memories)]
     state = ModelState(seq_index=position, key_values=checked, memories=memories)
     if state.batch_size not in (None, batch):
