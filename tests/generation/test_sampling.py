@@ -73,6 +73,16 @@ def test_each_row_gets_as_many_new_tokens(use_cache):
     assert (stopped[:, 1:] == -1).all()
 
 
+@cached
+def test_a_prompt_may_hold_tokens_that_are_never_sampled(use_cache):
+    model = build('MAG', token_emb=torch.nn.Embedding(24, 16))
+    prompt = torch.randint(16, 24, (2, 5))
+    tokens = model.sample(prompt, max_new_tokens=6, use_cache=use_cache, generator=seeded(), **QUIET)
+    assert tokens.shape == (2, 6) and tokens.max() < 16
+    with pytest.raises(ValueError, match='prompt must hold token ids in .0, num_tokens=24., got ids in .*24'):
+        model.sample(prompt + 8, max_new_tokens=6, use_cache=use_cache, **QUIET)
+
+
 def test_filters_may_change_logits_in_place():
     model, prompt = build('MAC'), ids(5)
 

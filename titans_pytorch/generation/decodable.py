@@ -50,6 +50,10 @@ class Decodable(Protocol[CacheT]):
     num_tokens: int | None
     """Size of the vocabulary; `None` for a model without logits, which cannot be sampled."""
 
+    @property
+    def num_input_tokens(self) -> int | None:
+        """Token ids that it reads, which may be more than it predicts; `None` if unknown."""
+
     def __call__(
         self,
         x: Tensor,

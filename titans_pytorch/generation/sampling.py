@@ -276,7 +276,7 @@ class _Request(NamedTuple):
         lengths = _checked_lengths(prompt_lengths, *prompt.shape)
         if values_are_at_hand(prompt):  # padding may be outside the vocabulary
             unpadded = torch.cat([row[:length] for row, length in zip(prompt, lengths)])
-            checked_token_ids('prompt', unpadded.unsqueeze(0), num_tokens)
+            checked_token_ids('prompt', unpadded.unsqueeze(0), model.num_input_tokens)
         if (seq_len is None) == (max_new_tokens is None):
             raise ValueError('pass either seq_len, the total length, or max_new_tokens')
         if seq_len is not None:

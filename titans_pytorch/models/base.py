@@ -302,6 +302,11 @@ class Transformer(StepwiseDecoding, Resettable):
         unknown = ', '.join(repr(name) for name in given if name not in self.embedding_keywords)
         return f'{type(self).__name__} got an unexpected keyword argument {unknown}; a call takes {", ".join(known)}'
 
+    @property
+    def num_input_tokens(self) -> int | None:
+        """Size of the embedding, which may be larger than `num_tokens`; `None` if it is not an `nn.Embedding`."""
+        return self.token_emb.num_embeddings if isinstance(self.token_emb, nn.Embedding) else None
+
     def _checked_input(self, x: Any) -> Tensor:
         check_tensor('x', x)
         if isinstance(self.token_emb, nn.Embedding) and not (x.is_floating_point() and x.ndim == 3):
