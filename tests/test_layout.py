@@ -120,3 +120,13 @@ def run(code: str) -> None:
     command = [sys.executable, '-c', textwrap.dedent(code)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_operation_with_a_kernel_is_in_the_table():
+    _, table = (PACKAGE / 'ops' / 'README.md').read_text().split('| operation |')
+    lines = table.split('\n\n')[0].splitlines()
+    rows = [line.strip('|').split(' | ') for line in lines if line.startswith('| `')]
+    assert all(len(row) == 4 for row in rows)
+    assert len({row[0] for row in rows}) == len(rows)
+    folders = {path.parent.name for path in (PACKAGE / 'ops').glob('*/__init__.py')}
+    assert {row[3].strip(' `') for row in rows} == folders
