@@ -346,11 +346,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def with_absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
     """Options that a run keeps, as it may be resumed and evaluated from another folder."""
-    paths = {'DATA': [os.path.abspath(path) for path in given.get('DATA', ())]}
-    for name in ('CACHE_DIR', 'VOCABULARY'):
-        if given.get(name) not in (None, '', 'bytes', 'bpe'):
-            paths[name] = os.path.abspath(given[name])
-    return {**given, **{name: value for name, value in paths.items() if name in given}}
+    absolute = {
+        name: os.path.abspath(given[name])
+        for name in ('CACHE_DIR', 'VOCABULARY')
+        if given.get(name) not in (None, '', 'bytes', 'bpe')
+    }
+    if 'DATA' in given:
+        absolute['DATA'] = [os.path.abspath(path) for path in given['DATA']]
+    return given | absolute
 
 
 def config_from_options(given: dict[str, Any]) -> Config:
@@ -848,9 +851,9 @@ def main(arguments: list[str] | None = None) -> int:
                 raise BadCheckpoint(f'there is no checkpoint to resume: {source} is not a folder')
             if not config.RUN_DIR:
                 folder = source
+        if init_from and Path(init_from).is_dir():
+            raise BadCheckpoint(f'--init-from must name a file, and {init_from} is a folder')
         with process_group(), run_lock(folder):
-            if init_from and Path(init_from).is_dir():
-                raise BadCheckpoint(f'--init-from must name a file, and {init_from} is a folder')
             weights = read_checkpoint(Path(init_from)) if init_from else None
             checkpoint = None
             if resume:

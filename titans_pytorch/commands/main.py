@@ -88,9 +88,7 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
         '--context', type=int, help=f'longest context in tokens (default: {LONGEST:,}, or less for a shorter text)'
     )
     parser.add_argument(
-        '--tokens',
-        type=int,
-        help=f'tokens of the text (default: {TOKENS_ON_CPU:,} on a CPU, all on a GPU; 0: all)',
+        '--tokens', type=int, help=f'tokens of the text (default: {TOKENS_ON_CPU:,} on a CPU, all on a GPU; 0: all)'
     )
     parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
 

@@ -101,10 +101,10 @@ def sampled(
     logits: Float[Tensor, '... l'], temperature: float, generator: torch.Generator | None
 ) -> tuple[Int[Tensor, ' ...'], Float[Tensor, ' ...']]:
     """A token for each row, and its logit with the noise added, which is NaN or −inf if no token was valid."""
-    logits = at_least_float32(logits)
-    # in the precision of the logits, lower temperatures are 0
-    if temperature >= torch.finfo(logits.dtype).tiny:
+    # lower ones are 0 in float32
+    if temperature >= torch.finfo(torch.float32).tiny:
         # at most 0, so that no quotient overflows
+        logits = at_least_float32(logits)
         logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature + gumbel_noise(logits, generator)
     best, tokens = logits.max(dim=-1)
     return tokens, best

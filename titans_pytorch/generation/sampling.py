@@ -161,8 +161,8 @@ def sample(  # type: ignore[misc]  # the overloads name only what decides the re
     """
     check_flags(show_progress=show_progress, use_cache=use_cache, return_cache=return_cache, store=store)
     check_flags(return_logprobs=return_logprobs, return_surprises=return_surprises)
-    steps = {name: own for name, own in (('cuda_graphs', cuda_graphs), ('compiled', compiled)) if own is not None}
-    check_flags(**steps)
+    cached = use_cache or return_cache or cache is not None or state is not None
+    _check_runner(cached, cuda_graphs, compiled)
     request = _Request.of(self, prompt, prompt_lengths, seq_len, max_new_tokens, stop_tokens, pad_token)
     if return_cache and not request.has_one_limit:
         raise ValueError(
@@ -171,10 +171,8 @@ def sample(  # type: ignore[misc]  # the overloads name only what decides the re
         )
     choose = _chooser(temperature, _filter(filter_fn, filter_kwargs, top_k, top_p, min_p), generator, request.prompt)
     reader: _Reader
-    if use_cache or return_cache or cache is not None or state is not None:
+    if cached:
         reader = _CachedReader(self, store, return_surprises, cache, state, cuda_graphs, compiled)
-    elif any(steps.values()):
-        raise ValueError(f'{next(name for name, own in steps.items() if own)}=True needs use_cache=True')
     else:
         reader = _UncachedReader(self, store, return_surprises)
     positions = _positions(self, reader, request, choose, return_logprobs)
@@ -233,11 +231,21 @@ def stream(
     call: `cache = yield from model.stream(…)`. It is `None` where `sample` refuses `return_cache`.
     """
     check_flags(return_logprobs=return_logprobs, return_surprises=return_surprises)
+    _check_runner(True, cuda_graphs, compiled)
     request = _Request.of(self, prompt, prompt_lengths, seq_len, max_new_tokens, stop_tokens, pad_token)
     choose = _chooser(temperature, _filter(filter_fn, filter_kwargs, top_k, top_p, min_p), generator, request.prompt)
     reader = _CachedReader(self, store, return_surprises, cache, state, cuda_graphs, compiled)
     positions = _positions(self, reader, request, choose, return_logprobs)
     return positions if return_logprobs or return_surprises else _tokens_of(positions)
+
+
+def _check_runner(cached: bool, cuda_graphs: Any, compiled: Any) -> None:
+    """Check the flags that say how steps run, of which there are some only with a cache."""
+    flags = {'compiled': compiled} | ({} if cuda_graphs is None else {'cuda_graphs': cuda_graphs})
+    check_flags(**flags)
+    for name, flag in flags.items():
+        if flag and not cached:
+            raise ValueError(f'{name}=True needs use_cache=True')
 
 
 # the loop
@@ -457,7 +465,6 @@ class _CachedReader(_Reader, Generic[CacheT]):
             raise ValueError(
                 'pass cache (the prompt repeats the history) or state (the prompt holds only new tokens), not both'
             )
-        check_flags(compiled=compiled, **({} if cuda_graphs is None else {'cuda_graphs': cuda_graphs}))
         super().__init__(model, store, return_surprises)
         self.before = {'cache': cache} if state is None else {'state': state}
         self.after = cache if state is None else state

@@ -262,8 +262,8 @@ class Coefficients(NamedTuple):
             weighted = [(share * matrix, share * start) for share, (matrix, start) in terms]
             combined, combined_initial = (sum(own[1:], own[0]) for own in zip(*weighted))
 
-        # in one product: where an axis has one entry, Inductor would make sums of it, and on a CPU it writes sums that
-        # are joined with others beyond their end (seen with PyTorch 2.13, batch × heads below the vector width)
+        # One product, not two: Inductor turns a product with a single column into a sum. On a CPU its code for a sum
+        # that goes straight into a concatenation writes past the end if batch × heads is below the vector width (2.13)
         updates, momenta = (retention @ torch.cat((combined, combined_initial), dim=-1)).split(
             (combined.shape[-1], num_orders), dim=-1
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -359,16 +360,12 @@ class MemoryLayout(NamedTuple):
                 raise ValueError(
                     f'{name}.{part} must come from a memory with the same settings, got {tuple(rows.shape)}'
                 )
-        mask = None if mask is None else outside_inference(mask)
-
-        def carried(part: str, rows: Tensor | None) -> Tensor | None:
-            return None if rows is None else checked_carried(f'{name}{part}', rows, self.dtype, seq.device)
-
+        carried = partial(checked_carried, dtype=self.dtype, device=seq.device)
         return PendingSegment(
-            checked_carried(name, tokens, self.dtype, seq.device),
-            mask,
-            carried('.queries', queries),
-            carried('.before', before),
+            tokens=carried(name, tokens),
+            mask=None if mask is None else outside_inference(mask),
+            queries=None if queries is None else carried(f'{name}.queries', queries),
+            before=None if before is None else carried(f'{name}.before', before),
         )
 
     def no_pending(self, like: Float[Tensor, 'b n d']) -> PendingSegment:

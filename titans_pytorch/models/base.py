@@ -309,8 +309,8 @@ class Transformer(StepwiseDecoding, Resettable):
 
     def _checked_input(self, x: Any) -> Tensor:
         check_tensor('x', x)
-        if isinstance(self.token_emb, nn.Embedding) and not (x.is_floating_point() and x.ndim == 3):
-            return checked_token_ids('x', x, self.token_emb.num_embeddings)
+        if self.num_input_tokens is not None and not (x.is_floating_point() and x.ndim == 3):
+            return checked_token_ids('x', x, self.num_input_tokens)
         if self._takes_embeddings(x):
             check_floating('x', x, self.norm.weight.dtype)
             check_shape('x', x, batch=None, length=None, dim=self.dim)

@@ -25,7 +25,6 @@ from titans_pytorch.utils.checks import (
     described,
     values_are_at_hand,
 )
-from titans_pytorch.utils.functional import outside_inference
 from titans_pytorch.utils.shapes import Int
 
 OF_MODELS = {
@@ -116,7 +115,7 @@ def checked_model_state(state: Any, blocks: Sequence[Block], batch: int) -> Mode
                 )
         elif pair is not None:
             raise ValueError(f'{name} must be None, as the layer has no attention, got {described(pair)}')
-        checked.append(None if pair is None else (outside_inference(pair[0]), outside_inference(pair[1])))
+        checked.append(pair)
     memories = [checked_state(f'state.memories[{n}]', memory, NeuralMemState) for n, memory in enumerate(memories)]
     state = ModelState(seq_index=position, key_values=checked, memories=memories)
     if state.batch_size not in (None, batch):

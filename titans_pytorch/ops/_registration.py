@@ -25,7 +25,7 @@ def register_kernel(
 
     Args:
         forward: the launcher. Its annotations are the schema: `Tensor`, `Tensor | None`, `list[Tensor]`, then settings
-            (int, float, bool, dtype, str, `list[int]`); it returns a tensor, a tuple of them or a list of them.
+            (int, float, bool, dtype, str, lists of numbers); it returns a tensor, a tuple of them or a list of them.
         backward: the launcher of the gradient, called with the gradient of each differentiable output (of an operation
             that returns a list: one list), then the saved outputs, then everything that `forward` was called with. It
             returns the gradient of each tensor argument, structured like the arguments and contiguous, with `None` for
