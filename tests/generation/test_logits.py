@@ -11,6 +11,7 @@ from compare import assert_same
 from torch import Tensor
 
 from titans_pytorch.generation.logits import (
+    checked_min_p,
     filters,
     gumbel_noise,
     gumbel_sample,
@@ -84,8 +85,7 @@ def test_filters_are_applied_one_after_the_other():
     probs = torch.tensor([probabilities(row) for row in expected.tolist()])
     # a nucleus of the tokens that top-k leaves, whose probabilities add up to 1
     assert_same(probs.sum(dim=-1), torch.ones(len(logits)), 1e-6)
-    expected = kept_by(naive_min_p, kept_by(naive_top_p, expected, 0.8), 0.2)
-    assert torch.equal(filters(top_k=9, top_p=0.8, min_p=0.2)(logits), expected)
+    assert torch.equal(filters(top_k=9, top_p=0.8)(logits), kept_by(naive_top_p, expected, 0.8))
     assert torch.equal(filters()(logits), logits)
 
 
@@ -123,14 +123,19 @@ def test_a_generator_replaces_the_global_random_state():
         ({'top_k': 2.0}, TypeError, 'top_k must be a positive integer, got 2.0'),
         ({'top_p': 1.5}, ValueError, 'top_p must be a probability, from 0 to 1, got 1.5'),
         ({'top_p': -0.1}, ValueError, 'top_p must be a finite number of at least 0, got -0.1'),
-        ({'min_p': 2}, ValueError, 'min_p must be a fraction of the likeliest probability, from 0 to 1, got 2'),
-        ({'min_p': '1'}, TypeError, "min_p must be a number of at least 0, got '1'"),
     ],
     ids=str,
 )
 def test_malformed_filters_are_refused(kwargs, error, message):
     with pytest.raises(error, match=message):
         filters(**kwargs)
+
+
+def test_malformed_min_p_is_refused():
+    with pytest.raises(ValueError, match='min_p must be a fraction of the likeliest probability, from 0 to 1, got 2'):
+        checked_min_p(2)
+    with pytest.raises(TypeError, match="min_p must be a number of at least 0, got '1'"):
+        checked_min_p('1')
 
 
 @pytest.mark.parametrize(('dtype', 'temperature'), [(torch.float16, 1e-4), (torch.float32, 1e-38)])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from architectures import build, ids
 from compare import all_in_float64, assert_same
 
-from titans_pytorch.generation.logits import filters
+from titans_pytorch.generation.logits import filters, min_p_filter
 from titans_pytorch.generation.sampling import Sampled
 
 QUIET = {'show_progress': False}
@@ -41,6 +43,10 @@ def test_a_generator_gives_the_same_tokens(name):
     assert not torch.equal(other, streamed)
 
 
+def every_filter(logits: torch.Tensor, min_p: float = 0.0, **kwargs: float) -> torch.Tensor:
+    return min_p_filter(filters(**kwargs)(logits), min_p)
+
+
 @cached
 def test_filters_replace_the_default_filter(use_cache):
     model, prompt = build('MAG'), ids(5)
@@ -50,7 +56,7 @@ def test_filters_replace_the_default_filter(use_cache):
 
     every = {'top_k': 7, 'top_p': 0.8, 'min_p': 0.05}
     for kwargs in ({'top_k': 3}, {'top_p': 0.5}, {'min_p': 0.3}, every):
-        as_function = tokens(filter_fn=filters(**kwargs), filter_kwargs={})
+        as_function = tokens(filter_fn=partial(every_filter, **kwargs), filter_kwargs={})
         assert torch.equal(tokens(**kwargs), as_function)
         streamed = [*model.stream(prompt, 11, generator=seeded(), **kwargs)]
         assert torch.equal(torch.stack(streamed, dim=1), as_function)

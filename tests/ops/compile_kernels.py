@@ -21,6 +21,8 @@ from triton.runtime.jit import JITFunction
 
 from titans_pytorch import MemoryAsContextTransformer, MemoryMLP, NeuralMemory
 from titans_pytorch.generation.stepper import Stepper
+from titans_pytorch.ops.token_choice import token_choice
+from titans_pytorch.ops.token_linear import token_linear
 from titans_pytorch.presets import memory_settings
 
 TYPES = {torch.float32: 'fp32', torch.bfloat16: 'bf16', torch.int32: 'i32', torch.int64: 'i64'}
@@ -30,6 +32,8 @@ shared: dict[tuple[str, str], int] = {}
 def compile_launch(target: GPUTarget, kernel: JITFunction, *_: Any, grid: Any, warmup: bool, **given: Any) -> None:
     """Stands in for `JITFunction.run`. All arguments are keywords, as in every launch of this package."""
     signature, constants, attributes = {}, {}, {}
+    if 'OVERLAPS' in given:
+        given |= dict.fromkeys(('OVERLAPS', 'launch_pdl'), target.arch >= 90)
     for parameter in kernel.params:
         value = given.pop(parameter.name)
         if parameter.is_constexpr or value is None:
@@ -101,6 +105,8 @@ def models() -> None:
         step = Stepper.of(model, cache, cuda_graphs=None)
         for _ in range(4):  # up to the end of a chunk
             step(torch.zeros(2, dtype=torch.long))
+        token_linear(torch.zeros(8, 1, 64), torch.zeros(256, 64), norm=(torch.ones(64), None), gated=True)
+        token_choice(torch.zeros(2, 256), torch.zeros(2, 256), 1.0, 0.1)
 
 
 def operations() -> None:

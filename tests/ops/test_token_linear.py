@@ -9,7 +9,7 @@ from torch import nn
 
 from titans_pytorch.models.feedforward import FeedForward
 from titans_pytorch.ops import token_linear as operation
-from titans_pytorch.ops.token_linear import MOST_ENTRIES, reference, token_linear
+from titans_pytorch.ops.token_linear import FEW_ENTRIES, MOST_ENTRIES, reference, token_linear
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -24,10 +24,10 @@ def kernel():
 
 @pytest.fixture
 def launches(kernel, switch_kernel, monkeypatch):
-    """The kernel runs on this device too; the list grows with each launch."""
+    """The kernel runs on this device too; the list has an entry for each launch: whether it computes tiles."""
     switch_kernel(operation, True)
     launches, compute = [], kernel.token_linear
-    monkeypatch.setattr(kernel, 'token_linear', lambda *args: (launches.append(None), compute(*args))[1])
+    monkeypatch.setattr(kernel, 'token_linear', lambda *args: (launches.append(args[-1]), compute(*args))[1])
     return launches
 
 
@@ -43,32 +43,45 @@ def problem(batch, dim, outputs, norm=True, bias=True, dtype=torch.float32, eps=
 @pytest.mark.parametrize('bias', [False, True])
 @pytest.mark.parametrize('norm', [False, True])
 @pytest.mark.parametrize(('batch', 'dim', 'outputs'), [(1, 20, 6), (3, 7, 2)])
-def test_kernel_equals_the_reference(batch, dim, outputs, norm, bias, gated, kernel, poisoned, monkeypatch):
+def test_rows_equal_the_reference(batch, dim, outputs, norm, bias, gated, kernel, poisoned, monkeypatch):
     given = problem(batch, dim, outputs, norm, bias)
     for block in (1024, 8):
         monkeypatch.setattr(kernel, 'BLOCK', block)
-        assert_same(kernel.token_linear(*given, gated), reference.token_linear(*given, gated), 1e-5)
+        assert_same(kernel.token_linear(*given, gated, False), reference.token_linear(*given, gated), 1e-5)
+
+
+@pytest.mark.parametrize('gated', [False, True])
+@pytest.mark.parametrize('bias', [False, True])
+@pytest.mark.parametrize('norm', [False, True])
+@pytest.mark.parametrize(('batch', 'dim', 'outputs'), [(5, 20, 6), (40, 150, 36)])
+@pytest.mark.parametrize('enough', [1, 1000])
+def test_tiles_equal_the_reference(enough, batch, dim, outputs, norm, bias, gated, kernel, poisoned, monkeypatch):
+    monkeypatch.setattr(kernel, 'ENOUGH_PROGRAMS', enough)
+    given = problem(batch, dim, outputs, norm, bias)
+    assert_same(kernel.token_linear(*given, gated, True), reference.token_linear(*given, gated), 1e-5)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
 @pytest.mark.parametrize('eps', [None, 0.5])
-def test_kernel_takes_half_precision_and_any_eps(dtype, eps, kernel, poisoned):
+@pytest.mark.parametrize('in_tiles', [False, True])
+def test_kernel_takes_half_precision_and_any_eps(in_tiles, dtype, eps, kernel, poisoned):
     x, *others = problem(2, 24, 10, dtype=dtype, eps=eps)
     given = (0.02 * x, *others)  # so small that ε counts
-    came = kernel.token_linear(*given, True)
+    came = kernel.token_linear(*given, True, in_tiles)
     assert {t.dtype for t in came} == {dtype}
     assert_same(came, reference.token_linear(*given, True), 1e-5 if dtype == torch.float32 else 4e-3)
-    empty = kernel.token_linear(*problem(0, 24, 10), True)
+    empty = kernel.token_linear(*problem(0, 24, 10), True, in_tiles)
     assert [t.shape for t in empty] == [(0, 1, 5), (0, 1, 24)]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(('dim', 'outputs', 'gated'), [(384, 768, False), (384, 2048, True), (1024, 384, False)])
-def test_kernel_in_sizes_of_models(dim, outputs, gated, dtype, kernel, poisoned):
-    x, weight, bias, norm = problem(2, dim, outputs, dtype=dtype)
+@pytest.mark.parametrize('batch', [2, 64, 100])
+def test_kernel_in_sizes_of_models(batch, dim, outputs, gated, dtype, kernel, poisoned):
+    x, weight, bias, norm = problem(batch, dim, outputs, dtype=dtype)
     exact = reference.token_linear(x.double(), weight.double(), bias.double(), (norm[0].double(), 1e-7), gated)
-    came = kernel.token_linear(x, weight, bias, (norm[0], 1e-7), gated)
+    came = kernel.token_linear(x, weight, bias, (norm[0], 1e-7), gated, batch > FEW_ENTRIES)
     assert_same(came, exact, 1e-5 if dtype == torch.float32 else 1e-2)
 
 
@@ -84,7 +97,7 @@ def test_reference_equals_the_modules():
 
 
 def test_the_kernel_is_for_few_entries_of_one_precision_without_gradient(launches):
-    few, many = problem(MOST_ENTRIES, 8, 6), problem(MOST_ENTRIES + 1, 8, 6)
+    few, tiles, many = (problem(entries, 8, 6) for entries in (FEW_ENTRIES, MOST_ENTRIES, MOST_ENTRIES + 1))
     token_linear(*few)
     with torch.no_grad():
         token_linear(*many)
@@ -93,4 +106,5 @@ def test_the_kernel_is_for_few_entries_of_one_precision_without_gradient(launche
             token_linear(*few)
         assert not launches
         token_linear(*few)
-    assert len(launches) == 1
+        token_linear(*tiles)
+    assert launches == [False, True]

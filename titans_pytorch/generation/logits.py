@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from titans_pytorch.ops.token_choice import token_choice
+from titans_pytorch.ops.token_choice.reference import gumbel, without_unlikely
 from titans_pytorch.utils.checks import (
     check_broadcasts,
     check_floating,
@@ -29,9 +31,8 @@ def min_p_filter(logits: Float[Tensor, '... l'], min_p: float = 0.1) -> Float[Te
     if isinstance(min_p, Tensor):
         check_broadcasts('min_p', min_p, logits)
     else:
-        _checked_min_p(min_p)
-    probs = logits.softmax(dim=-1)
-    return logits.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), float('-inf'))
+        checked_min_p(min_p)
+    return without_unlikely(logits, min_p)
 
 
 def top_k_filter(logits: Float[Tensor, '... l'], top_k: int) -> Float[Tensor, '... l']:
@@ -54,17 +55,13 @@ def top_p_filter(logits: Float[Tensor, '... l'], top_p: float) -> Float[Tensor, 
     return logits.masked_fill(logits < ordered.gather(-1, num_kept - 1), float('-inf'))
 
 
-def filters(
-    top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
-) -> Callable[[Float[Tensor, 'b l']], Float[Tensor, 'b l']]:
+def filters(top_k: int | None = None, top_p: float | None = None) -> Callable[[Tensor], Tensor]:
     """The filters that are not `None`, as one function of logits; each sees the tokens that the one before leaves."""
     chosen: list[Callable[[Tensor], Tensor]] = []
     if top_k is not None:
         chosen.append(partial(top_k_filter, top_k=_checked_top_k(top_k)))
     if top_p is not None:
         chosen.append(partial(top_p_filter, top_p=_checked_top_p(top_p)))
-    if min_p is not None:
-        chosen.append(partial(min_p_filter, min_p=_checked_min_p(min_p)))
     return lambda logits: reduce(lambda left, keep: keep(left), chosen, logits)
 
 
@@ -73,9 +70,7 @@ def gumbel_noise(t: Float[Tensor, ' ...'], generator: torch.Generator | None = N
 
     `generator` yields u, in place of PyTorch's global random state.
     """
-    tiny = 1e-20
-    uniform = torch.empty_like(at_least_float32(t)).uniform_(generator=generator)
-    return -torch.log((-torch.log(uniform.clamp(min=tiny))).clamp(min=tiny))
+    return gumbel(_uniform_noise(t, generator))
 
 
 def gumbel_sample(
@@ -98,16 +93,18 @@ def gumbel_sample(
 
 
 def sampled(
-    logits: Float[Tensor, '... l'], temperature: float, generator: torch.Generator | None
+    logits: Float[Tensor, '... l'],
+    temperature: float,
+    generator: torch.Generator | None,
+    min_p: float | None = None,
 ) -> tuple[Int[Tensor, ' ...'], Float[Tensor, ' ...']]:
-    """A token for each row, and its logit with the noise added, which is NaN or −inf if no token was valid."""
-    # lower ones are 0 in float32
-    if temperature >= torch.finfo(torch.float32).tiny:
-        # at most 0, so that no quotient overflows
-        logits = at_least_float32(logits)
-        logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature + gumbel_noise(logits, generator)
-    best, tokens = logits.max(dim=-1)
-    return tokens, best
+    """A token for each row, and its logit with the noise added, which is NaN or −inf if no token was valid.
+
+    `min_p`: that of `min_p_filter`, which is then applied first.
+    """
+    # lower temperatures are 0 in float32
+    is_random = temperature >= torch.finfo(torch.float32).tiny
+    return token_choice(logits, _uniform_noise(logits, generator) if is_random else None, temperature, min_p)
 
 
 def check_best(best: Float[Tensor, ' ...']) -> None:
@@ -124,16 +121,21 @@ def log_probabilities(logits: Float[Tensor, '... l'], tokens: Int[Tensor, ' ...'
     return at_least_float32(logits).log_softmax(dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
+def checked_min_p(min_p: Any) -> float:
+    """`min_p` as a number, or an error that names it."""
+    return _checked_fraction('min_p', min_p, 'a fraction of the likeliest probability')
+
+
+def _uniform_noise(t: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.empty_like(at_least_float32(t)).uniform_(generator=generator)
+
+
 def _checked_top_k(top_k: Any) -> int:
     return check_integer('top_k', top_k, 1)
 
 
 def _checked_top_p(top_p: Any) -> float:
     return _checked_fraction('top_p', top_p, 'a probability')
-
-
-def _checked_min_p(min_p: Any) -> float:
-    return _checked_fraction('min_p', min_p, 'a fraction of the likeliest probability')
 
 
 def _checked_fraction(name: str, value: Any, kind: str) -> float:

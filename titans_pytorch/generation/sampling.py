@@ -14,7 +14,14 @@ from tqdm import tqdm
 
 from titans_pytorch.generation.decodable import CacheT, Decodable
 from titans_pytorch.generation.evaluation import evaluation_mode
-from titans_pytorch.generation.logits import check_best, filters, log_probabilities, min_p_filter, sampled
+from titans_pytorch.generation.logits import (
+    check_best,
+    checked_min_p,
+    filters,
+    log_probabilities,
+    min_p_filter,
+    sampled,
+)
 from titans_pytorch.generation.stepper import CallStepper, Stepper
 from titans_pytorch.memory.state import LayerSurprises, Surprises
 from titans_pytorch.utils.checks import (
@@ -169,7 +176,8 @@ def sample(  # type: ignore[misc]  # the overloads name only what decides the re
             'return_cache=True needs rows that end together: '
             'with prompts of different lengths pass seq_len in place of max_new_tokens'
         )
-    choose = _chooser(temperature, _filter(filter_fn, filter_kwargs, top_k, top_p, min_p), generator, request.prompt)
+    kept = _Filter.of(filter_fn, filter_kwargs, top_k, top_p, min_p)
+    choose = _chooser(temperature, kept, generator, request.prompt)
     reader: _Reader
     if cached:
         reader = _CachedReader(self, store, return_surprises, cache, state, cuda_graphs, compiled)
@@ -233,7 +241,8 @@ def stream(
     check_flags(return_logprobs=return_logprobs, return_surprises=return_surprises)
     _check_runner(True, cuda_graphs, compiled)
     request = _Request.of(self, prompt, prompt_lengths, seq_len, max_new_tokens, stop_tokens, pad_token)
-    choose = _chooser(temperature, _filter(filter_fn, filter_kwargs, top_k, top_p, min_p), generator, request.prompt)
+    kept = _Filter.of(filter_fn, filter_kwargs, top_k, top_p, min_p)
+    choose = _chooser(temperature, kept, generator, request.prompt)
     reader = _CachedReader(self, store, return_surprises, cache, state, cuda_graphs, compiled)
     positions = _positions(self, reader, request, choose, return_logprobs)
     return positions if return_logprobs or return_surprises else _tokens_of(positions)
@@ -509,18 +518,29 @@ def _joined(parts: Iterable[LayerSurprises]) -> LayerSurprises:
     return {layer: Surprises.joined(every) for layer, every in by_layer.items()}
 
 
-def _filter(filter_fn: Any, filter_kwargs: Any, top_k: Any, top_p: Any, min_p: Any) -> Callable[[Tensor], Tensor]:
-    """The filter of the logits of one step that these arguments describe."""
-    check_callable(filter_fn=filter_fn)
-    check_keywords(filter_kwargs=filter_kwargs)
-    if top_k is None and top_p is None and min_p is None:
-        return partial(filter_fn, **filter_kwargs)
-    if filter_fn is not min_p_filter or filter_kwargs is not DEFAULT_FILTER:
-        raise ValueError('pass filter_fn with filter_kwargs, or top_k, top_p and min_p, not both')
-    return filters(top_k, top_p, min_p)
+class _Filter(NamedTuple):
+    """A filter of the logits of one step."""
+
+    keep: Callable[[Tensor], Tensor]
+    min_p: float | None
+    """That of `min_p_filter`, which is applied last."""
+
+    @classmethod
+    def of(cls, filter_fn: Any, filter_kwargs: Any, top_k: Any, top_p: Any, min_p: Any) -> _Filter:
+        """The filter that these arguments of `sample` describe."""
+        check_callable(filter_fn=filter_fn)
+        check_keywords(filter_kwargs=filter_kwargs)
+        if top_k is None and top_p is None and min_p is None:
+            is_min_p = filter_fn is min_p_filter and [*filter_kwargs] == ['min_p']
+            if not is_min_p or isinstance(filter_kwargs['min_p'], Tensor):
+                return cls(partial(filter_fn, **filter_kwargs), None)
+            min_p = filter_kwargs['min_p']
+        elif filter_fn is not min_p_filter or filter_kwargs is not DEFAULT_FILTER:
+            raise ValueError('pass filter_fn with filter_kwargs, or top_k, top_p and min_p, not both')
+        return cls(filters(top_k, top_p), None if min_p is None else checked_min_p(min_p))
 
 
-def _chooser(temperature: Any, keep: Callable[[Tensor], Tensor], generator: Any, prompt: Tensor) -> Choose:
+def _chooser(temperature: Any, kept: _Filter, generator: Any, prompt: Tensor) -> Choose:
     """A function from logits to a token for each row, with the results of `sampled`."""
     temperature = check_number('temperature', temperature, at_least=0)
     if generator is not None:
@@ -530,10 +550,10 @@ def _chooser(temperature: Any, keep: Callable[[Tensor], Tensor], generator: Any,
             raise ValueError(f'generator must be on the device of prompt, {prompt.device}, got {generator.device}')
 
     def choose(logits: Float[Tensor, 'b l']) -> tuple[Int[Tensor, ' b'], Float[Tensor, ' b']]:
-        filtered = keep(logits)
+        filtered = kept.keep(logits)
         if not isinstance(filtered, Tensor) or filtered.shape != logits.shape:
             raise ValueError(f'filter_fn must return logits {tuple(logits.shape)}, got {described(filtered)}')
-        return sampled(filtered, temperature, generator)
+        return sampled(filtered, temperature, generator, kept.min_p)
 
     return choose
 

@@ -10,7 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+HOPPER = 9
+"""Compute capability."""
+
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def wait_for_inputs(OVERLAPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The start of a kernel that is launched with `overlapping`: nothing may be read or written before it."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -80,6 +91,16 @@ def whole_rows(count: int, dim: int) -> dict[str, int]:
     features = triton.next_power_of_2(dim)
     rows = max(1, min(_ENTRIES_OF_ROWS // features, triton.next_power_of_2(count)))
     return {'DIM': features, 'ROWS': rows, 'num_warps': 4}
+
+
+def overlapping(t: Tensor) -> dict[str, bool]:
+    """Arguments of a launch on the device of `t` that begins while the kernel before it still runs, where the GPU can
+    (programmatic dependent launch, from Hopper on). Its programs start, and then wait for their inputs.
+
+    It pays for kernels of a few microseconds, as long as a launch.
+    """
+    overlaps = t.is_cuda and torch.cuda.get_device_capability(t.device)[0] >= HOPPER
+    return {'OVERLAPS': True, 'launch_pdl': True} if overlaps else {'OVERLAPS': False}
 
 
 def contiguous_inside(t: Tensor, axes: int) -> Tensor:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans_pytorch.ops._triton import contiguous_inside
+from titans_pytorch.ops._triton import contiguous_inside, overlapping, wait_for_inputs
 
 # entries of keys at a time, and as many of values
 TILE = 4096
@@ -38,8 +38,9 @@ def _kernel(  # type: ignore[no-untyped-def]
     stride_b, stride_r, input_stride_b, first_stride_b, first_stride_h, scale,
     HEADS: tl.constexpr, DIM_HEAD: tl.constexpr, SLOTS: tl.constexpr, PERSISTENT: tl.constexpr, ROWS: tl.constexpr,
     DIM: tl.constexpr, SLIDES: tl.constexpr, MIXES: tl.constexpr,
-    PADDED: tl.constexpr, BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr,
+    PADDED: tl.constexpr, BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAPS)
     entry, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     feature = tl.arange(0, PADDED)[None, :]
     row = tl.arange(0, ROWS)[:, None]
@@ -132,6 +133,6 @@ def token_attention(
             HEADS=heads, DIM_HEAD=dim_head, SLOTS=slots, PERSISTENT=num_persistent, ROWS=rows,
             DIM=dim, SLIDES=slides, MIXES=mix is not None,
             PADDED=padded, BLOCK=max(1, min(triton.next_power_of_2(slots), TILE // padded)),
-            DIM_BLOCK=min(BLOCK, triton.next_power_of_2(dim)), num_warps=WARPS,
+            DIM_BLOCK=min(BLOCK, triton.next_power_of_2(dim)), num_warps=WARPS, **overlapping(projected),
         )  # fmt: skip
     return out

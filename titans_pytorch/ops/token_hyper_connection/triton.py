@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans_pytorch.ops._triton import contiguous_inside, divide_by_sums
+from titans_pytorch.ops._triton import contiguous_inside, divide_by_sums, overlapping, wait_for_inputs
 
 # features at a time, at most
 BLOCK = 512
@@ -39,8 +39,9 @@ def _kernel(  # type: ignore[no-untyped-def]
     x, write, branch_out, to_logits, bias, branch_in, residual, next_write,
     stride_b, stride_s, branch_stride_b, root_of_dim, iters,
     STREAMS: tl.constexpr, DIM: tl.constexpr, LOGITS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
-    EPS: tl.constexpr, PENDING: tl.constexpr,
+    EPS: tl.constexpr, PENDING: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAPS)
     entry = tl.program_id(0).to(tl.int64)
     x += entry * stride_b
     write += entry * STREAMS
@@ -113,5 +114,6 @@ def token_hyper_connection(
                 root_of_dim=dim**0.5, iters=iters,
                 STREAMS=streams, DIM=dim, LOGITS=logits, PADDED=triton.next_power_of_2(streams), BLOCK=block,
                 EPS=eps, PENDING=pending is not None, num_warps=max(1, block // FEATURES_PER_WARP),
+                **overlapping(x),
             )  # fmt: skip
     return branch_in, residual, next_write

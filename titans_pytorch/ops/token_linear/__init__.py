@@ -10,14 +10,15 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import Module
 
-from titans_pytorch.ops._dispatch import VOLTA, use_kernel
+from titans_pytorch.ops._dispatch import AMPERE, VOLTA, use_kernel
 from titans_pytorch.ops.token_linear import reference
 from titans_pytorch.utils.functional import is_intercepted
 from titans_pytorch.utils.precision import autocast_dtype
 from titans_pytorch.utils.shapes import Float
 
-MOST_ENTRIES = 4
-"""Entries of a batch, at most: the kernel reads the matrix once for each, and a product of matrices only once."""
+FEW_ENTRIES, MOST_ENTRIES = 4, 128
+"""Entries of a batch, at most, for which a kernel reads the matrix once for each, and for which another takes tensor
+cores. A library's products are made for more rows."""
 
 Norm = tuple[Float[Tensor, ' d'], float | None]
 """The gain, and ε; `None`: that of `nn.RMSNorm`, the machine epsilon of the precision it computes in."""
@@ -35,10 +36,12 @@ def token_linear(
     The kernel has no gradient, so it runs only where gradients are off.
     """
     tensors = (x, weight, bias, None if norm is None else norm[0])
-    if use_kernel(tensors, capability=VOLTA, has_backward=False) and _supports(*tensors):
+    in_tiles = len(x) > FEW_ENTRIES
+    capability = AMPERE if in_tiles else VOLTA
+    if use_kernel(tensors, capability=capability, has_backward=False) and _supports(*tensors):
         from titans_pytorch.ops.token_linear import triton
 
-        return triton.token_linear(x, weight, bias, norm, gated)
+        return triton.token_linear(x, weight, bias, norm, gated, in_tiles)
     return reference.token_linear(x, weight, bias, norm, gated)
 
 

@@ -1,29 +1,41 @@
-"""Kernel of a linear layer for one token, in one launch: norm, product and gate.
+"""Kernels of a linear layer for one token, in one launch: norm, product and gate.
 
-A program is one warp, which computes one output of one batch entry: warps that share nothing never wait for each
-other. The norm is a factor on the result, and every program computes it.
+For few batch entries a program is one warp, which computes one output of one entry: warps that share nothing never wait
+for each other. For more a program computes a tile by tensor cores, each warp over a share of the features. The norm is
+a factor on the result, and every program computes it.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans_pytorch.ops._triton import contiguous_inside
+from titans_pytorch.ops._triton import (
+    ENOUGH_PROGRAMS,
+    contiguous_inside,
+    overlapping,
+    product_precision,
+    wait_for_inputs,
+)
 
 # features at a time, at most
 BLOCK = 1024
+# of a tile: outputs, warps, each of which has features of its own, and features of a warp at a time
+OUTPUTS_OF_TILE, WARPS, FEATURES = 16, 4, 32
 
 
 @triton.jit
-def _kernel(  # type: ignore[no-untyped-def]
+def _row_kernel(  # type: ignore[no-untyped-def]
     x, weight, bias, gain, out, normed,
     stride_b, eps,
     OUTPUTS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
-    NORMS: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr,
+    NORMS: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAPS)
     row, entry = tl.program_id(0), tl.program_id(1).to(tl.int64)
     x += entry * stride_b
     # of the two rows of a gated output, the second is for the gate
@@ -65,12 +77,72 @@ def _kernel(  # type: ignore[no-untyped-def]
                 tl.store(normed + entry * DIM + feature, own, mask=feature < DIM)
 
 
+@triton.jit
+def _tile_kernel(  # type: ignore[no-untyped-def]
+    x, weight, bias, gain, out, normed,
+    batch, stride_b, eps,
+    OUTPUTS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, WARPS: tl.constexpr,
+    FEATURES: tl.constexpr, NORMS: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr,
+    PRECISION: tl.constexpr, OPERAND: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    wait_for_inputs(OVERLAPS)
+    entry = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    output = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    here, wanted = (entry < batch)[None, :, None], (output < OUTPUTS)[None, None, :]
+    rows = x + entry.to(tl.int64)[None, :, None] * stride_b
+    to_values = weight + output[None, None, :] * DIM
+    # (warp, …, feature) and (warp, feature, …)
+    of_warp = FEATURES * tl.arange(0, WARPS)[:, None, None]
+    across, down = of_warp + tl.arange(0, FEATURES)[None, None, :], of_warp + tl.arange(0, FEATURES)[None, :, None]
+
+    squares = tl.zeros((WARPS, ROWS), tl.float32)
+    values = tl.zeros((WARPS, ROWS, TILE), tl.float32)
+    gates = tl.zeros((WARPS, ROWS, TILE), tl.float32)
+    for start in range(0, DIM, WARPS * FEATURES):
+        own = tl.load(rows + start + across, mask=here & (start + across < DIM), other=0.0)
+        if NORMS:
+            squares += tl.sum(own.to(tl.float32) * own.to(tl.float32), axis=2)
+            own = own * tl.load(gain + start + across, mask=start + across < DIM, other=0.0)
+        own = own.to(OPERAND)
+        inside = wanted & (start + down < DIM)
+        to_value = tl.load(to_values + start + down, mask=inside, other=0.0)
+        values = tl.dot(own, to_value, values, input_precision=PRECISION)
+        if GATED:
+            to_gate = tl.load(to_values + OUTPUTS * DIM + start + down, mask=inside, other=0.0)
+            gates = tl.dot(own, to_gate, gates, input_precision=PRECISION)
+
+    value, gate = tl.sum(values, axis=0), tl.sum(gates, axis=0)
+    if NORMS:
+        inverse = (1.0 / tl.sqrt(tl.sum(squares, axis=0) / DIM + eps))[:, None]
+        value *= inverse
+        gate *= inverse
+    if HAS_BIAS:
+        value += tl.load(bias + output, mask=output < OUTPUTS, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            gate += tl.load(bias + OUTPUTS + output, mask=output < OUTPUTS, other=0.0).to(tl.float32)[None, :]
+    if GATED:
+        value *= gate * tl.sigmoid(gate)
+    target = out + entry.to(tl.int64)[:, None] * OUTPUTS + output[None, :]
+    tl.store(target, value, mask=(entry < batch)[:, None] & (output < OUTPUTS)[None, :])
+
+    if NORMS:
+        if tl.program_id(0) == 0:
+            for start in range(0, DIM, WARPS * FEATURES):
+                feature = start + tl.arange(0, WARPS * FEATURES)[None, :]
+                inside = (entry < batch)[:, None] & (feature < DIM)
+                own = tl.load(x + entry.to(tl.int64)[:, None] * stride_b + feature, mask=inside, other=0.0)
+                own = own.to(tl.float32) * inverse
+                own *= tl.load(gain + feature, mask=feature < DIM, other=0.0).to(tl.float32)
+                tl.store(normed + entry.to(tl.int64)[:, None] * DIM + feature, own, mask=inside)
+
+
 def token_linear(
     x: Tensor,  # b 1 d
     weight: Tensor,  # e d
     bias: Tensor | None,  # e
     norm: tuple[Tensor, float | None] | None,  # d
     gated: bool,
+    in_tiles: bool,
 ) -> tuple[Tensor, Tensor]:  # b 1 e or b 1 e/2, b 1 d
     batch, _, dim = x.shape
     outputs = len(weight) // 2 if gated else len(weight)
@@ -81,11 +153,21 @@ def token_linear(
     if not batch:
         return out, normed
 
+    arguments: dict[str, Any] = {
+        'x': x, 'weight': weight.contiguous(), 'bias': x if bias is None else bias.contiguous(),
+        'gain': gain.contiguous(), 'out': out, 'normed': normed, 'stride_b': x.stride(0),
+        'eps': torch.finfo(torch.float32).eps if eps is None else eps, 'OUTPUTS': outputs, 'DIM': dim,
+        'NORMS': norm is not None, 'HAS_BIAS': bias is not None, 'GATED': gated, **overlapping(x),
+    }  # fmt: skip
     with torch.cuda.device_of(x):
-        _kernel[(outputs, batch)](
-            x=x, weight=weight.contiguous(), bias=x if bias is None else bias.contiguous(), gain=gain.contiguous(),
-            out=out, normed=normed, stride_b=x.stride(0), eps=torch.finfo(torch.float32).eps if eps is None else eps,
-            OUTPUTS=outputs, DIM=dim, BLOCK=min(BLOCK, triton.next_power_of_2(dim)),
-            NORMS=norm is not None, HAS_BIAS=bias is not None, GATED=gated, num_warps=1,
-        )  # fmt: skip
+        if not in_tiles:
+            block = min(BLOCK, triton.next_power_of_2(dim))
+            _row_kernel[(outputs, batch)](**arguments, BLOCK=block, num_warps=1)
+        else:
+            tiles = triton.cdiv(outputs, OUTPUTS_OF_TILE)
+            rows = 32 if tiles * triton.cdiv(batch, 32) >= ENOUGH_PROGRAMS else 16
+            _tile_kernel[(tiles, triton.cdiv(batch, rows))](
+                **arguments, batch=batch, ROWS=rows, TILE=OUTPUTS_OF_TILE, WARPS=WARPS, FEATURES=FEATURES,
+                **product_precision(x.dtype), num_warps=WARPS,
+            )  # fmt: skip
     return out, normed

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans_pytorch.ops._triton import contiguous_inside
+from titans_pytorch.ops._triton import contiguous_inside, overlapping, wait_for_inputs
 
 # entries of each matrix at a time, which are in registers
 TILE = 8192
@@ -58,8 +58,9 @@ def _kernel(  # type: ignore[no-untyped-def]
     stride_b, normed_stride_b, query_eps, eps,
     HEADS: tl.constexpr, DIM_HEAD: tl.constexpr, HIDDEN: tl.constexpr, DIM: tl.constexpr,
     HAS_FIRST: tl.constexpr, NORMS_QUERY: tl.constexpr, HAS_NORM: tl.constexpr, HAS_GATE: tl.constexpr,
-    PADDED: tl.constexpr, BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr,
+    PADDED: tl.constexpr, BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAPS)
     entry, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     memory = entry * HEADS + head
     projected += entry * stride_b + head * DIM_HEAD
@@ -144,6 +145,6 @@ def token_retrieval(
             HEADS=heads, DIM_HEAD=dim_head, HIDDEN=hidden, DIM=dim, HAS_FIRST=len(matrices) > 1,
             NORMS_QUERY=query_norm is not None, HAS_NORM=norm is not None, HAS_GATE=gate is not None,
             PADDED=padded, BLOCK=block, DIM_BLOCK=min(BLOCK, triton.next_power_of_2(dim)),
-            num_warps=max(1, min(MOST_WARPS, padded * block // TILE_PER_WARP)),
+            num_warps=max(1, min(MOST_WARPS, padded * block // TILE_PER_WARP)), **overlapping(projected),
         )  # fmt: skip
     return out

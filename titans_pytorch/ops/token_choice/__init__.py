@@ -1,0 +1,36 @@
+"""Choice of a token from its logits: a filter of unlikely tokens and the Gumbel-max trick, as sampling needs them.
+
+With temperature T, uniform noise u in (0, 1) and the largest logit l_max:
+
+    token = argmax over i of (l_i − l_max) / T − log(−log u_i)    where softmax(l)_i ≥ min_p · max softmax(l)
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from titans_pytorch.ops._dispatch import VOLTA, use_kernel
+from titans_pytorch.ops.token_choice import reference
+from titans_pytorch.utils.shapes import Float, Int
+
+
+def token_choice(
+    logits: Float[Tensor, '... l'],
+    uniform: Float[Tensor, '... l'] | None,
+    temperature: float,
+    min_p: float | None,
+) -> tuple[Int[Tensor, ' ...'], Float[Tensor, ' ...']]:
+    """A token for each row, and its logit with the noise added, which is NaN or −inf if no token was valid.
+
+    Args:
+        uniform: noise, in float32 at least; `None` to choose the likeliest, whatever the temperature.
+        min_p: tokens less likely than `min_p` times the likeliest are left out; `None` for no filter.
+
+    The kernel has no gradient, so it runs only where gradients are off.
+    """
+    noise = () if uniform is None else (uniform,)
+    if use_kernel((logits,), noise, capability=VOLTA, has_backward=False):
+        from titans_pytorch.ops.token_choice import triton
+
+        return triton.token_choice(logits, uniform, temperature, min_p, reference.TINY)
+    return reference.token_choice(logits, uniform, temperature, min_p)
