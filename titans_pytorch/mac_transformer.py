@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import Linear, Module
+from torch.nn import Module
 
 from titans_pytorch.attention.context import ContextAttention
 from titans_pytorch.attention.masks import create_mac_block_mask
@@ -25,8 +25,8 @@ from titans_pytorch.models.gating import Gated
 from titans_pytorch.models.residual_streams import Streams
 from titans_pytorch.models.state import ModelState
 from titans_pytorch.models.validation import checked_memory_settings, layers_with_memory
+from titans_pytorch.models.views import NUM_VIEWS, view_selector
 from titans_pytorch.neural_memory import NeuralMemory
-from titans_pytorch.ops.grouped_linear import grouped_linear
 from titans_pytorch.utils.checks import (
     check_flags,
     check_multiple,
@@ -110,7 +110,11 @@ class MACBlock(Block):
         gates = None
         if self.memory is not None:
             memory_in, add_residual = to_memory(x)
-            retrieved = parts.store_and_retrieve(self._views(memory_in, parts.earlier_views))
+            if self.view_selector is None:
+                views = memory_in.expand(NUM_VIEWS, *memory_in.shape)
+            else:
+                views = parts.select_views(self.view_selector, memory_in)
+            retrieved = parts.store_and_retrieve(views)
             if self.gate_attn_output:
                 gates = retrieved.sigmoid()
             else:
@@ -127,14 +131,6 @@ class MACBlock(Block):
         if self.shares_views:
             parts.add_views(attn_in, attn_out, ff_in, ff_out)
         return x
-
-    def _views(self, memory_in: Float[Tensor, 'b n d'], earlier: Sequence[Tensor]) -> Float[Tensor, 'v b n d']:
-        """Inputs of the memory's queries, keys and values."""
-        if self.view_selector is None:
-            return memory_in.expand(3, *memory_in.shape)
-        choices = torch.stack((memory_in, *earlier), dim=2)
-        weights = self.view_selector(memory_in).unflatten(-1, (3, -1)).softmax(dim=-1)
-        return grouped_linear(weights, choices).movedim(2, 0)
 
 
 class PaperMACBlock(MACBlock):
@@ -319,7 +315,7 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
             )
             return (
                 None if paper_order else connection(add_branch_out_to_residual=not neural_mem_gate_attn_output),
-                _view_selector(dim, layer) if selects_views else None,
+                view_selector(dim, layer) if selects_views else None,
                 memory,
             )
 
@@ -475,12 +471,6 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
 
     def _chunk_ended(self, state: ModelBuffers) -> None:
         state.embedding.outer.copy_(self._chunk_embedding(state.position))
-
-
-def _view_selector(dim: int, layer: int) -> nn.Sequential:
-    """Logits of each of three views over the memory's own input and four tensors of each earlier layer."""
-    choices = (layer - 1) * 4 + 1
-    return nn.Sequential(nn.RMSNorm(dim), Linear(dim, 3 * choices))
 
 
 def _check_paper_order(**given: Any) -> None:

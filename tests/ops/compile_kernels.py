@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from titans_pytorch import MemoryAsContextTransformer, MemoryMLP, NeuralMemory
 from titans_pytorch.generation.stepper import Stepper
+from titans_pytorch.ops._triton import READING_CONSTANTS
 from titans_pytorch.ops.token_choice import token_choice
 from titans_pytorch.ops.token_linear import token_linear
 from titans_pytorch.presets import memory_settings
@@ -32,8 +33,8 @@ shared: dict[tuple[str, str], int] = {}
 def compile_launch(target: GPUTarget, kernel: JITFunction, *_: Any, grid: Any, warmup: bool, **given: Any) -> None:
     """Stands in for `JITFunction.run`. All arguments are keywords, as in every launch of this package."""
     signature, constants, attributes = {}, {}, {}
-    if 'OVERLAPS' in given:
-        given |= dict.fromkeys(('OVERLAPS', 'launch_pdl'), target.arch >= 90)
+    if 'START' in given and target.arch >= 90:
+        given |= {'START': READING_CONSTANTS, 'launch_pdl': True}
     for parameter in kernel.params:
         value = given.pop(parameter.name)
         if parameter.is_constexpr or value is None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
@@ -26,6 +27,7 @@ from titans_pytorch.models.residual_streams import (
     connect_token,
     folded,
 )
+from titans_pytorch.models.views import selected_views, selected_views_of_token
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.ops.token_attention import Position
 from titans_pytorch.utils.functional import replaced
@@ -192,10 +194,9 @@ class Parts:
             return carried
         return replaced(carried, surprises=(*carried.surprises, Surprises.joined(self._own_surprises)))
 
-    @property
-    def earlier_views(self) -> tuple[Tensor, ...]:
-        """`Carried.views` of the blocks before."""
-        return self._carried.views
+    def select_views(self, selector: Module, own: Tensor) -> Tensor:
+        """Views of a memory, (3, b, n, d), among its own input and `Carried.views` of the blocks before."""
+        return self._select(selector, own, torch.stack((own, *self._carried.views), dim=2))
 
     def add_views(self, *views: Tensor) -> None:
         """Add tensors to the views of the blocks after."""
@@ -230,6 +231,10 @@ class Parts:
         raise NotImplementedError
 
     memory_state: Any
+
+    def _select(self, selector: Module, own: Tensor, choices: Tensor) -> Tensor:
+        """Mixtures of `choices`, (b, n, c, d)."""
+        raise NotImplementedError
 
     def _attend(self, attention: SegmentedAttention, seq: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The output of attention, and the values before any residual."""
@@ -269,6 +274,9 @@ class SequenceParts(Parts):
     def feed_forward(self, seq: Tensor) -> Tensor:
         return self._feedforward(seq)
 
+    def _select(self, selector: Module, own: Tensor, choices: Tensor) -> Tensor:
+        return selected_views(selector, own, choices)
+
     def _attend(self, attention: SegmentedAttention, seq: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         out, (values, self.key_values) = attention(
             seq, cache=self.key_values, position=self.end, **inputs, **self._attention_kwargs
@@ -301,6 +309,9 @@ class StepParts(Parts):
 
     def feed_forward(self, seq: Tensor) -> Tensor:
         return feedforward_of_token(self._feedforward, seq)
+
+    def _select(self, selector: Module, own: Tensor, choices: Tensor) -> Tensor:
+        return selected_views_of_token(selector, own, choices)
 
     def _attend(self, attention: SegmentedAttention, seq: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         assert self._buffers.key_values is not None

@@ -16,11 +16,23 @@ HOPPER = 9
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
+# how a kernel begins: after the one before, while that one runs, or then and with constants read before it waits
+AFTERWARDS, OVERLAPPING, READING_CONSTANTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
 @triton.jit
-def wait_for_inputs(OVERLAPS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The start of a kernel that is launched with `overlapping`: nothing may be read or written before it."""
-    if OVERLAPS:
+def begin(START: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first statement of a kernel that is launched with `overlapping`."""
+    if START != AFTERWARDS:
         tl.extra.cuda.gdc_launch_dependents()
+    if START == OVERLAPPING:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def wait_for_inputs(START: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Wait for the kernel before. Between `begin` and this nothing is read but constants, and nothing is written."""
+    if START == READING_CONSTANTS:
         tl.extra.cuda.gdc_wait()
 
 
@@ -93,14 +105,22 @@ def whole_rows(count: int, dim: int) -> dict[str, int]:
     return {'DIM': features, 'ROWS': rows, 'num_warps': 4}
 
 
-def overlapping(t: Tensor) -> dict[str, bool]:
+def overlapping(t: Tensor, *constants: Tensor | None) -> dict[str, Any]:
     """Arguments of a launch on the device of `t` that begins while the kernel before it still runs, where the GPU can
     (programmatic dependent launch, from Hopper on). Its programs start, and then wait for their inputs.
 
     It pays for kernels of a few microseconds, as long as a launch.
+
+    Args:
+        constants: tensors that nothing writes in the CUDA graph in which the kernel stands, such as parameters, if it
+            stands in one. The kernel may read them before it waits. They are so of themselves only if contiguous:
+            otherwise they are copied for the kernel.
     """
-    overlaps = t.is_cuda and torch.cuda.get_device_capability(t.device)[0] >= HOPPER
-    return {'OVERLAPS': True, 'launch_pdl': True} if overlaps else {'OVERLAPS': False}
+    if not t.is_cuda or torch.cuda.get_device_capability(t.device)[0] < HOPPER:
+        return {'START': AFTERWARDS.value}
+    unwritten = all(constant is None or constant.is_contiguous() for constant in constants)
+    early = bool(constants) and unwritten and torch.cuda.is_current_stream_capturing()
+    return {'START': (READING_CONSTANTS if early else OVERLAPPING).value, 'launch_pdl': True}
 
 
 def contiguous_inside(t: Tensor, axes: int) -> Tensor:

@@ -51,17 +51,17 @@ def token_attention(
 
     The kernel has no gradient, so it runs only where gradients are off.
     """
-    rotation = position.rotations[layer]
-    inputs = (projected, *buffers, rotation)
-    if use_kernel(inputs, capability=VOLTA, has_backward=False) and _supports(buffers, rotation):
+    frequencies = position.frequencies[layer]
+    inputs, states = (projected, *buffers), (frequencies,)
+    if use_kernel(inputs, states, capability=VOLTA, has_backward=False) and _supports(buffers, frequencies):
         from titans_pytorch.ops.token_attention import triton
 
-        return triton.token_attention(projected, *buffers, layout, position.number, rotation, mix)
+        return triton.token_attention(projected, *buffers, layout, position.number, frequencies, mix)
     slots = position.slots(layout, buffers[0].dtype)
-    return reference.token_attention(projected, buffers, slots, rotation, mix)
+    return reference.token_attention(projected, buffers, slots, position.rotations[layer], mix)
 
 
-def _supports(buffers: tuple[Tensor, Tensor], rotation: Tensor) -> bool:
+def _supports(buffers: tuple[Tensor, Tensor], frequencies: Tensor) -> bool:
     dim_head = buffers[0].shape[-1]
     whole = all(buffer.is_contiguous() for buffer in buffers)
-    return dim_head <= WIDEST and 2 * len(rotation) == dim_head and whole
+    return dim_head <= WIDEST and 2 * len(frequencies) == dim_head and whole

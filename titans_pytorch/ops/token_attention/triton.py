@@ -2,8 +2,8 @@
 
 Each program owns a head of a batch entry and attends with a running softmax over blocks of slots. It takes the
 position's own keys and values from where they were computed and not from the buffers, so that nothing in a launch waits
-for its writes. Loads stand before the first sum over threads, which they would wait for; and no load depends on which
-slots are seen.
+for its writes: what the buffers hold of other positions, and the angles, it can have ready before its inputs are there.
+Loads stand before the first sum over threads, which they would wait for; and no load depends on which slots are seen.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans_pytorch.ops._triton import contiguous_inside, overlapping, wait_for_inputs
+from titans_pytorch.ops._triton import begin, contiguous_inside, overlapping, wait_for_inputs
 
 # entries of keys at a time, and as many of values
 TILE = 4096
@@ -33,14 +33,30 @@ def _rotated(x, feature, valid, cos, sin):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _angles(number, frequencies, feature, valid):  # type: ignore[no-untyped-def]
+    """Angles of a position modulo 2π, which float32 would round too early; a pair of features has one."""
+    frequency = tl.load(frequencies + feature // 2, mask=valid, other=0.0).to(tl.float64)
+    turns = number.to(tl.float64) * frequency * 0.15915494309189535
+    return ((turns - tl.floor(turns)) * 6.283185307179586).to(tl.float32)
+
+
+@triton.jit
+def _slots(keys, values, slot, feature, valid, SLOTS: tl.constexpr, DIM_HEAD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Keys and values of these slots."""
+    inside = (slot < SLOTS) & valid
+    k = tl.load(keys + slot * DIM_HEAD + feature, mask=inside, other=0.0)
+    return k, tl.load(values + slot * DIM_HEAD + feature, mask=inside, other=0.0)
+
+
+@triton.jit
 def _kernel(  # type: ignore[no-untyped-def]
-    projected, keys, values, out, position, rotation, inputs, to_share, bias, first_values,
+    projected, keys, values, out, position, frequencies, inputs, to_share, bias, first_values,
     stride_b, stride_r, input_stride_b, first_stride_b, first_stride_h, scale,
     HEADS: tl.constexpr, DIM_HEAD: tl.constexpr, SLOTS: tl.constexpr, PERSISTENT: tl.constexpr, ROWS: tl.constexpr,
     DIM: tl.constexpr, SLIDES: tl.constexpr, MIXES: tl.constexpr,
-    PADDED: tl.constexpr, BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+    PADDED: tl.constexpr, BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs(OVERLAPS)
+    begin(START)
     entry, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     feature = tl.arange(0, PADDED)[None, :]
     row = tl.arange(0, ROWS)[:, None]
@@ -50,19 +66,27 @@ def _kernel(  # type: ignore[no-untyped-def]
     values += (entry * HEADS + head) * SLOTS * DIM_HEAD
 
     number = tl.load(position)
-    cos = tl.load(rotation + feature // 2 * 2, mask=valid, other=0.0)
-    sin = tl.load(rotation + feature // 2 * 2 + 1, mask=valid, other=0.0)
+    angle = _angles(number, frequencies, feature, valid)
+    cos, sin = tl.cos(angle), tl.sin(angle)
+    slot = tl.arange(0, BLOCK)[:, None]
+    next_keys, next_values = _slots(keys, values, slot, feature, valid, SLOTS, DIM_HEAD)
+    if MIXES:
+        i = tl.arange(0, DIM_BLOCK)[None, :]
+        logit = tl.load(bias + head).to(tl.float32)
+        first_to_share = tl.load(to_share + head * DIM + i, mask=i < DIM, other=0.0).to(tl.float32)
+    wait_for_inputs(START)
+
     query = _rotated(projected, feature, valid, cos, sin) * scale
     key = _rotated(projected + HEADS * DIM_HEAD + row * stride_r, feature, valid, cos, sin)
     value = tl.load(projected + 2 * HEADS * DIM_HEAD + row * stride_r + feature, mask=valid, other=0.0).to(tl.float32)
     if MIXES:
         from_first = first_values + entry * first_stride_b + head * first_stride_h + feature
         first_value = tl.load(from_first, mask=valid, other=0.0).to(tl.float32)
-        logit = tl.load(bias + head).to(tl.float32)
-        terms = tl.zeros((1, DIM_BLOCK), tl.float32)
-        for start in range(0, DIM, DIM_BLOCK):
+        inputs += entry * input_stride_b
+        terms = tl.load(inputs + i, mask=i < DIM, other=0.0).to(tl.float32) * first_to_share
+        for start in range(DIM_BLOCK, DIM, DIM_BLOCK):
             i = start + tl.arange(0, DIM_BLOCK)[None, :]
-            x = tl.load(inputs + entry * input_stride_b + i, mask=i < DIM, other=0.0).to(tl.float32)
+            x = tl.load(inputs + i, mask=i < DIM, other=0.0).to(tl.float32)
             terms += x * tl.load(to_share + head * DIM + i, mask=i < DIM, other=0.0).to(tl.float32)
 
     # slots from `first` on are the position's own; the newest one that it sees is the last
@@ -75,9 +99,8 @@ def _kernel(  # type: ignore[no-untyped-def]
     seen = tl.zeros((1, PADDED), tl.float32)
     for start in range(0, SLOTS, BLOCK):
         slot = start + tl.arange(0, BLOCK)[:, None]
-        inside = (slot < SLOTS) & valid
-        k = tl.load(keys + slot * DIM_HEAD + feature, mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(values + slot * DIM_HEAD + feature, mask=inside, other=0.0).to(tl.float32)
+        k, v = next_keys.to(tl.float32), next_values.to(tl.float32)
+        next_keys, next_values = _slots(keys, values, slot + BLOCK, feature, valid, SLOTS, DIM_HEAD)
         visible = (slot < SLOTS) & (slot <= last) & ((slot < first) | (slot >= first + ROWS))
         scores = tl.where(visible, tl.sum(k * query, axis=1, keep_dims=True), -float('inf'))
         new_top = tl.maximum(top, tl.max(scores, axis=0, keep_dims=True))
@@ -109,7 +132,7 @@ def token_attention(
     values: Tensor,  # b h j d
     layout: tuple[int, int, int, bool],
     position: Tensor,  # 1
-    rotation: Tensor,  # d/2 2
+    frequencies: Tensor,  # d/2
     mix: tuple[Tensor, Tensor, Tensor, Tensor] | None,  # b 1 e, h e, h, b h 1 d
 ) -> Tensor:  # b 1 hd
     num_persistent, _, _, slides = layout
@@ -117,6 +140,7 @@ def token_attention(
     _, heads, slots, dim_head = keys.shape
     assert mix is None or rows == 1
     inputs, to_share, bias, first_values = (projected,) * 4 if mix is None else mix
+    parameters = () if mix is None else (to_share, bias)
     projected, inputs, first_values = (contiguous_inside(t, 1) for t in (projected, inputs, first_values))
     out = projected.new_empty(batch, 1, heads * dim_head)
     if not batch:
@@ -126,13 +150,14 @@ def token_attention(
     with torch.cuda.device_of(projected):
         _kernel[(batch, heads)](
             projected=projected, stride_b=projected.stride(0), stride_r=projected.stride(1),
-            keys=keys, values=values, out=out, position=position, rotation=rotation.contiguous(),
+            keys=keys, values=values, out=out, position=position, frequencies=frequencies.contiguous(),
             inputs=inputs, input_stride_b=inputs.stride(0), to_share=to_share.contiguous(), bias=bias.contiguous(),
             first_values=first_values, first_stride_b=first_values.stride(0), first_stride_h=first_values.stride(1),
             scale=dim_head**-0.5,
             HEADS=heads, DIM_HEAD=dim_head, SLOTS=slots, PERSISTENT=num_persistent, ROWS=rows,
             DIM=dim, SLIDES=slides, MIXES=mix is not None,
             PADDED=padded, BLOCK=max(1, min(triton.next_power_of_2(slots), TILE // padded)),
-            DIM_BLOCK=min(BLOCK, triton.next_power_of_2(dim)), num_warps=WARPS, **overlapping(projected),
+            DIM_BLOCK=min(BLOCK, triton.next_power_of_2(dim)), num_warps=WARPS,
+            **overlapping(projected, keys, values, frequencies, *parameters),
         )  # fmt: skip
     return out

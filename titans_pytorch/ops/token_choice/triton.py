@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans_pytorch.ops._triton import contiguous_inside, overlapping, wait_for_inputs
+from titans_pytorch.ops._triton import begin, contiguous_inside, overlapping
 
 # tokens at a time, at most
 BLOCK = 4096
@@ -21,9 +21,9 @@ TOKENS_PER_WARP = 256
 def _kernel(  # type: ignore[no-untyped-def]
     logits, uniform, tokens, best,
     stride_b, count, temperature, min_p,
-    HAS_NOISE: tl.constexpr, HAS_FILTER: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+    HAS_NOISE: tl.constexpr, HAS_FILTER: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs(OVERLAPS)
+    begin(START)
     entry = tl.program_id(0).to(tl.int64)
     logits += entry * stride_b
     uniform += entry * count

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans_pytorch.ops._triton import contiguous_inside, divide_by_sums, overlapping, wait_for_inputs
+from titans_pytorch.ops._triton import begin, contiguous_inside, divide_by_sums, overlapping, wait_for_inputs
 
 # features at a time, at most
 BLOCK = 512
@@ -35,13 +35,20 @@ def _streams(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _to_logits(to_logits, number, feature, wanted, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """These features of the weights of logits (1, j, d), given their numbers (1, j); 0 where not wanted."""
+    present = wanted[:, :, None] & (feature < DIM)
+    return tl.load(to_logits + number[:, :, None] * DIM + feature, mask=present, other=0.0)
+
+
+@triton.jit
 def _kernel(  # type: ignore[no-untyped-def]
     x, write, branch_out, to_logits, bias, branch_in, residual, next_write,
     stride_b, stride_s, branch_stride_b, root_of_dim, iters,
     STREAMS: tl.constexpr, DIM: tl.constexpr, LOGITS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
-    EPS: tl.constexpr, PENDING: tl.constexpr, OVERLAPS: tl.constexpr,
+    EPS: tl.constexpr, PENDING: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs(OVERLAPS)
+    begin(START)
     entry = tl.program_id(0).to(tl.int64)
     x += entry * stride_b
     write += entry * STREAMS
@@ -52,16 +59,23 @@ def _kernel(  # type: ignore[no-untyped-def]
     of_mix, of_gate = 1 + j, (STREAMS + 1) * gate
     is_mix, is_gate = (i < STREAMS) & (j < STREAMS), (i < STREAMS) & (of_gate < LOGITS)
 
+    feature = tl.arange(0, BLOCK)[None, None, :]
+    first_to_mix = _to_logits(to_logits, of_mix, feature, j < STREAMS, DIM)
+    first_to_gates = _to_logits(to_logits, of_gate, feature, of_gate < LOGITS, DIM)
+    mix_bias = tl.load(bias + i * LOGITS + of_mix, mask=is_mix, other=0.0)
+    gate_bias = tl.load(bias + i * LOGITS + of_gate, mask=is_gate, other=0.0)
+    wait_for_inputs(START)
+
     squares = tl.zeros((PADDED, 1), tl.float32)
     mix = tl.zeros((PADDED, PADDED), tl.float32)
     gates = tl.zeros((PADDED, 2), tl.float32)
-    for start in range(0, DIM, BLOCK):
+    for start in tl.static_range(0, DIM, BLOCK):
         feature = start + tl.arange(0, BLOCK)[None, None, :]
         rows = _streams(x, write, branch_out, feature, stride_s, STREAMS, DIM, PADDED, PENDING)
-        present = (j < STREAMS)[:, :, None] & (feature < DIM)
-        to_mix = tl.load(to_logits + of_mix[:, :, None] * DIM + feature, mask=present, other=0.0)
-        present = (of_gate < LOGITS)[:, :, None] & (feature < DIM)
-        to_gates = tl.load(to_logits + of_gate[:, :, None] * DIM + feature, mask=present, other=0.0)
+        to_mix, to_gates = first_to_mix, first_to_gates
+        if start > 0:
+            to_mix = _to_logits(to_logits, of_mix, feature, j < STREAMS, DIM)
+            to_gates = _to_logits(to_logits, of_gate, feature, of_gate < LOGITS, DIM)
         squares += tl.sum(rows * rows, axis=2)
         mix += tl.sum(rows * to_mix, axis=2)
         gates += tl.sum(rows * to_gates, axis=2)
@@ -69,8 +83,8 @@ def _kernel(  # type: ignore[no-untyped-def]
     # normalisation comes last, as a factor on the logits. A comparison, not a maximum, lets NaN through
     norm = tl.sqrt(squares)
     scale = root_of_dim / tl.where(norm < EPS, EPS, norm)
-    mix = mix * scale + tl.load(bias + i * LOGITS + of_mix, mask=is_mix, other=0.0)
-    gates = tl.sigmoid(gates * scale + tl.load(bias + i * LOGITS + of_gate, mask=is_gate, other=0.0))
+    mix = mix * scale + mix_bias
+    gates = tl.sigmoid(gates * scale + gate_bias)
     read = tl.sum(tl.where(gate == 0, gates, 0.0), axis=1, keep_dims=True)
     tl.store(next_write + entry * STREAMS + i + 0 * gate, gates, mask=is_gate & (gate == 1))
 
@@ -84,9 +98,9 @@ def _kernel(  # type: ignore[no-untyped-def]
         feature = start + tl.arange(0, BLOCK)[None, None, :]
         rows = _streams(x, write, branch_out, feature, stride_s, STREAMS, DIM, PADDED, PENDING)
         for_branch, mixed = tl.sum(rows * read[:, :, None], axis=0), tl.sum(rows * mix[:, :, None], axis=0)
-        feature = start + tl.arange(0, BLOCK)[None, :]
-        tl.store(branch_in + entry * DIM + feature, for_branch, mask=feature < DIM)
-        tl.store(residual + (entry * STREAMS + i) * DIM + feature, mixed, mask=(i < STREAMS) & (feature < DIM))
+        column = start + tl.arange(0, BLOCK)[None, :]
+        tl.store(branch_in + entry * DIM + column, for_branch, mask=column < DIM)
+        tl.store(residual + (entry * STREAMS + i) * DIM + column, mixed, mask=(i < STREAMS) & (column < DIM))
 
 
 def token_hyper_connection(
@@ -114,6 +128,6 @@ def token_hyper_connection(
                 root_of_dim=dim**0.5, iters=iters,
                 STREAMS=streams, DIM=dim, LOGITS=logits, PADDED=triton.next_power_of_2(streams), BLOCK=block,
                 EPS=eps, PENDING=pending is not None, num_warps=max(1, block // FEATURES_PER_WARP),
-                **overlapping(x),
+                **overlapping(x, to_logits, bias),
             )  # fmt: skip
     return branch_in, residual, next_write

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from titans_pytorch.ops._triton import (
     ENOUGH_PROGRAMS,
+    begin,
     contiguous_inside,
     overlapping,
     product_precision,
@@ -33,14 +34,23 @@ def _row_kernel(  # type: ignore[no-untyped-def]
     x, weight, bias, gain, out, normed,
     stride_b, eps,
     OUTPUTS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
-    NORMS: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, OVERLAPS: tl.constexpr,
+    NORMS: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs(OVERLAPS)
+    begin(START)
+    # the program after those of outputs stores the normalised input
     row, entry = tl.program_id(0), tl.program_id(1).to(tl.int64)
     x += entry * stride_b
     # of the two rows of a gated output, the second is for the gate
-    to_value = weight + row.to(tl.int64) * DIM
+    to_value = weight + tl.minimum(row, OUTPUTS - 1).to(tl.int64) * DIM
     to_gate = to_value + OUTPUTS * DIM
+
+    feature = tl.arange(0, BLOCK)
+    first_value = tl.load(to_value + feature, mask=feature < DIM, other=0.0).to(tl.float32)
+    if GATED:
+        first_gate = tl.load(to_gate + feature, mask=feature < DIM, other=0.0).to(tl.float32)
+    if NORMS:
+        first_gain = tl.load(gain + feature, mask=feature < DIM, other=0.0).to(tl.float32)
+    wait_for_inputs(START)
 
     squares = tl.zeros((BLOCK,), tl.float32)
     values = tl.zeros((BLOCK,), tl.float32)
@@ -50,31 +60,39 @@ def _row_kernel(  # type: ignore[no-untyped-def]
         own = tl.load(x + feature, mask=feature < DIM, other=0.0).to(tl.float32)
         if NORMS:
             squares += own * own
-            own *= tl.load(gain + feature, mask=feature < DIM, other=0.0).to(tl.float32)
-        values += own * tl.load(to_value + feature, mask=feature < DIM, other=0.0).to(tl.float32)
+            if start == 0:
+                own *= first_gain
+            else:
+                own *= tl.load(gain + feature, mask=feature < DIM, other=0.0).to(tl.float32)
+        if start == 0:
+            values += own * first_value
+        else:
+            values += own * tl.load(to_value + feature, mask=feature < DIM, other=0.0).to(tl.float32)
         if GATED:
-            gates += own * tl.load(to_gate + feature, mask=feature < DIM, other=0.0).to(tl.float32)
+            if start == 0:
+                gates += own * first_gate
+            else:
+                gates += own * tl.load(to_gate + feature, mask=feature < DIM, other=0.0).to(tl.float32)
 
     inverse = 1.0
     if NORMS:
         inverse = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / DIM + eps)
-    value = tl.sum(values, axis=0) * inverse
-    gate = tl.sum(gates, axis=0) * inverse
-    if HAS_BIAS:
-        value += tl.load(bias + row).to(tl.float32)
+    if row < OUTPUTS:
+        value = tl.sum(values, axis=0) * inverse
+        gate = tl.sum(gates, axis=0) * inverse
+        if HAS_BIAS:
+            value += tl.load(bias + row).to(tl.float32)
+            if GATED:
+                gate += tl.load(bias + OUTPUTS + row).to(tl.float32)
         if GATED:
-            gate += tl.load(bias + OUTPUTS + row).to(tl.float32)
-    if GATED:
-        value *= gate * tl.sigmoid(gate)
-    tl.store(out + entry * OUTPUTS + row, value)
-
-    if NORMS:
-        if row == 0:
-            for start in tl.static_range(0, DIM, BLOCK):
-                feature = start + tl.arange(0, BLOCK)
-                own = tl.load(x + feature, mask=feature < DIM, other=0.0).to(tl.float32) * inverse
-                own *= tl.load(gain + feature, mask=feature < DIM, other=0.0).to(tl.float32)
-                tl.store(normed + entry * DIM + feature, own, mask=feature < DIM)
+            value *= gate * tl.sigmoid(gate)
+        tl.store(out + entry * OUTPUTS + row, value)
+    else:
+        for start in tl.static_range(0, DIM, BLOCK):
+            feature = start + tl.arange(0, BLOCK)
+            own = tl.load(x + feature, mask=feature < DIM, other=0.0).to(tl.float32) * inverse
+            own *= tl.load(gain + feature, mask=feature < DIM, other=0.0).to(tl.float32)
+            tl.store(normed + entry * DIM + feature, own, mask=feature < DIM)
 
 
 @triton.jit
@@ -83,9 +101,9 @@ def _tile_kernel(  # type: ignore[no-untyped-def]
     batch, stride_b, eps,
     OUTPUTS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, WARPS: tl.constexpr,
     FEATURES: tl.constexpr, NORMS: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr,
-    PRECISION: tl.constexpr, OPERAND: tl.constexpr, OVERLAPS: tl.constexpr,
+    PRECISION: tl.constexpr, OPERAND: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs(OVERLAPS)
+    begin(START)
     entry = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     output = tl.program_id(0) * TILE + tl.arange(0, TILE)
     here, wanted = (entry < batch)[None, :, None], (output < OUTPUTS)[None, None, :]
@@ -126,7 +144,7 @@ def _tile_kernel(  # type: ignore[no-untyped-def]
     tl.store(target, value, mask=(entry < batch)[:, None] & (output < OUTPUTS)[None, :])
 
     if NORMS:
-        if tl.program_id(0) == 0:
+        if tl.program_id(0) * TILE >= OUTPUTS:  # after the tiles of outputs the one for the normalised input
             for start in range(0, DIM, WARPS * FEATURES):
                 feature = start + tl.arange(0, WARPS * FEATURES)[None, :]
                 inside = (entry < batch)[:, None] & (feature < DIM)
@@ -157,17 +175,20 @@ def token_linear(
         'x': x, 'weight': weight.contiguous(), 'bias': x if bias is None else bias.contiguous(),
         'gain': gain.contiguous(), 'out': out, 'normed': normed, 'stride_b': x.stride(0),
         'eps': torch.finfo(torch.float32).eps if eps is None else eps, 'OUTPUTS': outputs, 'DIM': dim,
-        'NORMS': norm is not None, 'HAS_BIAS': bias is not None, 'GATED': gated, **overlapping(x),
+        'NORMS': norm is not None, 'HAS_BIAS': bias is not None, 'GATED': gated,
     }  # fmt: skip
     with torch.cuda.device_of(x):
         if not in_tiles:
             block = min(BLOCK, triton.next_power_of_2(dim))
-            _row_kernel[(outputs, batch)](**arguments, BLOCK=block, num_warps=1)
+            constants = weight, bias, *(() if norm is None else (gain,))
+            _row_kernel[(outputs + (norm is not None), batch)](
+                **arguments, BLOCK=block, **overlapping(x, *constants), num_warps=1
+            )
         else:
             tiles = triton.cdiv(outputs, OUTPUTS_OF_TILE)
             rows = 32 if tiles * triton.cdiv(batch, 32) >= ENOUGH_PROGRAMS else 16
-            _tile_kernel[(tiles, triton.cdiv(batch, rows))](
+            _tile_kernel[(tiles + (norm is not None), triton.cdiv(batch, rows))](
                 **arguments, batch=batch, ROWS=rows, TILE=OUTPUTS_OF_TILE, WARPS=WARPS, FEATURES=FEATURES,
-                **product_precision(x.dtype), num_warps=WARPS,
+                **product_precision(x.dtype), **overlapping(x), num_warps=WARPS,
             )  # fmt: skip
     return out, normed

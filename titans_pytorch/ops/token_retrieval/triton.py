@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans_pytorch.ops._triton import contiguous_inside, overlapping, wait_for_inputs
+from titans_pytorch.ops._triton import begin, contiguous_inside, overlapping
 
 # entries of each matrix at a time, which are in registers
 TILE = 8192
@@ -58,9 +58,9 @@ def _kernel(  # type: ignore[no-untyped-def]
     stride_b, normed_stride_b, query_eps, eps,
     HEADS: tl.constexpr, DIM_HEAD: tl.constexpr, HIDDEN: tl.constexpr, DIM: tl.constexpr,
     HAS_FIRST: tl.constexpr, NORMS_QUERY: tl.constexpr, HAS_NORM: tl.constexpr, HAS_GATE: tl.constexpr,
-    PADDED: tl.constexpr, BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+    PADDED: tl.constexpr, BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs(OVERLAPS)
+    begin(START)
     entry, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     memory = entry * HEADS + head
     projected += entry * stride_b + head * DIM_HEAD

@@ -1,0 +1,47 @@
+"""Selection of the three views that a memory reads of its input and of earlier layers: for queries, keys and values."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn import Linear, Module
+
+from titans_pytorch.ops.grouped_linear import grouped_linear
+from titans_pytorch.ops.token_mixture import token_mixture
+from titans_pytorch.utils.functional import is_intercepted
+from titans_pytorch.utils.shapes import Float
+
+NUM_VIEWS = 3
+
+
+def view_selector(dim: int, layer: int) -> nn.Sequential:
+    """Logits of each of three views over the memory's own input and four tensors of each earlier layer."""
+    choices = (layer - 1) * 4 + 1
+    return nn.Sequential(nn.RMSNorm(dim), Linear(dim, NUM_VIEWS * choices))
+
+
+def selected_views(
+    selector: Module, own: Float[Tensor, 'b n d'], choices: Float[Tensor, 'b n c d']
+) -> Float[Tensor, '3 b n d']:
+    """Mixtures of `choices`, with weights by `selector` from the memory's own input."""
+    weights = selector(own).unflatten(-1, (NUM_VIEWS, -1)).softmax(dim=-1)
+    return grouped_linear(weights, choices).movedim(2, 0)
+
+
+def selected_views_of_token(
+    selector: Module, own: Float[Tensor, 'b 1 d'], choices: Float[Tensor, 'b 1 c d']
+) -> Float[Tensor, '3 b 1 d']:
+    """`selected_views` of a single token; with a `view_selector` without hooks as one operation."""
+    if not _is_plain(selector):
+        return selected_views(selector, own, choices)
+    norm, to_logits = cast(Any, selector)
+    return token_mixture(own, choices, (norm.weight, norm.eps), to_logits.weight, to_logits.bias)
+
+
+def _is_plain(selector: Module) -> bool:
+    return (
+        type(selector) is nn.Sequential
+        and [type(part) for part in selector] == [nn.RMSNorm, Linear]
+        and not is_intercepted(selector.modules())
+    )

@@ -1,0 +1,42 @@
+"""Mixtures of several vectors of a single token, with weights computed from one of them, as decoding needs them.
+
+With gain g, input x of width d, matrix W and bias b, for each mixture v of the choices c_j:
+
+    l = W (x / √(mean x² + ε) ∘ g) + b    out_v = Σ_j softmax(l_v)_j · c_j
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from titans_pytorch.ops._dispatch import VOLTA, use_kernel
+from titans_pytorch.ops.token_linear import Norm
+from titans_pytorch.ops.token_mixture import reference
+from titans_pytorch.utils.precision import autocast_dtype
+from titans_pytorch.utils.shapes import Float
+
+MOST_CHOICES = 64
+
+
+def token_mixture(
+    x: Float[Tensor, 'b 1 d'],
+    choices: Float[Tensor, 'b 1 c d'],
+    norm: Norm,
+    weight: Float[Tensor, 'vc d'],
+    bias: Float[Tensor, ' vc'],
+) -> Float[Tensor, 'v b 1 d']:
+    """The mixtures of each entry; `weight` and `bias` have the logits of the choices for each mixture in turn.
+
+    The kernel has no gradient, so it runs only where gradients are off.
+    """
+    tensors = (x, choices, norm[0], weight, bias)
+    if use_kernel(tensors, capability=VOLTA, has_backward=False) and _supports(*tensors):
+        from titans_pytorch.ops.token_mixture import triton
+
+        return triton.token_mixture(x, choices, norm, weight, bias)
+    return reference.token_mixture(x, choices, norm, weight, bias)
+
+
+def _supports(x: Tensor, choices: Tensor, *parameters: Tensor) -> bool:
+    one_precision = all(t.dtype == x.dtype for t in (choices, *parameters))
+    return choices.shape[2] <= MOST_CHOICES and one_precision and autocast_dtype(x.device) is None
