@@ -15,7 +15,7 @@ from torch.nn import Linear, Module, Parameter
 from torch.utils.checkpoint import checkpoint
 
 from titans_pytorch.memory.backends import Backend, DenseBackend, DualBackend, StoreInputs, choose_backend
-from titans_pytorch.memory.chunks import Chunks, WeightResidual, beside
+from titans_pytorch.memory.chunks import Chunks, WeightResidual
 from titans_pytorch.memory.fast_weights import FastWeights, MemoryWeights, Weights
 from titans_pytorch.memory.initial_weights import InitialWeights
 from titans_pytorch.memory.modules import (
@@ -723,14 +723,13 @@ class NeuralMemory(Resettable, InReferenceFormat):
         self, tokens: Tensor, buffers: MemoryBuffers, ends_batch: bool, prev_weights: Weights | None
     ) -> MemoryWeights:
         chunk, pooled = self._project_chunks(tokens, None)
-        weights = buffers.weights
-        at = weights.base
+        residual = None
         if self.to_learned_weight_residual_mix is not None:
             assert prev_weights is not None
-            shares = self.to_learned_weight_residual_mix(pooled).flatten()
-            at = {name: torch.addcmul(w, beside(shares, w), prev_weights[name]) for name, w in at.items()}
+            previous = FastWeights({name: w.unsqueeze(1) for name, w in prev_weights.items()}, [], prev_weights)
+            residual = WeightResidual.of(previous, self.to_learned_weight_residual_mix(pooled).squeeze(-1), 0)
         with network_autocast(self._dtype, tokens.device):
-            after, losses = self._backend.store_chunk(chunk, at, weights)
+            after, losses = self._backend.store_chunk(chunk, buffers.weights, residual)
         if buffers.surprises is not None:
             for buffer, own in zip(buffers.surprises, self._surprises(losses.unsqueeze(1), chunk.step_sizes)):
                 buffer.copy_(own)

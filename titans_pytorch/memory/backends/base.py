@@ -174,12 +174,14 @@ class Backend:
         raise NotImplementedError
 
     def store_chunk(
-        self, chunk: Chunks, at: Weights, weights: MemoryWeights
+        self, chunk: Chunks, weights: MemoryWeights, residual: WeightResidual | None
     ) -> tuple[MemoryWeights, Float[Tensor, 'bh m']]:
-        """The weights after a block of one chunk, whose gradient is taken at `at`, and the losses of its rows; without
-        a graph."""
+        """The weights after a block of one chunk, and the losses of its rows; without a graph."""
         with torch.no_grad():
-            gates = chunk.at(0).update_gates()
+            gates, at = chunk.at(0).update_gates(), weights.base
+            if residual is not None:
+                shares, previous = residual.shares[:, 0], residual.dense
+                at = {name: torch.addcmul(w, beside(shares, w), previous[name][:, 0]) for name, w in at.items()}
             gradients, losses = self.negative_gradients(chunk, at)
             updates, orders = surprise(
                 gradients, gates, weights.momentum, one_chunk, self.max_grad_norm, self.spectral_norm

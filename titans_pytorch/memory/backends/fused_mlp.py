@@ -18,7 +18,8 @@ from titans_pytorch.ops.linear_memory_scan import linear_memory_scan
 from titans_pytorch.ops.memory_batch_scan import MemoryBatches, memory_batch_scan
 from titans_pytorch.ops.retrieve_sequence import FactoredMatrix, retrieve_sequence
 from titans_pytorch.ops.spectral_memory_scan import spectral_memory_scan
-from titans_pytorch.utils.precision import at_least_float32, no_autocast
+from titans_pytorch.ops.spectral_update import UpdateGates, has_kernel, spectral_update
+from titans_pytorch.utils.precision import at_least_float32, no_autocast, operand_dtype
 from titans_pytorch.utils.shapes import Float, concatenated
 
 
@@ -148,6 +149,37 @@ class FusedMLP(NamedTuple):
             base = weights.base if len(blocks) == 1 else {name: own[-2].clone() for name, own in ends.items()}
         after = MemoryWeights(base, newest, {name: own[-1:].clone() for name, own in momentum_ends.items()})
         return FastWeights(over_time, [], newest), after, out.losses if inputs.with_losses else None
+
+    def updates_in_one(self, chunk: Chunks, weights: MemoryWeights) -> bool:
+        """True if `spectral_update` serves a chunk."""
+        return has_kernel(chunk.keys[:, 0], *self._newest(weights), operand_dtype(chunk.keys))
+
+    def store_spectral_chunk(self, chunk: Chunks, gradients: Gradients, weights: MemoryWeights) -> MemoryWeights:
+        """The weights after a chunk under spectral norm, without a graph."""
+        names, matrices, gamma = self._names, self.mlp.matrices, self.mlp.gamma
+        inputs, deltas = ([own[name][:, 0] for name in matrices] for own in (gradients.inputs, gradients.deltas))
+        logits, modulation = chunk.momentum_logits, chunk.modulation
+        gates = UpdateGates(
+            decay_logits=chunk.decay_logits[:, 0],
+            momentum_logits=None if logits is None else logits[:, 0, 0],
+            scales=None if modulation is None else modulation[:, 0],
+            scale_numbers=[[*weights.newest].index(name) for name in names],
+        )
+        of_gamma = None if gamma is None else gradients.vectors[gamma][:, 0]
+        states, operands = self._newest(weights), operand_dtype(chunk.keys)
+        newest, momentum = spectral_update(inputs, deltas, of_gamma, *states, gates, operands)
+        # in the order of `weights.newest`, by which modulation is indexed
+        after, momentum_after = (dict(zip(names, own)) for own in (newest, momentum))
+        return MemoryWeights(
+            weights.base,
+            {name: after[name] for name in weights.newest},
+            {name: momentum_after[name].unsqueeze(0) for name in weights.momentum},
+        )
+
+    def _newest(self, weights: MemoryWeights) -> tuple[list[Tensor], list[Tensor]]:
+        """Newest weights and the only order of momentum, of the matrices and of γ."""
+        momentum = [weights.momentum[name][0] for name in self._names] if weights.momentum else []
+        return [weights.newest[name] for name in self._names], momentum
 
     @property
     def _names(self) -> list[str]:

@@ -39,6 +39,24 @@ class SpectralBackend(DualBackend):
                 return self.fused.store_spectral(inputs, *_log_gates(inputs.chunks), blocks)
         return super().store(inputs)
 
+    def store_chunk(
+        self, chunk: Chunks, weights: MemoryWeights, residual: WeightResidual | None
+    ) -> tuple[MemoryWeights, Float[Tensor, 'bh m']]:
+        with torch.no_grad():
+            if not self._updates_in_one(chunk, weights):
+                return super().store_chunk(chunk, weights, residual)
+            assert self.fused is not None
+            gradients = self.gradients(chunk, weights.base, residual)
+            return self.fused.store_spectral_chunk(chunk, gradients, weights), gradients.losses[:, 0]
+
+    def _updates_in_one(self, chunk: Chunks, weights: MemoryWeights) -> bool:
+        """True if one operation can add the gradients of a chunk."""
+        logits, combined = chunk.momentum_logits, (chunk.momentum_mix, chunk.momentum_shares)
+        if self.fused is None or self.max_grad_norm is not None or any(gates is not None for gates in combined):
+            return False
+        several_orders = logits is not None and logits.shape[-1] > 1
+        return not several_orders and self.fused.updates_in_one(chunk, weights)
+
     def _blocks(self, inputs: StoreInputs) -> list[ChunkBlock]:
         return inputs.schedule.blocks(self.preferred_chunks(inputs.chunks))
 

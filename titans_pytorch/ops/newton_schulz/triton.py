@@ -37,7 +37,7 @@ def _polynomial(gram, b, c, PRECISION: tl.constexpr, OPERAND: tl.constexpr):  # 
 
 
 @triton.jit
-def _iterate(x, a, b, c, zeros, PRECISION: tl.constexpr, OPERAND: tl.constexpr):  # type: ignore[no-untyped-def]
+def iterate(x, a, b, c, zeros, PRECISION: tl.constexpr, OPERAND: tl.constexpr):  # type: ignore[no-untyped-def]
     gram = _multiply_add_transposed(zeros, x, x, PRECISION, OPERAND)
     return multiply_add(a * x, _polynomial(gram, b, c, PRECISION, OPERAND), x, PRECISION, OPERAND)
 
@@ -59,7 +59,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
     x, _ = _normalized(matrices + matrix * matrix_stride + offset, inside, eps)
     for _ in range(steps):
-        x = _iterate(x, a, b, c, zeros, PRECISION, OPERAND)
+        x = iterate(x, a, b, c, zeros, PRECISION, OPERAND)
     tl.store(outputs + matrix * rows * columns + out_offset, x, mask=inside)
 
 
@@ -86,7 +86,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         x, _ = _normalized(source, inside, eps)
         tl.store(iterates, x.to(OPERAND))
         for step in range(1, steps):
-            x = _iterate(x, a, b, c, zeros, PRECISION, OPERAND)
+            x = iterate(x, a, b, c, zeros, PRECISION, OPERAND)
             tl.store(iterates + step * (ROWS * COLUMNS), x.to(OPERAND))
         tl.debug_barrier()
 
@@ -131,7 +131,7 @@ def orthogonalise(
     sizes = _matrix_sizes(matrices, outputs)
     _forward_kernel[(len(matrices),)](
         matrices=matrices, outputs=outputs, steps=steps, eps=eps, a=a, b=b, c=c,
-        **sizes, **_precision(operands), num_warps=_warps(sizes), num_stages=1,
+        **sizes, **products(operands), num_warps=warps_of(sizes['ROWS'], sizes['COLUMNS']), num_stages=1,
     )  # fmt: skip
     return outputs
 
@@ -149,13 +149,13 @@ def orthogonalise_backward(
     d_outputs = d_outputs.contiguous()
     d_matrices = matrices.new_empty(matrices.shape)
     sizes = _matrix_sizes(matrices, d_matrices)
-    warps = _warps(sizes)
+    warps = warps_of(sizes['ROWS'], sizes['COLUMNS'])
     programs = min(len(matrices), _programs(matrices.device, warps))
     iterates = matrices.new_empty(programs, max(1, steps), sizes['ROWS'], sizes['COLUMNS'], dtype=operands)
     _backward_kernel[(programs,)](
         matrices=matrices, d_outputs=d_outputs, d_matrices=d_matrices, iterates=iterates,
         count=len(matrices), steps=steps, eps=eps, a=a, b=b, c=c,
-        **sizes, **_precision(operands), num_warps=warps, num_stages=1,
+        **sizes, **products(operands), num_warps=warps, num_stages=1,
     )  # fmt: skip
     return [d_matrices]
 
@@ -176,16 +176,16 @@ def _matrix_sizes(matrices: Tensor, outputs: Tensor) -> dict[str, int]:
     )  # fmt: skip
 
 
-def _precision(operands: torch.dtype) -> dict[str, Any]:
+def products(operands: torch.dtype) -> dict[str, Any]:
     """The precision of PyTorch's own products: float32 in full, unless TF32 is allowed."""
     matmul = torch.backends.cuda.matmul
     tf32 = matmul.fp32_precision == 'tf32' if hasattr(matmul, 'fp32_precision') else matmul.allow_tf32
     return {'PRECISION': 'tf32' if tf32 else 'tf32x3', 'OPERAND': TRITON_DTYPES[operands]}
 
 
-def _warps(sizes: dict[str, int]) -> int:
+def warps_of(rows: int, columns: int) -> int:
+    """Warps of a program that owns a matrix of this size, padded to powers of two."""
     # from 64 rows on, four warps share one instruction of a tensor core; more of them would compute the same rows
-    rows, columns = sizes['ROWS'], sizes['COLUMNS']
     return rows // 16 if rows >= 64 else min(8, max(1, rows * columns // 512))
 
 
