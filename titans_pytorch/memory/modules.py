@@ -10,6 +10,7 @@ from titans_pytorch.ops.gated_heads import gated_heads
 from titans_pytorch.ops.head_norm import head_norm
 from titans_pytorch.ops.norms import l2_norm
 from titans_pytorch.ops.short_convolution import short_convolution
+from titans_pytorch.ops.token_linear import linear_of_rows
 from titans_pytorch.utils.functional import is_intercepted
 from titans_pytorch.utils.parameters import Resettable
 from titans_pytorch.utils.shapes import Float
@@ -81,7 +82,7 @@ class AttentionPool(Resettable):
 
     def forward(self, x: Float[Tensor, 'b t d'], chunk_size: int | None = None) -> Float[Tensor, 'b n d']:
         x = x.unflatten(1, (-1, chunk_size or self.chunk_size))
-        return (x * self.to_attn_logits(x).softmax(dim=-2)).sum(dim=-2)
+        return (x * linear_of_rows(self.to_attn_logits, x).softmax(dim=-2)).sum(dim=-2)
 
 
 class L2Norm(Module):
@@ -152,7 +153,7 @@ def rows_of_heads(
         projected = projection[0](tokens)
         rows = short_convolution(projected, causal.conv.weight, split.heads, split.per_token, normalize)
         return rows if norm is None or normalize else norm(rows)
-    rows = split(projection(tokens))
+    rows = split(linear_of_rows(projection, tokens))
     return rows if norm is None else norm(rows)
 
 
@@ -224,3 +225,14 @@ def gate(
     to_gate = linear_from(dim, heads * per_head, start)
     split = PerHead(heads)
     return nn.Sequential(to_gate, split) if activation is None else nn.Sequential(to_gate, split, activation)
+
+
+def gates_of(module: Module, tokens: Float[Tensor, 'b n d']) -> Float[Tensor, 'bh n g']:
+    """`module(tokens)` of a `gate`, or of another module in its place; few tokens in fewer launches."""
+    if torch.is_grad_enabled() or type(module) is not nn.Sequential or is_intercepted((module,)):
+        return module(tokens)
+    to_gate, *rest = module
+    gates = linear_of_rows(to_gate, tokens)
+    for part in rest:
+        gates = part(gates)
+    return gates

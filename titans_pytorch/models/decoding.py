@@ -19,6 +19,7 @@ from titans_pytorch.models.residual_streams import ExpandStreams, Streams, compl
 from titans_pytorch.models.state import ModelState
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.ops.token_attention import Position
+from titans_pytorch.ops.token_linear import linear_of_token
 from titans_pytorch.utils.functional import is_intercepted
 from titans_pytorch.utils.precision import autocast_dtype
 from titans_pytorch.utils.shapes import Float, Int
@@ -174,7 +175,9 @@ class StepwiseDecoding(Module):
             if layer.memory is not None and memory is not None:
                 memories.append((layer.memory, memory))
         if not kind.is_longterm:
-            state.logits.copy_(self.to_logits(self.norm(complete(x).sum(dim=1))))  # type: ignore[misc]
+            assert self.to_logits is not None
+            logits, _ = linear_of_token(self.to_logits, complete(x).sum(dim=1, keepdim=True), self.norm)
+            state.logits.copy_(logits.squeeze(1))
 
         position.add_(1)
         if kind.ends_chunk:

@@ -7,6 +7,7 @@ With gain g and input x of width d:
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
@@ -16,7 +17,7 @@ from titans_pytorch.utils.functional import is_intercepted
 from titans_pytorch.utils.precision import autocast_dtype
 from titans_pytorch.utils.shapes import Float
 
-FEW_ENTRIES, MOST_ENTRIES = 4, 128
+FEW_ENTRIES, MOST_ENTRIES = 4, 256
 """Entries of a batch, at most, for which a kernel reads the matrix once for each, and for which another takes tensor
 cores. A library's products are made for more rows."""
 
@@ -50,12 +51,34 @@ def linear_of_token(
 ) -> tuple[Float[Tensor, 'b 1 e'], Float[Tensor, 'b 1 d']]:
     """The outputs of a linear layer and of the norm before it; modules of other kinds, or with hooks, are called."""
     norm = None if type(norm) is nn.Identity else norm
-    modules = (linear,) if norm is None else (linear, norm)
-    if type(linear) is nn.Linear and type(norm) in (nn.RMSNorm, type(None)) and not is_intercepted(modules):
+    norm_is_plain = norm is None or (type(norm) is nn.RMSNorm and not is_intercepted((norm,)))
+    if norm_is_plain and _is_plain(linear):
         own = None if norm is None else (norm.weight, norm.eps)
         return token_linear(x, linear.weight, linear.bias, own)  # type: ignore[arg-type]
     normed = x if norm is None else norm(x)
     return linear(normed), normed
+
+
+def linear_of_rows(linear: Module, x: Float[Tensor, '... d']) -> Float[Tensor, '... e']:
+    """`linear(x)`; where a kernel of `token_linear` serves few rows, by that."""
+    if torch.is_grad_enabled() or not _is_plain(linear):
+        return linear(x)
+    weight, bias = linear.weight, linear.bias
+    tensors = (x, weight, bias)
+    if not use_kernel(tensors, capability=AMPERE, has_backward=False) or x[..., 0].numel() > MOST_ENTRIES:  # type: ignore[arg-type]
+        return linear(x)
+    out, _ = token_linear(x.reshape(-1, 1, x.shape[-1]), weight, bias)  # type: ignore[arg-type]
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def _is_plain(linear: Module) -> bool:
+    """True for a linear layer with parameters of its own, and not what hooks or a parametrisation make of them."""
+    return (
+        isinstance(linear, nn.Linear)
+        and type(linear).forward is nn.Linear.forward
+        and isinstance(linear.weight, nn.Parameter)
+        and not is_intercepted((linear,))
+    )
 
 
 def _supports(x: Tensor, *parameters: Tensor | None) -> bool:
