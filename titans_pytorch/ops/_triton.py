@@ -16,24 +16,41 @@ HOPPER = 9
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-# how a kernel begins: after the one before, while that one runs, or then and with constants read before it waits
+# how a kernel begins: after the one before, while that one runs, or then and reading constants before it waits
 AFTERWARDS, OVERLAPPING, READING_CONSTANTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def begin(START: tl.constexpr):  # type: ignore[no-untyped-def]
+def let_next_begin(START: tl.constexpr):  # type: ignore[no-untyped-def]
     """The first statement of a kernel that is launched with `overlapping`."""
     if START != AFTERWARDS:
         tl.extra.cuda.gdc_launch_dependents()
-    if START == OVERLAPPING:
-        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
 def wait_for_inputs(START: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Wait for the kernel before. Between `begin` and this nothing is read but constants, and nothing is written."""
-    if START == READING_CONSTANTS:
+    """Wait for the kernel before. Until here nothing is read but constants after `begin`, and nothing is written."""
+    if START != AFTERWARDS:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def begin(START: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first statement of such a kernel that reads constants next, and then waits for its inputs."""
+    let_next_begin(START)
+    if START == OVERLAPPING:  # what would be constants may just have been written
+        wait_for_inputs(START)
+
+
+@triton.jit
+def prefetch(pointers, START: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Have the cache fetch what is at some pointers, in lines of 128 bytes. As nothing is read, this may come before
+    `wait_for_inputs` whatever is written there."""
+    if START != AFTERWARDS:
+        tl.inline_asm_elementwise(
+            'prefetch.global.L2 [$1]; mov.u32 $0, 0;', '=r,l', [pointers.to(tl.int64)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit

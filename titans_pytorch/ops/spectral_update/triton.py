@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans_pytorch.ops._triton import begin, overlapping, taken_by, tile_size
+from titans_pytorch.ops._triton import let_next_begin, overlapping, taken_by, tile_size, wait_for_inputs
 from titans_pytorch.ops.newton_schulz.triton import iterate, products, warps_of
 
 
@@ -62,7 +62,8 @@ def _kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr, TURNING: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
-    begin(START)
+    let_next_begin(START)
+    wait_for_inputs(START)
     head = tl.program_id(0).to(tl.int64)
     # 1 for the last matrix, which may be the only one
     which = tl.program_id(1) + 2 - tl.num_programs(1)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans_pytorch.ops._triton import begin, contiguous_inside, overlapping
+from titans_pytorch.ops._triton import contiguous_inside, let_next_begin, overlapping, wait_for_inputs
 
 # tokens at a time, at most
 BLOCK = 4096
@@ -23,7 +23,8 @@ def _kernel(  # type: ignore[no-untyped-def]
     stride_b, count, temperature, min_p,
     HAS_NOISE: tl.constexpr, HAS_FILTER: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
-    begin(START)
+    let_next_begin(START)
+    wait_for_inputs(START)
     entry = tl.program_id(0).to(tl.int64)
     logits += entry * stride_b
     uniform += entry * count

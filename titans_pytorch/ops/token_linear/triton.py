@@ -18,7 +18,9 @@ from titans_pytorch.ops._triton import (
     ENOUGH_PROGRAMS,
     begin,
     contiguous_inside,
+    let_next_begin,
     overlapping,
+    prefetch,
     product_precision,
     wait_for_inputs,
 )
@@ -101,11 +103,18 @@ def _tile_kernel(  # type: ignore[no-untyped-def]
     batch, stride_b, eps,
     OUTPUTS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, WARPS: tl.constexpr,
     FEATURES: tl.constexpr, NORMS: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr,
-    PRECISION: tl.constexpr, OPERAND: tl.constexpr, START: tl.constexpr,
+    LINE: tl.constexpr, LINES: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
-    begin(START)
+    let_next_begin(START)
     entry = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     output = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    lines = tl.minimum(LINE * tl.arange(0, LINES), DIM - 1)[None, :]
+    lines = weight + tl.minimum(output, OUTPUTS - 1)[:, None] * DIM + lines
+    prefetch(lines, START)
+    if GATED:
+        prefetch(lines + OUTPUTS * DIM, START)
+    wait_for_inputs(START)
+
     here, wanted = (entry < batch)[None, :, None], (output < OUTPUTS)[None, None, :]
     rows = x + entry.to(tl.int64)[None, :, None] * stride_b
     to_values = weight + output[None, None, :] * DIM
@@ -186,9 +195,11 @@ def token_linear(
             )
         else:
             tiles = triton.cdiv(outputs, OUTPUTS_OF_TILE)
+            line = 128 // weight.element_size()
             rows = 32 if tiles * triton.cdiv(batch, 32) >= ENOUGH_PROGRAMS else 16
             _tile_kernel[(tiles + (norm is not None), triton.cdiv(batch, rows))](
                 **arguments, batch=batch, ROWS=rows, TILE=OUTPUTS_OF_TILE, WARPS=WARPS, FEATURES=FEATURES,
+                LINE=line, LINES=triton.next_power_of_2(triton.cdiv(dim, line)),
                 **product_precision(x.dtype), **overlapping(x), num_warps=WARPS,
             )  # fmt: skip
     return out, normed

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans_pytorch.ops._triton import begin, contiguous_inside, overlapping
+from titans_pytorch.ops._triton import contiguous_inside, let_next_begin, overlapping, prefetch, wait_for_inputs
 
 # entries of each matrix at a time, which are in registers
 TILE = 8192
@@ -58,9 +58,10 @@ def _kernel(  # type: ignore[no-untyped-def]
     stride_b, normed_stride_b, query_eps, eps,
     HEADS: tl.constexpr, DIM_HEAD: tl.constexpr, HIDDEN: tl.constexpr, DIM: tl.constexpr,
     HAS_FIRST: tl.constexpr, NORMS_QUERY: tl.constexpr, HAS_NORM: tl.constexpr, HAS_GATE: tl.constexpr,
-    PADDED: tl.constexpr, BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr, START: tl.constexpr,
+    PADDED: tl.constexpr, BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr, LINE: tl.constexpr, LINES: tl.constexpr,
+    START: tl.constexpr,
 ):  # fmt: skip
-    begin(START)
+    let_next_begin(START)
     entry, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     memory = entry * HEADS + head
     projected += entry * stride_b + head * DIM_HEAD
@@ -69,6 +70,11 @@ def _kernel(  # type: ignore[no-untyped-def]
     last += memory * HIDDEN * DIM_HEAD
     feature = tl.arange(0, PADDED)
     row, valid = feature[None, :], (feature < DIM_HEAD)[None, :]
+    lines = tl.minimum(LINE * tl.arange(0, LINES), DIM_HEAD * HIDDEN - 1)
+    prefetch(last + lines, START)
+    if HAS_FIRST:
+        prefetch(first + lines, START)
+    wait_for_inputs(START)
 
     to_units, from_units = _units(
         projected, query_gain, first, last, 0, DIM_HEAD, HIDDEN, HAS_FIRST, NORMS_QUERY, PADDED, BLOCK
@@ -133,7 +139,7 @@ def token_retrieval(
     if not batch:
         return out
 
-    padded = triton.next_power_of_2(dim_head)
+    padded, line = triton.next_power_of_2(dim_head), 128 // last.element_size()
     block = max(1, min(triton.next_power_of_2(hidden), TILE // padded))
     projected, normed = contiguous_inside(projected, 1), contiguous_inside(normed, 1)
     with torch.cuda.device_of(projected):
@@ -145,6 +151,7 @@ def token_retrieval(
             HEADS=heads, DIM_HEAD=dim_head, HIDDEN=hidden, DIM=dim, HAS_FIRST=len(matrices) > 1,
             NORMS_QUERY=query_norm is not None, HAS_NORM=norm is not None, HAS_GATE=gate is not None,
             PADDED=padded, BLOCK=block, DIM_BLOCK=min(BLOCK, triton.next_power_of_2(dim)),
+            LINE=line, LINES=triton.next_power_of_2(triton.cdiv(dim_head * hidden, line)),
             num_warps=max(1, min(MOST_WARPS, padded * block // TILE_PER_WARP)), **overlapping(projected),
         )  # fmt: skip
     return out
