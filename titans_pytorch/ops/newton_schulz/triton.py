@@ -180,7 +180,14 @@ def products(operands: torch.dtype) -> dict[str, Any]:
     """The precision of PyTorch's own products: float32 in full, unless TF32 is allowed."""
     matmul = torch.backends.cuda.matmul
     tf32 = matmul.fp32_precision == 'tf32' if hasattr(matmul, 'fp32_precision') else matmul.allow_tf32
-    return {'PRECISION': 'tf32' if tf32 else 'tf32x3', 'OPERAND': TRITON_DTYPES[operands]}
+    return {'PRECISION': 'tf32' if tf32 else _in_full(), 'OPERAND': TRITON_DTYPES[operands]}
+
+
+def _in_full() -> str:
+    """Products of float32 as six of bfloat16, where Triton has them: they are closer than three of TF32, whose parts
+    take so much shared memory that a multiprocessor holds one program only."""
+    version = tuple(map(int, triton.__version__.split('.')[:2]))
+    return 'bf16x6' if version >= (3, 6) and not triton.knobs.runtime.interpret else 'tf32x3'
 
 
 def warps_of(rows: int, columns: int) -> int:

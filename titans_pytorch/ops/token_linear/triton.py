@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from titans_pytorch.ops._triton import (
-    ENOUGH_PROGRAMS,
     begin,
     contiguous_inside,
     let_next_begin,
@@ -27,8 +26,10 @@ from titans_pytorch.ops._triton import (
 
 # features at a time, at most
 BLOCK = 1024
-# of a tile: outputs, warps, each of which has features of its own, and features of a warp at a time
-OUTPUTS_OF_TILE, WARPS, FEATURES = 16, 4, 32
+# of a tile: entries, outputs, warps, each of which has features of its own, and features of a warp at a time
+ROWS_OF_TILE, OUTPUTS_OF_TILE, WARPS, FEATURES = 16, 16, 4, 32
+# features at a time that a program of a tile reads for the norm, at most
+FEATURES_OF_NORM = 512
 
 
 @triton.jit
@@ -98,11 +99,18 @@ def _row_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _of_entries(x, entry, feature, stride_b, batch, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """These features (1, d) of entries (b, 1)."""
+    present = (entry < batch) & (feature < DIM)
+    return tl.load(x + entry.to(tl.int64) * stride_b + feature, mask=present, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _tile_kernel(  # type: ignore[no-untyped-def]
     x, weight, bias, gain, out, normed,
     batch, stride_b, eps,
     OUTPUTS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, WARPS: tl.constexpr,
-    FEATURES: tl.constexpr, NORMS: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr,
+    FEATURES: tl.constexpr, BLOCK: tl.constexpr, NORMS: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr,
     LINE: tl.constexpr, LINES: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
     let_next_begin(START)
@@ -115,6 +123,9 @@ def _tile_kernel(  # type: ignore[no-untyped-def]
         prefetch(lines + OUTPUTS * DIM, START)
     wait_for_inputs(START)
 
+    column, feature = entry[:, None], tl.arange(0, BLOCK)[None, :]
+    if NORMS:  # asked for before the products, and summed after them: sums between them would hold them up
+        first = _of_entries(x, column, feature, stride_b, batch, DIM)
     here, wanted = (entry < batch)[None, :, None], (output < OUTPUTS)[None, None, :]
     rows = x + entry.to(tl.int64)[None, :, None] * stride_b
     to_values = weight + output[None, None, :] * DIM
@@ -122,13 +133,11 @@ def _tile_kernel(  # type: ignore[no-untyped-def]
     of_warp = FEATURES * tl.arange(0, WARPS)[:, None, None]
     across, down = of_warp + tl.arange(0, FEATURES)[None, None, :], of_warp + tl.arange(0, FEATURES)[None, :, None]
 
-    squares = tl.zeros((WARPS, ROWS), tl.float32)
     values = tl.zeros((WARPS, ROWS, TILE), tl.float32)
     gates = tl.zeros((WARPS, ROWS, TILE), tl.float32)
     for start in range(0, DIM, WARPS * FEATURES):
         own = tl.load(rows + start + across, mask=here & (start + across < DIM), other=0.0)
         if NORMS:
-            squares += tl.sum(own.to(tl.float32) * own.to(tl.float32), axis=2)
             own = own * tl.load(gain + start + across, mask=start + across < DIM, other=0.0)
         own = own.to(OPERAND)
         inside = wanted & (start + down < DIM)
@@ -140,7 +149,11 @@ def _tile_kernel(  # type: ignore[no-untyped-def]
 
     value, gate = tl.sum(values, axis=0), tl.sum(gates, axis=0)
     if NORMS:
-        inverse = (1.0 / tl.sqrt(tl.sum(squares, axis=0) / DIM + eps))[:, None]
+        squares = tl.sum(first * first, axis=1, keep_dims=True)
+        for block in tl.static_range(BLOCK, DIM, BLOCK):
+            own = _of_entries(x, column, block + feature, stride_b, batch, DIM)
+            squares += tl.sum(own * own, axis=1, keep_dims=True)
+        inverse = 1.0 / tl.sqrt(squares / DIM + eps)
         value *= inverse
         gate *= inverse
     if HAS_BIAS:
@@ -154,13 +167,11 @@ def _tile_kernel(  # type: ignore[no-untyped-def]
 
     if NORMS:
         if tl.program_id(0) * TILE >= OUTPUTS:  # after the tiles of outputs the one for the normalised input
-            for start in range(0, DIM, WARPS * FEATURES):
-                feature = start + tl.arange(0, WARPS * FEATURES)[None, :]
-                inside = (entry < batch)[:, None] & (feature < DIM)
-                own = tl.load(x + entry.to(tl.int64)[:, None] * stride_b + feature, mask=inside, other=0.0)
-                own = own.to(tl.float32) * inverse
-                own *= tl.load(gain + feature, mask=feature < DIM, other=0.0).to(tl.float32)
-                tl.store(normed + entry.to(tl.int64)[:, None] * DIM + feature, own, mask=inside)
+            for block in tl.static_range(0, DIM, BLOCK):
+                at = block + feature
+                own = _of_entries(x, column, at, stride_b, batch, DIM) * inverse
+                own *= tl.load(gain + at, mask=at < DIM, other=0.0).to(tl.float32)
+                tl.store(normed + column.to(tl.int64) * DIM + at, own, mask=(column < batch) & (at < DIM))
 
 
 def token_linear(
@@ -196,9 +207,9 @@ def token_linear(
         else:
             tiles = triton.cdiv(outputs, OUTPUTS_OF_TILE)
             line = 128 // weight.element_size()
-            rows = 32 if tiles * triton.cdiv(batch, 32) >= ENOUGH_PROGRAMS else 16
-            _tile_kernel[(tiles + (norm is not None), triton.cdiv(batch, rows))](
-                **arguments, batch=batch, ROWS=rows, TILE=OUTPUTS_OF_TILE, WARPS=WARPS, FEATURES=FEATURES,
+            _tile_kernel[(tiles + (norm is not None), triton.cdiv(batch, ROWS_OF_TILE))](
+                **arguments, batch=batch, ROWS=ROWS_OF_TILE, TILE=OUTPUTS_OF_TILE, WARPS=WARPS, FEATURES=FEATURES,
+                BLOCK=min(FEATURES_OF_NORM, triton.next_power_of_2(dim)),
                 LINE=line, LINES=triton.next_power_of_2(triton.cdiv(dim, line)),
                 **product_precision(x.dtype), **overlapping(x), num_warps=WARPS,
             )  # fmt: skip
