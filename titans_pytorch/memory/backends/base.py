@@ -176,7 +176,10 @@ class Backend:
     def store_chunk(
         self, chunk: Chunks, weights: MemoryWeights, residual: WeightResidual | None
     ) -> tuple[MemoryWeights, Float[Tensor, 'bh m']]:
-        """The weights after a block of one chunk, and the losses of its rows; without a graph."""
+        """The weights after a block of one chunk, and the losses of its rows; without a graph.
+
+        The momentum may be updated in place; weights may not, as another memory may still have to read them.
+        """
         with torch.no_grad():
             gates, at = chunk.at(0).update_gates(), weights.base
             if residual is not None:

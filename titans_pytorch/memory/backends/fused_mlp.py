@@ -19,6 +19,7 @@ from titans_pytorch.ops.memory_batch_scan import MemoryBatches, memory_batch_sca
 from titans_pytorch.ops.retrieve_sequence import FactoredMatrix, retrieve_sequence
 from titans_pytorch.ops.spectral_memory_scan import spectral_memory_scan
 from titans_pytorch.ops.spectral_update import UpdateGates, has_kernel, spectral_update
+from titans_pytorch.utils.functional import replaced
 from titans_pytorch.utils.precision import at_least_float32, no_autocast, operand_dtype
 from titans_pytorch.utils.shapes import Float, concatenated
 
@@ -155,7 +156,7 @@ class FusedMLP(NamedTuple):
         return has_kernel(chunk.keys[:, 0], *self._newest(weights), operand_dtype(chunk.keys))
 
     def store_spectral_chunk(self, chunk: Chunks, gradients: Gradients, weights: MemoryWeights) -> MemoryWeights:
-        """The weights after a chunk under spectral norm, without a graph."""
+        """The weights after a chunk under spectral norm, without a graph; the momentum is updated in place."""
         names, matrices, gamma = self._names, self.mlp.matrices, self.mlp.gamma
         inputs, deltas = ([own[name][:, 0] for name in matrices] for own in (gradients.inputs, gradients.deltas))
         logits, modulation = chunk.momentum_logits, chunk.modulation
@@ -167,14 +168,9 @@ class FusedMLP(NamedTuple):
         )
         of_gamma = None if gamma is None else gradients.vectors[gamma][:, 0]
         states, operands = self._newest(weights), operand_dtype(chunk.keys)
-        newest, momentum = spectral_update(inputs, deltas, of_gamma, *states, gates, operands)
+        after = dict(zip(names, spectral_update(inputs, deltas, of_gamma, *states, gates, operands)))
         # in the order of `weights.newest`, by which modulation is indexed
-        after, momentum_after = (dict(zip(names, own)) for own in (newest, momentum))
-        return MemoryWeights(
-            weights.base,
-            {name: after[name] for name in weights.newest},
-            {name: momentum_after[name].unsqueeze(0) for name in weights.momentum},
-        )
+        return replaced(weights, newest={name: after[name] for name in weights.newest})
 
     def _newest(self, weights: MemoryWeights) -> tuple[list[Tensor], list[Tensor]]:
         """Newest weights and the only order of momentum, of the matrices and of γ."""

@@ -61,8 +61,10 @@ def spectral_update(
     momentum: list[Tensor],
     gates: UpdateGates,
     operands: torch.dtype,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights and momentum after a chunk, as new tensors; see `has_kernel`. It has no gradient.
+) -> list[Tensor]:
+    """The weights after a chunk, as new tensors, while `momentum` is updated in place; see `has_kernel`.
+
+    It has no gradient.
 
     Args:
         inputs, deltas: X and Δ of each matrix.

@@ -55,7 +55,7 @@ def _write(matrix, x, turns, rows: tl.constexpr, columns: tl.constexpr, ROWS: tl
 def _kernel(  # type: ignore[no-untyped-def]
     left_first, right_first, left_last, right_last, of_gamma,
     weights_first, weights_last, weights_gamma, momentum_first, momentum_last, momentum_gamma,
-    new_weights_first, new_weights_last, new_weights_gamma, new_momentum_first, new_momentum_last, new_momentum_gamma,
+    new_weights_first, new_weights_last, new_weights_gamma,
     decay_logits, momentum_logits, scales,
     decay_stride, momentum_stride, scale_stride, scale_first, scale_last, scale_gamma, chunk_rows, steps, eps, a, b, c,
     rows: tl.constexpr, columns: tl.constexpr, dim: tl.constexpr,
@@ -89,7 +89,8 @@ def _kernel(  # type: ignore[no-untyped-def]
     if momentum_logits is not None:
         momentum = _of(which, momentum_first, momentum_last) + start
         update += gate * _read(momentum, turns, rows, columns, ROWS, COLUMNS)
-        _write(_of(which, new_momentum_first, new_momentum_last) + start, update, turns, rows, columns, ROWS, COLUMNS)
+        tl.debug_barrier()  # it is written where other threads may have read
+        _write(momentum, update, turns, rows, columns, ROWS, COLUMNS)
 
     x = update / tl.maximum(tl.sqrt(tl.sum(tl.sum(update * update, axis=1), axis=0)), eps)
     zeros = tl.zeros((ROWS, ROWS), tl.float32)
@@ -107,7 +108,7 @@ def _kernel(  # type: ignore[no-untyped-def]
                 step *= tl.load(scales + head * scale_stride + scale_gamma).to(tl.float32)
             if momentum_logits is not None:
                 step += gate * tl.load(momentum_gamma + feature, mask=inside, other=0.0)
-                tl.store(new_momentum_gamma + feature, step, mask=inside)
+                tl.store(momentum_gamma + feature, step, mask=inside)
             tl.store(
                 new_weights_gamma + feature,
                 step + kept * tl.load(weights_gamma + feature, mask=inside, other=0.0),
@@ -135,8 +136,8 @@ def spectral_update(
     b: float,
     c: float,
     operands: torch.dtype,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights and momentum, in float32."""
+) -> list[Tensor]:
+    """The weights."""
     number, (heads, chunk_rows, dim) = len(inputs), inputs[0].shape
     width = weights[number - 1].shape[1]
     rows, columns = sorted((dim, width))
@@ -146,7 +147,7 @@ def spectral_update(
     for index in range(number):
         if index - number + 2 == turning:
             lefts[index], rights[index] = rights[index], lefts[index]
-    new_weights, new_momentum = ([w.new_empty(w.shape) for w in own] for own in (weights, momentum))
+    new_weights = [w.new_empty(w.shape) for w in weights]
 
     def slots(name: str, given: list[Any]) -> dict[str, Any]:
         """Arguments of the first matrix, of the last, which may be the same, and of γ; absent ones are `None`."""
@@ -155,7 +156,7 @@ def spectral_update(
 
     named: dict[str, list[Any]] = {
         'left': lefts, 'right': rights, 'scale': scale_numbers,
-        'weights': weights, 'momentum': momentum, 'new_weights': new_weights, 'new_momentum': new_momentum,
+        'weights': weights, 'momentum': momentum, 'new_weights': new_weights,
     }  # fmt: skip
     arguments = {key: value for name, own in named.items() for key, value in slots(name, own).items()}
     size = {'ROWS': tile_size(rows), 'COLUMNS': tile_size(columns)}
@@ -168,4 +169,4 @@ def spectral_update(
             **size, DIM=triton.next_power_of_2(dim), TURNING=turning,
             **products(operands), **overlapping(inputs[0]), num_warps=warps_of(*size.values()), num_stages=1,
         )  # fmt: skip
-    return new_weights, new_momentum
+    return new_weights
