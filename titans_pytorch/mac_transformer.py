@@ -454,23 +454,26 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
 
     def _decoding_embedding(self, position: Int[Tensor, ' 1']) -> AxialTables:
         offsets = torch.arange(self.neural_memory_segment_len, device=position.device)
-        return AxialTables(inner=self.axial_pos_emb.axis(1, offsets), outer=self._chunk_embedding(position))
+        inner = self.axial_pos_emb.axis(1, offsets)
+        return AxialTables(inner, of_chunk=inner + self._chunk_embedding(position))
 
     def _chunk_embedding(self, position: Int[Tensor, ' 1']) -> Float[Tensor, '1 d']:
         return self.axial_pos_emb.axis(0, position // self.neural_memory_segment_len)
 
-    def _embedded_one(self, state: ModelBuffers, kind: StepKind) -> Float[Tensor, 'b 1 d']:
+    def _embedded_one(
+        self, state: ModelBuffers, kind: StepKind, chunk_offset: Int[Tensor, ' 1']
+    ) -> Float[Tensor, 'b 1 d']:
         if kind.is_longterm:
             assert self.longterm_mems is not None
             index = state.position % self.attn_window_size - self.segment_len
             x = self.longterm_mems.index_select(0, index).expand(len(state.token), 1, -1)
         else:
             x = self._token_embedding(state.token)
-        inner, outer = state.embedding
-        return x + (outer + inner.index_select(0, state.position % len(inner)))
+        return x + state.embedding.of_chunk.index_select(0, chunk_offset)
 
     def _chunk_ended(self, state: ModelBuffers) -> None:
-        state.embedding.outer.copy_(self._chunk_embedding(state.position))
+        inner, of_chunk = state.embedding
+        of_chunk.copy_(inner + self._chunk_embedding(state.position))
 
 
 def _check_paper_order(**given: Any) -> None:

@@ -349,7 +349,7 @@ def _positions(
     ends, limits = (torch.tensor(of_rows, device=prompt.device) for of_rows in (lengths, request.limits))
     shortest, longest = min(lengths), max(lengths)
     may_end_early, finished = request.rows_end_early, limits <= shortest
-    worst = torch.zeros(len(prompt), device=prompt.device)
+    unchecked: list[Tensor] = []  # logits of chosen tokens
     tokens = prompt[:, shortest - 1]
 
     try:
@@ -365,9 +365,7 @@ def _positions(
                     best = best.masked_fill(position < ends, 0.0)
                 if may_end_early:
                     best = best.masked_fill(finished, 0.0)
-                worst = torch.minimum(worst, best)
-                if values_are_at_hand(worst):
-                    check_best(worst)
+                unchecked = _checked_at_hand([*unchecked, best])
                 shown, of_tokens = tokens, None
                 if logprobs:
                     of_tokens = log_probabilities(logits, tokens).masked_fill(finished, 0.0)
@@ -378,10 +376,22 @@ def _positions(
                 yield Sampled(shown, of_tokens, reader.new_surprises())
                 if may_end_early and finished.all():
                     break
-            check_best(worst)
+            if unchecked:
+                check_best(torch.stack(unchecked))
             return reader.cache() if request.has_one_limit else None
     finally:
         reader.release()
+
+
+_MOST_UNCHECKED = 64
+
+
+def _checked_at_hand(unchecked: list[Tensor]) -> list[Tensor]:
+    """Check the logits of chosen tokens, where that does not wait for a GPU, and return those to be checked later."""
+    if values_are_at_hand(unchecked[-1]):
+        check_best(unchecked[-1])
+        return []
+    return unchecked if len(unchecked) < _MOST_UNCHECKED else [torch.stack(unchecked).amin(dim=0)]
 
 
 def _tokens_of(positions: Generator[Sampled, None, Any]) -> Generator[Int[Tensor, ' b'], None, Any]:

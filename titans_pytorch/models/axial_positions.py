@@ -19,9 +19,9 @@ class AxialTables(NamedTuple):
     """Position embeddings for decoding steps."""
 
     inner: Float[Tensor, 'n d']
-    """One embedding per offset in a chunk."""
-    outer: Float[Tensor, '1 d']
-    """Embedding of the open chunk."""
+    """For each offset in a chunk, the part that all chunks share."""
+    of_chunk: Float[Tensor, 'n d']
+    """The positions of the open chunk."""
 
 
 class AxialPositions(ContinuousAxialPositionalEmbedding):

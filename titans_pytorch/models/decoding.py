@@ -160,12 +160,9 @@ class StepwiseDecoding(Module):
         anything that depends on the position is computed from the tensor that holds it.
         """
         position = state.position
-        x: Streams = self._embedded_one(state, kind)
-        here = StepPosition(
-            position=Position(position, state.frequencies),
-            chunk_offset=position % self.neural_memory_segment_len,
-            kind=kind,
-        )
+        chunk_offset = position % self.neural_memory_segment_len
+        x: Streams = self._embedded_one(state, kind, chunk_offset)
+        here = StepPosition(Position(position, state.frequencies), chunk_offset, kind)
         carried, memories, num_attentions = Carried(), [], 0
         if isinstance(self.expand_streams, ExpandStreams):
             x = complete(x) + self.expand_streams.stream_embed
@@ -191,7 +188,9 @@ class StepwiseDecoding(Module):
     def _decoding_embedding(self, position: Int[Tensor, ' 1']) -> Any:
         """Tables of positions that `_embedded_one` reads, if any."""
 
-    def _embedded_one(self, state: ModelBuffers, kind: StepKind) -> Float[Tensor, 'b 1 d']:
+    def _embedded_one(
+        self, state: ModelBuffers, kind: StepKind, chunk_offset: Int[Tensor, ' 1']
+    ) -> Float[Tensor, 'b 1 d']:
         return self._token_embedding(state.token)
 
     def _chunk_ended(self, state: ModelBuffers) -> None:

@@ -76,8 +76,7 @@ def select(which: tl.constexpr, a, b, c, d):  # type: ignore[no-untyped-def]
 def divide_by_sums(x, AXIS: tl.constexpr, EPS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Half an iteration of Sinkhorn's: x over its sums along an axis, each taken for `EPS` at least; and the sums."""
     sums = tl.sum(x, axis=AXIS, keep_dims=True)
-    # a comparison, not a maximum, lets NaN through
-    inverse_root = tl.rsqrt(tl.where(sums < EPS, EPS, sums))
+    inverse_root = tl.rsqrt(tl.maximum(sums, EPS, propagate_nan=tl.PropagateNan.ALL))
     return x * (inverse_root * inverse_root), sums  # faster than a division, in a long chain of them
 
 
