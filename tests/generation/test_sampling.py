@@ -9,6 +9,7 @@ import torch
 from architectures import build, ids
 from compare import all_in_float64, assert_same
 
+from titans_pytorch.generation import sampling
 from titans_pytorch.generation.logits import filters, min_p_filter
 from titans_pytorch.generation.sampling import Sampled
 
@@ -45,6 +46,24 @@ def test_a_generator_gives_the_same_tokens(name):
 
 def every_filter(logits: torch.Tensor, min_p: float = 0.0, **kwargs: float) -> torch.Tensor:
     return min_p_filter(filters(**kwargs)(logits), min_p)
+
+
+def test_tokens_without_a_valid_logit_are_reported_at_the_end_on_a_gpu(monkeypatch):
+    model, prompt, steps = build('MAG'), ids(5), []
+
+    def keep_nothing_once(logits):
+        steps.append(None)
+        return logits.fill_(float('-inf')) if len(steps) == 3 else logits
+
+    monkeypatch.setattr(sampling, 'values_are_at_hand', lambda tensor: False)
+    for more in (1, 30):
+        steps.clear()
+        monkeypatch.setattr(sampling, '_MOST_UNCHECKED', 20)
+        with pytest.raises(ValueError, match='logits must leave a token to choose'):
+            model.sample(
+                prompt, max_new_tokens=3 + more, use_cache=True, filter_fn=keep_nothing_once, filter_kwargs={}, **QUIET
+            )
+        assert len(steps) == 3 + more
 
 
 @cached

@@ -54,7 +54,7 @@ def test_rows_equal_the_reference(batch, dim, outputs, norm, bias, gated, kernel
 @pytest.mark.parametrize('bias', [False, True])
 @pytest.mark.parametrize('norm', [False, True])
 @pytest.mark.parametrize(('batch', 'dim', 'outputs'), [(5, 20, 6), (40, 150, 36)])
-@pytest.mark.parametrize('of_norm', [512, 16])
+@pytest.mark.parametrize('of_norm', [128, 16])
 def test_tiles_equal_the_reference(of_norm, batch, dim, outputs, norm, bias, gated, kernel, poisoned, monkeypatch):
     monkeypatch.setattr(kernel, 'FEATURES_OF_NORM', of_norm)
     given = problem(batch, dim, outputs, norm, bias)

@@ -29,7 +29,9 @@ BLOCK = 1024
 # of a tile: entries, outputs, warps, each of which has features of its own, and features of a warp at a time
 ROWS_OF_TILE, OUTPUTS_OF_TILE, WARPS, FEATURES = 16, 16, 4, 32
 # features at a time that a program of a tile reads for the norm, at most
-FEATURES_OF_NORM = 512
+FEATURES_OF_NORM = 128
+# of a thread, so that three programs fit on a multiprocessor
+REGISTERS = 168
 
 
 @triton.jit
@@ -211,6 +213,6 @@ def token_linear(
                 **arguments, batch=batch, ROWS=ROWS_OF_TILE, TILE=OUTPUTS_OF_TILE, WARPS=WARPS, FEATURES=FEATURES,
                 BLOCK=min(FEATURES_OF_NORM, triton.next_power_of_2(dim)),
                 LINE=line, LINES=triton.next_power_of_2(triton.cdiv(dim, line)),
-                **product_precision(x.dtype), **overlapping(x), num_warps=WARPS,
+                **product_precision(x.dtype), **overlapping(x), num_warps=WARPS, maxnreg=REGISTERS,
             )  # fmt: skip
     return out, normed
