@@ -6,10 +6,11 @@ import pytest
 import torch
 from compare import assert_same
 from torch import nn
+from torch.nn.utils import parametrize
 
 from titans_pytorch.models.feedforward import FeedForward
 from titans_pytorch.ops import token_linear as operation
-from titans_pytorch.ops.token_linear import FEW_ENTRIES, MOST_ENTRIES, reference, token_linear
+from titans_pytorch.ops.token_linear import FEW_ENTRIES, MOST_ENTRIES, linear_of_rows, reference, token_linear
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -108,3 +109,28 @@ def test_the_kernel_is_for_few_entries_of_one_precision_without_gradient(launche
         token_linear(*few)
         token_linear(*tiles)
     assert launches == [False, True]
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+@torch.no_grad()
+def test_rows_of_plain_layers_alone_take_the_kernel(launches):
+    def check(linear, x, takes):
+        launches.clear()
+        assert_same(linear_of_rows(linear, x), linear(x), 1e-5)
+        assert len(launches) == takes
+
+    linear, x = nn.Linear(8, 6).to(DEVICE), torch.randn(2, 3, 8, device=DEVICE)
+    check(linear, x, takes=1)
+    check(linear, torch.randn(MOST_ENTRIES + 1, 8, device=DEVICE), takes=0)
+    check(nn.Sequential(linear), x, takes=0)
+    with torch.enable_grad():
+        check(linear, x, takes=0)
+    hook = linear.register_forward_hook(lambda module, args, out: 2 * out)
+    check(linear, x, takes=0)
+    hook.remove()
+    parametrize.register_parametrization(linear, 'weight', Doubled())
+    check(linear, x, takes=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import Linear, Module
@@ -33,15 +33,8 @@ def selected_views_of_token(
     selector: Module, own: Float[Tensor, 'b 1 d'], choices: Float[Tensor, 'b 1 c d']
 ) -> Float[Tensor, '3 b 1 d']:
     """`selected_views` of a single token; with a `view_selector` without hooks as one operation."""
-    if not _is_plain(selector):
+    parts: list[Any] = [*selector] if type(selector) is nn.Sequential else []
+    if [type(part) for part in parts] != [nn.RMSNorm, Linear] or is_intercepted((selector, *parts)):
         return selected_views(selector, own, choices)
-    norm, to_logits = cast(Any, selector)
+    norm, to_logits = parts
     return token_mixture(own, choices, (norm.weight, norm.eps), to_logits.weight, to_logits.bias)
-
-
-def _is_plain(selector: Module) -> bool:
-    return (
-        type(selector) is nn.Sequential
-        and [type(part) for part in selector] == [nn.RMSNorm, Linear]
-        and not is_intercepted(selector.modules())
-    )

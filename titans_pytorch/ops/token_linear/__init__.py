@@ -7,7 +7,6 @@ With gain g and input x of width d:
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
@@ -51,8 +50,7 @@ def linear_of_token(
 ) -> tuple[Float[Tensor, 'b 1 e'], Float[Tensor, 'b 1 d']]:
     """The outputs of a linear layer and of the norm before it; modules of other kinds, or with hooks, are called."""
     norm = None if type(norm) is nn.Identity else norm
-    norm_is_plain = norm is None or (type(norm) is nn.RMSNorm and not is_intercepted((norm,)))
-    if norm_is_plain and _is_plain(linear):
+    if _are_plain(linear, norm):
         own = None if norm is None else (norm.weight, norm.eps)
         return token_linear(x, linear.weight, linear.bias, own)  # type: ignore[arg-type]
     normed = x if norm is None else norm(x)
@@ -61,23 +59,21 @@ def linear_of_token(
 
 def linear_of_rows(linear: Module, x: Float[Tensor, '... d']) -> Float[Tensor, '... e']:
     """`linear(x)`; where a kernel of `token_linear` serves few rows, by that."""
-    if torch.is_grad_enabled() or not _is_plain(linear):
+    has_kernel = use_kernel((x,), capability=AMPERE, has_backward=False)
+    if not has_kernel or x[..., 0].numel() > MOST_ENTRIES or not _are_plain(linear):
         return linear(x)
-    weight, bias = linear.weight, linear.bias
-    tensors = (x, weight, bias)
-    if not use_kernel(tensors, capability=AMPERE, has_backward=False) or x[..., 0].numel() > MOST_ENTRIES:  # type: ignore[arg-type]
-        return linear(x)
-    out, _ = token_linear(x.reshape(-1, 1, x.shape[-1]), weight, bias)  # type: ignore[arg-type]
+    out, _ = token_linear(x.reshape(-1, 1, x.shape[-1]), linear.weight, linear.bias)  # type: ignore[arg-type]
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
-def _is_plain(linear: Module) -> bool:
-    """True for a linear layer with parameters of its own, and not what hooks or a parametrisation make of them."""
+def _are_plain(linear: Module, norm: Module | None = None) -> bool:
+    """True for a linear layer, perhaps after a norm, that is what its class computes from plain parameters: without
+    hooks and parametrisations."""
     return (
-        isinstance(linear, nn.Linear)
-        and type(linear).forward is nn.Linear.forward
-        and isinstance(linear.weight, nn.Parameter)
-        and not is_intercepted((linear,))
+        type(linear).forward is nn.Linear.forward
+        and type(linear.weight) is nn.Parameter  # not a quantised or distributed one
+        and type(norm) in (nn.RMSNorm, type(None))
+        and not is_intercepted((linear,) if norm is None else (linear, norm))
     )
 
 
