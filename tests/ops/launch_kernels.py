@@ -1,4 +1,7 @@
-"""A pass of a memory with kernels compiled together, and one after it, for a GPU that is not there.
+"""A pass with kernels compiled together, and one after it, for a GPU that is not there.
+
+    python tests/ops/launch_kernels.py training     (a memory, forward and backward)
+    python tests/ops/launch_kernels.py decoding     (steps of a model)
 
 To be run without Triton's interpreter. Nothing is computed: launches are noted only. A line for each pass, as JSON, has
 the kernels that it compiled and those that it launched, by the hash of their machine code.
@@ -8,6 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +22,9 @@ import triton
 from compile_kernels import learn
 from triton.backends.compiler import GPUTarget
 
-from titans_pytorch import NeuralMemory
-from titans_pytorch.ops import _dispatch
+from titans_pytorch import MemoryAsContextTransformer, ModelState, NeuralMemory, without_kernels
+from titans_pytorch.generation.stepper import Stepper
+from titans_pytorch.ops import _dispatch, _triton
 from titans_pytorch.ops._compilation import kernels_compiled_together
 
 compiled: list[str] = []
@@ -43,14 +50,46 @@ class Driver:
         return lambda *_: launched.append(metadata.hash)
 
 
+def training() -> Callable[[], None]:
+    memory = NeuralMemory(dim=64, dim_head=32, heads=2, chunk_size=4, batch_size=16, spectral_norm_surprises=True)
+    return lambda: learn(memory, torch.randn(1, 32, 64))
+
+
+def decode(model: MemoryAsContextTransformer, cache: ModelState) -> None:
+    """Steps up to the end of a chunk."""
+    step = Stepper.of(model, cache, cuda_graphs=None)
+    with torch.no_grad():
+        for _ in range(4):
+            step(torch.zeros(2, dtype=torch.long))
+
+
+def decoding() -> Callable[[], None]:
+    model = MemoryAsContextTransformer(
+        num_tokens=32,
+        dim=32,
+        depth=2,
+        heads=2,
+        dim_head=16,
+        segment_len=8,
+        neural_memory_layers=(2,),
+        neural_memory_segment_len=4,
+        neural_memory_kwargs={'dim_head': 16, 'heads': 2, 'spectral_norm_surprises': True},
+    )
+    with torch.no_grad(), without_kernels():
+        _, cache = model(torch.zeros(2, 8, dtype=torch.long), return_cache=True)
+    return partial(decode, model, cache)
+
+
 def main() -> None:
     _dispatch.compute_capability = lambda device: 9  # type: ignore[assignment]
+    # before kernels import it
+    _triton.overlapping = lambda *_: {'START': _triton.READING_CONSTANTS.value, 'launch_pdl': True}
+    run = {'training': training, 'decoding': decoding}[sys.argv[1]]()
     triton.runtime.driver.set_active(Driver())
     triton.knobs.compilation.listener = lambda *, metadata, **_: compiled.append(metadata['hash'])
-    memory = NeuralMemory(dim=64, dim_head=32, heads=2, chunk_size=4, batch_size=16, spectral_norm_surprises=True)
     for context in (kernels_compiled_together(), contextlib.nullcontext()):
         with context:
-            learn(memory, torch.randn(1, 32, 64))
+            run()
         print(json.dumps({'compiled': compiled, 'launched': launched}))
         compiled.clear()
         launched.clear()

@@ -17,7 +17,7 @@ OPERATIONS = Path(titans_pytorch.__file__).parent / 'ops'
 SHARED_MEMORY = {89: 99 * 1024, 90: 227 * 1024}
 """Bytes that a program may have, by compute capability: those of consumer GPUs (Ampere and Ada), and of Hopper."""
 
-NEEDS_HOPPER = 'newton_schulz/triton.py'
+NEED_HOPPER = {'newton_schulz/triton.py', 'spectral_update/triton.py'}
 
 
 def kernels() -> set[tuple[str, str]]:
@@ -53,11 +53,12 @@ def test_kernels_compile_and_fit_the_shared_memory(capability: int) -> None:
     missing = kernels() - shared.keys()
     assert len(kernels()) > 40  # so that a change of names does not empty the search
     assert shared.keys() <= kernels()
-    assert not missing if capability == 90 else {file for file, _ in missing} == {NEEDS_HOPPER}
+    assert not missing if capability == 90 else {file for file, _ in missing} == NEED_HOPPER
     assert {kernel: size for kernel, size in shared.items() if size > SHARED_MEMORY[capability]} == {}
 
 
-def test_kernels_compiled_together_are_those_that_are_launched(tmp_path: Path) -> None:
-    in_context, after = map(json.loads, output('launch_kernels.py', TRITON_CACHE_DIR=str(tmp_path)))
+@pytest.mark.parametrize('of', ['training', 'decoding'])
+def test_kernels_compiled_together_are_those_that_are_launched(of: str, tmp_path: Path) -> None:
+    in_context, after = map(json.loads, output('launch_kernels.py', of, TRITON_CACHE_DIR=str(tmp_path)))
     assert in_context['launched'] == after['compiled'] == []
     assert sorted(in_context['compiled']) == sorted({*after['launched']})

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from titans_pytorch.generation.decodable import Decodable, StepKind
 from titans_pytorch.memory.state import LayerSurprises
 from titans_pytorch.ops import _dispatch
+from titans_pytorch.ops._compilation import kernels_compiled_together
 from titans_pytorch.utils.precision import autocast_dtype
 from titans_pytorch.utils.shapes import Float, Int
 
@@ -171,8 +172,7 @@ class CapturedStepper(Stepper):
             idle = _IDLE.get(model, {}).pop(signature, None)
         if idle is None:
             return cls(model, state, position, surprises, signature)
-        for buffer, new in zip(_tensors(idle._state), _tensors(state)):
-            buffer.copy_(new)
+        _copy(_tensors(state), _tensors(idle._state))
         idle._model, idle._position, idle._surprises = model, position, surprises
         return idle
 
@@ -192,28 +192,31 @@ class CapturedStepper(Stepper):
         caches = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
         try:
-            self._warm_up(kind)
-            graph = torch.cuda.CUDAGraph()
-            # one pool for all graphs: they run in sequence and leave nothing in it. A device captures one graph at a
-            # time, while other threads may run and replay
-            stream = torch.cuda.Stream()
-            with _CAPTURING, torch.cuda.graph(graph, self._pool, stream, capture_error_mode='thread_local'):
-                super()._step(kind)
+            with _dispatch.constant_weights():
+                self._warm_up(kind)
+                graph = torch.cuda.CUDAGraph()
+                # one pool for all graphs: they run in sequence and leave nothing in it. A device captures one graph at
+                # a time, while other threads may run and replay
+                stream = torch.cuda.Stream()
+                with _CAPTURING, torch.cuda.graph(graph, self._pool, stream, capture_error_mode='thread_local'):
+                    super()._step(kind)
         finally:
             torch.set_autocast_cache_enabled(caches)
         return graph
 
     def _warm_up(self, kind: StepKind) -> None:
-        """Run the step before capture, so that libraries initialise and kernels compile; the buffers are restored."""
+        """Run the step before capture, so that kernels compile and libraries initialise; the buffers are restored."""
         buffers = _tensors(self._state)
         saved = [buffer.clone() for buffer in buffers]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
+            with kernels_compiled_together(in_all_threads=False):
+                super()._step(kind)
+            _copy(saved, buffers)
             for _ in range(3):
                 super()._step(kind)
-                for buffer, before in zip(buffers, saved):
-                    buffer.copy_(before)
+                _copy(saved, buffers)
         torch.cuda.current_stream().wait_stream(side)
 
 
@@ -256,6 +259,11 @@ def _signature(model: Any, state: Any) -> Hashable:
 
 def _parameters(model: Any) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
+
+
+def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
+    for source, target in zip(sources, targets):
+        target.copy_(source)
 
 
 def _tensors(state: Any) -> list[Tensor]:

@@ -93,6 +93,25 @@ def compute_capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == 'cuda' and _HAS_TRITON else 0
 
 
+_of_thread = threading.local()
+
+
+@contextmanager
+def constant_weights() -> Iterator[None]:
+    """Context for steps of decoding that become a CUDA graph: within it nothing writes parameters, nor cached keys and
+    values before they are read, so that kernels may read these while earlier ones still run."""
+    before, _of_thread.has_constant_weights = has_constant_weights(), True
+    try:
+        yield
+    finally:
+        _of_thread.has_constant_weights = before
+
+
+def has_constant_weights() -> bool:
+    """True within `constant_weights`, in this thread."""
+    return getattr(_of_thread, 'has_constant_weights', False)
+
+
 def kernels_enabled() -> bool:
     """True unless kernels are switched off, transforms are active, or a program is exported, which is to hold PyTorch's
     own operations alone."""

@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-HOPPER = 9
-"""Compute capability."""
+from titans_pytorch.ops._dispatch import HOPPER, has_constant_weights
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -128,14 +127,13 @@ def overlapping(t: Tensor, *constants: Tensor | None) -> dict[str, Any]:
     It pays for kernels of a few microseconds, as long as a launch.
 
     Args:
-        constants: tensors that nothing writes in the CUDA graph in which the kernel stands, such as parameters, if it
-            stands in one. The kernel may read them before it waits. They are so of themselves only if contiguous:
-            otherwise they are copied for the kernel.
+        constants: parameters, or cached keys and values, which the kernel reads before it waits within
+            `constant_weights`. Only contiguous ones: of others the kernel before may make the copy that is read.
     """
     if not t.is_cuda or torch.cuda.get_device_capability(t.device)[0] < HOPPER:
         return {'START': AFTERWARDS.value}
     unwritten = all(constant is None or constant.is_contiguous() for constant in constants)
-    early = bool(constants) and unwritten and torch.cuda.is_current_stream_capturing()
+    early = bool(constants) and unwritten and has_constant_weights()
     return {'START': (READING_CONSTANTS if early else OVERLAPPING).value, 'launch_pdl': True}
 
 
