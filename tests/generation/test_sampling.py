@@ -48,6 +48,11 @@ def every_filter(logits: torch.Tensor, min_p: float = 0.0, **kwargs: float) -> t
     return min_p_filter(filters(**kwargs)(logits), min_p)
 
 
+def test_a_min_p_of_none_is_refused():
+    with pytest.raises(TypeError, match='min_p must be a number of at least 0, got None'):
+        build('MAG').sample(ids(5), max_new_tokens=1, filter_kwargs={'min_p': None}, **QUIET)
+
+
 def test_tokens_without_a_valid_logit_are_reported_at_the_end_on_a_gpu(monkeypatch):
     model, prompt, steps = build('MAG'), ids(5), []
 

@@ -74,6 +74,17 @@ def test_kernel_equals_the_steps_one_by_one(dim, expansion, depth, norm, launche
     assert len(launches) == 2
 
 
+def test_gates_of_any_layout(launches, switch_kernel):
+    backend, chunk, *rest = problem(16, 2.0, 2, True)
+    spaced = torch.stack((chunk.modulation, torch.zeros_like(chunk.modulation)), dim=-1)[..., 0]
+    chunk = chunk._replace(modulation=spaced)
+    switch_kernel(operation, False)
+    expected = backend.store_chunk(chunk, *rest)
+    switch_kernel(operation, True)
+    assert_same(backend.store_chunk(chunk, *rest), expected, 2e-4)
+    assert len(launches) == 1
+
+
 def test_the_kernel_is_for_short_chunks_and_one_order_of_momentum(launches):
     backend, chunk, *rest = problem(16, 2.0, 2, True, rows=operation.MOST_ROWS + 1)
     backend.store_chunk(chunk, *rest)

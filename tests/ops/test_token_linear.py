@@ -7,10 +7,20 @@ import torch
 from compare import assert_same
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_map
 
-from titans_pytorch.models.feedforward import FeedForward
+from titans_pytorch.models.feedforward import FeedForward, feedforward_of_token
+from titans_pytorch.models.views import selected_views, selected_views_of_token, view_selector
 from titans_pytorch.ops import token_linear as operation
-from titans_pytorch.ops.token_linear import FEW_ENTRIES, MOST_ENTRIES, linear_of_rows, reference, token_linear
+from titans_pytorch.ops.token_choice import token_choice
+from titans_pytorch.ops.token_linear import (
+    FEW_ENTRIES,
+    MOST_ENTRIES,
+    linear_of_rows,
+    linear_of_token,
+    reference,
+    token_linear,
+)
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -134,3 +144,74 @@ def test_rows_of_plain_layers_alone_take_the_kernel(launches):
     hook.remove()
     parametrize.register_parametrization(linear, 'weight', Doubled())
     check(linear, x, takes=0)
+
+
+@torch.no_grad()
+def test_half_precision_is_normalised_before_it_overflows(launches):
+    for batch in (2, FEW_ENTRIES + 1):
+        x, weight, bias, _ = problem(batch, 24, 10, dtype=torch.float16)
+        gain = torch.full((24,), 3.0, dtype=torch.float16, device=DEVICE)
+        for scale in (1e4, 1e-5):
+            given = scale * x, weight, bias, (gain, None)
+            norm = gain.double(), torch.finfo(torch.float32).eps
+            exact = reference.token_linear(*(t.double() for t in given[:3]), norm, False)
+            assert_same(token_linear(*given)[0].double(), exact[0], 1e-2)
+    assert launches == [False] * 2  # tiles with a norm are for other precisions
+
+
+class Wrapped(torch.Tensor):
+    """A tensor without memory of its own, as quantised ones are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        def plain(t):
+            return t.inner if isinstance(t, Wrapped) else t
+
+        out = func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
+        return cls(out) if func is torch.ops.aten.detach.default else out
+
+
+@torch.no_grad()
+def test_layers_that_are_not_plain_are_called(launches):
+    x = torch.randn(2, 1, 8, device=DEVICE)
+
+    def wrapped(module):
+        for part in module.modules():
+            if isinstance(part, nn.Linear):
+                part.weight = nn.Parameter(Wrapped(part.weight.detach()), requires_grad=False)
+        return module
+
+    def without_gain(module):
+        module[0] = nn.RMSNorm(8, elementwise_affine=False)
+        return module
+
+    def without_bias(module):
+        module[1] = nn.Linear(8, len(module[1].weight), bias=False)
+        return module
+
+    choices = torch.randn(2, 1, 5, 8, device=DEVICE)
+    for change in (wrapped, without_gain, without_bias):
+        feedforward = change(FeedForward(8)).to(DEVICE)
+        launches.clear()
+        assert_same(feedforward_of_token(feedforward, x), feedforward(x), 1e-5)
+        assert len(launches) == (2 if change is without_bias else 0)
+        selector = change(view_selector(8, 2)).to(DEVICE)
+        assert_same(selected_views_of_token(selector, x, choices), selected_views(selector, x, choices), 1e-5)
+        norm, linear, *_ = feedforward
+        assert_same(linear_of_token(linear, x, norm)[0], linear(norm(x)), 1e-5)
+
+
+@torch.no_grad()
+def test_what_is_compiled_without_gradients_is_one_graph(kernels_everywhere, fresh_compiler):
+    linear, x = nn.Linear(8, 6), torch.randn(2, 3, 8)
+    compiled = torch.compile(lambda x: linear_of_rows(linear, x), fullgraph=True, backend='eager')
+    assert_same(compiled(x), linear(x), 1e-6)
+    chosen = torch.compile(lambda x: token_choice(x, None, 0.0, 0.1)[0], fullgraph=True, backend='eager')
+    assert torch.equal(chosen(x), x.argmax(dim=-1))

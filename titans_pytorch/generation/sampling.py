@@ -349,7 +349,7 @@ def _positions(
     ends, limits = (torch.tensor(of_rows, device=prompt.device) for of_rows in (lengths, request.limits))
     shortest, longest = min(lengths), max(lengths)
     may_end_early, finished = request.rows_end_early, limits <= shortest
-    unchecked: list[Tensor] = []  # logits of chosen tokens
+    unchecked: list[Tensor] = []  # of chosen tokens, the results of `choose` that say whether they were valid
     tokens = prompt[:, shortest - 1]
 
     try:
@@ -384,10 +384,11 @@ def _positions(
 
 
 _MOST_UNCHECKED = 64
+"""Steps after which results to be checked are reduced to their minimum, which keeps NaN."""
 
 
 def _checked_at_hand(unchecked: list[Tensor]) -> list[Tensor]:
-    """Check the logits of chosen tokens, where that does not wait for a GPU, and return those to be checked later."""
+    """Check that chosen tokens were valid, where that does not wait for a GPU, and return what to check later."""
     if values_are_at_hand(unchecked[-1]):
         check_best(unchecked[-1])
         return []
@@ -544,8 +545,8 @@ class _Filter(NamedTuple):
             is_min_p = filter_fn is min_p_filter and [*filter_kwargs] == ['min_p']
             if not is_min_p or isinstance(filter_kwargs['min_p'], Tensor):
                 return cls(partial(filter_fn, **filter_kwargs), None)
-            min_p = filter_kwargs['min_p']
-        elif filter_fn is not min_p_filter or filter_kwargs is not DEFAULT_FILTER:
+            return cls(filters(), checked_min_p(filter_kwargs['min_p']))
+        if filter_fn is not min_p_filter or filter_kwargs is not DEFAULT_FILTER:
             raise ValueError('pass filter_fn with filter_kwargs, or top_k, top_p and min_p, not both')
         return cls(filters(top_k, top_p), None if min_p is None else checked_min_p(min_p))
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Linear, Module
 
-from titans_pytorch.ops.token_linear import token_linear
+from titans_pytorch.ops.token_linear import are_plain, token_linear
 from titans_pytorch.utils.checks import check_hidden_width
 from titans_pytorch.utils.functional import is_intercepted
 from titans_pytorch.utils.shapes import Float
@@ -41,5 +41,7 @@ def _is_plain(feedforward: Module) -> bool:
     return (
         type(feedforward) is nn.Sequential
         and [type(part) for part in feedforward] == [nn.RMSNorm, Linear, GEGLU, Linear]
-        and not is_intercepted(feedforward.modules())
+        and are_plain(feedforward[1], feedforward[0])
+        and are_plain(feedforward[3])
+        and not is_intercepted((feedforward, feedforward[2]))
     )

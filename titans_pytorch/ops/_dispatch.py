@@ -21,6 +21,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from titans_pytorch.utils.functional import is_exporting
 
@@ -75,16 +76,24 @@ def use_kernel(
         states: tensors that must be in float32 because rounding errors accumulate in them.
         capability: the least compute capability of the device.
         dtypes: of `inputs`; by default float32 and half precision, under autocast or not.
-        has_backward: whether the kernel can be differentiated; if not, it runs only where gradients are off.
+        has_backward: whether the kernel can be differentiated, as an operation of PyTorch; if not, it is launched
+            directly, and only where gradients are off, nothing is compiled, and all tensors are plain ones, neither
+            quantised nor distributed.
     """
     present = [t for t in inputs if t is not None]
+    if compute_capability(present[0].device) < capability or not kernels_enabled():
+        return False
+    present_states = [t for t in states if t is not None]
     return (
-        compute_capability(present[0].device) >= capability
-        and kernels_enabled()
-        and (has_backward or not torch.is_grad_enabled())
-        and all(t.dtype in dtypes for t in present)
-        and all(t.dtype == torch.float32 for t in states if t is not None)
+        all(t.dtype in dtypes for t in present)
+        and all(t.dtype == torch.float32 for t in present_states)
+        and (has_backward or _can_launch_directly([*present, *present_states]))
     )
+
+
+def _can_launch_directly(tensors: list[Tensor]) -> bool:
+    ordinary = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return ordinary and all(type(t) in (Tensor, Parameter) for t in tensors)
 
 
 @torch.compiler.assume_constant_result
@@ -98,8 +107,13 @@ _of_thread = threading.local()
 
 @contextmanager
 def constant_weights() -> Iterator[None]:
-    """Context for steps of decoding that become a CUDA graph: within it nothing writes parameters, nor cached keys and
-    values before they are read, so that kernels may read these while earlier ones still run."""
+    """Context for steps of decoding that become a CUDA graph, in which kernels may read some tensors while the kernels
+    before still run.
+
+    Only earlier replays write them, or nothing does: parameters and what is folded from them, rotary frequencies, the
+    position, which the end of a step changes, and cached keys and values of other positions, which the kernel that
+    reads them wrote in earlier steps.
+    """
     before, _of_thread.has_constant_weights = has_constant_weights(), True
     try:
         yield

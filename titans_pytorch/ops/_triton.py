@@ -10,13 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans_pytorch.ops._dispatch import HOPPER, has_constant_weights
+from titans_pytorch.ops._dispatch import HOPPER, compute_capability, has_constant_weights
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-# how a kernel begins: after the one before, while that one runs, or then and reading constants before it waits
-AFTERWARDS, OVERLAPPING, READING_CONSTANTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# How a kernel begins. When the one before has ended:
+AFTERWARDS = tl.constexpr(0)
+# while that one runs, for which it waits at once,
+OVERLAPPING = tl.constexpr(1)
+# or after it has read constants
+READING_CONSTANTS = tl.constexpr(2)
 
 
 @triton.jit
@@ -28,7 +32,8 @@ def let_next_begin(START: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def wait_for_inputs(START: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Wait for the kernel before. Until here nothing is read but constants after `begin`, and nothing is written."""
+    """Wait for the kernel before. Until then a kernel must not write; it may read constants if it started with `begin`,
+    and nothing else."""
     if START != AFTERWARDS:
         tl.extra.cuda.gdc_wait()
 
@@ -75,6 +80,7 @@ def select(which: tl.constexpr, a, b, c, d):  # type: ignore[no-untyped-def]
 def divide_by_sums(x, AXIS: tl.constexpr, EPS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Half an iteration of Sinkhorn's: x over its sums along an axis, each taken for `EPS` at least; and the sums."""
     sums = tl.sum(x, axis=AXIS, keep_dims=True)
+    # sums that are NaN stay so
     inverse_root = tl.rsqrt(tl.maximum(sums, EPS, propagate_nan=tl.PropagateNan.ALL))
     return x * (inverse_root * inverse_root), sums  # faster than a division, in a long chain of them
 
@@ -127,10 +133,11 @@ def overlapping(t: Tensor, *constants: Tensor | None) -> dict[str, Any]:
     It pays for kernels of a few microseconds, as long as a launch.
 
     Args:
-        constants: parameters, or cached keys and values, which the kernel reads before it waits within
-            `constant_weights`. Only contiguous ones: of others the kernel before may make the copy that is read.
+        constants: what the kernel reads before it waits, within `constant_weights`, if all of it is contiguous. (The
+            kernel before may be the one that makes a contiguous copy.)
     """
-    if not t.is_cuda or torch.cuda.get_device_capability(t.device)[0] < HOPPER:
+    # AMD's GPUs have other numbers, and no such launches
+    if not t.is_cuda or torch.version.hip is not None or compute_capability(t.device) < HOPPER:
         return {'START': AFTERWARDS.value}
     unwritten = all(constant is None or constant.is_contiguous() for constant in constants)
     early = bool(constants) and unwritten and has_constant_weights()

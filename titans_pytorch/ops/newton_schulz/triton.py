@@ -131,7 +131,7 @@ def orthogonalise(
     sizes = _matrix_sizes(matrices, outputs)
     _forward_kernel[(len(matrices),)](
         matrices=matrices, outputs=outputs, steps=steps, eps=eps, a=a, b=b, c=c,
-        **sizes, **products(operands), num_warps=warps_of(sizes['ROWS'], sizes['COLUMNS']), num_stages=1,
+        **sizes, **pytorch_precision(operands), num_warps=warps_of(sizes['ROWS'], sizes['COLUMNS']), num_stages=1,
     )  # fmt: skip
     return outputs
 
@@ -155,7 +155,7 @@ def orthogonalise_backward(
     _backward_kernel[(programs,)](
         matrices=matrices, d_outputs=d_outputs, d_matrices=d_matrices, iterates=iterates,
         count=len(matrices), steps=steps, eps=eps, a=a, b=b, c=c,
-        **sizes, **products(operands), num_warps=warps, num_stages=1,
+        **sizes, **pytorch_precision(operands), num_warps=warps, num_stages=1,
     )  # fmt: skip
     return [d_matrices]
 
@@ -176,8 +176,9 @@ def _matrix_sizes(matrices: Tensor, outputs: Tensor) -> dict[str, int]:
     )  # fmt: skip
 
 
-def products(operands: torch.dtype) -> dict[str, Any]:
-    """The precision of PyTorch's own products: float32 in full, unless TF32 is allowed."""
+def pytorch_precision(operands: torch.dtype) -> dict[str, Any]:
+    """Constants of `multiply_add`: float32 in full, unless PyTorch may use TF32. Unlike in a recurrence, errors do not
+    accumulate here."""
     matmul = torch.backends.cuda.matmul
     tf32 = matmul.fp32_precision == 'tf32' if hasattr(matmul, 'fp32_precision') else matmul.allow_tf32
     return {'PRECISION': 'tf32' if tf32 else _in_full(), 'OPERAND': TRITON_DTYPES[operands]}

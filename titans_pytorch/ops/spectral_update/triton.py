@@ -13,12 +13,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans_pytorch.ops._triton import let_next_begin, overlapping, taken_by, tile_size, wait_for_inputs
-from titans_pytorch.ops.newton_schulz.triton import iterate, products, warps_of
+from titans_pytorch.ops._triton import (
+    contiguous_inside,
+    let_next_begin,
+    overlapping,
+    taken_by,
+    tile_size,
+    wait_for_inputs,
+)
+from titans_pytorch.ops.newton_schulz.triton import iterate, pytorch_precision, warps_of
 
 
 @triton.jit
-def _of(which, first, last):  # type: ignore[no-untyped-def]
+def _first_or_last(which, first, last):  # type: ignore[no-untyped-def]
     """One of two tensors, by a number known only when the kernel runs."""
     chosen = first
     if which == 1:
@@ -77,8 +84,8 @@ def _kernel(  # type: ignore[no-untyped-def]
 
     # XᵀΔ, or ΔᵀX if the matrix turns
     row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    left = _of(which, left_first, left_last) + head * chunk_rows * rows + row
-    right = _of(which, right_first, right_last) + head * chunk_rows * columns + column
+    left = _first_or_last(which, left_first, left_last) + head * chunk_rows * rows + row
+    right = _first_or_last(which, right_first, right_last) + head * chunk_rows * columns + column
     update = tl.zeros((ROWS, COLUMNS), tl.float32)
     for index in range(chunk_rows):
         own = tl.load(left + index * rows, mask=row < rows, other=0.0).to(tl.float32)
@@ -87,17 +94,17 @@ def _kernel(  # type: ignore[no-untyped-def]
     if scales is not None:
         update *= tl.load(scales + head * scale_stride + tl.where(which == 1, scale_last, scale_first)).to(tl.float32)
     if momentum_logits is not None:
-        momentum = _of(which, momentum_first, momentum_last) + start
+        momentum = _first_or_last(which, momentum_first, momentum_last) + start
         update += gate * _read(momentum, turns, rows, columns, ROWS, COLUMNS)
-        tl.debug_barrier()  # it is written where other threads may have read
+        tl.debug_barrier()  # other threads may still be reading what is written next
         _write(momentum, update, turns, rows, columns, ROWS, COLUMNS)
 
     x = update / tl.maximum(tl.sqrt(tl.sum(tl.sum(update * update, axis=1), axis=0)), eps)
     zeros = tl.zeros((ROWS, ROWS), tl.float32)
     for _ in range(steps):
         x = iterate(x, a, b, c, zeros, PRECISION, OPERAND)
-    x += kept * _read(_of(which, weights_first, weights_last) + start, turns, rows, columns, ROWS, COLUMNS)
-    _write(_of(which, new_weights_first, new_weights_last) + start, x, turns, rows, columns, ROWS, COLUMNS)
+    x += kept * _read(_first_or_last(which, weights_first, weights_last) + start, turns, rows, columns, ROWS, COLUMNS)
+    _write(_first_or_last(which, new_weights_first, new_weights_last) + start, x, turns, rows, columns, ROWS, COLUMNS)
 
     if weights_gamma is not None:
         if which == 1:
@@ -147,6 +154,8 @@ def spectral_update(
     for index in range(number):
         if index - number + 2 == turning:
             lefts[index], rights[index] = rights[index], lefts[index]
+    of_gamma = None if of_gamma is None else of_gamma.contiguous()
+    scales = None if scales is None else contiguous_inside(scales, 1)
     new_weights = [w.new_empty(w.shape) for w in weights]
 
     def slots(name: str, given: list[Any]) -> dict[str, Any]:
@@ -167,6 +176,7 @@ def spectral_update(
             decay_stride=decay_logits.stride(0), momentum_stride=_stride(momentum_logits), scale_stride=_stride(scales),
             chunk_rows=chunk_rows, steps=steps, eps=eps, a=a, b=b, c=c, rows=rows, columns=columns, dim=dim,
             **size, DIM=triton.next_power_of_2(dim), TURNING=turning,
-            **products(operands), **overlapping(inputs[0]), num_warps=warps_of(*size.values()), num_stages=1,
+            **pytorch_precision(operands), **overlapping(inputs[0]),
+            num_warps=warps_of(*size.values()), num_stages=1,
         )  # fmt: skip
     return new_weights

@@ -52,7 +52,7 @@ def token_attention(
     The kernel has no gradient, so it runs only where gradients are off.
     """
     frequencies = position.frequencies[layer]
-    inputs, states = (projected, *buffers), (frequencies,)
+    inputs, states = (projected, *buffers, *(mix or ())), (frequencies,)
     if use_kernel(inputs, states, capability=VOLTA, has_backward=False) and _supports(buffers, frequencies):
         from titans_pytorch.ops.token_attention import triton
 

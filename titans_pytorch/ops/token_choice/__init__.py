@@ -26,7 +26,8 @@ def token_choice(
         uniform: noise, in float32 at least; `None` to choose the likeliest, whatever the temperature.
         min_p: tokens less likely than `min_p` times the likeliest are left out; `None` for no filter.
 
-    The kernel has no gradient, so it runs only where gradients are off.
+    The kernel has no gradient, so it runs only where gradients are off. It compares likelihoods in float32; elsewhere
+    those of half precision are rounded to it.
     """
     noise = () if uniform is None else (uniform,)
     if use_kernel((logits,), noise, capability=VOLTA, has_backward=False):

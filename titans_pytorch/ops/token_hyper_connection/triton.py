@@ -80,9 +80,8 @@ def _kernel(  # type: ignore[no-untyped-def]
         mix += tl.sum(rows * to_mix, axis=2)
         gates += tl.sum(rows * to_gates, axis=2)
 
-    # normalisation comes last, as a factor on the logits. A comparison, not a maximum, lets NaN through
-    norm = tl.sqrt(squares)
-    scale = root_of_dim / tl.where(norm < EPS, EPS, norm)
+    # normalisation comes last, as a factor on the logits. Norms that are NaN stay so
+    scale = root_of_dim / tl.maximum(tl.sqrt(squares), EPS, propagate_nan=tl.PropagateNan.ALL)
     mix = mix * scale + mix_bias
     gates = tl.sigmoid(gates * scale + gate_bias)
     read = tl.sum(tl.where(gate == 0, gates, 0.0), axis=1, keep_dims=True)

@@ -7,6 +7,7 @@ With gain g and input x of width d:
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
@@ -38,7 +39,9 @@ def token_linear(
     tensors = (x, weight, bias, None if norm is None else norm[0])
     in_tiles = len(x) > FEW_ENTRIES
     capability = AMPERE if in_tiles else VOLTA
-    if use_kernel(tensors, capability=capability, has_backward=False) and _supports(*tensors):
+    # tiles are normalised after their products, which float16 may not hold
+    fits = not in_tiles or norm is None or x.dtype != torch.float16
+    if fits and use_kernel(tensors, capability=capability, has_backward=False) and _supports(*tensors):
         from titans_pytorch.ops.token_linear import triton
 
         return triton.token_linear(x, weight, bias, norm, gated, in_tiles)
@@ -50,7 +53,7 @@ def linear_of_token(
 ) -> tuple[Float[Tensor, 'b 1 e'], Float[Tensor, 'b 1 d']]:
     """The outputs of a linear layer and of the norm before it; modules of other kinds, or with hooks, are called."""
     norm = None if type(norm) is nn.Identity else norm
-    if _are_plain(linear, norm):
+    if are_plain(linear, norm):
         own = None if norm is None else (norm.weight, norm.eps)
         return token_linear(x, linear.weight, linear.bias, own)  # type: ignore[arg-type]
     normed = x if norm is None else norm(x)
@@ -59,22 +62,22 @@ def linear_of_token(
 
 def linear_of_rows(linear: Module, x: Float[Tensor, '... d']) -> Float[Tensor, '... e']:
     """`linear(x)`; where a kernel of `token_linear` serves few rows, by that."""
-    has_kernel = use_kernel((x,), capability=AMPERE, has_backward=False)
-    if not has_kernel or x[..., 0].numel() > MOST_ENTRIES or not _are_plain(linear):
+    has_kernel = use_kernel((x,), capability=VOLTA, has_backward=False)
+    if not has_kernel or x.shape[:-1].numel() > MOST_ENTRIES or not are_plain(linear):
         return linear(x)
     out, _ = token_linear(x.reshape(-1, 1, x.shape[-1]), linear.weight, linear.bias)  # type: ignore[arg-type]
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
-def _are_plain(linear: Module, norm: Module | None = None) -> bool:
-    """True for a linear layer, perhaps after a norm, that is what its class computes from plain parameters: without
-    hooks and parametrisations."""
-    return (
-        type(linear).forward is nn.Linear.forward
-        and type(linear.weight) is nn.Parameter  # not a quantised or distributed one
-        and type(norm) in (nn.RMSNorm, type(None))
-        and not is_intercepted((linear,) if norm is None else (linear, norm))
-    )
+def are_plain(linear: Module, norm: Module | None = None) -> bool:
+    """True for a linear layer, perhaps after a norm, that `token_linear` computes: of their own classes, with plain
+    parameters, and without hooks."""
+    if type(linear).forward is not nn.Linear.forward or type(linear.weight) is not nn.Parameter:
+        return False
+    if norm is None:
+        return not is_intercepted((linear,))
+    has_gain = type(norm) is nn.RMSNorm and type(norm.weight) is nn.Parameter
+    return has_gain and not is_intercepted((linear, norm))
 
 
 def _supports(x: Tensor, *parameters: Tensor | None) -> bool:

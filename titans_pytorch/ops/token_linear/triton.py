@@ -117,7 +117,7 @@ def _tile_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     let_next_begin(START)
     entry = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    output = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    output = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)
     lines = tl.minimum(LINE * tl.arange(0, LINES), DIM - 1)[None, :]
     lines = weight + tl.minimum(output, OUTPUTS - 1)[:, None] * DIM + lines
     prefetch(lines, START)
@@ -140,7 +140,8 @@ def _tile_kernel(  # type: ignore[no-untyped-def]
     for start in range(0, DIM, WARPS * FEATURES):
         own = tl.load(rows + start + across, mask=here & (start + across < DIM), other=0.0)
         if NORMS:
-            own = own * tl.load(gain + start + across, mask=start + across < DIM, other=0.0)
+            of_gain = tl.load(gain + start + across, mask=start + across < DIM, other=0.0)
+            own = own.to(tl.float32) * of_gain.to(tl.float32)
         own = own.to(OPERAND)
         inside = wanted & (start + down < DIM)
         to_value = tl.load(to_values + start + down, mask=inside, other=0.0)
