@@ -1,6 +1,7 @@
 """Set-up shared by all tests."""
 
 import gc
+import importlib
 import os
 import random
 import shutil
@@ -114,6 +115,21 @@ def switch_kernel(monkeypatch):
         monkeypatch.setattr(operation, 'use_kernel', use_kernel)
 
     return switch
+
+
+@pytest.fixture
+def launches_of(switch_kernel, monkeypatch):
+    """`launches_of(operation)`: its kernel runs on this device too; a list that grows by the arguments of each launch."""
+
+    def noted(operation):
+        switch_kernel(operation, True)
+        name = operation.__name__.rsplit('.')[-1]
+        kernels = importlib.import_module(f'{operation.__name__}.triton')
+        launches, launch = [], getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *args: (launches.append(args), launch(*args))[1])
+        return launches
+
+    return noted
 
 
 @pytest.fixture

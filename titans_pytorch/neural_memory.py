@@ -21,12 +21,12 @@ from titans_pytorch.memory.initial_weights import InitialWeights
 from titans_pytorch.memory.modules import (
     AttentionPool,
     AveragePool,
+    Gate,
     L2Norm,
     MultiheadRMSNorm,
     PerHead,
     SplitHeads,
     gate,
-    gates_of,
     join_heads,
     linear_from,
     pointwise,
@@ -319,7 +319,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         self.reduce_to_chunk_rep = (
             AttentionPool(dim, store_chunk_size) if attn_pool_chunks else AveragePool(store_chunk_size)
         )
-        self.to_adaptive_step = nn.Sequential(
+        self.to_adaptive_step = Gate(
             linear_from(dim, heads * num_kv_per_token, init_adaptive_step_bias),
             PerHead(heads, num_kv_per_token),
             nn.Flatten(1),
@@ -728,7 +728,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         if self.to_learned_weight_residual_mix is not None:
             assert prev_weights is not None
             previous = FastWeights({name: w.unsqueeze(1) for name, w in prev_weights.items()}, [], prev_weights)
-            shares = gates_of(self.to_learned_weight_residual_mix, pooled).squeeze(-1)
+            shares = self.to_learned_weight_residual_mix(pooled).squeeze(-1)
             residual = WeightResidual.of(previous, shares, 0)
         with network_autocast(self._dtype, tokens.device):
             after, losses = self._backend.store_chunk(chunk, buffers.weights, residual)
@@ -840,7 +840,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         keys, values = (network_rows(t, self._dtype) for t in (keys, values))
 
         # gates are in float32 under any autocast, and in a half-precision module
-        step_logits = at_least_float32(gates_of(self.to_adaptive_step, seq[:, self.conv_context :]))
+        step_logits = at_least_float32(self.to_adaptive_step(seq[:, self.conv_context :]))
         step_sizes = self.adaptive_step_transform(step_logits)
         if not isinstance(step_sizes, Tensor) or step_sizes.shape != step_logits.shape:
             expected = f'a step size for each logit, {tuple(step_logits.shape)}'
@@ -861,7 +861,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
             keys=keys,
             values=values,
             step_sizes=step_sizes,
-            decay_logits=at_least_float32(gates_of(self.to_decay_factor, pooled)).squeeze(-1),
+            decay_logits=at_least_float32(self.to_decay_factor(pooled)).squeeze(-1),
             momentum_logits=momentum,
             momentum_mix=_optional(self.to_learned_momentum_combine, pooled),
             modulation=None if modulation is None else modulation * self.max_mem_layer_modulation,
@@ -957,7 +957,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
 
 def _optional(module: Module | None, x: Tensor) -> Tensor | None:
-    return None if module is None else at_least_float32(gates_of(module, x))
+    return None if module is None else at_least_float32(module(x))
 
 
 def _joined_masks(pending: PendingSegment, call: Call) -> Bool[Tensor, 'b n'] | None:

@@ -215,24 +215,22 @@ class PerHead(SplitHeads):
         return super().forward(x).flatten(0, 1)
 
 
-def gate(
-    dim: int, heads: int, per_head: int, activation: Module | None = None, start: float | None = None
-) -> nn.Sequential:
+class Gate(nn.Sequential):
+    """A linear map and what follows it; of few tokens the map is one operation of its own."""
+
+    def forward(self, tokens: Float[Tensor, 'b n d']) -> Float[Tensor, 'bh n g']:
+        to_gate, *rest = self
+        gates = linear_of_rows(to_gate, tokens)
+        for part in rest:
+            gates = part(gates)
+        return gates
+
+
+def gate(dim: int, heads: int, per_head: int, activation: Module | None = None, start: float | None = None) -> Gate:
     """A module that maps pooled chunks (b, n, dim) to `per_head` gates for each head and chunk, (bh, n, per_head).
 
     `start`: initial logit of the gate, the same for every input. Default: random initialisation.
     """
     to_gate = linear_from(dim, heads * per_head, start)
     split = PerHead(heads)
-    return nn.Sequential(to_gate, split) if activation is None else nn.Sequential(to_gate, split, activation)
-
-
-def gates_of(module: Module, tokens: Float[Tensor, 'b n d']) -> Float[Tensor, 'bh n g']:
-    """`module(tokens)` of a `gate`, or of another module in its place; few tokens in fewer launches."""
-    if torch.is_grad_enabled() or type(module) is not nn.Sequential or is_intercepted((module,)):
-        return module(tokens)
-    to_gate, *rest = module
-    gates = linear_of_rows(to_gate, tokens)
-    for part in rest:
-        gates = part(gates)
-    return gates
+    return Gate(to_gate, split) if activation is None else Gate(to_gate, split, activation)

@@ -48,7 +48,7 @@ def begin(START: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def prefetch(pointers, START: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Have the cache fetch what is at some pointers, in lines of 128 bytes. As nothing is read, this may come before
+    """Have the cache fetch the lines in which some pointers are. As nothing is read, this may come before
     `wait_for_inputs` whatever is written there."""
     if START != AFTERWARDS:
         tl.inline_asm_elementwise(
@@ -142,6 +142,17 @@ def overlapping(t: Tensor, *constants: Tensor | None) -> dict[str, Any]:
     unwritten = all(constant is None or constant.is_contiguous() for constant in constants)
     early = bool(constants) and unwritten and has_constant_weights()
     return {'START': (READING_CONSTANTS if early else OVERLAPPING).value, 'launch_pdl': True}
+
+
+def cache_lines(t: Tensor, count: int) -> dict[str, int]:
+    """Constants of a kernel that fetches `count` entries of `t` in a row: entries of a line, and lines, padded."""
+    line = 128 // t.element_size()
+    return {'LINE': line, 'LINES': triton.next_power_of_2(triton.cdiv(count, line))}
+
+
+def norm_eps(eps: float | None) -> float:
+    """ε of a norm; `None`: that of `nn.RMSNorm` in float32, in which kernels compute norms."""
+    return torch.finfo(torch.float32).eps if eps is None else eps
 
 
 def contiguous_inside(t: Tensor, axes: int) -> Tensor:

@@ -51,29 +51,31 @@ class SpectralBackend(DualBackend):
 
     def _updates_in_one(self, chunk: Chunks, weights: MemoryWeights) -> bool:
         """True if one operation can add the gradients of a chunk."""
-        logits, combined = chunk.momentum_logits, (chunk.momentum_mix, chunk.momentum_shares)
-        if self.fused is None or self.max_grad_norm is not None or any(gates is not None for gates in combined):
+        return self._has_one_order(chunk) and self.fused is not None and self.fused.updates_in_one(chunk, weights)
+
+    def _has_one_order(self, chunks: Chunks) -> bool:
+        """True for at most one order of momentum of gradients that are not clamped."""
+        logits, combined = chunks.momentum_logits, (chunks.momentum_mix, chunks.momentum_shares)
+        if self.max_grad_norm is not None or any(gates is not None for gates in combined):
             return False
-        several_orders = logits is not None and logits.shape[-1] > 1
-        return not several_orders and self.fused.updates_in_one(chunk, weights)
+        return logits is None or logits.shape[-1] == 1
 
     def _blocks(self, inputs: StoreInputs) -> list[ChunkBlock]:
         return inputs.schedule.blocks(self.preferred_chunks(inputs.chunks))
 
     def _has_kernel(self, inputs: StoreInputs) -> bool:
         """True if one operation can store all memory batches."""
-        if self.fused is None or self.max_grad_norm is not None or inputs.chunks.keys.numel() == 0:
+        chunks, transition = inputs.chunks, inputs.transition
+        if self.fused is None or not self._has_one_order(chunks) or chunks.keys.numel() == 0:
             return False
-        logits, transition = inputs.chunks.momentum_logits, inputs.transition
-        several_orders = logits is not None and logits.shape[-1] > 1
-        if several_orders or inputs.chunks.resets is not None or transition.share is not None or transition.lookahead:
+        if chunks.resets is not None or transition.share is not None or transition.lookahead:
             return False
         residual = inputs.residual
         if residual is not None and residual.dense.keys() != inputs.weights.base.keys():
             return False
         matrices, _ = self.fused.mlp.of_weights(inputs.weights.base)
         states = (*inputs.weights.newest.values(), *inputs.weights.momentum.values())
-        return has_kernel(inputs.chunks.rows, matrices, states, self.fused.previous_weights(residual))
+        return has_kernel(chunks.rows, matrices, states, self.fused.previous_weights(residual))
 
     def prepare(self, inputs: StoreInputs) -> Iterator[PreparedBlock]:
         chunks = inputs.chunks

@@ -1,7 +1,7 @@
 """Kernel that ends a chunk in decoding under spectral norm, in one launch.
 
-A program owns one matrix of a head, turned so that it has no more rows than columns, as Newton–Schulz wants it; of two
-matrices (d, e) and (e, d) that is one of both. γ goes with the last one.
+A program owns one matrix of a head, transposed if need be (`flip`) so that it has no more rows than columns, as
+Newton–Schulz wants it; of two matrices (d, e) and (e, d) that is one of both. γ goes with the last one.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def _first_or_last(which, first, last):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _read(matrix, turns, rows: tl.constexpr, columns: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A matrix (rows, columns), or (columns, rows) if it `turns`, read along its own rows."""
+def _read(matrix, flip, rows: tl.constexpr, columns: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A matrix (rows, columns), or (columns, rows) to `flip`, read along its own rows."""
     row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
-    if turns:
+    if flip:
         offset = column[:, None] * rows + row[None, :]
         x = tl.trans(tl.load(matrix + offset, mask=tl.trans(inside), other=0.0))
     else:
@@ -47,11 +47,11 @@ def _read(matrix, turns, rows: tl.constexpr, columns: tl.constexpr, ROWS: tl.con
 
 
 @triton.jit
-def _write(matrix, x, turns, rows: tl.constexpr, columns: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _write(matrix, x, flip, rows: tl.constexpr, columns: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Inverse of `_read`."""
     row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
-    if turns:
+    if flip:
         offset = column[:, None] * rows + row[None, :]
         tl.store(matrix + offset, tl.trans(x), mask=tl.trans(inside))
     else:
@@ -66,7 +66,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     decay_logits, momentum_logits, scales,
     decay_stride, momentum_stride, scale_stride, scale_first, scale_last, scale_gamma, chunk_rows, steps, eps, a, b, c,
     rows: tl.constexpr, columns: tl.constexpr, dim: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr, TURNING: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr, FLIPPED: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
     let_next_begin(START)
@@ -74,7 +74,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     head = tl.program_id(0).to(tl.int64)
     # 1 for the last matrix, which may be the only one
     which = tl.program_id(1) + 2 - tl.num_programs(1)
-    turns = which == TURNING
+    flip = which == FLIPPED
     start = head * rows * columns
 
     kept = tl.sigmoid(-tl.load(decay_logits + head * decay_stride).to(tl.float32))
@@ -82,7 +82,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     if momentum_logits is not None:
         gate = tl.sigmoid(tl.load(momentum_logits + head * momentum_stride).to(tl.float32))
 
-    # XᵀΔ, or ΔᵀX if the matrix turns
+    # XᵀΔ, or ΔᵀX if the matrix is transposed
     row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     left = _first_or_last(which, left_first, left_last) + head * chunk_rows * rows + row
     right = _first_or_last(which, right_first, right_last) + head * chunk_rows * columns + column
@@ -95,16 +95,17 @@ def _kernel(  # type: ignore[no-untyped-def]
         update *= tl.load(scales + head * scale_stride + tl.where(which == 1, scale_last, scale_first)).to(tl.float32)
     if momentum_logits is not None:
         momentum = _first_or_last(which, momentum_first, momentum_last) + start
-        update += gate * _read(momentum, turns, rows, columns, ROWS, COLUMNS)
+        update += gate * _read(momentum, flip, rows, columns, ROWS, COLUMNS)
         tl.debug_barrier()  # other threads may still be reading what is written next
-        _write(momentum, update, turns, rows, columns, ROWS, COLUMNS)
+        _write(momentum, update, flip, rows, columns, ROWS, COLUMNS)
 
     x = update / tl.maximum(tl.sqrt(tl.sum(tl.sum(update * update, axis=1), axis=0)), eps)
     zeros = tl.zeros((ROWS, ROWS), tl.float32)
     for _ in range(steps):
         x = iterate(x, a, b, c, zeros, PRECISION, OPERAND)
-    x += kept * _read(_first_or_last(which, weights_first, weights_last) + start, turns, rows, columns, ROWS, COLUMNS)
-    _write(_first_or_last(which, new_weights_first, new_weights_last) + start, x, turns, rows, columns, ROWS, COLUMNS)
+    x += kept * _read(_first_or_last(which, weights_first, weights_last) + start, flip, rows, columns, ROWS, COLUMNS)
+    new_weights = _first_or_last(which, new_weights_first, new_weights_last) + start
+    _write(new_weights, x, flip, rows, columns, ROWS, COLUMNS)
 
     if weights_gamma is not None:
         if which == 1:
@@ -149,10 +150,10 @@ def spectral_update(
     width = weights[number - 1].shape[1]
     rows, columns = sorted((dim, width))
     # the first matrix is (dim, width), the last (width, dim)
-    turning = 1 if dim == rows else 0
+    flipped = 1 if dim == rows else 0
     lefts, rights = ([t.contiguous() for t in own] for own in (inputs, deltas))
     for index in range(number):
-        if index - number + 2 == turning:
+        if index - number + 2 == flipped:
             lefts[index], rights[index] = rights[index], lefts[index]
     of_gamma = None if of_gamma is None else of_gamma.contiguous()
     scales = None if scales is None else contiguous_inside(scales, 1)
@@ -175,7 +176,7 @@ def spectral_update(
             decay_logits=decay_logits, momentum_logits=momentum_logits, scales=scales,
             decay_stride=decay_logits.stride(0), momentum_stride=_stride(momentum_logits), scale_stride=_stride(scales),
             chunk_rows=chunk_rows, steps=steps, eps=eps, a=a, b=b, c=c, rows=rows, columns=columns, dim=dim,
-            **size, DIM=triton.next_power_of_2(dim), TURNING=turning,
+            **size, DIM=triton.next_power_of_2(dim), FLIPPED=flipped,
             **pytorch_precision(operands), **overlapping(inputs[0]),
             num_warps=warps_of(*size.values()), num_stages=1,
         )  # fmt: skip

@@ -36,8 +36,8 @@ def _rotated(x, feature, valid, cos, sin):  # type: ignore[no-untyped-def]
 def _angles(number, frequencies, feature, valid):  # type: ignore[no-untyped-def]
     """Angles of a position modulo 2π, which float32 would round too early; a pair of features has one."""
     frequency = tl.load(frequencies + feature // 2, mask=valid, other=0.0).to(tl.float64)
-    turns = number.to(tl.float64) * frequency * 0.15915494309189535
-    return ((turns - tl.floor(turns)) * 6.283185307179586).to(tl.float32)
+    revolutions = number.to(tl.float64) * frequency * 0.15915494309189535
+    return ((revolutions - tl.floor(revolutions)) * 6.283185307179586).to(tl.float32)
 
 
 @triton.jit

@@ -28,21 +28,21 @@ def _kernel(  # type: ignore[no-untyped-def]
     entry = tl.program_id(0).to(tl.int64)
     logits += entry * stride_b
     uniform += entry * count
-    lane = tl.arange(0, BLOCK)
+    offset = tl.arange(0, BLOCK)
 
     largest = tl.full((BLOCK,), -float('inf'), tl.float32)
     for start in range(0, count, BLOCK):
-        own = tl.load(logits + start + lane, mask=start + lane < count, other=-float('inf')).to(tl.float32)
+        own = tl.load(logits + start + offset, mask=start + offset < count, other=-float('inf')).to(tl.float32)
         # comparisons, not maxima, let NaN through
         largest = tl.where((own > largest) | (own != own), own, largest)
     invalid = tl.max((largest != largest).to(tl.int32), axis=0) > 0
     top = tl.max(tl.where(largest != largest, -float('inf'), largest), axis=0)
 
-    # of equal ones the first wins, in a lane and then among lanes
+    # of equal ones the first wins, at an offset and then among offsets
     highest = tl.full((BLOCK,), -float('inf'), tl.float32)
-    number = lane
+    number = offset
     for start in range(0, count, BLOCK):
-        token = start + lane
+        token = start + offset
         own = tl.load(logits + token, mask=token < count, other=-float('inf')).to(tl.float32)
         score = own
         if HAS_NOISE:

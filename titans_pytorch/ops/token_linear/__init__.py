@@ -39,9 +39,7 @@ def token_linear(
     tensors = (x, weight, bias, None if norm is None else norm[0])
     in_tiles = len(x) > FEW_ENTRIES
     capability = AMPERE if in_tiles else VOLTA
-    # tiles are normalised after their products, which float16 may not hold
-    fits = not in_tiles or norm is None or x.dtype != torch.float16
-    if fits and use_kernel(tensors, capability=capability, has_backward=False) and _supports(*tensors):
+    if use_kernel(tensors, capability=capability, has_backward=False) and _supports(*tensors):
         from titans_pytorch.ops.token_linear import triton
 
         return triton.token_linear(x, weight, bias, norm, gated, in_tiles)
@@ -62,6 +60,8 @@ def linear_of_token(
 
 def linear_of_rows(linear: Module, x: Float[Tensor, '... d']) -> Float[Tensor, '... e']:
     """`linear(x)`; where a kernel of `token_linear` serves few rows, by that."""
+    if torch.is_grad_enabled():  # as in training, which would otherwise trace the rest
+        return linear(x)
     has_kernel = use_kernel((x,), capability=VOLTA, has_backward=False)
     if not has_kernel or x.shape[:-1].numel() > MOST_ENTRIES or not are_plain(linear):
         return linear(x)
@@ -80,6 +80,13 @@ def are_plain(linear: Module, norm: Module | None = None) -> bool:
     return has_gain and not is_intercepted((linear, norm))
 
 
-def _supports(x: Tensor, *parameters: Tensor | None) -> bool:
-    one_precision = all(t is None or t.dtype == x.dtype for t in parameters)
-    return len(x) <= MOST_ENTRIES and one_precision and autocast_dtype(x.device) is None
+def _supports(x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None) -> bool:
+    # tiles are normalised after their products, which float16 may not hold
+    overflows = len(x) > FEW_ENTRIES and gain is not None and x.dtype == torch.float16
+    return len(x) <= MOST_ENTRIES and not overflows and have_one_precision(x, weight, bias, gain)
+
+
+def have_one_precision(*tensors: Tensor | None) -> bool:
+    """True for tensors of one precision, which autocast does not lower."""
+    present = [t for t in tensors if t is not None]
+    return len({t.dtype for t in present}) == 1 and autocast_dtype(present[0].device) is None

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from titans_pytorch.ops._triton import (
     begin,
+    cache_lines,
     contiguous_inside,
     let_next_begin,
+    norm_eps,
     overlapping,
     prefetch,
     product_precision,
@@ -197,7 +199,7 @@ def token_linear(
     arguments: dict[str, Any] = {
         'x': x, 'weight': weight.contiguous(), 'bias': x if bias is None else bias.contiguous(),
         'gain': gain.contiguous(), 'out': out, 'normed': normed, 'stride_b': x.stride(0),
-        'eps': torch.finfo(torch.float32).eps if eps is None else eps, 'OUTPUTS': outputs, 'DIM': dim,
+        'eps': norm_eps(eps), 'OUTPUTS': outputs, 'DIM': dim,
         'NORMS': norm is not None, 'HAS_BIAS': bias is not None, 'GATED': gated,
     }  # fmt: skip
     with torch.cuda.device_of(x):
@@ -209,11 +211,10 @@ def token_linear(
             )
         else:
             tiles = triton.cdiv(outputs, OUTPUTS_OF_TILE)
-            line = 128 // weight.element_size()
             _tile_kernel[(tiles + (norm is not None), triton.cdiv(batch, ROWS_OF_TILE))](
                 **arguments, batch=batch, ROWS=ROWS_OF_TILE, TILE=OUTPUTS_OF_TILE, WARPS=WARPS, FEATURES=FEATURES,
                 BLOCK=min(FEATURES_OF_NORM, triton.next_power_of_2(dim)),
-                LINE=line, LINES=triton.next_power_of_2(triton.cdiv(dim, line)),
+                **cache_lines(weight, dim),
                 **product_precision(x.dtype), **overlapping(x), num_warps=WARPS, maxnreg=REGISTERS,
             )  # fmt: skip
     return out, normed

@@ -10,9 +10,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from titans_pytorch.ops._dispatch import VOLTA, use_kernel
-from titans_pytorch.ops.token_linear import Norm
+from titans_pytorch.ops.token_linear import Norm, have_one_precision
 from titans_pytorch.ops.token_mixture import reference
-from titans_pytorch.utils.precision import autocast_dtype
 from titans_pytorch.utils.shapes import Float
 
 MOST_CHOICES = 64
@@ -30,13 +29,9 @@ def token_mixture(
     The kernel has no gradient, so it runs only where gradients are off.
     """
     tensors = (x, choices, norm[0], weight, bias)
-    if use_kernel(tensors, capability=VOLTA, has_backward=False) and _supports(*tensors):
+    supported = choices.shape[2] <= MOST_CHOICES and have_one_precision(*tensors)
+    if supported and use_kernel(tensors, capability=VOLTA, has_backward=False):
         from titans_pytorch.ops.token_mixture import triton
 
         return triton.token_mixture(x, choices, norm, weight, bias)
     return reference.token_mixture(x, choices, norm, weight, bias)
-
-
-def _supports(x: Tensor, choices: Tensor, *parameters: Tensor) -> bool:
-    one_precision = all(t.dtype == x.dtype for t in (choices, *parameters))
-    return choices.shape[2] <= MOST_CHOICES and one_precision and autocast_dtype(x.device) is None

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans_pytorch.ops._triton import begin, contiguous_inside, overlapping, wait_for_inputs
+from titans_pytorch.ops._triton import begin, contiguous_inside, norm_eps, overlapping, wait_for_inputs
 
 # features at a time, at most
 BLOCK = 512
@@ -84,7 +84,7 @@ def token_mixture(
     with torch.cuda.device_of(x):
         _kernel[(batch, mixtures)](
             x=x, choices=choices, gain=gain.contiguous(), weight=weight.contiguous(), bias=bias.contiguous(), out=out,
-            batch=batch, stride_b=x.stride(0), eps=torch.finfo(torch.float32).eps if eps is None else eps,
+            batch=batch, stride_b=x.stride(0), eps=norm_eps(eps),
             CHOICES=count, DIM=dim, PADDED=padded, BLOCK=block, **overlapping(x, gain, weight, bias),
             num_warps=max(1, padded * block // ENTRIES_PER_WARP),
         )  # fmt: skip

@@ -11,7 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans_pytorch.ops._triton import contiguous_inside, let_next_begin, overlapping, prefetch, wait_for_inputs
+from titans_pytorch.ops._triton import (
+    cache_lines,
+    contiguous_inside,
+    let_next_begin,
+    norm_eps,
+    overlapping,
+    prefetch,
+    wait_for_inputs,
+)
 
 # entries of each matrix at a time, which are in registers
 TILE = 8192
@@ -139,7 +147,7 @@ def token_retrieval(
     if not batch:
         return out
 
-    padded, line = triton.next_power_of_2(dim_head), 128 // last.element_size()
+    padded = triton.next_power_of_2(dim_head)
     block = max(1, min(triton.next_power_of_2(hidden), TILE // padded))
     projected, normed = contiguous_inside(projected, 1), contiguous_inside(normed, 1)
     with torch.cuda.device_of(projected):
@@ -147,11 +155,11 @@ def token_retrieval(
             projected=projected, stride_b=projected.stride(0), normed=normed, normed_stride_b=normed.stride(0),
             query_gain=query_gain.contiguous(), first=first, last=last, gain=gain.contiguous(),
             to_gate=to_gate.contiguous(), out=out,
-            query_eps=torch.finfo(torch.float32).eps if query_eps is None else query_eps, eps=eps,
+            query_eps=norm_eps(query_eps), eps=eps,
             HEADS=heads, DIM_HEAD=dim_head, HIDDEN=hidden, DIM=dim, HAS_FIRST=len(matrices) > 1,
             NORMS_QUERY=query_norm is not None, HAS_NORM=norm is not None, HAS_GATE=gate is not None,
             PADDED=padded, BLOCK=block, DIM_BLOCK=min(BLOCK, triton.next_power_of_2(dim)),
-            LINE=line, LINES=triton.next_power_of_2(triton.cdiv(dim_head * hidden, line)),
+            **cache_lines(last, dim_head * hidden),
             num_warps=max(1, min(MOST_WARPS, padded * block // TILE_PER_WARP)), **overlapping(projected),
         )  # fmt: skip
     return out
