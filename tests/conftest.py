@@ -119,7 +119,7 @@ def switch_kernel(monkeypatch):
 
 @pytest.fixture
 def launches_of(switch_kernel, monkeypatch):
-    """`launches_of(operation)`: its kernel runs on this device too; a list that grows by the arguments of each launch."""
+    """`launches_of(operation)`: its kernel runs on this device too; a list of the arguments of each launch, which grows."""
 
     def noted(operation):
         switch_kernel(operation, True)
