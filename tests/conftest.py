@@ -119,7 +119,7 @@ def switch_kernel(monkeypatch):
 
 @pytest.fixture
 def launches_of(switch_kernel, monkeypatch):
-    """`launches_of(operation)`: its kernel runs on this device too; a list of the arguments of each launch, which grows."""
+    """`launches_of(operation)`: its kernel runs on this device too; a growing list of the arguments of launches."""
 
     def noted(operation):
         switch_kernel(operation, True)
