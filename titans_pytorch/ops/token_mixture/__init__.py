@@ -29,8 +29,8 @@ def token_mixture(
     The kernel has no gradient, so it runs only where gradients are off.
     """
     tensors = (x, choices, norm[0], weight, bias)
-    supported = choices.shape[2] <= MOST_CHOICES and have_one_precision(*tensors)
-    if supported and use_kernel(tensors, capability=VOLTA, has_backward=False):
+    few = choices.shape[2] <= MOST_CHOICES
+    if few and use_kernel(tensors, capability=VOLTA, has_backward=False) and have_one_precision(*tensors):
         from titans_pytorch.ops.token_mixture import triton
 
         return triton.token_mixture(x, choices, norm, weight, bias)
