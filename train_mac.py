@@ -771,7 +771,7 @@ def training_loop(
             total = micro_step.accumulate(windows(data.train, own, config.SEQ_LEN + 1) for own in share(starts))
             norm = whole_tensor(nn.utils.clip_grad_norm_(model.parameters(), config.MAX_GRAD_NORM))
             optimizer.step()
-            optimizer.zero_grad(set_to_none=not machine.cuda_graphs)
+            optimizer.zero_grad()
             train_loss, grad_norm = torch.stack((total, norm)).tolist()
             if not (math.isfinite(train_loss) and math.isfinite(grad_norm)):
                 fail(f'the training loss is {train_loss}, the norm of its gradient {grad_norm}')

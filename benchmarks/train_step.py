@@ -74,7 +74,7 @@ def work(batch: int, precision: str, repeats: int, mode: str) -> dict[str, Any]:
 
     def forward_and_backward() -> float:
         loss = step(inputs)
-        optimizer.zero_grad(set_to_none='graph' not in mode)
+        optimizer.zero_grad()
         return loss
 
     started = time.perf_counter()

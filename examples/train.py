@@ -72,7 +72,7 @@ def main() -> float:
             train_loss = step.accumulate(t.windows(data.train, own, options.length + 1) for own in t.share(starts))
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=False)
+            optimizer.zero_grad()
             stop = t.any_rank(signals.received is not None)
             if stop or batch % 100 == 0 or batch == options.steps:
                 sizes = {'batches': 8, 'batch_size': options.batch, 'length': options.length}

@@ -90,7 +90,7 @@ def test_modules_do_not_import_each_other_in_a_cycle():
 @pytest.mark.parametrize('name', [name for name in MODULES if name.split('.')[-1].startswith('triton')])
 def test_kernels_import_only_kernels(name):
     # of proximal steps, their limits
-    allowed = ('triton', '_triton', '_registration', 'proximal_steps')
+    allowed = ('triton', '_triton', '_registration', '_streams', 'proximal_steps')
     for other in own_imports(name):
         assert other.split('.')[-1].startswith(allowed), f'{name} must not import {other}'
 

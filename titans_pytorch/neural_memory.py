@@ -54,6 +54,7 @@ from titans_pytorch.memory.validation import (
     checked_settings,
 )
 from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
+from titans_pytorch.ops._streams import side_by_side
 from titans_pytorch.ops.associative_scan import AssocScan
 from titans_pytorch.ops.newton_schulz import newtonschulz5
 from titans_pytorch.ops.token_linear import linear_of_token
@@ -715,10 +716,13 @@ class NeuralMemory(Resettable, InReferenceFormat):
             tokens = torch.cat((buffers.pending, to_store), dim=-2)
             buffers = replaced(buffers, weights=self._store_one(tokens, buffers, ends_batch, prev_weights))
             buffers.pending[..., :context, :] = tokens[..., self.store_chunk_size :, :]
-        else:
-            index = in_chunk + context if context else in_chunk
-            buffers.pending.index_copy_(-2, index, to_store.to(buffers.pending.dtype))
-        return self._retrieve_one(query, buffers, in_chunk, ends_chunk), buffers
+            return self._retrieve_one(query, buffers, in_chunk, ends_chunk), buffers
+        index = in_chunk + context if context else in_chunk
+        _, retrieved = side_by_side(
+            partial(buffers.pending.index_copy_, -2, index, to_store.to(buffers.pending.dtype)),
+            partial(self._retrieve_one, query, buffers, in_chunk, ends_chunk),
+        )
+        return retrieved, buffers
 
     def _store_one(
         self, tokens: Tensor, buffers: MemoryBuffers, ends_batch: bool, prev_weights: Weights | None
@@ -832,35 +836,46 @@ class NeuralMemory(Resettable, InReferenceFormat):
         """Complete chunks, and one pooled row for each. In front of `tokens` is the context of the convolutions."""
         normed = for_products(self.store_norm(tokens))
         seq, values_seq = normed if self.qkv_receives_diff_views else (normed, normed)
-        pooled = self.reduce_to_chunk_rep(seq[:, self.conv_context :])
-        chunk_size, rows = self.store_chunk_size, self.store_chunk_size * self.num_kv_per_token
-        keys = rows_of_heads(seq, self.to_keys, self.split_kv_heads, self.k_norm)
-        values = rows_of_heads(values_seq, self.to_values, self.split_kv_heads)
-        keys, values = (t.flatten(0, 1).unflatten(1, (-1, rows)) for t in (keys, values))
-        keys, values = (network_rows(t, self._dtype) for t in (keys, values))
-
-        # gates are in float32 under any autocast, and in a half-precision module
-        step_logits = at_least_float32(self.to_adaptive_step(seq[:, self.conv_context :]))
-        step_sizes = self.adaptive_step_transform(step_logits)
-        if not isinstance(step_sizes, Tensor) or step_sizes.shape != step_logits.shape:
-            expected = f'a step size for each logit, {tuple(step_logits.shape)}'
-            raise ValueError(f'adaptive_step_transform must return {expected}, got {described(step_sizes)}')
-        step_sizes = step_sizes.unflatten(1, (-1, rows))
-        if mask is not None:
-            stored = repeat(mask, 'b (n c) -> (b h) n (c u)', h=self.heads, c=chunk_size, u=self.num_kv_per_token)
-            step_sizes = torch.where(stored, step_sizes, 0.0)
-
-        if self.store_with_lookahead_value and rows > 1:
+        keys, values, step_sizes, (pooled, gates) = side_by_side(
+            partial(self._rows_of_chunks, seq, self.to_keys, self.k_norm),
+            partial(self._rows_of_chunks, values_seq, self.to_values),
+            partial(self._step_sizes, seq[:, self.conv_context :], mask),
+            partial(self._gates, seq[:, self.conv_context :]),
+        )
+        if self.store_with_lookahead_value and keys.shape[2] > 1:
             keys, values, step_sizes = keys[..., :-1, :], values[..., 1:, :], step_sizes[..., :-1]
         elif self.store_with_lookahead_value:  # no row has a next one: nothing is stored
             step_sizes = F.pad(step_sizes[..., :-1], (0, 1))
+        return Chunks(keys=keys, values=values, step_sizes=step_sizes, **gates), pooled
 
+    def _rows_of_chunks(
+        self, seq: Float[Tensor, 'b t d'], projection: Module, norm: Module | None = None
+    ) -> Float[Tensor, 'bh n m d']:
+        """Keys or values of each chunk."""
+        rows = rows_of_heads(seq, projection, self.split_kv_heads, norm).flatten(0, 1)
+        return network_rows(rows.unflatten(1, (-1, self.store_chunk_size * self.num_kv_per_token)), self._dtype)
+
+    # gates are in float32 under any autocast, and in a half-precision module
+
+    def _step_sizes(self, seq: Float[Tensor, 'b t d'], mask: Bool[Tensor, 'b t'] | None) -> Float[Tensor, 'bh n m']:
+        chunk_size, per_token = self.store_chunk_size, self.num_kv_per_token
+        logits = at_least_float32(self.to_adaptive_step(seq))
+        step_sizes = self.adaptive_step_transform(logits)
+        if not isinstance(step_sizes, Tensor) or step_sizes.shape != logits.shape:
+            expected = f'a step size for each logit, {tuple(logits.shape)}'
+            raise ValueError(f'adaptive_step_transform must return {expected}, got {described(step_sizes)}')
+        step_sizes = step_sizes.unflatten(1, (-1, chunk_size * per_token))
+        if mask is None:
+            return step_sizes
+        stored = repeat(mask, 'b (n c) -> (b h) n (c u)', h=self.heads, c=chunk_size, u=per_token)
+        return torch.where(stored, step_sizes, 0.0)
+
+    def _gates(self, seq: Float[Tensor, 'b t d']) -> tuple[Float[Tensor, 'b n d'], dict[str, Tensor | None]]:
+        """A pooled row for each chunk, and the fields of `Chunks` that depend on it."""
+        pooled = self.reduce_to_chunk_rep(seq)
         momentum = _optional(self.to_momentum, pooled)
         modulation = _optional(self.to_layer_modulation, pooled)
-        chunks = Chunks(
-            keys=keys,
-            values=values,
-            step_sizes=step_sizes,
+        return pooled, dict(
             decay_logits=at_least_float32(self.to_decay_factor(pooled)).squeeze(-1),
             momentum_logits=momentum,
             momentum_mix=_optional(self.to_learned_momentum_combine, pooled),
@@ -868,7 +883,6 @@ class NeuralMemory(Resettable, InReferenceFormat):
             # 1 − η
             momentum_shares=(-momentum).sigmoid() if self.normalized_momentum and momentum is not None else None,
         )
-        return chunks, pooled
 
     def _weight_residual(
         self, prev_weights: Mapping[str, Tensor] | None, pooled: Float[Tensor, 'b n d'], first_chunk: int

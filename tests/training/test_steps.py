@@ -19,18 +19,29 @@ def test_gradients_that_a_graph_writes_are_added_to_those_of_the_parameters(set_
     written = {parameter: torch.zeros_like(parameter) for parameter in model.parameters()}
 
     class Graph:
+        replays = 0
+
         def replay(self):
+            self.replays += 1
             for gradient in written.values():
-                gradient.add_(1.0)
+                gradient.fill_(self.replays)
 
     step.graph, step.gradients = Graph(), written
-    for first in (1.0, 3.0):
-        step._replay()
-        step._replay()
+    for micro_batches, total in ((1, 1.0), (2, 2.0 + 3.0), (3, 4.0 + 5.0 + 6.0)):
+        for _ in range(micro_batches):
+            step._replay()
         for parameter in model.parameters():
-            assert parameter.grad is not written[parameter]
-            torch.testing.assert_close(parameter.grad, torch.full_like(parameter, 2 * first + 1))
+            torch.testing.assert_close(parameter.grad, torch.full_like(parameter, total))
         model.zero_grad(set_to_none)
+
+
+def test_gradients_of_a_single_replay_are_not_copied():
+    model = nn.Linear(3, 2)
+    step = MicroStep(model, choose_machine('cpu'))
+    step.graph = type('Graph', (), {'replay': lambda self: None})()
+    step.gradients = {parameter: torch.ones_like(parameter) for parameter in model.parameters()}
+    step._replay()
+    assert all(parameter.grad is written for parameter, written in step.gradients.items())
 
 
 class Noisy(nn.Linear):
@@ -51,7 +62,7 @@ def test_compiled_steps_with_autocast_contexts_are_cached():
         for _ in range(2):
             torch.compiler.reset()
             found.clear()
-            torch.testing.assert_close(steps._compile(compute)(x), compute(x))
+            torch.testing.assert_close(steps._compile(compute, choose_machine('cpu'))(x), compute(x))
             hits.append(found['autograd_cache_hit'])
     assert hits == [0, 1]
 

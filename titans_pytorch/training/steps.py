@@ -47,9 +47,9 @@ class MicroStep:
         # not the model itself, so that validation and sampling, whose lengths differ, are not compiled
         self.loss_of, self.compiled_layers = self._loss, {}
         if machine.compile and is_sharded(model):
-            self.compiled_layers = _compiled(model.layers)  # type: ignore[arg-type]
+            self.compiled_layers = _compiled(model.layers, machine)  # type: ignore[arg-type]
         elif machine.compile:
-            self.loss_of = _compile(self._loss)
+            self.loss_of = _compile(self._loss, machine)
         self.own_micro_batches = micro_batches // num_ranks()
         self.machine = machine
         self.kernels_compiled = not machine.triton
@@ -110,7 +110,7 @@ class MicroStep:
                 self.model.zero_grad()
                 expected = self._outcome(self._compute(self.inputs))
         torch.cuda.current_stream().wait_stream(stream)
-        # without gradients to add to, the graph writes its own, which a few kernels then add to those of the parameters
+        # without gradients to add to, the graph writes its own
         self.model.zero_grad()
         self.graph = torch.cuda.CUDAGraph()
         # NCCL's own thread may ask for its events meanwhile
@@ -129,14 +129,25 @@ class MicroStep:
         self.model.zero_grad()
 
     def _replay(self) -> None:
+        """What the graph writes becomes the gradient of parameters without one, and is added to those of others."""
         assert self.graph is not None
+        # the graph is about to overwrite gradients that are still its own
+        own = [parameter for parameter, written in self.gradients.items() if parameter.grad is written]
+        kept = [torch.empty_like(parameter) for parameter in own]
+        if own:
+            torch._foreach_copy_(kept, [self.gradients[parameter] for parameter in own])
+        for parameter, gradient in zip(own, kept):
+            parameter.grad = gradient
         self.graph.replay()
-        sums = []
-        for parameter in self.gradients:
+        sums, terms = [], []
+        for parameter, written in self.gradients.items():
             if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            sums.append(parameter.grad)
-        torch._foreach_add_(sums, [*self.gradients.values()])
+                parameter.grad = written
+            else:
+                sums.append(parameter.grad)
+                terms.append(written)
+        if sums:
+            torch._foreach_add_(sums, terms)
 
     def _outcome(self, loss: Tensor) -> Tensor:
         """The loss and the gradient norm."""
@@ -165,9 +176,15 @@ def validation_loss(
     return sum_over_ranks(losses).mean().item()
 
 
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compile(function: Callable[..., Any], machine: Machine) -> Callable[..., Any]:
     """A function compiled as one graph, which the next process finds in PyTorch's cache."""
-    return torch.compile(function, fullgraph=True, dynamic=False, options=_cacheable())
+    options = _cacheable()
+    if machine.triton:
+        options = {
+            **options,
+            'combo_kernels': True,
+        }  # small kernels that do not depend on each other, such as casts, become one
+    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
 @functools.cache
@@ -182,9 +199,9 @@ def _cacheable() -> dict[str, Any]:
     return {'unsafe_marked_cacheable_functions': dict.fromkeys(names, key)}
 
 
-def _compiled(layers: Iterable[nn.Module]) -> dict[nn.Module, Callable[..., Any]]:
+def _compiled(layers: Iterable[nn.Module], machine: Machine) -> dict[nn.Module, Callable[..., Any]]:
     """The forward of each layer, compiled by itself, as the hooks of FSDP2 between the layers are Python."""
-    return {layer: _compile(layer.forward) for layer in layers}
+    return {layer: _compile(layer.forward, machine) for layer in layers}
 
 
 @contextlib.contextmanager

@@ -44,6 +44,6 @@ def hyper_connection(
     if use_kernel([*x, *weights], capability=VOLTA) and len(weights[1]) <= MOST_STREAMS:
         from titans_pytorch.ops.hyper_connection import triton
 
-        branch_in, mixed, write, _ = triton.hyper_connection(x, weights, iters=ITERATIONS, eps=EPS)
+        branch_in, mixed, write, *_ = triton.hyper_connection(x, weights, iters=ITERATIONS, eps=EPS)
         return branch_in, mixed, write
     return reference.hyper_connection(x, weights, ITERATIONS, EPS)

@@ -579,32 +579,36 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
         _sum_shares(of_shares, d_write, start, positions, tokens, tiles, STREAMS, SHARES)
 
 
-def _outputs(x: list[Tensor], weights: list[Tensor], iters: int, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _outputs(
+    x: list[Tensor], weights: list[Tensor], iters: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     streams, dim, adds, batch, tokens = _sizes(x, weights)
     return (
         x[0].new_empty(batch, tokens, dim),
         x[0].new_empty((batch * streams, tokens, dim) if adds else (0,)),
         x[0].new_empty((batch * streams, tokens, 1) if adds else (0,), dtype=torch.float32),
         x[0].new_empty(batch, tokens, streams, 2 * streams + 3 if adds else 2, dtype=torch.float32),
+        x[0].new_empty(streams + 2 if adds else 1, dim, dtype=torch.float32),
     )
 
 
 def _forward(
     x: list[Tensor], weights: list[Tensor], iters: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # b n d, (b s) n d, (b s) n 1, b n s r
-    """The results of `titans_pytorch.ops.hyper_connection`, and a table for the gradient: for each stream of a position
-    its products with the weights, the factor √d / ‖x_s‖, and its row of the mix."""
-    branch_in, mixed, write, saved = _outputs(x, weights, iters, eps)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # b n d, (b s) n d, (b s) n 1, b n s r, l d
+    """The results of `titans_pytorch.ops.hyper_connection`, and for the gradient a table, which has for each stream of
+    a position its products with the weights, the factor √d / ‖x_s‖, and its row of the mix; and the folded weights."""
+    branch_in, mixed, write, saved, to_logits = _outputs(x, weights, iters, eps)
     streams, dim, adds, batch, tokens = _sizes(x, weights)
     positions = batch * tokens
     if positions:
+        _fold(weights, to_logits)
         _forward_kernel[(FORWARD.number(positions),)](
-            **_arguments_of_rows(x, weights), **_arguments_of_gates(weights), to_logits=_folded(weights),
+            **_arguments_of_rows(x, weights), **_arguments_of_gates(weights), to_logits=to_logits,
             branch_in=branch_in, mixed=mixed, next_write=write, saved=saved,
             root_of_dim=dim**0.5, iters=iters, EPS=eps, LOGITS=streams + 2 if adds else 1,
             POSITIONS=FORWARD.positions, num_warps=FORWARD.warps,
         )  # fmt: skip
-    return branch_in, mixed, write, saved
+    return branch_in, mixed, write, saved, to_logits
 
 
 def _backward(
@@ -612,6 +616,7 @@ def _backward(
     d_mixed: Tensor,  # (b s) n d
     d_write: Tensor,  # (b s) n 1
     saved: Tensor,  # b n s r
+    to_logits: Tensor,  # l d
     x: list[Tensor],
     weights: list[Tensor],
     iters: int,
@@ -650,7 +655,7 @@ def _backward(
             POSITIONS=BACKWARD_GATES.positions, UNROLLED=UNROLLED, num_warps=BACKWARD_GATES.warps,
         )  # fmt: skip
         _backward_rows_kernel[(rows, tiles)](
-            **of_rows, **gradients, to_logits=_folded(weights), saved=saved,
+            **of_rows, **gradients, to_logits=to_logits, saved=saved,
             d_residual=d_residual, d_branch_out=d_branch_out, of_shares=of_shares, sums=of_features, LOGITS=logits,
             POSITIONS=BACKWARD_ROWS.positions, num_warps=BACKWARD_ROWS.warps,
         )  # fmt: skip
@@ -670,7 +675,7 @@ def _backward(
 
 
 hyper_connection = register_kernel(
-    'hyper_connection', _forward, _backward, outputs=_outputs, saved=(3,), not_differentiable=(3,)
+    'hyper_connection', _forward, _backward, outputs=_outputs, saved=(3, 4), not_differentiable=(3, 4)
 )
 
 
@@ -717,13 +722,11 @@ def _beta_fn(weights: list[Tensor]) -> Tensor:
     return weights[6 if len(weights) > 6 else 0].contiguous()
 
 
-def _folded(weights: list[Tensor]) -> Tensor:  # l d
+def _fold(weights: list[Tensor], to_logits: Tensor) -> None:
     gamma, static_alpha, alpha_fn, *_ = weights
-    streams, dim = len(static_alpha), len(gamma)
-    logits = streams + 2 if len(weights) == 8 else 1
-    to_logits = gamma.new_empty(logits, dim, dtype=torch.float32)
+    logits, dim = to_logits.shape
     _fold_kernel[(triton.cdiv(dim, FOLDED),)](
         gamma=gamma.contiguous(), alpha_fn=alpha_fn.contiguous(), beta_fn=_beta_fn(weights), to_logits=to_logits,
-        STREAMS=streams, DIM=dim, LOGITS=logits, PADDED=triton.next_power_of_2(logits), BLOCK=FOLDED, num_warps=1,
+        STREAMS=len(static_alpha), DIM=dim, LOGITS=logits, PADDED=triton.next_power_of_2(logits), BLOCK=FOLDED,
+        num_warps=1,
     )  # fmt: skip
-    return to_logits

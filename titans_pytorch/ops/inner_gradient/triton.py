@@ -47,8 +47,9 @@ KEPT, KEPT_IN_FULL, RESIDUAL_STAGES = 8192, 4096, 1
 # the warps of a program, and the registers of a thread in the backward, for two programs on a multiprocessor, or three;
 # the latter where there are MANY_PROGRAMS
 RESIDUAL_WARPS, RESIDUAL_REGISTERS, MANY_PROGRAMS = (8, 4), (128, 168), 4096
-# to sum weights' gradients: hidden features and warps of a program, and programs that share the chunks
-RESIDUAL_UNITS, RESIDUAL_SUM_WARPS, ENOUGH_SUMS = 16, 4, 512
+# to sum weights' gradients: hidden features, warps (one needs no barrier) and stages of a program, and programs that
+# share the chunks
+RESIDUAL_UNITS, RESIDUAL_SUM_WARPS, RESIDUAL_SUM_STAGES, ENOUGH_SUMS = 16, 1, 3, 1024
 
 
 @triton.jit
@@ -385,38 +386,52 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def add_outer_products(  # type: ignore[no-untyped-def]
+    of_first, of_last, keys, hidden, deltas, d_products, d_y, d_h, first_row, last_row, unit, feature,
+    rows, key_chunk, key_row, dim: tl.constexpr, width: tl.constexpr, HIDDEN: tl.constexpr,
+    ROWS: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """What the first ROWS of some rows of a head bring to the gradients of a block of hidden features, added: to
+    columns of the first matrix, which lie down, and to rows of the last."""
+    index = first_row + tl.arange(0, ROWS)
+    valid = index < last_row
+    key_offset = (index // rows) * key_chunk + (index % rows) * key_row
+    # the left operand is loaded transposed, rows across
+    across = valid[None, :] & (unit < width)[:, None]
+    inside = valid[:, None] & (feature < dim)[None, :]
+    features = index[:, None] * dim + feature[None, :]
+    d_product = tl.load(d_y + features, mask=inside, other=0.0)
+    if HIDDEN:
+        # y = a W₂, g = Δ₂ W₂ᵀ, h = k W₁
+        units = index[None, :] * width + unit[:, None]
+        a = tl.load(hidden + units, mask=across, other=0.0)
+        of_last = multiply_add(of_last, a, d_product, PRECISION, OPERAND)
+        d_g = tl.load(d_products + units, mask=across, other=0.0)
+        delta = tl.load(deltas + features, mask=inside, other=0.0)
+        of_last = multiply_add(of_last, d_g, delta, PRECISION, OPERAND)
+        of_h = tl.load(d_h + units, mask=across, other=0.0)
+        k = tl.load(keys + key_offset[:, None] + feature[None, :], mask=inside, other=0.0)
+        of_first = multiply_add(of_first, of_h, k, PRECISION, OPERAND)
+    else:
+        k = tl.load(keys + key_offset[None, :] + unit[:, None], mask=across, other=0.0)
+        of_last = multiply_add(of_last, k, d_product, PRECISION, OPERAND)
+    return of_first, of_last
+
+
+@triton.jit
 def outer_products(  # type: ignore[no-untyped-def]
     keys, hidden, deltas, d_products, d_y, d_h, first_row, last_row, steps, unit, feature, rows, key_chunk, key_row,
     dim: tl.constexpr, width: tl.constexpr, HIDDEN: tl.constexpr,
     UNITS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """What some rows of a head bring to the gradients of a block of hidden features: columns of the first matrix,
-    which lie down, and rows of the last."""
+    """`add_outer_products` of all of some rows, to zeros."""
     of_first = tl.zeros((UNITS, DIM), tl.float32)
     of_last = tl.zeros((UNITS, DIM), tl.float32)
     for step in range(0, steps):
-        index = first_row + step * ROWS + tl.arange(0, ROWS)
-        valid = index < last_row
-        key_offset = (index // rows) * key_chunk + (index % rows) * key_row
-        # the left operand is loaded transposed, rows across
-        across = valid[None, :] & (unit < width)[:, None]
-        inside = valid[:, None] & (feature < dim)[None, :]
-        features = index[:, None] * dim + feature[None, :]
-        d_product = tl.load(d_y + features, mask=inside, other=0.0)
-        if HIDDEN:
-            # y = a W₂, g = Δ₂ W₂ᵀ, h = k W₁
-            units = index[None, :] * width + unit[:, None]
-            a = tl.load(hidden + units, mask=across, other=0.0)
-            of_last = multiply_add(of_last, a, d_product, PRECISION, OPERAND)
-            d_g = tl.load(d_products + units, mask=across, other=0.0)
-            delta = tl.load(deltas + features, mask=inside, other=0.0)
-            of_last = multiply_add(of_last, d_g, delta, PRECISION, OPERAND)
-            of_h = tl.load(d_h + units, mask=across, other=0.0)
-            k = tl.load(keys + key_offset[:, None] + feature[None, :], mask=inside, other=0.0)
-            of_first = multiply_add(of_first, of_h, k, PRECISION, OPERAND)
-        else:
-            k = tl.load(keys + key_offset[None, :] + unit[:, None], mask=across, other=0.0)
-            of_last = multiply_add(of_last, k, d_product, PRECISION, OPERAND)
+        of_first, of_last = add_outer_products(
+            of_first, of_last, keys, hidden, deltas, d_products, d_y, d_h, first_row + step * ROWS, last_row, unit,
+            feature, rows, key_chunk, key_row, dim, width, HIDDEN, ROWS, PRECISION, OPERAND,
+        )  # fmt: skip
     return of_first, of_last
 
 
@@ -429,7 +444,8 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
     share_head, share_chunk, residual_first_head, residual_first_chunk,
     residual_last_head, residual_last_chunk, residual_gamma_head, residual_gamma_chunk,
     dim: tl.constexpr, width: tl.constexpr, HIDDEN: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-    UNITS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+    WHOLE: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+    PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """A program owns a block of hidden features of a head; where chunks have weights of their own, in some chunks."""
     program = tl.program_id(0)
@@ -448,31 +464,44 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
     in_last, in_first = unit[:, None] * dim + feature[None, :], feature[None, :] * width + unit[:, None]
 
     if RESIDUAL:
-        of_first = tl.zeros((UNITS, DIM), tl.float32)
-        of_last = tl.zeros((UNITS, DIM), tl.float32)
+        nothing = tl.zeros((UNITS, DIM), tl.float32)
+        of_first, of_last = nothing, nothing
         first_chunk = group * group_chunks
-        for chunk in range(first_chunk, tl.minimum(first_chunk + group_chunks, chunks)):
+        last_chunk = tl.minimum(first_chunk + group_chunks, chunks)
+        from_first = residual_first + head * residual_first_head + in_first
+        from_last = residual_last + head * residual_last_head + in_last
+        # read a chunk ahead, as Triton does by itself only with what is multiplied
+        next_last = tl.load(from_last + first_chunk * residual_last_chunk, mask=present, other=0.0)
+        next_first = next_last
+        if HIDDEN:
+            next_first = tl.load(from_first + first_chunk * residual_first_chunk, mask=present, other=0.0)
+        for chunk in range(first_chunk, last_chunk):
             share = tl.load(shares + head * share_head + chunk * share_chunk).to(tl.float32)
             offset = head * chunks + chunk
-            # long before they are needed
-            from_last = residual_last + head * residual_last_head + chunk * residual_last_chunk + in_last
-            other_last = tl.load(from_last, mask=present, other=0.0).to(tl.float32)
+            other_first, other_last = next_first, next_last
+            following = present & (unit < tl.where(chunk + 1 < last_chunk, width, 0))[:, None]
+            next_last = tl.load(from_last + (chunk + 1) * residual_last_chunk, mask=following, other=0.0)
             if HIDDEN:
-                from_first = residual_first + head * residual_first_head + chunk * residual_first_chunk + in_first
-                other_first = tl.load(from_first, mask=present, other=0.0).to(tl.float32)
-            own_first, own_last = outer_products(
-                keys, hidden, deltas, d_products, d_y, d_h, chunk * rows, (chunk + 1) * rows, steps, unit, feature,
-                rows, key_chunk, key_row, dim, width, HIDDEN, UNITS, ROWS, DIM, PRECISION, OPERAND,
-            )  # fmt: skip
+                next_first = tl.load(from_first + (chunk + 1) * residual_first_chunk, mask=following, other=0.0)
+            if WHOLE:
+                own_first, own_last = add_outer_products(
+                    nothing, nothing, keys, hidden, deltas, d_products, d_y, d_h, chunk * rows, (chunk + 1) * rows,
+                    unit, feature, rows, key_chunk, key_row, dim, width, HIDDEN, ROWS, PRECISION, OPERAND,
+                )  # fmt: skip
+            else:
+                own_first, own_last = outer_products(
+                    keys, hidden, deltas, d_products, d_y, d_h, chunk * rows, (chunk + 1) * rows, steps, unit, feature,
+                    rows, key_chunk, key_row, dim, width, HIDDEN, UNITS, ROWS, DIM, PRECISION, OPERAND,
+                )  # fmt: skip
             of_last += own_last
             to_last = d_residual_last + head * d_residual_last_head + chunk * (width * dim) + in_last
             tl.store(to_last, share * own_last, mask=present)
-            of_share = tl.sum(own_last * other_last)
+            of_share = tl.sum(own_last * other_last.to(tl.float32))
             if HIDDEN:
                 of_first += own_first
                 to_first = d_residual_first + head * d_residual_first_head + chunk * (width * dim) + in_first
                 tl.store(to_first, share * own_first, mask=present)
-                of_share += tl.sum(own_first * other_first)
+                of_share += tl.sum(own_first * other_first.to(tl.float32))
             if NORM:
                 # the first block's
                 with_gamma = feature < tl.where(block == 0, dim, 0)
@@ -633,10 +662,12 @@ def second_derivatives(
     )  # fmt: skip
 
     units = min(RESIDUAL_UNITS if residual else UNITS, tile_size(width))
-    unit_blocks, groups, at_a_time, summed, warps = triton.cdiv(width, units), 1, ROWS_AT_A_TIME, chunks * rows, 4
+    unit_blocks, groups, at_a_time, summed = triton.cdiv(width, units), 1, ROWS_AT_A_TIME, chunks * rows
+    warps, stages = 4, STAGES
     if residual:
         groups = min(chunks, triton.cdiv(ENOUGH_SUMS, heads * unit_blocks))
-        at_a_time, summed, warps = min(at_a_time, tile_size(rows)), rows, RESIDUAL_SUM_WARPS
+        at_a_time, summed = min(at_a_time, tile_size(rows)), rows
+        warps, stages = RESIDUAL_SUM_WARPS, RESIDUAL_SUM_STAGES
     group_chunks = triton.cdiv(chunks, groups)
     groups = triton.cdiv(chunks, group_chunks)
     d_first, d_last = (
@@ -657,8 +688,8 @@ def second_derivatives(
         **named_strides('d_residual_last', d_residual[1], 'head'),
         **named_strides('d_residual_gamma', d_residual[2], 'head'),
         blocks=unit_blocks, groups=groups, group_chunks=group_chunks, steps=triton.cdiv(summed, at_a_time),
-        parts=parts, row_blocks=blocks, UNITS=units, ROWS=at_a_time,
-        num_warps=warps if sizes['DIM'] <= 64 else 2 * warps, num_stages=STAGES,
+        WHOLE=residual and rows <= at_a_time, parts=parts, row_blocks=blocks, UNITS=units, ROWS=at_a_time,
+        num_warps=warps if sizes['DIM'] <= 64 else 2 * warps, num_stages=stages,
     )  # fmt: skip
     if groups > 1:
         d_first, d_last = None if d_first is None else d_first.sum(dim=1), d_last.sum(dim=1)

@@ -8,6 +8,7 @@ that each batch's part is contiguous.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial, reduce
 from itertools import accumulate
 from math import prod
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from titans_pytorch.ops._registration import register_kernel
+from titans_pytorch.ops._streams import side_by_side
 from titans_pytorch.ops.inner_gradient import triton as inner_gradient
 from titans_pytorch.ops.momentum_scan import triton as scans
 from titans_pytorch.ops.newton_schulz.triton import orthogonalise, orthogonalise_backward
@@ -139,24 +141,29 @@ def _forward(
     for batch in _batches([*outputs[:LOSSES], *outputs[LOSSES + 1 :]], given):
         losses.append(newest[0].new_empty(batch.gradient.step_sizes.shape))
         inner_gradient.write_gradients((*batch.of_rows, losses[-1]), batch.gradient)
-        for (inputs, deltas), own in zip(batch.factors, batch.parameters):
-            momenta = own.momenta
-            momentum_end = torch.empty_like(own.newest) if own.momentum_end is None else own.momentum_end
-            scans.write_momentum(momenta, momentum_end, inputs, deltas, own.scale, batch.log_gates, own.momentum)
-            updates = orthogonalise(momenta.flatten(0, 1), *given.iteration).view_as(momenta).flatten(2)
-            scans.write_weights(
-                own.before, own.end, None, None,
-                updates, None, None, batch.log_retention, None, own.newest.flatten(1),
-            )  # fmt: skip
-        for own in batch.parameters[num_matrices:]:
-            scans.write_weights(
-                own.before, own.end, own.momentum_end, own.momenta,
-                batch.of_rows[-1], own.scale, batch.log_gates, batch.log_retention, own.momentum, own.newest,
-            )  # fmt: skip
+        side_by_side(*(partial(_store, batch, index, given) for index in range(len(newest))))
     for index in range(len(newest)):
         outputs[OVER_TIME + index][:, -1] = outputs[ENDS + index][-1]
     torch.cat(losses, dim=1, out=outputs[LOSSES])
     return outputs
+
+
+def _store(batch: _Batch, index: int, given: _Arguments) -> None:
+    """Momentum and weights of a parameter after a memory batch, and before each of its chunks."""
+    own = batch.parameters[index]
+    if index >= given.num_matrices:
+        scans.write_weights(
+            own.before, own.end, own.momentum_end, own.momenta,
+            batch.of_rows[-1], own.scale, batch.log_gates, batch.log_retention, own.momentum, own.newest,
+        )  # fmt: skip
+        return
+    momenta = own.momenta
+    momentum_end = torch.empty_like(own.newest) if own.momentum_end is None else own.momentum_end
+    scans.write_momentum(momenta, momentum_end, *batch.factors[index], own.scale, batch.log_gates, own.momentum)
+    updates = orthogonalise(momenta.flatten(0, 1), *given.iteration).view_as(momenta).flatten(2)
+    scans.write_weights(
+        own.before, own.end, None, None, updates, None, None, batch.log_retention, None, own.newest.flatten(1)
+    )
 
 
 def _backward(d_outputs: list[Any], *saved_and_given: Any) -> list[Any]:
@@ -166,29 +173,30 @@ def _backward(d_outputs: list[Any], *saved_and_given: Any) -> list[Any]:
     d_over_time, d_ends, d_momentum_ends = (d_outputs[first : first + SLOTS] for first in LISTS)
     d_losses = d_outputs[LOSSES]
 
-    # from the memory batch after: the gradients of weights and momentum
-    d_weights: list[Any] = [None if d is None else d[:, -1].float() for d in d_over_time]
-    d_momentum: list[Any] = [None] * SLOTS
+    # from the memory batch after: the gradients of weights, those of what its gradients are taken at, and of momentum
+    d_weights: Sequence[Any] = [None if d is None else d[:, -1].float() for d in d_over_time]
+    d_base: Sequence[Any] = [None] * SLOTS
+    d_momentum: Sequence[Any] = [None] * SLOTS
     d_previous = [t.new_empty(t.shape) for t in given.previous]
     of_rows: list[Any] = []
-    parts: list[list[Any]] = [[] for _ in given.newest]  # of gradients of factors
-    d_base: list[Any] = []
+    of_factors: list[Any] = []
     for batch in reversed(_batches(saved, given)):
         hidden, _, deltas, _ = batch.of_rows
-        d_factors: list[Any] = []  # of each matrix those of X and Δ, and that of what γ is to descend by
-        for index in range(len(given.newest)):
-            d_before = d_over_time[index]
-            d_states = (
-                None if d_before is None else d_before[:, batch.span].flatten(2),
-                _added(d_weights[index], d_ends[index], batch.number),
-                _added(d_momentum[index], d_momentum_ends[index], batch.number),
+        d_states = [
+            (
+                None if d_over_time[index] is None else d_over_time[index][:, batch.span].flatten(2),
+                [d_weights[index], d_base[index], _at(d_ends[index], batch.number)],
+                [d_momentum[index], _at(d_momentum_ends[index], batch.number)],
             )
-            d_own = _parameter_backward(*d_states, batch, index, given)
-            d_update, d_weights[index], d_momentum[index], of_gates = d_own
-            d_factors.append(d_update)
-            parts[index].append(of_gates)
-        d_of_gamma = d_factors.pop() if len(d_factors) > given.num_matrices else None
-
+            for index in range(len(given.newest))
+        ]
+        d_parameters = side_by_side(
+            *(partial(_parameter_backward, *own, batch, index, given) for index, own in enumerate(d_states))
+        )
+        d_updates, d_weights, d_momentum, of_own_factors = zip(*d_parameters)
+        of_factors.append(of_own_factors)
+        d_factors, of_gamma = d_updates[: given.num_matrices], d_updates[given.num_matrices :]
+        d_of_gamma = of_gamma[0] if of_gamma else None
         of_inputs, of_deltas = zip(*d_factors)
         d_hidden, d_hidden_deltas = (of_inputs[1], of_deltas[0]) if given.num_matrices == 2 else (None, None)
         d_own_losses = None if d_losses is None else d_losses[:, batch.span]
@@ -201,11 +209,10 @@ def _backward(d_outputs: list[Any], *saved_and_given: Any) -> list[Any]:
         )
         of_rows.append([d_keys.add_(of_inputs[0]), d_values, d_step_sizes, d_shares])
         d_base = [d for d in d_at if d is not None]
-        if batch.number > 0:
-            d_weights = [d_newest.view_as(d).add_(d) for d_newest, d in zip(d_weights, d_base)]
 
     d_rows = [_joined(own) for own in zip(*of_rows)]
-    of_retention, of_gates, of_scales = zip(*([_joined(own) for own in zip(*of_parameter)] for of_parameter in parts))
+    of_parameters = ([_joined(own) for own in zip(*of_parameter)] for of_parameter in zip(*of_factors))
+    of_retention, of_gates, of_scales = zip(*of_parameters)
     return [
         *d_rows[:3],
         d_base,
@@ -221,8 +228,8 @@ def _backward(d_outputs: list[Any], *saved_and_given: Any) -> list[Any]:
 
 def _parameter_backward(
     d_before: Tensor | None,
-    d_end: Tensor | None,
-    d_momentum_end: Tensor | None,
+    of_end: Sequence[Tensor | None],  # terms of the gradient of the weights after a memory batch
+    of_momentum_end: Sequence[Tensor | None],
     batch: _Batch,
     index: int,
     given: _Arguments,
@@ -230,7 +237,7 @@ def _parameter_backward(
     """The gradients of X and Δ of a matrix, or of what γ is to descend by; of the weights and of the momentum before a
     memory batch; and parts of those of retention, gates and scales."""
     own = batch.parameters[index]
-    momenta = own.momenta
+    momenta, d_end, d_momentum_end = own.momenta, _added(of_end), _added(of_momentum_end)
     if index >= given.num_matrices:
         d_update, d_scale, d_gates, d_retention, d_momentum, d_newest = scans.weight_gradients(
             d_before, d_end, d_momentum_end, own.before, momenta,
@@ -335,11 +342,14 @@ def _slots(weights: list[Tensor], num_matrices: int) -> tuple[Any, Any, Any]:
     return first[0] if first else None, last, gamma[0] if gamma else None
 
 
-def _added(carried: Tensor | None, of_output: Tensor | None, index: int) -> Tensor | None:
-    """The gradient of the states after a memory batch: from the next one, and of the operation's output."""
-    if of_output is None:
-        return carried
-    return of_output[index] if carried is None else carried + of_output[index]
+def _at(of_batches: Tensor | None, number: int) -> Tensor | None:
+    return None if of_batches is None else of_batches[number]
+
+
+def _added(terms: Sequence[Tensor | None]) -> Tensor | None:
+    """The sum of the gradients that there are."""
+    present = [d for d in terms if d is not None]
+    return reduce(lambda total, d: total + d.reshape(total.shape), present) if present else None
 
 
 def _joined(backwards: Sequence[Any]) -> Tensor | None:
