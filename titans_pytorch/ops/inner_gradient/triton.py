@@ -11,6 +11,7 @@ a program owns rows of one chunk and, if its matrices fit on chip, keeps them (K
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from titans_pytorch.ops._registration import register_kernel
+from titans_pytorch.ops._streams import side_by_side
 from titans_pytorch.ops._triton import (
     MOST_ROWS,
     contiguous_inside,
@@ -691,15 +693,22 @@ def second_derivatives(
         WHOLE=residual and rows <= at_a_time, parts=parts, row_blocks=blocks, UNITS=units, ROWS=at_a_time,
         num_warps=warps if sizes['DIM'] <= 64 else 2 * warps, num_stages=stages,
     )  # fmt: skip
-    if groups > 1:
-        d_first, d_last = None if d_first is None else d_first.sum(dim=1), d_last.sum(dim=1)
-    of_shares = None if shares is None else d_shares.sum(dim=-1).to(shares.dtype)
+    if residual:
+        axis = 1 if groups > 1 else None
+        d_first, d_last, d_shares = side_by_side(
+            partial(_summed, d_first, axis), partial(_summed, d_last, axis), partial(_summed, d_shares, -1)
+        )
+    of_shares = None if shares is None else d_shares.to(shares.dtype)
     return [d_keys, d_values, d_step_sizes, d_first, d_last, d_gamma, of_shares]
 
 
 inner_gradient = register_kernel(
     'inner_gradient', _forward, _backward, outputs=_outputs, saved=(0, 2), materialize_grads=False
 )
+
+
+def _summed(parts: Tensor | None, axis: int | None) -> Tensor | None:
+    return parts if parts is None or axis is None else parts.sum(dim=axis)
 
 
 def _tensors(given: Arguments) -> dict[str, Any]:

@@ -210,17 +210,21 @@ def _backward(d_outputs: list[Any], *saved_and_given: Any) -> list[Any]:
         of_rows.append([d_keys.add_(of_inputs[0]), d_values, d_step_sizes, d_shares])
         d_base = [d for d in d_at if d is not None]
 
-    d_rows = [_joined(own) for own in zip(*of_rows)]
-    of_parameters = ([_joined(own) for own in zip(*of_parameter)] for of_parameter in zip(*of_factors))
-    of_retention, of_gates, of_scales = zip(*of_parameters)
+    of_retention, of_gates, of_scales = zip(*(zip(*of_parameter) for of_parameter in zip(*of_factors)))
+    d_rows, d_retention, d_gates, d_scales = side_by_side(
+        lambda: [_joined(own) for own in zip(*of_rows)],
+        lambda: _total(of_retention),
+        lambda: _total(of_gates),
+        lambda: [_total([own]) for own in of_scales if own[0] is not None],
+    )
     return [
         *d_rows[:3],
         d_base,
         [d.view_as(w) for d, w in zip(d_weights, given.newest)],
         d_momentum[: len(given.momentum)],
-        torch.cat(of_retention, dim=-1).sum(dim=-1),
-        None if given.log_gates is None else torch.cat(of_gates, dim=-1).sum(dim=-1),
-        [d.sum(dim=-1) for d in of_scales if d is not None],
+        d_retention,
+        d_gates,
+        d_scales,
         d_rows[3],
         d_previous,
     ]
@@ -355,3 +359,11 @@ def _added(terms: Sequence[Tensor | None]) -> Tensor | None:
 def _joined(backwards: Sequence[Any]) -> Tensor | None:
     """Parts of all memory batches, given from the last to the first."""
     return None if backwards[0] is None else torch.cat([*backwards[::-1]], dim=1)
+
+
+def _total(of_parameters: Sequence[Sequence[Any]]) -> Tensor | None:
+    """The gradient (bh, n) of what parameters share, from parts (bh, n, _) of each in each memory batch."""
+    parts: Any = [_joined(own) for own in of_parameters]
+    if parts[0] is None:
+        return None
+    return (torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]).sum(dim=-1)
