@@ -88,7 +88,7 @@ def work(options: argparse.Namespace) -> None:
             micro_step.accumulate(share(batches))
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.MAX_GRAD_NORM)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=not where.cuda_graphs)
+            optimizer.zero_grad()
 
         started = time.perf_counter()
         step()

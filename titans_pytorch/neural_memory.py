@@ -855,9 +855,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
         rows = rows_of_heads(seq, projection, self.split_kv_heads, norm).flatten(0, 1)
         return network_rows(rows.unflatten(1, (-1, self.store_chunk_size * self.num_kv_per_token)), self._dtype)
 
-    # gates are in float32 under any autocast, and in a half-precision module
-
     def _step_sizes(self, seq: Float[Tensor, 'b t d'], mask: Bool[Tensor, 'b t'] | None) -> Float[Tensor, 'bh n m']:
+        """θ of each row, in float32 at least; 0 where the mask is false."""
         chunk_size, per_token = self.store_chunk_size, self.num_kv_per_token
         logits = at_least_float32(self.to_adaptive_step(seq))
         step_sizes = self.adaptive_step_transform(logits)
@@ -871,7 +870,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         return torch.where(stored, step_sizes, 0.0)
 
     def _gates(self, seq: Float[Tensor, 'b t d']) -> tuple[Float[Tensor, 'b n d'], dict[str, Tensor | None]]:
-        """A pooled row for each chunk, and the fields of `Chunks` that depend on it."""
+        """A pooled row for each chunk, and the fields of `Chunks` that depend on it, in float32 at least."""
         pooled = self.reduce_to_chunk_rep(seq)
         momentum = _optional(self.to_momentum, pooled)
         modulation = _optional(self.to_layer_modulation, pooled)

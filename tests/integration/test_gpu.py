@@ -202,3 +202,17 @@ def test_flex_attention_equals_windows_in_long_sequences(sliding, dtype, segment
         came, _ = attention(seq)
     assert_same(came.float(), expected, tolerance / 10)
     assert_same(gradients(attention, came.sin().sum()), gradients(attention, expected.sin().sum()), tolerance)
+
+
+@pytest.mark.parametrize('length', [16, 32, 36, 130])
+def test_flex_attention_equals_windows_in_short_sequences(length):
+    torch.compiler.reset()
+    attention = SegmentedAttention(
+        64, 8, num_persist_mem_tokens=2, num_longterm_mem_tokens=4, heads=4, sliding=True, use_flex_attn=True
+    ).cuda()
+    seq = torch.randn(3, length, 64, device='cuda')
+    expected, _ = attention(seq, disable_flex_attn=True)
+    with torch.autocast('cuda', torch.bfloat16):
+        came, _ = attention(seq)
+    assert_same(came.float(), expected, 5e-3)
+    assert_same(gradients(attention, came.sin().sum()), gradients(attention, expected.sin().sum()), 0.05)

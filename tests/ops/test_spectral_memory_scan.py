@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from compare import assert_same
@@ -89,6 +91,34 @@ def test_all_memory_batches_at_once_are_as_one_by_one(option, kernels_everywhere
     expected = stored()
     assert len(scans) == 4
     assert_same(found, expected, 1e-4)
+
+
+def outputs_and_gradients(one, two, seq):
+    """Of two memories, of which the second builds on the first, in unequal memory batches."""
+    first, before = one(seq)
+    second, after = two(first, prev_weights=before.updates)
+    total = sum(t.square().mean() for t in (first, second, *before.states[1].values(), *after.states[0].values()))
+    parameters = [*one.parameters(), *two.parameters()]
+    return first, second, torch.autograd.grad(total, parameters, materialize_grads=True, allow_unused=True)
+
+
+@pytest.mark.gpu
+def test_a_captured_step_whose_kernels_run_side_by_side_equals_an_ordinary_one():
+    torch.manual_seed(0)
+    one, two = (memory(residual, dim=64, dim_head=32, heads=4, batch_size=24) for residual in (False, True))
+    seq, steps = torch.randn(2, 70, 64, device=DEVICE), partial(outputs_and_gradients, one, two)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        steps(seq)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        came = steps(seq)
+    for _ in range(5):
+        seq.copy_(torch.randn_like(seq))
+        graph.replay()
+        assert_same(came, steps(seq), 1e-5)
 
 
 def test_a_call_may_end_within_a_memory_batch_or_not_reach_its_end(kernels_everywhere, scans):

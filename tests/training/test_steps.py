@@ -12,36 +12,64 @@ from torch._inductor.utils import fresh_cache
 from titans_pytorch.training import MicroStep, choose_machine, steps
 
 
-@pytest.mark.parametrize('set_to_none', [True, False])
-def test_gradients_that_a_graph_writes_are_added_to_those_of_the_parameters(set_to_none):
+class Graph:
+    """A graph whose replays write their number to the addresses of some gradients."""
+
+    def __init__(self, gradients):
+        self.memory, self.replays = [gradient.data for gradient in gradients], 0
+
+    def replay(self):
+        self.replays += 1
+        for gradient in self.memory:
+            gradient.fill_(self.replays)
+
+
+def replayed_step():
     model = nn.Linear(3, 2)
     step = MicroStep(model, choose_machine('cpu'))
-    written = {parameter: torch.zeros_like(parameter) for parameter in model.parameters()}
+    step.gradients = {parameter: torch.zeros_like(parameter) for parameter in model.parameters()}
+    step.graph = Graph(step.gradients.values())
+    return model, step
 
-    class Graph:
-        replays = 0
 
-        def replay(self):
-            self.replays += 1
-            for gradient in written.values():
-                gradient.fill_(self.replays)
+def gradients_of(model):
+    values = {value for parameter in model.parameters() for value in parameter.grad.flatten().tolist()}
+    (value,) = values
+    return value
 
-    step.graph, step.gradients = Graph(), written
-    for micro_batches, total in ((1, 1.0), (2, 2.0 + 3.0), (3, 4.0 + 5.0 + 6.0)):
+
+@pytest.mark.parametrize('set_to_none', [True, False])
+def test_gradients_that_a_graph_writes_are_added_to_those_of_the_parameters(set_to_none):
+    model, step = replayed_step()
+    for micro_batches, total in ((1, 1), (2, 2 + 3), (3, 4 + 5 + 6), (1, 7)):
         for _ in range(micro_batches):
             step._replay()
-        for parameter in model.parameters():
-            torch.testing.assert_close(parameter.grad, torch.full_like(parameter, total))
+        assert gradients_of(model) == total
         model.zero_grad(set_to_none)
 
 
 def test_gradients_of_a_single_replay_are_not_copied():
-    model = nn.Linear(3, 2)
-    step = MicroStep(model, choose_machine('cpu'))
-    step.graph = type('Graph', (), {'replay': lambda self: None})()
-    step.gradients = {parameter: torch.ones_like(parameter) for parameter in model.parameters()}
+    model, step = replayed_step()
     step._replay()
-    assert all(parameter.grad is written for parameter, written in step.gradients.items())
+    for parameter, written in step.gradients.items():
+        assert parameter.grad.data_ptr() == written.data_ptr()
+
+
+def test_gradients_may_be_replaced_and_their_data_too():
+    model, step = replayed_step()
+    step._replay()
+    for parameter in model.parameters():
+        parameter.grad = parameter.grad.detach()  # another tensor in the same memory
+    step._replay()
+    assert gradients_of(model) == 1 + 2
+    model.zero_grad()
+    for number in (3, 4):
+        step._replay()
+        assert gradients_of(model) == number
+        for parameter in model.parameters():
+            parameter.grad.data = parameter.grad.data.clamp(max=0.5)
+        assert gradients_of(model) == 0.5
+        model.zero_grad()
 
 
 class Noisy(nn.Linear):

@@ -16,7 +16,7 @@ from x_transformers.attend import Attend
 from titans_pytorch.attention.masks import after_persistent, over_positions, segmented, segmented_block_mask
 from titans_pytorch.attention.rotary import KeyValues, Rotary, check_rotary_width, rotate
 from titans_pytorch.memory.modules import MergeHeads, SplitHeads
-from titans_pytorch.ops._dispatch import HOPPER, compute_capability
+from titans_pytorch.ops._dispatch import HOPPER, nvidia_capability
 from titans_pytorch.ops.token_attention import Position, RingLayout, ValueMix, token_attention
 from titans_pytorch.ops.token_linear import linear_of_token
 from titans_pytorch.utils.checks import (
@@ -53,8 +53,8 @@ def _compiled_flex_attention() -> Callable[..., Any]:
     return torch.compile(flex_attention)
 
 
-# Hopper's default in half precision has tiles of 128 queries and keys, of which short windows leave most masked; in
-# these attention takes 10 to 40 % less time with windows of 36 to 512 positions
+# Tiles in half precision. PyTorch's own have 128 queries or keys on Hopper, most of them masked in short windows; with
+# these, attention takes 10 to 40 % less time at windows of 36 to 512 positions
 _TILES_ON_HOPPER = {
     **{f'fwd_{name}': 64 for name in ('BLOCK_M', 'BLOCK_N')},
     **{f'bwd_{name}': 64 for name in ('BLOCK_M1', 'BLOCK_N1', 'BLOCK_M2', 'BLOCK_N2')},
@@ -69,7 +69,8 @@ def segmented_flex_attention(
     """FlexAttention with the block mask of segments, as a function of (queries, keys, values)."""
     block_mask = segmented_block_mask(seq_len, window, num_persistent, sliding, device)
     attend = _compiled_flex_attention() if device.type == 'cuda' else cast(Callable[..., Any], flex_attention)
-    on_hopper = compute_capability(device) == HOPPER
+    # of fewer queries PyTorch's kernel for decoding takes some of these tiles, and writes beyond its buffers
+    on_hopper = nvidia_capability(device) == HOPPER and seq_len >= 128
 
     def attended(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         fits = on_hopper and queries.dtype.itemsize == 2 and queries.shape[-1] <= 64

@@ -102,6 +102,11 @@ def compute_capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == 'cuda' and _HAS_TRITON else 0
 
 
+def nvidia_capability(device: torch.device) -> int:
+    """`compute_capability` of NVIDIA's GPUs; 0 for AMD's, whose numbers look alike and mean other hardware."""
+    return 0 if torch.version.hip is not None else compute_capability(device)
+
+
 _of_thread = threading.local()
 
 

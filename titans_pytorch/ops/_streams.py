@@ -17,20 +17,23 @@ def side_by_side(*functions: Callable[[], Any]) -> list[Any]:
     for the whole GPU share it. Otherwise they run one after the other: Python takes longer to launch such kernels than
     the GPU to run them.
 
-    Memory freed by one function may be taken by another, so the caller keeps all that they read until this returns.
+    The caller must refer to every tensor that a function reads until this returns, because memory freed before could be
+    given to another function. Functions must not share a parameter that autocast casts and caches.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _is_capturing():
         return [function() for function in functions]
     stream = torch.cuda.current_stream()
-    others = _streams(stream.device, len(functions) - 1)
-    results = []
-    for function, own in zip(functions, [*others, stream]):
-        if own is not stream:
-            own.wait_stream(stream)
-        with torch.cuda.stream(own):
-            results.append(function())
+    others = _streams(stream, len(functions) - 1)
     for other in others:
-        stream.wait_stream(other)
+        other.wait_stream(stream)
+    results = []
+    try:
+        for function, own in zip(functions, [*others, stream], strict=True):
+            with torch.cuda.stream(own):
+                results.append(function())
+    finally:  # so that a capture ended by an error of a function reports that one
+        for other in others:
+            stream.wait_stream(other)
     return results
 
 
@@ -39,15 +42,16 @@ def _is_capturing() -> bool:
 
 
 class _Streams(threading.local):
-    """Each thread has its own, always the same, as a stream keeps memory that was freed on it for its next use."""
+    """Streams beside another one, in each thread always the same: a stream keeps memory that was freed on it for its
+    next use."""
 
     def __init__(self) -> None:
-        self._of_device: defaultdict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
+        self._beside: defaultdict[torch.cuda.Stream, list[torch.cuda.Stream]] = defaultdict(list)
 
-    def __call__(self, device: torch.device, count: int) -> list[torch.cuda.Stream]:
-        streams = self._of_device[device]
+    def __call__(self, stream: torch.cuda.Stream, count: int) -> list[torch.cuda.Stream]:
+        streams = self._beside[stream]
         while len(streams) < count:
-            streams.append(torch.cuda.Stream(device))
+            streams.append(torch.cuda.Stream(stream.device))
         return streams[:count]
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans_pytorch.ops._dispatch import HOPPER, compute_capability, has_constant_weights
+from titans_pytorch.ops._dispatch import HOPPER, has_constant_weights, nvidia_capability
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -136,8 +136,7 @@ def overlapping(t: Tensor, *constants: Tensor | None) -> dict[str, Any]:
         constants: what the kernel reads before it waits, within `constant_weights`, if all of it is contiguous. (The
             kernel before may be the one that makes a contiguous copy.)
     """
-    # AMD's GPUs have other numbers, and no such launches
-    if not t.is_cuda or torch.version.hip is not None or compute_capability(t.device) < HOPPER:
+    if not t.is_cuda or nvidia_capability(t.device) < HOPPER:
         return {'START': AFTERWARDS.value}
     unwritten = all(constant is None or constant.is_contiguous() for constant in constants)
     early = bool(constants) and unwritten and has_constant_weights()

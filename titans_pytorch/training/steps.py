@@ -29,8 +29,12 @@ from titans_pytorch.training.machine import Machine
 
 class MicroStep:
     """Forward and backward over one micro batch, adding to the gradients. It is compiled and captured as a CUDA graph
-    where `machine` says so; of a sharded model each layer is compiled. The ranks start from the
-    parameters of the first one.
+    where `machine` says so; of a sharded model each layer is compiled. The ranks start from the parameters of the first
+    one.
+
+    A captured step writes gradients to memory of its own, which becomes the gradient of parameters that have none. The
+    next call overwrites that memory, after it has copied what is still the gradient of a parameter. So a gradient that
+    is kept beyond `zero_grad` has to be cloned, and gradients change their addresses.
 
     Args:
         model: called as `model(inputs, return_loss=True)`.
@@ -131,18 +135,20 @@ class MicroStep:
     def _replay(self) -> None:
         """What the graph writes becomes the gradient of parameters without one, and is added to those of others."""
         assert self.graph is not None
-        # the graph is about to overwrite gradients that are still its own
-        own = [parameter for parameter, written in self.gradients.items() if parameter.grad is written]
-        kept = [torch.empty_like(parameter) for parameter in own]
-        if own:
-            torch._foreach_copy_(kept, [self.gradients[parameter] for parameter in own])
-        for parameter, gradient in zip(own, kept):
-            parameter.grad = gradient
+        # the graph is about to overwrite gradients that are still in its memory
+        held = [
+            (parameter, written) for parameter, written in self.gradients.items() if _is_at(parameter.grad, written)
+        ]
+        copies = [torch.empty_like(written) for _, written in held]
+        if held:
+            torch._foreach_copy_(copies, [written for _, written in held])
+        for (parameter, _), copy in zip(held, copies):
+            parameter.grad = copy
         self.graph.replay()
         sums, terms = [], []
         for parameter, written in self.gradients.items():
             if parameter.grad is None:
-                parameter.grad = written
+                parameter.grad = written.detach()  # a tensor of its own, whose `data` may be replaced
             else:
                 sums.append(parameter.grad)
                 terms.append(written)
@@ -153,6 +159,10 @@ class MicroStep:
         """The loss and the gradient norm."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         return torch.stack((loss.float(), nn.utils.get_total_norm(gradients)))
+
+
+def _is_at(gradient: Tensor | None, written: Tensor) -> bool:
+    return gradient is not None and gradient.data_ptr() == written.data_ptr()
 
 
 @torch.no_grad()
@@ -180,10 +190,8 @@ def _compile(function: Callable[..., Any], machine: Machine) -> Callable[..., An
     """A function compiled as one graph, which the next process finds in PyTorch's cache."""
     options = _cacheable()
     if machine.triton:
-        options = {
-            **options,
-            'combo_kernels': True,
-        }  # small kernels that do not depend on each other, such as casts, become one
+        # small kernels that do not depend on each other, such as casts, become one
+        options = options | {'combo_kernels': True}
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 

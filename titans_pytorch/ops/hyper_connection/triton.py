@@ -722,7 +722,8 @@ def _beta_fn(weights: list[Tensor]) -> Tensor:
     return weights[6 if len(weights) > 6 else 0].contiguous()
 
 
-def _fold(weights: list[Tensor], to_logits: Tensor) -> None:
+def _fold(weights: list[Tensor], to_logits: Tensor) -> None:  # l d
+    """Write the weights of the logits with 1 + γ multiplied in."""
     gamma, static_alpha, alpha_fn, *_ = weights
     logits, dim = to_logits.shape
     _fold_kernel[(triton.cdiv(dim, FOLDED),)](

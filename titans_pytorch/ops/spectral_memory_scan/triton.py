@@ -173,13 +173,13 @@ def _backward(d_outputs: list[Any], *saved_and_given: Any) -> list[Any]:
     d_over_time, d_ends, d_momentum_ends = (d_outputs[first : first + SLOTS] for first in LISTS)
     d_losses = d_outputs[LOSSES]
 
-    # from the memory batch after: the gradients of weights, those of what its gradients are taken at, and of momentum
+    # from the memory batch after: the gradients of the weights that it goes on from, of those (the same) at which its
+    # gradients are taken, and of momentum
     d_weights: Sequence[Any] = [None if d is None else d[:, -1].float() for d in d_over_time]
     d_base: Sequence[Any] = [None] * SLOTS
     d_momentum: Sequence[Any] = [None] * SLOTS
     d_previous = [t.new_empty(t.shape) for t in given.previous]
-    of_rows: list[Any] = []
-    of_factors: list[Any] = []
+    rows_of_batches, gates_of_batches = [], []
     for batch in reversed(_batches(saved, given)):
         hidden, _, deltas, _ = batch.of_rows
         d_states = [
@@ -193,11 +193,10 @@ def _backward(d_outputs: list[Any], *saved_and_given: Any) -> list[Any]:
         d_parameters = side_by_side(
             *(partial(_parameter_backward, *own, batch, index, given) for index, own in enumerate(d_states))
         )
-        d_updates, d_weights, d_momentum, of_own_factors = zip(*d_parameters)
-        of_factors.append(of_own_factors)
-        d_factors, of_gamma = d_updates[: given.num_matrices], d_updates[given.num_matrices :]
-        d_of_gamma = of_gamma[0] if of_gamma else None
-        of_inputs, of_deltas = zip(*d_factors)
+        d_updates, d_weights, d_momentum, gates_of_parameters = zip(*d_parameters)
+        gates_of_batches.append(gates_of_parameters)
+        of_inputs, of_deltas = zip(*d_updates[: given.num_matrices])
+        d_of_gamma = d_updates[-1] if len(d_updates) > given.num_matrices else None
         d_hidden, d_hidden_deltas = (of_inputs[1], of_deltas[0]) if given.num_matrices == 2 else (None, None)
         d_own_losses = None if d_losses is None else d_losses[:, batch.span]
         d_keys, d_values, d_step_sizes, *d_at, d_shares = inner_gradient.second_derivatives(
@@ -207,15 +206,16 @@ def _backward(d_outputs: list[Any], *saved_and_given: Any) -> list[Any]:
             deltas,
             batch.gradient,
         )
-        of_rows.append([d_keys.add_(of_inputs[0]), d_values, d_step_sizes, d_shares])
+        rows_of_batches.append([d_keys.add_(of_inputs[0]), d_values, d_step_sizes, d_shares])
         d_base = [d for d in d_at if d is not None]
 
-    of_retention, of_gates, of_scales = zip(*(zip(*of_parameter) for of_parameter in zip(*of_factors)))
+    # of retention, momentum gates and scales: for each parameter its parts in each memory batch
+    of_retention, of_gates, of_scales = zip(*(zip(*of_batches) for of_batches in zip(*gates_of_batches)))
     d_rows, d_retention, d_gates, d_scales = side_by_side(
-        lambda: [_joined(own) for own in zip(*of_rows)],
+        lambda: [_joined(of_batches) for of_batches in zip(*rows_of_batches)],
         lambda: _total(of_retention),
         lambda: _total(of_gates),
-        lambda: [_total([own]) for own in of_scales if own[0] is not None],
+        lambda: [_total([of_batches]) for of_batches in of_scales if of_batches[0] is not None],
     )
     return [
         *d_rows[:3],
@@ -347,6 +347,7 @@ def _slots(weights: list[Tensor], num_matrices: int) -> tuple[Any, Any, Any]:
 
 
 def _at(of_batches: Tensor | None, number: int) -> Tensor | None:
+    """The gradient of what an output holds of one memory batch."""
     return None if of_batches is None else of_batches[number]
 
 
