@@ -118,16 +118,27 @@ def switch_kernel(monkeypatch):
 
 
 @pytest.fixture
-def launches_of(switch_kernel, monkeypatch):
-    """`launches_of(operation)`: its kernel runs on this device too; a growing list of the arguments of launches."""
+def note_launches(monkeypatch):
+    """`note_launches(operation)`: a growing list of the arguments of launches of its kernel."""
 
-    def noted(operation):
-        switch_kernel(operation, True)
+    def note(operation):
         name = operation.__name__.rsplit('.')[-1]
         kernels = importlib.import_module(f'{operation.__name__}.triton')
         launches, launch = [], getattr(kernels, name)
-        monkeypatch.setattr(kernels, name, lambda *args: (launches.append(args), launch(*args))[1])
+        noted = lambda *args, **kwargs: (launches.append(args), launch(*args, **kwargs))[1]  # noqa: E731
+        monkeypatch.setattr(kernels, name, noted)
         return launches
+
+    return note
+
+
+@pytest.fixture
+def launches_of(switch_kernel, note_launches):
+    """`launches_of(operation)`: the same, and its kernel runs on this device too."""
+
+    def noted(operation):
+        switch_kernel(operation, True)
+        return note_launches(operation)
 
     return noted
 

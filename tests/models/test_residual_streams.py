@@ -20,6 +20,7 @@ from titans_pytorch import (
 )
 from titans_pytorch.generation.stepper import Stepper
 from titans_pytorch.models.residual_streams import HyperConnection, complete, connect, connect_token, folded
+from titans_pytorch.ops import hyper_connection, token_hyper_connection
 from titans_pytorch.ops.sinkhorn import sinkhorn
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -93,14 +94,10 @@ def transformer(**changes) -> MemoryAsContextTransformer:
 
 
 @pytest.mark.parametrize('gates', [False, True])
-def test_a_transformer_decodes_by_the_kernel(gates, kernels_everywhere, monkeypatch):
-    from titans_pytorch.ops.token_hyper_connection import triton
-
+def test_a_transformer_decodes_by_the_kernel(gates, kernels_everywhere, note_launches):
     model = transformer(neural_mem_gate_attn_output=gates)
     tokens = torch.randint(0, 16, (1, 9), device=DEVICE)
-    launches, launch = [], triton.token_hyper_connection
-    noted = lambda *args, **kwargs: launches.append(None) or launch(*args, **kwargs)  # noqa: E731
-    monkeypatch.setattr(triton, 'token_hyper_connection', noted)
+    launches = note_launches(token_hyper_connection)
 
     def decoded():
         _, cache = model(tokens[:, :3], return_cache=True)
@@ -254,7 +251,7 @@ WHOLE = {
 
 
 @pytest.mark.parametrize('name', WHOLE)
-def test_models_with_and_without_the_kernels(name, kernels_everywhere, monkeypatch):
+def test_models_with_and_without_the_kernels(name, kernels_everywhere, note_launches):
     """A loss, its gradients, and hidden states of a piece that follows on a state."""
     kind, kwargs = WHOLE[name]
     sizes = {'num_tokens': 11, 'dim': 4, 'depth': 1, 'dim_head': 4, 'heads': 1, 'segment_len': 2}
@@ -264,11 +261,7 @@ def test_models_with_and_without_the_kernels(name, kernels_everywhere, monkeypat
     ).to(DEVICE)
     randomised(model, 0.1)
     tokens = torch.randint(0, 11, (1, 6), device=DEVICE)
-    from titans_pytorch.ops.hyper_connection import triton
-
-    called, operation = [], triton.hyper_connection
-    noted = lambda *args, **kwargs: called.append(None) or operation(*args, **kwargs)  # noqa: E731
-    monkeypatch.setattr(triton, 'hyper_connection', noted)
+    launches = note_launches(hyper_connection)
 
     def results():
         with torch.enable_grad():
@@ -279,10 +272,11 @@ def test_models_with_and_without_the_kernels(name, kernels_everywhere, monkeypat
 
     with without_kernels():
         expected = results()
-    assert not called
+    assert not launches
     assert_same(results(), expected, 1e-4)
     # three times through the model
-    assert len(called) == 3 * sum(connection is not None for block in model._blocks for connection in block.connections)
+    connections = [connection for block in model._blocks for connection in block.connections if connection is not None]
+    assert len(launches) == 3 * len(connections)
 
 
 def test_transforms_of_a_connection(kernels_everywhere):

@@ -178,12 +178,10 @@ KWARGS = dict(
         (MemoryAsGateTransformer, {}),
     ],
 )
-def test_a_transformer_decodes_by_the_kernel(kind, changes, kernel, switch_kernel, monkeypatch):
+def test_a_transformer_decodes_by_the_kernel(kind, changes, switch_kernel, note_launches):
     model = randomised(kind(**{**KWARGS, **changes}), 0.1).to(DEVICE)
     tokens = torch.randint(0, 16, (2, 11), device=DEVICE)
-    launches, attend = [], kernel.token_attention
-    monkeypatch.setattr(kernel, 'token_attention', lambda *args: (launches.append(None), attend(*args))[1])
-    results = []
+    launches, results = note_launches(token_attention_ops), []
     for use in (False, True):
         switch_kernel(token_attention_ops, use)
         _, state = model(tokens[:, :3], return_state=True)
