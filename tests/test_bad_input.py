@@ -152,8 +152,13 @@ def test_states_of_another_kind():
     mem = memory()
     _, state = mem(SEQ)
     cases = [
-        (mem, SEQ[:1], r'state.weights must hold the weights of this memory'),
+        (
+            mem,
+            SEQ[:1],
+            r'state.weights must be of a batch of 1, as the sequence is, got one of 2: see NeuralMemState.select',
+        ),
         (memory('deep memory'), SEQ, r'state.weights must hold the weights of this memory'),
+        (memory(momentum=False), SEQ, r'state.states\[1\] must hold no momentum, or zeros, as this memory has none'),
         (memory('momentum of order 2'), SEQ, r'state.states\[1\] must hold the weights of this memory'),
         (memory(chunk_size=3, batch_size=6), SEQ, r'state.seq_index must be a multiple of chunk_size=3, .* got 8'),
         (memory(chunk_size=2), SEQ, r'state.cache_store_segment must be \(batch=2, fewer than chunk_size=2'),
@@ -260,6 +265,13 @@ BAD_TRANSFORMERS = [
 def test_transformer_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         MemoryAsContextTransformer(**{**TRANSFORMER, **kwargs})
+
+
+def test_a_model_without_a_length_of_chunks():
+    with pytest.raises(
+        TypeError, match='neural_memory_segment_len, the tokens of a memory chunk, or segment_len must be'
+    ):
+        LongTermMemoryModel(num_tokens=8, dim=16, depth=1)
 
 
 def test_transformer_calls():

@@ -103,8 +103,8 @@ def _check_arguments(architecture: Any, arguments: Mapping[str, Any]) -> None:
     constructor = ARCHITECTURES[architecture]
     accepted = inspect.signature(constructor).parameters.keys() - NOT_STORED
     if unknown := arguments.keys() - accepted:
-        expected = f'arguments of {constructor.__name__} that JSON can hold'
-        raise TypeError(f'config must hold {expected}, got {", ".join(sorted(unknown))}')
+        expected = f'arguments of {constructor.__name__}, but none of {sorted(NOT_STORED)}, which JSON cannot hold'
+        raise TypeError(f'config must hold {expected}; got {", ".join(sorted(unknown))}')
     check_keywords(neural_memory_kwargs=arguments.get('neural_memory_kwargs', {}))
 
 

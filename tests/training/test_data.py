@@ -84,7 +84,7 @@ def test_text_that_cannot_be_encoded_is_named(tmp_path, cache):
 def test_windows_are_parts_of_the_text(tmp_path):
     content = text(2000)
     (tmp_path / 'text').write_bytes(content)
-    train = load_data([tmp_path / 'text'], ByteVocabulary()).train
+    train = load_data(tmp_path / 'text', ByteVocabulary()).train
     starts = random_starts(train, 5, 16, torch.Generator().manual_seed(0))
     for start, window in zip(starts.tolist(), windows(train, starts, 17)):
         assert bytes(window.tolist()) == content[start : start + 17]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._inductor.utils import fresh_cache
 
-from titans_pytorch.training import MicroStep, choose_machine, steps
+from titans_pytorch.training import MicroStep, choose_machine, steps, validation_loss
 
 
 class Graph:
@@ -70,6 +70,44 @@ def test_gradients_may_be_replaced_and_their_data_too():
             parameter.grad.data = parameter.grad.data.clamp(max=0.5)
         assert gradients_of(model) == 0.5
         model.zero_grad()
+
+
+class Squared(nn.Linear):
+    """A loss of the inputs."""
+
+    def forward(self, inputs, return_loss):
+        return super().forward(inputs).square().mean()
+
+
+@pytest.mark.parametrize(('given', 'came'), [(0, '0'), (1, '1'), (3, 'at least 3')])
+def test_accumulate_takes_as_many_micro_batches_as_were_declared(given, came):
+    step = MicroStep(Squared(3, 2), choose_machine('cpu'), micro_batches=2)
+    with pytest.raises(ValueError, match=f'batches must hold 2 micro batches for this process, got {came}'):
+        step.accumulate([torch.ones(1, 3)] * given)
+    with pytest.raises(ValueError, match='micro_batches must be a positive integer, got 0'):
+        MicroStep(Squared(3, 2), choose_machine('cpu'), micro_batches=0)
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_validation_restores_the_mode_of_the_model(training):
+    class Model(nn.Dropout):
+        def forward(self, inputs, return_loss):
+            assert not self.training
+            return inputs.float().mean()
+
+    model = Model().train(training)
+    tokens = torch.arange(20)
+    assert validation_loss(model, tokens, choose_machine('cpu'), batches=2, batch_size=1, length=9) == 9.5
+    assert model.training == training
+    with pytest.raises(ValueError, match='length must be less than the 20 tokens that there are, got 20'):
+        validation_loss(model, tokens, choose_machine('cpu'), batches=2, batch_size=1, length=20)
+    with pytest.raises(ValueError, match='batches must be a positive integer, got 0'):
+        validation_loss(model, tokens, choose_machine('cpu'), batches=0, batch_size=1, length=9)
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match=r"precision must be one of \['auto', 'fp32', 'tf32', 'bf16'\], got 'fp16'"):
+        choose_machine('cpu', precision='fp16')
 
 
 class Noisy(nn.Linear):

@@ -39,6 +39,7 @@ from titans_pytorch.utils.checks import (
     described,
     first_line,
     flags_among,
+    values_are_at_hand,
 )
 from titans_pytorch.utils.functional import outside_inference, replaced
 from titans_pytorch.utils.packing import PackedDocuments
@@ -323,7 +324,12 @@ class MemoryLayout(NamedTuple):
                 raise TypeError(f'{states_name} must be a pair of weights and momentum, got {described(state.states)}')
             newest, momentum = state.states
             self._check_weights(f'{states_name}[0]', newest, (batch * self.heads,), seq.device)
+        if momentum is not None:
+            _check_tensors(f'{states_name}[1]', momentum)
         if momentum is None or not self.momentum_orders:
+            lost = [] if momentum is None else [t for t in momentum.values() if values_are_at_hand(t) and t.any()]
+            if lost:  # states of the reference may hold zeros
+                raise ValueError(f'{states_name}[1] must hold no momentum, or zeros, as this memory has none')
             momentum = init_momentum(batch)
         else:
             self._check_weights(f'{states_name}[1]', momentum, (self.momentum_orders, batch * self.heads), seq.device)
@@ -381,6 +387,14 @@ class MemoryLayout(NamedTuple):
         came = {str(key): tuple(t.shape) for key, t in weights.items()}
         # key by key: the compiler cannot compare dictionaries of shapes
         if came.keys() != expected.keys() or any(came[key] != shape for key, shape in expected.items()):
+            *orders, of_batch = leading
+            rows = next(iter(came.values()), ())[len(orders) : len(leading)]
+            if came == {key: (*orders, *rows, *shape) for key, shape in self.parameters.items()}:
+                batch, other = of_batch // self.heads, rows[0] // self.heads
+                raise ValueError(
+                    f'{name} must be of a batch of {batch}, as the sequence is, got one of {other}: '
+                    'see NeuralMemState.select'
+                )
             raise ValueError(f'{name} must hold the weights of this memory, {expected}, got {came}')
         for key, t in weights.items():
             check_origin(f'{name}[{key!r}]', t, self.dtype, device)

@@ -106,6 +106,8 @@ class HybridTransformer(Transformer):
         elif segment_len is not None:
             (segment_len,) = check_positive(segment_len=segment_len)
         chunk_size = segment_len if neural_memory_segment_len is None else neural_memory_segment_len
+        if chunk_size is None:
+            raise TypeError('neural_memory_segment_len, the tokens of a memory chunk, or segment_len must be given')
         chunk_size, neural_memory_batch_size = checked_memory_settings(
             dim, chunk_size, neural_memory_batch_size, neural_memory_model, neural_memory_kwargs
         )

@@ -49,7 +49,7 @@ class Data(NamedTuple):
 
 
 def load_data(
-    paths: Sequence[str | Path],
+    paths: str | Path | Sequence[str | Path],
     vocabulary: Vocabulary | int | None = None,
     *,
     cache: str | Path | None = None,
@@ -61,8 +61,8 @@ def load_data(
     files in `cache` whose names depend on the text and the vocabulary.
 
     Args:
-        paths: files: raw text, .gz, or .zip of one file; and folders, which stand for the files in them, ordered by
-            path, hidden ones left out.
+        paths: a file or several: raw text, .gz, or .zip of one file; and folders, which stand for the files in them,
+            ordered by path, hidden ones left out.
         vocabulary: default: bytes. A number stands for a BPE vocabulary of so many tokens, trained on the training
             split (on 64 MiB, spread over it, of a larger one) and kept in `cache`.
         cache: default: `titans_pytorch` in the user's cache folder (`$XDG_CACHE_HOME`, or `~/.cache`).
@@ -71,6 +71,7 @@ def load_data(
     Raises:
         BadData: for files that cannot be read, and for too little text.
     """
+    paths = [paths] if isinstance(paths, (str, Path)) else paths
     cache = Path(cache) if cache is not None else default_cache()
     files = [file for path in paths for file in _files_in(Path(path))]
     source = ', '.join(map(str, paths)) if len(paths) < 5 else f'{paths[0]} and {len(paths) - 1} others'
@@ -224,9 +225,16 @@ def windows(tokens: Int[Tensor, ' n'], starts: Int[Tensor, ' b'], length: int) -
 
 def random_starts(tokens: Int[Tensor, ' n'], count: int, length: int, generator: torch.Generator) -> Int[Tensor, ' b']:
     """Where `count` random windows of length + 1 tokens begin. The generator's state is the position in the data."""
+    _check_length(tokens, length)
     return torch.randint(len(tokens) - length, (count,), generator=generator)
 
 
 def even_starts(tokens: Int[Tensor, ' n'], count: int, length: int) -> Int[Tensor, ' b']:
     """Where `count` windows of length + 1 tokens begin that are spaced evenly."""
+    _check_length(tokens, length)
     return torch.linspace(0, len(tokens) - length - 1, count, dtype=torch.float64).long()
+
+
+def _check_length(tokens: Tensor, length: int) -> None:
+    if len(tokens) <= length:
+        raise ValueError(f'length must be less than the {len(tokens)} tokens that there are, got {length}')

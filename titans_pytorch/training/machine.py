@@ -28,6 +28,9 @@ class Machine(NamedTuple):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == 'bf16')
 
 
+PRECISIONS = 'auto', 'fp32', 'tf32', 'bf16'
+
+
 def choose_machine(
     device: str = 'auto',
     precision: str = 'auto',
@@ -43,8 +46,11 @@ def choose_machine(
         compile: compile steps. Default: on a GPU with Triton.
 
     Raises:
+        ValueError: for an unknown precision.
         RunError: for a device that is not there, and for CUDA graphs without one.
     """
+    if precision not in PRECISIONS:
+        raise ValueError(f'precision must be one of {[*PRECISIONS]}, got {precision!r}')
     name = device
     if device == 'auto':
         name = 'cuda' if torch.cuda.is_available() else 'cpu'

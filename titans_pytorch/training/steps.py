@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from titans_pytorch import ops
+from titans_pytorch.generation.evaluation import evaluation_mode
 from titans_pytorch.ops._compilation import kernels_compiled_together
 from titans_pytorch.training.data import even_starts, windows
 from titans_pytorch.training.distributed import (
@@ -25,6 +26,7 @@ from titans_pytorch.training.distributed import (
     sum_over_ranks,
 )
 from titans_pytorch.training.machine import Machine
+from titans_pytorch.utils.checks import check_positive
 
 
 class MicroStep:
@@ -76,13 +78,23 @@ class MicroStep:
 
         Args:
             batches: micro batches of this rank; see `share`.
+
+        Raises:
+            ValueError: if there are more or fewer of them than `micro_batches` says; the gradients are then of no use.
         """
-        total = torch.zeros((), device=self.machine.device)
+        total, number = torch.zeros((), device=self.machine.device), 0
         for number, inputs in enumerate(batches, 1):
+            self._check_number(number, at_most=True)
             reduce_gradients_in_backward(self.model, number == self.own_micro_batches)
             total += self(inputs)
+        self._check_number(number)
         average_gradients(self.model)
         return sum_over_ranks(total) / num_ranks()
+
+    def _check_number(self, number: int, at_most: bool = False) -> None:
+        if number > self.own_micro_batches or (number < self.own_micro_batches and not at_most):
+            came = f'at least {number}' if at_most else number
+            raise ValueError(f'batches must hold {self.own_micro_batches} micro batches for this process, got {came}')
 
     def _loss(self, inputs: Tensor) -> Tensor:
         return self.model(inputs, return_loss=True) / self.own_micro_batches
@@ -170,19 +182,18 @@ def validation_loss(
     model: nn.Module, tokens: Tensor, machine: Machine, *, batches: int, batch_size: int, length: int
 ) -> float:
     """Mean loss in nats per token, in evaluation mode, over windows that are spaced evenly: the same in every run, and
-    shared by the ranks.
+    shared by the ranks. The model's mode is restored.
 
     Raises:
-        ValueError: if the ranks cannot share the batches evenly.
+        ValueError: if the ranks cannot share the batches evenly, or there are fewer tokens than in a window.
     """
     _check_shared('batches', batches)
     starts = even_starts(tokens, batches * batch_size, length).split(batch_size)
     losses = torch.zeros(batches, dtype=torch.float64, device=machine.device)
-    model.eval()
-    for number in share(range(batches)):
-        with machine.autocast():
-            losses[number] = model(windows(tokens, starts[number], length + 1).to(machine.device), return_loss=True)
-    model.train()
+    with evaluation_mode(model):  # type: ignore[arg-type]
+        for number in share(range(batches)):
+            with machine.autocast():
+                losses[number] = model(windows(tokens, starts[number], length + 1).to(machine.device), return_loss=True)
     return sum_over_ranks(losses).mean().item()
 
 
@@ -231,5 +242,6 @@ def _in_place_of_forward(compiled: dict[nn.Module, Callable[..., Any]]) -> Itera
 
 
 def _check_shared(name: str, count: int) -> None:
+    check_positive(**{name: count})
     if count % num_ranks():
         raise ValueError(f'{name} must be a multiple of the {num_ranks()} processes that share them, got {count}')
