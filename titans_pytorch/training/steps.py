@@ -84,17 +84,17 @@ class MicroStep:
         """
         total, number = torch.zeros((), device=self.machine.device), 0
         for number, inputs in enumerate(batches, 1):
-            self._check_number(number, at_most=True)
+            if number > self.own_micro_batches:
+                raise self._wrong_number(f'at least {number}')
             reduce_gradients_in_backward(self.model, number == self.own_micro_batches)
             total += self(inputs)
-        self._check_number(number)
+        if number < self.own_micro_batches:
+            raise self._wrong_number(number)
         average_gradients(self.model)
         return sum_over_ranks(total) / num_ranks()
 
-    def _check_number(self, number: int, at_most: bool = False) -> None:
-        if number > self.own_micro_batches or (number < self.own_micro_batches and not at_most):
-            came = f'at least {number}' if at_most else number
-            raise ValueError(f'batches must hold {self.own_micro_batches} micro batches for this process, got {came}')
+    def _wrong_number(self, came: int | str) -> ValueError:
+        return ValueError(f'batches must hold {self.own_micro_batches} micro batches for this process, got {came}')
 
     def _loss(self, inputs: Tensor) -> Tensor:
         return self.model(inputs, return_loss=True) / self.own_micro_batches
