@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from titans_pytorch import MemoryAsContextTransformer, configuration, training
 from titans_pytorch.training import (
+    PRECISIONS,
     BadCheckpoint,
     BadData,
     ByteVocabulary,
@@ -216,7 +217,7 @@ class Config:
         'auto',
         'fp32 is true fp32; tf32: fp32 with TF32 matrix products; bf16: autocast; '
         'auto: bf16 on a GPU that has it, else fp32',
-        ('auto', 'fp32', 'tf32', 'bf16'),
+        PRECISIONS,
     )
     USE_ACCELERATED_SCAN: bool | None = option(
         None,

@@ -324,12 +324,10 @@ class MemoryLayout(NamedTuple):
                 raise TypeError(f'{states_name} must be a pair of weights and momentum, got {described(state.states)}')
             newest, momentum = state.states
             self._check_weights(f'{states_name}[0]', newest, (batch * self.heads,), seq.device)
-        if momentum is not None:
-            _check_tensors(f'{states_name}[1]', momentum)
-        if momentum is None or not self.momentum_orders:
-            lost = [] if momentum is None else [t for t in momentum.values() if values_are_at_hand(t) and t.any()]
-            if lost:  # states of the reference may hold zeros
-                raise ValueError(f'{states_name}[1] must hold no momentum, or zeros, as this memory has none')
+        if momentum is None:
+            momentum = init_momentum(batch)
+        elif not self.momentum_orders:
+            _check_zero(f'{states_name}[1]', momentum)
             momentum = init_momentum(batch)
         else:
             self._check_weights(f'{states_name}[1]', momentum, (self.momentum_orders, batch * self.heads), seq.device)
@@ -458,6 +456,13 @@ def _check_tensors(name: str, weights: Any) -> None:
     if not isinstance(weights, FastWeights):  # whose items would be formed
         for key, w in weights.items():
             check_floating(f'{name}[{key!r}]', w)
+
+
+def _check_zero(name: str, momentum: Any) -> None:
+    """Check that nothing is lost with the momentum of a state. The reference's may hold zeros without momentum."""
+    _check_tensors(name, momentum)
+    if any(values_are_at_hand(t) and t.any() for t in momentum.values()):
+        raise ValueError(f'{name} must hold no momentum, or zeros, as this memory has none')
 
 
 def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from titans_pytorch.training.distributed import (
     whole_tensor,
 )
 from titans_pytorch.training.files import RunError, append, atomic_file, one_line, remove_leftovers, say
-from titans_pytorch.training.machine import Machine, choose_machine, keep_freed_memory
+from titans_pytorch.training.machine import PRECISIONS, Machine, choose_machine, keep_freed_memory
 from titans_pytorch.training.metrics import LossCurve, read_metrics, rewind
 from titans_pytorch.training.run_folder import (
     clear_run_folder,
@@ -52,6 +52,7 @@ from titans_pytorch.training.vocabulary import (
 )
 
 __all__ = [
+    'PRECISIONS',
     'BPEVocabulary',
     'BadCheckpoint',
     'BadData',

@@ -29,6 +29,7 @@ class Machine(NamedTuple):
 
 
 PRECISIONS = 'auto', 'fp32', 'tf32', 'bf16'
+"""Those of `choose_machine`."""
 
 
 def choose_machine(

@@ -388,52 +388,38 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def add_outer_products(  # type: ignore[no-untyped-def]
-    of_first, of_last, keys, hidden, deltas, d_products, d_y, d_h, first_row, last_row, unit, feature,
-    rows, key_chunk, key_row, dim: tl.constexpr, width: tl.constexpr, HIDDEN: tl.constexpr,
-    ROWS: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
-):  # fmt: skip
-    """What the first ROWS of some rows of a head bring to the gradients of a block of hidden features, added: to
-    columns of the first matrix, which lie down, and to rows of the last."""
-    index = first_row + tl.arange(0, ROWS)
-    valid = index < last_row
-    key_offset = (index // rows) * key_chunk + (index % rows) * key_row
-    # the left operand is loaded transposed, rows across
-    across = valid[None, :] & (unit < width)[:, None]
-    inside = valid[:, None] & (feature < dim)[None, :]
-    features = index[:, None] * dim + feature[None, :]
-    d_product = tl.load(d_y + features, mask=inside, other=0.0)
-    if HIDDEN:
-        # y = a W₂, g = Δ₂ W₂ᵀ, h = k W₁
-        units = index[None, :] * width + unit[:, None]
-        a = tl.load(hidden + units, mask=across, other=0.0)
-        of_last = multiply_add(of_last, a, d_product, PRECISION, OPERAND)
-        d_g = tl.load(d_products + units, mask=across, other=0.0)
-        delta = tl.load(deltas + features, mask=inside, other=0.0)
-        of_last = multiply_add(of_last, d_g, delta, PRECISION, OPERAND)
-        of_h = tl.load(d_h + units, mask=across, other=0.0)
-        k = tl.load(keys + key_offset[:, None] + feature[None, :], mask=inside, other=0.0)
-        of_first = multiply_add(of_first, of_h, k, PRECISION, OPERAND)
-    else:
-        k = tl.load(keys + key_offset[None, :] + unit[:, None], mask=across, other=0.0)
-        of_last = multiply_add(of_last, k, d_product, PRECISION, OPERAND)
-    return of_first, of_last
-
-
-@triton.jit
 def outer_products(  # type: ignore[no-untyped-def]
     keys, hidden, deltas, d_products, d_y, d_h, first_row, last_row, steps, unit, feature, rows, key_chunk, key_row,
     dim: tl.constexpr, width: tl.constexpr, HIDDEN: tl.constexpr,
     UNITS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """`add_outer_products` of all of some rows, to zeros."""
+    """What some rows of a head bring to the gradients of a block of hidden features: columns of the first matrix,
+    which lie down, and rows of the last."""
     of_first = tl.zeros((UNITS, DIM), tl.float32)
     of_last = tl.zeros((UNITS, DIM), tl.float32)
     for step in range(0, steps):
-        of_first, of_last = add_outer_products(
-            of_first, of_last, keys, hidden, deltas, d_products, d_y, d_h, first_row + step * ROWS, last_row, unit,
-            feature, rows, key_chunk, key_row, dim, width, HIDDEN, ROWS, PRECISION, OPERAND,
-        )  # fmt: skip
+        index = first_row + step * ROWS + tl.arange(0, ROWS)
+        valid = index < last_row
+        key_offset = (index // rows) * key_chunk + (index % rows) * key_row
+        # the left operand is loaded transposed, rows across
+        across = valid[None, :] & (unit < width)[:, None]
+        inside = valid[:, None] & (feature < dim)[None, :]
+        features = index[:, None] * dim + feature[None, :]
+        d_product = tl.load(d_y + features, mask=inside, other=0.0)
+        if HIDDEN:
+            # y = a W₂, g = Δ₂ W₂ᵀ, h = k W₁
+            units = index[None, :] * width + unit[:, None]
+            a = tl.load(hidden + units, mask=across, other=0.0)
+            of_last = multiply_add(of_last, a, d_product, PRECISION, OPERAND)
+            d_g = tl.load(d_products + units, mask=across, other=0.0)
+            delta = tl.load(deltas + features, mask=inside, other=0.0)
+            of_last = multiply_add(of_last, d_g, delta, PRECISION, OPERAND)
+            of_h = tl.load(d_h + units, mask=across, other=0.0)
+            k = tl.load(keys + key_offset[:, None] + feature[None, :], mask=inside, other=0.0)
+            of_first = multiply_add(of_first, of_h, k, PRECISION, OPERAND)
+        else:
+            k = tl.load(keys + key_offset[None, :] + unit[:, None], mask=across, other=0.0)
+            of_last = multiply_add(of_last, k, d_product, PRECISION, OPERAND)
     return of_first, of_last
 
 
@@ -446,8 +432,7 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
     share_head, share_chunk, residual_first_head, residual_first_chunk,
     residual_last_head, residual_last_chunk, residual_gamma_head, residual_gamma_chunk,
     dim: tl.constexpr, width: tl.constexpr, HIDDEN: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-    WHOLE: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
-    PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+    UNITS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """A program owns a block of hidden features of a head; where chunks have weights of their own, in some chunks."""
     program = tl.program_id(0)
@@ -466,8 +451,8 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
     in_last, in_first = unit[:, None] * dim + feature[None, :], feature[None, :] * width + unit[:, None]
 
     if RESIDUAL:
-        nothing = tl.zeros((UNITS, DIM), tl.float32)
-        of_first, of_last = nothing, nothing
+        of_first = tl.zeros((UNITS, DIM), tl.float32)
+        of_last = tl.zeros((UNITS, DIM), tl.float32)
         first_chunk = group * group_chunks
         last_chunk = tl.minimum(first_chunk + group_chunks, chunks)
         from_first = residual_first + head * residual_first_head + in_first
@@ -485,16 +470,10 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
             next_last = tl.load(from_last + (chunk + 1) * residual_last_chunk, mask=following, other=0.0)
             if HIDDEN:
                 next_first = tl.load(from_first + (chunk + 1) * residual_first_chunk, mask=following, other=0.0)
-            if WHOLE:
-                own_first, own_last = add_outer_products(
-                    nothing, nothing, keys, hidden, deltas, d_products, d_y, d_h, chunk * rows, (chunk + 1) * rows,
-                    unit, feature, rows, key_chunk, key_row, dim, width, HIDDEN, ROWS, PRECISION, OPERAND,
-                )  # fmt: skip
-            else:
-                own_first, own_last = outer_products(
-                    keys, hidden, deltas, d_products, d_y, d_h, chunk * rows, (chunk + 1) * rows, steps, unit, feature,
-                    rows, key_chunk, key_row, dim, width, HIDDEN, UNITS, ROWS, DIM, PRECISION, OPERAND,
-                )  # fmt: skip
+            own_first, own_last = outer_products(
+                keys, hidden, deltas, d_products, d_y, d_h, chunk * rows, (chunk + 1) * rows, steps, unit, feature,
+                rows, key_chunk, key_row, dim, width, HIDDEN, UNITS, ROWS, DIM, PRECISION, OPERAND,
+            )  # fmt: skip
             of_last += own_last
             to_last = d_residual_last + head * d_residual_last_head + chunk * (width * dim) + in_last
             tl.store(to_last, share * own_last, mask=present)
@@ -690,7 +669,7 @@ def second_derivatives(
         **named_strides('d_residual_last', d_residual[1], 'head'),
         **named_strides('d_residual_gamma', d_residual[2], 'head'),
         blocks=unit_blocks, groups=groups, group_chunks=group_chunks, steps=triton.cdiv(summed, at_a_time),
-        WHOLE=residual and rows <= at_a_time, parts=parts, row_blocks=blocks, UNITS=units, ROWS=at_a_time,
+        parts=parts, row_blocks=blocks, UNITS=units, ROWS=at_a_time,
         num_warps=warps if sizes['DIM'] <= 64 else 2 * warps, num_stages=stages,
     )  # fmt: skip
     if residual:
