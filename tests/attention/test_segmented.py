@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from compare import assert_same, randomised
@@ -11,6 +13,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from titans_pytorch.attention import masks
 from titans_pytorch.attention.rotary import rotate
 from titans_pytorch.attention.segmented import SegmentedAttention, segmented_flex_attention
+from titans_pytorch.ops.attention_inputs import attention_inputs, with_persistent
 
 VARIANTS = [
     {'sliding': sliding, 'num_persist_mem_tokens': persistent, 'num_longterm_mem_tokens': longterm}
@@ -93,19 +96,21 @@ def test_cached_pieces_equal_the_definition(variant):
 def test_flex_attention_equals_the_definition(variant):
     layer, seq = attention(variant).float(), torch.randn(2, LENGTH, 16)
     with torch.no_grad():  # on the CPU it has no backward; the GPU tests have
-        queries, keys, values, _ = layer._project(seq, None)
+        inputs = partial(attention_inputs, layer.to_qkv(layer.norm(seq)), 2, layer.rotary_emb.freqs)
+        persistent = layer.persistent_memory
         attend = segmented_flex_attention(
             LENGTH, layer.total_segment_len, layer.num_persist_mem_tokens, layer.sliding, seq.device
         )
         expected = expected_output(layer, seq)
-        out = layer.to_out(layer.merge_heads(layer._attend_flex(queries, keys, values, 0, attend)))
+        out = layer.to_out(layer.merge_heads(layer._attend_flex(*inputs(persistent=persistent), attend)))
         assert_same(out, expected, 1e-5)
 
         # the last queries, with the keys visible to them
         read = 2 * layer.total_segment_len + 3 * layer.sliding
         first = read - layer.total_segment_len * layer.sliding
-        keys, values = keys[..., first:, :], values[..., first:, :]
-        out = layer.to_out(layer.merge_heads(layer._attend_flex(queries[..., read:, :], keys, values, first, None)))
+        queries, keys, values = inputs()
+        visible = with_persistent(keys[..., first:, :], values[..., first:, :], persistent)
+        out = layer.to_out(layer.merge_heads(layer._attend_flex(queries[..., read:, :], *visible, None)))
         assert_same(out, expected[:, read:], 1e-5)
 
 

@@ -113,6 +113,7 @@ def models() -> None:
 def operations() -> None:
     """Kernels that nothing launches on a CPU, or not in the sizes of a GPU."""
     import test_associative_scan
+    import test_attention_inputs
     import test_deep_memory_scan
     import test_inverse
     import test_linear_memory_scan
@@ -147,6 +148,8 @@ def operations() -> None:
         of_rows = test_linear_memory_scan.tensors_of((1, 4, 1, 16), **sizes)
         with torch.autocast('cpu', torch.bfloat16, enabled=low):
             test_linear_memory_scan.learned(of_rows, 1, num_proximal_steps=2)
+    projected, frequencies, options = test_attention_inputs.problem(2, 40, 2, 64, 4, torch.bfloat16)
+    test_attention_inputs.learned(projected, 2, frequencies, 0, options)
     test_inverse.learned(test_inverse.inverse, test_inverse.problem(2, 64))
     test_sinkhorn.with_gradient(sinkhorn, test_sinkhorn.problem(2, 4, 4), 20, test_sinkhorn.EPS)
     gates, inputs, prev = test_associative_scan.problem(2, 16, 64, 1, dtype=torch.float32)

@@ -11,9 +11,10 @@ from compare import assert_same, randomised
 from titans_pytorch import MemoryAsContextTransformer, MemoryAsGateTransformer, without_kernels
 from titans_pytorch.attention.context import ContextAttention
 from titans_pytorch.attention.rotary import frequencies
-from titans_pytorch.attention.segmented import SegmentedAttention, heads_of
+from titans_pytorch.attention.segmented import SegmentedAttention
 from titans_pytorch.generation.stepper import Stepper
 from titans_pytorch.ops import token_attention as token_attention_ops
+from titans_pytorch.ops.attention_inputs import heads_of
 from titans_pytorch.ops.token_attention import WIDEST, Position, RingLayout, ValueMix, token_attention
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'

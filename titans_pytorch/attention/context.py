@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titans_pytorch.attention.rotary import KeyValues
-from titans_pytorch.attention.segmented import AttnIntermediates, SegmentedAttention, heads_of
+from titans_pytorch.attention.rotary import KeyValues, rotate
+from titans_pytorch.attention.segmented import AttnIntermediates, SegmentedAttention
+from titans_pytorch.ops.attention_inputs import heads_of
 from titans_pytorch.ops.token_attention import token_attention
 from titans_pytorch.ops.token_attention.cache import Position
 from titans_pytorch.ops.token_linear import linear_of_token
@@ -43,6 +44,7 @@ class ContextAttention(SegmentedAttention):
             detach_context: let no gradient reach contexts, those in the cache included.
         """
         queries, keys, values = self._project_pair(seq, context)
+        queries = rotate(self.rotary_emb, queries, torch.arange(position, position + seq.shape[1], device=seq.device))
         own_values, first = values, position
         if cache is not None and position % self.total_segment_len:
             cache = self._carried(cache, seq)
@@ -51,7 +53,7 @@ class ContextAttention(SegmentedAttention):
         intermediates = AttnIntermediates(value_residual=own_values, cached_key_values=(keys, values))
         if detach_context:
             keys, values = _without_context(keys), _without_context(values)
-        out = self._attend_at_once(queries, keys, values, first)
+        out = self._attend_at_once(queries, self._rotated(keys, first), values, first)
         return self.to_out(self.merge_heads(out)), intermediates
 
     def step(  # type: ignore[override]
@@ -70,8 +72,8 @@ class ContextAttention(SegmentedAttention):
 
     def _project_pair(self, seq: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of `seq`; keys and values of both, interleaved: each position's own, then its context's."""
-        queries, *own = self._queries_keys_values(self.norm(seq))
-        _, *of_context = self._queries_keys_values(self.norm(context.to(seq.dtype)))
+        queries, *own = heads_of(self.to_qkv(self.norm(seq)), self.heads)
+        _, *of_context = heads_of(self.to_qkv(self.norm(context.to(seq.dtype))), self.heads)
         keys, values = (torch.stack(pair, dim=-2).flatten(-3, -2) for pair in zip(own, of_context))
         return queries, keys, values
 

@@ -14,7 +14,8 @@ from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from titans_pytorch.ops.rotation import rotate_pairs, rotation_at
+from titans_pytorch.ops.rotation import rotate_features, rotation_at
+from titans_pytorch.utils.functional import is_intercepted
 from titans_pytorch.utils.parameters import fill
 from titans_pytorch.utils.shapes import Float, Int
 
@@ -79,16 +80,15 @@ def rotate(
     not the library's own, which loses them in float32 and caches them in the precision of their first use, nor is the
     rotation, through whose einops PyTorch 2.13 traces for as long as through the rest of a model.
     """
-    rotation = rotation_at(frequencies(rotary, positions.device), positions.unsqueeze(-1))
-    width = 2 * rotation.shape[-2]
-    rotated = rotate_pairs(t[..., :width].unflatten(-1, (-1, 2)), rotation).flatten(-2)
-    return torch.cat((rotated, t[..., width:]), dim=-1).to(t.dtype)
+    return rotate_features(t, rotation_at(frequencies(rotary, positions.device), positions.unsqueeze(-1)))
 
 
 def frequencies(rotary: RotaryEmbedding, device: torch.device) -> Float[Tensor, ' half']:
     """Angle per position of each pair of features, in the precision of `rotate`."""
-    # the angles of position 1, by a call, in which hooks give an offloaded module its weights
     dtype = torch.promote_types(rotary.freqs.dtype, torch.float32)
+    if type(rotary) is Rotary and rotary.interpolate_factor == 1 and not is_intercepted([rotary]):
+        return rotary.freqs.to(dtype)
+    # the angles of position 1, by a call, in which hooks give an offloaded module its weights
     one = torch.ones(1, dtype=dtype, device=device) / rotary.interpolate_factor
     return rotary(one)[0, ::2].to(dtype)
 

@@ -14,9 +14,10 @@ from torch.nn.attention.flex_attention import flex_attention
 from x_transformers.attend import Attend
 
 from titans_pytorch.attention.masks import after_persistent, over_positions, segmented, segmented_block_mask
-from titans_pytorch.attention.rotary import KeyValues, Rotary, check_rotary_width, rotate
+from titans_pytorch.attention.rotary import KeyValues, Rotary, check_rotary_width, frequencies, rotate
 from titans_pytorch.memory.modules import MergeHeads, SplitHeads
 from titans_pytorch.ops._dispatch import HOPPER, nvidia_capability
+from titans_pytorch.ops.attention_inputs import attention_inputs, heads_of, mixed_values, with_persistent
 from titans_pytorch.ops.token_attention import Position, RingLayout, ValueMix, token_attention
 from titans_pytorch.ops.token_linear import linear_of_token
 from titans_pytorch.utils.checks import (
@@ -209,25 +210,43 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         elif position is not None:
             (position,) = check_not_negative(position=position)
 
-        queries, keys, values, own_values = self._project(seq, value_residual)
+        seq = self.norm(seq)
+        projected = self.to_qkv(seq)
+        share = None if self.to_learned_v_mix is None else self.to_learned_v_mix(seq)
+        _, own_keys, own_values = heads_of(projected, self.heads)
 
-        first = 0 if position is None else position - (0 if cache is None else cache[0].shape[-2])
+        at_once = cache is not None and seq.shape[1] <= self.total_segment_len
+        flex = self.use_flex_attn and seq.is_cuda and not disable_flex_attn and documents is None and not at_once
+        num_cached = 0 if cache is None else cache[0].shape[-2]
+        position = num_cached if position is None else position
+        queries, keys, values = attention_inputs(
+            projected,
+            self.heads,
+            frequencies(self.rotary_emb, projected.device),
+            position if documents is None else documents.positions,
+            residual=value_residual,
+            residual_share=share,
+            persistent=self.persistent_memory if flex and cache is None else None,
+        )
+        to_keep = own_keys, values[..., values.shape[-2] - seq.shape[1] :, :]
+        first = position - num_cached
         if cache is not None:
-            keys, values = torch.cat((cache[0], keys), dim=-2), torch.cat((cache[1], values), dim=-2)
+            to_keep = torch.cat((cache[0], to_keep[0]), dim=-2), torch.cat((cache[1], to_keep[1]), dim=-2)
+            keys, values = torch.cat((self._rotated(cache[0], first), keys), dim=-2), to_keep[1]
+            if flex:
+                keys, values = self._with_persistent(keys, values)
 
-        if documents is not None:
-            out = self._attend_windows(queries, keys, values, first, documents)
-        elif cache is not None and seq.shape[1] <= self.total_segment_len:
+        if at_once:
             out = self._attend_at_once(queries, keys, values, first)
-        elif self.use_flex_attn and seq.is_cuda and not disable_flex_attn:
-            out = self._attend_flex(queries, keys, values, first, flex_attn_fn)
+        elif flex:
+            out = self._attend_flex(queries, keys, values, flex_attn_fn)
         else:
-            out = self._attend_windows(queries, keys, values, first)
+            out = self._attend_windows(queries, keys, values, first, documents)
 
         out = self.to_out(self.merge_heads(out))
         if output_gating is not None:
             out = out * output_gating
-        return out, AttnIntermediates(value_residual=own_values, cached_key_values=(keys, values))
+        return out, AttnIntermediates(value_residual=own_values, cached_key_values=to_keep)
 
     def checked_cache(self, name: str, cache: Any, position: Any, batch: int | None) -> tuple[KeyValues, int | None]:
         """`cache`, which must hold keys and values of this attention from before `position`; and the position."""
@@ -309,7 +328,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
             if type(to_shares) is Linear and not is_intercepted(self.to_learned_v_mix.modules()):
                 mix = ValueMix(seq, to_shares.weight, to_shares.bias, value_residual)
             else:
-                mixed = self._mixed(values, value_residual, seq).transpose(1, 2).flatten(2)
+                mixed = mixed_values(values, value_residual, self.to_learned_v_mix(seq)).transpose(1, 2).flatten(2)
                 projected = torch.cat((projected[..., : -mixed.shape[-1]], mixed), dim=-1)
         out = token_attention(projected, buffers, self.cache_layout, position, layer, mix)
         out, _ = linear_of_token(self.to_out, out)
@@ -317,47 +336,25 @@ class SegmentedAttention(Resettable, InReferenceFormat):
 
     # parts
 
-    def _project(self, seq: Tensor, value_residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        seq = self.norm(seq)
-        queries, keys, values = self._queries_keys_values(seq)
-        return queries, keys, self._mixed(values, value_residual, seq), values
-
-    def _queries_keys_values(self, seq: Float[Tensor, 'b n d']) -> Float[Tensor, '3 b h n e']:
-        return heads_of(self.to_qkv(seq), self.heads)
-
-    def _mixed(self, values: Tensor, value_residual: Tensor | None, seq: Tensor) -> Float[Tensor, 'b h n e']:
-        if self.to_learned_v_mix is None or value_residual is None:
-            return values
-        return values.lerp(value_residual.to(values.dtype), self.to_learned_v_mix(seq).to(values.dtype))
-
     def _rotated(self, keys: Tensor, first: int) -> Tensor:
         """Keys of positions from `first` on. Persistent keys are not rotated, so absolute positions matter."""
         positions = torch.arange(keys.shape[-2], device=keys.device) // self.keys_per_position + first
         return rotate(self.rotary_emb, keys, positions)
 
-    def _rotated_queries(self, queries: Tensor, first: int) -> Tensor:
-        return rotate(self.rotary_emb, queries, torch.arange(first, first + queries.shape[-2], device=queries.device))
-
     def _with_persistent(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        if self.persistent_memory is None:
-            return keys, values
-        persistent = self.persistent_memory.to(keys.dtype).unsqueeze(1).expand(-1, keys.shape[0], -1, -1, -1)
-        return torch.cat((persistent[0], keys), dim=-2), torch.cat((persistent[1], values), dim=-2)
+        return with_persistent(keys, values, self.persistent_memory)
 
-    # three equivalent implementations: queries of the last positions, keys from position `first` on
+    # three equivalent implementations: rotated queries of the last positions, and keys from position `first` on
 
-    def _attend_flex(
-        self, queries: Tensor, keys: Tensor, values: Tensor, first: int, attend: Callable | None
-    ) -> Tensor:
-        length = keys.shape[-2]
+    def _attend_flex(self, queries: Tensor, keys: Tensor, values: Tensor, attend: Callable | None) -> Tensor:
+        """Keys and values begin with persistent ones."""
+        length = keys.shape[-2] - self.num_persist_mem_tokens
         if attend is None:
             attend = segmented_flex_attention(
                 length, self.total_segment_len, self.num_persist_mem_tokens, self.sliding, keys.device
             )
         num_cached = length - queries.shape[-2]
-        queries = self._rotated_queries(F.pad(queries, (0, 0, num_cached, 0)), first)
-        out = attend(queries, *self._with_persistent(self._rotated(keys, first), values))
-        return out[..., num_cached:, :]
+        return attend(F.pad(queries, (0, 0, num_cached, 0)), keys, values)[..., num_cached:, :]
 
     def _attend_windows(
         self, queries: Tensor, keys: Tensor, values: Tensor, first: int, documents: PackedDocuments | None = None
@@ -373,10 +370,6 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         num_windows, in_last = divided(length, window, lead + num_cached)
         trail = -in_last % window
         num_windows += int(in_last > 0)
-        if documents is None:
-            queries, keys = self._rotated_queries(queries, first + num_cached), self._rotated(keys, first)
-        else:
-            queries, keys = (rotate(self.rotary_emb, t, documents.positions.unsqueeze(1)) for t in (queries, keys))
         queries = F.pad(queries, (0, 0, lead + num_cached, trail))
         keys, values = (F.pad(t, (0, 0, lead, trail)) for t in (keys, values))
         by_window = (t.unflatten(2, (num_windows, window)) for t in (queries, keys, values))
@@ -420,19 +413,12 @@ class SegmentedAttention(Resettable, InReferenceFormat):
             positions[num_cached:] + offset,
             torch.cat((persistent, of_keys + offset + self.num_persist_mem_tokens)),
         )
-        rotated_queries = self._rotated_queries(queries, first + num_cached)
-        keys, values = self._with_persistent(self._rotated(keys, first), values)
-        out, _ = self.attend(rotated_queries, keys, values, mask=mask[None, None])
+        out, _ = self.attend(queries, *self._with_persistent(keys, values), mask=mask[None, None])
         return out
 
     @property
     def _mask_mod(self) -> Callable[..., Tensor]:
         return after_persistent(self.num_persist_mem_tokens, segmented(self.total_segment_len, self.sliding))
-
-
-def heads_of(projected: Float[Tensor, 'b n qkv'], heads: int) -> Float[Tensor, '3 b h n d']:
-    """Queries, keys and values of each head."""
-    return projected.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 def _shifted(windows: Float[Tensor, 'b w h n d']) -> Float[Tensor, 'b w h n d']:

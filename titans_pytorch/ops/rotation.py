@@ -29,15 +29,17 @@ def rotate_pairs(
     return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
 
 
-def rotate_features(t: Float[Tensor, '... d'], rotation: Float[Tensor, 'half 2']) -> Float[Tensor, '... d']:
-    """Features rotated in neighbouring pairs, as complex numbers; those beyond the pairs of `rotation` stay."""
+def rotate_features(t: Float[Tensor, '... d'], rotation: Float[Tensor, '... half 2']) -> Float[Tensor, '... d']:
+    """Features rotated in neighbouring pairs; those beyond the pairs of `rotation` stay."""
     width = 2 * rotation.shape[-2]
     if width < t.shape[-1]:
-        rotated = rotate_features(t[..., :width].contiguous(), rotation)
-        return torch.cat((rotated, t[..., width:]), dim=-1)
-    pairs = t.unflatten(-1, (-1, 2)).to(rotation.dtype)
-    if torch.compiler.is_compiling():  # the compiler generates no code for complex numbers
-        pairs = rotate_pairs(pairs, rotation)
+        return torch.cat((rotate_features(t[..., :width], rotation), t[..., width:]), dim=-1)
+    pairs = t.unflatten(-1, (-1, 2))
+    # as complex numbers it is a single product, but the compiler generates no code for it, and not all strides will do
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        rotated = rotate_pairs(pairs, rotation)
     else:
-        pairs = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation))
-    return pairs.flatten(-2).to(t.dtype)
+        dtype = torch.promote_types(t.dtype, rotation.dtype)
+        as_complex = (torch.view_as_complex(own.to(dtype).contiguous()) for own in (pairs, rotation))
+        rotated = torch.view_as_real(torch.mul(*as_complex))
+    return rotated.flatten(-2).to(t.dtype)

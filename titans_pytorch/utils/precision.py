@@ -37,7 +37,7 @@ def no_autocast(like: Tensor) -> AbstractContextManager[object]:
 
 
 def at_least_float32(t: Tensor) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+    return t if t.dtype in (torch.float32, torch.float64) else t.to(torch.float32)
 
 
 HALF = (torch.float16, torch.bfloat16)

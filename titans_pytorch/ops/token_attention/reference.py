@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from titans_pytorch.ops.attention_inputs.reference import heads_of, mixed_values
 from titans_pytorch.ops.rotation import rotate_features
 from titans_pytorch.ops.token_attention.cache import CacheSlots
 from titans_pytorch.utils.shapes import Float
@@ -17,13 +18,13 @@ def token_attention(
     rotation: Float[Tensor, 'half 2'],
     mix: tuple[Tensor, Tensor, Tensor, Tensor] | None,
 ) -> Float[Tensor, 'b 1 hd']:
-    by_head = projected.unflatten(-1, (3, buffers[0].shape[1], -1)).permute(2, 0, 3, 1, 4)
+    by_head = heads_of(projected, buffers[0].shape[1])
     queries, keys = rotate_features(by_head[:2], rotation)
     values = by_head[2]
     if mix is not None:
         inputs, weight, bias, first_values = mix
         shares = F.linear(inputs, weight, bias).unflatten(-1, (-1, 1)).transpose(1, 2).sigmoid()
-        values = values.lerp(first_values.to(values.dtype), shares.to(values.dtype))
+        values = mixed_values(values, first_values, shares)
 
     for buffer, new in zip(buffers, (keys, values)):
         buffer.index_copy_(2, slots.indices, new.to(buffer.dtype))

@@ -1,0 +1,55 @@
+"""Queries, keys and values of attention, from the projection of a sequence."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from titans_pytorch.ops._dispatch import VOLTA, use_kernel
+from titans_pytorch.ops.attention_inputs import reference
+from titans_pytorch.ops.attention_inputs.reference import heads_of, mixed_values, with_persistent
+from titans_pytorch.utils.shapes import Float, Int
+
+__all__ = ['attention_inputs', 'heads_of', 'mixed_values', 'with_persistent']
+
+# features of a head
+_WIDEST = 256
+
+
+def attention_inputs(
+    projected: Float[Tensor, 'b n qkv'],
+    heads: int,
+    frequencies: Float[Tensor, ' half'],
+    positions: int | Int[Tensor, 'b n'] = 0,
+    *,
+    residual: Float[Tensor, 'b h n d'] | None = None,
+    residual_share: Float[Tensor, 'b h n 1'] | None = None,
+    persistent: Float[Tensor, '2 h p d'] | None = None,
+) -> tuple[Float[Tensor, 'b h n d'], Float[Tensor, 'b h j d'], Float[Tensor, 'b h j d']]:
+    """Queries R q, keys [k_persistent ‖ R k] and values [v_persistent ‖ (1 − a) v + a r], with j = p + n.
+
+    R rotates neighbouring pairs of features by position · frequency; features beyond the frequencies stay as they are.
+
+    Args:
+        projected: queries, keys and values, each with heads side by side.
+        frequencies: angle per position, in float32 at least.
+        positions: of the tokens, or of the first of them.
+        residual: r, values that are mixed with the sequence's own.
+        residual_share: a, their share.
+        persistent: keys and values before those of the sequence, which are not rotated.
+    """
+    tensors = projected, residual, residual_share, persistent
+    if use_kernel(tensors, [frequencies], capability=VOLTA) and _supports(projected, heads, frequencies):
+        from titans_pytorch.ops.attention_inputs import triton
+
+        given, first = (positions, 0) if isinstance(positions, Tensor) else (None, positions)
+        return triton.attention_inputs(
+            projected, frequencies, given, residual, residual_share, persistent, heads, first
+        )
+    return reference.attention_inputs(projected, heads, frequencies, positions, residual, residual_share, persistent)
+
+
+def _supports(projected: Tensor, heads: int, frequencies: Tensor) -> bool:
+    dim = projected.shape[-1] // (3 * heads)
+    # the kernel has no gradient of frequencies, which are not learned unless a caller makes them
+    all_rotate = 2 * len(frequencies) == dim and not frequencies.requires_grad
+    return all_rotate and dim <= _WIDEST and projected.numel() > 0

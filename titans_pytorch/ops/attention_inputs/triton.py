@@ -1,0 +1,244 @@
+"""Kernels of the inputs of attention: one pass from a projection to heads that are rotated, mixed and preceded by
+persistent keys and values, and one pass back. A program owns rows of one head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from titans_pytorch.ops._registration import register_kernel
+from titans_pytorch.ops._triton import contiguous_inside, named_strides
+
+# entries of a program's tile of queries, keys or values, and its rows at most
+ENTRIES, MOST_ROWS = 1024, 16
+# heads for which a program computes angles once, as many as leave this number of programs
+ENOUGH_PROGRAMS = 512
+TWO_PI = tl.constexpr(6.283185307179586)
+IN_TURNS = tl.constexpr(0.15915494309189535)
+
+
+@triton.jit
+def _cos_sin(frequencies, positions, first, row, n, half: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of the angles modulo 2π in float64: near a million, numbers in float32 are a sixteenth apart."""
+    pair = tl.arange(0, HALF)
+    own = tl.load(frequencies + pair, mask=pair < half, other=0.0).to(tl.float64)
+    position = first + row
+    if positions is not None:
+        position = tl.load(positions + row, mask=(row >= 0) & (row < n), other=0)
+    angles = position.to(tl.float64)[:, None] * own[None, :]
+    angles = (angles - tl.floor(angles * IN_TURNS) * TWO_PI).to(tl.float32)
+    return tl.cos(angles), tl.sin(angles)
+
+
+@triton.jit
+def _rotated(rows, cos, sin, ROWS: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+    real, imaginary = tl.split(tl.reshape(rows, (ROWS, HALF, 2)))
+    rotated = tl.join(real * cos - imaginary * sin, real * sin + imaginary * cos)
+    return tl.reshape(rotated, (ROWS, 2 * HALF))
+
+
+@triton.jit
+def _forward_kernel(  # type: ignore[no-untyped-def]
+    projected, frequencies, positions, residual, residual_share, persistent, queries, keys, values,
+    heads, n, num_persistent, first,
+    projected_batch, projected_row, positions_batch,
+    residual_batch, residual_head, residual_row, share_batch, share_head, share_row,
+    half: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    dim: tl.constexpr = 2 * half
+    blocks = tl.cdiv(num_persistent + n, ROWS)
+    batch, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    # persistent keys and values have the rows before 0
+    row = (block * ROWS + tl.arange(0, ROWS) - num_persistent).to(tl.int64)
+    row_of, feature = row[:, None], tl.arange(0, 2 * HALF)[None, :]
+    exists = (row_of < n) & (feature < dim)
+    inside = exists & (row_of >= 0)
+    is_given = exists & (row_of < 0)
+    if positions is not None:
+        positions += batch * positions_batch
+    cos, sin = _cos_sin(frequencies, positions, first, row, n, half, HALF)
+
+    for head in range(tl.program_id(1) * HEADS, tl.minimum(heads, (tl.program_id(1) + 1) * HEADS)):
+        own = projected + batch * projected_batch + row_of * projected_row + head * dim + feature
+        query = tl.load(own, mask=inside, other=0.0).to(tl.float32)
+        key = tl.load(own + heads * dim, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(own + 2 * heads * dim, mask=inside, other=0.0).to(tl.float32)
+        if residual is not None:
+            from_share = residual_share + batch * share_batch + head * share_head + row_of * share_row
+            from_residual = residual + batch * residual_batch + head * residual_head + row_of * residual_row + feature
+            share = tl.load(from_share, mask=(row_of >= 0) & (row_of < n), other=0.0).to(tl.float32)
+            value += share * (tl.load(from_residual, mask=inside, other=0.0).to(tl.float32) - value)
+        key = _rotated(key, cos, sin, ROWS, HALF)
+        if persistent is not None:
+            given = persistent + (head * num_persistent + num_persistent + row_of) * dim + feature
+            key = tl.where(is_given, tl.load(given, mask=is_given, other=0.0).to(tl.float32), key)
+            given += heads * num_persistent * dim
+            value = tl.where(is_given, tl.load(given, mask=is_given, other=0.0).to(tl.float32), value)
+        out = batch * heads + head
+        to_queries = queries + (out * n + row_of) * dim + feature
+        tl.store(to_queries, _rotated(query, cos, sin, ROWS, HALF), mask=inside)
+        offset = (out * (num_persistent + n) + num_persistent + row_of) * dim + feature
+        tl.store(keys + offset, key, mask=exists)
+        tl.store(values + offset, value, mask=exists)
+
+
+@triton.jit
+def _backward_kernel(  # type: ignore[no-untyped-def]
+    d_queries, d_keys, d_values, projected, frequencies, positions, residual, residual_share,
+    d_projected, d_residual, d_share,
+    heads, n, num_persistent, first,
+    projected_batch, projected_row, positions_batch,
+    residual_batch, residual_head, residual_row, share_batch, share_head, share_row,
+    queries_batch, queries_head, queries_row, keys_batch, keys_head, keys_row, values_batch, values_head, values_row,
+    half: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    dim: tl.constexpr = 2 * half
+    blocks = tl.cdiv(n, ROWS)
+    batch, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    row_of, feature = row[:, None], tl.arange(0, 2 * HALF)[None, :]
+    inside = (row_of < n) & (feature < dim)
+    if positions is not None:
+        positions += batch * positions_batch
+    cos, sin = _cos_sin(frequencies, positions, first, row, n, half, HALF)
+
+    for head in range(tl.program_id(1) * HEADS, tl.minimum(heads, (tl.program_id(1) + 1) * HEADS)):
+        from_queries = d_queries + batch * queries_batch + head * queries_head + row_of * queries_row + feature
+        from_keys = d_keys + batch * keys_batch + head * keys_head + (num_persistent + row_of) * keys_row + feature
+        from_values = d_values + batch * values_batch + head * values_head
+        from_values += (num_persistent + row_of) * values_row + feature
+        d_query = tl.load(from_queries, mask=inside, other=0.0).to(tl.float32)
+        d_key = tl.load(from_keys, mask=inside, other=0.0).to(tl.float32)
+        d_value = tl.load(from_values, mask=inside, other=0.0).to(tl.float32)
+        if residual is not None:
+            own = projected + batch * projected_batch + row_of * projected_row + (2 * heads + head) * dim + feature
+            from_share = residual_share + batch * share_batch + head * share_head + row_of * share_row
+            from_residual = residual + batch * residual_batch + head * residual_head + row_of * residual_row + feature
+            share = tl.load(from_share, mask=row_of < n, other=0.0).to(tl.float32)
+            difference = tl.load(from_residual, mask=inside, other=0.0).to(tl.float32)
+            difference -= tl.load(own, mask=inside, other=0.0).to(tl.float32)
+            first_row = (batch * heads + head) * n
+            tl.store(d_share + first_row + row, tl.sum(d_value * difference, axis=1), mask=row < n)
+            of_residual = share * d_value
+            tl.store(d_residual + (first_row + row_of) * dim + feature, of_residual, mask=inside)
+            d_value -= of_residual
+        out = d_projected + ((batch * n + row_of) * 3 * heads + head) * dim + feature
+        # the inverse of a rotation turns the other way
+        tl.store(out, _rotated(d_query, cos, -sin, ROWS, HALF), mask=inside)
+        tl.store(out + heads * dim, _rotated(d_key, cos, -sin, ROWS, HALF), mask=inside)
+        tl.store(out + 2 * heads * dim, d_value, mask=inside)
+
+
+def _num_persistent(persistent: Tensor | None) -> int:
+    return 0 if persistent is None else persistent.shape[2]
+
+
+def _outputs(
+    projected: Tensor,
+    frequencies: Tensor,
+    positions: Tensor | None,
+    residual: Tensor | None,
+    residual_share: Tensor | None,
+    persistent: Tensor | None,
+    heads: int,
+    first: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, n, features = projected.shape
+    dim, visible = features // (3 * heads), _num_persistent(persistent) + n
+    shapes = (n, dim), (visible, dim), (visible, dim)
+    queries, keys, values = (projected.new_empty(batch, heads, *shape) for shape in shapes)
+    return queries, keys, values
+
+
+def _arguments(
+    projected: Tensor,
+    frequencies: Tensor,
+    positions: Tensor | None,
+    residual: Tensor | None,
+    residual_share: Tensor | None,
+    persistent: Tensor | None,
+    heads: int,
+    first: int,
+) -> dict[str, Any]:
+    """What both kernels take."""
+    projected = contiguous_inside(projected, 1)
+    residual = None if residual is None else contiguous_inside(residual, 1)
+    positions = None if positions is None else contiguous_inside(positions, 1)
+    half = len(frequencies)
+    padded = triton.next_power_of_2(half)
+    rows = max(1, min(MOST_ROWS, ENTRIES // (2 * padded)))
+    blocks = triton.cdiv(_num_persistent(persistent) + projected.shape[1], rows) * len(projected)
+    group = max(1, min(heads, blocks * heads // ENOUGH_PROGRAMS))
+    return dict(
+        projected=projected, frequencies=frequencies.contiguous(), positions=positions,
+        residual=residual, residual_share=residual_share,
+        heads=heads, n=projected.shape[1], num_persistent=_num_persistent(persistent), first=first,
+        **named_strides('projected', projected, 'batch row'), **named_strides('positions', positions, 'batch'),
+        **named_strides('residual', residual, 'batch head row'),
+        **named_strides('share', residual_share, 'batch head row'),
+        half=half, HALF=padded, ROWS=rows, HEADS=group, num_warps=4,
+    )  # fmt: skip
+
+
+def _grid(rows: int, batch: int, arguments: dict[str, Any]) -> tuple[int, int]:
+    return triton.cdiv(rows, arguments['ROWS']) * batch, triton.cdiv(arguments['heads'], arguments['HEADS'])
+
+
+def _forward(
+    projected: Tensor,  # b n (3 h d)
+    frequencies: Tensor,  # d / 2
+    positions: Tensor | None,  # b n
+    residual: Tensor | None,  # b h n d
+    residual_share: Tensor | None,  # b h n 1
+    persistent: Tensor | None,  # 2 h p d
+    heads: int,
+    first: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # b h n d, b h (p + n) d, b h (p + n) d
+    given = projected, frequencies, positions, residual, residual_share, persistent, heads, first
+    queries, keys, values = _outputs(*given)
+    arguments = _arguments(*given)
+    _forward_kernel[_grid(keys.shape[2], len(projected), arguments)](
+        **arguments, persistent=None if persistent is None else persistent.contiguous(),
+        queries=queries, keys=keys, values=values,
+    )  # fmt: skip
+    return queries, keys, values
+
+
+def _backward(
+    d_queries: Tensor,
+    d_keys: Tensor,
+    d_values: Tensor,
+    projected: Tensor,
+    frequencies: Tensor,
+    positions: Tensor | None,
+    residual: Tensor | None,
+    residual_share: Tensor | None,
+    persistent: Tensor | None,
+    heads: int,
+    first: int,
+) -> tuple[Tensor | None, ...]:
+    arguments = _arguments(projected, frequencies, positions, residual, residual_share, persistent, heads, first)
+    d_queries, d_keys, d_values = (contiguous_inside(d, 1) for d in (d_queries, d_keys, d_values))
+    d_projected = projected.new_empty(projected.shape)
+    d_residual, d_share = (None if t is None else t.new_empty(t.shape) for t in (residual, residual_share))
+    _backward_kernel[_grid(projected.shape[1], len(projected), arguments)](
+        **arguments, d_queries=d_queries, d_keys=d_keys, d_values=d_values,
+        d_projected=d_projected, d_residual=d_residual, d_share=d_share,
+        **named_strides('queries', d_queries, 'batch head row'), **named_strides('keys', d_keys, 'batch head row'),
+        **named_strides('values', d_values, 'batch head row'),
+    )  # fmt: skip
+    d_persistent = None
+    if persistent is not None:
+        given = slice(0, persistent.shape[2])
+        of_sequences = torch.stack((d_keys[:, :, given], d_values[:, :, given]))
+        d_persistent = of_sequences.sum(dim=1, dtype=torch.float32).to(persistent.dtype)
+    # no one asks for gradients of frequencies and positions
+    d_positions = None if positions is None else torch.empty_like(positions)
+    return d_projected, torch.empty_like(frequencies), d_positions, d_residual, d_share, d_persistent
+
+
+attention_inputs = register_kernel('attention_inputs', _forward, _backward, outputs=_outputs)
