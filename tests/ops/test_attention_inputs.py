@@ -16,7 +16,7 @@ from titans_pytorch.utils.packing import PackedDocuments
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 LOW = torch.bfloat16 if DEVICE == 'cuda' else torch.float16
 # batch, tokens, heads, features of a head, persistent tokens
-SHAPES = [(2, 5, 3, 8, 2), (1, 70, 2, 64, 4), (2, 9, 2, 20, 0), (1, 1, 1, 4, 1), (1, 3, 2, 256, 3)]
+SHAPES = [(2, 5, 3, 8, 2), (1, 70, 2, 64, 4), (2, 9, 2, 20, 0), (1, 1, 1, 4, 1), (1, 3, 2, 256, 3), (35, 2, 2, 4, 40)]
 OPTIONS = ('residual', 'residual_share', 'persistent')
 CHECKS = ('test_schema', 'test_autograd_registration', 'test_faketensor', 'test_aot_dispatch_dynamic')
 

@@ -17,6 +17,8 @@ from titans_pytorch.ops._triton import contiguous_inside, named_strides
 ENTRIES, MOST_ROWS = 1024, 16
 # heads for which a program computes angles once, as many as leave this number of programs
 ENOUGH_PROGRAMS = 512
+# entries of persistent keys for which a program sums gradients, and the sequences that it reads at once
+SUM_BLOCK, SUM_BATCHES = 128, 16
 TWO_PI = tl.constexpr(6.283185307179586)
 IN_TURNS = tl.constexpr(0.15915494309189535)
 
@@ -133,6 +135,29 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         tl.store(out + 2 * heads * dim, d_value, mask=inside)
 
 
+@triton.jit
+def _persistent_kernel(  # type: ignore[no-untyped-def]
+    d_keys, d_values, d_persistent,
+    heads, batch, entries,
+    keys_batch, keys_head, keys_row, values_batch, values_head, values_row,
+    dim: tl.constexpr, BLOCK: tl.constexpr, BATCHES: tl.constexpr,
+):  # fmt: skip
+    """Sums over sequences of the gradients of persistent keys and values of a head."""
+    head, entry = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row, feature = (entry // dim)[None, :], (entry % dim)[None, :]
+    of_keys, of_values = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, batch, BATCHES):
+        own = (first + tl.arange(0, BATCHES)).to(tl.int64)[:, None]
+        inside = (own < batch) & (entry < entries)[None, :]
+        from_keys = d_keys + own * keys_batch + head * keys_head + row * keys_row + feature
+        from_values = d_values + own * values_batch + head * values_head + row * values_row + feature
+        of_keys += tl.sum(tl.load(from_keys, mask=inside, other=0.0).to(tl.float32), axis=0)
+        of_values += tl.sum(tl.load(from_values, mask=inside, other=0.0).to(tl.float32), axis=0)
+    out = d_persistent + head * entries + entry
+    tl.store(out, of_keys, mask=entry < entries)
+    tl.store(out + heads * entries, of_values, mask=entry < entries)
+
+
 def _num_persistent(persistent: Tensor | None) -> int:
     return 0 if persistent is None else persistent.shape[2]
 
@@ -223,19 +248,23 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     arguments = _arguments(projected, frequencies, positions, residual, residual_share, persistent, heads, first)
     d_queries, d_keys, d_values = (contiguous_inside(d, 1) for d in (d_queries, d_keys, d_values))
+    strides = named_strides('keys', d_keys, 'batch head row') | named_strides('values', d_values, 'batch head row')
     d_projected = projected.new_empty(projected.shape)
     d_residual, d_share = (None if t is None else t.new_empty(t.shape) for t in (residual, residual_share))
     _backward_kernel[_grid(projected.shape[1], len(projected), arguments)](
         **arguments, d_queries=d_queries, d_keys=d_keys, d_values=d_values,
         d_projected=d_projected, d_residual=d_residual, d_share=d_share,
-        **named_strides('queries', d_queries, 'batch head row'), **named_strides('keys', d_keys, 'batch head row'),
-        **named_strides('values', d_values, 'batch head row'),
+        **named_strides('queries', d_queries, 'batch head row'), **strides,
     )  # fmt: skip
     d_persistent = None
     if persistent is not None:
-        given = slice(0, persistent.shape[2])
-        of_sequences = torch.stack((d_keys[:, :, given], d_values[:, :, given]))
-        d_persistent = of_sequences.sum(dim=1, dtype=torch.float32).to(persistent.dtype)
+        d_persistent = persistent.new_empty(persistent.shape)
+        entries = d_persistent[0, 0].numel()
+        _persistent_kernel[(heads, triton.cdiv(entries, SUM_BLOCK))](
+            d_keys=d_keys, d_values=d_values, d_persistent=d_persistent,
+            heads=heads, batch=len(projected), entries=entries, dim=persistent.shape[3], **strides,
+            BLOCK=SUM_BLOCK, BATCHES=SUM_BATCHES, num_warps=4,
+        )  # fmt: skip
     # no one asks for gradients of frequencies and positions
     d_positions = None if positions is None else torch.empty_like(positions)
     return d_projected, torch.empty_like(frequencies), d_positions, d_residual, d_share, d_persistent
