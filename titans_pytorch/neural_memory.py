@@ -799,7 +799,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         if call.resets is not None:
             chunks = replaced(chunks, resets=call.resets.repeat_interleave(self.heads, dim=0))
             origin = state.weights.newest
-        residual = self._weight_residual(prev_weights, pooled, schedule.first_chunk)
+        residual = self._weight_residual(prev_weights, pooled, state.seq_index // chunk_size)
         with network_autocast(self._dtype, tokens.device):
             given = (chunks, residual, schedule, state.weights, self._transition)
             inputs = StoreInputs(*given, with_surprises, state.at_rest, origin)

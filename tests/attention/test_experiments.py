@@ -167,6 +167,16 @@ def test_rotation_is_exact_far_from_the_start() -> None:
     torch.testing.assert_close(one, rotate(rotary, t[:, :, :1], positions[:1]))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize('width', [2, 4])
+def test_rotation_takes_any_place_in_memory(width):
+    rotation = rotation_at(torch.tensor([1.0, 0.1][: width // 2]), torch.arange(3).unsqueeze(-1))
+    for t in (torch.randn(1 + 6 * width)[1:].view(1, 2, 3, width), torch.randn(1, 2, 3, 11)[..., 5 : 5 + width]):
+        with torch.enable_grad():
+            expected = rotate_features(t, rotation)
+        torch.testing.assert_close(rotate_features(t, rotation), expected)
+
+
 def test_rotation_is_exact_in_bfloat16_and_after_a_cached_call() -> None:
     rotary = RotaryEmbedding(8)
     t = torch.randn(1, 1, 600, 8)

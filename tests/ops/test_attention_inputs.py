@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from compare import assert_no_worse, assert_same, gradients, randomised
+from torch.utils._pytree import tree_leaves, tree_map
 
 from titans_pytorch.attention.segmented import SegmentedAttention
 from titans_pytorch.ops import attention_inputs as operation
@@ -17,7 +18,6 @@ DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 LOW = torch.bfloat16 if DEVICE == 'cuda' else torch.float16
 # batch, tokens, heads, features of a head, persistent tokens
 SHAPES = [(2, 5, 3, 8, 2), (1, 70, 2, 64, 4), (2, 9, 2, 20, 0), (1, 1, 1, 4, 1), (1, 3, 2, 256, 3), (35, 2, 2, 4, 40)]
-OPTIONS = ('residual', 'residual_share', 'persistent')
 CHECKS = ('test_schema', 'test_autograd_registration', 'test_faketensor', 'test_aot_dispatch_dynamic')
 
 
@@ -25,28 +25,28 @@ def problem(batch, tokens, heads, dim, persistent, dtype=torch.float32, mixes=Tr
     """A projection, frequencies, and keyword arguments, of which the mixture comes from another projection."""
     random = lambda *shape: torch.randn(*shape, device=DEVICE)  # noqa: E731
     projected, first_layer = (random(batch, tokens, 3 * heads * dim).to(dtype) for _ in range(2))
-    options = {'persistent': random(2, heads, persistent, dim) if persistent else None}
+    options = {'persistent': random(2, heads, persistent, dim)} if persistent else {}
     if mixes:
         share = random(batch, tokens, heads, 1).to(dtype).sigmoid().transpose(1, 2)
-        options |= {'residual': reference.heads_of(first_layer, heads)[2], 'residual_share': share}
+        options['mix'] = reference.heads_of(first_layer, heads)[2], share
     return projected, 10000.0 ** (-torch.arange(0, dim, 2, device=DEVICE) / dim), options
 
 
 def learned(projected, heads, frequencies, positions, options):
     """Queries, keys and values, and gradients of the projection, the mixture and persistent tokens."""
-    options = {name: t if t is None else t.detach().requires_grad_() for name, t in options.items()}
+    options = tree_map(lambda t: t.detach().requires_grad_(), options)
     projected = projected.detach().requires_grad_()
     outs = attention_inputs(projected, heads, frequencies, positions, **options)
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out) for out in outs]
     # as attention leaves gradients: some with heads side by side
     weights[0] = weights[0].transpose(1, 2).contiguous().transpose(1, 2)
-    given = [projected, *(t for t in options.values() if t is not None)]
+    given = [projected, *tree_leaves(options)]
     return [out.detach() for out in outs], torch.autograd.grad(outs, given, weights)
 
 
 def exactly(projected, heads, frequencies, positions, options):
-    options = {name: t if t is None else t.double() for name, t in options.items()}
+    options = tree_map(torch.Tensor.double, options)
     return learned(projected.double(), heads, frequencies.double(), positions, options)
 
 
@@ -59,7 +59,7 @@ def kernels(kernels_everywhere):
 
 def test_it_is_the_definition():
     projected, frequencies, options = problem(2, 5, 3, 8, 2, dtype=torch.float64)
-    persistent, residual, share = (options[name] for name in ('persistent', 'residual', 'residual_share'))
+    persistent, (residual, share) = options['persistent'], options['mix']
     came = attention_inputs(projected, 3, frequencies, 7, **options | {'persistent': persistent.double()})
     for b in range(2):
         for head in range(3):
@@ -109,7 +109,7 @@ def test_other_inputs_take_the_reference(kernels, monkeypatch):
         projected, frequencies, options = problem(*shape)
         frequencies = frequencies[: shape[3] // 2]
         arguments = projected, shape[2], frequencies, 0
-        expected = reference.attention_inputs(*arguments, *(options[name] for name in OPTIONS))
+        expected = reference.attention_inputs(*arguments, options['mix'], options.get('persistent'))
         assert_same(attention_inputs(*arguments, **options), expected, 0.0)
 
 
@@ -118,7 +118,7 @@ def test_frequencies_that_are_learned_have_a_gradient(kernels):
     grads = []
     for dtype in (torch.float32, torch.float64):
         learnable = frequencies.to(dtype).requires_grad_()
-        given = {name: t.to(dtype) for name, t in options.items()}
+        given = tree_map(lambda t: t.to(dtype), options)  # noqa: B023
         queries, keys, _ = attention_inputs(projected.to(dtype), 2, learnable, 3, **given)
         grads.append(torch.autograd.grad((queries * keys[..., 1:, :]).sin().sum() + keys.sin().sum(), learnable)[0])
     assert grads[1].abs().max() > 0.1
@@ -127,7 +127,8 @@ def test_frequencies_that_are_learned_have_a_gradient(kernels):
 
 def test_the_operation_is_registered_correctly(kernels):
     projected, frequencies, options = problem(2, 5, 3, 8, 2)
-    tensors = [t.detach().requires_grad_() for t in (projected, *(options[name] for name in OPTIONS))]
+    tensors = projected, *options['mix'], options['persistent']
+    tensors = [t.detach().requires_grad_() for t in tensors]
     positions = torch.arange(10, device=DEVICE).unflatten(0, (2, 5))
     for given, first in ((None, 3), (positions, 0)):
         arguments = tensors[0], frequencies, given, *tensors[1:], 3, first

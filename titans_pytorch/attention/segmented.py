@@ -57,8 +57,12 @@ def _compiled_flex_attention() -> Callable[..., Any]:
 # Tiles in half precision. PyTorch's own have 128 queries or keys on Hopper, most of them masked in short windows; with
 # these, attention takes 10 to 40 % less time at windows of 36 to 512 positions
 _TILES_ON_HOPPER = {
-    **{f'fwd_{name}': 64 for name in ('BLOCK_M', 'BLOCK_N')},
-    **{f'bwd_{name}': 64 for name in ('BLOCK_M1', 'BLOCK_N1', 'BLOCK_M2', 'BLOCK_N2')},
+    'fwd_BLOCK_M': 64,
+    'fwd_BLOCK_N': 64,
+    'bwd_BLOCK_M1': 32,
+    'bwd_BLOCK_N1': 64,
+    'bwd_BLOCK_M2': 64,
+    'bwd_BLOCK_N2': 32,
     'num_warps': 4,
     'num_stages': 3,
 }
@@ -212,29 +216,33 @@ class SegmentedAttention(Resettable, InReferenceFormat):
 
         seq = self.norm(seq)
         projected = self.to_qkv(seq)
-        share = None if self.to_learned_v_mix is None else self.to_learned_v_mix(seq)
+        mix = None
+        if self.to_learned_v_mix is not None and value_residual is not None:
+            mix = value_residual, self.to_learned_v_mix(seq)
         _, own_keys, own_values = heads_of(projected, self.heads)
 
         at_once = cache is not None and seq.shape[1] <= self.total_segment_len
         flex = self.use_flex_attn and seq.is_cuda and not disable_flex_attn and documents is None and not at_once
         num_cached = 0 if cache is None else cache[0].shape[-2]
         position = num_cached if position is None else position
+        # windows take persistent keys one by one, and those of a cache come between
+        persistent = self.persistent_memory if flex and cache is None else None
         queries, keys, values = attention_inputs(
             projected,
             self.heads,
             frequencies(self.rotary_emb, projected.device),
             position if documents is None else documents.positions,
-            residual=value_residual,
-            residual_share=share,
-            persistent=self.persistent_memory if flex and cache is None else None,
+            mix=mix,
+            persistent=persistent,
         )
+        # a cache holds keys that are not rotated, and nothing persistent
         to_keep = own_keys, values[..., values.shape[-2] - seq.shape[1] :, :]
         first = position - num_cached
         if cache is not None:
             to_keep = torch.cat((cache[0], to_keep[0]), dim=-2), torch.cat((cache[1], to_keep[1]), dim=-2)
             keys, values = torch.cat((self._rotated(cache[0], first), keys), dim=-2), to_keep[1]
             if flex:
-                keys, values = self._with_persistent(keys, values)
+                keys, values = with_persistent(keys, values, self.persistent_memory)
 
         if at_once:
             out = self._attend_at_once(queries, keys, values, first)
@@ -301,7 +309,8 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         for t in (self._rotated(keys, start), values):
             ring = t.new_zeros(*t.shape[:2], self.num_slots * self.keys_per_position, t.shape[-1])
             rings.append(ring.index_copy(2, slots, t))
-        return self._with_persistent(*rings)
+        keys, values = rings
+        return with_persistent(keys, values, self.persistent_memory)
 
     def from_buffers(self, buffers: KeyValues, position: int) -> KeyValues:
         """Inverse of `to_buffers`: keys, rotated back, and values in the order of their positions."""
@@ -341,10 +350,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         positions = torch.arange(keys.shape[-2], device=keys.device) // self.keys_per_position + first
         return rotate(self.rotary_emb, keys, positions)
 
-    def _with_persistent(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        return with_persistent(keys, values, self.persistent_memory)
-
-    # three equivalent implementations: rotated queries of the last positions, and keys from position `first` on
+    # three equivalent implementations, given the queries of the last positions; these and all keys are rotated
 
     def _attend_flex(self, queries: Tensor, keys: Tensor, values: Tensor, attend: Callable | None) -> Tensor:
         """Keys and values begin with persistent ones."""
@@ -388,7 +394,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
             mask = same if mask is None else mask & same
 
         queries, keys, values = (t.flatten(0, 1) for t in (queries, keys, values))
-        out, _ = self.attend(queries, *self._with_persistent(keys, values), mask=mask)
+        out, _ = self.attend(queries, *with_persistent(keys, values, self.persistent_memory), mask=mask)
         out = out.unflatten(0, (batch, num_windows)).transpose(1, 2).flatten(2, 3)
         return out[..., lead + num_cached : lead + num_cached + length, :]
 
@@ -413,7 +419,8 @@ class SegmentedAttention(Resettable, InReferenceFormat):
             positions[num_cached:] + offset,
             torch.cat((persistent, of_keys + offset + self.num_persist_mem_tokens)),
         )
-        out, _ = self.attend(queries, *self._with_persistent(keys, values), mask=mask[None, None])
+        keys, values = with_persistent(keys, values, self.persistent_memory)
+        out, _ = self.attend(queries, keys, values, mask=mask[None, None])
         return out
 
     @property

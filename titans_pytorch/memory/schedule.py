@@ -30,12 +30,12 @@ class Schedule(NamedTuple):
     """The chunks that a call completes.
 
     Args:
-        first_chunk: number of the first of them, over all calls.
+        offset_in_batch: chunks of the first memory batch before them; 0 without memory batches.
         num_chunks: number of chunks; symbolic while a program of dynamic length is exported.
         chunks_per_batch: chunks per memory batch; `None` without memory batches.
     """
 
-    first_chunk: int
+    offset_in_batch: int
     num_chunks: int
     chunks_per_batch: int | None
 
@@ -43,12 +43,17 @@ class Schedule(NamedTuple):
     def of(cls, seq_index: int, num_tokens: int, chunk_size: int, batch_size: int | None) -> Schedule:
         """Schedule of `num_tokens` tokens, of which the first is the first of its chunk and has number `seq_index`."""
         num_chunks, _ = divided(num_tokens, chunk_size)
-        return cls(seq_index // chunk_size, num_chunks, None if batch_size is None else batch_size // chunk_size)
+        if batch_size is None:
+            return cls(0, num_chunks, None)
+        chunks_per_batch = batch_size // chunk_size
+        # a state's `seq_index` is symbolic in compiled calls; an index of a list is a constant, each with its own graph
+        offset = [*range(chunks_per_batch)][seq_index // chunk_size % chunks_per_batch]
+        return cls(offset, num_chunks, chunks_per_batch)
 
     def blocks(self, preferred: int | None) -> list[ChunkBlock]:
         """The chunks in blocks of the preferred number of chunks (`None`: no limit), cut where memory batches end."""
         blocks: list[ChunkBlock] = []
-        chunk, end = self.first_chunk, self.first_chunk + self.num_chunks
+        chunk, end = self.offset_in_batch, self.offset_in_batch + self.num_chunks
         while chunk < end:
             length = end - chunk if preferred is None else min(end - chunk, preferred)
             left_in_batch = None
@@ -63,7 +68,7 @@ class Schedule(NamedTuple):
         """For each chunk, whether it is the last of its memory batch."""
         if self.chunks_per_batch is None:
             return torch.zeros(self.num_chunks, dtype=torch.bool, device=device)
-        following = torch.arange(1, self.num_chunks + 1, device=device) + self.first_chunk
+        following = torch.arange(1, self.num_chunks + 1, device=device) + self.offset_in_batch
         return following % self.chunks_per_batch == 0
 
 

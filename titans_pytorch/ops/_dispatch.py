@@ -40,11 +40,11 @@ _enabled = True
 def without_kernels() -> Iterator[None]:
     """Context in which PyTorch's own operations compute everything, for derivatives beyond the first.
 
-    On a CUDA device Triton kernels compute parts of the memory, of hyper-connections and of decoding. They can be
-    differentiated once, which is all that training needs. Within this context gradients can be differentiated again
-    (`torch.autograd.grad(…, create_graph=True)`: gradient penalties, meta-learning); both the forward and the backward
-    pass must run inside it. Results agree up to rounding, and steps are slower. Under the transforms of `torch.func`
-    and under forward-mode differentiation kernels never run, nor do they on a CPU.
+    On a CUDA device Triton kernels compute parts of the memory, of attention, of hyper-connections and of decoding.
+    They can be differentiated once, which is all that training needs. Within this context gradients can be
+    differentiated again (`torch.autograd.grad(…, create_graph=True)`: gradient penalties, meta-learning); both the
+    forward and the backward pass must run inside it. Results agree up to rounding, and steps are slower. Under the
+    transforms of `torch.func` and under forward-mode differentiation kernels never run, nor do they on a CPU.
 
     The switch holds for all threads of the process, because autograd runs backward passes, and activation
     checkpointing recomputes, in threads of their own. `torch.compile` compiles a function a second time for it.

@@ -64,6 +64,13 @@ def multiply_add(acc, left, right, PRECISION: tl.constexpr, OPERAND: tl.constexp
 
 
 @triton.jit
+def rotary_angles(positions, frequencies):  # type: ignore[no-untyped-def]
+    """Angles of positions modulo 2π, computed in float64: near a million, numbers in float32 are a sixteenth apart."""
+    revolutions = positions.to(tl.float64) * frequencies.to(tl.float64) * 0.15915494309189535
+    return ((revolutions - tl.floor(revolutions)) * 6.283185307179586).to(tl.float32)
+
+
+@triton.jit
 def select(which: tl.constexpr, a, b, c, d):  # type: ignore[no-untyped-def]
     """The one of four arguments with this index, which is known when the kernel is compiled."""
     chosen = a

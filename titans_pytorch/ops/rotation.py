@@ -35,11 +35,12 @@ def rotate_features(t: Float[Tensor, '... d'], rotation: Float[Tensor, '... half
     if width < t.shape[-1]:
         return torch.cat((rotate_features(t[..., :width], rotation), t[..., width:]), dim=-1)
     pairs = t.unflatten(-1, (-1, 2))
-    # as complex numbers it is a single product, but the compiler generates no code for it, and not all strides will do
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         rotated = rotate_pairs(pairs, rotation)
     else:
+        # a product of complex numbers is faster, but the compiler has no code for it, and autograd would keep copies:
+        # its operands must be copied, as not all strides and offsets will do
         dtype = torch.promote_types(t.dtype, rotation.dtype)
-        as_complex = (torch.view_as_complex(own.to(dtype).contiguous()) for own in (pairs, rotation))
-        rotated = torch.view_as_real(torch.mul(*as_complex))
+        operands = (own.to(dtype).clone(memory_format=torch.contiguous_format) for own in (pairs, rotation))
+        rotated = torch.view_as_real(torch.mul(*map(torch.view_as_complex, operands)))
     return rotated.flatten(-2).to(t.dtype)

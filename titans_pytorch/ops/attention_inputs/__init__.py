@@ -21,8 +21,7 @@ def attention_inputs(
     frequencies: Float[Tensor, ' half'],
     positions: int | Int[Tensor, 'b n'] = 0,
     *,
-    residual: Float[Tensor, 'b h n d'] | None = None,
-    residual_share: Float[Tensor, 'b h n 1'] | None = None,
+    mix: tuple[Float[Tensor, 'b h n d'], Float[Tensor, 'b h n 1']] | None = None,
     persistent: Float[Tensor, '2 h p d'] | None = None,
 ) -> tuple[Float[Tensor, 'b h n d'], Float[Tensor, 'b h j d'], Float[Tensor, 'b h j d']]:
     """Queries R q, keys [k_persistent ‖ R k] and values [v_persistent ‖ (1 − a) v + a r], with j = p + n.
@@ -33,19 +32,18 @@ def attention_inputs(
         projected: queries, keys and values, each with heads side by side.
         frequencies: angle per position, in float32 at least.
         positions: of the tokens, or of the first of them.
-        residual: r, values that are mixed with the sequence's own.
-        residual_share: a, their share.
+        mix: r, values that are mixed with the sequence's own, and a, their share.
         persistent: keys and values before those of the sequence, which are not rotated.
     """
-    tensors = projected, residual, residual_share, persistent
-    if use_kernel(tensors, [frequencies], capability=VOLTA) and _supports(projected, heads, frequencies):
+    residual, share = (None, None) if mix is None else mix
+    if use_kernel([projected, residual, share, persistent], [frequencies], capability=VOLTA) and _supports(
+        projected, heads, frequencies
+    ):
         from titans_pytorch.ops.attention_inputs import triton
 
         given, first = (positions, 0) if isinstance(positions, Tensor) else (None, positions)
-        return triton.attention_inputs(
-            projected, frequencies, given, residual, residual_share, persistent, heads, first
-        )
-    return reference.attention_inputs(projected, heads, frequencies, positions, residual, residual_share, persistent)
+        return triton.attention_inputs(projected, frequencies, given, residual, share, persistent, heads, first)
+    return reference.attention_inputs(projected, heads, frequencies, positions, mix, persistent)
 
 
 def _supports(projected: Tensor, heads: int, frequencies: Tensor) -> bool:

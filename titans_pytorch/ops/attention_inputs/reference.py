@@ -14,13 +14,12 @@ def attention_inputs(
     heads: int,
     frequencies: Float[Tensor, ' half'],
     positions: int | Int[Tensor, 'b n'],
-    residual: Float[Tensor, 'b h n d'] | None,
-    residual_share: Float[Tensor, 'b h n 1'] | None,
+    mix: tuple[Float[Tensor, 'b h n d'], Float[Tensor, 'b h n 1']] | None,
     persistent: Float[Tensor, '2 h p d'] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     queries, keys, values = heads_of(projected, heads)
-    if residual is not None and residual_share is not None:
-        values = mixed_values(values, residual, residual_share)
+    if mix is not None:
+        values = mixed_values(values, *mix)
     if isinstance(positions, Tensor):
         positions = positions.unsqueeze(1)
     else:
@@ -36,9 +35,9 @@ def heads_of(projected: Float[Tensor, 'b n qkv'], heads: int) -> Float[Tensor, '
 
 
 def mixed_values(
-    values: Float[Tensor, 'b h n d'], residual: Float[Tensor, 'b h n d'], residual_share: Float[Tensor, 'b h n 1']
+    values: Float[Tensor, 'b h n d'], residual: Float[Tensor, 'b h n d'], share: Float[Tensor, 'b h n 1']
 ) -> Float[Tensor, 'b h n d']:
-    return values.lerp(residual.to(values.dtype), residual_share.to(values.dtype))
+    return values.lerp(residual.to(values.dtype), share.to(values.dtype))
 
 
 def with_persistent(

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from titans_pytorch.ops._registration import register_kernel
-from titans_pytorch.ops._triton import contiguous_inside, named_strides
+from titans_pytorch.ops._triton import contiguous_inside, named_strides, rotary_angles
 
 # entries of a program's tile of queries, keys or values, and its rows at most
 ENTRIES, MOST_ROWS = 1024, 16
@@ -19,20 +18,16 @@ ENTRIES, MOST_ROWS = 1024, 16
 ENOUGH_PROGRAMS = 512
 # entries of persistent keys for which a program sums gradients, and the sequences that it reads at once
 SUM_BLOCK, SUM_BATCHES = 128, 16
-TWO_PI = tl.constexpr(6.283185307179586)
-IN_TURNS = tl.constexpr(0.15915494309189535)
 
 
 @triton.jit
 def _cos_sin(frequencies, positions, first, row, n, half: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of the angles modulo 2π in float64: near a million, numbers in float32 are a sixteenth apart."""
     pair = tl.arange(0, HALF)
-    own = tl.load(frequencies + pair, mask=pair < half, other=0.0).to(tl.float64)
+    own = tl.load(frequencies + pair, mask=pair < half, other=0.0)
     position = first + row
     if positions is not None:
         position = tl.load(positions + row, mask=(row >= 0) & (row < n), other=0)
-    angles = position.to(tl.float64)[:, None] * own[None, :]
-    angles = (angles - tl.floor(angles * IN_TURNS) * TWO_PI).to(tl.float32)
+    angles = rotary_angles(position[:, None], own[None, :])
     return tl.cos(angles), tl.sin(angles)
 
 
@@ -45,11 +40,11 @@ def _rotated(rows, cos, sin, ROWS: tl.constexpr, HALF: tl.constexpr):  # type: i
 
 @triton.jit
 def _forward_kernel(  # type: ignore[no-untyped-def]
-    projected, frequencies, positions, residual, residual_share, persistent, queries, keys, values,
-    heads, n, num_persistent, first,
+    projected, frequencies, positions, residual, shares, persistent, queries, keys, values,
+    heads, heads_of_program, n, num_persistent, first,
     projected_batch, projected_row, positions_batch,
     residual_batch, residual_head, residual_row, share_batch, share_head, share_row,
-    half: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
+    half: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     dim: tl.constexpr = 2 * half
     blocks = tl.cdiv(num_persistent + n, ROWS)
@@ -59,44 +54,47 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     row_of, feature = row[:, None], tl.arange(0, 2 * HALF)[None, :]
     exists = (row_of < n) & (feature < dim)
     inside = exists & (row_of >= 0)
-    is_given = exists & (row_of < 0)
+    is_persistent = exists & (row_of < 0)
     if positions is not None:
         positions += batch * positions_batch
     cos, sin = _cos_sin(frequencies, positions, first, row, n, half, HALF)
 
-    for head in range(tl.program_id(1) * HEADS, tl.minimum(heads, (tl.program_id(1) + 1) * HEADS)):
+    first_head = tl.program_id(1).to(tl.int64) * heads_of_program
+    for head in range(first_head, tl.minimum(heads, first_head + heads_of_program)):
         own = projected + batch * projected_batch + row_of * projected_row + head * dim + feature
         query = tl.load(own, mask=inside, other=0.0).to(tl.float32)
         key = tl.load(own + heads * dim, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(own + 2 * heads * dim, mask=inside, other=0.0).to(tl.float32)
         if residual is not None:
-            from_share = residual_share + batch * share_batch + head * share_head + row_of * share_row
+            from_share = shares + batch * share_batch + head * share_head + row_of * share_row
             from_residual = residual + batch * residual_batch + head * residual_head + row_of * residual_row + feature
             share = tl.load(from_share, mask=(row_of >= 0) & (row_of < n), other=0.0).to(tl.float32)
             value += share * (tl.load(from_residual, mask=inside, other=0.0).to(tl.float32) - value)
         key = _rotated(key, cos, sin, ROWS, HALF)
         if persistent is not None:
-            given = persistent + (head * num_persistent + num_persistent + row_of) * dim + feature
-            key = tl.where(is_given, tl.load(given, mask=is_given, other=0.0).to(tl.float32), key)
-            given += heads * num_persistent * dim
-            value = tl.where(is_given, tl.load(given, mask=is_given, other=0.0).to(tl.float32), value)
-        out = batch * heads + head
-        to_queries = queries + (out * n + row_of) * dim + feature
+            from_persistent = persistent + (head * num_persistent + num_persistent + row_of) * dim + feature
+            key = tl.where(is_persistent, tl.load(from_persistent, mask=is_persistent, other=0.0).to(tl.float32), key)
+            from_persistent += heads * num_persistent * dim
+            value = tl.where(
+                is_persistent, tl.load(from_persistent, mask=is_persistent, other=0.0).to(tl.float32), value
+            )
+        own_head = batch * heads + head
+        to_queries = queries + (own_head * n + row_of) * dim + feature
         tl.store(to_queries, _rotated(query, cos, sin, ROWS, HALF), mask=inside)
-        offset = (out * (num_persistent + n) + num_persistent + row_of) * dim + feature
+        offset = (own_head * (num_persistent + n) + num_persistent + row_of) * dim + feature
         tl.store(keys + offset, key, mask=exists)
         tl.store(values + offset, value, mask=exists)
 
 
 @triton.jit
 def _backward_kernel(  # type: ignore[no-untyped-def]
-    d_queries, d_keys, d_values, projected, frequencies, positions, residual, residual_share,
+    d_queries, d_keys, d_values, projected, frequencies, positions, residual, shares,
     d_projected, d_residual, d_share,
-    heads, n, num_persistent, first,
+    heads, heads_of_program, n, num_persistent, first,
     projected_batch, projected_row, positions_batch,
     residual_batch, residual_head, residual_row, share_batch, share_head, share_row,
     queries_batch, queries_head, queries_row, keys_batch, keys_head, keys_row, values_batch, values_head, values_row,
-    half: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
+    half: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     dim: tl.constexpr = 2 * half
     blocks = tl.cdiv(n, ROWS)
@@ -108,7 +106,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         positions += batch * positions_batch
     cos, sin = _cos_sin(frequencies, positions, first, row, n, half, HALF)
 
-    for head in range(tl.program_id(1) * HEADS, tl.minimum(heads, (tl.program_id(1) + 1) * HEADS)):
+    first_head = tl.program_id(1).to(tl.int64) * heads_of_program
+    for head in range(first_head, tl.minimum(heads, first_head + heads_of_program)):
         from_queries = d_queries + batch * queries_batch + head * queries_head + row_of * queries_row + feature
         from_keys = d_keys + batch * keys_batch + head * keys_head + (num_persistent + row_of) * keys_row + feature
         from_values = d_values + batch * values_batch + head * values_head
@@ -118,7 +117,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         d_value = tl.load(from_values, mask=inside, other=0.0).to(tl.float32)
         if residual is not None:
             own = projected + batch * projected_batch + row_of * projected_row + (2 * heads + head) * dim + feature
-            from_share = residual_share + batch * share_batch + head * share_head + row_of * share_row
+            from_share = shares + batch * share_batch + head * share_head + row_of * share_row
             from_residual = residual + batch * residual_batch + head * residual_head + row_of * residual_row + feature
             share = tl.load(from_share, mask=row_of < n, other=0.0).to(tl.float32)
             difference = tl.load(from_residual, mask=inside, other=0.0).to(tl.float32)
@@ -128,11 +127,11 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
             of_residual = share * d_value
             tl.store(d_residual + (first_row + row_of) * dim + feature, of_residual, mask=inside)
             d_value -= of_residual
-        out = d_projected + ((batch * n + row_of) * 3 * heads + head) * dim + feature
+        to_own = d_projected + ((batch * n + row_of) * 3 * heads + head) * dim + feature
         # the inverse of a rotation turns the other way
-        tl.store(out, _rotated(d_query, cos, -sin, ROWS, HALF), mask=inside)
-        tl.store(out + heads * dim, _rotated(d_key, cos, -sin, ROWS, HALF), mask=inside)
-        tl.store(out + 2 * heads * dim, d_value, mask=inside)
+        tl.store(to_own, _rotated(d_query, cos, -sin, ROWS, HALF), mask=inside)
+        tl.store(to_own + heads * dim, _rotated(d_key, cos, -sin, ROWS, HALF), mask=inside)
+        tl.store(to_own + 2 * heads * dim, d_value, mask=inside)
 
 
 @triton.jit
@@ -167,7 +166,7 @@ def _outputs(
     frequencies: Tensor,
     positions: Tensor | None,
     residual: Tensor | None,
-    residual_share: Tensor | None,
+    shares: Tensor | None,
     persistent: Tensor | None,
     heads: int,
     first: int,
@@ -184,7 +183,7 @@ def _arguments(
     frequencies: Tensor,
     positions: Tensor | None,
     residual: Tensor | None,
-    residual_share: Tensor | None,
+    shares: Tensor | None,
     persistent: Tensor | None,
     heads: int,
     first: int,
@@ -200,17 +199,17 @@ def _arguments(
     group = max(1, min(heads, blocks * heads // ENOUGH_PROGRAMS))
     return dict(
         projected=projected, frequencies=frequencies.contiguous(), positions=positions,
-        residual=residual, residual_share=residual_share,
-        heads=heads, n=projected.shape[1], num_persistent=_num_persistent(persistent), first=first,
+        residual=residual, shares=shares, heads=heads, heads_of_program=group,
+        n=projected.shape[1], num_persistent=_num_persistent(persistent), first=first,
         **named_strides('projected', projected, 'batch row'), **named_strides('positions', positions, 'batch'),
         **named_strides('residual', residual, 'batch head row'),
-        **named_strides('share', residual_share, 'batch head row'),
-        half=half, HALF=padded, ROWS=rows, HEADS=group, num_warps=4,
+        **named_strides('share', shares, 'batch head row'),
+        half=half, HALF=padded, ROWS=rows, num_warps=4,
     )  # fmt: skip
 
 
 def _grid(rows: int, batch: int, arguments: dict[str, Any]) -> tuple[int, int]:
-    return triton.cdiv(rows, arguments['ROWS']) * batch, triton.cdiv(arguments['heads'], arguments['HEADS'])
+    return triton.cdiv(rows, arguments['ROWS']) * batch, triton.cdiv(arguments['heads'], arguments['heads_of_program'])
 
 
 def _forward(
@@ -218,12 +217,12 @@ def _forward(
     frequencies: Tensor,  # d / 2
     positions: Tensor | None,  # b n
     residual: Tensor | None,  # b h n d
-    residual_share: Tensor | None,  # b h n 1
+    shares: Tensor | None,  # b h n 1
     persistent: Tensor | None,  # 2 h p d
     heads: int,
     first: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # b h n d, b h (p + n) d, b h (p + n) d
-    given = projected, frequencies, positions, residual, residual_share, persistent, heads, first
+    given = projected, frequencies, positions, residual, shares, persistent, heads, first
     queries, keys, values = _outputs(*given)
     arguments = _arguments(*given)
     _forward_kernel[_grid(keys.shape[2], len(projected), arguments)](
@@ -241,16 +240,16 @@ def _backward(
     frequencies: Tensor,
     positions: Tensor | None,
     residual: Tensor | None,
-    residual_share: Tensor | None,
+    shares: Tensor | None,
     persistent: Tensor | None,
     heads: int,
     first: int,
 ) -> tuple[Tensor | None, ...]:
-    arguments = _arguments(projected, frequencies, positions, residual, residual_share, persistent, heads, first)
+    arguments = _arguments(projected, frequencies, positions, residual, shares, persistent, heads, first)
     d_queries, d_keys, d_values = (contiguous_inside(d, 1) for d in (d_queries, d_keys, d_values))
     strides = named_strides('keys', d_keys, 'batch head row') | named_strides('values', d_values, 'batch head row')
     d_projected = projected.new_empty(projected.shape)
-    d_residual, d_share = (None if t is None else t.new_empty(t.shape) for t in (residual, residual_share))
+    d_residual, d_share = (None if t is None else t.new_empty(t.shape) for t in (residual, shares))
     _backward_kernel[_grid(projected.shape[1], len(projected), arguments)](
         **arguments, d_queries=d_queries, d_keys=d_keys, d_values=d_values,
         d_projected=d_projected, d_residual=d_residual, d_share=d_share,
@@ -266,8 +265,8 @@ def _backward(
             BLOCK=SUM_BLOCK, BATCHES=SUM_BATCHES, num_warps=4,
         )  # fmt: skip
     # no one asks for gradients of frequencies and positions
-    d_positions = None if positions is None else torch.empty_like(positions)
-    return d_projected, torch.empty_like(frequencies), d_positions, d_residual, d_share, d_persistent
+    d_positions = None if positions is None else positions.new_empty(positions.shape)
+    return d_projected, frequencies.new_empty(frequencies.shape), d_positions, d_residual, d_share, d_persistent
 
 
 attention_inputs = register_kernel('attention_inputs', _forward, _backward, outputs=_outputs)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans_pytorch.ops._triton import begin, contiguous_inside, overlapping, wait_for_inputs
+from titans_pytorch.ops._triton import begin, contiguous_inside, overlapping, rotary_angles, wait_for_inputs
 
 # entries of keys at a time, and as many of values
 TILE = 4096
@@ -30,14 +30,6 @@ def _rotated(x, feature, valid, cos, sin):  # type: ignore[no-untyped-def]
     own = tl.load(x + feature, mask=valid, other=0.0).to(tl.float32)
     other = tl.load(x + (feature ^ 1), mask=valid, other=0.0).to(tl.float32)
     return own * cos + tl.where(feature % 2 == 0, -other, other) * sin
-
-
-@triton.jit
-def _angles(number, frequencies, feature, valid):  # type: ignore[no-untyped-def]
-    """Angles of a position modulo 2π, which float32 would round too early; a pair of features has one."""
-    frequency = tl.load(frequencies + feature // 2, mask=valid, other=0.0).to(tl.float64)
-    revolutions = number.to(tl.float64) * frequency * 0.15915494309189535
-    return ((revolutions - tl.floor(revolutions)) * 6.283185307179586).to(tl.float32)
 
 
 @triton.jit
@@ -66,7 +58,8 @@ def _kernel(  # type: ignore[no-untyped-def]
     values += (entry * HEADS + head) * SLOTS * DIM_HEAD
 
     number = tl.load(position)
-    angle = _angles(number, frequencies, feature, valid)
+    # a pair of features has one
+    angle = rotary_angles(number, tl.load(frequencies + feature // 2, mask=valid, other=0.0))
     cos, sin = tl.cos(angle), tl.sin(angle)
     slot = tl.arange(0, BLOCK)[:, None]
     next_keys, next_values = _slots(keys, values, slot, feature, valid, SLOTS, DIM_HEAD)
