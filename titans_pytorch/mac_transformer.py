@@ -35,7 +35,7 @@ from titans_pytorch.utils.checks import (
 )
 from titans_pytorch.utils.functional import replaced
 from titans_pytorch.utils.parameters import InReferenceFormat, fill
-from titans_pytorch.utils.shapes import Float, Int, divided
+from titans_pytorch.utils.shapes import Float, Int, constant, divided
 
 __all__ = [
     'GEGLU',
@@ -172,10 +172,11 @@ class PaperMACBlock(MACBlock):
         after which it retrieves from other weights. Both are in step unless tokens were read without being stored:
         the memory has read `stored`."""
         size = self.attention.total_segment_len
+        position, stored = constant(position % size), constant(stored % size)
         lengths: list[int] = []
         while left := seq.shape[1] - sum(lengths):
-            lengths.append(min(left, size - position % size, size - stored % size))
-            position, stored = position + lengths[-1], stored + lengths[-1]
+            lengths.append(min(left, size - position, size - stored))
+            position, stored = (position + lengths[-1]) % size, (stored + lengths[-1]) % size
         return seq.split(lengths, dim=1)
 
 
@@ -388,26 +389,28 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
     def _embedded(
         self, x: Tensor, start: int, factorized_pos_emb: list[Tensor] | None = None
     ) -> Float[Tensor, 'b n d']:
-        segment, window = self.segment_len, self.attn_window_size
-        first_segment, num_tokens = start // window, self.num_tokens_until(start) + x.shape[1]
-        stop = self.num_positions(num_tokens)
+        segment = self.segment_len
+        # positions and tokens from here on are counted from the beginning of the open segment
+        first = constant(start % self.attn_window_size)
+        num_before = self.num_tokens_until(first)
+        stop = self.num_positions(num_before + x.shape[1])
 
         # whole segments, each followed by its memory tokens, then cut to the requested positions
-        x = F.pad(self._token_embedding(x), (0, 0, num_tokens - x.shape[1] - first_segment * segment, 0))
+        x = F.pad(self._token_embedding(x), (0, 0, num_before, 0))
         num_segments, in_last = divided(x.shape[1], segment)
         x = F.pad(x, (0, 0, 0, -in_last % segment)).unflatten(1, (num_segments + int(in_last > 0), segment))
         if self.longterm_mems is not None:
             memory_tokens = self.longterm_mems.to(x.dtype).expand(*x.shape[:2], -1, -1)
             x = torch.cat((x, memory_tokens), dim=2)
-        x = x.flatten(1, 2)
-        x = x[:, start - first_segment * window : stop - first_segment * window]
+        x = x.flatten(1, 2)[:, first:stop]
         chunk = self.neural_memory_segment_len
-        return x + self.axial_pos_emb.span(start, stop, chunk, factorized_pos_emb, x.device)
+        return x + self.axial_pos_emb.span(start, stop - first, chunk, factorized_pos_emb, x.device)
 
     def _token_rows(self, hidden: Float[Tensor, 'b _n d'], start: int, num_tokens: int) -> Float[Tensor, 'b n d']:
-        tokens = torch.arange(self.num_tokens_until(start), num_tokens, device=hidden.device)
+        first = constant(start % self.attn_window_size)  # counted from the beginning of the open segment
+        tokens = torch.arange(num_tokens, device=hidden.device) + self.num_tokens_until(first)
         positions = tokens // self.segment_len * self.attn_window_size + tokens % self.segment_len
-        return hidden.index_select(1, positions - start)
+        return hidden.index_select(1, positions - first)
 
     # calls
 

@@ -174,6 +174,17 @@ def test_a_memory_compiles_with_inductor():
     assert_same(gradients(mem, compiled), gradients(mem, loss(seq)), 1e-9)
 
 
+def test_a_layer_replays_cuda_graphs_in_a_loop_of_ones_own():
+    mem = memory('plain').float().cuda()
+    compiled = torch.compile(mem, mode='reduce-overhead')
+    for _ in range(4):  # two to compile and record
+        seq = inputs(mem, 32).float().cuda()
+        loss = compiled(seq)[0].pow(2).sum()
+        came = gradients(mem, loss)
+        expected = mem(seq)[0].pow(2).sum()
+        assert_same((loss, came), (expected, gradients(mem, expected)), 1e-3)
+
+
 def test_a_transformer_compiles_with_inductor():
     config = train_mac.Config(PRESET='full', DEPTH=1, NEURAL_MEM_LAYERS=(1,), SEQ_LEN=128, PRECISION='fp32')
     model = train_mac.build_model(config)

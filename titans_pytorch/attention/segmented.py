@@ -36,7 +36,7 @@ from titans_pytorch.utils.functional import is_intercepted
 from titans_pytorch.utils.packing import PackedDocuments, check_documents
 from titans_pytorch.utils.parameters import InReferenceFormat, Resettable
 from titans_pytorch.utils.precision import at_least_float32
-from titans_pytorch.utils.shapes import Float, divided
+from titans_pytorch.utils.shapes import Float, constant, divided
 
 
 class AttnIntermediates(NamedTuple):
@@ -283,7 +283,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
     def num_visible(self, position: int) -> int:
         """Number of positions before `position` that it sees."""
         window = self.total_segment_len
-        return min(position, window) if self.sliding else position % window
+        return constant(min(position, window) if self.sliding else position % window)
 
     # decoding steps, over ring-buffer caches that are written in place
 
@@ -372,7 +372,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         in_one = isinstance(length, int) and keys.shape[-2] == length <= window
         window = length if in_one else window
         # windows begin at the start of the sequence; no query sees positions before `first`
-        lead = first % window
+        lead = constant(first % window)
         num_windows, in_last = divided(length, window, lead + num_cached)
         trail = -in_last % window
         num_windows += int(in_last > 0)
@@ -413,7 +413,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         num_cached = len(positions) - queries.shape[-2]
         persistent = torch.arange(self.num_persist_mem_tokens, device=keys.device)
         of_keys = positions.repeat_interleave(self.keys_per_position)
-        offset = first % self.total_segment_len
+        offset = constant(first % self.total_segment_len)
         mask = over_positions(
             self._mask_mod,
             positions[num_cached:] + offset,

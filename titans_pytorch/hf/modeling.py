@@ -146,14 +146,13 @@ class TitansPreTrainedModel(PreTrainedModel):
         """`_read` of rows that share a state, and the next state."""
         model = self.transformer
         start = 0 if state is None else state.seq_index
-        num_tokens = model.num_tokens_until(start) + x.shape[1]
         hidden = []
 
         def keep_input(_: Module, inputs: tuple[Any, ...]) -> None:
-            hidden.append(model._token_rows(inputs[0], start, num_tokens))
+            hidden.append(model._token_rows(inputs[0], start, x.shape[1]))
 
         def keep_output(_: Module, __: Any, output: tuple[Any, ...]) -> None:
-            hidden.append(model._token_rows(model.reduce_streams(complete(output[0])), start, num_tokens))
+            hidden.append(model._token_rows(model.reduce_streams(complete(output[0])), start, x.shape[1]))
 
         hooks = []
         if all_layers:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from titans_pytorch.utils.shapes import Bool, divided
+from titans_pytorch.utils.shapes import Bool, constant, divided
 
 
 class ChunkBlock(NamedTuple):
@@ -46,9 +46,7 @@ class Schedule(NamedTuple):
         if batch_size is None:
             return cls(0, num_chunks, None)
         chunks_per_batch = batch_size // chunk_size
-        # a state's `seq_index` is symbolic in compiled calls; an index of a list is a constant, each with its own graph
-        offset = [*range(chunks_per_batch)][seq_index // chunk_size % chunks_per_batch]
-        return cls(offset, num_chunks, chunks_per_batch)
+        return cls(constant(seq_index // chunk_size % chunks_per_batch), num_chunks, chunks_per_batch)
 
     def blocks(self, preferred: int | None) -> list[ChunkBlock]:
         """The chunks in blocks of the preferred number of chunks (`None`: no limit), cut where memory batches end."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from titans_pytorch.utils.checks import check_floating, check_shape, described
 from titans_pytorch.utils.functional import call_with_weights
 from titans_pytorch.utils.precision import no_autocast
-from titans_pytorch.utils.shapes import Float, Int, divided
+from titans_pytorch.utils.shapes import Float, Int, constant, divided
 
 
 class AxialTables(NamedTuple):
@@ -64,21 +64,21 @@ class AxialPositions(ContinuousAxialPositionalEmbedding):
             weights = {name: p.float() for name, p in self.mlps[axis].named_parameters()}
             return call_with_weights(self.mlps[axis], weights, indices.float().unsqueeze(1)).to(self.dtype)
 
-    def span(self, start: int, stop: int, chunk: int, factorized: Any, device: torch.device) -> Float[Tensor, 'n d']:
-        """Embeddings of the positions from `start` to `stop`, in chunks of `chunk` positions.
+    def span(self, start: int, length: int, chunk: int, factorized: Any, device: torch.device) -> Float[Tensor, 'n d']:
+        """Embeddings of `length` positions from `start` on, in chunks of `chunk` positions.
 
         `factorized` are the embeddings of both axes if computed before, else `None`.
         """
-        first, (full, in_last) = start // chunk, divided(stop, chunk)
-        end = full + int(in_last > 0)
+        first, offset = start // chunk, constant(start % chunk)
+        full, in_last = divided(length, chunk, offset)
+        number = full + int(in_last > 0)
         if factorized is None:
-            outer = self.axis(0, torch.arange(first, end, device=device))
+            outer = self.axis(0, torch.arange(number, device=device) + first)
             inner = self.axis(1, torch.arange(chunk, device=device))
         else:
-            self._check_factorized(factorized, stop, chunk)
-            outer, inner = factorized[0][first:end], factorized[1]
-        every = (outer.unsqueeze(1) + inner).flatten(0, 1)
-        return every[start - first * chunk : stop - first * chunk]
+            self._check_factorized(factorized, start + length, chunk)
+            outer, inner = factorized[0][first : first + number], factorized[1]
+        return (outer.unsqueeze(1) + inner).flatten(0, 1)[offset : offset + length]
 
     def _check_factorized(self, factorized: Any, stop: int, chunk: int) -> None:
         if not isinstance(factorized, (tuple, list)) or len(factorized) != 2:

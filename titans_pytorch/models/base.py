@@ -125,7 +125,7 @@ class Transformer(StepwiseDecoding, Resettable):
         return self._token_embedding(x)
 
     def _token_rows(self, hidden: Float[Tensor, 'b _n d'], start: int, num_tokens: int) -> Float[Tensor, 'b n d']:
-        """Hidden states of tokens only, among the positions from `start` on; `num_tokens` is the total after them."""
+        """Hidden states of the `num_tokens` tokens among the positions from `start` on."""
         return hidden
 
     def _token_embedding(self, x: Tensor) -> Float[Tensor, 'b n d']:
@@ -415,13 +415,13 @@ class Transformer(StepwiseDecoding, Resettable):
     ) -> tuple[Float[Tensor, 'b n d'], ModelState | None, LayerSurprises]:
         """Hidden states of the tokens `x`, before the last norm; the state after them; and surprises, if requested."""
         start = 0 if state is None else state.seq_index
-        num_tokens = self.num_tokens_until(start) + x.shape[1]
         layer_states = self._layer_states(state)
 
         hidden = self._embedded(x, start, **embedding_kwargs)
         kwargs: dict[str, Any] = {'store': store, 'return_state': return_state, 'return_surprises': return_surprises}
         kwargs['documents'] = documents
         kwargs |= self._attention_kwargs(hidden, layer_states, disable_flex_attn)
+        end = start + hidden.shape[1]
         carried, hidden = Carried(), self.expand_streams(hidden)
         after: list[LayerState] = []
         for block, layer_state in zip(self._blocks, layer_states):
@@ -429,8 +429,8 @@ class Transformer(StepwiseDecoding, Resettable):
             call = partial(checkpoint, block, use_reentrant=False) if recomputes else block
             hidden, carried, layer_state = call(hidden, carried, layer_state, start, **kwargs)
             after.append(layer_state)
-        hidden = self._token_rows(self.reduce_streams(complete(hidden)), start, num_tokens)
-        after_all = self._model_state(self.num_positions(num_tokens), after) if return_state else None
+        hidden = self._token_rows(self.reduce_streams(complete(hidden)), start, x.shape[1])
+        after_all = self._model_state(end, after) if return_state else None
         with_memory = [number for number, block in enumerate(self._blocks, start=1) if block.memory is not None]
         return hidden, after_all, dict(zip(with_memory, carried.surprises))
 
