@@ -33,9 +33,9 @@ from titans_pytorch.utils.checks import (
     check_positive,
     checked_arguments,
 )
-from titans_pytorch.utils.functional import replaced
+from titans_pytorch.utils.functional import constant, replaced
 from titans_pytorch.utils.parameters import InReferenceFormat, fill
-from titans_pytorch.utils.shapes import Float, Int, constant, divided
+from titans_pytorch.utils.shapes import Float, Int, divided
 
 __all__ = [
     'GEGLU',

@@ -662,7 +662,10 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
     def _opened(self, state: Any, seq: Float[Tensor, 'b n d'], **names: Any) -> OpenState:
         init_momentum = self.init_momentum if self.to_momentum is not None else lambda batch: TensorDict({})
-        return self._layout.opened(state, seq, self.init_weights, init_momentum, **names)
+        opened = self._layout.opened(state, seq, self.init_weights, init_momentum, **names)
+        tokens, _, *rest = opened.pending
+        compile_each_length(*(t.shape[-2] for t in (tokens, *rest) if t is not None))
+        return opened
 
     # decoding: one token at a time, without gradients, in buffers of constant size
 

@@ -32,11 +32,11 @@ from titans_pytorch.utils.checks import (
     checked_carried,
     checked_key_values,
 )
-from titans_pytorch.utils.functional import is_intercepted
+from titans_pytorch.utils.functional import compile_each_length, constant, is_intercepted
 from titans_pytorch.utils.packing import PackedDocuments, check_documents
 from titans_pytorch.utils.parameters import InReferenceFormat, Resettable
 from titans_pytorch.utils.precision import at_least_float32
-from titans_pytorch.utils.shapes import Float, constant, divided
+from titans_pytorch.utils.shapes import Float, divided
 
 
 class AttnIntermediates(NamedTuple):
@@ -211,6 +211,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         if cache is not None:
             cache, position = self.checked_cache('cache', cache, position, seq.shape[0])
             cache = self._carried(cache, seq)
+            compile_each_length(cache[0].shape[-2])
         elif position is not None:
             (position,) = check_not_negative(position=position)
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from titans_pytorch.utils.shapes import Bool, constant, divided
+from titans_pytorch.utils.functional import constant
+from titans_pytorch.utils.shapes import Bool, divided
 
 
 class ChunkBlock(NamedTuple):

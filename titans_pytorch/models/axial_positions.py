@@ -10,9 +10,9 @@ from axial_positional_embedding import ContinuousAxialPositionalEmbedding
 from torch import Tensor
 
 from titans_pytorch.utils.checks import check_floating, check_shape, described
-from titans_pytorch.utils.functional import call_with_weights
+from titans_pytorch.utils.functional import call_with_weights, constant
 from titans_pytorch.utils.precision import no_autocast
-from titans_pytorch.utils.shapes import Float, Int, constant, divided
+from titans_pytorch.utils.shapes import Float, Int, divided
 
 
 class AxialTables(NamedTuple):

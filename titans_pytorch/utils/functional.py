@@ -88,15 +88,21 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
-def compile_each_length(*lengths: int) -> None:
-    """Have the compiler make a graph for each of these lengths, as fast as the first.
+def constant(value: int) -> int:
+    """`value`, of which the compiler makes a constant, so that it makes a graph for each value, as fast as the first.
 
-    By default `torch.compile` takes the second length that it sees for a symbol. Everything computed from it is then
-    symbolic, and a graph, which still serves a single schedule of chunks, takes ten times as long.
+    By default `torch.compile` takes a number, or a length, for a symbol once it has changed. Sizes that depend on it
+    are then symbolic, and a graph, which still serves a single schedule of chunks, takes ten times as long.
     """
     if torch.compiler.is_compiling() and not is_exporting():
-        for length in lengths:
-            range(length)  # the compiler takes the ends of a range for constants
+        return len(range(value))  # the compiler takes the ends of a range for constants
+    return value
+
+
+def compile_each_length(*lengths: int) -> None:
+    """Have the compiler make a graph for each of these lengths of tensors; see `constant`."""
+    for length in lengths:
+        constant(length)
 
 
 def is_intercepted(modules: Iterable[Module]) -> bool:

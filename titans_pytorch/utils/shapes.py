@@ -49,15 +49,6 @@ def divided(length: int, size: int, offset: int = 0) -> tuple[int, int]:
     return multiple // size + more, rest
 
 
-def constant(value: int) -> int:
-    """`value`, which the compiler takes for a constant even if it is a symbol: each value has a graph of its own.
-
-    Numbers that change from call to call, such as the position of a state, become symbols. Where sizes depend on one,
-    through its place in a chunk or a window, tracing takes minutes, and there are few such places.
-    """
-    return len(range(value)) if torch.compiler.is_compiling() else value
-
-
 def is_empty(length: int) -> bool:
     """True for 0. A symbolic length counts as not empty, so that a program is not restricted to one length."""
     return isinstance(length, int) and length == 0
