@@ -367,6 +367,7 @@ SAMPLING = [
         r'filter_fn must return logits \(2, 16\), got N',
     ),
     (dict(filter_kwargs={'min_p': 2}), ValueError, 'min_p must be a fraction .* from 0 to 1, got 2'),
+    (dict(stop_tokens=[1, -1]), ValueError, r'stop_tokens must be in \[0, num_tokens=\d+\), got \[1, -1\]'),
     (dict(stop_tokens=torch.tensor(0.5)), TypeError, 'stop_tokens must be an integer, got'),
     (dict(stop_tokens='3'), TypeError, "stop_tokens must be integers, in one dimension, got '3'"),
     (dict(stop_tokens=[1, 2.5]), TypeError, r'stop_tokens\[1\] must be an integer, got 2.5'),

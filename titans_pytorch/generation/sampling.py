@@ -305,7 +305,7 @@ class _Request(NamedTuple):
             prompt=prompt,
             lengths=lengths,
             limits=limits,
-            stops=torch.tensor(_checked_stops(stop_tokens), dtype=torch.long, device=prompt.device),
+            stops=torch.tensor(_checked_stops(stop_tokens, num_tokens), dtype=torch.long, device=prompt.device),
             pad_token=pad_token,
             pad_input=pad_token if 0 <= pad_token < num_tokens else 0,
         )
@@ -583,8 +583,12 @@ def _checked_lengths(lengths: Any, batch: int, longest: int) -> list[int]:
     return checked
 
 
-def _checked_stops(stop_tokens: Any) -> list[int]:
+def _checked_stops(stop_tokens: Any, num_tokens: int) -> list[int]:
     is_single = isinstance(stop_tokens, (Tensor, np.ndarray)) and stop_tokens.ndim == 0
     if is_single or isinstance(stop_tokens, (int, np.integer)):
-        return [check_integer('stop_tokens', stop_tokens)]
-    return check_integers('stop_tokens', stop_tokens)
+        stops = [check_integer('stop_tokens', stop_tokens)]
+    else:
+        stops = check_integers('stop_tokens', stop_tokens)
+    if not all(0 <= stop < num_tokens for stop in stops):
+        raise ValueError(f'stop_tokens must be in [0, num_tokens={num_tokens}), got {stops}')
+    return stops
