@@ -38,8 +38,8 @@ def rotate_features(t: Float[Tensor, '... d'], rotation: Float[Tensor, '... half
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         rotated = rotate_pairs(pairs, rotation)
     else:
-        # a product of complex numbers is faster, but the compiler has no code for it, and autograd would keep copies:
-        # its operands must be copied, as not all strides and offsets will do
+        # one product of complex numbers is faster, but the compiler generates no code for it. Its operands are copied,
+        # as not all strides and offsets will do, and autograd would keep the copies
         dtype = torch.promote_types(t.dtype, rotation.dtype)
         operands = (own.to(dtype).clone(memory_format=torch.contiguous_format) for own in (pairs, rotation))
         rotated = torch.view_as_real(torch.mul(*map(torch.view_as_complex, operands)))

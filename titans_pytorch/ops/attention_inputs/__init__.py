@@ -36,9 +36,8 @@ def attention_inputs(
         persistent: keys and values before those of the sequence, which are not rotated.
     """
     residual, share = (None, None) if mix is None else mix
-    if use_kernel([projected, residual, share, persistent], [frequencies], capability=VOLTA) and _supports(
-        projected, heads, frequencies
-    ):
+    tensors = [projected, residual, share, persistent]
+    if use_kernel(tensors, [frequencies], capability=VOLTA) and _supports(projected, heads, frequencies):
         from titans_pytorch.ops.attention_inputs import triton
 
         given, first = (positions, 0) if isinstance(positions, Tensor) else (None, positions)

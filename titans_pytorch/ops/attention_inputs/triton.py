@@ -1,5 +1,5 @@
 """Kernels of the inputs of attention: one pass from a projection to heads that are rotated, mixed and preceded by
-persistent keys and values, and one pass back. A program owns rows of one head."""
+persistent keys and values, and one pass back. A program owns some rows, of one head or several."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ SUM_BLOCK, SUM_BATCHES = 128, 16
 
 @triton.jit
 def _cos_sin(frequencies, positions, first, row, n, half: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of the angles of each row: its position is given, or counted from `first`."""
     pair = tl.arange(0, HALF)
     own = tl.load(frequencies + pair, mask=pair < half, other=0.0)
     position = first + row
