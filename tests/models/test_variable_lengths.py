@@ -146,3 +146,18 @@ def test_a_state_that_is_carried_on_compiles_a_model_three_times(name: str, floa
         assert_same((came, gradients(model, came), after), (loss, gradients(model, loss), state))
         assert len(graphs) == number
         state, after = state.detach(), after.detach()
+
+
+def test_a_state_is_carried_on_with_dynamic_sizes(float64: None):
+    torch.compiler.reset()
+    model = randomised(MODELS['MAG'](depth=1, num_residual_streams=1), 0.1).double()
+
+    def step(x: Tensor, state: Any) -> Any:
+        return model(x, return_loss=True, state=state, return_state=True)
+
+    compiled = torch.compile(step, backend='eager', fullgraph=True, dynamic=True)
+    state = after = None
+    for _ in range(2):
+        x = ids(17)
+        (loss, state), (came, after) = step(x, state), compiled(x, after)
+        assert_same((came.detach(), after.detach()), (loss.detach(), state.detach()))

@@ -118,7 +118,8 @@ def checked_model_state(state: Any, blocks: Sequence[Block], batch: int) -> Mode
         checked.append(pair)
     memories = [checked_state(f'state.memories[{n}]', memory, NeuralMemState) for n, memory in enumerate(memories)]
     state = ModelState(seq_index=position, key_values=checked, memories=memories)
-    if state.batch_size not in (None, batch):
+    # `not in` would compare symbolic sizes as objects in a compiled call
+    if state.batch_size is not None and state.batch_size != batch:
         raise ValueError(
             f'state must be of a batch of {batch}, as x is, got one of {state.batch_size}: see ModelState.select'
         )
