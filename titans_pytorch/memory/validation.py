@@ -437,7 +437,7 @@ class MemoryLayout(NamedTuple):
         the call have a step before each of its chunks and, like `state.updates`, one after the last. Weights over the
         whole sequence begin before chunk 0 and may extend beyond this call.
         """
-        if weights.num_steps in (num_chunks, num_chunks + 1):
+        if num_chunks <= weights.num_steps <= num_chunks + 1:
             return 0
         end = first_chunk + num_chunks
         if weights.num_steps > end:
