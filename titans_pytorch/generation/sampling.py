@@ -138,8 +138,8 @@ def sample(  # type: ignore[misc]  # the overloads name only what decides the re
         return_surprises: also return the surprises of every memory layer; see `forward` and `Sampled`.
         prompt_lengths: length of each row of `prompt`, the rest of the row being padding. A row's tokens then follow
             its own prompt, and are padded on the right in turn.
-        stop_tokens: token or tokens that end a sequence. The stop token itself is returned, followed by `pad_token`;
-            sampling ends once every sequence has.
+        stop_tokens: token or tokens of the vocabulary that end a sequence. The stop token itself is returned, followed
+            by `pad_token`; sampling ends once every sequence has.
         pad_token: filler for the ends of rows. It need not be in the vocabulary (−1 and −100 are common): in its place
             the model then reads token 0, in rows that have ended.
         cache: cache of an earlier call, whose prompt and result `prompt` begins with; only the rest is processed.

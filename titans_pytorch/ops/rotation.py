@@ -38,9 +38,10 @@ def rotate_features(t: Float[Tensor, '... d'], rotation: Float[Tensor, '... half
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         rotated = rotate_pairs(pairs, rotation)
     else:
-        # one product of complex numbers is faster, but the compiler generates no code for it. Its operands are copied,
-        # as not all strides and offsets will do, and autograd would keep the copies
+        # one product of complex numbers is faster, but the compiler generates no code for it. Pairs are copied, as not
+        # all strides and offsets will do, and autograd would keep the copy
         dtype = torch.promote_types(t.dtype, rotation.dtype)
-        operands = (own.to(dtype).clone(memory_format=torch.contiguous_format) for own in (pairs, rotation))
-        rotated = torch.view_as_real(torch.mul(*map(torch.view_as_complex, operands)))
+        pairs = pairs.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        product = torch.view_as_complex(pairs) * torch.view_as_complex(rotation.to(dtype))
+        rotated = torch.view_as_real(product)
     return rotated.flatten(-2).to(t.dtype)

@@ -3,7 +3,7 @@ persistent keys and values, and one pass back. A program owns some rows, of one 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -158,55 +158,50 @@ def _persistent_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + heads * entries, of_values, mask=entry < entries)
 
 
-def _num_persistent(persistent: Tensor | None) -> int:
-    return 0 if persistent is None else persistent.shape[2]
+class _Given(NamedTuple):
+    """The arguments of `_forward`."""
+
+    projected: Tensor
+    frequencies: Tensor
+    positions: Tensor | None
+    residual: Tensor | None
+    shares: Tensor | None
+    persistent: Tensor | None
+    heads: int
+    first: int
+
+    @property
+    def num_persistent(self) -> int:
+        return 0 if self.persistent is None else self.persistent.shape[2]
+
+    def of_both_kernels(self) -> dict[str, Any]:
+        """Arguments that both kernels take."""
+        projected = contiguous_inside(self.projected, 1)
+        residual = None if self.residual is None else contiguous_inside(self.residual, 1)
+        positions = None if self.positions is None else contiguous_inside(self.positions, 1)
+        half = len(self.frequencies)
+        padded = triton.next_power_of_2(half)
+        rows = max(1, min(MOST_ROWS, ENTRIES // (2 * padded)))
+        blocks = triton.cdiv(self.num_persistent + projected.shape[1], rows) * len(projected)
+        group = max(1, min(self.heads, blocks * self.heads // ENOUGH_PROGRAMS))
+        return dict(
+            projected=projected, frequencies=self.frequencies.contiguous(), positions=positions,
+            residual=residual, shares=self.shares, heads=self.heads, heads_of_program=group,
+            n=projected.shape[1], num_persistent=self.num_persistent, first=self.first,
+            **named_strides('projected', projected, 'batch row'), **named_strides('positions', positions, 'batch'),
+            **named_strides('residual', residual, 'batch head row'),
+            **named_strides('share', self.shares, 'batch head row'),
+            half=half, HALF=padded, ROWS=rows, num_warps=4,
+        )  # fmt: skip
 
 
-def _outputs(
-    projected: Tensor,
-    frequencies: Tensor,
-    positions: Tensor | None,
-    residual: Tensor | None,
-    shares: Tensor | None,
-    persistent: Tensor | None,
-    heads: int,
-    first: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, n, features = projected.shape
-    dim, visible = features // (3 * heads), _num_persistent(persistent) + n
+def _outputs(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    given = _Given(*arguments)
+    batch, n, features = given.projected.shape
+    dim, visible = features // (3 * given.heads), given.num_persistent + n
     shapes = (n, dim), (visible, dim), (visible, dim)
-    queries, keys, values = (projected.new_empty(batch, heads, *shape) for shape in shapes)
+    queries, keys, values = (given.projected.new_empty(batch, given.heads, *shape) for shape in shapes)
     return queries, keys, values
-
-
-def _arguments(
-    projected: Tensor,
-    frequencies: Tensor,
-    positions: Tensor | None,
-    residual: Tensor | None,
-    shares: Tensor | None,
-    persistent: Tensor | None,
-    heads: int,
-    first: int,
-) -> dict[str, Any]:
-    """What both kernels take."""
-    projected = contiguous_inside(projected, 1)
-    residual = None if residual is None else contiguous_inside(residual, 1)
-    positions = None if positions is None else contiguous_inside(positions, 1)
-    half = len(frequencies)
-    padded = triton.next_power_of_2(half)
-    rows = max(1, min(MOST_ROWS, ENTRIES // (2 * padded)))
-    blocks = triton.cdiv(_num_persistent(persistent) + projected.shape[1], rows) * len(projected)
-    group = max(1, min(heads, blocks * heads // ENOUGH_PROGRAMS))
-    return dict(
-        projected=projected, frequencies=frequencies.contiguous(), positions=positions,
-        residual=residual, shares=shares, heads=heads, heads_of_program=group,
-        n=projected.shape[1], num_persistent=_num_persistent(persistent), first=first,
-        **named_strides('projected', projected, 'batch row'), **named_strides('positions', positions, 'batch'),
-        **named_strides('residual', residual, 'batch head row'),
-        **named_strides('share', shares, 'batch head row'),
-        half=half, HALF=padded, ROWS=rows, num_warps=4,
-    )  # fmt: skip
 
 
 def _grid(rows: int, batch: int, arguments: dict[str, Any]) -> tuple[int, int]:
@@ -223,9 +218,9 @@ def _forward(
     heads: int,
     first: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # b h n d, b h (p + n) d, b h (p + n) d
-    given = projected, frequencies, positions, residual, shares, persistent, heads, first
+    given = _Given(projected, frequencies, positions, residual, shares, persistent, heads, first)
     queries, keys, values = _outputs(*given)
-    arguments = _arguments(*given)
+    arguments = given.of_both_kernels()
     _forward_kernel[_grid(keys.shape[2], len(projected), arguments)](
         **arguments, persistent=None if persistent is None else persistent.contiguous(),
         queries=queries, keys=keys, values=values,
@@ -233,20 +228,10 @@ def _forward(
     return queries, keys, values
 
 
-def _backward(
-    d_queries: Tensor,
-    d_keys: Tensor,
-    d_values: Tensor,
-    projected: Tensor,
-    frequencies: Tensor,
-    positions: Tensor | None,
-    residual: Tensor | None,
-    shares: Tensor | None,
-    persistent: Tensor | None,
-    heads: int,
-    first: int,
-) -> tuple[Tensor | None, ...]:
-    arguments = _arguments(projected, frequencies, positions, residual, shares, persistent, heads, first)
+def _backward(d_queries: Tensor, d_keys: Tensor, d_values: Tensor, *arguments_of_forward: Any) -> list[Tensor | None]:
+    given = _Given(*arguments_of_forward)
+    projected, frequencies, positions, residual, shares, persistent, heads, _ = given
+    arguments = given.of_both_kernels()
     d_queries, d_keys, d_values = (contiguous_inside(d, 1) for d in (d_queries, d_keys, d_values))
     strides = named_strides('keys', d_keys, 'batch head row') | named_strides('values', d_values, 'batch head row')
     d_projected = projected.new_empty(projected.shape)
@@ -267,7 +252,8 @@ def _backward(
         )  # fmt: skip
     # no one asks for gradients of frequencies and positions
     d_positions = None if positions is None else positions.new_empty(positions.shape)
-    return d_projected, frequencies.new_empty(frequencies.shape), d_positions, d_residual, d_share, d_persistent
+    d_frequencies = frequencies.new_empty(frequencies.shape)
+    return [d_projected, d_frequencies, d_positions, d_residual, d_share, d_persistent]
 
 
 attention_inputs = register_kernel('attention_inputs', _forward, _backward, outputs=_outputs)
