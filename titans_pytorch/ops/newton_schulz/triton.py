@@ -23,11 +23,17 @@ def _multiply_add_transposed(acc, left, right, PRECISION: tl.constexpr, OPERAND:
 
 
 @triton.jit
-def _normalized(pointers, inside, eps):  # type: ignore[no-untyped-def]
-    """The matrix at `pointers` divided by its Frobenius norm, or by `eps` if that is larger; and the norm."""
-    x = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-    norm = tl.sqrt(tl.sum(tl.sum(x * x, axis=1), axis=0))
-    return x / tl.maximum(norm, eps), norm
+def _symmetric(x, OPERAND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x + xᵀ, of which both terms are rounded alike."""
+    x = x.to(OPERAND)
+    return x.to(tl.float32) + tl.trans(x).to(tl.float32)
+
+
+@triton.jit
+def _inverse_norm(matrix, eps):  # type: ignore[no-untyped-def]
+    """1 over the Frobenius norm of a matrix, or over `eps` if that is larger; and whether it is not."""
+    norm = tl.sqrt(tl.sum(tl.sum(matrix * matrix, axis=1), axis=0))
+    return 1.0 / tl.maximum(norm, eps), norm >= eps
 
 
 @triton.jit
@@ -57,7 +63,9 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     out_offset = row * out_row_stride + column * out_column_stride
     zeros = tl.zeros((ROWS, ROWS), tl.float32)
 
-    x, _ = _normalized(matrices + matrix * matrix_stride + offset, inside, eps)
+    x = tl.load(matrices + matrix * matrix_stride + offset, mask=inside, other=0.0).to(tl.float32)
+    inverse, _ = _inverse_norm(x, eps)
+    x *= inverse
     for _ in range(steps):
         x = iterate(x, a, b, c, zeros, PRECISION, OPERAND)
     tl.store(outputs + matrix * rows * columns + out_offset, x, mask=inside)
@@ -65,53 +73,45 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _backward_kernel(  # type: ignore[no-untyped-def]
-    matrices, d_outputs, d_matrices, iterates,
-    matrix_stride, count, steps, eps, a, b, c,
+    matrices, d_outputs, d_matrices,
+    matrix_stride, steps, eps, a, b, c,
     rows: tl.constexpr, columns: tl.constexpr, row_stride: tl.constexpr, column_stride: tl.constexpr,
     out_row_stride: tl.constexpr, out_column_stride: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
+    """The iteration on a matrix and, beside it, on the gradient: no iterate needs to be kept for the way back.
+
+    All steps together are a polynomial of odd powers x(xᵀx)ᵏ. Its derivative in a direction e is a sum of terms
+    (xxᵀ)ⁱ e (xᵀx)ʲ and (xxᵀ)ⁱx eᵀ x(xᵀx)ʲ in which i and j may be exchanged, so it is its own adjoint: the gradient of x
+    is the derivative in the direction of the output's gradient.
+    """
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows) & (column < columns)
-    offset = row * row_stride + column * column_stride
-    out_offset = row * out_row_stride + column * out_column_stride
+    matrix = tl.program_id(0).to(tl.int64)
+    source = matrices + matrix * matrix_stride + row * row_stride + column * column_stride
+    out_offset = matrix * rows * columns + row * out_row_stride + column * out_column_stride
     zeros = tl.zeros((ROWS, ROWS), tl.float32)
-    # scratch memory of this program, padding included: small enough to stay in the cache
-    iterates += tl.program_id(0).to(tl.int64) * tl.maximum(1, steps) * (ROWS * COLUMNS) + row * COLUMNS + column
 
-    for matrix in range(tl.program_id(0).to(tl.int64), count, tl.num_programs(0)):
-        source = matrices + matrix * matrix_stride + offset
-        out_start = matrix * rows * columns
+    x = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    d_x = tl.load(d_outputs + out_offset, mask=inside, other=0.0).to(tl.float32)
+    inverse, divides = _inverse_norm(x, eps)
+    x *= inverse
+    for _ in range(steps):
+        # x ← a·x + P·x with P = b·G + c·G² and G = x·xᵀ, so that dG = dx·xᵀ + x·dxᵀ, dP = b·dG + c·(dG·G + G·dG)
+        # and dx ← a·dx + P·dx + dP·x
+        before = x
+        gram = _multiply_add_transposed(zeros, x, x, PRECISION, OPERAND)
+        polynomial = _polynomial(gram, b, c, PRECISION, OPERAND)
+        x = multiply_add(a * x, polynomial, x, PRECISION, OPERAND)
+        d_gram = _symmetric(_multiply_add_transposed(zeros, d_x, before, PRECISION, OPERAND), OPERAND)
+        d_x = multiply_add(a * d_x, polynomial, d_x, PRECISION, OPERAND)
+        half = _multiply_add_transposed(0.5 * b * d_gram, c * d_gram, gram, PRECISION, OPERAND)
+        d_x = multiply_add(d_x, _symmetric(half, OPERAND), before, PRECISION, OPERAND)
 
-        x, _ = _normalized(source, inside, eps)
-        tl.store(iterates, x.to(OPERAND))
-        for step in range(1, steps):
-            x = iterate(x, a, b, c, zeros, PRECISION, OPERAND)
-            tl.store(iterates + step * (ROWS * COLUMNS), x.to(OPERAND))
-        tl.debug_barrier()
-
-        d_x = tl.load(d_outputs + out_start + out_offset, mask=inside, other=0.0).to(tl.float32)
-        for back in range(steps):
-            before = tl.load(iterates + (steps - 1 - back) * (ROWS * COLUMNS))
-            gram = _multiply_add_transposed(zeros, before, before, PRECISION, OPERAND)
-            # y = a·x + P·x with P = b·G + c·G² and G = x·xᵀ, so dP = dy·xᵀ, and only D = dP + dPᵀ is needed:
-            # dx = a·dy + P·dy + (dG + dGᵀ)·x with dG + dGᵀ = b·D + c·(D·G + G·D).
-            # Sums with transposes are separate products, because Triton 3.4 to 3.7 miscompiles a transposed result as
-            # left operand on Hopper (fla-org/flash-linear-attention, issue 640)
-            d_polynomial = _multiply_add_transposed(zeros, d_x, before, PRECISION, OPERAND)
-            d_polynomial = _multiply_add_transposed(d_polynomial, before, d_x, PRECISION, OPERAND)
-            d_gram = _multiply_add_transposed(b * d_polynomial, c * d_polynomial, gram, PRECISION, OPERAND)
-            d_gram = _multiply_add_transposed(d_gram, c * gram, d_polynomial, PRECISION, OPERAND)
-            polynomial = _polynomial(gram, b, c, PRECISION, OPERAND)
-            d_x = multiply_add(a * d_x, polynomial, d_x, PRECISION, OPERAND)
-            d_x = multiply_add(d_x, d_gram, before, PRECISION, OPERAND)
-
-        # x = m / max(|m|, eps): where the norm divides, the gradient loses its component along x
-        x, norm = _normalized(source, inside, eps)
-        along = tl.where(norm >= eps, tl.sum(tl.sum(d_x * x, axis=1), axis=0), 0.0)
-        tl.store(d_matrices + out_start + out_offset, (d_x - along * x) / tl.maximum(norm, eps), mask=inside)
-        # the next matrix overwrites these iterates
-        tl.debug_barrier()
+    # x = m / max(|m|, eps): where the norm divides, the gradient loses its component along m
+    m = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    along = tl.where(divides, tl.sum(tl.sum(d_x * m, axis=1), axis=0) * (inverse * inverse), 0.0)
+    tl.store(d_matrices + out_offset, (d_x - along * m) * inverse, mask=inside)
 
 
 def _outputs(matrices: Tensor, *settings: Any) -> Tensor:
@@ -149,13 +149,9 @@ def orthogonalise_backward(
     d_outputs = d_outputs.contiguous()
     d_matrices = matrices.new_empty(matrices.shape)
     sizes = _matrix_sizes(matrices, d_matrices)
-    warps = warps_of(sizes['ROWS'], sizes['COLUMNS'])
-    programs = min(len(matrices), _programs(matrices.device, warps))
-    iterates = matrices.new_empty(programs, max(1, steps), sizes['ROWS'], sizes['COLUMNS'], dtype=operands)
-    _backward_kernel[(programs,)](
-        matrices=matrices, d_outputs=d_outputs, d_matrices=d_matrices, iterates=iterates,
-        count=len(matrices), steps=steps, eps=eps, a=a, b=b, c=c,
-        **sizes, **pytorch_precision(operands), num_warps=warps, num_stages=1,
+    _backward_kernel[(len(matrices),)](
+        matrices=matrices, d_outputs=d_outputs, d_matrices=d_matrices, steps=steps, eps=eps, a=a, b=b, c=c,
+        **sizes, **pytorch_precision(operands), num_warps=warps_of(sizes['ROWS'], sizes['COLUMNS']), num_stages=1,
     )  # fmt: skip
     return [d_matrices]
 
@@ -195,11 +191,3 @@ def warps_of(rows: int, columns: int) -> int:
     """Warps of a program that owns a matrix of this size, padded to powers of two."""
     # from 64 rows on, four warps share one instruction of a tensor core; more of them would compute the same rows
     return rows // 16 if rows >= 64 else min(8, max(1, rows * columns // 512))
-
-
-def _programs(device: torch.device, warps: int) -> int:
-    """As many programs as run at once, 16 warps on each multiprocessor; few in the interpreter, so that tests see one
-    program take several matrices."""
-    if device.type != 'cuda':
-        return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count * (16 // warps)
