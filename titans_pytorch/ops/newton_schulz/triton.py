@@ -79,11 +79,11 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     out_row_stride: tl.constexpr, out_column_stride: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """The iteration on a matrix and, beside it, on the gradient: no iterate needs to be kept for the way back.
+    """The iteration on a matrix and, beside it, on the gradient, so that no iterate is kept for a way back.
 
     All steps together are a polynomial of odd powers x(xᵀx)ᵏ. Its derivative in a direction e is a sum of terms
-    (xxᵀ)ⁱ e (xᵀx)ʲ and (xxᵀ)ⁱx eᵀ x(xᵀx)ʲ in which i and j may be exchanged, so it is its own adjoint: the gradient of x
-    is the derivative in the direction of the output's gradient.
+    (xxᵀ)ⁱ e (xᵀx)ʲ and (xxᵀ)ⁱx eᵀ x(xᵀx)ʲ in which i and j may be exchanged. So it is its own adjoint: the gradient
+    of x is the derivative in the direction of the output's gradient.
     """
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows) & (column < columns)
@@ -105,13 +105,14 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         x = multiply_add(a * x, polynomial, x, PRECISION, OPERAND)
         d_gram = _symmetric(_multiply_add_transposed(zeros, d_x, before, PRECISION, OPERAND), OPERAND)
         d_x = multiply_add(a * d_x, polynomial, d_x, PRECISION, OPERAND)
+        # G·dG is the transpose of dG·G
         half = _multiply_add_transposed(0.5 * b * d_gram, c * d_gram, gram, PRECISION, OPERAND)
         d_x = multiply_add(d_x, _symmetric(half, OPERAND), before, PRECISION, OPERAND)
 
-    # x = m / max(|m|, eps): where the norm divides, the gradient loses its component along m
-    m = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    along = tl.where(divides, tl.sum(tl.sum(d_x * m, axis=1), axis=0) * (inverse * inverse), 0.0)
-    tl.store(d_matrices + out_offset, (d_x - along * m) * inverse, mask=inside)
+    # x = m / max(|m|, eps) at first: where the norm divides, the gradient loses its component along x
+    x = tl.load(source, mask=inside, other=0.0).to(tl.float32) * inverse
+    along = tl.where(divides, tl.sum(tl.sum(d_x * x, axis=1), axis=0), 0.0)
+    tl.store(d_matrices + out_offset, (d_x - along * x) * inverse, mask=inside)
 
 
 def _outputs(matrices: Tensor, *settings: Any) -> Tensor:
