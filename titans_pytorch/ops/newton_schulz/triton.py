@@ -109,10 +109,10 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         half = _multiply_add_transposed(0.5 * b * d_gram, c * d_gram, gram, PRECISION, OPERAND)
         d_x = multiply_add(d_x, _symmetric(half, OPERAND), before, PRECISION, OPERAND)
 
-    # x = m / max(|m|, eps) at first: where the norm divides, the gradient loses its component along x
-    x = tl.load(source, mask=inside, other=0.0).to(tl.float32) * inverse
-    along = tl.where(divides, tl.sum(tl.sum(d_x * x, axis=1), axis=0), 0.0)
-    tl.store(d_matrices + out_offset, (d_x - along * x) * inverse, mask=inside)
+    # x = m / max(|m|, eps) at first: where the norm divides, the gradient loses its component along m
+    m = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    along = tl.where(divides, tl.sum(tl.sum(d_x * m, axis=1), axis=0) * inverse * inverse, 0.0)
+    tl.store(d_matrices + out_offset, (d_x - along * m) * inverse, mask=inside)
 
 
 def _outputs(matrices: Tensor, *settings: Any) -> Tensor:
