@@ -130,43 +130,50 @@ def _mixed(states, mix, size, offset, inside, STATES: tl.constexpr):  # type: ig
 
 @triton.jit
 def _through(  # type: ignore[no-untyped-def]
-    total, start, offsets, valid, states, mix, column, height, width,
-    STATES: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+    start, offsets, valid, others, in_others, with_others, states, mix, column, height, width,
+    STATES: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """total + rows · COLUMNS columns, from `column` on, of a combination of states."""
+    """Products of ROWS rows with COUNT others, and with COLUMNS columns of a combination of states from `column` on."""
+    match, total = tl.zeros((ROWS, COUNT), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(0, height, DEPTH):
         x = _rows(start, offsets, valid, first, height, DEPTH)
+        other = _rows(others, in_others, with_others, first, height, DEPTH)
         offset, inside = _tile(first, column, height, width, DEPTH, COLUMNS)
         w = _mixed(states, mix, height * width, offset, inside, STATES)
+        match = multiply_add(match, x, tl.trans(other), PRECISION, OPERAND)
         total = multiply_add(total, x, w, PRECISION, OPERAND)
-    return total
+    return match, total
 
 
 @triton.jit
 def _through_transposed(  # type: ignore[no-untyped-def]
-    total, start, offsets, valid, states, mix, row, height, width,
-    STATES: tl.constexpr, ACROSS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+    start, offsets, valid, others, in_others, with_others, states, mix, row, height, width,
+    STATES: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr, ACROSS: tl.constexpr, DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """total + rows · ACROSS rows, from `row` on, of a combination of states, transposed."""
+    """Products of ROWS rows with COUNT others, and with ACROSS rows of a combination of states from `row` on."""
+    match, total = tl.zeros((ROWS, COUNT), tl.float32), tl.zeros((ROWS, ACROSS), tl.float32)
     for first in range(0, width, DEPTH):
         x = _rows(start, offsets, valid, first, width, DEPTH)
+        other = _rows(others, in_others, with_others, first, width, DEPTH)
         offset, inside = _tile(row, first, height, width, ACROSS, DEPTH)
         w = _mixed(states, mix, height * width, offset, inside, STATES)
+        match = multiply_add(match, x, tl.trans(other), PRECISION, OPERAND)
         total = multiply_add(total, x, tl.trans(w), PRECISION, OPERAND)
-    return total
+    return match, total
 
 
 @triton.jit
-def _scores(  # type: ignore[no-untyped-def]
-    left, in_left, valid_left, right, in_right, valid_right, limit,
-    ROWS: tl.constexpr, COUNT: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+def _row_products(  # type: ignore[no-untyped-def]
+    start, offsets, valid, limit,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Products of ROWS rows with COUNT others."""
-    total = tl.zeros((ROWS, COUNT), tl.float32)
+    """Products of rows with each other."""
+    total = tl.zeros((ROWS, ROWS), tl.float32)
     for first in range(0, limit, DEPTH):
-        a = _rows(left, in_left, valid_left, first, limit, DEPTH)
-        b = _rows(right, in_right, valid_right, first, limit, DEPTH)
-        total = multiply_add(total, a, tl.trans(b), PRECISION, OPERAND)
+        x = _rows(start, offsets, valid, first, limit, DEPTH)
+        total = multiply_add(total, x, tl.trans(x), PRECISION, OPERAND)
     return total
 
 
@@ -241,20 +248,17 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
                 if (PHASE < 0) | (PHASE == l):
                     height, columns, before = _shape(l, MATRICES, dim, width, STATES)
                     to_layer = l * layer
-                    match = _scores(
-                        own_inputs + to_layer, in_batch, valid, all_inputs + to_layer, in_all, earlier, height,
-                        ROWS, COUNT, DEPTH, PRECISION, OPERAND,
-                    )  # fmt: skip
-                    if SAVES:
-                        if part == 0:
-                            tl.store(own_scores + l * ROWS * COUNT, match)
                     for column in range(part * BLOCK, columns, PARTS * BLOCK):
                         stored_deltas = _rows(all_deltas + to_layer, in_all, earlier, column, columns, BLOCK)
-                        h = multiply_add(nothing, match * of_earlier, stored_deltas, PRECISION, OPERAND)
-                        h = _through(
-                            h, own_inputs + to_layer, in_batch, valid, own_initial + before, mix,
-                            column, height, columns, STATES, BLOCK, DEPTH, PRECISION, OPERAND,
+                        match, h = _through(
+                            own_inputs + to_layer, in_batch, valid, all_inputs + to_layer, in_all, earlier,
+                            own_initial + before, mix, column, height, columns,
+                            STATES, ROWS, COUNT, BLOCK, DEPTH, PRECISION, OPERAND,
                         )  # fmt: skip
+                        if SAVES:
+                            if column == 0:
+                                tl.store(own_scores + l * ROWS * COUNT, match)
+                        h = multiply_add(h, match * of_earlier, stored_deltas, PRECISION, OPERAND)
                         _store_rows(own_pre + to_layer, in_batch, valid, column, columns, h, BLOCK)
                         a = h * normal_cdf(h)
                         _store_rows(own_inputs + to_layer + layer, in_batch, valid, column, columns, a, BLOCK)
@@ -265,19 +269,14 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
             if (PHASE < 0) | (PHASE == MATRICES - 1):
                 to_layer = (MATRICES - 1) * layer
                 from_last = own_initial + STATES * (size - width * dim)
-                match = _scores(
-                    own_inputs + to_layer, in_batch, valid, all_inputs + to_layer, in_all, earlier, width,
-                    ROWS, COUNT, DEPTH, PRECISION, OPERAND,
-                )  # fmt: skip
                 last_stored = _rows(all_deltas + to_layer, in_all, earlier, 0, dim, DIM)
                 k = _rows(keys + head * key_head, offset * key_chunk + row * key_row, valid, 0, dim, DIM)
                 v = _rows(values + head * value_head, offset * value_chunk + row * value_row, valid, 0, dim, DIM)
-                y = tl.zeros((ROWS, DIM), tl.float32)
-                y = multiply_add(y, match * of_earlier, last_stored, PRECISION, OPERAND)
-                y = _through(
-                    y, own_inputs + to_layer, in_batch, valid, from_last, mix,
-                    0, width, dim, STATES, DIM, DEPTH, PRECISION, OPERAND,
+                match, y = _through(
+                    own_inputs + to_layer, in_batch, valid, all_inputs + to_layer, in_all, earlier,
+                    from_last, mix, 0, width, dim, STATES, ROWS, COUNT, DIM, DEPTH, PRECISION, OPERAND,
                 )  # fmt: skip
+                y = multiply_add(y, match * of_earlier, last_stored, PRECISION, OPERAND)
                 gain = 1.0
                 if NORM:
                     own_gamma = gamma_states + (head * (blocks + 1) + block) * STATES * dim
@@ -317,21 +316,18 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
                     l = MATRICES - 2 - up
                     to_layer = l * layer
                     height, columns, before = _shape(l, MATRICES, dim, width, STATES)
-                    match = _scores(
-                        own_raw + to_layer, in_batch, valid, all_deltas + to_layer, in_all, earlier, columns,
-                        ROWS, COUNT, DEPTH, PRECISION, OPERAND,
-                    )  # fmt: skip
-                    if SAVES:
-                        if part == 0:
-                            tl.store(own_back_scores + (l - 1) * ROWS * COUNT, match)
                     for unit in range(part * BLOCK, height, PARTS * BLOCK):
                         x = _rows(all_inputs + to_layer, in_all, earlier, unit, height, BLOCK)
                         h = _rows(own_pre + to_layer - layer, in_batch, valid, unit, height, BLOCK)
-                        g = multiply_add(nothing, match * of_earlier, x, PRECISION, OPERAND)
-                        g = _through_transposed(
-                            g, own_raw + to_layer, in_batch, valid, own_initial + before, mix,
-                            unit, height, columns, STATES, BLOCK, DEPTH, PRECISION, OPERAND,
+                        match, g = _through_transposed(
+                            own_raw + to_layer, in_batch, valid, all_deltas + to_layer, in_all, earlier,
+                            own_initial + before, mix, unit, height, columns,
+                            STATES, ROWS, COUNT, BLOCK, DEPTH, PRECISION, OPERAND,
                         )  # fmt: skip
+                        if SAVES:
+                            if unit == 0:
+                                tl.store(own_back_scores + (l - 1) * ROWS * COUNT, match)
+                        g = multiply_add(g, match * of_earlier, x, PRECISION, OPERAND)
                         _store_rows(own_back + to_layer - layer, in_batch, valid, unit, height, g, BLOCK)
                         g *= gelu_derivative(h)
                         _store_rows(own_raw + to_layer - layer, in_batch, valid, unit, height, g, BLOCK)
@@ -349,10 +345,9 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
                     for l in range(MATRICES):
                         height, columns, before = _shape(l, MATRICES, dim, width, STATES)
                         own_rows = own_inputs + l * layer
-                        matches = together * _scores(
-                            own_rows, in_batch, valid, own_rows, in_batch, valid, height,
-                            ROWS, ROWS, DEPTH, PRECISION, OPERAND,
-                        )  # fmt: skip
+                        matches = together * _row_products(
+                            own_rows, in_batch, valid, height, ROWS, DEPTH, PRECISION, OPERAND
+                        )
                         norm = tl.zeros((ROWS,), tl.float32)
                         for first in range(0, columns, DEPTH):
                             d = _rows(own_raw + l * layer, in_batch, valid, first, columns, DEPTH)
@@ -525,7 +520,7 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                     )  # fmt: skip
                     in_scores = in_match[:, None] + (start * rows + index)[None, :]
                     in_later = later[:, None] & valid[None, :]
-                    for l in range(MATRICES):
+                    for l in tl.static_range(MATRICES):
                         height, columns, before = _shape(l, MATRICES, dim, width, STATES)
                         from_scores = scores + ((own * batches + batch_of_place) * MATRICES + l)[:, None] * of_match
                         match = tl.load(from_scores + in_scores, mask=in_later, other=0.0).to(tl.float32)
@@ -611,23 +606,20 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
             for l in range(1, MATRICES - 1):
                 if (PHASE < 0) | (PHASE == l + 1):
                     height, columns, before = _shape(l, MATRICES, dim, width, STATES)
-                    d_match = _scores(
-                        own_of_back + (l - 1) * layer, in_batch, valid, all_inputs + l * layer, in_all, earlier,
-                        height, ROWS, COUNT, DEPTH, PRECISION, OPERAND,
-                    )  # fmt: skip
-                    if part == 0:
-                        match = tl.load(own_back_scores + (l - 1) * of_match).to(tl.float32)
-                        tl.store(own_d_steps + (MATRICES + l) * COUNT, tl.sum(match * d_match, axis=0))
-                        tl.store(own_of_back_scores + l * of_match, d_match)
                     for column in range(part * BLOCK, columns, PARTS * BLOCK):
-                        d_delta = _rows(head_of_raw + l * kept, in_kept, valid, column, columns, BLOCK)
+                        of_delta = _rows(head_of_raw + l * kept, in_kept, valid, column, columns, BLOCK)
                         d = _rows(all_deltas + l * layer, in_all, earlier, column, columns, BLOCK)
                         h = _rows(own_pre + l * layer, in_batch, valid, column, columns, BLOCK)
-                        d_delta = multiply_add(d_delta, d_match * of_earlier, d, PRECISION, OPERAND)
-                        d_delta = _through(
-                            d_delta, own_of_back + (l - 1) * layer, in_batch, valid, own_initial + before, mix,
-                            column, height, columns, STATES, BLOCK, DEPTH, PRECISION, OPERAND,
+                        d_match, d_delta = _through(
+                            own_of_back + (l - 1) * layer, in_batch, valid, all_inputs + l * layer, in_all, earlier,
+                            own_initial + before, mix, column, height, columns,
+                            STATES, ROWS, COUNT, BLOCK, DEPTH, PRECISION, OPERAND,
                         )  # fmt: skip
+                        if column == 0:
+                            match = tl.load(own_back_scores + (l - 1) * of_match).to(tl.float32)
+                            tl.store(own_d_steps + (MATRICES + l) * COUNT, tl.sum(match * d_match, axis=0))
+                            tl.store(own_of_back_scores + l * of_match, d_match)
+                        d_delta = multiply_add(d_delta + of_delta, d_match * of_earlier, d, PRECISION, OPERAND)
                         _store_rows(head_of_raw + l * kept, in_kept, valid, column, columns, d_delta, BLOCK)
                         d_delta *= gelu_derivative(h)
                         _store_rows(own_of_back + l * layer, in_batch, valid, column, columns, d_delta, BLOCK)
@@ -638,21 +630,17 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
             if (PHASE < 0) | (PHASE == MATRICES):
                 to_layer, to_last = (MATRICES - 1) * layer, (MATRICES - 1) * kept
                 from_last = own_initial + STATES * (size - width * dim)
-                d_match = _scores(
-                    own_of_back + to_layer - layer, in_batch, valid, all_inputs + to_layer, in_all, earlier, width,
-                    ROWS, COUNT, DEPTH, PRECISION, OPERAND,
-                )  # fmt: skip
                 last_stored = _rows(all_deltas + to_layer, in_all, earlier, 0, dim, DIM)
                 of_delta = _rows(head_of_raw + to_last, in_kept, valid, 0, dim, DIM)
                 y = _rows(products + first_row * dim, in_outputs, valid, 0, dim, DIM)
                 key = _rows(keys + head * key_head, offset * key_chunk + row * key_row, valid, 0, dim, DIM)
                 v = _rows(values + head * value_head, offset * value_chunk + row * value_row, valid, 0, dim, DIM)
                 loss = tl.load(losses + first_row + index, mask=valid, other=0.0)
-                of_delta = multiply_add(of_delta, d_match * of_earlier, last_stored, PRECISION, OPERAND)
-                of_delta = _through(
-                    of_delta, own_of_back + to_layer - layer, in_batch, valid, from_last, mix, 0, width, dim,
-                    STATES, DIM, DEPTH, PRECISION, OPERAND,
+                d_match, d_delta = _through(
+                    own_of_back + to_layer - layer, in_batch, valid, all_inputs + to_layer, in_all, earlier,
+                    from_last, mix, 0, width, dim, STATES, ROWS, COUNT, DIM, DEPTH, PRECISION, OPERAND,
                 )  # fmt: skip
+                of_delta = multiply_add(of_delta + d_delta, d_match * of_earlier, last_stored, PRECISION, OPERAND)
                 gain, d_gamma_update, d_loss, d_weighted = 1.0, 0.0, 0.0, 0.0
                 if PROXIMAL:
                     d_weighted = tl.load(of_weighted + head * ROWS + index)
@@ -726,22 +714,19 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                 if (PHASE < 0) | (PHASE == MATRICES + 1 + down):
                     l = MATRICES - 2 - down
                     height, columns, before = _shape(l, MATRICES, dim, width, STATES)
-                    d_match = _scores(
-                        own_of_pre + l * layer, in_batch, valid, all_deltas + l * layer, in_all, earlier, columns,
-                        ROWS, COUNT, DEPTH, PRECISION, OPERAND,
-                    )  # fmt: skip
-                    if part == 0:
-                        match = tl.load(own_scores + l * of_match).to(tl.float32)
-                        tl.store(own_d_steps + l * COUNT, tl.sum(match * d_match, axis=0))
-                        tl.store(own_of_scores + l * of_match, d_match)
                     for unit in range(part * BLOCK, height, PARTS * BLOCK):
-                        d_x = _rows(head_of_inputs + l * kept, in_kept, valid, unit, height, BLOCK)
+                        of_x = _rows(head_of_inputs + l * kept, in_kept, valid, unit, height, BLOCK)
                         x = _rows(all_inputs + l * layer, in_all, earlier, unit, height, BLOCK)
-                        d_x = multiply_add(d_x, d_match * of_earlier, x, PRECISION, OPERAND)
-                        d_x = _through_transposed(
-                            d_x, own_of_pre + l * layer, in_batch, valid, own_initial + before, mix,
-                            unit, height, columns, STATES, BLOCK, DEPTH, PRECISION, OPERAND,
+                        d_match, d_x = _through_transposed(
+                            own_of_pre + l * layer, in_batch, valid, all_deltas + l * layer, in_all, earlier,
+                            own_initial + before, mix, unit, height, columns,
+                            STATES, ROWS, COUNT, BLOCK, DEPTH, PRECISION, OPERAND,
                         )  # fmt: skip
+                        if unit == 0:
+                            match = tl.load(own_scores + l * of_match).to(tl.float32)
+                            tl.store(own_d_steps + l * COUNT, tl.sum(match * d_match, axis=0))
+                            tl.store(own_of_scores + l * of_match, d_match)
+                        d_x = multiply_add(d_x + of_x, d_match * of_earlier, x, PRECISION, OPERAND)
                         d_h = _through_gelu(
                             d_x, own_pre + (l - 1) * layer, own_back + (l - 1) * layer, in_batch,
                             head_of_raw + (l - 1) * kept, in_kept, valid, unit, height, BLOCK,
@@ -753,22 +738,20 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
             # to the keys, which no program waits for
             if (PHASE < 0) | (PHASE == 2 * MATRICES):
                 if part == PARTS - 1:
-                    d_match = _scores(
-                        own_of_pre, in_batch, valid, all_deltas, in_all, earlier, width,
-                        ROWS, COUNT, DEPTH, PRECISION, OPERAND,
-                    )  # fmt: skip
-                    match = tl.load(own_scores).to(tl.float32)
-                    tl.store(own_d_steps, tl.sum(match * d_match, axis=0))
-                    tl.store(own_of_scores, d_match)
                     for column in range(0, dim, BLOCK):
-                        d_k = _rows(head_of_inputs, in_kept, valid, column, dim, BLOCK)
-                        d_k += _rows(d_keys + first_row * dim, in_outputs, valid, column, dim, BLOCK)
+                        of_k = _rows(head_of_inputs, in_kept, valid, column, dim, BLOCK)
+                        of_k += _rows(d_keys + first_row * dim, in_outputs, valid, column, dim, BLOCK)
                         x = _rows(all_inputs, in_all, earlier, column, dim, BLOCK)
-                        d_k = multiply_add(d_k, d_match * of_earlier, x, PRECISION, OPERAND)
-                        d_k = _through_transposed(
-                            d_k, own_of_pre, in_batch, valid, own_initial, mix,
-                            column, dim, width, STATES, BLOCK, DEPTH, PRECISION, OPERAND,
+                        d_match, d_k = _through_transposed(
+                            own_of_pre, in_batch, valid, all_deltas, in_all, earlier,
+                            own_initial, mix, column, dim, width,
+                            STATES, ROWS, COUNT, BLOCK, DEPTH, PRECISION, OPERAND,
                         )  # fmt: skip
+                        if column == 0:
+                            match = tl.load(own_scores).to(tl.float32)
+                            tl.store(own_d_steps, tl.sum(match * d_match, axis=0))
+                            tl.store(own_of_scores, d_match)
+                        d_k = multiply_add(d_k + of_k, d_match * of_earlier, x, PRECISION, OPERAND)
                         _store_rows(d_keys + first_row * dim, in_outputs, valid, column, dim, d_k, BLOCK)
             met += 1
             wait_for_all(counter, met * PARTS, WAITS)
