@@ -40,6 +40,11 @@ class Widens(nn.Module):
         return x @ self.weight
 
 
+class Pair(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
 BAD_MEMORIES = [
     (dict(dim=0), ValueError, 'dim must be a positive integer, got 0'),
     (dict(chunk_size=0), ValueError, 'chunk_size must be a positive integer, got 0'),
@@ -55,6 +60,7 @@ BAD_MEMORIES = [
     (dict(learned_momentum_combine=True), ValueError, 'learned_momentum_combine needs .* momentum_order=1'),
     (dict(momentum=False, init_momentum_bias=1.0), ValueError, 'init_momentum_bias needs momentum=True'),
     (dict(model=Widens()), ValueError, r'model must keep the shape of its input, .* gave \(3, 2, 16\)'),
+    (dict(model=Pair(DIM, DIM)), TypeError, 'model must return a tensor, got tuple'),
     (dict(model=MemoryMLP(5, depth=1)), ValueError, r'model must accept a tensor of shape \(3, 2, 8\)'),
     (dict(model=nn.BatchNorm1d(2)), ValueError, "model must have no buffers, got .'running_mean'"),
     (dict(model=nn.Identity()), ValueError, 'model must have parameters'),
@@ -245,7 +251,7 @@ BAD_TRANSFORMERS = [
     (dict(num_persist_mem_tokens=-1), 'num_persist_mem_tokens must be an integer of at least 0, got -1'),
     (dict(neural_memory_layers=(1, 3)), r'neural_memory_layers must be layers from 1 to depth=2, got \[3\]'),
     (dict(neural_memory_layers=(0,)), r'neural_memory_layers must be layers from 1 to depth=2, got \[0\]'),
-    (dict(neural_memory_batch_size=6), 'batch_size must be a multiple of chunk_size=4, got 6'),
+    (dict(neural_memory_batch_size=6), 'neural_memory_batch_size must be a multiple of neural_memory_segment_len=4'),
     (dict(ff_mult=-1), 'ff_mult must be a finite number above 0, got -1'),
     (dict(ff_mult=0.01), 'ff_mult must give a hidden layer of at least one feature for a width of 16, got 0.01'),
     (dict(dim_head=2), 'dim_head must be at least 3, the smallest rotary dimension, got 2'),

@@ -206,7 +206,8 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         neural_memory_qkv_receives_diff_views: let a memory compute its queries, keys and values from inputs and outputs
             of earlier layers, which it selects per token.
         dim_head, heads: width and number of attention heads.
-        ff_mult: width of the feedforward, relative to `dim`.
+        ff_mult: hidden width, relative to `dim`, of an ungated feedforward with as many weights as the gated one has,
+            which is two thirds as wide.
         num_residual_streams: streams of the hyper-connections; 1 is a plain residual.
         neural_memory_model: memory network, copied for each memory layer. Default: that of `NeuralMemory`.
         neural_memory_kwargs: further arguments of `NeuralMemory`.

@@ -178,10 +178,11 @@ class NeuralMemory(Resettable, InReferenceFormat):
             (see `titans_pytorch.ops.proximal_steps`), so that steps do not overshoot, however large
             `default_step_transform_max_lr` is. A linear memory moves half of the way to the value of a key k by a step
             size of dim_head / (2 ‖k‖²), and four fifths by four times as much. Requires `batch_size`, the default loss
-            and a network that treats rows separately and that the dual engine can serve.
+            and a network that treats rows separately and that the dual engine can serve; excludes what changes a step
+            afterwards: `max_grad_norm`, `spectral_norm_surprises` and a `max_mem_layer_modulation` above 1.
         normalized_momentum: momentum that spreads the step u of a chunk over later chunks without making it larger, for
             each order: S_t = (1 − η_t) (P_{t−1} + u_t), where P_t = η_t (P_{t−1} + u_t) is carried over. With momentum,
-            proximal steps need it to be safe from overshooting.
+            proximal steps need it to be safe from overshooting. Excludes `spectral_norm_surprises`.
         lookahead_gradients: take gradients at M + Σ P, summed over orders, the weights that the memory will have, but
             for decay, once momentum has handed on all that it holds, as Nesterov's momentum does. Gradients at M ask in
             every chunk for what momentum holds already, and when η falls all of it arrives at once. Queries still read
@@ -189,8 +190,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
             `learned_momentum_combine` and `gated_transition`, with which momentum leads elsewhere.
         checkpoint_every: tokens per checkpoint segment (activation checkpointing). The backward pass recomputes
             everything within a segment, so that a training step holds one segment and a state for each of the others,
-            for a third more work; with gradients `state.updates` is `None`. Requires the dual engine. Default: keep
-            everything.
+            for a third more work; with gradients `state.updates` is `None`. Requires the dual engine; excludes
+            `accept_weight_residual`. Default: keep everything.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit; the message names the argument, the expected value and
@@ -599,8 +600,9 @@ class NeuralMemory(Resettable, InReferenceFormat):
     ) -> Any:
         """Store the complete chunks of `seq` with all gradients at `weights`, without retrieving.
 
-        Convolutions see zeros before `seq`. Proximal steps are limited for as many chunks as `seq` has, or as a memory
-        batch has if these are more; further calls with the same `weights` exceed that.
+        Convolutions see zeros before `seq`. Proximal steps assume that as many chunks are added up at the same
+        `weights` as `seq` has, or a memory batch if that has more. Storing further sequences at the same `weights` may
+        overshoot.
 
         Args:
             seq: (batch, length, dim); (2, batch, length, dim) with different views.
@@ -612,6 +614,10 @@ class NeuralMemory(Resettable, InReferenceFormat):
         Returns:
             the weights over time, (bh, chunks + 1, …) by parameter; the state, whose `cache_store_segment` holds the
             tokens of the incomplete chunk; and, with `return_surprises`, the surprises.
+
+        Raises:
+            ValueError, TypeError: for arguments that do not fit the memory or each other; the message names the
+                argument.
         """
         check_flags(return_surprises=return_surprises)
         self._layout.check_store('seq', seq)
@@ -633,6 +639,9 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
         `weights` by parameter: over time, (bh, chunks + 1, …), like `state.updates`, of which token t reads entry
         ⌊(t + 1) / chunk⌋; constant, (bh, …), like `state.weights`; or the initial weights.
+
+        Raises:
+            ValueError, TypeError: for weights of another memory, or of too few chunks.
         """
         self._layout.check_rows('seq', seq)
         over_time = self._layout.over_time('weights', weights, seq.shape[0], seq.device)
@@ -645,6 +654,10 @@ class NeuralMemory(Resettable, InReferenceFormat):
         """Values retrieved with the base weights, at which the open memory batch takes its gradients, without storing.
 
         Every row is retrieved by itself, so there is no convolution.
+
+        Args:
+            seq: (batch, length, dim).
+            state: from an earlier call. Default: the initial weights.
 
         Raises:
             ValueError: if the memory network mixes tokens.

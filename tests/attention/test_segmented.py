@@ -8,6 +8,7 @@ import pytest
 import torch
 from compare import assert_same, randomised
 from einops import rearrange
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention.flex_attention import create_block_mask
 
 from titans_pytorch.attention import masks
@@ -118,6 +119,16 @@ def test_block_masks_are_built_once_per_shape():
     first = masks.segmented_block_mask(LENGTH, 7, 2, True, torch.device('cpu'))
     assert masks.segmented_block_mask(LENGTH, 7, 2, True, torch.device('cpu')) is first
     assert masks.segmented_block_mask(LENGTH, 7, 2, False, torch.device('cpu')) is not first
+
+
+def test_block_masks_serve_every_mode():
+    masks._cached_block_mask.cache_clear()
+    arguments = LENGTH, 7, 2, True, torch.device('cpu')
+    with FakeTensorMode():
+        assert isinstance(masks.segmented_block_mask(*arguments).kv_indices, FakeTensor)
+    with torch.inference_mode():
+        indices = masks.segmented_block_mask(*arguments).kv_indices
+    assert not isinstance(indices, FakeTensor) and not indices.is_inference()
 
 
 @pytest.mark.parametrize('sliding', [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from unittest.mock import patch
 
 import pytest
@@ -505,6 +506,31 @@ def test_sampling_restores_the_mode_of_each_module():
     assert not any(module.training for module in model.modules())
     streams[1].close()
     assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+def test_garbage_collection_may_close_streams_at_any_time(monkeypatch):
+    model, prompt = transformer(0).train(), ids(4)
+    change_mode = type(model).train
+
+    def collect_and_change_mode(self, mode=True):
+        gc.collect()
+        return change_mode(self, mode)
+
+    def abandon():
+        stream = model.stream(prompt, 9)
+        next(stream)
+        cycle = [stream]
+        cycle.append(cycle)
+
+    monkeypatch.setattr(type(model), 'train', collect_and_change_mode)
+    for _ in range(3):
+        abandon()
+        stream = model.stream(prompt, 9)
+        next(stream)
+        assert not model.training
+        stream.close()
+        gc.collect()
+        assert all(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize('length', [1, 6])

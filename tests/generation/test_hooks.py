@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from architectures import CLASSES, build, ids
@@ -11,7 +14,7 @@ from torch import nn
 
 from titans_pytorch import MemoryMLP, NeuralMemory
 from titans_pytorch.attention.rotary import Rotary
-from titans_pytorch.models.residual_streams import ExpandStreams
+from titans_pytorch.models.residual_streams import ExpandStreams, HyperConnection
 
 MODELS = [name for name in CLASSES if name != 'LMM']
 
@@ -59,15 +62,48 @@ class Longer(ExpandStreams):
         return 1.3 * super().forward(residuals)
 
 
-@pytest.mark.parametrize(
-    ('path', 'replacement'), [('layers.0.attention.rotary_emb', Interpolated), ('expand_streams', Longer)]
-)
-def test_cached_sampling_sees_modules_of_other_classes(path: str, replacement: type[nn.Module]):
+class Shifted(HyperConnection):
+    def forward(self, *args, **kwargs):
+        branch_in, add_residual = super().forward(*args, **kwargs)
+        return branch_in + 1, add_residual
+
+
+def of_class(path: str, replacement: type[nn.Module]) -> Callable[[nn.Module], None]:
+    def change(model: nn.Module) -> None:
+        model.get_submodule(path).__class__ = replacement
+
+    return change
+
+
+def constrain_otherwise(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, HyperConnection):
+            module.residual_mix_constraint_fn = partial(torch.softmax, dim=-1)
+            nn.init.normal_(module.dynamic_alpha_fn)
+
+
+def add_bias_to_the_gate(model: nn.Module) -> None:
+    for block in model.layers:
+        weight = block.memory.retrieve_gate[0].weight
+        block.memory.retrieve_gate[0] = nn.Linear(weight.shape[1], weight.shape[0], dtype=torch.float64)
+
+
+CHANGES = {
+    'rotary embedding': of_class('layers.0.attention.rotary_emb', Interpolated),
+    'streams': of_class('expand_streams', Longer),
+    'connection': of_class('layers.0.branches.feedforward', Shifted),
+    'constraint of connections': constrain_otherwise,
+    'gate with a bias': add_bias_to_the_gate,
+}
+
+
+@pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES)
+def test_cached_sampling_sees_modules_that_compute_otherwise(change: Callable[[nn.Module], None]):
     with all_in_float64():
         model, prompt = build('MAG', num_residual_streams=2).eval(), ids(7)
         kwargs = {'max_new_tokens': 9, 'temperature': 0.0, 'return_logprobs': True, 'show_progress': False}
         plain = model.sample(prompt, use_cache=True, **kwargs)
-        model.get_submodule(path).__class__ = replacement
+        change(model)
         cached, uncached = (model.sample(prompt, use_cache=use_cache, **kwargs) for use_cache in (True, False))
         assert torch.equal(cached.tokens, uncached.tokens)
         assert_same(cached.logprobs, uncached.logprobs)

@@ -9,6 +9,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
 transformers = pytest.importorskip('transformers')
@@ -518,6 +519,23 @@ def test_a_memory_of_another_backbone_is_refused(tmp_path):
     grown = BACKBONES['llama']()
     grown.resize_token_embeddings(40)
     assert load_memory(grown, tmp_path) is grown
+
+
+def test_memories_that_cannot_be_loaded_leave_the_model_alone(tmp_path):
+    saved, ids = with_memory(), tokens(2, 9)
+    model = remove_memory(copy.deepcopy(saved))
+    save_memory(saved, tmp_path)
+    logits, weights = model(ids).logits, load_file(tmp_path / 'memory.safetensors')
+    (tmp_path / 'memory.safetensors').unlink()
+    with pytest.raises(FileNotFoundError):
+        load_memory(model, tmp_path, freeze_backbone=True)
+    save_file(dict([*weights.items()][1:]), tmp_path / 'memory.safetensors')
+    with pytest.raises(RuntimeError, match='Missing key'):
+        load_memory(model, tmp_path, freeze_backbone=True)
+    assert torch.equal(model(ids).logits, logits)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    save_file(weights, tmp_path / 'memory.safetensors')
+    assert torch.equal(load_memory(model, tmp_path)(ids).logits, saved(ids).logits)
 
 
 def test_removing_restores_the_model():

@@ -11,7 +11,7 @@ from hf_models import model
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
 
-from titans_pytorch.hf import byte_tokenizer, pretrained_to_run, run_to_pretrained
+from titans_pytorch.hf import TitansForCausalLM, byte_tokenizer, pretrained_to_run, run_to_pretrained
 from titans_pytorch.hf.tokenization import tokenizer_of, vocabulary_of
 from titans_pytorch.training import BPEVocabulary, ByteVocabulary, describe_run, train_bpe, write_checkpoint
 from titans_pytorch.training.runs import open_run
@@ -73,6 +73,21 @@ def test_a_run_becomes_a_pipeline_and_a_run_again(vocabulary, tmp_path):
     assert type(opened.vocabulary) is type(vocabulary)
     with pytest.raises(FileExistsError, match='there is a run in'):
         pretrained_to_run(folder, again)
+
+
+def test_a_checkpoint_is_converted_with_the_settings_it_was_trained_with(tmp_path):
+    # resuming with other settings has described another model in the folder since
+    own = model('MAC', num_tokens=256).float()
+    settings = own.config.model
+    memory = {**settings['neural_memory_kwargs'], 'default_step_transform_max_lr': 0.1}
+    (tmp_path / 'run').mkdir()
+    describe_run(tmp_path / 'run', {**settings, 'neural_memory_kwargs': memory}, ByteVocabulary())
+    content = {'model': settings, 'model_state_dict': own.transformer.state_dict()}
+    write_checkpoint(tmp_path / 'run' / 'checkpoint_batch_7.pt', content)
+    run_to_pretrained(tmp_path / 'run', tmp_path / 'folder')
+    loaded = TitansForCausalLM.from_pretrained(tmp_path / 'folder')
+    tokens = torch.randint(0, 256, (1, 30))
+    assert_same(loaded(tokens).logits, own(tokens).logits, 0)
 
 
 def test_folders_without_a_whole_titans_model_are_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -373,6 +374,10 @@ def test_updates_are_read_like_the_tensors_they_stand_for():
     dual, dense = pair('plain')
     seq = inputs(dual, 21)
     ours, expected = dual(seq)[1].updates, dense(seq)[1].updates
+    with patch.object(FastWeights, 'to_dict', side_effect=AssertionError('weights were formed')):
+        assert not hasattr(ours, 'seq_index')
+        with pytest.raises(AttributeError, match="'FastWeights' object has no attribute 'detached'"):
+            _ = ours.detached
     assert isinstance(ours, FastWeights) and {*ours} == {*expected.keys()} and len(ours) == len(expected.keys())
     assert_same(dict(ours.items()), dict(expected.items()))
     assert_same(ours.apply(lambda t: t * 2).to_dict(), expected.apply(lambda t: t * 2).to_dict())

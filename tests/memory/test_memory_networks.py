@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from titans_pytorch import MemoryMLP, NeuralMemory, reference_state_dict
 from titans_pytorch.memory.backends import DenseBackend, DualBackend
+from titans_pytorch.memory_models import ResidualNorm
 
 DIM = 8
 
@@ -160,7 +161,28 @@ class Closed(Plain):
         return self.call(x)
 
 
-DENSE = [InPlace, InPlaceInTraining, Transposed, Product, Tied, UnusedVector, DeadBranch, Detached]
+class MixingNorm(ResidualNorm):
+    """One of the package's own kind that mixes rows."""
+
+    rowwise = False
+
+    def __init__(self):
+        super().__init__(DIM, MemoryMLP(DIM, 2))
+
+    def forward(self, x, **kwargs):
+        return super().forward(x, **kwargs).cumsum(dim=-2)
+
+
+class FailsInProducts(Plain):
+    """One that takes `linear` and fails with it."""
+
+    def forward(self, x, linear=None):
+        return super().forward(x) if linear is None else linear(x, self.last)
+
+
+DENSE = [
+    InPlace, InPlaceInTraining, Transposed, Product, Tied, UnusedVector, DeadBranch, Detached, FailsInProducts,
+]  # fmt: skip
 OWN = [SelfAttention, ListsItsModules, KeepsMethods, Patched]
 
 
@@ -195,6 +217,12 @@ def test_networks_that_the_dual_engine_cannot_serve_are_dense(network: type):
         memory(own, engine='dual')
 
 
+def test_a_subclass_of_the_package_s_norm_is_tried_like_any_other_network():
+    mem = memory(MixingNorm(), mem_model_norm_add_residual=False)
+    assert mem.mixes_tokens and mem._backend_class is DenseBackend
+    results(mem)
+
+
 def test_a_network_by_the_protocol_is_dual():
     network = Plain()
     mem = memory(network)
@@ -209,22 +237,21 @@ def test_networks_in_another_precision_are_built(dtype: torch.dtype):
     assert_same(results(randomised(mem.double(), 0.1))[0].isfinite().double(), torch.ones(2, 19, DIM))
 
 
-def test_trying_a_network_moves_no_random_state_and_no_mode():
+@pytest.mark.parametrize('training', [False, True])
+def test_trying_a_network_moves_no_random_state_and_no_mode(training: bool):
     class Noisy(Plain):
         def hidden(self, x):
             return nn.functional.dropout(x.tanh(), 0.5, self.training)
 
-    network = Noisy().eval()
-    before = torch.get_rng_state()
-    NeuralMemory(DIM, model=network, mem_model_norm_add_residual=False, engine='dual')
+    network, plain = Noisy().train(training), Plain()
     torch.manual_seed(0)
-    NeuralMemory(DIM, model=network, engine='dual')
-    after = torch.get_rng_state()
-    torch.manual_seed(0)
-    NeuralMemory(DIM, model=network, engine='dense')
-    assert torch.equal(after, torch.get_rng_state())
-    assert not network.training
-    del before
+    NeuralMemory(DIM, model=plain, engine='dense')
+    expected = torch.get_rng_state()
+    for engine in ('dual', 'dense', 'auto'):
+        torch.manual_seed(0)
+        NeuralMemory(DIM, model=network, engine=engine)
+        assert torch.equal(torch.get_rng_state(), expected)
+        assert network.training == training
 
 
 @pytest.mark.parametrize('network', OWN)

@@ -159,6 +159,10 @@ def test_steps_with_contexts_equal_whole_segments(use, switch_kernel):
     expected = torch.cat([one(*segment, position=start)[0] for *segment, start in segments], dim=1)
     for start in (1, 5, 7):
         assert_same(step_by_step(one, seq, start, context=context)[0], expected[:, start:], 1e-5)
+    with pytest.raises(ValueError, match='seq must not go beyond the segment of 5 positions .* 3 positions from 8 on'):
+        one(seq[:, :3], context[:, :3], position=8)
+    with pytest.raises(ValueError, match='context must be'):
+        one(seq[:, :3], context[:, :4])
 
 
 # a model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,6 +71,55 @@ def test_gradients_may_be_replaced_and_their_data_too():
             parameter.grad.data = parameter.grad.data.clamp(max=0.5)
         assert gradients_of(model) == 0.5
         model.zero_grad()
+
+
+class Recorded:
+    """A graph that holds what the pass recorded last has written; its replays compute the same again."""
+
+    def replay(self):
+        pass
+
+
+def captured_step(model, monkeypatch):
+    """A step that takes the way of a captured one, on the CPU."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in (
+        ('Stream', lambda: stream),
+        ('current_stream', lambda: stream),
+        ('stream', lambda own: contextlib.nullcontext()),
+        ('graph', lambda own, **options: contextlib.nullcontext()),
+        ('CUDAGraph', Recorded),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return MicroStep(model, choose_machine('cpu')._replace(cuda_graphs=True))
+
+
+def test_capturing_adds_to_gradients_that_are_there_and_keeps_inputs(monkeypatch):
+    model, inputs = Squared(3, 2), torch.randn(4, 3)
+    step = captured_step(model, monkeypatch)
+    expected = torch.autograd.grad(model(inputs, return_loss=True), [*model.parameters()])
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 100.0)
+    given = inputs.clone()
+    step(given)
+    for parameter, gradient in zip(model.parameters(), expected):
+        torch.testing.assert_close(parameter.grad, 100.0 + gradient)
+    step.inputs.fill_(7.0)  # as the next call does
+    assert torch.equal(given, inputs)
+
+
+def test_a_captured_step_that_computes_otherwise_is_never_used(monkeypatch):
+    class Growing(nn.Linear):
+        calls = 0
+
+        def forward(self, inputs, return_loss):
+            self.calls += 1
+            return super().forward(inputs).mean() * 10**self.calls
+
+    step = captured_step(Growing(3, 2), monkeypatch)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match='in the captured step'):
+            step(torch.randn(4, 3))
 
 
 class Squared(nn.Linear):

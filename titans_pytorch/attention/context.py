@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from titans_pytorch.ops.attention_inputs import heads_of
 from titans_pytorch.ops.token_attention import token_attention
 from titans_pytorch.ops.token_attention.cache import Position
 from titans_pytorch.ops.token_linear import linear_of_token
+from titans_pytorch.utils.checks import check_shape
 from titans_pytorch.utils.shapes import Float
 
 
@@ -32,7 +33,8 @@ class ContextAttention(SegmentedAttention):
         cache: KeyValues | None = None,
         position: int = 0,
         detach_context: bool = False,
-        **_: Any,
+        disable_flex_attn: bool = False,
+        flex_attn_fn: Callable[..., Tensor] | None = None,
     ) -> tuple[Float[Tensor, 'b n d'], AttnIntermediates]:
         """Attend within one segment, which `seq` must not exceed.
 
@@ -42,7 +44,14 @@ class ContextAttention(SegmentedAttention):
             cache: keys and values of the positions immediately before `seq`.
             position: index of the first position of `seq`.
             detach_context: let no gradient reach contexts, those in the cache included.
+            disable_flex_attn, flex_attn_fn: without effect, as a single segment does not need FlexAttention.
         """
+        check_shape('context', context, batch=seq.shape[0], length=seq.shape[1], dim=self.dim)
+        if position % self.total_segment_len + seq.shape[1] > self.total_segment_len:
+            raise ValueError(
+                f'seq must not go beyond the segment of {self.total_segment_len} positions that it begins in, '
+                f'got {seq.shape[1]} positions from {position} on'
+            )
         queries, keys, values = self._project_pair(seq, context)
         queries = rotate(self.rotary_emb, queries, torch.arange(position, position + seq.shape[1], device=seq.device))
         own_values, first = values, position
@@ -63,7 +72,6 @@ class ContextAttention(SegmentedAttention):
         position: Position,
         layer: int,
         context: Float[Tensor, 'b 1 d'],
-        **_: Any,
     ) -> tuple[Float[Tensor, 'b 1 d'], Float[Tensor, 'b h 2 e']]:
         """`forward` for one position, which it writes into `buffers`; `layer` is the number of attentions before it."""
         projected = self.to_qkv(self.norm(torch.cat((seq, context), dim=1)))

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch.nn.attention.flex_attention import BlockMask, or_masks
 
 from titans_pytorch.utils.shapes import Bool, Int
@@ -60,11 +62,25 @@ def over_positions(
     return mask_mod(none, none, queries.unsqueeze(-1), keys.unsqueeze(-2))
 
 
-@lru_cache(maxsize=64)
 def segmented_block_mask(
     seq_len: int, window: int, num_persistent: int, sliding: bool, device: torch.device
 ) -> BlockMask:
-    """FlexAttention's block mask of `segmented`, with persistent keys in front; cached by shape.
+    """FlexAttention's block mask of `segmented`, with persistent keys in front; cached by shape."""
+    # a cache must not hold what has no values
+    is_real = not torch.compiler.is_compiling() and detect_fake_mode() is None
+    made = _cached_block_mask if is_real else _block_mask
+    return made(seq_len, window, num_persistent, sliding, device)
+
+
+@lru_cache(maxsize=64)
+def _cached_block_mask(*arguments: Any) -> BlockMask:
+    # gradients take no tensors of inference mode, in which the first call may be
+    with torch.inference_mode(False):
+        return _block_mask(*arguments)
+
+
+def _block_mask(seq_len: int, window: int, num_persistent: int, sliding: bool, device: torch.device) -> BlockMask:
+    """The block mask, made of the ends of blocks.
 
     It equals that of `create_block_mask`, which evaluates all pairs of a query and a key: too many to store for long
     sequences, and slow to compile. Here blocks are compared by their ends.

@@ -175,10 +175,11 @@ class SegmentedAttention(Resettable, InReferenceFormat):
 
         Args:
             seq: (batch, length, dim).
-            value_residual: values of the first layer, with `accept_value_residual`.
+            value_residual: values of the first layer, (batch, heads, length, dim_head); to be given exactly with
+                `accept_value_residual`.
             flex_attn_fn: FlexAttention with its block mask, shared between layers. Default: built here.
             disable_flex_attn: do not use FlexAttention in this call.
-            output_gating: factors of the output.
+            output_gating: factors of the output, which broadcast to (batch, length, dim).
             cache: keys and values of the positions immediately before `seq`, all of them or `trimmed`.
             position: index of the first position of `seq`, with a cache. Default: the length of the cache, which must
                 then be untrimmed.
@@ -187,6 +188,10 @@ class SegmentedAttention(Resettable, InReferenceFormat):
 
         Returns:
             the output (batch, length, dim), and `AttnIntermediates`.
+
+        Raises:
+            ValueError, TypeError: for arguments that do not fit the layer or each other; the message names the
+                argument.
         """
         check_floating('seq', seq, self.norm.weight.dtype)
         check_shape('seq', seq, batch=None, length=None, dim=self.dim)

@@ -6,22 +6,26 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from torch.nn import Module
 
 from titans_pytorch.generation.decodable import Decodable
 
 
-class _Samplers(NamedTuple):
+@dataclass
+class _Samplers:
     """Samplers at work on one model."""
 
-    number: int
-    modes: list[tuple[Module, bool]]
+    number: int = 0
+    modes: list[tuple[Module, bool]] | None = None
     """Each module's training mode before the first of them, parents before children."""
 
 
-_LOCK = threading.Lock()
+# Reentrant, as garbage collection may close an abandoned stream anywhere below. That leaves, so an entry is counted
+# before anything else is done.
+_LOCK = threading.RLock()
 _SAMPLERS: weakref.WeakKeyDictionary[Any, _Samplers] = weakref.WeakKeyDictionary()
 
 
@@ -29,17 +33,18 @@ _SAMPLERS: weakref.WeakKeyDictionary[Any, _Samplers] = weakref.WeakKeyDictionary
 def evaluation_mode(model: Decodable) -> Iterator[None]:
     """The model in evaluation mode. The last of several samplers to leave restores each module's own mode."""
     with _LOCK:
-        count, modes = _SAMPLERS.get(model) or (0, [(module, module.training) for module in model.modules()])
-        _SAMPLERS[model] = _Samplers(count + 1, modes)
+        samplers = _SAMPLERS.setdefault(model, _Samplers())
+        samplers.number += 1
+        if samplers.modes is None:
+            samplers.modes = [(module, module.training) for module in model.modules()]
         model.train(False)
     try:
         yield
     finally:
         with _LOCK:
-            count, modes = _SAMPLERS.pop(model)
-            if count > 1:
-                _SAMPLERS[model] = _Samplers(count - 1, modes)
-            else:
+            samplers.number -= 1
+            if samplers.number == 0:
+                modes, samplers.modes = samplers.modes or [], None
                 for module, was_training in modes:
                     if module.training != was_training:
                         module.train(was_training)

@@ -121,7 +121,8 @@ def sample(  # type: ignore[misc]  # the overloads name only what decides the re
     Args:
         prompt: token ids (batch, length) of any integer dtype, at least one.
         seq_len: total length, prompt included.
-        temperature: 0 always picks the likeliest token; it cannot be negative.
+        temperature: 0 always picks the likeliest token; it cannot be negative. Default: that of the reference, 1.5, as
+            is the filter, `min_p` at 0.1.
         filter_fn: called as `filter_fn(logits, **filter_kwargs)` on the logits of each step, (batch, num_tokens).
             Filters see the model's own distribution: the temperature is applied to what they leave.
         show_progress: show a progress bar.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import Module, ModuleDict, ModuleList, Parameter
 from torch.utils.hooks import RemovableHandle
@@ -21,6 +21,7 @@ from titans_pytorch.hf.row_groups import check_past
 from titans_pytorch.models.validation import SET_BY_MODELS, check_left_out
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.presets import memory_settings
+from titans_pytorch.training.files import atomic_file
 from titans_pytorch.utils.checks import check_flags, check_integer, check_integers, check_keywords, check_multiple
 from titans_pytorch.utils.shapes import Bool
 
@@ -159,8 +160,10 @@ def save_memory(model: Module, folder: str | Path) -> None:
         'backbone_hash': _hash(backbone),
         'backbone': backbone,
     }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
-    save_file(memories.state_dict(), folder / WEIGHTS)
+    with atomic_file(folder / WEIGHTS) as file:
+        file.write(save(memories.state_dict()))
+    with atomic_file(folder / CONFIG) as file:
+        file.write((json.dumps(config, indent=2) + '\n').encode())
 
 
 def load_memory(model: M, folder: str | Path, *, freeze_backbone: bool = False) -> M:
@@ -181,8 +184,13 @@ def load_memory(model: M, folder: str | Path, *, freeze_backbone: bool = False) 
             f'model must have the backbone of the memories in {folder}, {config["backbone_hash"]}, '
             f'with {name}={saved[name]!r}, got {_hash(own)}, with {name}={own[name]!r}'
         )
+    weights = load_file(folder / WEIGHTS)
     _attach(model, config['layers'], config['neural_memory_kwargs'], freeze_backbone)
-    memories_of(model).load_state_dict(load_file(folder / WEIGHTS))
+    try:
+        memories_of(model).load_state_dict(weights)
+    except RuntimeError:
+        remove_memory(model)  # rather than leave it with untrained ones
+        raise
     return model
 
 

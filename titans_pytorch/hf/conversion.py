@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,18 @@ def run_to_pretrained(run: str | Path, folder: str | Path, checkpoint: str | Pat
         run_to_pretrained('runs/full', 'titans-full')
         generator = pipeline('text-generation', 'titans-full')
 
+    Settings of the whole process change as in `open_run`.
+
     Args:
         run, checkpoint: as in `open_run`.
 
     Raises:
         RunError: if there is no such run or checkpoint, or if a file is damaged.
     """
-    run = Path(run)
     opened = open_run(run, checkpoint, device='cpu', precision='fp32')
-    description = json.loads(((run.parent if run.is_file() else run) / DESCRIPTION).read_bytes())
     tokenizer = tokenizer_of(opened.vocabulary)
     special = {'pad_token_id': tokenizer.pad_token_id, 'eos_token_id': tokenizer.eos_token_id}
-    model = TitansForCausalLM(TitansConfig(**description['model'], **special))
+    model = TitansForCausalLM(TitansConfig(**opened.config, **special))
     model.transformer.load_state_dict(opened.model.state_dict())
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -253,8 +253,9 @@ class FastWeights(Mapping[str, Tensor]):
         return {name: self[name] for name in self}
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith('_') or name in ('dense', 'blocks', 'final'):
-            raise AttributeError(name)
+        # no other attribute forms the weights
+        if name.startswith('_') or name in ('dense', 'blocks', 'final') or not hasattr(TensorDict, name):
+            raise AttributeError(f'{type(self).__name__!r} object has no attribute {name!r}')
         return getattr(TensorDict(self.to_dict()), name)
 
 

@@ -49,7 +49,9 @@ class PlainRetrieval(NamedTuple):
         if isinstance(query_norm, MultiheadRMSNorm) and not query_norm.is_plain:
             return None
         to_gate = logits_of(gate)
-        if gate is not None and (type(to_gate) is not nn.Linear or to_gate.out_features != heads):
+        if gate is not None and (
+            type(to_gate) is not nn.Linear or to_gate.out_features != heads or to_gate.bias is not None
+        ):
             return None
         if is_intercepted((query_norm, value_norm, *(() if to_gate is None else (to_gate,)))):
             return None

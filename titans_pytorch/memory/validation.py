@@ -39,9 +39,8 @@ from titans_pytorch.utils.checks import (
     described,
     first_line,
     flags_among,
-    values_are_at_hand,
 )
-from titans_pytorch.utils.functional import outside_inference, replaced
+from titans_pytorch.utils.functional import is_traced, keeping_random_state, outside_inference, replaced
 from titans_pytorch.utils.packing import PackedDocuments
 from titans_pytorch.utils.precision import at_least_float32
 from titans_pytorch.utils.shapes import Bool, Float
@@ -262,7 +261,7 @@ class MemoryLayout(NamedTuple):
         seq = self._with_length('seq', seq)
         if self.different_views:
             # beside `store_seq` the queries suffice
-            views = 1 if store_seq is not None and len(seq) == 1 else 3
+            views = 1 if store_seq is not None and seq.shape[:1] == (1,) else 3
             check_shape('seq', seq, views=views, batch=None, length=None, dim=self.dim)
             queries, to_store = seq[0], seq[1:]
         else:
@@ -459,9 +458,10 @@ def _check_tensors(name: str, weights: Any) -> None:
 
 
 def _check_zero(name: str, momentum: Any) -> None:
-    """Check that nothing is lost with the momentum of a state. The reference's may hold zeros without momentum."""
+    """Refuse momentum for a memory that has none and would drop it; states of the reference hold zeros there."""
     _check_tensors(name, momentum)
-    if any(values_are_at_hand(t) and t.any() for t in momentum.values()):
+    # only states of the reference have any, and so read values here that may be on a GPU
+    if any(t.any() for t in momentum.values() if not (t.is_meta or is_traced())):
         raise ValueError(f'{name} must hold no momentum, or zeros, as this memory has none')
 
 
@@ -478,7 +478,8 @@ def check_memory_loss(loss_fn: Callable[[Tensor, Tensor], Any], shape: tuple[int
     try:
         losses = loss_fn(rows, rows)
     except Exception as cause:
-        raise ValueError(f'store_memory_loss_fn must accept two tensors {shape}, it raised: {cause}') from cause
+        message = first_line(cause)
+        raise ValueError(f'store_memory_loss_fn must accept two tensors {shape}, it raised: {message}') from cause
     if not isinstance(losses, Tensor) or losses.shape != shape[:1]:
         raise ValueError(
             f'store_memory_loss_fn must return one loss a row, {shape[:1]} for two tensors {shape}, '
@@ -506,12 +507,15 @@ def check_memory_model(model: Module, dim_head: int, name: str = 'model') -> Non
 
     rows = torch.zeros(3, 2, dim_head, dtype=first.dtype, device=first.device)
     try:
-        with torch.no_grad():
-            came = model(rows).shape
+        with keeping_random_state(first.device), torch.no_grad():
+            out = model(rows)
     except Exception as cause:
-        raise ValueError(f'{name} must accept a tensor of shape {tuple(rows.shape)}, it raised: {cause}') from cause
-    if came != rows.shape:
+        message = first_line(cause)
+        raise ValueError(f'{name} must accept a tensor of shape {tuple(rows.shape)}, it raised: {message}') from cause
+    if not isinstance(out, Tensor):
+        raise TypeError(f'{name} must return a tensor, got {described(out)}')
+    if out.shape != rows.shape:
         raise ValueError(
             f'{name} must keep the shape of its input, (…, dim_head={dim_head}): '
-            f'it gave {tuple(came)} for {tuple(rows.shape)}'
+            f'it gave {tuple(out.shape)} for {tuple(rows.shape)}'
         )

@@ -15,7 +15,7 @@ from titans_pytorch.generation import sampling
 from titans_pytorch.generation.decodable import StepKind
 from titans_pytorch.memory.state import LayerSurprises, Surprises, copy_weights
 from titans_pytorch.models.block import Block, Carried, LayerBuffers, LayerState, StepPosition
-from titans_pytorch.models.residual_streams import ExpandStreams, Streams, complete
+from titans_pytorch.models.residual_streams import ExpandStreams, Streams, complete, takes_tokens
 from titans_pytorch.models.state import ModelState
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.ops.token_attention import Position
@@ -86,6 +86,8 @@ class StepwiseDecoding(Module):
         for name, types in (('expand_streams', (ExpandStreams, Identity)), ('reduce_streams', (Reduce, Identity))):
             if type(getattr(self, name)) not in types:
                 return f'its {name} is a {type(getattr(self, name)).__name__}'
+        if not all(takes_tokens(connection) for block in self._blocks for connection in block.connections):
+            return 'a connection of its branches is not one of this package in its plain settings'
         if any(memory.num_tokens != state.seq_index for memory in state.memories):
             return 'its memories were read without being written (store=False)'
         return None

@@ -63,7 +63,8 @@ class HybridTransformer(Transformer):
         neural_memory_kwargs: further arguments of `NeuralMemory`.
         num_persist_mem_tokens: number of learned keys and values that every token sees (Titans eq. 19).
         dim_head, heads: width and number of attention heads.
-        ff_mult: width of the feedforward, relative to `dim`.
+        ff_mult: hidden width, relative to `dim`, of an ungated feedforward with as many weights as the gated one has,
+            which is two thirds as wide.
         num_residual_streams: streams of the hyper-connections; 1 is a plain residual.
         use_flex_attn: use FlexAttention on a CUDA device.
         token_emb: a module from token ids, or from any features, to embeddings, in place of `nn.Embedding`.

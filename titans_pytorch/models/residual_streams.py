@@ -198,11 +198,15 @@ def _is_plain(connection: Any) -> bool:
 # one token
 
 
+def takes_tokens(connection: Module | None) -> bool:
+    """Whether `connect_token` computes what a call of the connection does."""
+    return connection is None or type(connection) is Residual or _is_plain(connection)
+
+
 def folded(connection: Any) -> FoldedConnection | None:
     """The connection's weights as they are now, for tokens; `None` for a plain residual, which has none."""
     if not hasattr(connection, 'static_alpha'):
         return None
-    assert connection.num_fracs == connection.num_input_views == len(connection.dynamic_alpha_fn) == 1
     streams, dim = len(connection.static_alpha), connection.norm.gamma.shape[0]
 
     scales = (connection.pre_branch_scale, connection.residual_scale.expand(streams))

@@ -52,7 +52,7 @@ def checked_memory_settings(
     """Chunk size and memory-batch size of a model's memories, whose network and further arguments are checked too."""
     chunk_size = check_integer('neural_memory_segment_len', chunk_size, 1)
     if batch_size is not None:
-        batch_size = check_multiple('neural_memory_batch_size', batch_size, 'chunk_size', chunk_size)
+        batch_size = check_multiple('neural_memory_batch_size', batch_size, 'neural_memory_segment_len', chunk_size)
     check_module(neural_memory_model=model)
     check_keywords(neural_memory_kwargs=kwargs)
     check_left_out(kwargs, OF_MODELS, 'models have')

@@ -1,11 +1,14 @@
 """The rule for where Triton kernels run, and `without_kernels`, the switch that turns them off.
 
-The public function of each operation chooses once per call, and nothing beneath or above it asks again:
+The public function of each operation chooses once per call, and nothing beneath it asks again:
 
     if use_kernel(inputs) and _supports(…):
         from titans_pytorch.ops.<name> import triton  # Triton need not be installed where no kernel runs
         return triton.<name>(…)
     return reference.<name>(…)
+
+An operation that does the work of several others (`deep_memory_scan`, `spectral_memory_scan`, `spectral_update`) also
+has a `has_kernel`, by which a backend chooses between it and those others.
 
 `use_kernel` is the part that all operations share. `_supports`, or a comparison of sizes in its place, states the
 limits of that operation's kernel.

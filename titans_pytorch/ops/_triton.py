@@ -15,11 +15,11 @@ from titans_pytorch.ops._dispatch import HOPPER, has_constant_weights, nvidia_ca
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-# How a kernel begins. When the one before has ended:
+# How a kernel begins: when the one before it has ended;
 AFTERWARDS = tl.constexpr(0)
-# while that one runs, for which it waits at once,
+# while the one before runs, waiting for its end at once;
 OVERLAPPING = tl.constexpr(1)
-# or after it has read constants
+# while the one before runs, waiting for its end after it has read constants
 READING_CONSTANTS = tl.constexpr(2)
 
 

@@ -38,7 +38,10 @@ def choose_machine(
     cuda_graphs: bool | None = None,
     compile: bool | None = None,
 ) -> Machine:
-    """The machine for these settings, which becomes the current device; on a CPU with `keep_freed_memory`.
+    """The machine for these settings, and the process set up for it.
+
+    For the whole process it sets the current CUDA device, the precision of products in float32
+    (`torch.set_float32_matmul_precision`) and, on a CPU, the allocator (`keep_freed_memory`).
 
     Args:
         device: auto (a GPU if there is one), cpu, cuda, cuda:1, … Under `torchrun` each process takes a GPU of its own.

@@ -31,6 +31,8 @@ class Run(NamedTuple):
 
     model: Transformer
     """In evaluation mode, on its device."""
+    config: dict[str, Any]
+    """What `titans_pytorch.configuration.build_model` makes the model from."""
     vocabulary: Vocabulary
     machine: Machine
     """Device and precision; calls of the model belong inside `machine.autocast()`."""
@@ -47,6 +49,8 @@ def open_run(
     path: str | Path, checkpoint: str | Path | None = None, device: str = 'auto', precision: str = 'auto'
 ) -> Run:
     """The run at `path`, a folder with a `config.json`, or a checkpoint in such a folder.
+
+    Settings of the whole process change with it, as `choose_machine` says.
 
     Args:
         checkpoint: a path, or a name in the folder. Default: the one with the best validation, else the one with the
@@ -84,6 +88,7 @@ def open_run(
         raise RunError(f'{checkpoint} does not fit {path / DESCRIPTION}: {one_line(error)}') from None
     return Run(
         model=model.to(machine.device).eval(),
+        config=described['model'],
         vocabulary=vocabulary,
         machine=machine,
         checkpoint=checkpoint,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +101,21 @@ class MicroStep:
 
     def _compile_kernels(self, inputs: Tensor) -> None:
         """A pass without results, in which kernels of this package are compiled in parallel."""
+        fork = torch.random.fork_rng([self.machine.device])
+        with self._gradients_set_aside(), fork, kernels_compiled_together():
+            self._compute(inputs.to(self.machine.device))
+        self.kernels_compiled = True
+
+    @contextmanager
+    def _gradients_set_aside(self) -> Iterator[None]:
+        """No parameter has a gradient at the beginning, and afterwards each has the one from before again."""
         gradients = {parameter: parameter.grad for parameter in self.model.parameters()}
         self.model.zero_grad()
-        with torch.random.fork_rng([self.machine.device]), kernels_compiled_together():
-            self._compute(inputs.to(self.machine.device))
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient
-        self.kernels_compiled = True
+        try:
+            yield
+        finally:
+            for parameter, gradient in gradients.items():
+                parameter.grad = gradient
 
     def _compute(self, inputs: Tensor) -> Tensor:
         with _in_place_of_forward(self.compiled_layers):
@@ -117,7 +125,17 @@ class MicroStep:
         return loss.detach()
 
     def _capture(self, inputs: Tensor) -> None:
-        self.inputs = inputs.to(self.machine.device)
+        # a copy, as later inputs overwrite it
+        self.inputs = inputs.to(self.machine.device, copy=True)
+        with self._gradients_set_aside():
+            try:
+                self._record()
+            except BaseException:
+                self.graph = None
+                raise
+
+    def _record(self) -> None:
+        """Capture the step as a graph, and compare its results with those of the step itself."""
         # warm-up passes compile the step
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -142,7 +160,6 @@ class MicroStep:
                 f'loss and gradient norm are {captured.tolist()} in the captured step and {expected.tolist()} in the '
                 f'step itself: train with --no-use-cuda-graphs, or with --no-compile'
             )
-        self.model.zero_grad()
 
     def _replay(self) -> None:
         """What the graph writes becomes the gradient of parameters without one, and is added to those of others."""
@@ -223,7 +240,7 @@ def _compiled(layers: Iterable[nn.Module], machine: Machine) -> dict[nn.Module, 
     return {layer: _compile(layer.forward, machine) for layer in layers}
 
 
-@contextlib.contextmanager
+@contextmanager
 def _in_place_of_forward(compiled: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Context in which layers run their compiled forward; elsewhere they are as they were, to be copied and saved."""
     if not compiled:

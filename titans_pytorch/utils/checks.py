@@ -193,7 +193,8 @@ def check_floating(name: str, value: Any, dtype: torch.dtype | None = None) -> N
 
 
 def check_origin(name: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-    """A tensor of an earlier call of a module of `dtype` must be on `device`, and in float64 only if the module is."""
+    """`value`, from an earlier call of a module of `dtype`, must be on `device`, and in float64 exactly if the module
+    is."""
     if (value.dtype == torch.float64) != (dtype == torch.float64):
         precision = torch.promote_types(dtype, torch.float32)
         raise TypeError(f'{name} must be {precision}, as the parameters are {dtype}, got {value.dtype}')
@@ -202,7 +203,8 @@ def check_origin(name: str, value: Tensor, dtype: torch.dtype, device: torch.dev
 
 
 def checked_carried(name: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Rows of an earlier call of a module of `dtype`, which in half precision takes no others."""
+    """`value`, rows from an earlier call of a module of `dtype`, checked by `check_origin`; cast if `dtype` is a half
+    precision."""
     check_origin(name, value, dtype, device)
     return outside_inference(value.to(dtype) if dtype.itemsize == 2 else value)
 

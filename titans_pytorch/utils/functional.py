@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from types import MethodType
 from typing import Any, TypeVar
@@ -74,6 +75,11 @@ def is_traced() -> bool:
     """True during tracing by the compiler and under transforms of `torch.func`, where tensors have no values to read
     and `requires_grad` is not reliable."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def keeping_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, random numbers may be drawn on the CPU and on `device`, whose random states are restored at the end."""
+    return torch.random.fork_rng([device] if device.type == 'cuda' else [])
 
 
 def can_checkpoint() -> bool:

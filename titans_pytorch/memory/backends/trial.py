@@ -21,7 +21,13 @@ from titans_pytorch.memory.reference import default_loss_fn
 from titans_pytorch.memory_models import NETWORKS, ResidualNorm
 from titans_pytorch.ops.associative_scan import AssocScan
 from titans_pytorch.utils.checks import first_line
-from titans_pytorch.utils.functional import call_with_weights, is_intercepted, on_meta, with_tensors
+from titans_pytorch.utils.functional import (
+    call_with_weights,
+    is_intercepted,
+    keeping_random_state,
+    on_meta,
+    with_tensors,
+)
 
 MOST_ROWS = 256
 """Of a chunk in a trial; more take long."""
@@ -33,7 +39,8 @@ def is_built_in(network: Module) -> bool:
 
 
 def _inner(network: Module) -> Module:
-    return network.model if isinstance(network, ResidualNorm) else network
+    # a subclass may compute otherwise
+    return network.model if type(network) is ResidualNorm else network
 
 
 class Trial(NamedTuple):
@@ -111,8 +118,11 @@ class Trial(NamedTuple):
             return x @ weight
 
         first = next(inner.parameters())
-        with torch.no_grad():
-            network(self.chunks.keys[0, 0].to(first.device, first.dtype), linear=linear)
+        try:
+            with keeping_random_state(first.device), torch.no_grad():
+                network(self.chunks.keys[0, 0].to(first.device, first.dtype), linear=linear)
+        except Exception as cause:
+            return f'it fails there: {first_line(cause)}'
         matrices = [name for name, p in network.named_parameters() if p.ndim > 1]
         if sorted(used) != sorted(matrices):
             return f'it must use each of its matrices {matrices} once through `linear`, and used {used}'
