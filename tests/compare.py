@@ -13,9 +13,9 @@ from torch import Tensor
 from titans_pytorch import without_kernels
 
 
-def leaves(value: Any, name: str = '') -> dict[str, Tensor]:
-    """Every tensor inside tuples, lists and mappings, by path."""
-    if isinstance(value, Tensor):
+def leaves(value: Any, name: str = '', of: type = Tensor) -> dict[str, Any]:
+    """Every tensor, or instance of another type, inside tuples, lists and mappings, by path."""
+    if isinstance(value, of):
         return {name: value}
     if isinstance(value, Mapping) or hasattr(value, 'items'):
         items = [(str(key), item) for key, item in value.items()]
@@ -24,11 +24,12 @@ def leaves(value: Any, name: str = '') -> dict[str, Tensor]:
         items = [(str(field), item) for field, item in zip(fields, value)]
     else:
         return {}
-    return {path: t for key, item in items for path, t in leaves(item, f'{name}.{key}').items()}
+    return {path: t for key, item in items for path, t in leaves(item, f'{name}.{key}', of).items()}
 
 
 def assert_same(came: Any, expected: Any, tolerance: float = 1e-9, label: str = '') -> None:
-    """Equal structure, shapes and values: |a − b| ≤ tolerance · max(1, max |b|)."""
+    """Equal integers, and tensors of equal shapes and values: |a − b| ≤ tolerance · max(1, max |b|)."""
+    assert leaves(came, of=int) == leaves(expected, of=int), label
     came, expected = leaves(came), leaves(expected)
     assert came.keys() == expected.keys(), f'{label}: {sorted(came)} and {sorted(expected)}'
     for path, want in expected.items():

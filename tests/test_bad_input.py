@@ -79,6 +79,12 @@ BAD_MEMORIES = [
     (dict(activation=nn.GLU()), ValueError, 'activation must keep the shape'),
     (dict(activation=nn.PReLU(3)), ValueError, 'activation must take'),
     (dict(activation=nn.Softmax(dim=1)), ValueError, 'activation must treat tokens separately'),
+    (
+        dict(adaptive_step_transform=nn.Softmax(dim=-1)),
+        ValueError,
+        'adaptive_step_transform must treat tokens separate',
+    ),
+    (dict(adaptive_step_transform=lambda t: t.cumsum(-1)), ValueError, 'adaptive_step_transform must treat tokens sep'),
     (dict(store_memory_loss_fn=nn.MSELoss()), ValueError, 'store_memory_loss_fn must return one loss a row'),
     (dict(store_memory_loss_fn=torch.tanh), ValueError, 'store_memory_loss_fn must accept two tensors .* it raised'),
     (
@@ -133,6 +139,7 @@ BAD_CALLS = [
     ('plain', dict(seq=SEQ.long()), TypeError, 'seq must be a floating-point tensor, got torch.int64'),
     ('plain', dict(seq=[1.0]), TypeError, 'seq must be a tensor, got list'),
     ('different views', dict(seq=SEQ.expand(2, 2, 10, DIM)), ValueError, r'seq must be \(views=3, batch'),
+    ('plain', dict(seq=SEQ, store_seq=SEQ[:, 1:]), ValueError, 'store_seq must have a token for each of the 10 tokens'),
     ('plain', dict(seq=SEQ, store_seq=SEQ[:1]), ValueError, r'store_seq must be \(batch=2, length, dim=8\)'),
     ('different views', dict(seq=SEQ.expand(3, 2, 10, DIM), store_seq=SEQ[None]), ValueError, r'store_seq must be'),
     ('different views', dict(seq=SEQ, store_seq=SEQ.expand(2, 2, 10, DIM)), ValueError, r'^seq must be \(views=3'),

@@ -12,7 +12,6 @@ from einops import rearrange, repeat
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn import Linear, Module, Parameter
-from torch.utils.checkpoint import checkpoint
 
 from titans_pytorch.memory.backends import Backend, DenseBackend, DualBackend, StoreInputs, choose_backend
 from titans_pytorch.memory.chunks import Chunks, WeightResidual
@@ -59,7 +58,13 @@ from titans_pytorch.ops.associative_scan import AssocScan
 from titans_pytorch.ops.newton_schulz import newtonschulz5
 from titans_pytorch.ops.token_linear import linear_of_token
 from titans_pytorch.utils.checks import check_flags, check_not_traced, described
-from titans_pytorch.utils.functional import can_checkpoint, compile_each_length, frozen_as_buffers, replaced
+from titans_pytorch.utils.functional import (
+    can_checkpoint,
+    checkpointed,
+    compile_each_length,
+    frozen_as_buffers,
+    replaced,
+)
 from titans_pytorch.utils.packing import PackedDocuments, check_documents
 from titans_pytorch.utils.parameters import InReferenceFormat, Resettable, depending_on
 from titans_pytorch.utils.precision import (
@@ -459,6 +464,12 @@ class NeuralMemory(Resettable, InReferenceFormat):
         return not getattr(self._network, 'rowwise', False)
 
     @property
+    def uses_func_transforms(self) -> bool:
+        """True if gradients are those of `torch.func`, and not written out as for a plain MLP with the default loss."""
+        written_out = self.memory_model_parameters.mlp is not None and self.store_memory_loss_fn is default_loss_fn
+        return self._backend_class is DenseBackend or not written_out
+
+    @property
     def is_linear(self) -> bool:
         """True if the memory network is a single matrix, with or without a norm."""
         mlp = self.memory_model_parameters.mlp
@@ -503,7 +514,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
             seq: (batch, length, dim); with `qkv_receives_diff_views` (3, batch, length, dim), the views for queries,
                 keys and values, or (1, batch, length, dim) beside `store_seq`. Without the length axis it is a single
                 token.
-            store_seq: the sequence to store, if it is not `seq`; (2, batch, length, dim) with different views.
+            store_seq: the sequence to store, if it is not `seq`, of the same length, as token t of `seq` reads what was
+                stored before token t; (2, batch, length, dim) with different views.
             state: the state that the previous call returned. Pieces may have any length.
             detach_mem_state: detach the returned state from the graph.
             prev_weights: another memory's `state.updates`, if `accept_weight_residual`: over the tokens of this call,
@@ -582,8 +594,9 @@ class NeuralMemory(Resettable, InReferenceFormat):
             return retrieved, replaced(after, updates=None), surprises
 
         retrieved, surprises = [], []
+        forward_again = checkpointed(forward, not self.uses_func_transforms)
         for piece in pieces:
-            out, state, surprise = checkpoint(forward, piece, state, use_reentrant=False)
+            out, state, surprise = forward_again(piece, state)
             retrieved.append(out)
             surprises.append(surprise)
         return torch.cat(retrieved, dim=1), state, Surprises.joined(surprises) if with_surprises else None

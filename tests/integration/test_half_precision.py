@@ -17,6 +17,7 @@ from titans_pytorch import (
     MemoryAsGateTransformer,
     NeuralMemory,
 )
+from titans_pytorch.attention.rotary import Rotary
 from titans_pytorch.generation.logits import gumbel_sample
 
 DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16}
@@ -52,6 +53,15 @@ def test_values_and_gradients_of_a_memory(switch: str, dtype: torch.dtype, autoc
         assert parameter.grad is None or parameter.grad.isfinite().all(), name
     for weights in (state.weights, *state.states):
         assert all(w.dtype == torch.float32 for w in weights.values()), 'the recurrence is not in float32'
+
+
+@dtypes
+def test_rotary_frequencies_are_not_cast_to_half_precision(dtype: torch.dtype):
+    rotary, expected = Rotary(32), Rotary(32).freqs
+    assert torch.equal(rotary.to(dtype).freqs, expected)
+    assert torch.equal(rotary.double().to(dtype).freqs, expected)
+    assert rotary.double().freqs.dtype == torch.float64
+    assert rotary.to('meta', dtype).freqs.dtype == torch.float32
 
 
 @dtypes

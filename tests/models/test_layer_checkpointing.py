@@ -10,6 +10,13 @@ from architectures import CLASSES, build, ids
 from compare import assert_same, gradients
 from torch.utils.checkpoint import checkpoint
 
+from titans_pytorch import MemorySwiGluMLP, NeuralMemory
+
+
+def absolute_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (prediction - target).abs().mean(dim=-1)
+
+
 VARIANTS = {
     'plain': {},
     'streams': {'num_residual_streams': 4},
@@ -58,6 +65,34 @@ def test_with_a_state(name: str):
     model.checkpoint_layers = False
     _, state = model(x[:, :8], return_state=True)
     assert_same(came, gradients(model, model(x[:, 8:], state=state).square().sum()))
+
+
+NETWORKS = {
+    'MemorySwiGluMLP': {'neural_memory_model': MemorySwiGluMLP(8)},
+    'MemoryMLP': {},
+    'another loss': {'neural_memory_kwargs': {'dim_head': 8, 'heads': 2, 'store_memory_loss_fn': absolute_error}},
+}
+
+
+@pytest.mark.parametrize('changes', NETWORKS.values(), ids=NETWORKS)
+def test_compiled_models_are_checkpointed_whatever_their_memory(changes):
+    if 'neural_memory_model' in changes:
+        changes = {**changes, 'neural_memory_kwargs': {'dim_head': 8, 'heads': 2}}
+    model, x = build('MAG', checkpoint_layers=True, **changes), ids(9)
+    expected = gradients(model, model(x, return_loss=True))
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend='aot_eager')
+    assert_same(gradients(model, compiled(x, return_loss=True)), expected)
+    assert_same(gradients(model, model(x, return_loss=True)), expected)
+
+
+def test_a_compiled_memory_is_checkpointed_whatever_its_network():
+    mem = NeuralMemory(8, chunk_size=4, model=MemorySwiGluMLP(8), checkpoint_every=4).double()
+    seq = torch.randn(2, 10, 8, dtype=torch.float64)
+    expected = gradients(mem, mem(seq)[0].square().sum())
+    torch.compiler.reset()
+    compiled = torch.compile(mem, backend='aot_eager')
+    assert_same(gradients(mem, compiled(seq)[0].square().sum()), expected)
 
 
 def test_less_is_saved_for_the_backward_pass():

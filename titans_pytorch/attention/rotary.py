@@ -5,7 +5,7 @@ Rotary embedding: RoFormer, https://arxiv.org/abs/2104.09864
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,15 @@ class Rotary(RotaryEmbedding):
         super().__init__(dim, custom_freqs=_initial_frequencies(dim), cache_if_possible=False, cache_max_seq_len=0)
         self.dim = dim
         del self.cached_freqs, self.dummy
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
+        """Moves and casts of the module. Frequencies are not cast to a half precision, in which they would turn a
+        distance of 2,048 positions by up to a radian too much or too little."""
+        freqs = self.freqs.detach()
+        super()._apply(fn, recurse)
+        if self.freqs.dtype.itemsize == 2 < freqs.dtype.itemsize:
+            self.freqs.data = freqs.to(self.freqs.device, torch.float32)
+        return self
 
     def reset_parameters(self) -> None:
         fill(self.freqs, _initial_frequencies(self.dim, self.device))

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Cache
 
 from titans_pytorch.generation.stepper import CallStepper, Stepper
-from titans_pytorch.hf.row_groups import RowGroup, number_of_rows, select_rows, split_by_count
+from titans_pytorch.hf.row_groups import GroupedRows, RowGroup, split_by_count
 from titans_pytorch.models.base import Transformer
 from titans_pytorch.models.state import ModelState
 from titans_pytorch.utils.shapes import Bool, Float, Int
@@ -56,7 +56,7 @@ class Group(RowGroup[ModelState]):
         return self._stepper(tokens)
 
 
-class TitansCache(Cache):
+class TitansCache(GroupedRows[Group], Cache):
     """The states of a batch, of constant size, for `past_key_values` (`cache` in newer versions) of a Titans model.
 
     A call of the model continues each row where the last call left it, and updates the cache. Tokens cannot be taken
@@ -136,20 +136,7 @@ class TitansCache(Cache):
     @property
     def batch_size(self) -> int:
         """Number of rows; −1 before the first call."""
-        return number_of_rows(self.groups) or -1
-
-    def reorder_cache(self, beam_idx: Int[Tensor, ' b']) -> None:
-        """Replace the rows by those with these indices, for beam search."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row."""
-        self.batch_select_indices(torch.arange(number_of_rows(self.groups)).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Int[Tensor, ' e'] | Bool[Tensor, ' b']) -> None:
-        """Keep the rows with these indices, in their order."""
-        present = torch.arange(number_of_rows(self.groups))
-        self.groups = select_rows(self.groups, present[indices.cpu()].tolist())
+        return self.num_rows or -1
 
     def reset(self) -> None:
         """Forget all tokens."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from difflib import get_close_matches
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
@@ -86,6 +87,10 @@ class TitansConfig(PreTrainedConfig):
         # before the base class sets further attributes, among which are the aliases
         for alias in kwargs.keys() & self.attribute_map.keys():
             setattr(self, alias, kwargs.pop(alias))
+        # transformers keeps whatever it does not know, so that a misspelt argument would have its default
+        for name in kwargs:
+            for intended in get_close_matches(name, ('architecture', *ARGUMENTS, *self.attribute_map), 1, 0.85):
+                raise TypeError(f'TitansConfig has no argument {name!r}; did you mean {intended!r}?')
         model_config(self.architecture)  # refuses an unknown one
         defaults = constructor_defaults(self.architecture)
         for name in ARGUMENTS:

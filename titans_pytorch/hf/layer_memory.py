@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
-from titans_pytorch.hf.row_groups import RowGroup, number_of_rows, select_rows, split_by_count
+from titans_pytorch.hf.row_groups import GroupedRows, RowGroup, padding_last, rearranged, split_by_count
 from titans_pytorch.neural_memory import NeuralMemory, NeuralMemState
 from titans_pytorch.utils.functional import is_intercepted, replaced
-from titans_pytorch.utils.shapes import Bool, Float, Int
+from titans_pytorch.utils.shapes import Bool, Float
 
 PADDING = 'memory_padding_mask'
 """Keyword by which the decoder hands the padding mask to its layers."""
@@ -69,11 +69,9 @@ class LayerMemory(nn.Module):
         return args, {**kwargs, 'hidden_states': self(kwargs['hidden_states'], real, cache)}
 
     def _read_padded(self, x: Float[Tensor, 'b n d'], real: Bool[Tensor, 'b n']) -> Float[Tensor, 'b n d']:
-        # with all padding moved to the end of its row, no token comes after it
-        order = (~real).int().argsort(dim=1, stable=True)
-        rows = torch.arange(len(x), device=x.device).unsqueeze(1)
-        retrieved, _ = self.memory(x[rows, order])
-        return retrieved[rows, order.argsort(dim=1)].masked_fill(~real.unsqueeze(-1), 0.0)
+        order = padding_last(real)  # no token comes after it
+        retrieved, _ = self.memory(rearranged(x, order))
+        return rearranged(retrieved, order.argsort(dim=1)).masked_fill(~real.unsqueeze(-1), 0.0)
 
     def _states(self, cache: Cache) -> MemoryStates:
         """The states of this memory in a cache, behind the entries of the decoder layers."""
@@ -147,7 +145,7 @@ class Rows(RowGroup[NeuralMemState]):
         return self._state is not None or self._steps is not None
 
 
-class MemoryStates:
+class MemoryStates(GroupedRows[Rows]):
     """States of a memory for all rows of a batch, as an entry of `cache.layers`.
 
     There they belong to one sequence of calls, and follow whatever `generate` does to the cache: beams are reordered,
@@ -178,23 +176,7 @@ class MemoryStates:
                 retrieved[tokens] = group.read(memory, x[tokens]).to(x.dtype)
         return retrieved
 
-    def select(self, rows: list[int]) -> None:
-        """Keep these rows, in this order and with repetitions."""
-        self.groups = select_rows(self.groups, rows)
-
-    # called by transformers for every entry of a cache
-
-    def reorder_cache(self, beam_idx: Int[Tensor, ' b']) -> None:
-        self.select(beam_idx.tolist())
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.select(self._rows()[indices.cpu()].tolist())
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.select(self._rows().repeat_interleave(repeats).tolist())
-
-    def _rows(self) -> Int[Tensor, ' b']:
-        return torch.arange(number_of_rows(self.groups))
+    # called by transformers for every entry of a cache, as are the methods of `GroupedRows`
 
     def reset(self) -> None:
         self.groups = []

@@ -17,7 +17,7 @@ from titans_pytorch.attention.rotary import Rotary
 from titans_pytorch.configuration import build_model
 from titans_pytorch.hf.cache import TitansCache
 from titans_pytorch.hf.configuration import TitansConfig
-from titans_pytorch.hf.row_groups import check_past
+from titans_pytorch.hf.row_groups import check_past, padding_last, rearranged
 from titans_pytorch.models.documents import IGNORED, continues
 from titans_pytorch.models.residual_streams import complete
 from titans_pytorch.models.state import ModelState
@@ -136,9 +136,9 @@ class TitansPreTrainedModel(PreTrainedModel):
         if mask is None:
             return self._hidden_states(x, all_layers)[0]
         # models are causal: with its padding on the right, each row is read as if it were alone
-        order = (~mask).byte().argsort(dim=1, stable=True)
-        hidden, _ = self._hidden_states(_rearranged(x, order), all_layers)
-        return [_rearranged(layer, order.argsort(dim=1)) for layer in hidden]
+        order = padding_last(mask)
+        hidden, _ = self._hidden_states(rearranged(x, order), all_layers)
+        return [rearranged(layer, order.argsort(dim=1)) for layer in hidden]
 
     def _hidden_states(
         self, x: Tensor, all_layers: bool, state: ModelState | None = None, return_state: bool = False
@@ -164,12 +164,6 @@ class TitansPreTrainedModel(PreTrainedModel):
             for hook in hooks:
                 hook.remove()
         return ([*hidden, last[0]], last[1]) if return_state else ([*hidden, last], None)
-
-
-def _rearranged(
-    x: Int[Tensor, 'b n'] | Float[Tensor, 'b n d'], order: Int[Tensor, 'b n']
-) -> Int[Tensor, 'b n'] | Float[Tensor, 'b n d']:
-    return x.take_along_dim(order if x.ndim == 2 else order.unsqueeze(-1), dim=1)
 
 
 def _further_outputs(layers: list[Tensor], cache: TitansCache | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from titans_pytorch.models.state import ModelState
 from titans_pytorch.utils.shapes import Bool, Int
 
 State = TypeVar('State', ModelState, NeuralMemState)
-Group = TypeVar('Group', bound='RowGroup[Any]')
+GroupT = TypeVar('GroupT', bound='RowGroup[Any]')
 
 
 class RowGroup(Generic[State]):
@@ -33,7 +33,7 @@ class RowGroup(Generic[State]):
         """The state after the tokens read so far, of the rows in their order; `None` before the first."""
         return self._state
 
-    def select(self: Group, entries: list[int], rows: Sequence[int]) -> Group:
+    def select(self: GroupT, entries: list[int], rows: Sequence[int]) -> GroupT:
         """Some of the rows, which may repeat, as `rows` of another batch."""
         state = self.state
         return type(self)(rows, None if state is None else state.select(entries), self.num_tokens)
@@ -48,8 +48,45 @@ class RowGroup(Generic[State]):
         return rows, mask[rows.squeeze(1)].nonzero()[:, 1].unflatten(0, (-1, count))
 
 
-def number_of_rows(groups: Sequence[RowGroup[Any]]) -> int:
-    return sum(len(group.rows) for group in groups)
+class GroupedRows(Generic[GroupT]):
+    """All rows of a batch in their groups, with the methods of a cache by which transformers chooses among rows."""
+
+    groups: list[GroupT]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(len(group.rows) for group in self.groups)
+
+    def reorder_cache(self, beam_idx: Int[Tensor, ' b']) -> None:
+        """Replace the rows by those with these indices, for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        self.batch_select_indices(torch.arange(self.num_rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Int[Tensor, ' e'] | Bool[Tensor, ' b']) -> None:
+        """Keep the rows with these indices, in this order and with repetitions."""
+        rows = torch.arange(self.num_rows)[indices.cpu()].tolist()
+        if rows == [*range(self.num_rows)]:  # as often in beam search
+            return
+        chosen = []
+        for group in self.groups:
+            entry = {row: index for index, row in enumerate(group.rows)}
+            kept = [new for new, old in enumerate(rows) if old in entry]
+            if kept:
+                chosen.append(group.select([entry[rows[new]] for new in kept], kept))
+        self.groups = chosen
+
+
+def padding_last(mask: Bool[Tensor, 'b n']) -> Int[Tensor, 'b n']:
+    """An order of each row's columns, inverted by `argsort`, with all padding, where `mask` is false, at the end."""
+    return (~mask).byte().argsort(dim=1, stable=True)
+
+
+def rearranged(x: Tensor, order: Int[Tensor, 'b n']) -> Tensor:
+    """The columns of each row of (b, n, …) in this order."""
+    return x[torch.arange(len(x), device=x.device).unsqueeze(1), order]
 
 
 def check_past(groups: Sequence[RowGroup[Any]], past: Tensor) -> None:
@@ -69,7 +106,7 @@ def check_past(groups: Sequence[RowGroup[Any]], past: Tensor) -> None:
                 )
 
 
-def split_by_count(groups: Sequence[Group], counts: Sequence[int]) -> list[Group]:
+def split_by_count(groups: Sequence[GroupT], counts: Sequence[int]) -> list[GroupT]:
     """Groups of the rows that have the same of `counts`, which has an entry for each row of the batch."""
     parts = []
     for group in groups:
@@ -81,17 +118,4 @@ def split_by_count(groups: Sequence[Group], counts: Sequence[int]) -> list[Group
         for count in distinct:
             entries = [entry for entry, other in enumerate(own) if other == count]
             parts.append(group.select(entries, [group.rows[entry] for entry in entries]))
-    return parts
-
-
-def select_rows(groups: Sequence[Group], rows: Sequence[int]) -> list[Group]:
-    """Groups of the rows with these numbers, in this order and with repetitions."""
-    if [*rows] == [*range(number_of_rows(groups))]:  # as often in beam search
-        return [*groups]
-    parts = []
-    for group in groups:
-        entry = {row: index for index, row in enumerate(group.rows)}
-        kept = [new for new, old in enumerate(rows) if old in entry]
-        if kept:
-            parts.append(group.select([entry[rows[new]] for new in kept], kept))
     return parts

@@ -87,6 +87,7 @@ def checked_settings(arguments: Mapping[str, Any], constructor: Callable[..., An
     check_callable(store_memory_loss_fn=arguments['store_memory_loss_fn'])
     if arguments['adaptive_step_transform'] is not None:
         check_callable(adaptive_step_transform=arguments['adaptive_step_transform'])
+        _check_step_transform(arguments['adaptive_step_transform'], heads)
     check_keywords(default_model_kwargs=arguments['default_model_kwargs'])
     max_step_size, max_modulation = (
         check_number(name, arguments[name], above=0)
@@ -122,7 +123,7 @@ def _check_activation(activation: Module, features: int) -> None:
     how a sequence is split."""
     if any(t.is_meta for t in (*activation.parameters(), *activation.buffers())):
         return
-    with torch.random.fork_rng(devices=[]), torch.device('cpu'), torch.no_grad():
+    with keeping_random_state(torch.device('cpu')), torch.device('cpu'), torch.no_grad():
         x = torch.randn(2, 3, features, generator=torch.Generator().manual_seed(0))
         copy = deepcopy(activation).to('cpu', x.dtype)
         try:
@@ -134,6 +135,23 @@ def _check_activation(activation: Module, features: int) -> None:
     # dropout has nothing to compare
     if torch.equal(out, again) and not torch.allclose(out[:, :2], beginning):
         raise ValueError('activation must treat tokens separately, but its result for a token depends on later ones')
+
+
+def _check_step_transform(transform: Callable[[Tensor], Any], heads: int) -> None:
+    """Tries it on random numbers, if it works on a CPU: each step size must depend on its own logit alone."""
+    with keeping_random_state(torch.device('cpu')), torch.device('cpu'), torch.no_grad():
+        logits = torch.randn(heads, 6, generator=torch.Generator().manual_seed(0))
+        try:
+            transform = deepcopy(transform).to('cpu') if isinstance(transform, Module) else transform
+            out, again, first, last = (transform(own.clone()) for own in (logits, logits, logits[:, :3], logits[:, 3:]))
+            # random numbers have nothing to compare
+            mixes = torch.equal(out, again) and not torch.allclose(torch.cat((first, last), dim=1), out)
+        except Exception:
+            return  # of its results, every call checks the shape
+    if mixes:
+        raise ValueError(
+            'adaptive_step_transform must treat tokens separately, but its result for a token depends on other ones'
+        )
 
 
 def _check_combinations(settings: Settings, arguments: Mapping[str, Any]) -> None:
@@ -226,12 +244,7 @@ class Call(NamedTuple):
 
     def pieces(self, length: int) -> Iterator[Call]:
         """This call as several calls of `length` tokens each."""
-        total = self.queries.shape[1]
-        if self.stores and self.to_store.shape[-2] != total:
-            raise ValueError(
-                f'checkpoint_every needs a store_seq as long as seq, {total} tokens, got {self.to_store.shape[-2]}'
-            )
-        for start in range(0, max(total, 1), length):
+        for start in range(0, max(self.queries.shape[1], 1), length):
             span = slice(start, start + length)
             mask = None if self.mask is None else self.mask[:, span]
             yield replaced(self, queries=self.queries[:, span], to_store=self.to_store[..., span, :], mask=mask)
@@ -271,6 +284,12 @@ class MemoryLayout(NamedTuple):
         if store_seq is not None:
             to_store = self._with_length('store_seq', store_seq)
             self.check_store('store_seq', to_store, queries.shape[0])
+            if to_store.shape[-2] != queries.shape[1]:
+                raise ValueError(
+                    f'store_seq must have a token for each of the {queries.shape[1]} tokens of seq, which read what '
+                    f'was stored before them, got {to_store.shape[-2]}; to ask about a sequence after all of it is '
+                    f'stored, pass the questions in a further call with store=False'
+                )
         mask = self.checked_mask('store_mask', store_mask, to_store)
         if ttt_batch_size is not None:
             batch_size = check_multiple('ttt_batch_size', ttt_batch_size, 'chunk_size', self.chunk_size)

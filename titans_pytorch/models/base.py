@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Linear, Module, ModuleList
-from torch.utils.checkpoint import checkpoint
 
 from titans_pytorch.attention.segmented import segmented_flex_attention
 from titans_pytorch.memory.state import LayerSurprises
@@ -29,7 +27,7 @@ from titans_pytorch.models.documents import (
 )
 from titans_pytorch.models.residual_streams import complete, residual_streams
 from titans_pytorch.models.state import ModelState
-from titans_pytorch.models.validation import checked_labels, checked_model_state
+from titans_pytorch.models.validation import check_labels, checked_model_state
 from titans_pytorch.utils.checks import (
     check_flags,
     check_floating,
@@ -43,7 +41,7 @@ from titans_pytorch.utils.checks import (
     described,
     is_integral,
 )
-from titans_pytorch.utils.functional import can_checkpoint, compile_each_length
+from titans_pytorch.utils.functional import can_checkpoint, checkpointed, compile_each_length
 from titans_pytorch.utils.packing import PackedDocuments
 from titans_pytorch.utils.parameters import Resettable, reset_parameters
 from titans_pytorch.utils.precision import at_least_float32
@@ -352,13 +350,13 @@ class Transformer(StepwiseDecoding, Resettable):
                 raise ValueError(f'return_loss predicts tokens from tokens: x must be token ids, got {described(x)}')
             labels = x
         else:
-            labels = checked_labels(labels, self.to_logits.out_features, x.shape[0], x.shape[1])
+            labels = checked_token_ids('labels', labels, None, x.shape[0], x.shape[1])
         if x.shape[1] < 2:
             raise ValueError(f'x must hold at least 2 tokens to predict one from another, got {x.shape[1]}')
         labels = labels[:, 1:]
-        if mask is None and document_ids is None:
-            return x[:, :-1], labels, None, None
-        labels = labels.masked_fill(~continues(mask, document_ids), IGNORED)
+        if mask is not None or document_ids is not None:
+            labels = labels.masked_fill(~continues(mask, document_ids), IGNORED)
+        check_labels(labels, self.to_logits.out_features)
         mask, document_ids = (None if t is None else t[:, :-1] for t in (mask, document_ids))
         return x[:, :-1], labels, mask, document_ids
 
@@ -388,7 +386,7 @@ class Transformer(StepwiseDecoding, Resettable):
 
     def _packed(self, documents: Documents) -> PackedRows | None:
         """Documents in the rows that they came in, if every part of the model can read them so, and fast."""
-        memories = [block.memory for block in self._blocks if block.memory is not None]
+        memories = self._memories
         # segments, and embeddings of positions, would have to begin anew as well
         if self.embedding_keywords or not all(attention.sliding for attention in self._attentions):
             return None
@@ -425,8 +423,9 @@ class Transformer(StepwiseDecoding, Resettable):
         carried, hidden = Carried(), self.expand_streams(hidden)
         after: list[LayerState] = []
         for block, layer_state in zip(self._blocks, layer_states):
-            recomputes = self.checkpoint_layers and can_checkpoint()
-            call = partial(checkpoint, block, use_reentrant=False) if recomputes else block
+            call: Callable[..., Any] = block
+            if self.checkpoint_layers and can_checkpoint():
+                call = checkpointed(block, block.memory is None or not block.memory.uses_func_transforms)
             hidden, carried, layer_state = call(hidden, carried, layer_state, start, **kwargs)
             after.append(layer_state)
         hidden = self._token_rows(self.reduce_streams(complete(hidden)), start, x.shape[1])

@@ -21,7 +21,6 @@ from titans_pytorch.utils.checks import (
     check_module,
     check_multiple,
     checked_state,
-    checked_token_ids,
     described,
     values_are_at_hand,
 )
@@ -75,17 +74,15 @@ def layers_with_memory(layers: Sequence[int] | None, depth: int) -> list[int]:
     return chosen
 
 
-def checked_labels(labels: Any, num_tokens: int, batch: int, length: int) -> Int[Tensor, 'b n']:
-    """Labels (batch, length) of any integer dtype as int64, each a token id or `IGNORED`."""
-    labels = checked_token_ids('labels', labels, None, batch, length)
+def check_labels(labels: Int[Tensor, 'b n'], num_tokens: int) -> None:
+    """Each of the labels that are predicted must be a token id or `IGNORED`."""
     if values_are_at_hand(labels):
-        counted = labels[:, 1:][labels[:, 1:] != IGNORED]
+        counted = labels[labels != IGNORED]
         if counted.numel() and not 0 <= counted.min() <= counted.max() < num_tokens:
             raise ValueError(
                 f'labels must be token ids in [0, num_tokens={num_tokens}), or {IGNORED} to ignore a position, '
-                f'got labels in [{counted.min()}, {counted.max()}]'
+                f'got labels in [{counted.min()}, {counted.max()}]; with return_loss alone they are the tokens of x'
             )
-    return labels
 
 
 def checked_model_state(state: Any, blocks: Sequence[Block], batch: int) -> ModelState:

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from copy import deepcopy
+from functools import partial
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from torch.nn import Module, Parameter
 from torch.nn.modules import module as module_hooks
 from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 Fields = TypeVar('Fields', bound=tuple[Any, ...])
 
@@ -86,6 +88,19 @@ def can_checkpoint() -> bool:
     """True if activation checkpointing has an effect: with gradients, and not under transforms of `torch.func`, which
     do not support it."""
     return torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+
+
+def checkpointed(fn: Callable[..., Any], compiles: bool) -> Callable[..., Any]:
+    """`fn` with activation checkpointing: the backward pass computes again what is not kept.
+
+    compiles: false if `fn` uses `torch.func`, which the compiler cannot trace here; it then runs without the compiler.
+    """
+    return partial(checkpoint if compiles else _checkpoint_eagerly, fn, use_reentrant=False)
+
+
+@torch.compiler.disable
+def _checkpoint_eagerly(*args: Any, **kwargs: Any) -> Any:
+    return checkpoint(*args, **kwargs)
 
 
 @torch.compiler.assume_constant_result
