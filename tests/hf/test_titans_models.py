@@ -137,7 +137,8 @@ def test_gradient_checkpointing_recomputes_the_layers(monkeypatch):
     own.train()
     expected = gradients(own, own(x, labels=x).loss)
     calls = []
-    monkeypatch.setattr('titans_pytorch.utils.functional.checkpoint', lambda fn, *args, **kw: calls.append(fn) or fn(*args))
+    noted = 'titans_pytorch.utils.functional.checkpoint'
+    monkeypatch.setattr(noted, lambda fn, *args, **kw: calls.append(fn) or fn(*args))
     own(x, labels=x)
     assert not calls
     own.gradient_checkpointing_enable()

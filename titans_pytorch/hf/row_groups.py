@@ -17,7 +17,7 @@ from titans_pytorch.models.state import ModelState
 from titans_pytorch.utils.shapes import Bool, Int
 
 State = TypeVar('State', ModelState, NeuralMemState)
-GroupT = TypeVar('GroupT', bound='RowGroup[Any]')
+G = TypeVar('G', bound='RowGroup[Any]')
 
 
 class RowGroup(Generic[State]):
@@ -33,7 +33,7 @@ class RowGroup(Generic[State]):
         """The state after the tokens read so far, of the rows in their order; `None` before the first."""
         return self._state
 
-    def select(self: GroupT, entries: list[int], rows: Sequence[int]) -> GroupT:
+    def select(self: G, entries: list[int], rows: Sequence[int]) -> G:
         """Some of the rows, which may repeat, as `rows` of another batch."""
         state = self.state
         return type(self)(rows, None if state is None else state.select(entries), self.num_tokens)
@@ -48,10 +48,10 @@ class RowGroup(Generic[State]):
         return rows, mask[rows.squeeze(1)].nonzero()[:, 1].unflatten(0, (-1, count))
 
 
-class GroupedRows(Generic[GroupT]):
+class GroupedRows(Generic[G]):
     """All rows of a batch in their groups, with the methods of a cache by which transformers chooses among rows."""
 
-    groups: list[GroupT]
+    groups: list[G]
 
     @property
     def num_rows(self) -> int:
@@ -106,7 +106,7 @@ def check_past(groups: Sequence[RowGroup[Any]], past: Tensor) -> None:
                 )
 
 
-def split_by_count(groups: Sequence[GroupT], counts: Sequence[int]) -> list[GroupT]:
+def split_by_count(groups: Sequence[G], counts: Sequence[int]) -> list[G]:
     """Groups of the rows that have the same of `counts`, which has an entry for each row of the batch."""
     parts = []
     for group in groups:
