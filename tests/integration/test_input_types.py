@@ -199,9 +199,7 @@ def test_labels_that_are_none():
         with pytest.raises(error, match=message):
             model(tokens, labels=bad)
     larger, beyond = build(token_emb=nn.Embedding(TOKENS + 4, 8)), tokens + TOKENS
-    with pytest.raises(
-        ValueError, match='labels must be .* with return_loss alone they are the tokens of x'
-    ):
+    with pytest.raises(ValueError, match='labels must be .* with return_loss alone they are the tokens of x'):
         larger(beyond.clamp(max=TOKENS + 3), return_loss=True)
     with pytest.raises(ValueError, match='return_loss and labels need logits, and this model has no num_tokens'):
         build(num_tokens=None)(torch.randn(2, 9, 8).double(), labels=tokens)
