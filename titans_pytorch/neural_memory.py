@@ -155,7 +155,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
             `max_grad_norm` is left unchanged, because it consists of rounding errors.
         use_accelerated_scan: run the recurrences of the dense engine in a Triton kernel on a GPU. The dual engine has
             no such recurrences.
-        activation: activation of queries, keys and values, which it takes token by token.
+        activation: activation of queries, keys and values, which it takes token by token. They share its parameters,
+            if it has any.
         init_adaptive_step_bias: initial logit of the step sizes, the same for every token.
         init_momentum_bias: initial logit of momentum.
         init_decay_bias: initial logit of forgetting, which also wears away the initial weights. The default starts near

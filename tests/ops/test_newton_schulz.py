@@ -12,7 +12,7 @@ from titans_pytorch.ops.newton_schulz import QUINTIC, newton_schulz, reference
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 # Triton's interpreter multiplies no bfloat16
 LOW = torch.bfloat16 if DEVICE == 'cuda' else torch.float16
-# wide, tall, square; odd sizes; one matrix; more of them than programs (on the CPU)
+# wide, tall, square; odd sizes; one matrix and several
 SHAPES = [(3, 16, 32), (3, 32, 16), (1, 16, 16), (2, 24, 40), (2, 37, 5), (1, 1, 3), (5, 3, 2)]
 
 
