@@ -35,10 +35,11 @@ def evaluation_mode(model: Decodable) -> Iterator[None]:
     with _LOCK:
         samplers = _SAMPLERS.setdefault(model, _Samplers())
         samplers.number += 1
-        if samplers.modes is None:
-            samplers.modes = [(module, module.training) for module in model.modules()]
-        model.train(False)
     try:
+        with _LOCK:
+            if samplers.modes is None:
+                samplers.modes = [(module, module.training) for module in model.modules()]
+            model.train(False)
         yield
     finally:
         with _LOCK:
