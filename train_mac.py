@@ -49,6 +49,7 @@ from titans_pytorch.training import (
     clear_run_folder,
     describe_run,
     enwik8,
+    finish_saves,
     first_rank_first,
     is_distributed,
     is_run_folder,
@@ -84,6 +85,7 @@ from titans_pytorch.training import (
 
 BYTES = ByteVocabulary()
 EXPLODES = 1000
+BEST = 'titans_enwik8_best.pt'
 """Norm of a gradient that a warning is given for, as a multiple of MAX_GRAD_NORM."""
 DATA_FOLDER = Path(__file__).resolve().parent / 'data'
 
@@ -626,14 +628,17 @@ def training_loop(
     rehearse(model, data, config, machine)
     any_rank(False)  # all have read what they resume
     first = rank() == 0  # the one that writes
+    best_is_gone = False
     if first:
         remove_leftovers(folder)
         if resume is None or not folder.samefile(resume['folder']):
             clear_run_folder(folder)
         else:
-            leave_later_checkpoints(folder, batch)
+            best_is_gone = Path(BEST).stem in {path.stem for path in leave_later_checkpoints(folder, batch)}
             rewind(folder, batch, evaluated)
         describe_run(folder, describe_model(config), data.vocabulary, dataclasses.asdict(config))
+    if any_rank(best_is_gone):
+        best = math.inf  # that of the course that the run has left
     curve = LossCurve(folder)
     say(f'{sum(p.numel() for p in model.parameters()):,} parameters; the run is kept in {folder}')
 
@@ -702,7 +707,7 @@ def training_loop(
             remove_other_form(path)
         say(f'saved {path}')
 
-    start = batch
+    start, in_step = batch, False
     model.train()
     bar = tqdm(
         total=config.NUM_BATCHES,
@@ -752,7 +757,7 @@ def training_loop(
                 if val_loss < best:
                     best = val_loss
                     if batch > 0:
-                        save('titans_enwik8_best.pt')
+                        save(BEST)
 
             # save, end
 
@@ -771,12 +776,13 @@ def training_loop(
             )
             total = micro_step.accumulate(windows(data.train, own, config.SEQ_LEN + 1) for own in share(starts))
             norm = whole_tensor(nn.utils.clip_grad_norm_(model.parameters(), config.MAX_GRAD_NORM))
+            in_step = True
             optimizer.step()
             optimizer.zero_grad()
             train_loss, grad_norm = torch.stack((total, norm)).tolist()
             if not (math.isfinite(train_loss) and math.isfinite(grad_norm)):
                 fail(f'the training loss is {train_loss}, the norm of its gradient {grad_norm}')
-            batch, windows_random = batch + 1, generator.get_state()
+            batch, windows_random, in_step = batch + 1, generator.get_state(), False
             if grad_norm > EXPLODES * config.MAX_GRAD_NORM and not exploded:
                 exploded = True
                 say(
@@ -811,7 +817,8 @@ def training_loop(
         signals.wait = True
         bar.close()
         say(f'stopped after {batch} steps: {one_line(error)}')
-        if batch > start and not config.FSDP:  # shards are saved by all processes, and this one may be alone
+        # parameters may have taken half a step; and shards are saved by all processes, while this one may be alone
+        if batch > start and not in_step and not config.FSDP:
             try:
                 save(f'checkpoint_batch_{batch}.pt')
             except OSError as full:
@@ -825,7 +832,8 @@ def training_loop(
         reason = signals.received.name if signals.received else 'a signal'
         say(f'ended by {reason} after {batch} steps; go on with --resume latest --run-dir {folder}')
     else:
-        say(f'done: {batch} steps, best validation {bits_per_byte(best):.4f} bits per byte; everything is in {folder}')
+        validated = f', best validation {bits_per_byte(best):.4f} bits per byte' if math.isfinite(best) else ''
+        say(f'done: {batch} steps{validated}; everything is in {folder}')
 
 
 # main -----------------------------------------------------------------------------------------------------------------
@@ -855,6 +863,9 @@ def main(arguments: list[str] | None = None) -> int:
         if init_from and Path(init_from).is_dir():
             raise BadCheckpoint(f'--init-from must name a file, and {init_from} is a folder')
         with process_group(), run_lock(folder):
+            if rank() == 0:
+                finish_saves(folder)
+            any_rank(False)  # until they are
             weights = read_checkpoint(Path(init_from)) if init_from else None
             checkpoint = None
             if resume:

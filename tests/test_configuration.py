@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from titans_pytorch import MemorySwiGluMLP
-from titans_pytorch.configuration import ARCHITECTURES, build_model, model_config
+from titans_pytorch.configuration import ARCHITECTURES, build_model, memory_config, model_config
 from titans_pytorch.presets import memory_settings
 
 SIZES = dict(num_tokens=11, dim=8, depth=2, segment_len=4, heads=2, dim_head=4)
+
+
+def test_arguments_of_a_memory():
+    assert memory_config(heads=np.int64(2)) == {'heads': 2}
+    with pytest.raises(TypeError, match='config must hold arguments of NeuralMemory; got bogus, headz'):
+        memory_config(headz=2, bogus=1)
+    with pytest.raises(TypeError, match='got headz'):
+        model_config('mag', **SIZES, neural_memory_kwargs={'headz': 2})
 
 
 @pytest.mark.parametrize('architecture', ARCHITECTURES)

@@ -399,14 +399,16 @@ def test_a_plotting_error_never_ends_a_run(plotted, text, tmp_path, monkeypatch,
 def test_a_second_run_in_a_folder_is_refused(text, tmp_path):
     folder = tmp_path / 'run'
     train_mac.main(options(text, folder, NUM_BATCHES=1))
-    (folder / 'half.pt.1.tmp').write_bytes(b'an unfinished save of the first run')
-    content = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / 'half.pt.1.titans.tmp').write_bytes(b'an unfinished save of the first run')
+    (folder / 'own.tmp').mkdir()
+    content = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     checkpoint = folder / 'titans_enwik8.pt'
     with train_mac.run_lock(folder):
         for words in (options(text, folder), ['--resume', 'latest', '--run-dir', folder], ['--resume', checkpoint]):
             assert f'another run is using {folder}' in refusal(words)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == content
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == content
     assert train_mac.main(['--resume', str(checkpoint), '--num-batches', '2']) == 0
+    assert not list(folder.glob('*.titans.tmp')) and (folder / 'own.tmp').exists()
 
 
 def test_without_locks_there_is_a_notice(text, tmp_path, monkeypatch, capsys):
@@ -845,12 +847,37 @@ def test_a_signal_breaks_off_validation_which_is_done_again_after_the_resume(tex
     assert list(rows(folder, 'val_loss')) == [0]
     monkeypatch.undo()
     train_mac.main(['--resume', 'latest', '--run-dir', str(folder)])
+    assert list(rows(folder, 'val_loss')) == [0, 2, 4]
     train_mac.main(options(text, tmp_path / 'whole', **settings))
     whole, parts = load(tmp_path / 'whole' / 'titans_enwik8.pt'), load(folder / 'titans_enwik8.pt')
     for key in set(whole) - {'config'}:
         assert_same(whole[key], parts[key])
     best, best_of_parts = (load(place / 'titans_enwik8_best.pt') for place in (tmp_path / 'whole', folder))
     assert best['batch'] == best_of_parts['batch']
+
+
+def test_a_step_that_fails_halfway_is_not_saved(text, tmp_path, monkeypatch):
+    step, calls = torch.optim.AdamW.step, []
+
+    def failing(self, *args, **kwargs):
+        calls.append(step(self, *args, **kwargs))
+        if len(calls) == 2:
+            raise RuntimeError('out of memory')
+
+    monkeypatch.setattr(torch.optim.AdamW, 'step', failing)
+    with pytest.raises(RuntimeError, match='out of memory'):
+        train_mac.main(options(text, tmp_path / 'run', NUM_BATCHES=4))
+    assert not list((tmp_path / 'run').glob('*.pt'))
+
+
+def test_the_best_checkpoint_of_a_course_that_was_left_is_not_the_best(text, tmp_path, capsys):
+    folder = tmp_path / 'run'
+    train_mac.main(options(text, folder, NUM_BATCHES=4, VALIDATE_EVERY=2, CHECKPOINT_EVERY=2))
+    assert load(folder / 'titans_enwik8_best.pt')['batch'] == 4
+    words = ['--resume', str(folder / 'checkpoint_batch_2.pt'), '--run-dir', str(folder), '--learning-rate', '0']
+    train_mac.main(words)
+    assert load(folder / 'titans_enwik8_best.pt')['batch'] == 4
+    assert load(folder / 'titans_enwik8_best.pt')['val_loss'] == load(folder / 'titans_enwik8.pt')['val_loss']
 
 
 def test_a_second_signal_does_not_wait_for_the_step(text, tmp_path, monkeypatch):

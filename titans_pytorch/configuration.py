@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from titans_pytorch.mal_transformer import MemoryAsLayerTransformer
 from titans_pytorch.memory_models import NETWORKS
 from titans_pytorch.models.base import Transformer
 from titans_pytorch.models.hybrid import HybridTransformer
+from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.utils.checks import check_keywords, described
 
 ARCHITECTURES: dict[str, type[MemoryAsContextTransformer] | type[HybridTransformer]] = {
@@ -79,8 +81,10 @@ def memory_config(**arguments: Any) -> dict[str, Any]:
     `activation` is given as in `model_config`, and `model` as `neural_memory_model` there.
 
     Raises:
-        ValueError, TypeError: for an unknown activation or network, and for a value that JSON cannot hold.
+        ValueError, TypeError: for an unknown argument, activation or network, and for a value that JSON cannot hold.
     """
+    if unknown := arguments.keys() - inspect.signature(NeuralMemory).parameters.keys():
+        raise TypeError(f'config must hold arguments of NeuralMemory; got {", ".join(sorted(map(str, unknown)))}')
     if 'activation' in arguments:
         arguments['activation'] = _activation_name(arguments['activation'])
     _check_network('model', arguments.get('model'))
@@ -110,7 +114,8 @@ def _check_arguments(architecture: Any, arguments: Mapping[str, Any]) -> None:
 
 def _as_json(config: dict[str, Any]) -> dict[str, Any]:
     try:
-        return json.loads(json.dumps(config, allow_nan=False))
+        # integers of NumPy are integers, as in the constructors
+        return json.loads(json.dumps(config, allow_nan=False, default=operator.index))
     except (TypeError, ValueError) as error:
         raise TypeError(f'arguments must be JSON values: {error}') from None
 

@@ -354,7 +354,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         if next(self.memory_model_parameters.buffers(), None) is not None:
             raise ValueError('module must have no memory network with frozen parts, which the reference trains')
         super().write_reference(state_dict, prefix)
-        for index, name in enumerate(self.memory_model_parameter_names):
+        for name, index in self.memory_model_parameters.all_names.items():
             weight = state_dict[f'{prefix}memory_model_parameters.{index}']
             # of head 0, for a module that is never trained, unless heads share their weights
             first = weight[0] if self.per_head_learned_parameters else weight
@@ -363,11 +363,12 @@ class NeuralMemory(Resettable, InReferenceFormat):
     def read_reference(self, state_dict: dict[str, Tensor], prefix: str) -> None:
         super().read_reference(state_dict, prefix)
         one_tensor = not self.per_head_learned_parameters or self.heads == 1
-        for index, name in enumerate(self.memory_model_parameter_names):
+        shapes = [*self._parameter_shapes.values()]
+        for name, index in self.memory_model_parameters.all_names.items():
             copy = state_dict.pop(f'{prefix}memory_model.{name}', None)
             key = f'{prefix}memory_model_parameters.{index}'
             # there, both names denote one tensor, and a file that stores it once may have either
-            if copy is not None and one_tensor and key not in state_dict and copy.shape == self._parameter_shapes[name]:
+            if copy is not None and one_tensor and key not in state_dict and copy.shape == shapes[index]:
                 state_dict[key] = copy.reshape(self.init_weight_shape[index])
 
     # the memory network and its weights

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import types
+import weakref
 from unittest.mock import patch
 
 import pytest
@@ -13,7 +15,7 @@ from memories import SWITCHES, inputs, memory
 from torch import nn
 
 from titans_pytorch import LongTermMemoryModel, MemoryAsContextTransformer, MemoryMLP
-from titans_pytorch.generation.stepper import Stepper
+from titans_pytorch.generation.stepper import Stepper, _signature
 from titans_pytorch.memory.state import copy_weights
 from titans_pytorch.ops.sinkhorn import sinkhorn
 
@@ -287,6 +289,32 @@ def test_a_stream_yields_the_same_tokens():
 
     positions = [*model.stream(prompt, 12, temperature=0.0, prompt_lengths=[4, 9])]
     assert torch.equal(torch.stack(positions[:5], dim=1)[1], prompt[1, 4:])
+
+
+def test_a_stream_shares_no_tensor_with_its_caller():
+    model, prompt = transformer(4), ids(6)
+    expected = model.sample(prompt, 16, **GREEDY)
+    given = prompt.clone()
+    stream = model.stream(given, 16, temperature=0.0)
+    given.zero_()
+    tokens = []
+    for token in stream:
+        tokens.append(token.clone())
+        token.zero_()
+    assert torch.equal(torch.stack(tokens, dim=1), expected)
+
+
+def test_what_is_known_of_a_model_with_hooks_does_not_keep_it_alive():
+    model = transformer(4)
+    hook = model.norm.register_forward_hook(types.MethodType(lambda self, *_: None, model))
+    known = _signature(model, ())
+    assert known == _signature(model, ()) and hash(known) == hash(_signature(model, ()))
+    hook.remove()
+    assert known != _signature(model, ())
+    alive = weakref.ref(model)
+    del model, hook
+    gc.collect()
+    assert alive() is None
 
 
 def test_streams_are_independent():

@@ -12,7 +12,7 @@ from compare import all_in_float64, assert_same
 from memories import inputs, memory
 from torch import nn
 
-from titans_pytorch import MemoryMLP, NeuralMemory
+from titans_pytorch import MemoryAsGateTransformer, MemoryMLP, NeuralMemory
 from titans_pytorch.attention.rotary import Rotary
 from titans_pytorch.models.residual_streams import ExpandStreams, HyperConnection
 
@@ -108,6 +108,17 @@ def test_cached_sampling_sees_modules_that_compute_otherwise(change: Callable[[n
         assert torch.equal(cached.tokens, uncached.tokens)
         assert_same(cached.logprobs, uncached.logprobs)
         assert (cached.logprobs - plain.logprobs).abs().max() > 1e-3
+
+
+def test_cached_sampling_sees_a_forward_of_a_subclass():
+    class Certain(MemoryAsGateTransformer):
+        def forward(self, *args, **kwargs):
+            logits, *rest = super().forward(*args, **kwargs)
+            return torch.zeros_like(logits).index_fill_(-1, torch.tensor([3]), 9.0), *rest
+
+    model = build('MAG').eval()
+    model.__class__ = Certain
+    assert (model.sample(ids(7), 12, temperature=0.0, use_cache=True, show_progress=False) == 3).all()
 
 
 def test_global_hooks_are_called():

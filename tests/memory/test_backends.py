@@ -356,6 +356,18 @@ def test_a_stream_holds_constant_memory():
     assert len({*held}) == 1
 
 
+@pytest.mark.parametrize('kwargs', [{}, {'engine': 'dense'}, {'spectral_norm_surprises': True}, {'momentum_order': 2}])
+def test_weights_that_go_on_hold_nothing_of_the_call_before(kwargs):
+    mem = NeuralMemory(8, chunk_size=4, batch_size=64, **kwargs)
+    held = []
+    with torch.no_grad():
+        for length in (64, 512):
+            _, state = mem(torch.randn(1, length, 8))
+            carried_on = leaves([state.weights, state.states])
+            held.append(sum(t.untyped_storage().nbytes() for t in carried_on.values()))
+    assert held[0] == held[1]
+
+
 # nothing of size chunks × weights
 
 
@@ -378,6 +390,8 @@ def test_updates_are_read_like_the_tensors_they_stand_for():
         assert not hasattr(ours, 'seq_index')
         with pytest.raises(AttributeError, match="'FastWeights' object has no attribute 'detached'"):
             _ = ours.detached
+    for changed in (ours * 2, 2 * ours, ours + ours, ours / 0.5, ours - -ours):
+        assert_same(dict(changed.items()), {name: 2 * w for name, w in ours.items()})
     assert isinstance(ours, FastWeights) and {*ours} == {*expected.keys()} and len(ours) == len(expected.keys())
     assert_same(dict(ours.items()), dict(expected.items()))
     assert_same(ours.apply(lambda t: t * 2).to_dict(), expected.apply(lambda t: t * 2).to_dict())

@@ -230,6 +230,13 @@ def test_a_network_by_the_protocol_is_dual():
     assert_same(results(mem), results(memory(network, engine='dense')))
 
 
+def test_a_checkpoint_of_the_reference_names_tied_weights_twice():
+    mem = memory(Tied())
+    checkpoint = reference_state_dict(mem)
+    assert {'memory_model.model.first', 'memory_model.model.last'} <= checkpoint.keys()
+    mem.load_state_dict(checkpoint)
+
+
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
 def test_networks_in_another_precision_are_built(dtype: torch.dtype):
     mem = NeuralMemory(DIM, model=Plain().to(dtype), chunk_size=4)

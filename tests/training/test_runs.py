@@ -33,13 +33,20 @@ def test_a_run_is_opened(tmp_path: Path) -> None:
     assert open_run(small_run(tmp_path / 'bpe', BPE), device='cpu').vocabulary.to_dict() == BPE.to_dict()
 
 
-def test_the_best_checkpoint_is_chosen_or_else_the_latest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_best_checkpoint_is_chosen_or_else_the_latest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = small_run(tmp_path / 'run')
     for steps in (9, 20, 3):
         checkpoint(folder / f'checkpoint_batch_{steps}.pt', steps)
     assert open_run(folder).steps == 7
     assert open_run(folder, 'checkpoint_batch_3.pt').steps == 3
     assert open_run(folder, folder / 'checkpoint_batch_9.pt').steps == 9
+    checkpoint(tmp_path / 'checkpoint_batch_3.pt', 5)
+    monkeypatch.chdir(tmp_path)  # where a file has the same name
+    assert open_run(folder, 'checkpoint_batch_3.pt').steps == 3
+    with pytest.raises(RunError, match='are two checkpoints'):
+        open_run(folder / 'checkpoint_batch_3.pt', 'checkpoint_batch_9.pt')
     damaged = bytearray((folder / 'titans_enwik8_best.pt').read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (folder / 'titans_enwik8_best.pt').write_bytes(damaged)

@@ -28,6 +28,14 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.from_str(json.dumps(BPE.to_dict()['tokenizer']))
 
 
+def test_a_tokenizer_of_the_caller_keeps_its_settings() -> None:
+    given = tokenizer()
+    given.enable_truncation(4)
+    given.enable_padding(length=8)
+    assert BPEVocabulary(given).encode(TEXT).tolist() == BPE.encode(TEXT).tolist()
+    assert given.truncation is not None and given.padding is not None
+
+
 @given(st.binary())
 def test_bytes_round_trip(text: bytes) -> None:
     tokens = ByteVocabulary().encode(text)

@@ -303,7 +303,7 @@ class _Request(NamedTuple):
             limits = [length + check_integer('max_new_tokens', max_new_tokens, 0) for length in lengths]
         pad_token = check_integer('pad_token', pad_token)
         return cls(
-            prompt=prompt,
+            prompt=prompt.clone(),  # a stream reads it later than it is checked
             lengths=lengths,
             limits=limits,
             stops=torch.tensor(_checked_stops(stop_tokens, num_tokens), dtype=torch.long, device=prompt.device),
@@ -374,7 +374,8 @@ def _positions(
                     shown, tokens = (tokens.masked_fill(finished, pad) for pad in (pad_token, pad_input))
                     stopped = torch.isin(tokens, stops) & (position >= ends)
                     finished = finished | stopped | (position + 1 >= limits)
-                yield Sampled(shown, of_tokens, reader.new_surprises())
+                # a copy, as the next step reads the tokens
+                yield Sampled(shown.clone(), of_tokens, reader.new_surprises())
                 if may_end_early and finished.all():
                     break
             if unchecked:

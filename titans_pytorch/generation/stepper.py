@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Hashable
@@ -249,12 +250,20 @@ def _signature(model: Any, state: Any) -> Hashable:
     parameters and buffers, and whether kernels are on. Inference tensors are told apart, as they cannot be written to
     outside inference mode."""
     modules = tuple(
-        (type(m), *m._forward_hooks.values(), *m._forward_pre_hooks.values(), vars(m).get('forward'))
+        (type(m), *map(_weakly, (*m._forward_hooks.values(), *m._forward_pre_hooks.values(), vars(m).get('forward'))))
         for m in model.modules()
     )
     tensors = (*_parameters(model), *_tensors(state))
     kinds = tuple((t.shape, t.stride(), t.dtype, t.device, t.is_inference()) for t in tensors)
     return modules, kinds, _dispatch.kernels_enabled()
+
+
+def _weakly(function: Any) -> Hashable:
+    """A reference to a hook that does not keep the hook alive, nor the model whose method it may be."""
+    for reference in (weakref.WeakMethod, weakref.ref):
+        with contextlib.suppress(TypeError):
+            return reference(function)
+    return function
 
 
 def _parameters(model: Any) -> list[Tensor]:

@@ -259,6 +259,21 @@ class FastWeights(Mapping[str, Tensor]):
         return getattr(TensorDict(self.to_dict()), name)
 
 
+def _operator(name: str) -> Any:
+    """An operator of TensorDict, which Python looks up on the class."""
+
+    def operator(weights: FastWeights, *others: Any) -> TensorDict:
+        formed = (TensorDict(t.to_dict()) if isinstance(t, FastWeights) else t for t in (weights, *others))
+        return getattr(TensorDict, name)(*formed)
+
+    return operator
+
+
+for _name in ('add', 'radd', 'sub', 'rsub', 'mul', 'rmul', 'truediv', 'neg', 'pow', 'abs'):
+    if hasattr(TensorDict, f'__{_name}__'):
+        setattr(FastWeights, f'__{_name}__', _operator(f'__{_name}__'))
+
+
 # so that detaching and moving a state includes these tensors
 pytree.register_pytree_node(
     FastWeights,

@@ -31,6 +31,9 @@ class InitialWeights(ParameterSequence):
         weights = [p.detach().expand(*leading, *p.shape) for p in network.parameters()]
         super().__init__(w.clone(memory_format=torch.contiguous_format) for w in weights)
         self.names = [name for name, _ in network.named_parameters()]
+        number = {parameter: index for index, parameter in enumerate(network.parameters())}
+        self.all_names = {name: number[p] for name, p in network.named_parameters(remove_duplicate=False)}
+        """Number of each name's weight; tied ones have several names."""
         # in a tuple, it is not registered; on the meta device, it holds no weights
         self.template = (on_meta(network),)
         self._mlp, self._network_modules = PlainMLP.of(network), tuple(self.template[0].modules())

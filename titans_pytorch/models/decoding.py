@@ -81,6 +81,9 @@ class StepwiseDecoding(Module):
         networks = [memory._network for memory in self._memories]
         if is_intercepted(m for tree in (self, *networks) for m in tree.modules() if m not in whole):
             return 'a module of it has hooks, or a forward of its own'
+        own = (self, *self._blocks, *self._attentions, *self._memories)
+        if any(not type(module).forward.__module__.startswith('titans_pytorch.') for module in own):
+            return 'a class of it has a forward of its own'
         if not isinstance(self.to_logits, Linear):
             return f'its to_logits is a {type(self.to_logits).__name__}'
         for name, types in (('expand_streams', (ExpandStreams, Identity)), ('reduce_streams', (Reduce, Identity))):

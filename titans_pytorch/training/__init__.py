@@ -3,6 +3,7 @@
 from titans_pytorch.training.checkpoints import (
     BadCheckpoint,
     consolidate,
+    finish_saves,
     is_run_folder,
     latest_checkpoint,
     load_optimizer,
@@ -75,6 +76,7 @@ __all__ = [
     'consolidate',
     'describe_run',
     'even_starts',
+    'finish_saves',
     'first_rank_first',
     'is_distributed',
     'is_run_folder',

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from titans_pytorch.training.distributed import any_rank, rank
-from titans_pytorch.training.files import RunError, atomic_file, one_line, say
+from titans_pytorch.training.files import TEMPORARY, RunError, atomic_file, one_line, say, temporary_path
 
 # entries that a resumed run needs, and their types
 RESUMABLE: dict[str, Any] = {
@@ -110,7 +110,8 @@ def read_resumable(path: Path) -> dict[str, Any]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Files and folders of checkpoints in a run's folder."""
-    return [*folder.glob('*.pt'), *(content.parent for content in folder.glob(f'*/{CONTENT}'))]
+    shards = (content.parent for content in folder.glob(f'*/{CONTENT}'))
+    return [*folder.glob('*.pt'), *(path for path in shards if not path.name.endswith(TEMPORARY))]
 
 
 def steps_done(path: Path) -> int:
@@ -189,7 +190,7 @@ def save_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
-    temporary, replaced = (folder.with_name(f'{folder.name}.{word}tmp') for word in ('', 'old.'))
+    temporary, replaced = _temporary_shards(folder)
     shards = dict(zip(SHARDED, get_state_dict(model, optimizer)))
     dcp.save(shards, checkpoint_id=temporary)
     if rank() == 0:
@@ -199,6 +200,21 @@ def save_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
         temporary.rename(folder)
         shutil.rmtree(replaced, ignore_errors=True)
     any_rank(False)  # until the folder is complete
+
+
+def _temporary_shards(folder: Path) -> tuple[Path, Path]:
+    """Where shards are until they are complete, and where those are that they replace; the same for all ranks."""
+    new, old = (folder.with_name(f'{folder.name}{word}{TEMPORARY}') for word in ('', '.old'))
+    return new, old
+
+
+def finish_saves(folder: Path) -> None:
+    """Complete saves of shards that were killed between the renames at their end."""
+    for content in folder.glob(f'*{TEMPORARY}/{CONTENT}'):
+        shards = folder / content.parent.name.removesuffix(TEMPORARY).removesuffix('.old')
+        for complete in _temporary_shards(shards):
+            if (complete / CONTENT).exists() and not shards.exists():
+                complete.rename(shards)
 
 
 def load_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -236,7 +252,7 @@ def consolidate(folder: Path, path: Path) -> None:
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     content = read_checkpoint(folder / CONTENT)
-    temporary = path.with_name(f'{path.name}.tmp')
+    temporary = temporary_path(path)
     try:
         with _reading(folder):
             dcp_to_torch_save(folder, temporary)

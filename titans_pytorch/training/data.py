@@ -220,19 +220,20 @@ def _tokenised(parts: Sequence[Tensor], vocabulary: Vocabulary, cache: Path, sha
 
 def windows(tokens: Int[Tensor, ' n'], starts: Int[Tensor, ' b'], length: int) -> Int[Tensor, 'b _length']:
     """Windows of `length` tokens, int64. To predict n tokens, a model takes n + 1."""
-    return tokens[starts[:, None] + torch.arange(length)].long()
+    return tokens[starts[:, None] + torch.arange(length, device=starts.device)].long()
 
 
 def random_starts(tokens: Int[Tensor, ' n'], count: int, length: int, generator: torch.Generator) -> Int[Tensor, ' b']:
     """Where `count` random windows of length + 1 tokens begin. The generator's state is the position in the data."""
     _check_length(tokens, length)
-    return torch.randint(len(tokens) - length, (count,), generator=generator)
+    return torch.randint(len(tokens) - length, (count,), generator=generator, device=generator.device)
 
 
 def even_starts(tokens: Int[Tensor, ' n'], count: int, length: int) -> Int[Tensor, ' b']:
     """Where `count` windows of length + 1 tokens begin that are spaced evenly."""
     _check_length(tokens, length)
-    return torch.linspace(0, len(tokens) - length - 1, count, dtype=torch.float64).long()
+    last = len(tokens) - length - 1
+    return torch.linspace(0, last, count, dtype=torch.float64, device=tokens.device).long()
 
 
 def _check_length(tokens: Tensor, length: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import http.client
-import os
 import sysconfig
 import urllib.error
 import urllib.request
@@ -16,7 +15,7 @@ from typing import IO
 from tqdm import tqdm
 
 from titans_pytorch.training.data import BadData
-from titans_pytorch.training.files import atomic_file, remove_leftovers, say
+from titans_pytorch.training.files import atomic_file, remove_leftovers, say, temporary_path
 
 URL = 'https://mattmahoney.net/dc/enwik8.zip'
 ZIP_SHA256 = '547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc'
@@ -32,7 +31,7 @@ def download_enwik8(path: Path) -> bool:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, older_than=3600.0)
-    archive = path.with_name(f'enwik8.zip.{os.getpid()}.tmp')
+    archive = temporary_path(path.with_name('enwik8.zip'))
     try:
         response = urllib.request.urlopen(URL, timeout=30)
     except urllib.error.HTTPError as error:  # a server answered, so there is a network

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import IO
 
 from tqdm import tqdm
+
+TEMPORARY = '.titans.tmp'
+"""End of the names of temporary files and folders."""
 
 
 class RunError(Exception):
@@ -38,13 +42,18 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+def temporary_path(path: Path) -> Path:
+    """A path beside `path` that no other thread, process or machine uses."""
+    return path.with_name(f'{path.name}.{secrets.token_hex(8)}{TEMPORARY}')
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Write to a temporary file and rename it once all of it is on disk: a kill leaves the old file."""
-    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+    temporary = temporary_path(path)
     try:
         with naming(path):
-            with open(temporary, 'wb') as file:
+            with open(temporary, 'xb') as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -61,7 +70,7 @@ def append(path: Path, text: str) -> None:
 
 def remove_leftovers(folder: Path, older_than: float = 0.0) -> None:
     """Remove the temporary files and folders of killed processes; `older_than` is an age in seconds."""
-    for leftover in folder.glob('*.tmp'):
+    for leftover in folder.glob(f'*{TEMPORARY}'):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - leftover.stat().st_mtime < older_than:
                 continue

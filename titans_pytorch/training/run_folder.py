@@ -22,8 +22,8 @@ WANDB_ID = 'wandb_id.txt'
 
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Create `folder` if necessary, and refuse a second run in it. The lock ends with its process. Of several ranks the
-    first one holds it.
+    """Create `folder` if necessary, and refuse a second run in it. The lock ends with the context, or with its process.
+    Of several ranks the first one holds it.
 
     Raises:
         RunError: if another process holds the lock.
@@ -35,11 +35,13 @@ def run_lock(folder: Path) -> Iterator[None]:
     new, lock = not folder.exists(), folder / 'lock'
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with open(lock, 'a') as file:
+        with open(lock, 'a') as file, contextlib.ExitStack() as unlock:
             try:
                 import fcntl
 
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # also for forked processes, which share it
+                unlock.callback(fcntl.flock, file, fcntl.LOCK_UN)
             except BlockingIOError:
                 raise RunError(
                     f'another run is using {folder}: wait until it has ended, or choose another folder'
@@ -64,11 +66,13 @@ def clear_run_folder(folder: Path) -> None:
         say(f'the run that was in {folder} is now in {aside}')
 
 
-def leave_later_checkpoints(folder: Path, batch: int) -> None:
+def leave_later_checkpoints(folder: Path, batch: int) -> list[Path]:
     """Move checkpoints with more than `batch` steps into a folder of their own, as a run that is resumed after `batch`
-    steps takes another course."""
-    if aside := _set_aside(folder, [path for path in checkpoints(folder) if steps_done(path) > batch]):
+    steps takes another course. Returns the paths that they had."""
+    later = [path for path in checkpoints(folder) if steps_done(path) > batch]
+    if aside := _set_aside(folder, later):
         say(f'later checkpoints, of the course that the run had taken, are now in {aside}')
+    return later
 
 
 def _set_aside(folder: Path, paths: list[Path]) -> Path | None:

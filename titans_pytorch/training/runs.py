@@ -14,7 +14,7 @@ from torch import Tensor
 from titans_pytorch import configuration
 from titans_pytorch.models.base import Transformer
 from titans_pytorch.training import enwik8
-from titans_pytorch.training.checkpoints import CONTENT, BadCheckpoint, read_checkpoint, steps_done
+from titans_pytorch.training.checkpoints import CONTENT, BadCheckpoint, checkpoints, read_checkpoint, steps_done
 from titans_pytorch.training.data import BadData, load_data
 from titans_pytorch.training.files import RunError, one_line
 from titans_pytorch.training.machine import Machine, choose_machine
@@ -53,7 +53,7 @@ def open_run(
     Settings of the whole process change with it, as `choose_machine` says.
 
     Args:
-        checkpoint: a path, or a name in the folder. Default: the one with the best validation, else the one with the
+        checkpoint: a name in the folder, or a path. Default: the one with the best validation, else the one with the
             most steps.
         device, precision: see `choose_machine`.
 
@@ -63,7 +63,9 @@ def open_run(
     """
     path = Path(path)
     if path.is_file():
-        path, checkpoint = path.parent, path
+        if checkpoint is not None:
+            raise RunError(f'{path} and {checkpoint} are two checkpoints: name one of them, or the folder of the run')
+        path, checkpoint = path.parent, path.name
     if not path.is_dir():
         raise RunError(f'there is no run in {path}: train one with train_mac.py --run-dir {path}, or name another')
     description = _description(path)
@@ -71,7 +73,11 @@ def open_run(
     if checkpoint is None:
         checkpoint, content = _chosen(path)
     else:
-        checkpoint = Path(checkpoint) if Path(checkpoint).exists() else path / checkpoint
+        in_run, elsewhere = path / checkpoint, Path(checkpoint)
+        checkpoint = elsewhere if elsewhere.exists() and not in_run.exists() else in_run
+        if checkpoint.is_dir():
+            hint = f'python -m titans_pytorch.training.checkpoints {checkpoint} makes a file of them'
+            raise BadCheckpoint(f'{checkpoint} holds shards; {hint}')
         content = _weights(checkpoint)
     # a run that was resumed with other settings has described another model since
     described: dict[str, Any] = description | content
@@ -104,10 +110,11 @@ def latest_run(folder: str | Path = 'runs') -> Path:
     Raises:
         RunError: if there is none.
     """
-    checkpoints = [path for path in Path(folder).glob('*/*.pt') if (path.parent / DESCRIPTION).exists()]
-    if not checkpoints:
+    runs = [path.parent for path in Path(folder).glob(f'*/{DESCRIPTION}')]
+    found = [path for run in runs for path in checkpoints(run)]
+    if not found:
         raise RunError(f'there is no run with a checkpoint in {folder}: train one with train_mac.py, or give --run')
-    return max(checkpoints, key=lambda path: path.stat().st_mtime).parent
+    return max(found, key=lambda path: path.stat().st_mtime).parent
 
 
 def unseen_text(run: Run, paths: Sequence[str | Path] = ()) -> tuple[Int[Tensor, ' n'], str]:

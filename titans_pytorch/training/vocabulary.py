@@ -64,6 +64,7 @@ class BPEVocabulary:
     """
 
     def __init__(self, tokenizer: Tokenizer):
+        tokenizer = type(tokenizer).from_str(tokenizer.to_str())  # the caller's own keeps its settings
         tokenizer.no_truncation()
         tokenizer.no_padding()
         vocabulary = tokenizer.get_vocab()

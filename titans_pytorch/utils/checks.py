@@ -289,7 +289,7 @@ def checked_entries(entries: Any, batch: int) -> Int[Tensor, ' e']:
     chosen = check_integers('entries', entries)
     if not all(-batch <= entry < batch for entry in chosen):
         raise ValueError(f'entries must be integers from {-batch} to {batch - 1}, got {chosen}')
-    return torch.tensor(chosen, dtype=torch.long) % batch
+    return torch.tensor(chosen, dtype=torch.long, device='cpu') % batch
 
 
 def checked_state(name: str, state: Any, kind: Any) -> Any:

@@ -200,7 +200,8 @@ class Backend:
 
 def final_momentum(orders: dict[str, list[Tensor]]) -> Weights:
     """The momentum after the last chunk, from that after each chunk, (bh, n, …) for each order."""
-    return {name: stacked([order[:, -1] for order in by_order]) for name, by_order in orders.items()}
+    # copies, as a state would keep the momentum after all chunks
+    return {name: stacked([order[:, -1].clone() for order in by_order]) for name, by_order in orders.items()}
 
 
 def stacked(orders: list[Tensor]) -> Float[Tensor, 'o bh ...']:

@@ -45,7 +45,8 @@ class DenseBackend(Backend):
         for name, update in updates.items():
             # Titans eq. 13: M_t = (1 − α_t) M_{t−1} + S_t, with M before the first chunk in front
             every = self.scan(gates.retention.unsqueeze(-1), update, prev=weights.newest[name], remove_prev=False)
-            dense[name], final[name] = every[:, :-1], every[:, -1]
+            # a copy, as a state would keep the weights of all chunks
+            dense[name], final[name] = every[:, :-1], every[:, -1].clone()
         return Stored(StoredBlock(dense, final), final_momentum(orders), losses)
 
     def gradients_of_chunks(

@@ -27,7 +27,7 @@ def token_choice(
 
 def without_unlikely(logits: Float[Tensor, '... l'], min_p: float | Tensor) -> Float[Tensor, '... l']:
     """Logits with −inf for tokens less likely than `min_p` times the likeliest."""
-    probs = logits.softmax(dim=-1)
+    probs = at_least_float32(logits).softmax(dim=-1)
     return logits.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), float('-inf'))
 
 

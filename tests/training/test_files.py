@@ -1,0 +1,52 @@
+"""Files and folders that survive a kill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from titans_pytorch.training import atomic_file, finish_saves, remove_leftovers
+from titans_pytorch.training.checkpoints import CONTENT, checkpoints
+
+
+def test_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / 'file'
+    with atomic_file(path) as first:
+        first.write(b'first')
+        with atomic_file(path) as second:
+            second.write(b'second, which is longer')
+        assert path.read_bytes() == b'second, which is longer'
+    assert path.read_bytes() == b'first'
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_only_what_this_package_left_is_removed(tmp_path: Path) -> None:
+    for name in ('mine.tmp', 'run.pt.1.tmp'):
+        (tmp_path / name).mkdir()
+    with pytest.raises(RuntimeError), atomic_file(tmp_path / 'file'):
+        raise RuntimeError
+    (tmp_path / 'checkpoint.0123.titans.tmp').write_bytes(b'half')
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {'mine.tmp', 'run.pt.1.tmp'}
+
+
+@pytest.mark.parametrize(
+    ('left', 'kept'),
+    [
+        (['best.titans.tmp', 'best.old.titans.tmp'], 'best.titans.tmp'),  # killed between the renames
+        (['best.old.titans.tmp'], 'best.old.titans.tmp'),
+        (['best', 'best.titans.tmp'], 'best'),
+        (['best', 'best.old.titans.tmp'], 'best'),
+    ],
+)
+def test_shards_that_are_complete_survive_a_kill(left: list[str], kept: str, tmp_path: Path) -> None:
+    for name in left:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / CONTENT).write_text(name)
+    (tmp_path / 'other.titans.tmp').mkdir()  # not complete
+    assert all('tmp' not in path.name for path in checkpoints(tmp_path))
+    finish_saves(tmp_path)
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ['best']
+    assert (tmp_path / 'best' / CONTENT).read_text() == kept
