@@ -57,6 +57,8 @@ def main() -> float:
         if saved is not None:
             model.load_state_dict(saved['model_state_dict'])
             optimizer.load_state_dict(saved['optimizer_state_dict'])
+            if saved['data_sha256'] != data.sha256:
+                raise SystemExit(f'{path} was trained on other text: name another --run-dir')
             generator.set_state(saved['windows_random'])
             start = saved['batch']
         elif first:
@@ -80,6 +82,8 @@ def main() -> float:
                 row = {'step': batch, 'train_loss': train_loss.item(), 'val_loss': loss}
                 row['bpb'] = loss / math.log(2) * data.tokens_per_byte
                 t.say(str(row))
+                if not math.isfinite(loss):
+                    raise SystemExit('training has diverged; the last checkpoint is from before')
                 if first:
                     t.append(options.run_dir / 'metrics.jsonl', json.dumps(row) + '\n')
                     states = {'model_state_dict': model.state_dict(), 'optimizer_state_dict': optimizer.state_dict()}

@@ -156,6 +156,8 @@ def test_the_text_that_the_model_has_not_seen(vocabulary, tmp_path: Path) -> Non
     assert run.vocabulary.decode(other) == TEXT[:500]
 
     (tmp_path / 'run/text.txt').write_bytes(TEXT[:-1])
+    with pytest.raises(BadData, match='is, or was, part of the text that'):
+        unseen_text(run, [tmp_path / 'run/text.txt'])
     with pytest.raises(BadData, match='the text that .*best.pt was trained on is not here: name it, or another, with'):
         unseen_text(run)
     (tmp_path / 'run/text.txt').unlink()

@@ -126,7 +126,7 @@ def unseen_text(run: Run, paths: Sequence[str | Path] = ()) -> tuple[Int[Tensor,
         paths: files and folders. Default: the text that the run was trained on.
 
     Raises:
-        BadData: if the text cannot be read or is not there.
+        BadData: if the text cannot be read or is not there, and for a part of the text that the run was trained on.
     """
     read = paths or _trained_on(run.settings)
     try:
@@ -138,6 +138,10 @@ def unseen_text(run: Run, paths: Sequence[str | Path] = ()) -> tuple[Int[Tensor,
         return data.test, f'test split of {data.source}'
     if data is None or not paths:
         raise BadData(f'the text that {run.checkpoint} was trained on is not here: name it, or another, with --data')
+    trained_on = [path.resolve() for path in _trained_on(run.settings)]
+    for path in (Path(given).resolve() for given in paths):
+        if any(path == seen or path in seen.parents or seen in path.parents for seen in trained_on):
+            raise BadData(f'{path} is, or was, part of the text that {run.checkpoint} was trained on: name other text')
     return torch.cat(data[:3]), data.source
 
 
