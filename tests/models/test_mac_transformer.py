@@ -31,6 +31,15 @@ def test_cached_logits_equal_one_pass(index):
         assert_same(torch.cat(logits, dim=1), whole[:, : lengths[-1]], 1e-9)
 
 
+@every_configuration
+def test_keys_and_values_in_a_cache_may_be_one_tensor_as_in_the_reference(index):
+    model, tokens = transformer(index), ids(15)
+    position, key_values, memories = model(tokens[:, :9], return_cache=True)[1]
+    stacked = torch.stack([torch.stack(pair) for pair in key_values])
+    expected = model(tokens[:, 9:], state=(position, key_values, memories))
+    assert_same(model(tokens[:, 9:], state=(position, stacked, memories)), expected, 0.0)
+
+
 @pytest.mark.parametrize('index', range(0, len(CONFIGURATIONS), 2))  # the logits of all are compared above
 def test_cached_samples_equal_uncached(index):
     model, prompt = transformer(index), ids(7)

@@ -89,6 +89,8 @@ def checked_model_state(state: Any, blocks: Sequence[Block], batch: int) -> Mode
     """`state` as a `ModelState`, which must fit a model of these blocks and a batch of this size."""
     position, key_values, memories = checked_state('state', state, ModelState)
     position = check_integer('state.seq_index', position, 0)
+    if isinstance(key_values, Tensor) and key_values.ndim > 1 and key_values.shape[1] == 2:  # the reference's
+        key_values = [pair.unbind(0) for pair in key_values]
     if not isinstance(key_values, (tuple, list)) or not isinstance(memories, (tuple, list)):
         given = f'{described(key_values)} and {described(memories)}'
         raise TypeError(f'state must hold lists of key_values and of memories, got {given}')
