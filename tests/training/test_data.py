@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import zipfile
 from pathlib import Path
 
@@ -72,6 +73,30 @@ def test_bpe_tokens_are_the_text(tmp_path, cache):
     (tmp_path / 'text').write_bytes(content + b'!')
     assert load_data([tmp_path / 'text'], data.vocabulary, cache=cache).sha256 != data.sha256
     assert len([*cache.iterdir()]) == 7
+
+
+def test_vocabularies_share_a_cache(tmp_path, cache):
+    whole = text(3000)
+    (tmp_path / 'text').write_bytes(whole)
+    for size in (280, 300, 280):
+        data = load_data([tmp_path / 'text'], size, cache=cache)
+        assert data.vocabulary.size == size
+        assert b''.join(data.vocabulary.decode(part) for part in data[:3]) == whole
+
+
+@pytest.mark.parametrize('left', [0, 7, 100])
+def test_files_of_the_cache_that_were_cut_short_are_made_again(left, tmp_path, cache):
+    whole = text(3000)
+    (tmp_path / 'text.gz').write_bytes(gzip.compress(whole))
+
+    def loaded():
+        data = load_data([tmp_path / 'text.gz'], 300, cache=cache)
+        return [data.vocabulary.decode(part) for part in data[:3]]
+
+    expected = loaded()
+    for path in cache.iterdir():
+        os.truncate(path, left)
+    assert loaded() == expected and b''.join(expected) == whole
 
 
 def test_text_that_cannot_be_encoded_is_named(tmp_path, cache):

@@ -26,6 +26,8 @@ CHUNK = 1 << 16
 """Bytes that are tokenised at a time. `tokenizers` holds some hundreds of them."""
 BPE_SAMPLE = 1 << 26
 """Bytes of a text that a vocabulary is trained on."""
+LENGTH = 8
+"""Bytes of the number at the end of a cache file."""
 
 
 class BadData(RunError):
@@ -145,27 +147,42 @@ def _mapped_text(files: list[Path], cache: Path) -> tuple[Int[Tensor, ' n'], str
         digest.update(block)
     sha256 = digest.hexdigest()
     if len(files) == 1 and files[0].suffix not in ('.gz', '.zip'):
-        return _mapped(files[0], torch.uint8), sha256
+        return _mapped(files[0], torch.uint8, files[0].stat().st_size), sha256
     path = cache / f'{sha256[:16]}.bytes'
-    _cached(path, _blocks(files))
-    return _mapped(path, torch.uint8), sha256
+    return _mapped(path, torch.uint8, _cached(path, _blocks(files))), sha256
 
 
-def _cached(path: Path, blocks: Iterable[bytes]) -> None:
-    """Write a file of the cache, unless it is there."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent, older_than=3600.0)
-        with atomic_file(path) as file:
-            file.writelines(blocks)
+def _cached(path: Path, blocks: Iterable[bytes]) -> int:
+    """The number of bytes in a file of the cache, which is written unless it is there. The number itself follows them,
+    so that a file that was cut short is written again."""
+    if (length := _length(path)) is not None:
+        return length
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent, older_than=3600.0)
+    with atomic_file(path) as file:
+        length = sum(map(file.write, blocks))
+        file.write(length.to_bytes(LENGTH, 'little'))
+    return length
 
 
-def _mapped(path: Path, dtype: torch.dtype) -> Int[Tensor, ' n']:
+def _length(path: Path) -> int | None:
+    """The number of bytes before the one at the end of a file; `None` if it is missing, or does not fit."""
+    try:
+        with open(path, 'rb') as file:
+            size = file.seek(0, os.SEEK_END) - LENGTH
+            file.seek(max(size, 0))
+            return size if size == int.from_bytes(file.read(), 'little') else None
+    except FileNotFoundError:
+        return None
+
+
+def _mapped(path: Path, dtype: torch.dtype, length: int) -> Int[Tensor, ' n']:
+    """The first `length` bytes of a file as numbers."""
     kind = {torch.uint8: np.uint8, torch.int16: np.int16, torch.int32: np.int32}[dtype]
-    if path.stat().st_size == 0:  # cannot be mapped
+    if length == 0:  # cannot be mapped
         return torch.zeros(0, dtype=dtype)
     # copy-on-write, as a tensor cannot be read-only
-    return torch.from_numpy(np.memmap(path, kind, mode='c'))
+    return torch.from_numpy(np.memmap(path, kind, mode='c', shape=(length // dtype.itemsize,)))
 
 
 # tokens
@@ -177,8 +194,8 @@ def _trained_bpe(text: Tensor, size: int, cache: Path, sha256: str) -> Vocabular
         yield json.dumps(train_bpe(sample, size).to_dict()).encode()
 
     path = cache / f'{sha256[:16]}-bpe-{size}.json'
-    _cached(path, trained())
-    return vocabulary_from_dict(json.loads(path.read_bytes()))
+    length = _cached(path, trained())
+    return vocabulary_from_dict(json.loads(path.read_bytes()[:length]))
 
 
 def _split(text: Tensor, ends: list[int]) -> list[Tensor]:
@@ -210,8 +227,8 @@ def _tokenised(parts: Sequence[Tensor], vocabulary: Vocabulary, cache: Path, sha
     tokens = []
     for name, part in zip(('train', 'valid', 'test'), parts):
         path = cache / f'{sha256[:16]}-{words[:16]}.{name}'
-        _cached(path, (vocabulary.encode(chunk).to(dtype).numpy().tobytes() for chunk in _chunks(part)))
-        tokens.append(_mapped(path, dtype))
+        length = _cached(path, (vocabulary.encode(chunk).to(dtype).numpy().tobytes() for chunk in _chunks(part)))
+        tokens.append(_mapped(path, dtype, length))
     return tokens
 
 
