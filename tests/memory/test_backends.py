@@ -358,7 +358,7 @@ def test_a_stream_holds_constant_memory():
 
 @pytest.mark.parametrize('kwargs', [{}, {'engine': 'dense'}, {'spectral_norm_surprises': True}, {'momentum_order': 2}])
 def test_weights_that_go_on_hold_nothing_of_the_call_before(kwargs):
-    mem = NeuralMemory(8, chunk_size=4, batch_size=64, **kwargs)
+    mem = NeuralMemory(8, chunk_size=4, **kwargs)
     held = []
     with torch.no_grad():
         for length in (64, 512):

@@ -27,7 +27,7 @@ def momentum_scan(
         if log_gates is not None:
             flat_start = None if start is None else start.flatten(1)
             momenta = _states(log_gates, momenta.flatten(2), flat_start).view_as(momenta)
-    return momenta.to(out_dtype), momenta[:, -1]
+    return momenta.to(out_dtype), momenta[:, -1].clone()  # alone, it keeps none of the others
 
 
 def vector_scan(
@@ -46,7 +46,8 @@ def vector_scan(
         if log_gates is not None:
             momenta = _states(log_gates, momenta, momentum_start)
         weights = _states(log_retention, momenta, weight_start, keep_start=True)
-    return weights[:, :-1].to(out_dtype), weights[:, -1], None if log_gates is None else momenta[:, -1]
+    # copies, which keep none of those before
+    return weights[:, :-1].to(out_dtype), weights[:, -1].clone(), None if log_gates is None else momenta[:, -1].clone()
 
 
 def _states(
