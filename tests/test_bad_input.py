@@ -40,6 +40,13 @@ class Widens(nn.Module):
         return x @ self.weight
 
 
+class Running(nn.Module):
+    """Sums over earlier tokens: causal, but another result where a sequence is split."""
+
+    def forward(self, x):
+        return x.cumsum(dim=1)
+
+
 class Pair(nn.Linear):
     def forward(self, x):
         return super().forward(x), x
@@ -79,6 +86,7 @@ BAD_MEMORIES = [
     (dict(activation=nn.GLU()), ValueError, 'activation must keep the shape'),
     (dict(activation=nn.PReLU(3)), ValueError, 'activation must take'),
     (dict(activation=nn.Softmax(dim=1)), ValueError, 'activation must treat tokens separately'),
+    (dict(activation=Running()), ValueError, 'activation must treat tokens separately'),
     (
         dict(adaptive_step_transform=nn.Softmax(dim=-1)),
         ValueError,

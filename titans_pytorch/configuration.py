@@ -83,8 +83,7 @@ def memory_config(**arguments: Any) -> dict[str, Any]:
     Raises:
         ValueError, TypeError: for an unknown argument, activation or network, and for a value that JSON cannot hold.
     """
-    if unknown := arguments.keys() - inspect.signature(NeuralMemory).parameters.keys():
-        raise TypeError(f'config must hold arguments of NeuralMemory; got {", ".join(sorted(map(str, unknown)))}')
+    _check_names(NeuralMemory, arguments)
     if 'activation' in arguments:
         arguments['activation'] = _activation_name(arguments['activation'])
     _check_network('model', arguments.get('model'))
@@ -105,11 +104,17 @@ def _check_arguments(architecture: Any, arguments: Mapping[str, Any]) -> None:
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise ValueError(f'architecture must be one of {[*ARCHITECTURES]}, got {described(architecture)}')
     constructor = ARCHITECTURES[architecture]
-    accepted = inspect.signature(constructor).parameters.keys() - NOT_STORED
-    if unknown := arguments.keys() - accepted:
-        expected = f'arguments of {constructor.__name__}, but none of {sorted(NOT_STORED)}, which JSON cannot hold'
-        raise TypeError(f'config must hold {expected}; got {", ".join(sorted(unknown))}')
+    _check_names(constructor, arguments, NOT_STORED)
     check_keywords(neural_memory_kwargs=arguments.get('neural_memory_kwargs', {}))
+
+
+def _check_names(constructor: type, arguments: Mapping[str, Any], left_out: tuple[str, ...] = ()) -> None:
+    """`arguments` must be among those of a constructor, without some that JSON cannot hold."""
+    accepted = inspect.signature(constructor).parameters.keys() - {*left_out}
+    if unknown := arguments.keys() - accepted:
+        but_none = f', but none of {sorted(left_out)}, which JSON cannot hold' if left_out else ''
+        came = ', '.join(sorted(map(str, unknown)))
+        raise TypeError(f'config must hold arguments of {constructor.__name__}{but_none}; got {came}')
 
 
 def _as_json(config: dict[str, Any]) -> dict[str, Any]:

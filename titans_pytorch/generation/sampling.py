@@ -246,7 +246,7 @@ def stream(
     choose = _chooser(temperature, kept, generator, request.prompt)
     reader = _CachedReader(self, store, return_surprises, cache, state, cuda_graphs, compiled)
     positions = _positions(self, reader, request, choose, return_logprobs)
-    return positions if return_logprobs or return_surprises else _tokens_of(positions)
+    return _given_away(positions, whole=return_logprobs or return_surprises)
 
 
 def _check_runner(cached: bool, cuda_graphs: Any, compiled: Any) -> None:
@@ -374,8 +374,7 @@ def _positions(
                     shown, tokens = (tokens.masked_fill(finished, pad) for pad in (pad_token, pad_input))
                     stopped = torch.isin(tokens, stops) & (position >= ends)
                     finished = finished | stopped | (position + 1 >= limits)
-                # a copy, as the next step reads the tokens
-                yield Sampled(shown.clone(), of_tokens, reader.new_surprises())
+                yield Sampled(shown, of_tokens, reader.new_surprises())
                 if may_end_early and finished.all():
                     break
             if unchecked:
@@ -397,15 +396,16 @@ def _checked_at_hand(unchecked: list[Tensor]) -> list[Tensor]:
     return unchecked if len(unchecked) < _MOST_UNCHECKED else [torch.stack(unchecked).amin(dim=0)]
 
 
-def _tokens_of(positions: Generator[Sampled, None, Any]) -> Generator[Int[Tensor, ' b'], None, Any]:
-    """Yield the tokens alone; return the cache."""
+def _given_away(positions: Generator[Sampled, None, Any], whole: bool) -> Generator[Any, None, Any]:
+    """Yield whole positions, or the tokens alone; return the cache. Tokens are copies, as the next step reads them."""
     with contextlib.closing(positions):
         while True:
             try:
                 position = next(positions)
             except StopIteration as end:
                 return end.value
-            yield position.tokens
+            tokens = position.tokens.clone()
+            yield position._replace(tokens=tokens) if whole else tokens
 
 
 class _Reader:

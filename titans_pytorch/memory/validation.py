@@ -40,7 +40,7 @@ from titans_pytorch.utils.checks import (
     first_line,
     flags_among,
 )
-from titans_pytorch.utils.functional import is_traced, keeping_random_state, outside_inference, replaced
+from titans_pytorch.utils.functional import is_traced, keeping_random_state, on_cpu, outside_inference, replaced
 from titans_pytorch.utils.packing import PackedDocuments
 from titans_pytorch.utils.precision import at_least_float32
 from titans_pytorch.utils.shapes import Bool, Float
@@ -123,35 +123,38 @@ def _check_activation(activation: Module, features: int) -> None:
     how a sequence is split."""
     if any(t.is_meta for t in (*activation.parameters(), *activation.buffers())):
         return
-    with keeping_random_state(torch.device('cpu')), torch.device('cpu'), torch.no_grad():
+    with on_cpu(), torch.no_grad():
         x = torch.randn(2, 3, features, generator=torch.Generator().manual_seed(0))
         copy = deepcopy(activation).to('cpu', x.dtype)
         try:
-            out, again, beginning = (copy(own.clone()) for own in (x, x, x[:, :2]))
+            out = copy(x.clone())
+            mixes = out.shape == x.shape and _mixes_tokens(copy, x)
         except Exception as cause:
             raise ValueError(f'activation must take {tuple(x.shape)}, but fails: {first_line(cause)}') from cause
     if out.shape != x.shape:
         raise ValueError(f'activation must keep the shape {tuple(x.shape)}, but returned {tuple(out.shape)}')
-    # dropout has nothing to compare
-    if torch.equal(out, again) and not torch.allclose(out[:, :2], beginning):
-        raise ValueError('activation must treat tokens separately, but its result for a token depends on later ones')
+    if mixes:
+        raise ValueError('activation must treat tokens separately, but its result for a token depends on other ones')
 
 
 def _check_step_transform(transform: Callable[[Tensor], Any], heads: int) -> None:
     """Tries it on random numbers, if it works on a CPU: each step size must depend on its own logit alone."""
-    with keeping_random_state(torch.device('cpu')), torch.device('cpu'), torch.no_grad():
+    with on_cpu(), torch.no_grad():
         logits = torch.randn(heads, 6, generator=torch.Generator().manual_seed(0))
         try:
-            transform = deepcopy(transform).to('cpu') if isinstance(transform, Module) else transform
-            out, again, first, last = (transform(own.clone()) for own in (logits, logits, logits[:, :3], logits[:, 3:]))
-            # random numbers have nothing to compare
-            mixes = torch.equal(out, again) and not torch.allclose(torch.cat((first, last), dim=1), out)
+            mixes = _mixes_tokens(deepcopy(transform).to('cpu') if isinstance(transform, Module) else transform, logits)
         except Exception:
             return  # of its results, every call checks the shape
     if mixes:
         raise ValueError(
             'adaptive_step_transform must treat tokens separately, but its result for a token depends on other ones'
         )
+
+
+def _mixes_tokens(function: Callable[[Tensor], Any], x: Float[Tensor, 'b n ...']) -> bool:
+    """True if the result for a token depends on other tokens; false for random results, which cannot be compared."""
+    out, again, *parts = (function(own.clone()) for own in (x, x, x[:, :2], x[:, 2:]))
+    return torch.equal(out, again) and not torch.allclose(torch.cat(parts, dim=1), out)
 
 
 def _check_combinations(settings: Settings, arguments: Mapping[str, Any]) -> None:

@@ -27,6 +27,7 @@ from titans_pytorch.training.distributed import (
 )
 from titans_pytorch.training.machine import Machine
 from titans_pytorch.utils.checks import check_positive
+from titans_pytorch.utils.functional import keeping_random_state
 
 
 class MicroStep:
@@ -101,8 +102,8 @@ class MicroStep:
 
     def _compile_kernels(self, inputs: Tensor) -> None:
         """A pass without results, in which kernels of this package are compiled in parallel."""
-        fork = torch.random.fork_rng([self.machine.device])
-        with self._gradients_set_aside(), fork, kernels_compiled_together():
+        random_state = keeping_random_state(self.machine.device)
+        with self._gradients_set_aside(), random_state, kernels_compiled_together():
             self._compute(inputs.to(self.machine.device))
         self.kernels_compiled = True
 

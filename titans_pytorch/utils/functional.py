@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from functools import partial
 from types import MethodType
@@ -82,6 +82,13 @@ def is_traced() -> bool:
 def keeping_random_state(device: torch.device) -> AbstractContextManager[None]:
     """Inside, random numbers may be drawn on the CPU and on `device`, whose random states are restored at the end."""
     return torch.random.fork_rng([device] if device.type == 'cuda' else [])
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Work on the CPU that leaves its random state as it is."""
+    with keeping_random_state(torch.device('cpu')), torch.device('cpu'):
+        yield
 
 
 def can_checkpoint() -> bool:

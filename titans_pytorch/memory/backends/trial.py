@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -25,6 +23,7 @@ from titans_pytorch.utils.functional import (
     call_with_weights,
     is_intercepted,
     keeping_random_state,
+    on_cpu,
     on_meta,
     with_tensors,
 )
@@ -156,15 +155,15 @@ class Trial(NamedTuple):
         return kind(self.network, None, default_loss_fn, AssocScan(), None, False)
 
     def _retrieved(self, kind: type[Backend]) -> Tensor:
-        with _on_cpu():
+        with on_cpu():
             return self._backend(kind).apply_over_time(FastWeights.of(self.over_time), self.chunks.keys, 0)
 
     def _dense_gradients(self) -> Weights:
-        with _on_cpu():
+        with on_cpu():
             return self._backend(DenseBackend).gradients_of_chunks(self.chunks, self.base, None)[0]
 
     def _dual_gradients(self) -> Weights:
-        with _on_cpu():
+        with on_cpu():
             gradients = self._backend(DualBackend).traced_gradients(self.chunks, self.base, None)
         return {name: gradients.dense(name) for name in self.base}
 
@@ -184,12 +183,5 @@ class Trial(NamedTuple):
 
     def _output(self, network: Module, rows: Tensor | None = None) -> Tensor:
         weights = {name: w[0] for name, w in self.base.items()}
-        with _on_cpu(), torch.no_grad():
+        with on_cpu(), torch.no_grad():
             return call_with_weights(network, weights, self.chunks.keys[0, 0] if rows is None else rows)
-
-
-@contextmanager
-def _on_cpu() -> Iterator[None]:
-    """Work on the CPU that leaves its random state as it is."""
-    with torch.random.fork_rng(devices=[]), torch.device('cpu'):
-        yield
