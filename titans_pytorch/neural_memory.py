@@ -516,8 +516,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
             seq: (batch, length, dim); with `qkv_receives_diff_views` (3, batch, length, dim), the views for queries,
                 keys and values, or (1, batch, length, dim) beside `store_seq`. Without the length axis it is a single
                 token.
-            store_seq: the sequence to store, if it is not `seq`, of the same length, as token t of `seq` reads what was
-                stored before token t; (2, batch, length, dim) with different views.
+            store_seq: the sequence to store, if it is not `seq`, and as long, since token t of `seq` reads the chunks
+                that are complete by token t of `store_seq`; (2, batch, length, dim) with different views.
             state: the state that the previous call returned. Pieces may have any length.
             detach_mem_state: detach the returned state from the graph.
             prev_weights: another memory's `state.updates`, if `accept_weight_residual`: over the tokens of this call,

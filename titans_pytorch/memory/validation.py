@@ -289,9 +289,9 @@ class MemoryLayout(NamedTuple):
             self.check_store('store_seq', to_store, queries.shape[0])
             if to_store.shape[-2] != queries.shape[1]:
                 raise ValueError(
-                    f'store_seq must have a token for each of the {queries.shape[1]} tokens of seq, which read what '
-                    f'was stored before them, got {to_store.shape[-2]}; to ask about a sequence after all of it is '
-                    f'stored, pass the questions in a further call with store=False'
+                    f'store_seq must have a token for each of the {queries.shape[1]} tokens of seq, which read the '
+                    f'chunks that are complete by then, got {to_store.shape[-2]}; to ask about a sequence after all of '
+                    f'it is stored, pass the questions in a further call with store=False'
                 )
         mask = self.checked_mask('store_mask', store_mask, to_store)
         if ttt_batch_size is not None:
