@@ -40,7 +40,9 @@ class Programs(NamedTuple):
 
 # measured with 2,320 and 74,240 positions of four streams of 384 features
 FORWARD = Programs(4, 4)
-BACKWARD_PRODUCTS, BACKWARD_GATES, BACKWARD_ROWS = Programs(2, 2), Programs(8, 4, 1056), Programs(2, 1, 352)
+BACKWARD_PRODUCTS, BACKWARD_GATES, BACKWARD_ROWS = Programs(2, 2), Programs(8, 1, 1056), Programs(2, 1, 352)
+# of a thread forward, of up to `FEW` streams: five programs fit on a multiprocessor instead of four
+FORWARD_REGISTERS = 96
 # threads that divide the features of a position, and how many each reads at once; half as many where there are more
 # streams than `FEW`, as all must fit its registers
 THREADS, WIDTH, FEW = 32, 4, 4
@@ -607,6 +609,7 @@ def _forward(
             branch_in=branch_in, mixed=mixed, next_write=write, saved=saved,
             root_of_dim=dim**0.5, iters=iters, EPS=eps, LOGITS=streams + 2 if adds else 1,
             POSITIONS=FORWARD.positions, num_warps=FORWARD.warps,
+            maxnreg=FORWARD_REGISTERS if streams <= FEW else None,
         )  # fmt: skip
     return branch_in, mixed, write, saved, to_logits
 
