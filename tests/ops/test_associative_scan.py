@@ -88,6 +88,38 @@ def test_choosing_the_kernel(kernels_everywhere, monkeypatch):
         assert_same(AssocScan(use_accelerated=True)(gates, inputs, **kwargs), expected[name], 1e-5)
 
 
+@pytest.mark.filterwarnings('ignore:use_accelerated_scan=True')
+def test_what_the_plain_scan_broadcasts_or_promotes_is_left_to_it(kernels_everywhere):
+    inputs, prev = torch.randn(2, 7, 3, 5, device=DEVICE), torch.randn(2, 3, 5, device=DEVICE)
+    one = torch.rand(1, 7, 1, device=DEVICE)
+    cases = [(one, inputs, prev), (one[..., 0], inputs, prev), (one[:, :, None].double(), inputs, prev)]
+    cases += [(torch.rand(2, 7, 1, device=DEVICE), inputs, p) for p in (prev.double(), None)]
+    for gates, x, start in cases:
+        came, expected = (AssocScan(use_accelerated=use)(gates, x, prev=start) for use in (True, False))
+        assert came.dtype == expected.dtype
+        assert_same(came, expected, 1e-6)
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits():
+    steps, features = 17, 2**27
+    inputs = torch.zeros(1, steps, features, dtype=torch.bfloat16, device='cuda')
+    ends = torch.cat((torch.arange(4), torch.arange(features - 4, features))).cuda()
+    inputs[:, :, ends] = torch.randn(1, steps, 8, device='cuda').bfloat16()
+    gates = torch.rand(1, steps, 1, device='cuda').bfloat16()
+    prev = torch.zeros(1, features, dtype=torch.bfloat16, device='cuda')
+
+    def last_of(scan, gates, inputs, prev, own):
+        given = [t.detach().requires_grad_() for t in (gates, inputs, prev)]
+        out = scan(*given)
+        out[:, -1, own].sum().backward()
+        return out.detach()[:, :, own], given[0].grad, given[1].grad[:, :, own]
+
+    came = last_of(AssocScan(use_accelerated=True), gates, inputs, prev, ends)
+    exact = last_of(AssocScan(), gates.double(), inputs[:, :, ends].double(), prev[:, ends].double(), torch.arange(8))
+    assert_same(came, exact, 3e-2)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize('inputs_shape', [(2, 7, 5), (2, 7, 4, 6), (2, 1, 3), (70000, 2, 3), (1, 3, 70000)])
 @pytest.mark.parametrize('gates_like_inputs', [False, True])

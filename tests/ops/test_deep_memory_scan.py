@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from compare import assert_no_worse, assert_same
 
+from titans_pytorch import MemoryMLP, NeuralMemory, without_kernels
 from titans_pytorch.ops.deep_memory_scan import deep_memory_scan
 from titans_pytorch.ops.norms import standardise
 from titans_pytorch.ops.proximal_steps import proximal_deltas, proximal_vector
@@ -302,3 +303,21 @@ def test_the_operation_is_registered_correctly(kernels, num_proximal_steps):
     of_gamma = torch.stack(gamma, dim=1).detach().requires_grad_()
     args = (*rows, flat, of_gamma, *coefficients, 16, 3, 1, True, EPS, num_proximal_steps, torch.float32)
     torch.library.opcheck(kernels.deep_memory_scan, args, test_utils=CHECKS)
+
+
+def test_training_is_compiled_without_momentum(kernels, fresh_compiler):
+    model = MemoryMLP(16, depth=3)
+    settings = {'chunk_size': 2, 'batch_size': 4, 'momentum': False, 'default_step_transform_max_lr': 0.1}
+    memory = NeuralMemory(16, model=model, **settings).to(DEVICE)
+    seq = torch.randn(2, 32, 16, device=DEVICE)
+
+    def gradients(loss):
+        found = torch.autograd.grad(loss(seq), [*memory.parameters()], allow_unused=True)
+        return [d for d in found if d is not None]
+
+    def loss(seq):
+        return memory(seq)[0].square().sum()
+
+    with without_kernels():
+        expected = gradients(loss)
+    assert_same(gradients(torch.compile(loss)), expected, 1e-4 if DEVICE == 'cpu' else 1e-3)

@@ -502,3 +502,14 @@ def test_weights_stored_under_autocast_serve_without_it():
     low = {name: w.to(torch.bfloat16) for name, w in state.updates.items()}
     rounded = {name: w.float() for name, w in low.items()}
     assert_same(two(seq, prev_weights=low)[0], two(seq, prev_weights=rounded)[0], 1e-6)
+
+
+@pytest.mark.gpu
+def test_sums_of_parts_beyond_32_bits():
+    from titans_pytorch.ops.momentum_scan import triton
+
+    count = 2**30
+    parts = torch.ones(3, count, dtype=torch.bfloat16, device='cuda')
+    parts[2, -1] = 4.0
+    sums = triton._summed(parts, torch.bfloat16)
+    assert_same((sums.min(), sums.max(), sums[-1]), tuple(torch.tensor(value) for value in (3.0, 6.0, 6.0)), 0.0)

@@ -33,6 +33,9 @@ VOLTA, AMPERE, HOPPER = 7, 8, 9
 
 LOW_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
+MOST_ENTRIES = 2**31
+"""Entries over which a kernel's offsets range, at most, where they have 32 bits."""
+
 _HAS_TRITON = importlib.util.find_spec('triton') is not None
 _LOCK = threading.Lock()
 _contexts = 0  # of `without_kernels`, in all threads
@@ -91,6 +94,13 @@ def use_kernel(
         all(t.dtype in dtypes for t in present)
         and all(t.dtype == torch.float32 for t in present_states)
         and (has_backward or _can_launch_directly([*present, *present_states]))
+    )
+
+
+def has_short_offsets(*tensors: Tensor) -> bool:
+    """True if offsets have 32 bits within each entry of the first axis, where kernels compute them so."""
+    return all(
+        sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:])) < MOST_ENTRIES for t in tensors
     )
 
 

@@ -28,8 +28,8 @@ def register_kernel(
             (int, float, bool, dtype, str, lists of numbers); it returns a tensor, a tuple of them or a list of them.
         backward: the launcher of the gradient, called with the gradient of each differentiable output (of an operation
             that returns a list: one list), then the saved outputs, then everything that `forward` was called with. It
-            returns the gradient of each tensor argument, structured like the arguments and contiguous, with `None` for
-            an absent tensor. No two may share memory.
+            returns the gradient of each tensor argument, structured like the arguments, with `None` for an absent
+            tensor. No two may share memory. What is not contiguous is copied, as tracing expects it to be.
             Launchers run with the tensors' device current.
         outputs: the outputs, uninitialised, given the arguments of `forward`: shapes and dtypes for tracing. `forward`
             allocates by the same function.
@@ -55,7 +55,8 @@ def register_kernel(
     def gradients(d_outputs: list[Tensor | None], kept: list[Tensor], *arguments: Any) -> list[Tensor]:
         first = (d_outputs,) if returns_list else d_outputs
         with torch.cuda.device_of(tensors_of(arguments)[0]):
-            return [leaf for leaf in tree_leaves(backward(*first, *kept, *arguments)) if leaf is not None]
+            found = tree_leaves(backward(*first, *kept, *arguments))
+            return [leaf.contiguous() for leaf in found if leaf is not None]
 
     def empty_gradients(d_outputs: list[Tensor | None], kept: list[Tensor], *arguments: Any) -> list[Tensor]:
         return [tensor.new_empty(tensor.shape) for tensor in tensors_of(arguments)]

@@ -41,7 +41,7 @@ class AssocScan(reference.AssocScan):
             _warn_of_cpu()
         dtypes = (*LOW_OR_SINGLE, torch.float64)
         accelerated = self.accelerate and use_kernel([gates, inputs, prev], capability=VOLTA, dtypes=dtypes)
-        if not (accelerated and self._supports(gates, inputs)):
+        if not (accelerated and self._supports(gates, inputs, prev)):
             return super().forward(gates, inputs, prev=prev, remove_prev=remove_prev, return_next=return_next)
 
         from titans_pytorch.ops.associative_scan import triton
@@ -50,14 +50,19 @@ class AssocScan(reference.AssocScan):
         states = triton.associative_scan(
             gates=gates.flatten(2) if gates.ndim > 2 else gates.unsqueeze(-1),
             inputs=rows,
-            prev=rows.new_zeros(rows.shape[0], rows.shape[2]) if prev is None else prev.flatten(1).to(rows.dtype),
+            prev=rows.new_zeros(rows.shape[0], rows.shape[2]) if prev is None else prev.flatten(1),
         )
         keeps_prev = prev is not None and remove_prev is False
         return states[:, 0 if keeps_prev else 1 :].unflatten(2, inputs.shape[2:])
 
-    def _supports(self, gates: Tensor, inputs: Tensor) -> bool:
-        plain = not (self.reverse or self.has_no_feature_dim)
-        return plain and inputs.ndim >= 3 and gates.ndim >= 2 and inputs.numel() > 0
+    def _supports(self, gates: Tensor, inputs: Tensor, prev: Tensor | None) -> bool:
+        if self.reverse or self.has_no_feature_dim or inputs.ndim < 3 or inputs.numel() == 0:
+            return False
+        # the plain scan broadcasts and promotes what differs, or refuses it
+        features = inputs.shape[2:]
+        same_steps = gates.shape[:2] == inputs.shape[:2] and gates.shape[2:] in ((), (1,), features)
+        same_start = prev is None or prev.shape == (len(inputs), *features)
+        return same_steps and same_start and all(t.dtype == inputs.dtype for t in (gates, prev) if t is not None)
 
 
 def coefficient_product(

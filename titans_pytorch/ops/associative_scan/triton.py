@@ -36,11 +36,15 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
     state = tl.load(prev + batch * features + feature, mask=inside, other=0.0).to(ACC)
     tl.store(states + feature, state, mask=inside)
-    for step in range(steps):
-        x = tl.load(inputs + step * features + feature, mask=inside, other=0.0).to(ACC)
-        g = tl.load(gates + step * gate_features + gate, mask=inside, other=0.0).to(ACC)
+    # pointers advance, as offsets from the first step may exceed 32 bits
+    for _ in range(steps):
+        states += features
+        x = tl.load(inputs + feature, mask=inside, other=0.0).to(ACC)
+        g = tl.load(gates + gate, mask=inside, other=0.0).to(ACC)
         state = g * state + x
-        tl.store(states + (step + 1) * features + feature, state, mask=inside)
+        tl.store(states + feature, state, mask=inside)
+        inputs += features
+        gates += gate_features
 
 
 @triton.jit
@@ -54,27 +58,33 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     inside = feature < features
 
     gate = tl.where(gate_features == 1, 0, feature)
-    gates += batch * steps * gate_features
-    d_gates += batch * steps * tl.where(gate_features == 1, strips, features)
-    d_inputs += batch * steps * features
-    states += batch * (steps + 1) * features
-    d_states += batch * (steps + 1) * features
+    parts = tl.where(gate_features == 1, strips, features)
+    # at the last step, from which they go back
+    gates += (batch * steps + steps - 1) * gate_features
+    d_gates += (batch * steps + steps - 1) * parts
+    d_inputs += (batch * steps + steps - 1) * features
+    states += (batch * (steps + 1) + steps - 1) * features
+    d_states += (batch * (steps + 1) + steps) * features
 
     # the gradient of a step's state: that of its own output, and that of the next step through that step's gate
-    d_state = tl.load(d_states + steps * features + feature, mask=inside, other=0.0).to(ACC)
-    for back in range(steps):
-        step = steps - 1 - back
-        tl.store(d_inputs + step * features + feature, d_state, mask=inside)
-        before = tl.load(states + step * features + feature, mask=inside, other=0.0).to(ACC)
+    d_state = tl.load(d_states + feature, mask=inside, other=0.0).to(ACC)
+    for _ in range(steps):
+        tl.store(d_inputs + feature, d_state, mask=inside)
+        before = tl.load(states + feature, mask=inside, other=0.0).to(ACC)
         d_gate = d_state * before
         if gate_features == 1:
             # this strip's part; the launcher sums the parts, so that the result does not depend on timing
-            tl.store(d_gates + step * strips + strip, tl.sum(d_gate, axis=0))
+            tl.store(d_gates + strip, tl.sum(d_gate, axis=0))
         else:
-            tl.store(d_gates + step * features + feature, d_gate, mask=inside)
-        own = tl.load(d_states + step * features + feature, mask=inside, other=0.0).to(ACC)
-        g = tl.load(gates + step * gate_features + gate, mask=inside, other=0.0).to(ACC)
+            tl.store(d_gates + feature, d_gate, mask=inside)
+        d_states -= features
+        own = tl.load(d_states + feature, mask=inside, other=0.0).to(ACC)
+        g = tl.load(gates + gate, mask=inside, other=0.0).to(ACC)
         d_state = g * d_state + own
+        d_inputs -= features
+        states -= features
+        gates -= gate_features
+        d_gates -= parts
     tl.store(d_prev + batch * features + feature, d_state, mask=inside)
 
 

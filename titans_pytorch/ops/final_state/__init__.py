@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from titans_pytorch.ops._dispatch import use_kernel
+from titans_pytorch.ops._dispatch import has_short_offsets, use_kernel
 from titans_pytorch.ops.final_state import reference
 from titans_pytorch.utils.precision import operand_dtype
 from titans_pytorch.utils.shapes import Float
@@ -50,4 +50,4 @@ def _supports(
     coefficients: Tensor, initial_coefficients: Tensor, initial_states: list[Tensor], inputs: Tensor, deltas: Tensor
 ) -> bool:
     narrow = min(inputs.shape[-1], deltas.shape[-1]) <= WIDEST
-    return narrow and inputs.numel() > 0 and len(initial_states) <= MOST_STATES
+    return narrow and inputs.numel() > 0 and len(initial_states) <= MOST_STATES and has_short_offsets(inputs, deltas)

@@ -46,9 +46,10 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     heads, n, eps, x_batch, x_head, x_row, l_batch, l_row,
     dim: tl.constexpr, NORM: tl.constexpr, PER_FEATURE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    own_head, first = tl.program_id(0), tl.program_id(1) * ROWS
+    blocks = tl.cdiv(n, ROWS)
+    own_head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     own, _, gain, gate, _, _, inside, to_heads = _load(
-        x, gamma, logits, own_head, first, n, eps, x_batch, x_head, x_row, l_batch, l_row, heads, dim,
+        x, gamma, logits, own_head, block * ROWS, n, eps, x_batch, x_head, x_row, l_batch, l_row, heads, dim,
         NORM, PER_FEATURE, DIM, ROWS,
     )  # fmt: skip
     tl.store(out + to_heads, own * gain * gate, mask=inside)
@@ -60,9 +61,10 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     heads, n, eps, x_batch, x_head, x_row, l_batch, l_row,
     dim: tl.constexpr, NORM: tl.constexpr, PER_FEATURE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    own_head, first = tl.program_id(0), tl.program_id(1) * ROWS
+    blocks = tl.cdiv(n, ROWS)
+    own_head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     own, inverse, gain, gate, row, feature, inside, to_heads = _load(
-        x, gamma, logits, own_head, first, n, eps, x_batch, x_head, x_row, l_batch, l_row, heads, dim,
+        x, gamma, logits, own_head, block * ROWS, n, eps, x_batch, x_head, x_row, l_batch, l_row, heads, dim,
         NORM, PER_FEATURE, DIM, ROWS,
     )  # fmt: skip
     d_gated = tl.load(d_out + to_heads, mask=inside, other=0.0).to(tl.float32)
@@ -75,7 +77,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         tl.store(d_logits + (batch * n + row) * heads + head, of_rows, mask=row < n)
     d_own = d_gated * gate
     if NORM:
-        to_gamma = d_gamma + (own_head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * dim + feature
+        to_gamma = d_gamma + tl.program_id(0).to(tl.int64) * dim + feature
         tl.store(to_gamma, tl.sum(d_own * own, axis=0), mask=feature < dim)
         d_own *= gain
         d_own = inverse * (d_own - own * (tl.sum(d_own * own, axis=1) / dim)[:, None])
@@ -88,8 +90,8 @@ def _outputs(x: Tensor, gamma: Tensor | None, logits: Tensor, dtype: torch.dtype
     return x.new_empty(batch, n, heads * dim, dtype=dtype)
 
 
-def _arguments(x: Tensor, gamma: Tensor | None, logits: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
-    """The grid, and what both kernels take."""
+def _arguments(x: Tensor, gamma: Tensor | None, logits: Tensor) -> tuple[int, dict[str, Any]]:
+    """Blocks of rows of a head, with a program each, and what both kernels take."""
     x, logits = contiguous_inside(x, 1), contiguous_inside(logits, 1)
     batch, heads, n, dim = x.shape
     arguments = dict(
@@ -97,24 +99,26 @@ def _arguments(x: Tensor, gamma: Tensor | None, logits: Tensor) -> tuple[tuple[i
         gamma=x.new_empty(0) if gamma is None else gamma.contiguous(), NORM=gamma is not None,
         PER_FEATURE=logits.shape[-1] != heads, heads=heads, n=n, eps=EPS, dim=dim, **whole_rows(n, dim),
     )  # fmt: skip
-    return (batch * heads, triton.cdiv(n, arguments['ROWS'])), arguments
+    return triton.cdiv(n, arguments['ROWS']), arguments
 
 
 def _forward(x: Tensor, gamma: Tensor | None, logits: Tensor, dtype: torch.dtype) -> Tensor:  # b h n d, h 1 d, b n hg
     out = _outputs(x, gamma, logits, dtype)
-    grid, arguments = _arguments(x, gamma, logits)
-    _forward_kernel[grid](**arguments, out=out)
+    blocks, arguments = _arguments(x, gamma, logits)
+    _forward_kernel[(len(x) * x.shape[1] * blocks,)](**arguments, out=out)
     return out
 
 
 def _backward(
     d_out: Tensor, x: Tensor, gamma: Tensor | None, logits: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    grid, arguments = _arguments(x, gamma, logits)
+    blocks, arguments = _arguments(x, gamma, logits)
     batch, heads, _, dim = x.shape
     d_x, d_logits = x.new_empty(x.shape), logits.new_empty(logits.shape)
-    d_gamma = x.new_empty(*(0,) if gamma is None else (batch, heads, grid[1], dim), dtype=torch.float32)
-    _backward_kernel[grid](**arguments, d_out=d_out.contiguous(), d_x=d_x, d_gamma=d_gamma, d_logits=d_logits)
+    d_gamma = x.new_empty(*(0,) if gamma is None else (batch, heads, blocks, dim), dtype=torch.float32)
+    _backward_kernel[(batch * heads * blocks,)](
+        **arguments, d_out=d_out.contiguous(), d_x=d_x, d_gamma=d_gamma, d_logits=d_logits
+    )  # fmt: skip
     return d_x, None if gamma is None else d_gamma.sum(dim=2).sum(dim=0).unsqueeze(1).to(gamma.dtype), d_logits
 
 

@@ -35,8 +35,9 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     heads, n, eps, x_batch, x_row, x_head,
     dim: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    own_head, first = tl.program_id(0), tl.program_id(1) * ROWS
-    own, row, feature, inside = _load_rows(x, own_head, first, n, x_batch, x_row, x_head, heads, dim, DIM, ROWS)
+    blocks = tl.cdiv(n, ROWS)
+    own_head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    own, row, feature, inside = _load_rows(x, own_head, block * ROWS, n, x_batch, x_row, x_head, heads, dim, DIM, ROWS)
     gain = 1.0 + tl.load(gamma + (own_head % heads) * dim + feature, mask=feature < dim, other=0.0).to(tl.float32)
     inverse = 1.0 / tl.sqrt(tl.sum(own * own, axis=1) / dim + eps)
     to_out = out + own_head.to(tl.int64) * n * dim + row[:, None] * dim + feature[None, :]
@@ -49,15 +50,16 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     heads, n, eps, x_batch, x_row, x_head, d_batch, d_head, d_row,
     dim: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    own_head, first = tl.program_id(0), tl.program_id(1) * ROWS
-    own, row, feature, inside = _load_rows(x, own_head, first, n, x_batch, x_row, x_head, heads, dim, DIM, ROWS)
+    blocks = tl.cdiv(n, ROWS)
+    own_head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    own, row, feature, inside = _load_rows(x, own_head, block * ROWS, n, x_batch, x_row, x_head, heads, dim, DIM, ROWS)
     batch, head = (own_head // heads).to(tl.int64), (own_head % heads).to(tl.int64)
     gain = 1.0 + tl.load(gamma + head * dim + feature, mask=feature < dim, other=0.0).to(tl.float32)
     inverse = (1.0 / tl.sqrt(tl.sum(own * own, axis=1) / dim + eps))[:, None]
     from_d = d_out + batch * d_batch + head * d_head + row[:, None] * d_row + feature[None, :]
     d_own = tl.load(from_d, mask=inside, other=0.0).to(tl.float32)
     own *= inverse
-    to_gamma = d_gamma + (own_head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * dim + feature
+    to_gamma = d_gamma + tl.program_id(0).to(tl.int64) * dim + feature
     tl.store(to_gamma, tl.sum(d_own * own, axis=0), mask=feature < dim)
     d_own *= gain[None, :]
     d_own = inverse * (d_own - own * (tl.sum(d_own * own, axis=1) / dim)[:, None])
@@ -70,32 +72,32 @@ def _outputs(x: Tensor, gamma: Tensor, dtype: torch.dtype) -> Tensor:
     return x.new_empty(batch, heads, n, dim, dtype=dtype)
 
 
-def _arguments(x: Tensor, gamma: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
-    """The grid, and what both kernels take."""
+def _arguments(x: Tensor, gamma: Tensor) -> tuple[int, dict[str, Any]]:
+    """Blocks of rows of a head, with a program each, and what both kernels take."""
     x = contiguous_inside(x, 1)
     batch, n, heads, dim = x.shape
     arguments = dict(
         x=x, **named_strides('x', x, 'batch row head'), gamma=gamma.contiguous(), heads=heads, n=n, eps=EPS,
         dim=dim, **whole_rows(n, dim),
     )  # fmt: skip
-    return (batch * heads, triton.cdiv(n, arguments['ROWS'])), arguments
+    return triton.cdiv(n, arguments['ROWS']), arguments
 
 
 def _forward(x: Tensor, gamma: Tensor, dtype: torch.dtype) -> Tensor:  # b n h d, h 1 d
     out = _outputs(x, gamma, dtype)
-    grid, arguments = _arguments(x, gamma)
-    _forward_kernel[grid](**arguments, out=out)
+    blocks, arguments = _arguments(x, gamma)
+    _forward_kernel[(len(x) * x.shape[2] * blocks,)](**arguments, out=out)
     return out
 
 
 def _backward(d_out: Tensor, x: Tensor, gamma: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    grid, arguments = _arguments(x, gamma)
+    blocks, arguments = _arguments(x, gamma)
     batch, _, heads, dim = x.shape
     d_out = contiguous_inside(d_out, 1)
     d_x = x.new_empty(x.shape)
-    d_gamma = x.new_empty(batch, heads, grid[1], dim, dtype=torch.float32)
+    d_gamma = x.new_empty(batch, heads, blocks, dim, dtype=torch.float32)
     strides = named_strides('d', d_out, 'batch head row')
-    _backward_kernel[grid](**arguments, **strides, d_out=d_out, d_x=d_x, d_gamma=d_gamma)
+    _backward_kernel[(batch * heads * blocks,)](**arguments, **strides, d_out=d_out, d_x=d_x, d_gamma=d_gamma)
     # a sum over both axes at once would be a launch of two programs, which takes 20 µs for 32,768 tokens
     return d_x, d_gamma.sum(dim=2).sum(dim=0).unsqueeze(1).to(gamma.dtype)
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from titans_pytorch.ops._dispatch import use_kernel
+from titans_pytorch.ops._dispatch import MOST_ENTRIES, has_short_offsets, use_kernel
 from titans_pytorch.ops.inner_gradient import reference
 from titans_pytorch.utils.precision import operand_dtype
 from titans_pytorch.utils.shapes import Float
@@ -70,7 +70,8 @@ def inner_gradient(
     """
     shares, previous, previous_gamma = (None, [], None) if residual is None else residual
     operands, rows = operand_dtype(keys), (keys, values, step_sizes)
-    if supports(keys, matrices) and use_kernel((*rows, shares, *previous, previous_gamma), [*matrices, gamma]):
+    factors = (*rows, shares, *previous, previous_gamma)
+    if supports(keys, values, matrices, previous) and use_kernel(factors, [*matrices, gamma]):
         from titans_pytorch.ops.inner_gradient import triton
 
         # absent ones are `None`
@@ -86,5 +87,8 @@ def inner_gradient(
     )
 
 
-def supports(keys: Tensor, matrices: list[Tensor]) -> bool:
-    return len(matrices) <= 2 and keys.shape[-1] <= WIDEST and keys.numel() > 0
+def supports(keys: Tensor, values: Tensor, matrices: list[Tensor], previous: list[Tensor]) -> bool:
+    _, chunks, rows, dim = keys.shape
+    fits = len(matrices) <= 2 and dim <= WIDEST and keys.numel() > 0
+    hidden = chunks * rows * max(dim, matrices[0].shape[2])
+    return fits and hidden < MOST_ENTRIES and has_short_offsets(keys, values, *previous)

@@ -18,13 +18,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from titans_pytorch.ops._dispatch import use_kernel
+from titans_pytorch.ops._dispatch import MOST_ENTRIES, has_short_offsets, use_kernel
 from titans_pytorch.ops.momentum_scan import reference
 from titans_pytorch.utils.shapes import Float
 
-# the shorter side of a matrix, which a kernel keeps on chip whole; rows of a chunk; entries of a head's states over all
-# chunks, because offsets among them have 32 bits
-_WIDEST, MOST_ROWS, _MOST_ENTRIES = 128, 64, 2**31
+# the shorter side of a matrix, which a kernel keeps on chip whole; rows of a chunk
+_WIDEST, MOST_ROWS = 128, 64
 
 
 def momentum_scan(
@@ -111,8 +110,10 @@ def _supports_matrices(inputs: Tensor, deltas: Tensor) -> bool:
     _, chunks, rows, dim = inputs.shape
     width = deltas.shape[-1]
     narrow = 0 < min(dim, width) <= _WIDEST
-    return narrow and 0 < rows <= MOST_ROWS and len(inputs) > 0 and 0 < chunks * dim * width < _MOST_ENTRIES
+    present = len(inputs) > 0 and 0 < chunks * dim * width < MOST_ENTRIES
+    return narrow and 0 < rows <= MOST_ROWS and present and has_short_offsets(inputs, deltas)
 
 
 def _supports_vectors(updates: Tensor) -> bool:
-    return updates.numel() > 0 and updates.shape[1] * updates.shape[2] < _MOST_ENTRIES
+    short = updates.shape[1] * updates.shape[2] < MOST_ENTRIES and has_short_offsets(updates)
+    return updates.numel() > 0 and short

@@ -164,8 +164,9 @@ def _momentum_backward_kernel(  # type: ignore[no-untyped-def]
 def _sum_kernel(parts, sums, count, PARTS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for part in tl.static_range(PARTS):
-        total += tl.load(parts + part * count + entry, mask=entry < count, other=0.0)
+    for _ in tl.static_range(PARTS):
+        total += tl.load(parts + entry, mask=entry < count, other=0.0)
+        parts += count  # an offset from the first part may exceed 32 bits
     tl.store(sums + entry, total, mask=entry < count)
 
 

@@ -18,15 +18,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from titans_pytorch.ops._dispatch import use_kernel
+from titans_pytorch.ops._dispatch import MOST_ENTRIES, use_kernel
 from titans_pytorch.ops.final_state import MOST_STATES
 from titans_pytorch.ops.inner_gradient import WIDEST
 from titans_pytorch.ops.retrieve_sequence import reference
 from titans_pytorch.utils.precision import operand_dtype
 from titans_pytorch.utils.shapes import Float
-
-MOST_ENTRIES = 2**31
-"""Entries of a block's scores or hidden rows, at most: offsets among them have 32 bits."""
 
 
 class FactoredMatrix(NamedTuple):
@@ -79,4 +76,5 @@ def _supports(queries: Tensor, initial_coefficients: Tensor, matrices: list[Fact
     stored, width = matrices[-1].inputs.shape[2:]
     present = queries.numel() > 0 and stored > 0 and width > 0
     narrow = len(matrices) <= 2 and dim <= WIDEST and initial_coefficients.shape[-1] <= MOST_STATES
+    # a block's scores and hidden rows
     return present and narrow and max(stored, width) * max(stored, width, steps * rows) < MOST_ENTRIES

@@ -16,14 +16,21 @@ from titans_pytorch.ops._triton import contiguous_inside, named_strides, taken_b
 
 
 @triton.jit
+def _place(count, groups, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Batch entry, group of features, and rows, of `count` in each group, that a program owns."""
+    blocks = tl.cdiv(count, ROWS)
+    own, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    return own // groups, own % groups, (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+
+
+@triton.jit
 def _convolved(  # type: ignore[no-untyped-def]
     x, weight, n, groups, x_batch, x_row,
     dim: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Σ_j w_j x_{t+j} for the outputs t of a program, zero where there are none; their places, and where x_t is."""
-    program = tl.program_id(0).to(tl.int64)
-    batch, group = program // groups, program % groups
-    row, feature = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, DIM)
+    batch, group, row = _place(n, groups, ROWS)
+    feature = tl.arange(0, DIM)
     with_feature = feature < dim
     inside = (row < n)[:, None] & with_feature[None, :]
     from_x = x + batch * x_batch + row[:, None] * x_row + (group * dim + feature)[None, :]
@@ -81,8 +88,7 @@ def _activation_backward_kernel(  # type: ignore[no-untyped-def]
         d_y = inverse * (d_y - along * y)
     d_own = d_y * sigmoid * (1.0 + convolved * (1.0 - sigmoid))
     tl.store(d_convolved + ((batch * n + row[:, None]) * groups + group) * dim + feature[None, :], d_own, mask=inside)
-    part = (batch * groups + group) * tl.num_programs(1) + tl.program_id(1)
-    to_weight = d_weight + (part * dim + feature) * WIDTH
+    to_weight = d_weight + (tl.program_id(0).to(tl.int64) * dim + feature) * WIDTH
     for j in tl.static_range(WIDTH):
         given = tl.load(from_x + j * x_row, mask=inside, other=0.0).to(tl.float32)
         tl.store(to_weight + j, tl.sum(given * d_own, axis=0), mask=feature < dim)
@@ -94,9 +100,9 @@ def _convolution_backward_kernel(  # type: ignore[no-untyped-def]
     n, groups, dim: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Token t is part of outputs t − j: its gradient is Σ_j w_j d_{t−j}."""
-    program = tl.program_id(0).to(tl.int64)
-    batch, group = program // groups, program % groups
-    row, feature = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, DIM)
+    tokens = n + WIDTH - 1
+    batch, group, row = _place(tokens, groups, ROWS)
+    feature = tl.arange(0, DIM)
     with_feature = feature < dim
     total = tl.zeros((ROWS, DIM), tl.float32)
     for j in tl.static_range(WIDTH):
@@ -105,7 +111,6 @@ def _convolution_backward_kernel(  # type: ignore[no-untyped-def]
         from_d = d_convolved + ((batch * n + output[:, None]) * groups + group) * dim + feature[None, :]
         inside = ((output >= 0) & (output < n))[:, None] & with_feature[None, :]
         total += w[None, :] * tl.load(from_d, mask=inside, other=0.0).to(tl.float32)
-    tokens = n + WIDTH - 1
     to_x = d_x + ((batch * tokens + row[:, None]) * groups + group) * dim + feature[None, :]
     tl.store(to_x, total, mask=(row < tokens)[:, None] & with_feature[None, :])
 
@@ -115,10 +120,8 @@ def _outputs(x: Tensor, weight: Tensor, heads: int, per_token: int, normalize: b
     return x.new_empty(x.shape[0], heads, n * per_token, x.shape[2] // (heads * per_token))
 
 
-def _arguments(
-    x: Tensor, weight: Tensor, heads: int, per_token: int, normalize: bool
-) -> tuple[tuple[int, int], dict[str, Any]]:
-    """The grid over the outputs, and what all kernels take."""
+def _arguments(x: Tensor, weight: Tensor, heads: int, per_token: int, normalize: bool) -> tuple[int, dict[str, Any]]:
+    """Blocks of outputs of a group, with a program each, and what all kernels take."""
     x = contiguous_inside(x, 1)
     groups, width = heads * per_token, weight.shape[-1]
     n, dim = x.shape[1] - width + 1, x.shape[2] // groups
@@ -126,31 +129,31 @@ def _arguments(
         x=x, **named_strides('x', x, 'batch row'), weight=weight.contiguous(), n=n, groups=groups,
         per_token=per_token, dim=dim, WIDTH=width, NORMALIZE=normalize, **whole_rows(n, dim),
     )  # fmt: skip
-    return (len(x) * groups, triton.cdiv(n, arguments['ROWS'])), arguments
+    return triton.cdiv(n, arguments['ROWS']), arguments
 
 
 def _forward(x: Tensor, weight: Tensor, heads: int, per_token: int, normalize: bool) -> Tensor:  # b t hud, hud 1 k
     out = _outputs(x, weight, heads, per_token, normalize)
-    grid, arguments = _arguments(x, weight, heads, per_token, normalize)
-    _forward_kernel[grid](**arguments, out=out)
+    blocks, arguments = _arguments(x, weight, heads, per_token, normalize)
+    _forward_kernel[(len(x) * heads * per_token * blocks,)](**arguments, out=out)
     return out
 
 
 def _backward(
     d_out: Tensor, x: Tensor, weight: Tensor, heads: int, per_token: int, normalize: bool
 ) -> tuple[Tensor, Tensor]:
-    grid, arguments = _arguments(x, weight, heads, per_token, normalize)
+    blocks, arguments = _arguments(x, weight, heads, per_token, normalize)
     groups, dim, width = heads * per_token, arguments['dim'], weight.shape[-1]
     d_out = contiguous_inside(d_out, 1)
     d_x, d_convolved = x.new_empty(x.shape), x.new_empty(len(x), arguments['n'], x.shape[2])
-    d_weight = x.new_empty(len(x), groups, grid[1], dim, width, dtype=torch.float32)
+    d_weight = x.new_empty(len(x), groups, blocks, dim, width, dtype=torch.float32)
     strides = named_strides('d', d_out, 'batch head row')
-    _activation_backward_kernel[grid](
+    _activation_backward_kernel[(len(x) * groups * blocks,)](
         **arguments, **strides, d_out=d_out, d_convolved=d_convolved, d_weight=d_weight
     )  # fmt: skip
     arguments = taken_by(_convolution_backward_kernel, arguments) | dict(num_warps=arguments['num_warps'])
-    over_tokens = (grid[0], triton.cdiv(x.shape[1], arguments['ROWS']))
-    _convolution_backward_kernel[over_tokens](**arguments, d_convolved=d_convolved, d_x=d_x)
+    blocks_of_tokens = triton.cdiv(x.shape[1], arguments['ROWS'])
+    _convolution_backward_kernel[(len(x) * groups * blocks_of_tokens,)](**arguments, d_convolved=d_convolved, d_x=d_x)
     return d_x, d_weight.sum(dim=2).sum(dim=0).view(weight.shape).to(weight.dtype)
 
 

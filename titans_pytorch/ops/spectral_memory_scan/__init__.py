@@ -21,12 +21,10 @@ import torch
 from torch import Tensor
 
 from titans_pytorch.ops import inner_gradient, momentum_scan, newton_schulz
-from titans_pytorch.ops._dispatch import HOPPER, use_kernel
+from titans_pytorch.ops._dispatch import HOPPER, MOST_ENTRIES, use_kernel
 from titans_pytorch.ops.inner_gradient import PreviousWeights
 from titans_pytorch.utils.precision import operand_dtype
 from titans_pytorch.utils.shapes import Float
-
-_MOST_ENTRIES = 2**31  # of a head's matrix over all chunks, because offsets among them have 32 bits
 
 
 class ScannedWeights(NamedTuple):
@@ -55,9 +53,9 @@ def has_kernel(
     operands, chunks = operand_dtype(keys), keys.shape[1]
     return (
         use_kernel([*rows, *of_residual], [*matrices, *states], capability=HOPPER)
-        and inner_gradient.supports(keys, matrices)
+        and inner_gradient.supports(keys, rows[1], matrices, [] if residual is None else residual.matrices)
         and all(newton_schulz.supports(w, operands) for w in matrices)
-        and all((chunks + 1) * w[0].numel() < _MOST_ENTRIES for w in matrices)
+        and all((chunks + 1) * w[0].numel() < MOST_ENTRIES for w in matrices)
         and keys.shape[2] <= momentum_scan.MOST_ROWS
     )
 

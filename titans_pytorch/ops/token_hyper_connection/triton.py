@@ -113,7 +113,7 @@ def token_hyper_connection(
     batch, streams, dim = x.shape
     logits = to_logits.shape[0]
     write, branch_out = (x, x) if pending is None else (pending[0].contiguous(), contiguous_inside(pending[1], 1))
-    x = contiguous_inside(x, 1)
+    x, to_logits, bias = contiguous_inside(x, 1), to_logits.contiguous(), bias.contiguous()
     branch_in, residual = x.new_empty(batch, 1, dim), x.new_empty(batch, streams, dim)
     next_write = x.new_empty(batch, streams, logits - streams - 1)
 

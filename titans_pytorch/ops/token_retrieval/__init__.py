@@ -42,7 +42,7 @@ def token_retrieval(
     The kernel has no gradient, so it runs only where gradients are off.
     """
     states = [*matrices, None if norm is None else norm[0]]
-    inputs = [projected, None if gate is None else gate[0]]
+    inputs = [projected, *(gate or ()), None if query_norm is None else query_norm[0]]
     if use_kernel(inputs, states, capability=VOLTA, has_backward=False) and _supports(matrices):
         from titans_pytorch.ops.token_retrieval import triton
 
