@@ -102,6 +102,11 @@ BAD_MEMORIES = [
     ),
     (dict(default_model_kwargs=4), TypeError, 'default_model_kwargs must be a mapping of keyword arguments, got 4'),
     (dict(default_model_kwargs={'depth': 2, 'expansion_factor': '4'}), TypeError, 'expansion_factor must be a number'),
+    (
+        dict(default_model_kwargs={'depth': 2, 'width': 3}),
+        TypeError,
+        "default_model_kwargs must hold arguments of MemoryMLP: .*'width'",
+    ),
     (dict(engine=['dual']), ValueError, 'engine must be .*, got'),
 ]
 BOUNDS = ['max_grad_norm', 'default_step_transform_max_lr', 'max_mem_layer_modulation']
@@ -124,6 +129,34 @@ BAD_MEMORIES += [
 def test_memory_arguments(kwargs, error, message):
     with pytest.raises(error, match=message):
         NeuralMemory(**{'dim': DIM, **kwargs})
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'message'),
+    [
+        (
+            dict(adaptive_step_transform=torch.sigmoid, default_step_transform_max_lr=0.1),
+            'default_step_transform_max_lr has no effect with adaptive_step_transform',
+        ),
+        (
+            dict(model=MemoryMLP(DIM, 2), default_model_kwargs={'depth': 1}),
+            'default_model_kwargs has no effect',
+        ),
+        (dict(momentum=False, momentum_order=2), 'momentum_order has no effect with momentum=False'),
+        (dict(learned_combine_include_zeroth=True), 'learned_combine_include_zeroth has no effect'),
+    ],
+)
+def test_arguments_without_effect(kwargs, message):
+    with pytest.warns(UserWarning, match=message) as warned:
+        NeuralMemory(DIM, **kwargs)
+    assert warned[0].filename == __file__
+
+
+def test_the_backend_is_chosen_once():
+    memory = NeuralMemory(DIM, spectral_norm_surprises=True)
+    assert memory.spectral_norm_surprises
+    with pytest.raises(AttributeError):
+        memory.spectral_norm_surprises = False
 
 
 def test_lookahead_that_stores_nothing_says_so():

@@ -39,6 +39,15 @@ def test_a_model_built_from_json_equals_one_built_by_hand(architecture):
     torch.testing.assert_close(model(tokens), by_hand(tokens), rtol=0, atol=0)
 
 
+def test_errors_name_the_argument():
+    with pytest.raises(TypeError, match='store_memory_loss_fn must be a value that JSON can hold, got function'):
+        memory_config(store_memory_loss_fn=lambda came, expected: (came - expected).square().mean(dim=-1))
+    with pytest.raises(TypeError, match="neural_memory_model must hold arguments of MemoryMLP: .*'dpth'"):
+        model_config('mac', **SIZES, neural_memory_model={'type': 'MemoryMLP', 'dim': 4, 'depth': 1, 'dpth': 3})
+    with pytest.raises(TypeError, match="config must hold arguments of LongTermMemoryModel: .*'num_tokens'"):
+        build_model({'architecture': 'lmm'})
+
+
 def test_arguments_left_out_are_those_of_the_constructor():
     config = model_config('mac', **SIZES)
     assert config == {'architecture': 'mac', **SIZES}
@@ -66,8 +75,8 @@ def test_the_activation_is_stored_by_name():
         ({'neural_memory_model': nn.Linear(4, 4)}, 'neural_memory_model must be a mapping'),
         ({'neural_memory_model': {'type': 'MLP'}}, "neural_memory_model\\['type'\\] must be one of"),
         ({'neural_memory_kwargs': {'activation': nn.GELU('tanh')}}, 'activation must be one of'),
-        ({'neural_memory_kwargs': {'store_memory_loss_fn': len}}, 'must be JSON values'),
-        ({'neural_memory_kwargs': {'default_step_transform_max_lr': float('nan')}}, 'must be JSON values'),
+        ({'neural_memory_kwargs': {'store_memory_loss_fn': len}}, 'must be a value that JSON can hold'),
+        ({'neural_memory_kwargs': {'default_step_transform_max_lr': float('nan')}}, 'must be a value that JSON can hold'),
         ({'neural_memory_kwargs': [1]}, 'neural_memory_kwargs must be a mapping'),
     ],
 )

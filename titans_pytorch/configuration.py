@@ -19,7 +19,7 @@ from titans_pytorch.memory_models import NETWORKS
 from titans_pytorch.models.base import Transformer
 from titans_pytorch.models.hybrid import HybridTransformer
 from titans_pytorch.neural_memory import NeuralMemory
-from titans_pytorch.utils.checks import check_keywords, described
+from titans_pytorch.utils.checks import check_bound, check_keywords, described
 
 ARCHITECTURES: dict[str, type[MemoryAsContextTransformer] | type[HybridTransformer]] = {
     'mac': MemoryAsContextTransformer,
@@ -72,7 +72,9 @@ def build_model(config: Mapping[str, Any]) -> Transformer:
     _check_arguments(architecture, arguments)
     memory_kwargs = memory_arguments(arguments.pop('neural_memory_kwargs', {}))
     network = _network('neural_memory_model', arguments.pop('neural_memory_model', None))
-    return ARCHITECTURES[architecture](neural_memory_model=network, neural_memory_kwargs=memory_kwargs, **arguments)
+    arguments |= {'neural_memory_model': network, 'neural_memory_kwargs': memory_kwargs}
+    check_bound('config', ARCHITECTURES[architecture], arguments)
+    return ARCHITECTURES[architecture](**arguments)
 
 
 def memory_config(**arguments: Any) -> dict[str, Any]:
@@ -118,11 +120,14 @@ def _check_names(constructor: type, arguments: Mapping[str, Any], left_out: tupl
 
 
 def _as_json(config: dict[str, Any]) -> dict[str, Any]:
-    try:
-        # integers of NumPy are integers, as in the constructors
-        return json.loads(json.dumps(config, allow_nan=False, default=operator.index))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f'arguments must be JSON values: {error}') from None
+    stored = {}
+    for name, value in config.items():
+        try:
+            # integers of NumPy are integers, as in the constructors
+            stored[name] = json.loads(json.dumps(value, allow_nan=False, default=operator.index))
+        except (TypeError, ValueError):
+            raise TypeError(f'{name} must be a value that JSON can hold, got {described(value)}') from None
+    return stored
 
 
 def _check_network(argument: str, description: Any) -> None:
@@ -138,6 +143,7 @@ def _network(argument: str, description: Any) -> nn.Module | None:
     name = arguments.pop('type', None)
     if name not in [*MEMORY_NETWORKS]:
         raise ValueError(f"{argument}['type'] must be one of {[*MEMORY_NETWORKS]}, got {described(name)}")
+    check_bound(argument, MEMORY_NETWORKS[name], arguments)
     return MEMORY_NETWORKS[name](**arguments)
 
 

@@ -128,7 +128,7 @@ class ImplicitMLPAttention(Resettable):
         values = [self.split_heads(to_values(tokens)) for to_values in self.values]
 
         new = (*keys, *values)
-        cached = flatten_cache(cache, tokens.shape[0], self.heads, [t.shape[-1] for t in new])
+        cached = flatten_cache(cache, tokens, self.to_queries.weight.dtype, self.heads, [t.shape[-1] for t in new])
 
         extended = extend_cache(cached, new)
         keys, values = extended[: len(keys)], extended[len(keys) :]

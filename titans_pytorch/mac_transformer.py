@@ -210,7 +210,8 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
             which is two thirds as wide.
         num_residual_streams: streams of the hyper-connections; 1 is a plain residual.
         neural_memory_model: memory network, copied for each memory layer. Default: that of `NeuralMemory`.
-        neural_memory_kwargs: further arguments of `NeuralMemory`.
+        neural_memory_kwargs: further arguments of `NeuralMemory`. Modules among them, such as an activation with
+            parameters, are shared by all memories.
         neural_memory_layers: layers that have a memory, counted from 1. Default: all.
         use_flex_attn: use FlexAttention on a CUDA device.
         sliding_window_attn: sliding attention windows instead of blocks.

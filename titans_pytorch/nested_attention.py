@@ -84,7 +84,7 @@ class NestedAttention(Resettable):
         check_floating('tokens', tokens, self.to_queries.weight.dtype)
         check_shape('tokens', tokens, batch=None, length=None, dim=self.dim)
 
-        cached = flatten_cache(cache, tokens.shape[0], self.heads, [self.dim_head] * 8)
+        cached = flatten_cache(cache, tokens, self.to_queries.weight.dtype, self.heads, [self.dim_head] * 8)
 
         tokens = self.norm(tokens)
 

@@ -57,7 +57,7 @@ from titans_pytorch.ops._streams import side_by_side
 from titans_pytorch.ops.associative_scan import AssocScan
 from titans_pytorch.ops.newton_schulz import newtonschulz5
 from titans_pytorch.ops.token_linear import linear_of_token
-from titans_pytorch.utils.checks import check_flags, check_not_traced, described
+from titans_pytorch.utils.checks import check_bound, check_flags, check_not_traced, described
 from titans_pytorch.utils.functional import (
     can_checkpoint,
     checkpointed,
@@ -132,8 +132,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
             mixes tokens, is causal. Default: `MemoryMLP(dim_head, **default_model_kwargs)`. Weights with
             `requires_grad=False` are constants, which neither the memory nor an optimizer changes.
         store_memory_loss_fn: maps (prediction, target) to a loss per token. Default: mean squared error.
-        adaptive_step_transform: maps step-size logits (heads, tokens) to step sizes, each by itself, as a sequence may
-            be split anywhere. Default: sigmoid times `default_step_transform_max_lr`.
+        adaptive_step_transform: maps step-size logits (batch · heads, rows to store) to step sizes, each by itself, as
+            a sequence may be split anywhere. Default: sigmoid times `default_step_transform_max_lr`.
         default_step_transform_max_lr: the largest step size. A chunk is one step on the sum of its tokens' gradients,
             and all steps of a memory batch are taken at the same weights: the longer either is, the smaller this must
             be. `train_mac.py` uses 0.1 with chunks of 4 and memory batches of 128.
@@ -270,7 +270,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         self.momentum_order = momentum_order
         self.max_mem_layer_modulation = settings.max_modulation
         self.max_grad_norm = settings.max_grad_norm
-        self.spectral_norm_surprises = spectral_norm_surprises
+        self._orthogonalises = spectral_norm_surprises
         self.proximal_steps = proximal_steps
         self.normalized_momentum = normalized_momentum
         self.lookahead_gradients = lookahead_gradients
@@ -284,7 +284,9 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
         rows = max(1, store_chunk_size * num_kv_per_token - store_with_lookahead_value)
         check_memory_loss(store_memory_loss_fn, (rows, dim_head))
-        model = MemoryMLP(dim_head, **default_model_kwargs) if model is None else model
+        if model is None:
+            check_bound('default_model_kwargs', MemoryMLP, {'dim': dim_head, **default_model_kwargs})
+            model = MemoryMLP(dim_head, **default_model_kwargs)
         check_memory_model(model, dim_head)
         model = frozen_as_buffers(model)
         model = ResidualNorm(dim_head, model) if mem_model_norm_add_residual else model
@@ -456,9 +458,14 @@ class NeuralMemory(Resettable, InReferenceFormat):
             self.store_memory_loss_fn,
             self.assoc_scan,
             self.max_grad_norm,
-            self.spectral_norm_surprises,
+            self._orthogonalises,
             added if self.proximal_steps else None,
         )
+
+    @property
+    def spectral_norm_surprises(self) -> bool:
+        """The argument, by which the backend was chosen."""
+        return self._orthogonalises
 
     @property
     def mixes_tokens(self) -> bool:
@@ -615,9 +622,10 @@ class NeuralMemory(Resettable, InReferenceFormat):
     ) -> Any:
         """Store the complete chunks of `seq` with all gradients at `weights`, without retrieving.
 
-        Convolutions see zeros before `seq`. Proximal steps assume that as many chunks are added up at the same
-        `weights` as `seq` has, or a memory batch if that has more. Storing further sequences at the same `weights` may
-        overshoot.
+        Convolutions see zeros before `seq`. With different views, calls that go on from the state see zeros before
+        their queries, where these depend on earlier ones: by convolutions, or in a memory network that mixes tokens.
+        Proximal steps assume that as many chunks are added up at the same `weights` as `seq` has, or a memory batch if
+        that has more. Storing further sequences at the same `weights` may overshoot.
 
         Args:
             seq: (batch, length, dim); (2, batch, length, dim) with different views.
@@ -646,6 +654,9 @@ class NeuralMemory(Resettable, InReferenceFormat):
         over_time, after, surprises = self._store(
             Call(queries, seq, mask, None), before, prev_weights, return_surprises
         )
+        if not self.qkv_receives_diff_views:
+            _, carried = self._query_rows(queries, before.pending, self._position_in_chunk(before.pending, True))
+            after = replaced(after, pending=replaced(after.pending, queries=carried))
         next_state = after.to_state(over_time)
         return (next_state.updates, next_state, *((surprises,) if return_surprises else ()))
 
@@ -660,8 +671,14 @@ class NeuralMemory(Resettable, InReferenceFormat):
         """
         self._layout.check_rows('seq', seq)
         over_time = self._layout.over_time('weights', weights, seq.shape[0], seq.device)
+        length, steps = seq.shape[1], seq.shape[1] // self.store_chunk_size + 1
+        if 1 < over_time.num_steps < steps:
+            raise ValueError(
+                f'weights must be constant or hold {steps} steps for {length} tokens in chunks of '
+                f'{self.store_chunk_size}, got {over_time.num_steps}'
+            )
         rows, _ = self._query_rows(seq, self._layout.no_pending(seq), 0)
-        return self._retrieve(seq.shape[1], rows, over_time, 0)
+        return self._retrieve(length, rows, over_time, 0)
 
     def recall(
         self, seq: Float[Tensor, 'b n d'], state: NeuralMemState | MemoryBuffers | None = None
@@ -830,7 +847,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         if call.resets is not None:
             chunks = replaced(chunks, resets=call.resets.repeat_interleave(self.heads, dim=0))
             origin = state.weights.newest
-        residual = self._weight_residual(prev_weights, pooled, state.seq_index // chunk_size)
+        residual = self._weight_residual(prev_weights, pooled, state.seq_index // chunk_size, call.stores)
         with network_autocast(self._dtype, tokens.device):
             given = (chunks, residual, schedule, state.weights, self._transition)
             inputs = StoreInputs(*given, with_surprises, state.at_rest, origin)
@@ -915,11 +932,15 @@ class NeuralMemory(Resettable, InReferenceFormat):
         )
 
     def _weight_residual(
-        self, prev_weights: Mapping[str, Tensor] | None, pooled: Float[Tensor, 'b n d'], first_chunk: int
+        self,
+        prev_weights: Mapping[str, Tensor] | None,
+        pooled: Float[Tensor, 'b n d'],
+        first_chunk: int,
+        stores: bool = True,
     ) -> WeightResidual | None:
         """For each chunk a learned share of the other memory's weights before that chunk."""
         to_mix = self.to_learned_weight_residual_mix
-        if (prev_weights is None) != (to_mix is None):
+        if (prev_weights is None) != (to_mix is None) and (stores or to_mix is None):
             given = 'got none' if prev_weights is None else 'but this memory has accept_weight_residual=False'
             raise ValueError(f'prev_weights must be given if, and only if, accept_weight_residual=True, {given}')
         batch, num_chunks = pooled.shape[:2]

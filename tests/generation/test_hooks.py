@@ -14,6 +14,7 @@ from torch import nn
 
 from titans_pytorch import MemoryAsGateTransformer, MemoryMLP, NeuralMemory
 from titans_pytorch.attention.rotary import Rotary
+from titans_pytorch.attention.segmented import SegmentedAttention
 from titans_pytorch.models.residual_streams import ExpandStreams, HyperConnection
 
 MODELS = [name for name in CLASSES if name != 'LMM']
@@ -88,7 +89,36 @@ def add_bias_to_the_gate(model: nn.Module) -> None:
         block.memory.retrieve_gate[0] = nn.Linear(weight.shape[1], weight.shape[0], dtype=torch.float64)
 
 
+def remember_in_other_lengths(model: nn.Module) -> None:
+    for block in model.layers:
+        settings = {'dim_head': block.memory.init_weight_shape[0][-2], 'heads': block.memory.heads}
+        block.memory = NeuralMemory(block.memory.dim, chunk_size=1, batch_size=1, **settings).double().eval()
+
+
+def clamp_attention(model: nn.Module) -> None:
+    for block in model.layers:
+        old = block.attention
+        sizes = old.dim, old.segment_len, old.num_persist_mem_tokens, old.num_longterm_mem_tokens, old.dim_head
+        options = {'sliding': old.sliding, 'accept_value_residual': old.to_learned_v_mix is not None}
+        clamp = {'softclamp_logits': True, 'logit_softclamp_value': 0.1}
+        block.attention = SegmentedAttention(*sizes, old.heads, **options, attend_kwargs=clamp).double().eval()
+        block.attention.load_state_dict(old.state_dict())
+
+
+class Reversed(nn.Module):
+    def forward(self, x):
+        return x.flip(1).transpose(1, 2).flatten(2)
+
+
+def merge_heads_otherwise(model: nn.Module) -> None:
+    for block in model.layers:
+        block.attention.merge_heads = Reversed()
+
+
 CHANGES = {
+    'memories with other chunks': remember_in_other_lengths,
+    'options of attention': clamp_attention,
+    'merging of heads': merge_heads_otherwise,
     'rotary embedding': of_class('layers.0.attention.rotary_emb', Interpolated),
     'streams': of_class('expand_streams', Longer),
     'connection': of_class('layers.0.branches.feedforward', Shifted),

@@ -64,7 +64,7 @@ def test_presets_fit():
         ({'depth': 1.5}, 'depth must be a positive integer, got 1.5'),
         ({'neural_memory_model': {'type': 'MLP'}}, "neural_memory_model\\['type'\\] must be one of"),
         ({'neural_memory_kwargs': [3]}, 'neural_memory_kwargs must be a mapping'),
-        ({'neural_memory_kwargs': {'store_memory_loss_fn': len}}, 'must be JSON values'),
+        ({'neural_memory_kwargs': {'store_memory_loss_fn': len}}, 'must be a value that JSON can hold'),
     ],
 )
 def test_refused(changes, message):

@@ -269,7 +269,8 @@ def test_networks_of_one_s_own(network: type):
     assert {f'memory_model_parameters.{k}' for k in range(len(mem.memory_model_parameters))} <= of_all.keys()
 
     # a memory with step size zero and no decay is the network itself
-    still = memory(network, adaptive_step_transform=lambda logits: logits * 0, mem_model_norm_add_residual=False)
+    without_steps = {'adaptive_step_transform': torch.zeros_like, 'default_step_transform_max_lr': 1.0}
+    still = memory(network, **without_steps, mem_model_norm_add_residual=False)
     with torch.no_grad():
         still.to_decay_factor[0].weight.zero_()
         still.to_decay_factor[0].bias.fill_(-60.0)
@@ -339,6 +340,48 @@ def test_networks_that_use_rows_they_may_not_see_are_refused(engine: str):
     mixing.rowwise = True
     with pytest.raises(ValueError, match='has rowwise=True, but its output for a row depends on earlier rows'):
         NeuralMemory(DIM, chunk_size=4, model=mixing, engine=engine)
+
+
+class Shifted(CumulativeMean):
+    """Earlier rows move all features of a row alike, which the norm around a network subtracts."""
+
+    rowwise = True
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight) + x.cumsum(dim=-2)
+
+
+class CentredWithDropout(Centred):
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+class LogOfScale(Plain):
+    """One for positive weights, whose vector does not broadcast over rows."""
+
+    def forward(self, x, linear=torch.matmul):
+        return linear(linear(x, self.first).tanh(), self.last) * self.scale.log()
+
+
+def test_what_a_trial_could_overlook():
+    with pytest.raises(ValueError, match='has rowwise=True, but its output for a row depends on earlier rows'):
+        NeuralMemory(DIM, chunk_size=4, model=Shifted(DIM, DIM))
+    with pytest.raises(ValueError, match='model must be causal'):
+        NeuralMemory(DIM, chunk_size=4, model=CentredWithDropout(DIM, DIM))
+    assert NeuralMemory(DIM, chunk_size=2, model=LogOfScale())._backend_class is DenseBackend
+
+
+def test_a_network_that_draws_random_numbers_in_training():
+    class Noisy(nn.Linear):
+        rowwise = True
+
+        def forward(self, x):
+            return super().forward(x + torch.randn_like(x) if self.training else x)
+
+    mem = NeuralMemory(DIM, chunk_size=2, model=Noisy(DIM, DIM))
+    seq = torch.randn(1, 6, DIM)
+    assert not torch.equal(mem(seq)[0], mem(seq)[0])
+    assert torch.equal(mem.eval()(seq)[0], mem(seq)[0])
 
 
 def test_a_network_may_tell_the_places_in_a_chunk_apart():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from memories import HEAD, SWITCHES, carried, inputs, memory, scalar
 from torch import nn
 
-from titans_pytorch import MemoryMLP, NeuralMemState, mem_state_detach
+from titans_pytorch import MemoryMLP, NeuralMemory, NeuralMemState, mem_state_detach
 
 every_switch = pytest.mark.parametrize('switch', SWITCHES)
 
@@ -411,3 +411,39 @@ def test_lookahead_in_chunks_of_one_row_stores_nothing(switch, engine, batch_siz
         retrieved, before = mem(piece, state=before)
         pieces.append(retrieved)
     assert_same(torch.cat(pieces, dim=1), out, 1e-12)
+
+
+@pytest.mark.parametrize('switch', ['convolution', 'attention memory', 'convolution, attention memory'])
+@pytest.mark.parametrize('length', [5, 6, 8])
+def test_a_state_of_store_memories_goes_on_like_that_of_a_call(switch, length):
+    mem = memory(switch)
+    seq = inputs(mem, length + 7)
+    first, rest = seq.split([length, 7], dim=1)
+    _, stored, _ = mem.store_memories(first)
+    with_base = mem(first, ttt_batch_size=64)[1]  # all gradients at the initial weights
+    assert_same(mem(rest, state=stored)[0], mem(rest, state=with_base)[0])
+
+
+def test_weights_over_time_are_not_changed_in_place():
+    mem = memory('plain')
+    updates = mem(inputs(mem, 9))[1].updates
+    for change in (lambda: updates.zero_(), lambda: updates.update({}), lambda: updates.pop('norm.gamma')):
+        with pytest.raises(AttributeError, match='would change weights that are formed anew each time'):
+            change()
+    assert not any(w.any() for w in updates.clone().zero_().values())
+
+
+def test_retrieval_needs_weights_for_all_chunks():
+    mem = memory('plain')
+    seq = inputs(mem, 4 * mem.store_chunk_size)
+    updates = mem(seq[:, : 2 * mem.store_chunk_size])[1].updates
+    with pytest.raises(ValueError, match='weights must be constant or hold 5 steps for .* tokens .*, got 3'):
+        mem.retrieve_memories(seq, updates)
+
+
+def test_a_memory_that_is_only_read_needs_no_weights_of_another():
+    mem = NeuralMemory(8, chunk_size=2, accept_weight_residual=True).double()
+    seq = torch.randn(1, 5, mem.dim, dtype=torch.float64)
+    assert mem(seq, store=False)[0].shape == seq.shape
+    with pytest.raises(ValueError, match='prev_weights must be given'):
+        mem(seq)

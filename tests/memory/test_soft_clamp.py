@@ -72,3 +72,21 @@ def test_repeated_tokens_sampled_with_and_without_a_cache():
             kwargs = {'temperature': 0.0, 'show_progress': False}
             cached = model.sample(prompt, 30, use_cache=True, **kwargs)
             assert torch.equal(cached, model.sample(prompt, 30, **kwargs))
+
+
+@pytest.mark.parametrize('engine', ['auto', 'dense'])
+def test_a_scalar_parameter(engine: str):
+    class Scaled(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.factor = torch.nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x):
+            return super().forward(x) * self.factor
+
+    memory = NeuralMemory(4, chunk_size=2, model=Scaled(), max_grad_norm=1.0, engine=engine)
+    _, state = memory(torch.randn(1, 6, 4))
+    gradients = torch.tensor([[3.0, -0.2]])
+    expected = torch.tensor([[clamped_norm(3.0, 1.0), -clamped_norm(0.2, 1.0)]])
+    assert_same(soft_clamp_norm(gradients, 1.0), expected, 1e-6)
+    assert state.weights['model.factor'].shape == (1,)

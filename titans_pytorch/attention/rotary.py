@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from titans_pytorch.ops.rotation import rotate_features, rotation_at
+from titans_pytorch.utils.checks import checked_carried
 from titans_pytorch.utils.functional import is_intercepted
 from titans_pytorch.utils.parameters import fill
 from titans_pytorch.utils.shapes import Float, Int
@@ -130,17 +131,19 @@ def rotary_causal_attention(
 
 def flatten_cache(
     cache: Any | None,  # tensors b h m d, in lists and tuples
-    batch: int,
+    tokens: Float[Tensor, 'b n d'],
+    dtype: torch.dtype,
     heads: int,
     dims: Sequence[int],
 ) -> list[Tensor] | None:
-    """The tensors in a cache of keys and values, which must have the widths `dims` and equal lengths."""
+    """The tensors in a cache of keys and values, from earlier calls of a module of `dtype`, which must have the widths
+    `dims` and equal lengths."""
     if cache is None:
         return None
     tensors = tree_leaves(cache)
     if len(tensors) != len(dims):
         raise ValueError(f'cache must hold {len(dims)} tensors of keys and values, got {len(tensors)}')
-    length = None
+    batch, length = len(tokens), None
     for tensor, dim in zip(tensors, dims):
         if not isinstance(tensor, Tensor):
             raise TypeError(f'cache must hold tensors of keys and values, got {type(tensor).__name__}')
@@ -149,7 +152,7 @@ def flatten_cache(
         if tensor.shape != (batch, heads, length, dim):
             expected = f'(batch={batch}, heads={heads}, length={length}, dim={dim})'
             raise ValueError(f'cache must hold keys and values {expected}, got {tuple(tensor.shape)}')
-    return tensors
+    return [checked_carried('cache', tensor, dtype, tokens.device) for tensor in tensors]
 
 
 def extend_cache(

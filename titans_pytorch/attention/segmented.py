@@ -98,7 +98,8 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         dim_head, heads: width and number of the heads.
         sliding: sliding windows instead of blocks.
         accept_value_residual: mix the first layer's values into this layer's with learned weights.
-        attend_kwargs: options of `x_transformers.attend.Attend`, which FlexAttention and decoding steps ignore.
+        attend_kwargs: options of `x_transformers.attend.Attend`, which FlexAttention ignores. With options that change
+            results, `sample` calls the model for each token.
         use_flex_attn: use FlexAttention on a CUDA device.
     """
 
@@ -181,8 +182,8 @@ class SegmentedAttention(Resettable, InReferenceFormat):
             disable_flex_attn: do not use FlexAttention in this call.
             output_gating: factors of the output, which broadcast to (batch, length, dim).
             cache: keys and values of the positions immediately before `seq`, all of them or `trimmed`.
-            position: index of the first position of `seq`, with a cache. Default: the length of the cache, which must
-                then be untrimmed.
+            position: index of the first position of `seq`. Default: the length of the cache, which must then be
+                untrimmed; 0 without one.
             documents: several documents in each row, which do not see each other. Without a cache, and with sliding
                 windows only.
 
@@ -227,10 +228,13 @@ class SegmentedAttention(Resettable, InReferenceFormat):
             mix = value_residual, self.to_learned_v_mix(seq)
         _, own_keys, own_values = heads_of(projected, self.heads)
 
-        at_once = cache is not None and seq.shape[1] <= self.total_segment_len
-        flex = self.use_flex_attn and seq.is_cuda and not disable_flex_attn and documents is None and not at_once
         num_cached = 0 if cache is None else cache[0].shape[-2]
         position = num_cached if position is None else position
+        first = position - num_cached
+        at_once = cache is not None and seq.shape[1] <= self.total_segment_len
+        flex = self.use_flex_attn and seq.is_cuda and not disable_flex_attn and documents is None and not at_once
+        # whose windows begin with the first key
+        flex = flex and (self.sliding or first % self.total_segment_len == 0)
         # windows take persistent keys one by one, and those of a cache come between
         persistent = self.persistent_memory if flex and cache is None else None
         queries, keys, values = attention_inputs(
@@ -243,7 +247,6 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         )
         # a cache holds keys that are not rotated, and nothing persistent
         to_keep = own_keys, values[..., values.shape[-2] - seq.shape[1] :, :]
-        first = position - num_cached
         if cache is not None:
             to_keep = torch.cat((cache[0], to_keep[0]), dim=-2), torch.cat((cache[1], to_keep[1]), dim=-2)
             keys, values = torch.cat((self._rotated(cache[0], first), keys), dim=-2), to_keep[1]
@@ -292,6 +295,11 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         return constant(min(position, window) if self.sliding else position % window)
 
     # decoding steps, over ring-buffer caches that are written in place
+
+    @property
+    def takes_steps(self) -> bool:
+        """True if `step` computes what a call does: softmax attention without further options."""
+        return getattr(self.attend, 'is_plain', False) and type(self.merge_heads) is MergeHeads
 
     @property
     def num_slots(self) -> int:
@@ -439,12 +447,16 @@ def _shifted(windows: Float[Tensor, 'b w h n d']) -> Float[Tensor, 'b w h n d']:
     return F.pad(windows, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
 
 
+_WITHOUT_EFFECT = {'causal', 'flash', 'dropout'}  # on results in evaluation mode, all of `Attend`
+
+
 def _attend(**kwargs: Any) -> Attend:
     """Attention by x_transformers, but with a softmax of float64 in float64, where it has float32."""
     attend = Attend(causal=True, **kwargs)
     fn = attend.attn_fn
     if isinstance(fn, partial) and fn.func is F.softmax and fn.keywords.get('dtype') is torch.float32:
         attend.attn_fn = partial(softmax, dim=fn.keywords['dim'])
+    attend.is_plain = not kwargs.keys() - _WITHOUT_EFFECT  # which one that a user puts in its place does not have
     return attend
 
 

@@ -150,11 +150,15 @@ def _joined(parts: list[Float[Tensor, 'bh _n ...']], final: Float[Tensor, 'bh ..
     return torch.cat([*parts, final.to(parts[0].dtype)], dim=1) if parts else final
 
 
+_IN_PLACE = {'set', 'set_at', 'update', 'update_at', 'pop', 'popitem', 'setdefault', 'clear', 'rename_key'}
+"""Methods of TensorDict that change it, beside those that end in `_`."""
+
+
 class FastWeights(Mapping[str, Tensor]):
     """A memory network's weights over time.
 
     As a mapping it gives every parameter for every step, (bh, chunks + 1, …), formed when it is asked for; methods of
-    TensorDict work on it in the same way.
+    TensorDict work on it in the same way, except those that would change it.
     """
 
     def __init__(self, dense: Weights, blocks: list[FactoredBlocks], final: Weights):
@@ -256,6 +260,8 @@ class FastWeights(Mapping[str, Tensor]):
         # no other attribute forms the weights
         if name.startswith('_') or name in ('dense', 'blocks', 'final') or not hasattr(TensorDict, name):
             raise AttributeError(f'{type(self).__name__!r} object has no attribute {name!r}')
+        if name.endswith('_') or name in _IN_PLACE:
+            raise AttributeError(f'{name} would change weights that are formed anew each time: take those of to_dict()')
         return getattr(TensorDict(self.to_dict()), name)
 
 

@@ -36,6 +36,7 @@ from titans_pytorch.utils.checks import (
     checked_carried,
     checked_mask,
     checked_state,
+    defaults_of,
     described,
     first_line,
     flags_among,
@@ -111,7 +112,7 @@ def checked_settings(arguments: Mapping[str, Any], constructor: Callable[..., An
         conv_kernel=optional('conv_kernel', check_integer, 1),
         checkpoint_every=optional('checkpoint_every', check_integer, 1),
     )
-    _check_combinations(settings, arguments)
+    _check_combinations(settings, arguments, defaults_of(constructor))
     if (activation := arguments['activation']) is not None:
         for features in {dim_head * heads, dim_head * heads * num_kv_per_token}:
             _check_activation(activation, features)
@@ -125,7 +126,7 @@ def _check_activation(activation: Module, features: int) -> None:
         return
     with on_cpu(), torch.no_grad():
         x = torch.randn(2, 3, features, generator=torch.Generator().manual_seed(0))
-        copy = deepcopy(activation).to('cpu', x.dtype)
+        copy = deepcopy(activation).to('cpu', x.dtype).eval()  # dropout would hide the rest
         try:
             out = copy(x.clone())
             mixes = out.shape == x.shape and _mixes_tokens(copy, x)
@@ -140,9 +141,10 @@ def _check_activation(activation: Module, features: int) -> None:
 def _check_step_transform(transform: Callable[[Tensor], Any], heads: int) -> None:
     """Tries it on random numbers, if it works on a CPU: each step size must depend on its own logit alone."""
     with on_cpu(), torch.no_grad():
-        logits = torch.randn(heads, 6, generator=torch.Generator().manual_seed(0))
+        logits = torch.randn(2 * heads, 6, generator=torch.Generator().manual_seed(0))
+        own = deepcopy(transform).to('cpu').eval() if isinstance(transform, Module) else transform
         try:
-            mixes = _mixes_tokens(deepcopy(transform).to('cpu') if isinstance(transform, Module) else transform, logits)
+            mixes = _mixes_tokens(own, logits)
         except Exception:
             return  # of its results, every call checks the shape
     if mixes:
@@ -157,7 +159,8 @@ def _mixes_tokens(function: Callable[[Tensor], Any], x: Float[Tensor, 'b n ...']
     return torch.equal(out, again) and not torch.allclose(torch.cat(parts, dim=1), out)
 
 
-def _check_combinations(settings: Settings, arguments: Mapping[str, Any]) -> None:
+def _check_combinations(settings: Settings, arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    _warn_of_unused(settings, arguments, defaults)
     if settings.heads == 1 and settings.dim_head != settings.dim:
         raise ValueError(f'dim_head must equal dim={settings.dim} when heads is 1, got {settings.dim_head}')
     if arguments['attn_pool_chunks'] and settings.store_chunk_size == 1:
@@ -185,6 +188,23 @@ def _check_combinations(settings: Settings, arguments: Mapping[str, Any]) -> Non
         raise ValueError('init_momentum_bias needs momentum=True')
     if arguments['store_with_lookahead_value'] and settings.store_chunk_size * settings.num_kv_per_token == 1:
         warnings.warn('store_with_lookahead_value with chunks of a single row stores nothing', stacklevel=4)
+
+
+def _warn_of_unused(settings: Settings, arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Warn of arguments that other ones leave without effect; the reference takes them, too."""
+    momentum = arguments['momentum']
+    unused_with = {
+        'default_step_transform_max_lr': (arguments['adaptive_step_transform'] is not None, 'adaptive_step_transform'),
+        'default_model_kwargs': (arguments['model'] is not None, 'model'),
+        'momentum_order': (not momentum, 'momentum=False'),
+        'learned_combine_include_zeroth': (
+            not arguments['learned_momentum_combine'],
+            'learned_momentum_combine=False',
+        ),
+    }
+    for name, (unused, other) in unused_with.items():
+        if unused and arguments[name] != defaults[name]:
+            warnings.warn(f'{name} has no effect with {other}', stacklevel=5)
 
 
 def _check_proximal(settings: Settings, arguments: Mapping[str, Any]) -> None:

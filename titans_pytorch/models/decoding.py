@@ -91,6 +91,11 @@ class StepwiseDecoding(Module):
                 return f'its {name} is a {type(getattr(self, name)).__name__}'
         if not all(takes_tokens(connection) for block in self._blocks for connection in block.connections):
             return 'a connection of its branches is not one of this package in its plain settings'
+        if not all(attention.takes_steps for attention in self._attentions):
+            return 'its attention has options, or parts of the caller'
+        lengths = self.neural_memory_segment_len, self.neural_memory_batch_size
+        if any((memory.store_chunk_size, memory.batch_size) != lengths for memory in self._memories):
+            return 'its memories have chunks or memory batches of another length'
         if any(memory.num_tokens != state.seq_index for memory in state.memories):
             return 'its memories were read without being written (store=False)'
         return None

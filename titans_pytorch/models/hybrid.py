@@ -60,7 +60,8 @@ class HybridTransformer(Transformer):
             initial weights.
         neural_memory_layers: layers that have a memory, counted from 1. Default: all.
         neural_memory_model: memory network, copied for each layer. Default: that of `NeuralMemory`.
-        neural_memory_kwargs: further arguments of `NeuralMemory`.
+        neural_memory_kwargs: further arguments of `NeuralMemory`. Modules among them, such as an activation with
+            parameters, are shared by all memories.
         num_persist_mem_tokens: number of learned keys and values that every token sees (Titans eq. 19).
         dim_head, heads: width and number of attention heads.
         ff_mult: hidden width, relative to `dim`, of an ungated feedforward with as many weights as the gated one has,

@@ -134,10 +134,22 @@ def check_flags(**flags: Any) -> None:
             raise TypeError(f'{name} must be True or False, got {came}')
 
 
+def check_bound(name: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    """Check that `function` can be called with `arguments`, which a user gave under `name`."""
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        raise TypeError(f'{name} must hold arguments of {function.__name__}: {error}') from None
+
+
+def defaults_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """Default values of the arguments of a function."""
+    return {p.name: p.default for p in inspect.signature(function).parameters.values()}
+
+
 def flags_among(arguments: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
     """The `arguments` of a call that are flags of `function`, that is, whose default is a boolean."""
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: arguments[p.name] for p in parameters if isinstance(p.default, bool)}
+    return {name: arguments[name] for name, default in defaults_of(function).items() if isinstance(default, bool)}
 
 
 def checked_arguments(

@@ -86,7 +86,7 @@ def keeping_random_state(device: torch.device) -> AbstractContextManager[None]:
 
 @contextmanager
 def on_cpu() -> Iterator[None]:
-    """Work on the CPU that leaves its random state as it is."""
+    """Run on the CPU, and restore its random state at the end."""
     with keeping_random_state(torch.device('cpu')), torch.device('cpu'):
         yield
 

@@ -70,7 +70,12 @@ class Trial(NamedTuple):
             {name: draw(*leading, *shape) for name, shape in shapes.items()} for leading in ((2,), (2, 3))
         )
         keys, values, step_sizes = draw(2, 3, rows, dim), draw(2, 3, rows, dim), draw(2, 3, rows).sigmoid()
-        return cls(copy, base, over_time, Chunks(keys, values, step_sizes, draw(2, 3), None, None, None))
+        trial = cls(copy, base, over_time, Chunks(keys, values, step_sizes, draw(2, 3), None, None, None))
+        if trial._is_finite():
+            return trial
+        # a network may be defined for positive weights alone, as one that takes their logarithm
+        base, over_time = ({name: w.abs() for name, w in weights.items()} for weights in (base, over_time))
+        return trial._replace(base=base, over_time=over_time)
 
     def obstacle_to_dense(self, network: Module) -> str | None:
         """The reason why the network does not run with weights that differ from chunk to chunk; `None` if it does.
@@ -90,6 +95,7 @@ class Trial(NamedTuple):
 
         `rowwise`: whether it claims to treat rows separately.
         """
+        self.network.eval()
         if self._is_random():
             return None  # nothing to compare
         rows, out = self.chunks.keys[0, 0], self._output(self.network)
@@ -97,7 +103,7 @@ class Trial(NamedTuple):
             if not torch.allclose(self._output(self.network, rows[:length]), out[:length]):
                 return 'must be causal, but its output for a row depends on later rows, or on how many there are'
         first_changed = rows.clone()
-        first_changed[0] += 1
+        first_changed[0] = -rows[0].flip(0)  # not by a constant, which a norm would subtract
         if rowwise and not torch.allclose(self._output(self.network, first_changed)[1:], out[1:]):
             return 'has rowwise=True, but its output for a row depends on earlier rows'
         return None
@@ -105,6 +111,8 @@ class Trial(NamedTuple):
     def obstacle_to_dual(self, network: Module) -> str | None:
         """The reason why the dual form cannot serve a network, or `None` if it can."""
         inner = _inner(network)
+        if not self._is_finite():
+            return 'its results for random numbers are not finite'
         if 'linear' not in inspect.signature(inner.forward).parameters:
             return 'its forward takes no `linear`'
         names = {id(p): name for name, p in network.named_parameters()}
@@ -169,7 +177,15 @@ class Trial(NamedTuple):
 
     def _is_random(self) -> bool:
         """True if equal rows are treated differently, as by dropout."""
-        return not torch.equal(self._output(self.network), self._output(self.network))
+        with on_cpu():  # around both: each would begin with the same random numbers
+            first, second = (self._computed(self.network) for _ in range(2))
+        return not torch.allclose(first, second, equal_nan=True)
+
+    def _is_finite(self) -> bool:
+        try:
+            return bool(self._output(self.network).isfinite().all())
+        except Exception:
+            return True  # other checks tell why it fails
 
     def _uses_given_weights(self, network: Module) -> bool:
         """True if given weights replace all weights that the network has."""
@@ -179,9 +195,14 @@ class Trial(NamedTuple):
         with torch.no_grad():
             for name, parameter in other.named_parameters():
                 parameter.copy_(self.base[name][0])
-        return torch.allclose(self._output(self.network), self._output(other))
+        return torch.allclose(self._output(self.network), self._output(other), equal_nan=True)
 
     def _output(self, network: Module, rows: Tensor | None = None) -> Tensor:
+        """For the rows of a chunk by default."""
+        with on_cpu():
+            return self._computed(network, rows)
+
+    def _computed(self, network: Module, rows: Tensor | None = None) -> Tensor:
         weights = {name: w[0] for name, w in self.base.items()}
-        with on_cpu(), torch.no_grad():
+        with torch.no_grad():
             return call_with_weights(network, weights, self.chunks.keys[0, 0] if rows is None else rows)
