@@ -76,7 +76,10 @@ def test_the_activation_is_stored_by_name():
         ({'neural_memory_model': {'type': 'MLP'}}, "neural_memory_model\\['type'\\] must be one of"),
         ({'neural_memory_kwargs': {'activation': nn.GELU('tanh')}}, 'activation must be one of'),
         ({'neural_memory_kwargs': {'store_memory_loss_fn': len}}, 'must be a value that JSON can hold'),
-        ({'neural_memory_kwargs': {'default_step_transform_max_lr': float('nan')}}, 'must be a value that JSON can hold'),
+        (
+            {'neural_memory_kwargs': {'default_step_transform_max_lr': float('nan')}},
+            'must be a value that JSON can hold',
+        ),
         ({'neural_memory_kwargs': [1]}, 'neural_memory_kwargs must be a mapping'),
     ],
 )

@@ -447,7 +447,7 @@ def _shifted(windows: Float[Tensor, 'b w h n d']) -> Float[Tensor, 'b w h n d']:
     return F.pad(windows, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
 
 
-_WITHOUT_EFFECT = {'causal', 'flash', 'dropout'}  # on results in evaluation mode, all of `Attend`
+_NEUTRAL_OPTIONS = {'causal', 'flash', 'dropout'}  # of `Attend`: they change no result in evaluation mode
 
 
 def _attend(**kwargs: Any) -> Attend:
@@ -456,7 +456,7 @@ def _attend(**kwargs: Any) -> Attend:
     fn = attend.attn_fn
     if isinstance(fn, partial) and fn.func is F.softmax and fn.keywords.get('dtype') is torch.float32:
         attend.attn_fn = partial(softmax, dim=fn.keywords['dim'])
-    attend.is_plain = not kwargs.keys() - _WITHOUT_EFFECT  # which one that a user puts in its place does not have
+    attend.is_plain = kwargs.keys() <= _NEUTRAL_OPTIONS  # an `Attend` made by a user has no such attribute
     return attend
 
 

@@ -246,7 +246,7 @@ def stream(
     choose = _chooser(temperature, kept, generator, request.prompt)
     reader = _CachedReader(self, store, return_surprises, cache, state, cuda_graphs, compiled)
     positions = _positions(self, reader, request, choose, return_logprobs)
-    return _given_away(positions, whole=return_logprobs or return_surprises)
+    return _copied_positions(positions, whole=return_logprobs or return_surprises)
 
 
 def _check_runner(cached: bool, cuda_graphs: Any, compiled: Any) -> None:
@@ -396,7 +396,7 @@ def _checked_at_hand(unchecked: list[Tensor]) -> list[Tensor]:
     return unchecked if len(unchecked) < _MOST_UNCHECKED else [torch.stack(unchecked).amin(dim=0)]
 
 
-def _given_away(positions: Generator[Sampled, None, Any], whole: bool) -> Generator[Any, None, Any]:
+def _copied_positions(positions: Generator[Sampled, None, Any], whole: bool) -> Generator[Any, None, Any]:
     """Yield whole positions, or the tokens alone; return the cache. Tokens are copies, as the next step reads them."""
     with contextlib.closing(positions):
         while True:

@@ -33,8 +33,8 @@ def soft_clamp_factor(squared_norm: Tensor, max_norm: float) -> Tensor:
 def soft_clamp_norm(gradients: Tensor, max_norm: float, batch_axes: int = 2) -> Tensor:
     """Gradients scaled by `soft_clamp_factor` of their norm over all axes but the first `batch_axes`, here heads and
     chunks."""
-    rows = gradients.reshape(*gradients.shape[:batch_axes], -1)  # of a scalar parameter, too
-    squared = at_least_float32(rows).square().sum(dim=-1)
+    # a scalar parameter has no further axes
+    squared = at_least_float32(gradients).unsqueeze(-1).flatten(batch_axes).square().sum(dim=-1)
     return scaled(soft_clamp_factor(squared, max_norm), gradients).to(gradients.dtype)
 
 

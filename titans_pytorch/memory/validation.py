@@ -112,7 +112,8 @@ def checked_settings(arguments: Mapping[str, Any], constructor: Callable[..., An
         conv_kernel=optional('conv_kernel', check_integer, 1),
         checkpoint_every=optional('checkpoint_every', check_integer, 1),
     )
-    _check_combinations(settings, arguments, defaults_of(constructor))
+    _check_combinations(settings, arguments)
+    _warn_of_unused(arguments, defaults_of(constructor))
     if (activation := arguments['activation']) is not None:
         for features in {dim_head * heads, dim_head * heads * num_kv_per_token}:
             _check_activation(activation, features)
@@ -159,8 +160,7 @@ def _mixes_tokens(function: Callable[[Tensor], Any], x: Float[Tensor, 'b n ...']
     return torch.equal(out, again) and not torch.allclose(torch.cat(parts, dim=1), out)
 
 
-def _check_combinations(settings: Settings, arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    _warn_of_unused(settings, arguments, defaults)
+def _check_combinations(settings: Settings, arguments: Mapping[str, Any]) -> None:
     if settings.heads == 1 and settings.dim_head != settings.dim:
         raise ValueError(f'dim_head must equal dim={settings.dim} when heads is 1, got {settings.dim_head}')
     if arguments['attn_pool_chunks'] and settings.store_chunk_size == 1:
@@ -190,21 +190,20 @@ def _check_combinations(settings: Settings, arguments: Mapping[str, Any], defaul
         warnings.warn('store_with_lookahead_value with chunks of a single row stores nothing', stacklevel=4)
 
 
-def _warn_of_unused(settings: Settings, arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Warn of arguments that other ones leave without effect; the reference takes them, too."""
-    momentum = arguments['momentum']
-    unused_with = {
-        'default_step_transform_max_lr': (arguments['adaptive_step_transform'] is not None, 'adaptive_step_transform'),
-        'default_model_kwargs': (arguments['model'] is not None, 'model'),
-        'momentum_order': (not momentum, 'momentum=False'),
-        'learned_combine_include_zeroth': (
-            not arguments['learned_momentum_combine'],
-            'learned_momentum_combine=False',
-        ),
-    }
-    for name, (unused, other) in unused_with.items():
-        if unused and arguments[name] != defaults[name]:
-            warnings.warn(f'{name} has no effect with {other}', stacklevel=5)
+def _warn_of_unused(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Warn of arguments that others leave without effect. They are no errors, as the reference accepts them."""
+    unused = {}
+    if arguments['adaptive_step_transform'] is not None:
+        unused['default_step_transform_max_lr'] = 'adaptive_step_transform'
+    if arguments['model'] is not None:
+        unused['default_model_kwargs'] = 'model'
+    if not arguments['momentum']:
+        unused['momentum_order'] = 'momentum=False'
+    if not arguments['learned_momentum_combine']:
+        unused['learned_combine_include_zeroth'] = 'learned_momentum_combine=False'
+    for name, other in unused.items():
+        if arguments[name] != defaults[name]:
+            warnings.warn(f'{name} has no effect with {other}', stacklevel=4)
 
 
 def _check_proximal(settings: Settings, arguments: Mapping[str, Any]) -> None:

@@ -122,6 +122,15 @@ def tile_size(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
+@triton.jit
+def own_rows(count, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of groups of `count` rows, the number of the group, and the rows of it, that a program owns. All programs are on
+    one axis of the grid: the others have a limit of 65,535."""
+    blocks = tl.cdiv(count, ROWS)
+    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    return tl.program_id(0) // blocks, row.to(tl.int64)
+
+
 # entries of a program that goes over rows and holds all features of each
 _ENTRIES_OF_ROWS = 4096
 

@@ -11,18 +11,18 @@ import triton.language as tl
 from torch import Tensor
 
 from titans_pytorch.ops._registration import register_kernel
-from titans_pytorch.ops._triton import contiguous_inside, named_strides, whole_rows
+from titans_pytorch.ops._triton import contiguous_inside, named_strides, own_rows, whole_rows
 from titans_pytorch.ops.head_norm.triton import EPS
 
 
 @triton.jit
 def _load(  # type: ignore[no-untyped-def]
-    x, gamma, logits, own_head, first, n, eps, x_batch, x_head, x_row, l_batch, l_row, heads, dim,
-    NORM: tl.constexpr, PER_FEATURE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    x, gamma, logits, own_head, row, n, eps, x_batch, x_head, x_row, l_batch, l_row, heads, dim,
+    NORM: tl.constexpr, PER_FEATURE: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a head over their length, that length's inverse, 1 + γ, and gates; with the numbers of the rows."""
+    """Rows of a head over their length, that length's inverse, 1 + γ, and gates."""
     batch, head = (own_head // heads).to(tl.int64), (own_head % heads).to(tl.int64)
-    row, feature = (first + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, DIM)
+    feature = tl.arange(0, DIM)
     inside = (row < n)[:, None] & (feature < dim)[None, :]
     from_x = x + batch * x_batch + head * x_head + row[:, None] * x_row + feature[None, :]
     own = tl.load(from_x, mask=inside, other=0.0).to(tl.float32)
@@ -37,7 +37,7 @@ def _load(  # type: ignore[no-untyped-def]
     else:
         gate = tl.load(from_logits + head, mask=(row < n)[:, None], other=0.0)
     to_heads = ((batch * n + row[:, None]) * heads + head) * dim + feature[None, :]
-    return own, inverse, gain, tl.sigmoid(gate.to(tl.float32)), row, feature, inside, to_heads
+    return own, inverse, gain, tl.sigmoid(gate.to(tl.float32)), feature, inside, to_heads
 
 
 @triton.jit
@@ -46,11 +46,10 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     heads, n, eps, x_batch, x_head, x_row, l_batch, l_row,
     dim: tl.constexpr, NORM: tl.constexpr, PER_FEATURE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(n, ROWS)
-    own_head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    own, _, gain, gate, _, _, inside, to_heads = _load(
-        x, gamma, logits, own_head, block * ROWS, n, eps, x_batch, x_head, x_row, l_batch, l_row, heads, dim,
-        NORM, PER_FEATURE, DIM, ROWS,
+    own_head, row = own_rows(n, ROWS)
+    own, _, gain, gate, _, inside, to_heads = _load(
+        x, gamma, logits, own_head, row, n, eps, x_batch, x_head, x_row, l_batch, l_row, heads, dim,
+        NORM, PER_FEATURE, DIM,
     )  # fmt: skip
     tl.store(out + to_heads, own * gain * gate, mask=inside)
 
@@ -61,11 +60,10 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     heads, n, eps, x_batch, x_head, x_row, l_batch, l_row,
     dim: tl.constexpr, NORM: tl.constexpr, PER_FEATURE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(n, ROWS)
-    own_head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    own, inverse, gain, gate, row, feature, inside, to_heads = _load(
-        x, gamma, logits, own_head, block * ROWS, n, eps, x_batch, x_head, x_row, l_batch, l_row, heads, dim,
-        NORM, PER_FEATURE, DIM, ROWS,
+    own_head, row = own_rows(n, ROWS)
+    own, inverse, gain, gate, feature, inside, to_heads = _load(
+        x, gamma, logits, own_head, row, n, eps, x_batch, x_head, x_row, l_batch, l_row, heads, dim,
+        NORM, PER_FEATURE, DIM,
     )  # fmt: skip
     d_gated = tl.load(d_out + to_heads, mask=inside, other=0.0).to(tl.float32)
     d_logit = d_gated * own * gain * gate * (1.0 - gate)

@@ -11,22 +11,22 @@ import triton.language as tl
 from torch import Tensor
 
 from titans_pytorch.ops._registration import register_kernel
-from titans_pytorch.ops._triton import contiguous_inside, named_strides, whole_rows
+from titans_pytorch.ops._triton import contiguous_inside, named_strides, own_rows, whole_rows
 
 EPS = torch.finfo(torch.float32).eps
 
 
 @triton.jit
 def _load_rows(  # type: ignore[no-untyped-def]
-    x, own_head, first, n, x_batch, x_row, x_head, heads, dim, DIM: tl.constexpr, ROWS: tl.constexpr
+    x, own_head, row, n, x_batch, x_row, x_head, heads, dim, DIM: tl.constexpr
 ):  # fmt: skip
-    """Rows of a head, with their numbers and features, and which of these exist."""
+    """Rows of a head, with their features, and which of these exist."""
     batch, head = (own_head // heads).to(tl.int64), (own_head % heads).to(tl.int64)
-    row, feature = (first + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, DIM)
+    feature = tl.arange(0, DIM)
     inside = (row < n)[:, None] & (feature < dim)[None, :]
     offset = batch * x_batch + row[:, None] * x_row + head * x_head + feature[None, :]
     own = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
-    return own, row, feature, inside
+    return own, feature, inside
 
 
 @triton.jit
@@ -35,9 +35,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     heads, n, eps, x_batch, x_row, x_head,
     dim: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(n, ROWS)
-    own_head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    own, row, feature, inside = _load_rows(x, own_head, block * ROWS, n, x_batch, x_row, x_head, heads, dim, DIM, ROWS)
+    own_head, row = own_rows(n, ROWS)
+    own, feature, inside = _load_rows(x, own_head, row, n, x_batch, x_row, x_head, heads, dim, DIM)
     gain = 1.0 + tl.load(gamma + (own_head % heads) * dim + feature, mask=feature < dim, other=0.0).to(tl.float32)
     inverse = 1.0 / tl.sqrt(tl.sum(own * own, axis=1) / dim + eps)
     to_out = out + own_head.to(tl.int64) * n * dim + row[:, None] * dim + feature[None, :]
@@ -50,9 +49,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     heads, n, eps, x_batch, x_row, x_head, d_batch, d_head, d_row,
     dim: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(n, ROWS)
-    own_head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    own, row, feature, inside = _load_rows(x, own_head, block * ROWS, n, x_batch, x_row, x_head, heads, dim, DIM, ROWS)
+    own_head, row = own_rows(n, ROWS)
+    own, feature, inside = _load_rows(x, own_head, row, n, x_batch, x_row, x_head, heads, dim, DIM)
     batch, head = (own_head // heads).to(tl.int64), (own_head % heads).to(tl.int64)
     gain = 1.0 + tl.load(gamma + head * dim + feature, mask=feature < dim, other=0.0).to(tl.float32)
     inverse = (1.0 / tl.sqrt(tl.sum(own * own, axis=1) / dim + eps))[:, None]

@@ -12,15 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from titans_pytorch.ops._registration import register_kernel
-from titans_pytorch.ops._triton import contiguous_inside, named_strides, taken_by, whole_rows
-
-
-@triton.jit
-def _place(count, groups, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Batch entry, group of features, and rows, of `count` in each group, that a program owns."""
-    blocks = tl.cdiv(count, ROWS)
-    own, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
-    return own // groups, own % groups, (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+from titans_pytorch.ops._triton import contiguous_inside, named_strides, own_rows, taken_by, whole_rows
 
 
 @triton.jit
@@ -29,7 +21,8 @@ def _convolved(  # type: ignore[no-untyped-def]
     dim: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Σ_j w_j x_{t+j} for the outputs t of a program, zero where there are none; their places, and where x_t is."""
-    batch, group, row = _place(n, groups, ROWS)
+    own, row = own_rows(n, ROWS)
+    batch, group = (own // groups).to(tl.int64), (own % groups).to(tl.int64)
     feature = tl.arange(0, DIM)
     with_feature = feature < dim
     inside = (row < n)[:, None] & with_feature[None, :]
@@ -101,7 +94,8 @@ def _convolution_backward_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Token t is part of outputs t − j: its gradient is Σ_j w_j d_{t−j}."""
     tokens = n + WIDTH - 1
-    batch, group, row = _place(tokens, groups, ROWS)
+    own, row = own_rows(tokens, ROWS)
+    batch, group = (own // groups).to(tl.int64), (own % groups).to(tl.int64)
     feature = tl.arange(0, DIM)
     with_feature = feature < dim
     total = tl.zeros((ROWS, DIM), tl.float32)
