@@ -138,10 +138,6 @@ def test_memory_arguments(kwargs, error, message):
             dict(adaptive_step_transform=torch.sigmoid, default_step_transform_max_lr=0.1),
             'default_step_transform_max_lr has no effect with adaptive_step_transform',
         ),
-        (
-            dict(model=MemoryMLP(DIM, 2), default_model_kwargs={'depth': 1}),
-            'default_model_kwargs has no effect',
-        ),
         (dict(momentum=False, momentum_order=2), 'momentum_order has no effect with momentum=False'),
         (dict(learned_combine_include_zeroth=True), 'learned_combine_include_zeroth has no effect'),
     ],

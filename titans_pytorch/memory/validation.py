@@ -195,8 +195,6 @@ def _warn_of_unused(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -
     unused = {}
     if arguments['adaptive_step_transform'] is not None:
         unused['default_step_transform_max_lr'] = 'adaptive_step_transform'
-    if arguments['model'] is not None:
-        unused['default_model_kwargs'] = 'model'
     if not arguments['momentum']:
         unused['momentum_order'] = 'momentum=False'
     if not arguments['learned_momentum_combine']:
