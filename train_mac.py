@@ -54,6 +54,7 @@ from titans_pytorch.training import (
     is_distributed,
     is_run_folder,
     latest_checkpoint,
+    leave_best_checkpoint,
     leave_later_checkpoints,
     load_bpe,
     load_optimizer,
@@ -755,6 +756,8 @@ def training_loop(
             if new_loss is not None:
                 val_loss = new_loss
                 if val_loss < best:
+                    if first and best == math.inf:  # if there is a best checkpoint, other windows have chosen it
+                        leave_best_checkpoint(folder / BEST)
                     best = val_loss
                     if batch > 0:
                         save(BEST)

@@ -500,6 +500,22 @@ def test_a_run_that_goes_back_takes_its_new_course(text, tmp_path, capsys):
     assert load(folder / 'titans_enwik8.pt')['config']['LEARNING_RATE'] == 0.02
 
 
+@pytest.mark.parametrize('change', [{'BATCH_SIZE': 3}, {'SEQ_LEN': 16}, {'DATA': 'other.txt'}])
+def test_the_best_checkpoint_of_other_validation_windows_is_kept_apart(text, tmp_path, change):
+    folder = tmp_path / 'run'
+    train_mac.main(options(text, folder, NUM_BATCHES=2, VALIDATE_EVERY=1))
+    best = (folder / train_mac.BEST).read_bytes()
+    if 'DATA' in change:
+        change = {'DATA': tmp_path / change['DATA']}
+        change['DATA'].write_bytes(TEXT + b'more')
+    for steps in ('3', '4'):
+        words = options(text, folder, NUM_BATCHES=steps, VALIDATE_EVERY=1, **change)
+        train_mac.main(['--resume', 'latest', *words])
+        assert (folder / 'earlier-1' / train_mac.BEST).read_bytes() == best
+        assert (folder / train_mac.BEST).exists()
+        assert not (folder / 'earlier-2').exists()  # the windows did not change again
+
+
 def test_a_run_that_goes_on_in_the_folder_of_another_keeps_that_apart(text, tmp_path):
     for name in ('one', 'other'):
         train_mac.main(options(text, tmp_path / name, NUM_BATCHES=2, CHECKPOINT_EVERY=1))

@@ -36,6 +36,7 @@ from titans_pytorch.training.metrics import LossCurve, read_metrics, rewind
 from titans_pytorch.training.run_folder import (
     clear_run_folder,
     describe_run,
+    leave_best_checkpoint,
     leave_later_checkpoints,
     run_lock,
     wandb_id,
@@ -83,6 +84,7 @@ __all__ = [
     'keep_freed_memory',
     'latest_checkpoint',
     'latest_run',
+    'leave_best_checkpoint',
     'leave_later_checkpoints',
     'load_bpe',
     'load_data',

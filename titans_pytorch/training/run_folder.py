@@ -62,28 +62,36 @@ def clear_run_folder(folder: Path) -> None:
     remove_leftovers(folder)
     names = (METRICS, SAMPLES, CURVE, DESCRIPTION, WANDB_ID)
     earlier = [*checkpoints(folder), *(folder / name for name in names if (folder / name).exists())]
-    if aside := _set_aside(folder, earlier):
-        say(f'the run that was in {folder} is now in {aside}')
+    _set_aside(folder, earlier, f'the run that was in {folder}')
 
 
 def leave_later_checkpoints(folder: Path, batch: int) -> list[Path]:
     """Move checkpoints with more than `batch` steps into a folder of their own, as a run that is resumed after `batch`
     steps takes another course. Returns the paths that they had."""
     later = [path for path in checkpoints(folder) if steps_done(path) > batch]
-    if aside := _set_aside(folder, later):
-        say(f'later checkpoints, of the course that the run had taken, are now in {aside}')
+    _set_aside(folder, later, 'the later part of the course that the run had taken')
     return later
 
 
-def _set_aside(folder: Path, paths: list[Path]) -> Path | None:
-    """Move files to a new folder within `folder`; `None` if there are none."""
+def leave_best_checkpoint(path: Path) -> None:
+    """Move the checkpoint that was the best one by other validation windows, if there is one, into a folder of its own.
+
+    Args:
+        path: that of a file, which may also be a folder of shards without its suffix.
+    """
+    forms = [form for form in (path, path.with_suffix('')) if form.exists()]
+    _set_aside(path.parent, forms, 'the best checkpoint by other validation windows')
+
+
+def _set_aside(folder: Path, paths: list[Path], description: str) -> None:
+    """Move files, if there are any, to a new folder within `folder`, and print where they are."""
     if not paths:
-        return None
+        return
     aside = next(path for n in itertools.count(1) if not (path := folder / f'earlier-{n}').exists())
     aside.mkdir()
     for path in paths:
         path.rename(aside / path.name)
-    return aside
+    say(f'{description} is now in {aside}')
 
 
 def describe_run(
