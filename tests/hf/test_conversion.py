@@ -73,6 +73,8 @@ def test_a_run_becomes_a_pipeline_and_a_run_again(vocabulary, tmp_path):
     assert type(opened.vocabulary) is type(vocabulary)
     with pytest.raises(FileExistsError, match='there is a run in'):
         pretrained_to_run(folder, again)
+    with pytest.raises(FileExistsError, match='config.json'):
+        run_to_pretrained(run, run / 'config.json')
 
 
 def test_a_checkpoint_is_converted_with_the_settings_it_was_trained_with(tmp_path):

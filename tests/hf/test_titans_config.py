@@ -57,6 +57,7 @@ def test_presets_fit():
     [
         ({'architecture': 'mamba'}, 'architecture must be one of'),
         ({'architecture': 'lmm', 'paper_order': True}, 'LongTermMemoryModel.*paper_order'),
+        ({'depht': 3}, "has no argument 'depht'; did you mean 'depth'"),
         ({'numtokens': 3}, "has no argument 'numtokens'; did you mean 'num_tokens'"),
         ({'dim': 0}, 'dim must be a positive integer, got 0'),
         ({'hidden_size': -8}, 'dim must be a positive integer, got -8'),

@@ -14,9 +14,10 @@ from titans_pytorch.hf.modeling import CACHE
 GREEDY = {'do_sample': False, 'max_new_tokens': 7}
 
 
+@pytest.mark.parametrize('padding', ['left', 'right'])
 @architectures
-def test_padded_rows_continue_as_if_they_were_alone(name):
-    own, (x, mask) = model(name), batch()
+def test_padded_rows_continue_as_if_they_were_alone(name, padding):
+    own, (x, mask) = model(name), batch(padding)
     tokens = own.generate(x, attention_mask=mask, **GREEDY)
     assert torch.equal(tokens, own.generate(x, attention_mask=mask, use_cache=False, **GREEDY))
     for index, row in enumerate(rows(x, mask)):

@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from titans_pytorch.hf import TitansCache, TitansForCausalLM, TitansModel
 from titans_pytorch.hf.cache import Group
+from titans_pytorch.hf.modeling import CACHE
 
 
 @pytest.fixture(autouse=True)
@@ -155,20 +156,91 @@ def cache_of_three() -> TitansCache:
     return cache
 
 
+TOKENS = {'input_ids': torch.ones(1, 3).long()}
+LABELS = {'labels': torch.ones(1, 3).long()}
+PACKED = {'seq_idx': torch.tensor([[0, 0, 1]])}
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
         ({}, 'pass one of input_ids and inputs_embeds'),
-        ({'input_ids': torch.ones(1, 3).long(), 'inputs_embeds': torch.ones(1, 3, 8)}, 'pass one of'),
-        ({'input_ids': torch.ones(1, 3).long(), 'past_key_values': ()}, 'must be a TitansCache, got tuple'),
-        ({'input_ids': torch.ones(1, 3).long(), 'cache': cache_of_three()}, 'of a batch of 1.*, got one of 3'),
-        ({'input_ids': torch.ones(1, 3).long(), 'attention_mask': torch.zeros(1, 3).long()}, 'at least one token'),
-        ({'input_ids': torch.ones(1, 3).long(), 'attention_mask': torch.ones(1, 2).long()}, 'attention_mask must be'),
-        ({'input_ids': torch.ones(1, 3).long(), 'attention_mask': torch.ones(1, 1, 3, 3)}, 'attention_mask must'),
+        ({**TOKENS, 'inputs_embeds': torch.ones(1, 3, 8)}, 'pass one of'),
+        ({**TOKENS, 'past_key_values': ()}, 'must be a TitansCache, got tuple'),
+        ({**TOKENS, 'cache': cache_of_three()}, 'of a batch of 1.*, got one of 3'),
+        ({**TOKENS, 'attention_mask': torch.zeros(1, 3).long()}, 'at least one token'),
+        ({**TOKENS, 'attention_mask': torch.ones(1, 2).long()}, 'attention_mask must be'),
+        ({**TOKENS, 'attention_mask': torch.ones(1, 1, 3, 3)}, 'attention_mask must'),
         ({'input_ids': torch.full((1, 3), 13)}, 'num_tokens|13'),
-        ({'input_ids': torch.ones(1, 3).long(), 'position_ids': torch.arange(3)[None]}, 'position_ids'),
+        ({'input_ids': torch.ones(3).long()}, r'input_ids must be \(batch, length\), got \(3,\)'),
+        ({'input_ids': [[1, 2, 3]]}, 'input_ids must be a tensor, got list'),
+        ({'inputs_embeds': torch.ones(1, 3).long()}, 'inputs_embeds must be a floating-point tensor'),
+        ({'inputs_embeds': torch.ones(1, 3, 7).double()}, r'inputs_embeds must be \(batch, length, dim=8\)'),
+        ({**TOKENS, 'attention_mask': [[1, 1, 1]]}, 'attention_mask must be a tensor, got list'),
+        ({**TOKENS, 'labels': torch.ones(1, 4).long()}, r'labels must be \(batch=1, length=3\)'),
+        ({**TOKENS, 'labels': torch.full((1, 3), 13)}, r'labels must be token ids in \[0, num_tokens=13\)'),
+        ({**TOKENS, **LABELS, 'logits_to_keep': 1}, 'logits_to_keep cannot go with labels'),
+        ({**TOKENS, 'mask': torch.ones(1, 3)}, "unexpected keyword argument 'mask'"),
+        ({**TOKENS, 'attention_masks': torch.ones(1, 3)}, "unexpected keyword argument 'attention_masks'"),
+        ({**TOKENS, 'is_causal': False}, "unexpected keyword argument 'is_causal'"),
+        ({**TOKENS, 'position_ids': torch.arange(1, 4)[None]}, 'position_ids must count .* from 0'),
+        ({**TOKENS, 'position_ids': torch.tensor([[0, 0, 2]])}, 'position_ids must count .* from 0'),
+        ({**TOKENS, 'position_ids': torch.zeros(1, 4).long()}, r'position_ids must be \(batch=1, length=3\)'),
+        ({**TOKENS, **PACKED, 'position_ids': torch.arange(3)[None]}, 'position_ids must count .* from 0'),
+        ({**TOKENS, 'position_ids': torch.arange(3)[None], 'cache': TitansCache()}, 'position_ids cannot go with'),
+        ({**TOKENS, 'seq_idx': torch.zeros(2, 3).long()}, r'seq_idx must be \(batch=1, length=3\)'),
+        ({**TOKENS, 'cu_seq_lens_q': torch.tensor([0, 2])}, 'cu_seq_lens_q must increase from 0 to the 3 tokens'),
+        ({**TOKENS, 'cu_seq_lens_q': torch.tensor([0, 4, 3])}, 'cu_seq_lens_q must increase from 0'),
+        ({**TOKENS, 'cu_seq_lens_k': torch.tensor([0, 3])}, 'cu_seq_lens_k must equal cu_seq_lens_q'),
+        ({**TOKENS, **PACKED, 'use_cache': True}, 'leave no state to continue'),
+        ({**TOKENS, **PACKED, 'output_hidden_states': True}, 'output_hidden_states needs rows of one document'),
     ],
 )
 def test_refused(arguments, message):
     with pytest.raises((ValueError, TypeError), match=message):
         model()(**arguments)
+
+
+@pytest.mark.parametrize('described_by', ['position_ids', 'seq_idx', 'cu_seq_lens_q', 'document_ids', 'all'])
+@architectures
+def test_packed_documents_are_read_as_if_each_were_alone(name, described_by):
+    """As `DataCollatorWithFlattening` passes them, and with other arguments of its."""
+    own = model(name)
+    documents = [torch.randint(1, 13, (1, length)) for length in (5, 1, 9)]
+    x, bounds = torch.cat(documents, dim=1), torch.tensor([0, 5, 6, 15], dtype=torch.int32)
+    described = {
+        'position_ids': torch.cat([torch.arange(5), torch.arange(1), torch.arange(9)])[None],
+        'seq_idx': torch.tensor([0, 1, 2], dtype=torch.int32).repeat_interleave(bounds.diff())[None],
+        'cu_seq_lens_q': bounds,
+        'document_ids': torch.tensor([7, 3, 7]).repeat_interleave(bounds.diff())[None],
+    }
+    bounds_too = dict(cu_seq_lens_k=bounds, max_length_q=9, max_length_k=9)
+    how = {**described, **bounds_too} if described_by == 'all' else {described_by: described[described_by]}
+    out = own(x, labels=x, **how)
+    alone = [own(document, labels=document) for document in documents if document.shape[1] > 1]
+    assert_same(out.logits[:, :5], alone[0].logits)
+    assert_same(out.logits[:, 6:], alone[1].logits)
+    assert_same(out.loss, (4 * alone[0].loss + 8 * alone[1].loss) / 12)
+    assert CACHE not in own(x, **how)
+
+
+@pytest.mark.parametrize('padding', ['left', 'right'])
+def test_documents_in_padded_rows(padding):
+    own, (x, mask) = model('MAC'), batch(padding)
+    positions = torch.where(mask.cumsum(dim=1) > 3, mask.cumsum(dim=1) - 4, mask.cumsum(dim=1) - 1)
+    positions = torch.where(mask.bool(), positions, 1)  # those of padding do not matter
+    out = own(x, attention_mask=mask, position_ids=positions, labels=x)
+    losses = []
+    for index, row in enumerate(rows(x, mask)):
+        pieces = [own(piece, labels=piece) for piece in row.split([3, row.shape[1] - 3] if index < 2 else [2], dim=1)]
+        assert_same(out.logits[index, mask[index].bool()], torch.cat([piece.logits for piece in pieces], dim=1)[0])
+        losses += [piece.loss * (piece.logits.shape[1] - 1) for piece in pieces]
+    assert_same(out.loss, sum(losses) / 11)
+
+
+def test_positions_that_the_model_counts_itself_change_nothing():
+    own, (x, mask) = model('MAL'), batch()
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    out = own(x, attention_mask=mask, position_ids=positions)
+    assert_same(out.logits, own(x, attention_mask=mask).logits, 0)
+    assert CACHE in out

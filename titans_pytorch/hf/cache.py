@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Cache
 
 from titans_pytorch.generation.stepper import CallStepper, Stepper
-from titans_pytorch.hf.row_groups import GroupedRows, RowGroup, split_by_count
+from titans_pytorch.hf.row_groups import GroupedRows, RowGroup, rank_of_last_token, rearranged, split_by_count
 from titans_pytorch.models.base import Transformer
 from titans_pytorch.models.state import ModelState
 from titans_pytorch.utils.shapes import Bool, Float, Int
@@ -76,7 +76,7 @@ class TitansCache(GroupedRows[Group], Cache):
     def read(
         self, x: Int[Tensor, 'b n'] | Float[Tensor, 'b n d'], mask: Bool[Tensor, 'b n'] | None, read: Read
     ) -> list[Tensor]:
-        """Results of `read` for all rows, each (b, n, …) with zeros for padding.
+        """Results of `read` for all rows, each (b, n, …); those of padding are the results of the token before it.
 
         Args:
             mask: false for padding, which is left out; `None` if there is none.
@@ -96,11 +96,14 @@ class TitansCache(GroupedRows[Group], Cache):
         results = []
         for group in self.groups:
             if count := counts[group.rows[0]]:
-                tokens = group.positions(count, mask, x.device)
-                own, group.state = read(x[tokens], group.state)
+                rows, columns = group.positions(count, mask, x.device)
+                own, group.state = read(x[rows, columns], group.state)
                 group.num_tokens += count
+                rows = rows.squeeze(1)
+                if mask is not None:
+                    own = [rearranged(part, rank_of_last_token(mask[rows])) for part in own]
                 results = results or [part.new_zeros(*x.shape[:2], *part.shape[2:]) for part in own]
-                results = [whole.index_put(tokens, part) for whole, part in zip(results, own)]
+                results = [whole.index_put((rows,), part) for whole, part in zip(results, own)]
         if not results:
             raise ValueError('attention_mask must leave at least one token, got only padding')
         self._length += x.shape[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -17,16 +18,20 @@ from titans_pytorch.attention.rotary import Rotary
 from titans_pytorch.configuration import build_model
 from titans_pytorch.hf.cache import TitansCache
 from titans_pytorch.hf.configuration import TitansConfig
-from titans_pytorch.hf.row_groups import check_past, padding_last, rearranged
+from titans_pytorch.hf.packing import packed_documents
+from titans_pytorch.hf.row_groups import check_past, padding_last, rank_of_last_token, rearranged
 from titans_pytorch.models.documents import IGNORED, continues
 from titans_pytorch.models.residual_streams import complete
 from titans_pytorch.models.state import ModelState
-from titans_pytorch.utils.checks import checked_mask
+from titans_pytorch.models.validation import check_labels
+from titans_pytorch.utils.checks import check_floating, check_tensor, checked_mask, checked_token_ids
 from titans_pytorch.utils.parameters import Resettable
 from titans_pytorch.utils.shapes import Bool, Float, Int
 
 CACHE = ALL_CACHE_NAMES[0]
 """Name of the cache among arguments and outputs: `cache`, or `past_key_values` in older versions of transformers."""
+WITHOUT_EFFECT = {'output_attentions', 'max_length_q', 'max_length_k', 'cache_position'}
+"""Further arguments that transformers passes to models, and that follow from the others or change no result."""
 
 
 class TitansPreTrainedModel(PreTrainedModel):
@@ -89,30 +94,65 @@ class TitansPreTrainedModel(PreTrainedModel):
         input_ids: Int[Tensor, 'b n'] | None,
         inputs_embeds: Float[Tensor, 'b n d'] | None,
         attention_mask: Int[Tensor, 'b m'] | None,
-        position_ids: Tensor | None = None,
-        **_: Any,
     ) -> tuple[Tensor, Bool[Tensor, 'b n'] | None]:
         """The tokens or embeddings to read, and the part of the mask that is about them."""
-        if position_ids is not None:
-            raise ValueError('position_ids cannot be chosen: each row counts its tokens from 0, without padding')
-        x = input_ids if inputs_embeds is None else inputs_embeds
-        if x is None or (input_ids is not None and inputs_embeds is not None):
+        if (input_ids is None) == (inputs_embeds is None):
             raise ValueError('pass one of input_ids and inputs_embeds')
+        if input_ids is not None:
+            x = checked_token_ids('input_ids', input_ids, self.transformer.num_input_tokens)
+        else:
+            check_floating('inputs_embeds', inputs_embeds)
+            x = self.transformer._checked_input(inputs_embeds, 'inputs_embeds')
         if attention_mask is None:
             return x, None
+        check_tensor('attention_mask', attention_mask)
         if attention_mask.is_floating_point():
             attention_mask = attention_mask.long()
         return x, checked_mask('attention_mask', attention_mask[:, -x.shape[1] :], x.shape[0], x.shape[1])
+
+    def _documents(
+        self,
+        x: Tensor,
+        mask: Bool[Tensor, 'b n'] | None,
+        is_continued: bool,
+        /,
+        position_ids: Int[Tensor, 'b n'] | None = None,
+        document_ids: Int[Tensor, 'b n'] | None = None,
+        seq_idx: Int[Tensor, 'b n'] | None = None,
+        cu_seq_lens_q: Int[Tensor, ' k'] | None = None,
+        cu_seq_lens_k: Int[Tensor, ' k'] | None = None,
+        **further: Any,
+    ) -> Int[Tensor, 'b n'] | None:
+        """The number of each token's document in its row, if a row holds several."""
+        if unknown := further.keys() - WITHOUT_EFFECT - self._loss_keywords:
+            names = ', '.join(map(repr, sorted(unknown)))
+            raise TypeError(f'{type(self).__name__} got an unexpected keyword argument {names}')
+        if cu_seq_lens_k is not None and not (cu_seq_lens_q is not None and torch.equal(cu_seq_lens_q, cu_seq_lens_k)):
+            raise ValueError('cu_seq_lens_k must equal cu_seq_lens_q, as each document attends to itself')
+        if is_continued and position_ids is not None:
+            raise ValueError(f'position_ids cannot go with {CACHE}, which counts the tokens of each row')
+        shape = x.shape[0], x.shape[1]
+        return packed_documents(mask, shape, position_ids, cu_seq_lens_q, document_ids=document_ids, seq_idx=seq_idx)
+
+    @property
+    def _loss_keywords(self) -> set[str]:
+        """Names of further arguments of the loss function."""
+        return set()
 
     def _cache(
         self,
         given: TitansCache | None,
         use_cache: bool | None,
-        batch: int,
-        length: int,
+        x: Tensor,
         attention_mask: Int[Tensor, 'b m'] | None,
+        documents: Int[Tensor, 'b n'] | None,
     ) -> TitansCache | None:
-        """The cache that a call of `length` tokens updates, if any."""
+        """The cache that a call updates, if any."""
+        batch, length = x.shape[:2]
+        if documents is not None:
+            if given is not None or use_cache:
+                raise ValueError(f'several documents in a row leave no state to continue: leave out {CACHE}, use_cache')
+            return None
         if given is None:
             wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
             return TitansCache() if wanted else None
@@ -128,17 +168,32 @@ class TitansPreTrainedModel(PreTrainedModel):
         return bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
 
     def _read(
-        self, x: Tensor, mask: Bool[Tensor, 'b n'] | None, cache: TitansCache | None, all_layers: bool
+        self,
+        x: Tensor,
+        mask: Bool[Tensor, 'b n'] | None,
+        documents: Int[Tensor, 'b n'] | None,
+        cache: TitansCache | None,
+        all_layers: bool,
     ) -> list[Float[Tensor, 'b n d']]:
-        """Hidden states: if requested those of the embedding and of every layer but the last, then the final ones."""
+        """Hidden states: if requested those of the embedding and of every layer but the last, then the final ones.
+
+        Those of padding are the ones of the token before it, from which `generate` takes the next token.
+        """
         if cache is not None:
             return cache.read(x, mask, lambda x, state: self._hidden_states(x, all_layers, state, return_state=True))
-        if mask is None:
-            return self._hidden_states(x, all_layers)[0]
-        # models are causal: with its padding on the right, each row is read as if it were alone
-        order = padding_last(mask)
-        hidden, _ = self._hidden_states(rearranged(x, order), all_layers)
-        return [rearranged(layer, order.argsort(dim=1)) for layer in hidden]
+        order = None if mask is None else padding_last(mask)
+
+        def ordered(x: Tensor | None) -> Any:
+            return x if x is None or order is None else rearranged(x, order)
+
+        if documents is not None:
+            if all_layers:
+                raise ValueError('output_hidden_states needs rows of one document each, and here a row holds several')
+            own = {'mask': ordered(mask), 'document_ids': ordered(documents)}
+            hidden = [self.transformer(ordered(x), **own, return_hidden=True)]
+        else:  # models are causal: with its padding on the right, each row is read as if it were alone
+            hidden, _ = self._hidden_states(ordered(x), all_layers)
+        return hidden if mask is None else [rearranged(layer, rank_of_last_token(mask)) for layer in hidden]
 
     def _hidden_states(
         self, x: Tensor, all_layers: bool, state: ModelState | None = None, return_state: bool = False
@@ -196,9 +251,11 @@ class TitansModel(TitansPreTrainedModel):
         cache: TitansCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        x, mask = self._inputs(input_ids, inputs_embeds, attention_mask, **kwargs)
-        cache = self._cache(past_key_values if cache is None else cache, use_cache, len(x), x.shape[1], attention_mask)
-        layers = self._read(x, mask, cache, self._wants_layers(output_hidden_states))
+        cache = past_key_values if cache is None else cache
+        x, mask = self._inputs(input_ids, inputs_embeds, attention_mask)
+        documents = self._documents(x, mask, cache is not None, **kwargs)
+        cache = self._cache(cache, use_cache, x, attention_mask, documents)
+        layers = self._read(x, mask, documents, cache, self._wants_layers(output_hidden_states))
         return BaseModelOutputWithPast(last_hidden_state=layers[-1], **_further_outputs(layers, cache))
 
 
@@ -243,37 +300,59 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: token ids; or `inputs_embeds` in their place.
-            attention_mask: 1 for tokens and 0 for padding, on either side, of these tokens, or of all tokens since the
-                cache began. A row is read as if it were alone. Results for padding are meaningless.
+            attention_mask: 1 for tokens and 0 for padding, which is left out wherever it is, of these tokens, or of all
+                tokens since the cache began. A row is read as if it were alone.
             past_key_values, cache: the cache that an earlier call returned, which this call continues and updates.
-            labels: the tokens at the same positions, or −100 to ignore one. Padding, and the first token after padding,
-                are ignored.
+            labels: the tokens at the same positions, or −100 to ignore one. Padding, the first token after padding, and
+                the first token of a document are ignored.
             use_cache: return a cache. Default: that of the configuration, but not in training mode or with labels.
             output_hidden_states: also return the hidden states of the embedding and of every layer, the last one after
                 the last norm. They are read by hooks, so no other thread may call the model meanwhile.
             logits_to_keep: number of last positions to return logits for, or their indices; 0 for all.
-            kwargs: further arguments of the loss function, as `num_items_in_batch` of the `Trainer`.
+            kwargs: where the documents of packed rows begin, as `position_ids`, which count each document from 0, and
+                `seq_idx`, `cu_seq_lens_q` and `document_ids`: documents do not see each other, and there is no cache.
+                Further arguments of the loss function, as `num_items_in_batch` of the `Trainer`.
+
+        Raises:
+            ValueError, TypeError: for invalid arguments, naming the argument, the expectation and the value.
         """
-        x, mask = self._inputs(input_ids, inputs_embeds, attention_mask, **kwargs)
-        if use_cache is None and labels is not None:
-            use_cache = False
-        cache = self._cache(past_key_values if cache is None else cache, use_cache, len(x), x.shape[1], attention_mask)
+        cache = past_key_values if cache is None else cache
+        x, mask = self._inputs(input_ids, inputs_embeds, attention_mask)
+        documents = self._documents(x, mask, cache is not None, **kwargs)
+        if labels is not None:
+            use_cache = bool(use_cache)
+            labels = self._labels(labels, x, mask, documents)
+            if not isinstance(logits_to_keep, int) or logits_to_keep:
+                raise ValueError('logits_to_keep cannot go with labels, whose loss needs the logits of every position')
+        cache = self._cache(cache, use_cache, x, attention_mask, documents)
         all_layers = self._wants_layers(output_hidden_states)
         is_step = x.shape[1] == 1 and inputs_embeds is None and mask is None and not all_layers
         layers: list[Tensor] = []
         if cache is not None and cache.can_step and is_step and not torch.is_grad_enabled():
             logits = cache.step(self.transformer, x.squeeze(1)).unsqueeze(1)
         else:
-            layers = self._read(x, mask, cache, all_layers)
+            layers = self._read(x, mask, documents, cache, all_layers)
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.transformer.to_logits(layers[-1][:, kept])  # type: ignore[misc]
 
         loss = None
         if labels is not None:
-            if mask is not None:
-                labels = F.pad(labels[:, 1:].masked_fill(~continues(mask, None), IGNORED), (1, 0), value=IGNORED)
             loss = self.loss_function(logits, labels, vocab_size=self.config.num_tokens, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **_further_outputs(layers, cache))
+
+    def _labels(
+        self, labels: Any, x: Tensor, mask: Bool[Tensor, 'b n'] | None, documents: Int[Tensor, 'b n'] | None
+    ) -> Int[Tensor, 'b n']:
+        """Checked labels, those that cannot be predicted ignored."""
+        labels = checked_token_ids('labels', labels, None, x.shape[0], x.shape[1])
+        if mask is not None or documents is not None:
+            labels = F.pad(labels[:, 1:].masked_fill(~continues(mask, documents), IGNORED), (1, 0), value=IGNORED)
+        check_labels(labels[:, 1:], self.config.num_tokens)
+        return labels
+
+    @property
+    def _loss_keywords(self) -> set[str]:
+        return {*inspect.signature(self.loss_function).parameters}
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -84,6 +84,11 @@ def padding_last(mask: Bool[Tensor, 'b n']) -> Int[Tensor, 'b n']:
     return (~mask).byte().argsort(dim=1, stable=True)
 
 
+def rank_of_last_token(mask: Bool[Tensor, 'b n']) -> Int[Tensor, 'b n']:
+    """For each column, how many of a row's tokens precede the last one up to there; 0 before the first token."""
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
 def rearranged(x: Tensor, order: Int[Tensor, 'b n']) -> Tensor:
     """The columns of each row of (b, n, …) in this order."""
     return x[torch.arange(len(x), device=x.device).unsqueeze(1), order]

@@ -20,6 +20,7 @@ from torch import Tensor
 from titans_pytorch.utils.checks import (
     check_integer,
     check_integers,
+    check_integral,
     check_shape,
     check_tensor,
     checked_mask,
@@ -209,9 +210,7 @@ def checked_documents(
         if not mask.any():
             raise ValueError('mask must leave at least one token, got only padding')
     if document_ids is not None:
-        check_tensor('document_ids', document_ids)
-        if not is_integral(document_ids):
-            raise TypeError(f'document_ids must hold integers, got {document_ids.dtype}')
+        check_integral('document_ids', document_ids)
         check_shape('document_ids', document_ids, batch=batch, length=length)
     return mask, document_ids
 

@@ -226,6 +226,12 @@ def is_integral(value: Tensor) -> bool:
     return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
 
 
+def check_integral(name: str, value: Any) -> None:
+    check_tensor(name, value)
+    if not is_integral(value):
+        raise TypeError(f'{name} must hold integers, got {value.dtype}')
+
+
 def check_shape(name: str, value: Tensor, **expected: int | None) -> None:
     """`check_shape('seq', seq, batch=None, length=None, dim=16)`: `None` takes any size of at least 1."""
     fits = value.ndim == len(expected) and all(
