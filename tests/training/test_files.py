@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
 
-from titans_pytorch.training import atomic_file, finish_saves, remove_leftovers
+from titans_pytorch import training
+from titans_pytorch.training import ByteVocabulary, atomic_file, finish_saves, remove_leftovers
 from titans_pytorch.training.checkpoints import CONTENT, checkpoints
+
+
+def test_a_path_may_be_a_string(tmp_path: Path) -> None:
+    for name in training.__all__:
+        public = getattr(training, name)
+        if inspect.isfunction(public) or public is training.LossCurve:
+            for parameter in inspect.signature(public).parameters.values():
+                kind = str(parameter.annotation)
+                assert 'Path' not in kind or 'str | Path' in kind, f'{name}({parameter})'
+    folder = str(tmp_path / 'run')
+    with training.run_lock(folder):
+        training.describe_run(folder, {}, ByteVocabulary())
+        training.write_checkpoint(f'{folder}/one.pt', {'batch': 1})
+        training.append(f'{folder}/metrics.jsonl', '{"step": 1}\n{"step": 2}\n')
+        training.rewind(folder, 1, 1)
+    assert training.read_metrics(f'{folder}/metrics.jsonl') == [{'step': 1}]
+    assert training.read_checkpoint(f'{folder}/one.pt') == {'batch': 1}
+    assert training.is_run_folder(folder) and not training.leave_later_checkpoints(folder, 1)
+    with pytest.raises(training.BadCheckpoint, match='lacks evaluated'):
+        training.read_resumable(f'{folder}/one.pt')
+    with pytest.raises(training.BadCheckpoint, match='no checkpoint to resume'):
+        training.latest_checkpoint(folder)
+    training.LossCurve(folder).draw()
+    training.finish_saves(folder)
+    training.remove_other_form(f'{folder}/one')
+    training.clear_run_folder(folder)
+    assert {path.name for path in (tmp_path / 'run').iterdir()} == {'earlier-1', 'lock'}
 
 
 def test_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:

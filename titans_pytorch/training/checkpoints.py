@@ -52,7 +52,7 @@ class BadCheckpoint(RunError):
     """A checkpoint that is missing, damaged or incomplete."""
 
 
-def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
+def write_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     """Save in the format of `torch.save`, with a sha256 of all preceding bytes as the comment of the zip archive."""
     with atomic_file(path) as file:
         buffer = io.BytesIO()
@@ -66,12 +66,13 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
         file.write(buffer.getbuffer())
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The dict saved at `path` by `write_checkpoint` or `torch.save`.
 
     Raises:
         BadCheckpoint: if the file is missing, damaged or of another kind.
     """
+    path = Path(path)
     try:
         stored = path.read_bytes()
         digested, digest = memoryview(stored)[:-DIGEST_LENGTH], stored[-DIGEST_LENGTH:]
@@ -92,12 +93,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise BadCheckpoint(f'{path} is corrupt, or no checkpoint: {one_line(error)}') from error
 
 
-def read_resumable(path: Path) -> dict[str, Any]:
+def read_resumable(path: str | Path) -> dict[str, Any]:
     """A checkpoint with everything in `RESUMABLE`. Of a folder, `shards` is the path, to be loaded by `load_shards`.
 
     Raises:
         BadCheckpoint: if it cannot be read or is incomplete.
     """
+    path = Path(path)
     content = read_checkpoint(path / CONTENT if path.is_dir() else path)
     wanted = {key: kind for key, kind in RESUMABLE.items() if not (path.is_dir() and key in SHARDED)}
     missing = [key for key, kind in wanted.items() if key not in content or not isinstance(content[key], kind)]
@@ -130,8 +132,9 @@ def _peek(path: Path) -> tuple[int, int] | None:
         return None
 
 
-def remove_other_form(path: Path) -> None:
+def remove_other_form(path: str | Path) -> None:
     """Remove the checkpoint that has the name of `path`, but is a folder where that is a file, or the reverse."""
+    path = Path(path)
     if path.suffix == '.pt':
         if (path.with_suffix('') / CONTENT).exists():
             shutil.rmtree(path.with_suffix(''))
@@ -139,19 +142,20 @@ def remove_other_form(path: Path) -> None:
         path.with_name(f'{path.name}.pt').unlink(missing_ok=True)
 
 
-def is_run_folder(path: Path) -> bool:
+def is_run_folder(path: str | Path) -> bool:
     """Whether `path` is a folder that may hold checkpoints, and not a checkpoint in shards."""
+    path = Path(path)
     return path.is_dir() and not (path / CONTENT).exists()
 
 
-def latest_checkpoint(folder: Path) -> dict[str, Any]:
+def latest_checkpoint(folder: str | Path) -> dict[str, Any]:
     """The resumable checkpoint in `folder` with the most steps, regardless of file times."""
 
     def progress(path: Path) -> tuple[float, int]:
         # what cannot be read is tried first, so that the output says why it is skipped
         return _peek(path) or (math.inf, 0)
 
-    for path in sorted(checkpoints(folder), key=progress, reverse=True):
+    for path in sorted(checkpoints(Path(folder)), key=progress, reverse=True):
         try:
             return read_resumable(path)
         except BadCheckpoint as error:
@@ -185,11 +189,14 @@ def _like(parameter: Tensor, moment: Tensor) -> Tensor:
 # shards
 
 
-def save_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, content: dict[str, Any]) -> None:
+def save_shards(
+    folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, content: dict[str, Any]
+) -> None:
     """Save a sharded model and its optimizer to a new or existing folder, by all ranks together, and `content`."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
+    folder = Path(folder)
     temporary, replaced = _temporary_shards(folder)
     shards = dict(zip(SHARDED, get_state_dict(model, optimizer)))
     dcp.save(shards, checkpoint_id=temporary)
@@ -208,8 +215,9 @@ def _temporary_shards(folder: Path) -> tuple[Path, Path]:
     return new, old
 
 
-def finish_saves(folder: Path) -> None:
+def finish_saves(folder: str | Path) -> None:
     """Complete saves of shards that were killed between the renames at their end."""
+    folder = Path(folder)
     for content in folder.glob(f'*{TEMPORARY}/{CONTENT}'):
         shards = folder / content.parent.name.removesuffix(TEMPORARY).removesuffix('.old')
         for complete in _temporary_shards(shards):
@@ -217,7 +225,7 @@ def finish_saves(folder: Path) -> None:
                 complete.rename(shards)
 
 
-def load_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_shards(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Load what `save_shards` saved, on any number of ranks, into a sharded model or a whole one.
 
     Raises:
@@ -234,7 +242,7 @@ def load_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 
 
 @contextlib.contextmanager
-def _reading(folder: Path) -> Iterator[None]:
+def _reading(folder: str | Path) -> Iterator[None]:
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
@@ -243,7 +251,7 @@ def _reading(folder: Path) -> Iterator[None]:
         raise BadCheckpoint(f'the shards in {folder} cannot be read, or do not fit: {one_line(error)}') from error
 
 
-def consolidate(folder: Path, path: Path) -> None:
+def consolidate(folder: str | Path, path: str | Path) -> None:
     """Write the checkpoint in a folder as one file, as a run on one process writes it.
 
     Raises:
@@ -251,8 +259,8 @@ def consolidate(folder: Path, path: Path) -> None:
     """
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-    content = read_checkpoint(folder / CONTENT)
-    temporary = temporary_path(path)
+    content = read_checkpoint(Path(folder) / CONTENT)
+    temporary = temporary_path(Path(path))
     try:
         with _reading(folder):
             dcp_to_torch_save(folder, temporary)

@@ -23,12 +23,13 @@ BYTES = 100_000_000
 SHA256 = '2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8'
 
 
-def download_enwik8(path: Path) -> bool:
+def download_enwik8(path: str | Path) -> bool:
     """Download enwik8 to `path`, compressed by gzip. False if the network is out of reach.
 
     Raises:
         BadData: if the download fails in any other way. Nothing of it is kept.
     """
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, older_than=3600.0)
     archive = temporary_path(path.with_name('enwik8.zip'))

@@ -33,7 +33,7 @@ def one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: str | Path) -> Iterator[None]:
     """Add the name of the file to an OSError that lacks it, as errors of writes do."""
     try:
         yield
@@ -48,9 +48,9 @@ def temporary_path(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
     """Write to a temporary file and rename it once all of it is on disk: a kill leaves the old file."""
-    temporary = temporary_path(path)
+    temporary = temporary_path(Path(path))
     try:
         with naming(path):
             with open(temporary, 'xb') as file:
@@ -62,15 +62,15 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
-def append(path: Path, text: str) -> None:
+def append(path: str | Path, text: str) -> None:
     """Add text to the end of a file, in UTF-8."""
     with naming(path), open(path, 'a', encoding='utf-8') as file:
         file.write(text)
 
 
-def remove_leftovers(folder: Path, older_than: float = 0.0) -> None:
+def remove_leftovers(folder: str | Path, older_than: float = 0.0) -> None:
     """Remove the temporary files and folders of killed processes; `older_than` is an age in seconds."""
-    for leftover in folder.glob(f'*{TEMPORARY}'):
+    for leftover in Path(folder).glob(f'*{TEMPORARY}'):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - leftover.stat().st_mtime < older_than:
                 continue

@@ -17,8 +17,9 @@ from titans_pytorch.training.files import atomic_file, one_line, say
 METRICS, SAMPLES, CURVE = 'metrics.jsonl', 'samples.txt', 'loss.png'
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a file of metrics, each with the integer `step`; lines that a kill has cut short are left out."""
+    path = Path(path)
     lines = path.read_text(encoding='utf-8', errors='replace').splitlines() if path.exists() else []
     rows = []
     for line in lines:
@@ -31,9 +32,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def rewind(folder: Path, batch: int, evaluated: int) -> None:
+def rewind(folder: str | Path, batch: int, evaluated: int) -> None:
     """Remove metrics and samples later than the checkpoint to resume, since they will be written again."""
-    metrics, samples = folder / METRICS, folder / SAMPLES
+    metrics, samples = Path(folder, METRICS), Path(folder, SAMPLES)
     rows = [row for row in read_metrics(metrics) if row['step'] <= (evaluated if 'val_loss' in row else batch)]
     with atomic_file(metrics) as file:
         file.writelines(json.dumps(row).encode() + b'\n' for row in rows)
@@ -52,8 +53,8 @@ class LossCurve:
     it is when drawing would take more than a fiftieth of the time; `draw` always draws.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
         self.next_time = 0.0
         self.reported = False
 

@@ -21,7 +21,7 @@ WANDB_ID = 'wandb_id.txt'
 
 
 @contextlib.contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
+def run_lock(folder: str | Path) -> Iterator[None]:
     """Create `folder` if necessary, and refuse a second run in it. The lock ends with the context, or with its process.
     Of several ranks the first one holds it.
 
@@ -29,6 +29,7 @@ def run_lock(folder: Path) -> Iterator[None]:
         RunError: if another process holds the lock.
         OSError: if the folder cannot be written to.
     """
+    folder = Path(folder)
     if rank() > 0:
         yield
         return
@@ -56,29 +57,32 @@ def run_lock(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def clear_run_folder(folder: Path) -> None:
+def clear_run_folder(folder: str | Path) -> None:
     """Move what an earlier run has left into a folder of its own, because work must not be overwritten when an option
     was forgotten."""
+    folder = Path(folder)
     remove_leftovers(folder)
     names = (METRICS, SAMPLES, CURVE, DESCRIPTION, WANDB_ID)
     earlier = [*checkpoints(folder), *(folder / name for name in names if (folder / name).exists())]
     _set_aside(folder, earlier, f'the run that was in {folder}')
 
 
-def leave_later_checkpoints(folder: Path, batch: int) -> list[Path]:
+def leave_later_checkpoints(folder: str | Path, batch: int) -> list[Path]:
     """Move checkpoints with more than `batch` steps into a folder of their own, as a run that is resumed after `batch`
     steps takes another course. Returns the paths that they had."""
+    folder = Path(folder)
     later = [path for path in checkpoints(folder) if steps_done(path) > batch]
     _set_aside(folder, later, 'the later part of the course that the run had taken')
     return later
 
 
-def leave_best_checkpoint(path: Path) -> None:
+def leave_best_checkpoint(path: str | Path) -> None:
     """Move the checkpoint that was the best one by other validation windows, if there is one, into a folder of its own.
 
     Args:
         path: that of a file, which may also be a folder of shards without its suffix.
     """
+    path = Path(path)
     forms = [form for form in (path, path.with_suffix('')) if form.exists()]
     _set_aside(path.parent, forms, 'the best checkpoint by other validation windows')
 
@@ -95,7 +99,7 @@ def _set_aside(folder: Path, paths: list[Path], description: str) -> None:
 
 
 def describe_run(
-    folder: Path, model: Mapping[str, Any], vocabulary: Vocabulary, settings: Mapping[str, Any] = {}
+    folder: str | Path, model: Mapping[str, Any], vocabulary: Vocabulary, settings: Mapping[str, Any] = {}
 ) -> None:
     """Write `config.json`, from which others can open the run, and which tells a resumed run's latest settings.
 
@@ -104,13 +108,13 @@ def describe_run(
         settings: the settings of the script, as JSON values.
     """
     content = {'model': model, 'vocabulary': vocabulary.to_dict(), 'settings': settings}
-    with atomic_file(folder / DESCRIPTION) as file:
+    with atomic_file(Path(folder, DESCRIPTION)) as file:
         file.write(json.dumps(content, indent=2).encode())
 
 
-def wandb_id(folder: Path) -> str:
+def wandb_id(folder: str | Path) -> str:
     """The Weights & Biases run of a folder, so that a resumed run goes on there."""
-    path = folder / WANDB_ID
+    path = Path(folder, WANDB_ID)
     if not path.exists():
         with atomic_file(path) as file:
             file.write(secrets.token_hex(4).encode())
