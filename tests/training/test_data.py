@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from titans_pytorch.training import BadData, ByteVocabulary, load_data, random_starts, windows
+from titans_pytorch.training import BadData, ByteVocabulary, even_starts, load_data, random_starts, train_bpe, windows
 
 WORDS = ['memory', 'surprise', 'momentum', 'decay', 'größer', '記憶', 'the', 'of', 'and\n']
 
@@ -104,6 +104,36 @@ def test_text_that_cannot_be_encoded_is_named(tmp_path, cache):
     (tmp_path / 'latin').write_bytes('größer '.encode('latin-1') * 1000)
     with pytest.raises(BadData, match='latin: text must be UTF-8'):
         load_data([tmp_path / 'latin'], 300, cache=cache)
+
+
+@pytest.mark.parametrize('content', [b'', b'abc', 'größer '.encode() * 20])
+def test_too_little_text_is_refused_in_every_vocabulary(content, tmp_path, cache):
+    pytest.importorskip('tokenizers')
+    (tmp_path / 'short').write_bytes(content)
+    for vocabulary in (None, 300, train_bpe([b'abc'], 300)):
+        with pytest.raises(BadData, match=f'short has {len(content)} bytes, too few: a twentieth of them'):
+            load_data(tmp_path / 'short', vocabulary, cache=cache, window=1 if len(content) < 9 else 20)
+
+
+@pytest.mark.parametrize(
+    ('wrong', 'error', 'message'),
+    [
+        ({'paths': []}, ValueError, r'paths must name a file or a folder, got \[\]'),
+        ({'vocabulary': 'bpe'}, TypeError, "vocabulary must be a Vocabulary or a number of tokens, got 'bpe'"),
+        ({'vocabulary': 10}, ValueError, 'vocabulary must be an integer of at least 256, got 10'),
+        ({'window': 0}, ValueError, 'window must be a positive integer, got 0'),
+    ],
+)
+def test_arguments_of_load_data_are_checked(wrong, error, message, cache):
+    with pytest.raises(error, match=message):
+        load_data(**{'paths': __file__, 'cache': cache, **wrong})
+
+
+@pytest.mark.parametrize('starts', [even_starts, lambda *sizes: random_starts(*sizes, torch.Generator())])
+@pytest.mark.parametrize(('count', 'length', 'name'), [(-1, 5, 'count'), (1.5, 5, 'count'), (2, -1, 'length')])
+def test_sizes_of_windows_are_checked(starts, count, length, name):
+    with pytest.raises((ValueError, TypeError), match=f'{name} must be an integer of at least 0, got'):
+        starts(torch.arange(100), count, length)
 
 
 def test_windows_are_parts_of_the_text(tmp_path):

@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from titans_pytorch.training.files import RunError, atomic_file, remove_leftovers
 from titans_pytorch.training.vocabulary import ByteVocabulary, Vocabulary, train_bpe, vocabulary_from_dict
+from titans_pytorch.utils.checks import check_integer, check_not_negative, check_positive, described
 from titans_pytorch.utils.shapes import Int
 
 BLOCK = 1 << 20
@@ -74,6 +75,10 @@ def load_data(
         BadData: for files that cannot be read, and for too little text.
     """
     paths = [paths] if isinstance(paths, (str, Path)) else paths
+    if not paths:
+        raise ValueError(f'paths must name a file or a folder, got {described(paths)}')
+    vocabulary = _checked_vocabulary(vocabulary)
+    (window,) = check_positive(window=window)
     cache = Path(cache) if cache is not None else default_cache()
     files = [file for path in paths for file in _files_in(Path(path))]
     source = ', '.join(map(str, paths)) if len(paths) < 5 else f'{paths[0]} and {len(paths) - 1} others'
@@ -82,22 +87,23 @@ def load_data(
     text, sha256 = _mapped_text(files, cache)
     size = len(text)
 
-    vocabulary = ByteVocabulary() if vocabulary is None else vocabulary
+    def check_enough(parts: list[Tensor], unit: str) -> None:
+        if (shortest := min(map(len, parts))) < window:
+            few = f'a twentieth of them is {shortest} {unit}, and at least {window} are needed'
+            raise BadData(f'{source} has {size} bytes, too few: {few}')
+
     if isinstance(vocabulary, ByteVocabulary):
         parts = splits = _split(text, [size * 90 // 100, size * 95 // 100])
     else:
         parts = _split(text, [_character_start(text, size * percent // 100) for percent in (90, 95)])
+        check_enough(parts, 'bytes')  # a token has at least one
         try:
             if isinstance(vocabulary, int):
                 vocabulary = _trained_bpe(parts[0], vocabulary, cache, sha256)
             splits = _tokenised(parts, vocabulary, cache, sha256)
         except ValueError as error:  # text that the vocabulary cannot encode
             raise BadData(f'{source}: {error}') from None
-    shortest = min(map(len, splits))
-    if shortest < window:
-        raise BadData(
-            f'{source} has {size} bytes, too few: a twentieth of them is {shortest} tokens, and {window} are needed'
-        )
+    check_enough(splits, 'tokens')
     train, valid, test = splits
     return Data(train, valid, test, vocabulary, source, sha256, len(valid) / len(parts[1]))
 
@@ -105,6 +111,17 @@ def load_data(
 def default_cache() -> Path:
     """The folder for tokens where none is given."""
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'titans_pytorch'
+
+
+def _checked_vocabulary(vocabulary: Any) -> Vocabulary | int:
+    if vocabulary is None:
+        return ByteVocabulary()
+    if isinstance(vocabulary, Vocabulary):
+        return vocabulary
+    try:
+        return check_integer('vocabulary', vocabulary, ByteVocabulary.size)
+    except TypeError:
+        raise TypeError(f'vocabulary must be a Vocabulary or a number of tokens, got {described(vocabulary)}') from None
 
 
 # files
@@ -242,17 +259,19 @@ def windows(tokens: Int[Tensor, ' n'], starts: Int[Tensor, ' b'], length: int) -
 
 def random_starts(tokens: Int[Tensor, ' n'], count: int, length: int, generator: torch.Generator) -> Int[Tensor, ' b']:
     """Where `count` random windows of length + 1 tokens begin. The generator's state is the position in the data."""
-    _check_length(tokens, length)
+    count, length = _checked_sizes(tokens, count, length)
     return torch.randint(len(tokens) - length, (count,), generator=generator, device=generator.device)
 
 
 def even_starts(tokens: Int[Tensor, ' n'], count: int, length: int) -> Int[Tensor, ' b']:
     """Where `count` windows of length + 1 tokens begin that are spaced evenly."""
-    _check_length(tokens, length)
+    count, length = _checked_sizes(tokens, count, length)
     last = len(tokens) - length - 1
     return torch.linspace(0, last, count, dtype=torch.float64, device=tokens.device).long()
 
 
-def _check_length(tokens: Tensor, length: int) -> None:
+def _checked_sizes(tokens: Tensor, count: int, length: int) -> list[int]:
+    count, length = check_not_negative(count=count, length=length)
     if len(tokens) <= length:
         raise ValueError(f'length must be less than the {len(tokens)} tokens that there are, got {length}')
+    return [count, length]
