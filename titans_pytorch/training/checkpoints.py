@@ -12,6 +12,7 @@ import hashlib
 import io
 import math
 import os
+import pickle
 import shutil
 import sys
 import warnings
@@ -73,6 +74,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         BadCheckpoint: if the file is missing, damaged or of another kind.
     """
     path = Path(path)
+    if path.suffix == '.safetensors' and path.exists():
+        hint = f'titans_pytorch.hf.pretrained_to_run({str(path.parent)!r}, RUN) makes a run of its folder'
+        raise BadCheckpoint(f'{path} holds weights alone: {hint}')
     try:
         stored = path.read_bytes()
         digested, digest = memoryview(stored)[:-DIGEST_LENGTH], stored[-DIGEST_LENGTH:]
@@ -83,7 +87,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             with zipfile.ZipFile(io.BytesIO(stored)) as archive:
                 if archive.testzip() is not None or archive.comment:
                     raise ValueError('checksum mismatch')
-        content = torch.load(io.BytesIO(stored), map_location='cpu', weights_only=True)
+        try:
+            content = torch.load(io.BytesIO(stored), map_location='cpu', weights_only=True)
+        except Exception as error:  # whose message advises to load the file unsafely
+            objects = isinstance(error, pickle.UnpicklingError) and stored.startswith(b'PK')
+            other = 'it holds objects other than tensors and plain values'
+            raise ValueError(other if objects else 'it was cut short, or not written by torch.save') from error
         if not isinstance(content, dict):
             raise TypeError(f'it holds a {type(content).__name__}')
         return content
