@@ -14,7 +14,7 @@ from small_runs import TEXT, checkpoint, small_config, small_run
 
 import train_mac
 from titans_pytorch.configuration import build_model
-from titans_pytorch.training import BadData, RunError, train_bpe
+from titans_pytorch.training import BadData, RunError, train_bpe, write_checkpoint
 from titans_pytorch.training.runs import latest_run, open_run, unseen_text
 
 BPE = train_bpe([TEXT], 300)
@@ -81,8 +81,9 @@ def no_checkpoint(folder: Path) -> None:
 
 def only_shards(folder: Path) -> None:
     no_checkpoint(folder)
-    (folder / 'checkpoint_batch_5').mkdir()
-    (folder / 'checkpoint_batch_5/run.pt').touch()
+    for steps in (3, 10, 5):
+        (folder / f'checkpoint_batch_{steps}').mkdir()
+        write_checkpoint(folder / f'checkpoint_batch_{steps}/run.pt', {'batch': steps})
 
 
 def another_model(folder: Path) -> None:
@@ -98,7 +99,7 @@ def another_model(folder: Path) -> None:
         (another_description, r'config.json describes no model: ValueError: architecture must be one of'),
         (incomplete_description, r"config.json describes no model: KeyError: 'vocabulary'"),
         (no_checkpoint, r'there is no checkpoint in .*run$'),
-        (only_shards, r'python -m titans_pytorch.training.checkpoints .*checkpoint_batch_5 makes one'),
+        (only_shards, r'python -m titans_pytorch.training.checkpoints .*checkpoint_batch_10 makes one'),
         (another_model, r'best.pt does not fit .*config.json: RuntimeError'),
     ],
 )

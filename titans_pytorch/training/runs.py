@@ -176,7 +176,8 @@ def _chosen(folder: Path) -> tuple[Path, dict[str, Any]]:
         except BadCheckpoint as error:
             print(f'skipped: {error}', file=sys.stderr)
     sharded = [content.parent for content in folder.glob(f'*/{CONTENT}')]
-    hint = f'; python -m titans_pytorch.training.checkpoints {sharded[-1]} makes one' if sharded else ''
+    latest = max(sharded, key=steps_done, default=None)
+    hint = f'; python -m titans_pytorch.training.checkpoints {latest} makes one' if latest else ''
     raise BadCheckpoint(f'there is no checkpoint in {folder}{hint}')
 
 
