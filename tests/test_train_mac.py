@@ -545,6 +545,17 @@ def test_a_path_that_is_not_there_leaves_nothing_behind(tmp_path, monkeypatch):
     assert not [*tmp_path.iterdir()]
 
 
+def test_a_run_that_is_refused_leaves_no_lock_behind(text, tmp_path):
+    (tmp_path / 'empty').mkdir()
+    before = [*tmp_path.rglob('*')]
+    for path in (text, tmp_path / 'empty'):
+        refusal(['--resume', path])
+    assert [*tmp_path.rglob('*')] == before
+    with train_mac.run_lock(tmp_path / 'new'):
+        refusal(['--resume', 'latest', '--run-dir', tmp_path / 'new'])
+        assert (tmp_path / 'new' / 'lock').exists()  # that of the other
+
+
 def test_what_a_checkpoint_decides_cannot_be_chosen(text, tmp_path):
     folder = tmp_path / 'run'
     train_mac.main(options(text, folder, NUM_BATCHES=1))

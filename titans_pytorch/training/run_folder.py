@@ -35,6 +35,7 @@ def run_lock(folder: str | Path) -> Iterator[None]:
         return
     new, lock = not folder.exists(), folder / 'lock'
     folder.mkdir(parents=True, exist_ok=True)
+    before = [*folder.iterdir()]
     try:
         with open(lock, 'a') as file, contextlib.ExitStack() as unlock:
             try:
@@ -52,9 +53,10 @@ def run_lock(folder: str | Path) -> Iterator[None]:
             yield
     finally:
         with contextlib.suppress(OSError):
-            if new and [*folder.iterdir()] == [lock]:  # the run was refused before it left anything
+            if {*folder.iterdir()} - {*before} == {lock}:  # the run was refused before it left anything
                 lock.unlink()
-                folder.rmdir()
+                if new:
+                    folder.rmdir()
 
 
 def clear_run_folder(folder: str | Path) -> None:
