@@ -184,7 +184,9 @@ def test_evaluate(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert titles.split() == ['context', 'bits', 'per', 'byte', 'bytes', 'seconds']
     assert [row.split()[::2] for row in rows] == [['128', '256'], ['150', '300']]
 
-    # by default, contexts that the text has
+    # by default, contexts that the text and the limit have
+    assert main([*arguments[:3], '--tokens', '200', '--data', str(tmp_path / 'other.txt'), '--json']) == 0
+    assert [row['context'] for row in json.loads(capsys.readouterr().out)['contexts']] == [128, 200]
     assert main(['evaluate', '--run', str(folder), '--data', str(tmp_path / 'other.txt'), '--json']) == 0
     assert [row['context'] for row in json.loads(capsys.readouterr().out)['contexts']] == [128, 512]
 
@@ -304,23 +306,23 @@ def test_ctrl_c_ends_an_answer_and_then_the_conversation(folder: Path, capsys, m
         (['generate', 'a', '--run', 'none'], 'there is no run in none: train one'),
         (['evaluate', '--run', 'runs/small', '--device', 'cuda:99'], 'device cuda:99 cannot be used here'),
         (['chat', '--run', 'runs/small', '--checkpoint', 'no.pt'], 'there is no checkpoint runs/small/no.pt'),
-        (['generate', 'a', '--top-p', '3'], 'top_p must be a probability, from 0 to 1, got 3.0'),
-        (['generate', 'a', '--length', '-1'], 'max_new_tokens must be an integer of at least 0, got -1'),
         (['generate', 'a', '--file', 'b'], 'give a prompt or a --file, not both'),
         (['generate', '--file', 'none.txt'], "FileNotFoundError: .*none.txt'"),
         (['chat', '--template', 'hello'], 'template must contain {message}'),
         (['chat', '--state', 'runs/small/titans_enwik8_best.pt'], 'best.pt holds no conversation'),
-        (['chat', '--state', 'nowhere/chat.pt'], 'must be a file in a folder that exists, got nowhere/chat.pt'),
+        (['chat', '--state', 'nowhere/chat.pt'], '--state nowhere/chat.pt cannot be written: No such'),
         (['evaluate', '--data', 'none.txt'], 'none.txt'),
         (['evaluate', '--context', '1000000'], 'too few for a context of'),
-        (['evaluate', '--context', '0'], 'context must be a positive integer, got 0'),
-        (['evaluate', '--tokens', '-1'], 'limit must be a positive integer, got -1'),
+        (['evaluate', '--data', 'short.txt'], 'too few for a context of 128: give a smaller --context, or other text'),
+        (['evaluate', '--tokens', '5', '--context', '9'], '--tokens must be at least --context=9, or 0 for all, got 5'),
+        (['generate', 'a', '--run', 'short.txt'], 'short.txt is corrupt, or no checkpoint'),
     ],
     ids=lambda value: ' '.join(value) if isinstance(value, list) else '',
 )
 def test_failures_are_one_line(arguments: list[str], message: str, folder: Path, monkeypatch) -> None:
     monkeypatch.chdir(folder.parents[1])
-    monkeypatch.setattr('builtins.input', lambda prompt: (_ for _ in ()).throw(EOFError))
+    Path('short.txt').write_bytes(TEXT[:100])
+    monkeypatch.setattr('builtins.input', lambda prompt: pytest.fail('the conversation has begun'))
     with pytest.raises(SystemExit, match=message) as ended:
         main(arguments)
     assert '\n' not in str(ended.value.code)
@@ -330,6 +332,25 @@ def test_a_text_too_short_for_the_longest_context_is_refused_before_any_result(f
     with pytest.raises(SystemExit, match='too few for a context of 1000000'):
         main(['evaluate', '--run', str(folder), '--context', '1000000'])
     assert capsys.readouterr().out == ''
+
+
+@pytest.mark.parametrize(
+    ('command', 'option', 'value', 'message'),
+    [
+        ('generate', '--length', '-1', 'must be an integer below 2**63, at least 0'),
+        ('generate', '--seed', str(2**63), 'must be an integer below 2**63, at least 0'),
+        ('chat', '--temperature', 'nan', 'must be a finite number, at least 0'),
+        ('chat', '--temperature', 'inf', 'must be a finite number, at least 0'),
+        ('chat', '--top-p', '3', 'must be a finite number, from 0 to 1'),
+        ('chat', '--top-k', 'few', 'must be an integer below 2**63, at least 1'),
+        ('evaluate', '--tokens', '-1', 'must be an integer below 2**63, at least 0'),
+        ('evaluate', '--context', '0', 'must be an integer below 2**63, at least 1'),
+    ],
+)
+def test_numbers_are_checked_before_the_run_is_opened(command, option, value, message, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main([command, option, value])
+    assert f'argument {option}: {message}, got {value!r}' in capsys.readouterr().err
 
 
 def test_an_empty_stop_string_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,9 @@ import torch
 from tqdm import tqdm
 
 from titans_pytorch.commands.evaluation import evaluate, num_windows
+from titans_pytorch.commands.options import integer, number
 from titans_pytorch.commands.text import Conversation, generate
+from titans_pytorch.training.data import BadData
 from titans_pytorch.training.files import RunError, one_line
 from titans_pytorch.training.runs import Run, latest_run, open_run, unseen_text
 
@@ -64,12 +66,12 @@ def add_chat_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, stops: list[str]) -> None:
-    parser.add_argument('--length', type=int, default=256, help='tokens at most (default: 256)')
-    parser.add_argument('--temperature', type=float, default=0.8, help='0 takes the likeliest token (default: 0.8)')
-    parser.add_argument('--top-k', type=int, help='keep so many tokens')
-    parser.add_argument('--top-p', type=float, help='keep the likeliest tokens of this total probability')
-    parser.add_argument('--min-p', type=float, help='keep tokens of this share of the highest probability')
-    parser.add_argument('--seed', type=int, help='for the same text again')
+    parser.add_argument('--length', type=integer(), default=256, help='tokens at most (default: 256)')
+    parser.add_argument('--temperature', type=number(), default=0.8, help='0 takes the likeliest token (default: 0.8)')
+    parser.add_argument('--top-k', type=integer(1), help='keep so many tokens')
+    parser.add_argument('--top-p', type=number(0, 1), help='keep the likeliest tokens of this total probability')
+    parser.add_argument('--min-p', type=number(0, 1), help='keep tokens of this share of the highest probability')
+    parser.add_argument('--seed', type=integer(), help='for the same text again')
     parser.add_argument(
         '--stop',
         type=stop_string,
@@ -85,10 +87,14 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
         '--data', type=Path, nargs='+', default=[], help='files or folders (default: the text of the run)'
     )
     parser.add_argument(
-        '--context', type=int, help=f'longest context in tokens (default: {LONGEST:,}, or less for a shorter text)'
+        '--context',
+        type=integer(1),
+        help=f'longest context in tokens (default: {LONGEST:,}, or less for a shorter text or fewer --tokens)',
     )
     parser.add_argument(
-        '--tokens', type=int, help=f'tokens of the text (default: {TOKENS_ON_CPU:,} on a CPU, all on a GPU; 0: all)'
+        '--tokens',
+        type=integer(),
+        help=f'tokens of the text (default: {TOKENS_ON_CPU:,} on a CPU, all on a GPU; 0: all)',
     )
     parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
 
@@ -130,13 +136,18 @@ def evaluate_command(options: argparse.Namespace) -> None:
     limit = (default if options.tokens is None else options.tokens) or None
     if limit is not None and limit < len(text):
         source = f'{source}, {limit:,} of its {len(text):,} tokens'
-    longest = LONGEST if options.context is None else options.context
+    if options.context is not None and options.tokens and options.context > options.tokens:
+        raise RunError(f'--tokens must be at least --context={options.context}, or 0 for all, got {options.tokens}')
+    longest = min(LONGEST, limit or LONGEST) if options.context is None else options.context
     contexts = [*(context for context in CONTEXTS if context < longest), longest]
     if options.context is None:
         # the shortest is an error if the text is shorter still
         contexts = [context for context in contexts if context < len(text)] or contexts[:1]
 
-    num_windows(text, contexts[-1], limit)  # errors come before any result
+    try:
+        num_windows(text, contexts[-1], limit)  # errors come before any result
+    except BadData as error:
+        raise BadData(f'{error}: give a smaller --context, or other text with --data') from None
 
     rows = []
     if not options.json:
@@ -164,10 +175,12 @@ def chat_command(options: argparse.Namespace) -> None:
     run = opened(options)
     conversation = Conversation(run, options.template, options.stop or options.default_stops)
     if options.state is not None:
-        if not options.state.parent.is_dir():
-            raise RunError(f'--state must be a file in a folder that exists, got {options.state}')
         if options.state.exists():
             conversation.load(options.state)
+        try:
+            conversation.save(options.state)  # what cannot be saved is refused before the first answer
+        except OSError as error:
+            raise RunError(f'--state {options.state} cannot be written: {error.strerror}') from None
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # lines can be edited
     arguments = sampling(options, run)

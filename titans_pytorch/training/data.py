@@ -89,7 +89,7 @@ def load_data(
 
     def check_enough(parts: list[Tensor], unit: str) -> None:
         if (shortest := min(map(len, parts))) < window:
-            few = f'a twentieth of them is {shortest} {unit}, and at least {window} are needed'
+            few = f'a twentieth of them is {shortest} {unit}, and a window needs at least {window}'
             raise BadData(f'{source} has {size} bytes, too few: {few}')
 
     if isinstance(vocabulary, ByteVocabulary):

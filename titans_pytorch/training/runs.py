@@ -68,7 +68,6 @@ def open_run(
         path, checkpoint = path.parent, path.name
     if not path.is_dir():
         raise RunError(f'there is no run in {path}: train one with train_mac.py --run-dir {path}, or name another')
-    description = _description(path)
     machine = choose_machine(device, precision)
     if checkpoint is None:
         checkpoint, content = _chosen(path)
@@ -79,6 +78,7 @@ def open_run(
             hint = f'python -m titans_pytorch.training.checkpoints {checkpoint} makes a file of them'
             raise BadCheckpoint(f'{checkpoint} holds shards; {hint}')
         content = _weights(checkpoint)
+    description = _description(path)
     # a run that was resumed with other settings has described another model since
     described: dict[str, Any] = description | content
     try:

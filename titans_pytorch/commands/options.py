@@ -1,0 +1,34 @@
+"""Types of numbers on a command line. argparse puts the option in front of their errors."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+N = TypeVar('N', int, float)
+
+
+def integer(at_least: int = 0) -> Callable[[str], int]:
+    """Integers from `at_least` on, as far as PyTorch takes them."""
+    return _checked(int, lambda value: at_least <= value < 2**63, f'an integer below 2**63, at least {at_least}')
+
+
+def number(at_least: float = 0.0, at_most: float = math.inf) -> Callable[[str], float]:
+    """Finite numbers from `at_least` to `at_most`."""
+    limits = f'at least {at_least:g}' if at_most == math.inf else f'from {at_least:g} to {at_most:g}'
+    return _checked(
+        float, lambda value: at_least <= value <= at_most and math.isfinite(value), f'a finite number, {limits}'
+    )
+
+
+def _checked(kind: type[N], fits: Callable[[N], bool], wanted: str) -> Callable[[str], N]:
+    def option(text: str) -> N:
+        with contextlib.suppress(ValueError):
+            if fits(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f'must be {wanted}, got {text!r}')
+
+    return option
