@@ -83,11 +83,12 @@ from titans_pytorch.training import (
     windows,
     write_checkpoint,
 )
+from titans_pytorch.training.checkpoints import checkpoints
 
 BYTES = ByteVocabulary()
 EXPLODES = 1000
-BEST = 'titans_enwik8_best.pt'
 """Norm of a gradient that a warning is given for, as a multiple of MAX_GRAD_NORM."""
+BEST = 'titans_enwik8_best.pt'
 DATA_FOLDER = Path(__file__).resolve().parent / 'data'
 
 
@@ -316,6 +317,11 @@ STABLE: dict[str, Any] = {
 PRESETS = {'full': {}, 'quick': QUICK, 'stable': STABLE, 'quick-stable': {**QUICK, **STABLE}}
 
 
+def flag(name: str) -> str:
+    """The option of a setting."""
+    return '--' + name.lower().replace('_', '-')
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description='Train a Titans transformer (memory as context).')
     start = parser.add_mutually_exclusive_group()
@@ -332,14 +338,15 @@ def build_parser() -> argparse.ArgumentParser:
         kind: dict[str, Any] = {'type': type(setting.default), 'choices': setting.metadata['choices']}
         if isinstance(setting.default, tuple):
             of = setting.metadata['of']
-            kind = {'type': of, 'nargs': '*', 'metavar': 'N' if of is int else 'PATH'}
+            # no layers are a setting, no files a mistake
+            kind = {'type': of, 'nargs': '*' if of is int else '+', 'metavar': 'N' if of is int else 'PATH'}
         elif str(setting.type).startswith('bool'):
             kind = {'action': argparse.BooleanOptionalAction}
         elif setting.default is None:
             kind = {'type': setting.metadata['of']}
         # suppressed defaults distinguish options that were given from those that were not
         parser.add_argument(
-            '--' + setting.name.lower().replace('_', '-'),
+            flag(setting.name),
             dest=setting.name,
             default=argparse.SUPPRESS,
             help=f'{setting.metadata["help"]} (default: {setting.default})',
@@ -613,7 +620,11 @@ def training_loop(
             if gpu and resume['cuda_random'] is not None:
                 torch.cuda.set_rng_state(resume['cuda_random'], machine.device)
     except (LookupError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-        sys.exit(f'the saved weights or optimizer state do not fit this configuration: {one_line(error)}')
+        saved, kept = ({} if resume is None else resume['config']), dataclasses.asdict(config)
+        changed = sorted(name for name in kept.keys() & saved.keys() - {'RUN_DIR'} if kept[name] != saved[name])
+        options = [f'{flag(name)} (now {kept[name]}, saved with {saved[name]})' for name in changed]
+        wrong = ', '.join(options) or 'this configuration'
+        sys.exit(f'the saved weights or optimizer state do not fit {wrong}: {one_line(error)}')
     micro_step = MicroStep(model, machine, config.GRADIENT_ACCUMULATE_EVERY)
     if resume is not None:
         for group in optimizer.param_groups:
@@ -665,11 +676,11 @@ def training_loop(
         if wandb_run is not None:
             wandb_run.log(row, step=row['step'])
 
+    def earlier() -> str:
+        return '; earlier checkpoints are good' if checkpoints(folder) else ''
+
     def fail(reason: str) -> NoReturn:
-        sys.exit(
-            f'\nstopped after {batch} steps: {reason}. Nothing was saved from this state; earlier checkpoints are '
-            f'good. {advice}'
-        )
+        sys.exit(f'\nstopped after {batch} steps: {reason}. Nothing was saved from this state{earlier()}. {advice}')
 
     advice = (
         f'A lower NEURAL_MEM_MAX_LR (now {config.NEURAL_MEM_MAX_LR:g}) or LEARNING_RATE (now {config.LEARNING_RATE:g}) '
@@ -825,7 +836,7 @@ def training_loop(
             try:
                 save(f'checkpoint_batch_{batch}.pt')
             except OSError as full:
-                sys.exit(f'the {batch} steps done could not be saved: {full}; earlier checkpoints are good')
+                sys.exit(f'the {batch} steps done could not be saved: {full}{earlier()}')
         raise
     if first:
         curve.draw()
@@ -836,7 +847,10 @@ def training_loop(
         say(f'ended by {reason} after {batch} steps; go on with --resume latest --run-dir {folder}')
     else:
         validated = f', best validation {bits_per_byte(best):.4f} bits per byte' if math.isfinite(best) else ''
-        say(f'done: {batch} steps{validated}; everything is in {folder}')
+        trained = f'{batch} steps'
+        if batch == start:
+            trained = f'nothing was trained, as there were {batch} steps and NUM_BATCHES is {config.NUM_BATCHES}'
+        say(f'done: {trained}{validated}; everything is in {folder}')
 
 
 # main -----------------------------------------------------------------------------------------------------------------

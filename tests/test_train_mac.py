@@ -562,6 +562,19 @@ def test_what_a_checkpoint_decides_cannot_be_chosen(text, tmp_path):
     path = folder / 'titans_enwik8.pt'
     assert '--preset cannot go with --resume PATH' in refusal(['--resume', path, '--preset', 'quick'])
     assert 'DATA_SEED must stay 0 in the run that is resumed, not 3' in refusal(['--resume', path, '--data-seed', '3'])
+    message = refusal(['--resume', path, '--dim', '32'])
+    assert f'do not fit --dim (now 32, saved with {TINY["DIM"]}): RuntimeError' in message
+
+
+def test_a_run_that_has_all_its_steps_says_that_nothing_was_trained(text, tmp_path, capsys):
+    folder = tmp_path / 'run'
+    train_mac.main(options(text, folder, NUM_BATCHES=2))
+    assert 'done: 2 steps, best' in capsys.readouterr().out
+    for steps in (1, 2):
+        assert train_mac.main(['--resume', 'latest', '--run-dir', str(folder), '--num-batches', str(steps)]) == 0
+        expected = f'nothing was trained, as there were 2 steps and NUM_BATCHES is {steps}'
+        assert expected in capsys.readouterr().out
+    assert list(rows(folder, 'train_loss')) == [1, 2]
 
 
 def test_a_run_finds_its_data_from_another_folder(text, tmp_path, monkeypatch):
@@ -963,11 +976,18 @@ def test_numbers_that_are_not_finite_end_the_run_and_are_never_saved(text, tmp_p
     with pytest.raises(SystemExit, match='NEURAL_MEM_MAX_LR') as ended:
         train_mac.main(options(text, folder, NUM_BATCHES=8, CHECKPOINT_EVERY=2, VALIDATE_EVERY=2, GENERATE_EVERY=2))
     assert isinstance(ended.value.code, str)  # a message, and with it the exit status 1
+    assert 'earlier checkpoints are good' in ended.value.code
     batches = [2] if where in ('weights', 'validation') else [2, 4]
     saved = [load(path) for path in folder.glob('*.pt')]
     assert {checkpoint['batch'] for checkpoint in saved} <= {2, 4}
     assert sorted(int(path.stem.split('_')[-1]) for path in folder.glob('checkpoint_batch_*.pt')) == batches
     assert all(value.isfinite().all() for checkpoint in saved for value in checkpoint['model_state_dict'].values())
+
+
+def test_checkpoints_that_are_not_there_are_not_called_good(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_mac, 'validate', lambda *args: math.nan)
+    with pytest.raises(SystemExit, match=r'Nothing was saved from this state\. A lower NEURAL_MEM_MAX_LR'):
+        train_mac.main(options(text, tmp_path / 'run'))
 
 
 def in_the_step_after(monkeypatch, steps, folder, act):
@@ -1251,6 +1271,12 @@ def test_every_setting_has_an_option_with_help():
     help_text = train_mac.build_parser().format_help()
     for name in ('--preset', '--resume', '--init-from', '--no-neural-mem-momentum'):
         assert name in help_text
+
+
+def test_data_without_a_path_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        train_mac.main(['--data'])
+    assert 'argument --data: expected at least one argument' in capsys.readouterr().err
 
 
 def test_options_override_the_preset():
