@@ -10,22 +10,27 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
 import torch
 
 from titans_pytorch import MemoryAsGateTransformer
+from titans_pytorch.commands.options import integer
 from titans_pytorch.presets import memory_settings
 
 
 def main() -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('file', type=Path, nargs='?', default=Path(__file__).parent.parent / 'README.md')
-    parser.add_argument('--piece', type=int, default=512, help='bytes in a piece')
-    parser.add_argument('--rounds', type=int, default=4, help='number of passes over the document')
+    parser.add_argument('--piece', type=integer(1), default=512, help='bytes in a piece')
+    parser.add_argument('--rounds', type=integer(1), default=4, help='number of passes over the document')
     options = parser.parse_args()
 
-    document = torch.frombuffer(bytearray(options.file.read_bytes()), dtype=torch.uint8).long().unsqueeze(0)
+    text = options.file.read_bytes()
+    if len(text) < 2:
+        raise SystemExit(f'{options.file} is too short: there must be a byte to predict after the first')
+    document = torch.frombuffer(bytearray(text), dtype=torch.uint8).long().unsqueeze(0)
     torch.manual_seed(0)
     model = MemoryAsGateTransformer(
         num_tokens=256,
@@ -58,4 +63,7 @@ def main() -> list[float]:
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except OSError as error:
+        sys.exit(str(error))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from titans_pytorch import NeuralMemory, NeuralMemState
+from titans_pytorch.commands.options import integer
 
 
 class Forecaster(nn.Module):
@@ -61,8 +62,8 @@ def pieces(values: Tensor, length: int) -> list[tuple[Tensor, Tensor]]:
 
 def main() -> tuple[float, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--steps', type=int, default=300)
-    parser.add_argument('--piece', type=int, default=64, help='values read at a time')
+    parser.add_argument('--steps', type=integer(1), default=300)
+    parser.add_argument('--piece', type=integer(1), default=64, help='values read at a time')
     options = parser.parse_args()
 
     torch.manual_seed(0)

@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 
 import torch
 
 from titans_pytorch import training as t
+from titans_pytorch.commands.options import integer
 from titans_pytorch.configuration import build_model, model_config
 from titans_pytorch.presets import memory_settings
 
@@ -24,11 +26,11 @@ def main() -> float:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('data', nargs='+', help='files and folders of text')
     parser.add_argument('--run-dir', type=Path, default=Path('runs/own'), help='folder of the run')
-    parser.add_argument('--vocabulary', type=int, default=4096, help='tokens of the BPE vocabulary')
-    parser.add_argument('--steps', type=int, default=2000, help='optimizer steps')
-    parser.add_argument('--batch', type=int, default=8, help='windows per micro batch')
-    parser.add_argument('--micro-batches', type=int, default=4, help='micro batches per step, of all processes')
-    parser.add_argument('--length', type=int, default=256, help='tokens per window')
+    parser.add_argument('--vocabulary', type=integer(256), default=4096, help='tokens of the BPE vocabulary')
+    parser.add_argument('--steps', type=integer(1), default=2000, help='optimizer steps')
+    parser.add_argument('--batch', type=integer(1), default=8, help='windows per micro batch')
+    parser.add_argument('--micro-batches', type=integer(1), default=4, help='micro batches per step, of all processes')
+    parser.add_argument('--length', type=integer(1), default=256, help='tokens per window')
     options = parser.parse_args()
 
     with t.process_group(), t.Signals() as signals, t.run_lock(options.run_dir):
@@ -96,4 +98,7 @@ def main() -> float:
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except (t.RunError, OSError) as error:
+        sys.exit(str(error))

@@ -22,6 +22,35 @@ def run(monkeypatch):
     return run
 
 
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        ('chat hello --run none', 'there is no run in none: train one'),
+        ('long_document none.txt', "No such file or directory: 'none.txt'"),
+        ('long_document empty', 'empty is too short'),
+        ('train none.txt', 'cannot read the data file none.txt'),
+        ('train empty', 'empty has 0 bytes, too few'),
+        ('train empty --vocabulary 10', 2),
+        ('long_document empty --piece 0', 2),
+        ('time_series --piece 0', 2),
+        ('chat hello --length -1', 2),
+    ],
+)
+def test_mistakes_end_an_example_in_one_line(words, message, tmp_path, monkeypatch):
+    pytest.importorskip('tokenizers')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / '.cache'))
+    name, *arguments = words.split()
+    (tmp_path / 'empty').touch()
+    monkeypatch.setattr('sys.argv', [name, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXAMPLES / f'{name}.py'), run_name='__main__')
+    if isinstance(message, int):
+        assert ended.value.code == message  # from argparse, which prints one
+    else:
+        assert message in ended.value.code and '\n' not in ended.value.code
+
+
 def test_every_example_is_run_here():
     assert {path.stem for path in EXAMPLES.glob('*.py')} == {'time_series', 'long_document', 'chat', 'train'}
 
