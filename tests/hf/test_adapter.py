@@ -530,8 +530,17 @@ def test_memories_that_cannot_be_loaded_leave_the_model_alone(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_memory(model, tmp_path, freeze_backbone=True)
     save_file(dict([*weights.items()][1:]), tmp_path / 'memory.safetensors')
-    with pytest.raises(RuntimeError, match='Missing key'):
+    with pytest.raises(RuntimeError, match=r'memory\.safetensors does not fit .*memory_config\.json: .*Missing key'):
         load_memory(model, tmp_path, freeze_backbone=True)
+    (tmp_path / 'memory.safetensors').write_bytes(b'damaged')
+    with pytest.raises(ValueError, match=r'memory\.safetensors is damaged: SafetensorError'):
+        load_memory(model, tmp_path)
+    config = (tmp_path / 'memory_config.json').read_text()
+    for damaged in ('', '{}', '[]', '{"backbone": 1}'):
+        (tmp_path / 'memory_config.json').write_text(damaged)
+        with pytest.raises(ValueError, match=r'memory_config\.json describes no memories: '):
+            load_memory(model, tmp_path)
+    (tmp_path / 'memory_config.json').write_text(config)
     assert torch.equal(model(ids).logits, logits)
     assert all(parameter.requires_grad for parameter in model.parameters())
     save_file(weights, tmp_path / 'memory.safetensors')

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import Module, ModuleDict, ModuleList, Parameter
@@ -21,7 +22,7 @@ from titans_pytorch.hf.row_groups import check_past
 from titans_pytorch.models.validation import SET_BY_MODELS, check_left_out
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.presets import memory_settings
-from titans_pytorch.training.files import atomic_file
+from titans_pytorch.training.files import atomic_file, one_line
 from titans_pytorch.utils.checks import check_flags, check_integer, check_integers, check_keywords, check_multiple
 from titans_pytorch.utils.shapes import Bool
 
@@ -170,27 +171,36 @@ def load_memory(model: M, folder: str | Path, *, freeze_backbone: bool = False) 
     """`model` itself, with the memories that `save_memory` wrote to `folder`.
 
     Raises:
-        ValueError: if they were trained with another backbone. Its weights are not compared, only its configuration.
+        ValueError: if they were trained with another backbone, whose weights are not compared, only its configuration;
+            and for damaged files.
         FileNotFoundError: if the folder holds no memories.
     """
     folder = Path(folder)
-    config = json.loads((folder / CONFIG).read_text())
-    saved, own = config['backbone'], _backbone(model)
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        saved, saved_hash = dict(config['backbone']), config['backbone_hash']
+        layers, settings = config['layers'], config['neural_memory_kwargs']
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f'{folder / CONFIG} describes no memories: {one_line(error)}') from None
+    own = _backbone(model)
     # a field that only one of two versions of transformers knows makes no other backbone
     differing = [name for name in saved.keys() & own.keys() if saved[name] != own[name]]
     if differing:
         name = 'model_type' if 'model_type' in differing else min(differing)
         raise ValueError(
-            f'model must have the backbone of the memories in {folder}, {config["backbone_hash"]}, '
+            f'model must have the backbone of the memories in {folder}, {saved_hash}, '
             f'with {name}={saved[name]!r}, got {_hash(own)}, with {name}={own[name]!r}'
         )
-    weights = load_file(folder / WEIGHTS)
-    _attach(model, config['layers'], config['neural_memory_kwargs'], freeze_backbone)
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f'{folder / WEIGHTS} is damaged: {one_line(error)}') from None
+    _attach(model, layers, settings, freeze_backbone)
     try:
         memories_of(model).load_state_dict(weights)
-    except RuntimeError:
+    except RuntimeError as error:
         remove_memory(model)  # rather than leave it with untrained ones
-        raise
+        raise RuntimeError(f'{folder / WEIGHTS} does not fit {folder / CONFIG}: {one_line(error)}') from None
     return model
 
 

@@ -73,6 +73,7 @@ def load_data(
 
     Raises:
         BadData: for files that cannot be read, and for too little text.
+        ValueError, TypeError: for invalid arguments.
     """
     paths = [paths] if isinstance(paths, (str, Path)) else paths
     if not paths:

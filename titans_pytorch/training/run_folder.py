@@ -35,7 +35,7 @@ def run_lock(folder: str | Path) -> Iterator[None]:
         return
     new, lock = not folder.exists(), folder / 'lock'
     folder.mkdir(parents=True, exist_ok=True)
-    before = [*folder.iterdir()]
+    before, is_ours = {*folder.iterdir()}, True
     try:
         with open(lock, 'a') as file, contextlib.ExitStack() as unlock:
             try:
@@ -45,6 +45,7 @@ def run_lock(folder: str | Path) -> Iterator[None]:
                 # also for forked processes, which share it
                 unlock.callback(fcntl.flock, file, fcntl.LOCK_UN)
             except BlockingIOError:
+                is_ours = False
                 raise RunError(
                     f'another run is using {folder}: wait until it has ended, or choose another folder'
                 ) from None
@@ -53,7 +54,7 @@ def run_lock(folder: str | Path) -> Iterator[None]:
             yield
     finally:
         with contextlib.suppress(OSError):
-            if {*folder.iterdir()} - {*before} == {lock}:  # the run was refused before it left anything
+            if is_ours and {*folder.iterdir()} - before == {lock}:  # the run was refused before it left anything
                 lock.unlink()
                 if new:
                     folder.rmdir()
