@@ -9,9 +9,9 @@ import torch
 from compare import assert_same, gradients
 from memories import inputs, memory
 
-from titans_pytorch.memory.backends import DualBackend
-from titans_pytorch.memory.backends import dual as dual_backend
+from titans_pytorch.memory.backends import fused_mlp, whole_batches
 from titans_pytorch.memory.backends.fused_mlp import FusedMLP
+from titans_pytorch.memory.backends.whole_batches import WholeBatches
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 OPERATIONS = ('inner_gradient', 'final_state', 'memory_batch_scan', 'retrieve_sequence', 'spectral_memory_scan')
@@ -91,6 +91,11 @@ def test_queries_keys_and_values_equal_those_of_the_dense_engine(launched, chang
     assert launched >= {*OF_HEADS}
 
 
+def blocks_have_at_most(rows, monkeypatch):
+    of = WholeBatches.of
+    monkeypatch.setattr(WholeBatches, 'of', lambda *args: of(*args)._replace(most_rows=rows))
+
+
 NORMALIZED = {'normalized_momentum': True, 'mem_model_norm_add_residual': False}
 
 
@@ -106,10 +111,11 @@ NORMALIZED = {'normalized_momentum': True, 'mem_model_norm_add_residual': False}
 )
 def test_deep_memories_equal_the_dense_engine(kernels_everywhere, switch, depth, changes, monkeypatch):
     # as on a GPU; memories of two matrices where no other kernel serves
-    monkeypatch.setattr(dual_backend, 'has_deep_kernel', lambda *_: True)
-    monkeypatch.setattr(DualBackend, '_scans', lambda *_: False)
-    blocks, store = [], FusedMLP.store_deep
-    monkeypatch.setattr(FusedMLP, 'store_deep', lambda *args: (blocks.append(args), store(*args))[1])
+    monkeypatch.setattr(whole_batches, 'has_deep_kernel', lambda *_: True)
+    monkeypatch.setattr(FusedMLP, 'store_batches', FusedMLP.store_deep)
+    blocks_have_at_most(whole_batches.MOST_ROWS_OF_DEEP, monkeypatch)
+    blocks, scan = [], fused_mlp.deep_memory_scan
+    monkeypatch.setattr(fused_mlp, 'deep_memory_scan', lambda *args: (blocks.append(args), scan(*args))[1])
     settings = {'default_model_kwargs': {'depth': depth}, 'default_step_transform_max_lr': 0.02, **changes}
     dual, dense = (memory(switch, 2, 4, engine=engine, **settings) for engine in ('dual', 'dense'))
     dense.to(DEVICE).load_state_dict(dual.float().to(DEVICE).state_dict())
@@ -128,7 +134,7 @@ def test_deep_memories_equal_the_dense_engine(kernels_everywhere, switch, depth,
 @pytest.mark.parametrize('switch', SCANNED)
 def test_states_are_kept_for_several_memory_batches(launched, switch, monkeypatch):
     # three memory batches in a block, and one that is left
-    monkeypatch.setattr(DualBackend, '_kept_together', lambda *_: 12)
+    blocks_have_at_most(12, monkeypatch)
     dual = memory(switch, batch_size=4, engine='dual').float().to(DEVICE)
     dense = memory(switch, batch_size=4, engine='dense').to(DEVICE)
     dense.load_state_dict(dual.state_dict())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from memories import scalar
 
 from titans_pytorch import MemoryMLP, NeuralMemory
-from titans_pytorch.memory.backends import dual as dual_backend
+from titans_pytorch.memory.backends.fused_mlp import FusedMLP
 from titans_pytorch.memory.chunks import Chunks, Coefficients
 from titans_pytorch.ops import linear_memory_scan as operation
 from titans_pytorch.ops.linear_memory_scan import linear_memory_scan
@@ -150,8 +150,8 @@ def memory(chunk_size, batch_size, engine='auto', **kwargs):
 @pytest.fixture
 def solved(monkeypatch):
     """Counts the blocks stored by the operation."""
-    calls, store = [], dual_backend.DualBackend._store_linear
-    monkeypatch.setattr(dual_backend.DualBackend, '_store_linear', lambda *args: (calls.append(args), store(*args))[1])
+    calls, store = [], FusedMLP.store_linear
+    monkeypatch.setattr(FusedMLP, 'store_linear', lambda *args: (calls.append(args), store(*args))[1])
     return calls
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import groupby
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,17 +29,14 @@ from titans_pytorch.memory.backends.base import (
 )
 from titans_pytorch.memory.backends.export_scan import scan_chunks
 from titans_pytorch.memory.backends.fused_mlp import FusedMLP
+from titans_pytorch.memory.backends.whole_batches import WholeBatches, formed_matrices
 from titans_pytorch.memory.chunks import Chunks, Coefficients, WeightResidual, scaled, split_inputs
 from titans_pytorch.memory.fast_weights import Factors, FastWeights, MemoryWeights, StoredBlock, Weights
 from titans_pytorch.memory.reference import LossFn, default_loss_fn
 from titans_pytorch.memory.schedule import ChunkBlock
 from titans_pytorch.memory.soft_clamp import soft_clamp_factor, soft_clamp_norm
 from titans_pytorch.ops.associative_scan import coefficient_product
-from titans_pytorch.ops.deep_memory_scan import MOST_ROWS as MOST_ROWS_OF_DEEP
-from titans_pytorch.ops.deep_memory_scan import has_kernel as has_deep_kernel
 from titans_pytorch.ops.final_state import final_state
-from titans_pytorch.ops.linear_memory_scan import MOST_ROWS as MOST_ROWS_OF_LINEAR
-from titans_pytorch.ops.memory_batch_scan import fits_on_chip
 from titans_pytorch.utils.functional import (
     call_outside_inference,
     call_with_weights,
@@ -51,17 +47,6 @@ from titans_pytorch.utils.functional import (
 )
 from titans_pytorch.utils.precision import at_least_float32, no_autocast
 from titans_pytorch.utils.shapes import Float
-
-ROWS_ON_CHIP = 64
-"""Most rows of a block of memory batches whose states stay on chip between them (measured)."""
-
-
-class StoreInOne(NamedTuple):
-    """An operation that stores whole memory batches, several in a block."""
-
-    store: Callable[..., Stored]
-    most_rows: int
-    """Of a block."""
 
 
 class DualBackend(Backend):
@@ -84,8 +69,8 @@ class DualBackend(Backend):
 
     def prepare(self, inputs: StoreInputs) -> Iterator[PreparedBlock]:
         chunks, weights = inputs.chunks, inputs.weights
-        in_one = self._store_in_one(inputs)
-        formed = self._formed(inputs) if in_one is None else set()
+        in_one = WholeBatches.of(self.fused, inputs, self.max_grad_norm is not None)
+        formed = formed_matrices(inputs) if in_one is None else set()
         blocks = inputs.schedule.blocks(self.preferred_chunks(chunks))
         # memory batches are stored together with their neighbours, but the first by itself if its base weights are not
         # the newest ones, or look ahead of these
@@ -96,153 +81,16 @@ class DualBackend(Backend):
         lengths = [sum(block.num_chunks for block in group) for group in groups]
         for group, own in zip(groups, split_inputs(chunks, inputs.residual, lengths)):
             if in_one is not None and group is not first and all(block.is_batch for block in group):
-                prepared = self._in_blocks(in_one, group, *own)
+                prepared = in_one.prepare(group, *own)
             else:
                 prepared = self._separately(group, *own, formed)
             yield from prepared if inputs.origin is None else _beginning_anew(prepared, inputs.origin)
-
-    def _store_in_one(self, inputs: StoreInputs) -> StoreInOne | None:
-        """How whole memory batches are stored by one operation; `None` if they are stored one after the other."""
-        lookahead = inputs.transition.lookahead
-        if self._solves(inputs):
-            store = partial(self._store_linear, lookahead, inputs.with_losses)
-            return StoreInOne(store, _solved_together(inputs.chunks).in_block)
-        scans = self._scans(inputs)
-        # where both can, the scan is faster
-        if not scans and not self._goes_deep(inputs):
-            return None
-        # measured: on a GPU, all memory batches in one operation outweigh factors larger than the matrix
-        keys, per_batch = inputs.chunks.keys, inputs.schedule.chunks_per_batch
-        outweighs = keys.is_cuda and per_batch is not None and per_batch * keys.shape[2] <= 128
-        if not outweighs and self._formed(inputs):
-            return None
-        if scans:
-            return StoreInOne(partial(self._store_batches, lookahead), self._kept_together(inputs))
-        return StoreInOne(partial(self._store_deep, lookahead), MOST_ROWS_OF_DEEP)
 
     def preferred_chunks(self, chunks: Chunks) -> int:
         """Chunks of a block, where the schedule leaves the choice."""
         # work inside a block grows with the square of its rows, launches with the number of blocks. On a GPU launches
         # cost more. If matrices are formed, work grows with the square of the number of chunks
         return max((128 if chunks.keys.device.type == 'cpu' else 512) // chunks.keys.shape[2], 8)
-
-    def _formed(self, inputs: StoreInputs) -> set[str]:
-        """Names of the matrices that are formed for every chunk, if memory batches are stored one after the other."""
-        newest = inputs.weights.newest
-        return {name for name, w in newest.items() if w.ndim > 2 and _forms_matrix(inputs.chunks, w)}
-
-    def _scans(self, inputs: StoreInputs) -> bool:
-        """True if whole memory batches can be stored by one operation, in factored matrices."""
-        if self.fused is None or not self._has_plain_updates(inputs):
-            return False
-        return self.num_proximal_steps is None and len(self.fused.mlp.matrices) <= 2
-
-    def _goes_deep(self, inputs: StoreInputs) -> bool:
-        """True if one kernel for memory MLPs of any depth can store all memory batches."""
-        per_batch = inputs.schedule.chunks_per_batch
-        if self.fused is None or per_batch is None or not self._has_plain_updates(inputs):
-            return False
-        matrices, _ = self.fused.mlp.of_weights(inputs.weights.newest)
-        rows = per_batch * inputs.chunks.keys.shape[2]
-        return has_deep_kernel(matrices, _num_states(inputs), rows)
-
-    def _has_plain_updates(self, inputs: StoreInputs) -> bool:
-        """True if updates are those of the gradients at the base weights, and nothing else moves these."""
-        if self.max_grad_norm is not None or inputs.transition.share is not None:
-            return False
-        return inputs.residual is None and inputs.chunks.modulation is None
-
-    def _stays_on_chip(self, inputs: StoreInputs) -> bool:
-        """True if one kernel can store all memory batches without its states leaving the chip."""
-        assert self.fused is not None
-        keys, per_batch = inputs.chunks.keys, inputs.schedule.chunks_per_batch
-        if not keys.is_cuda or per_batch is None:
-            return False
-        matrices, _ = self.fused.mlp.of_weights(inputs.weights.newest)
-        return fits_on_chip(matrices, _num_states(inputs), per_batch * keys.shape[2])
-
-    def _solves(self, inputs: StoreInputs) -> bool:
-        """True for a linear memory whose memory batches are so short that several are solved together."""
-        fused, per_batch = self.fused, inputs.schedule.chunks_per_batch
-        if fused is None or len(fused.mlp.matrices) > 1 or fused.mlp.gamma is not None:
-            return False
-        if self.max_grad_norm is not None or inputs.transition.share is not None or per_batch is None:
-            return False
-        # modulation scales a proximal step, but not its curvature
-        if self.num_proximal_steps is not None and inputs.chunks.modulation is not None:
-            return False
-        return per_batch * inputs.chunks.keys.shape[2] <= _solved_together(inputs.chunks).in_batch
-
-    def _in_blocks(
-        self,
-        in_one: StoreInOne,
-        batches: list[ChunkBlock],
-        chunks: Chunks,
-        residual: WeightResidual | None,
-    ) -> Iterator[PreparedBlock]:
-        """Memory batches of one length, as many in each block as may be, but at least one."""
-        per_batch = batches[0].num_chunks
-        together = max(1, in_one.most_rows // (per_batch * chunks.keys.shape[2]))
-        whole, rest = len(batches) // together, len(batches) % together  # the compiler has no `divmod` of its numbers
-        counts = [(blocks, length) for blocks, length in ((whole, together), (1, rest)) if blocks * length]
-        lengths = [blocks * length * per_batch for blocks, length in counts]
-        for (blocks, _), inputs in zip(counts, split_inputs(chunks, residual, lengths)):
-            yield PreparedBlock(partial(in_one.store, *inputs, blocks, per_batch), ends_batch=True)
-
-    def _kept_together(self, inputs: StoreInputs) -> int:
-        """Most rows of a block of memory batches. States are kept once for a block; within it, weights are factored."""
-        # where states stay on chip, writing them costs more than applying longer factors
-        of_batch = (inputs.schedule.chunks_per_batch or 1) * inputs.chunks.keys.shape[2]
-        return ROWS_ON_CHIP if self._stays_on_chip(inputs) else of_batch
-
-    def _store_batches(
-        self,
-        lookahead: bool,
-        chunks: Chunks,
-        residual: None,
-        num_blocks: int,
-        chunks_per_batch: int,
-        weights: MemoryWeights,
-    ) -> Stored:
-        assert self.fused is not None
-        num_batches = chunks.keys.shape[1] // chunks_per_batch
-        coefficients, of_batches = Coefficients.with_base(chunks, num_blocks, lookahead)
-        if num_batches != num_blocks:
-            _, of_batches = Coefficients.with_base(chunks, num_batches, lookahead)
-        return self.fused.store_batches(chunks, coefficients, of_batches, weights, lookahead)
-
-    def _store_deep(
-        self,
-        lookahead: bool,
-        chunks: Chunks,
-        residual: None,
-        num_blocks: int,
-        chunks_per_batch: int,
-        weights: MemoryWeights,
-    ) -> Stored:
-        assert self.fused is not None
-        coefficients = Coefficients.with_base(chunks, num_blocks, lookahead)
-        return self.fused.store_deep(chunks, *coefficients, chunks_per_batch, weights, lookahead)
-
-    def _store_linear(
-        self,
-        lookahead: bool,
-        with_losses: bool,
-        chunks: Chunks,
-        residual: WeightResidual | None,
-        num_blocks: int,
-        chunks_per_batch: int,
-        weights: MemoryWeights,
-    ) -> Stored:
-        assert self.fused is not None
-        if residual is not None:
-            # k (W + W') − v = k W − (v − k W')
-            (matrix,) = self.fused.mlp.matrices
-            chunks = replaced(chunks, values=chunks.values - residual.linear(matrix, chunks.keys))
-        if chunks.modulation is not None:
-            chunks = replaced(chunks, step_sizes=chunks.step_sizes * chunks.modulation)
-        coefficients = Coefficients.with_base(chunks, num_blocks, lookahead)
-        return self.fused.store_linear(chunks, *coefficients, chunks_per_batch, weights, with_losses, lookahead)
 
     def _separately(
         self, blocks: list[ChunkBlock], chunks: Chunks, residual: WeightResidual | None, formed: set[str]
@@ -399,27 +247,6 @@ class DualBackend(Backend):
             return gradient({name: outside_inference(w) for name, w in at.items()})
 
 
-class SolvedRows(NamedTuple):
-    """Rows of a linear memory that are stored together."""
-
-    in_block: int
-    in_batch: int
-    """At most; longer memory batches are stored one after the other."""
-
-
-def _solved_together(chunks: Chunks) -> SolvedRows:
-    # measured on a CPU: longer blocks need fewer launches, but work grows with the square of a block's rows
-    if chunks.keys.device.type == 'cpu':
-        return SolvedRows(32, 16)
-    return SolvedRows(MOST_ROWS_OF_LINEAR, MOST_ROWS_OF_LINEAR)
-
-
-def _num_states(inputs: StoreInputs) -> int:
-    """Of each parameter: its weights, its momentum of each order, and the weights to begin anew with."""
-    logits = inputs.chunks.momentum_logits
-    return 1 + (0 if logits is None else logits.shape[-1]) + (inputs.origin is not None)
-
-
 def _beginning_anew(blocks: Iterable[PreparedBlock], origin: Weights) -> Iterator[PreparedBlock]:
     """The same blocks with `origin` as the last state, which they take and leave as if it were momentum."""
     last = {name: w.unsqueeze(0) for name, w in origin.items()}
@@ -434,12 +261,6 @@ def _beginning_anew(blocks: Iterable[PreparedBlock], origin: Weights) -> Iterato
 
     for block in blocks:
         yield PreparedBlock(partial(stored, block.store), block.ends_batch)
-
-
-def _forms_matrix(chunks: Chunks, weight: Float[Tensor, 'bh d e']) -> bool:
-    """True if a matrix has no more entries than the factors of its gradient over one chunk, so that it is formed."""
-    rows, (dim_in, dim_out) = chunks.keys.shape[2], weight.shape[1:]
-    return rows * (dim_in + dim_out) >= dim_in * dim_out
 
 
 def _dense_states(

@@ -43,73 +43,49 @@ class FusedMLP(NamedTuple):
         """A residual that is dense, as operations take it."""
         return None if residual is None else PreviousWeights(residual.shares, *self.mlp.of_weights(residual.dense))
 
-    def store_batches(
-        self,
-        chunks: Chunks,
-        coefficients: Coefficients,
-        of_batches: Coefficients,
-        weights: MemoryWeights,
-        lookahead: bool,
-    ) -> Stored:
+    def store_batches(self, inputs: StoreInputs, num_blocks: int) -> Stored:
         """Whole memory batches in a row, each with its gradients at the weights that the one before leaves.
 
-        Args:
-            coefficients: of blocks of one or more memory batches, for which the states are kept.
-            of_batches: of each memory batch.
-            lookahead: whether state 0, at which gradients are taken, is what momentum leads the weights to.
+        Each of the blocks holds one or more memory batches, as many as the others; the states are kept for each block.
         """
-        out = memory_batch_scan(
-            *chunks.rows,
-            *self._initial_states(weights),
-            of_batches.final,
-            of_batches.initial_final,
-            self.mlp.eps,
-            of_batches.steps.shape[1] // coefficients.steps.shape[1],
-        )
-        return self._stored(out, coefficients, weights, lookahead)
+        chunks, lookahead = inputs.chunks, inputs.transition.lookahead
+        num_batches = chunks.keys.shape[1] // _chunks_per_batch(inputs)
+        coefficients, of_batches = Coefficients.with_base(chunks, num_blocks, lookahead)
+        if num_batches != num_blocks:
+            _, of_batches = Coefficients.with_base(chunks, num_batches, lookahead)
+        states, (updates, initial) = self._initial_states(inputs.weights), (of_batches.final, of_batches.initial_final)
+        out = memory_batch_scan(*chunks.rows, *states, updates, initial, self.mlp.eps, num_batches // num_blocks)
+        return self._stored(out, coefficients, inputs)
 
-    def store_deep(
-        self,
-        chunks: Chunks,
-        coefficients: Coefficients,
-        of_base: Coefficients,
-        chunks_per_batch: int,
-        weights: MemoryWeights,
-        lookahead: bool,
-    ) -> Stored:
-        """The same with several memory batches in each block of coefficients.
-
-        Args:
-            coefficients: of the weights.
-            of_base: of state 0, as in `store_batches`.
-        """
+    def store_deep(self, inputs: StoreInputs, num_blocks: int) -> Stored:
+        """`store_batches` for deeper memories and proximal steps."""
+        coefficients, of_base = Coefficients.with_base(inputs.chunks, num_blocks, inputs.transition.lookahead)
         out = deep_memory_scan(
-            *chunks.rows,
-            *self._initial_states(weights),
+            *inputs.chunks.rows,
+            *self._initial_states(inputs.weights),
             *of_base,
             self.mlp.eps,
-            chunks_per_batch,
+            _chunks_per_batch(inputs),
             self.num_proximal_steps,
         )
-        return self._stored(out, coefficients, weights, lookahead)
+        return self._stored(out, coefficients, inputs)
 
-    def store_linear(
-        self,
-        chunks: Chunks,
-        coefficients: Coefficients,
-        of_base: Coefficients,
-        chunks_per_batch: int,
-        weights: MemoryWeights,
-        with_losses: bool,
-        lookahead: bool,
-    ) -> Stored:
-        """`store_deep` for a memory of one matrix without a norm."""
-        (states,), _ = self._initial_states(weights)
-        settings = chunks_per_batch, self.num_proximal_steps, with_losses
+    def store_linear(self, inputs: StoreInputs, num_blocks: int) -> Stored:
+        """`store_batches` for a memory of one matrix without a norm."""
+        chunks, residual = inputs.chunks, inputs.residual
+        if residual is not None:
+            # k (W + W') − v = k W − (v − k W')
+            (matrix,) = self.mlp.matrices
+            chunks = replaced(chunks, values=chunks.values - residual.linear(matrix, chunks.keys))
+        if chunks.modulation is not None:
+            chunks = replaced(chunks, step_sizes=chunks.step_sizes * chunks.modulation)
+        coefficients, of_base = Coefficients.with_base(chunks, num_blocks, inputs.transition.lookahead)
+        (states,), _ = self._initial_states(inputs.weights)
+        settings = _chunks_per_batch(inputs), self.num_proximal_steps, inputs.with_losses
         out = linear_memory_scan(*chunks.rows, states, *of_base, *settings)
-        inputs = chunks.keys.to(out.deltas.dtype).unflatten(1, coefficients.steps.shape[1:3]).flatten(2, 3)
-        batches = MemoryBatches([out.initial], None, [out.final], None, [inputs], [out.deltas], None, out.losses)
-        return self._stored(batches, coefficients, weights, lookahead)
+        keys = chunks.keys.to(out.deltas.dtype).unflatten(1, coefficients.steps.shape[1:3]).flatten(2, 3)
+        batches = MemoryBatches([out.initial], None, [out.final], None, [keys], [out.deltas], None, out.losses)
+        return self._stored(batches, coefficients, inputs)
 
     def store_spectral(
         self,
@@ -188,9 +164,8 @@ class FusedMLP(NamedTuple):
         gamma = self.mlp.gamma
         return [states[name] for name in self.mlp.matrices], None if gamma is None else states[gamma]
 
-    def _stored(
-        self, out: MemoryBatches, coefficients: Coefficients, weights: MemoryWeights, lookahead: bool
-    ) -> Stored:
+    def _stored(self, out: MemoryBatches, coefficients: Coefficients, inputs: StoreInputs) -> Stored:
+        weights, lookahead = inputs.weights, inputs.transition.lookahead
         names, gamma, dense = self.mlp.matrices, self.mlp.gamma, {}
         final = dict(zip(names, out.final))
         if gamma is not None:
@@ -250,3 +225,8 @@ class FusedMLP(NamedTuple):
         if rest is not None:
             out.append(after_blocks(weights, rest, max(first, weights.num_steps - 1)))
         return concatenated(out, dim=1)
+
+
+def _chunks_per_batch(inputs: StoreInputs) -> int:
+    assert inputs.schedule.chunks_per_batch is not None  # whole memory batches are stored
+    return inputs.schedule.chunks_per_batch

@@ -1,0 +1,111 @@
+"""The choice of an operation that stores whole memory batches, instead of one after the other.
+
+| memory MLP | operation | rows of a block |
+| --- | --- | --- |
+| one matrix without a norm, short memory batches | `FusedMLP.store_linear` | so few that solving them together pays |
+| at most two matrices, no proximal steps | `FusedMLP.store_batches` | those of a memory batch, or more, on chip |
+| others that `deep_memory_scan` has a kernel for | `FusedMLP.store_deep` | as many as the kernel takes |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+from titans_pytorch.memory.backends.base import PreparedBlock, Stored, StoreInputs
+from titans_pytorch.memory.backends.fused_mlp import FusedMLP
+from titans_pytorch.memory.chunks import Chunks, WeightResidual, split_inputs
+from titans_pytorch.memory.fast_weights import MemoryWeights
+from titans_pytorch.memory.schedule import ChunkBlock
+from titans_pytorch.ops.deep_memory_scan import MOST_ROWS as MOST_ROWS_OF_DEEP
+from titans_pytorch.ops.deep_memory_scan import has_kernel as has_deep_kernel
+from titans_pytorch.ops.linear_memory_scan import MOST_ROWS as MOST_ROWS_OF_LINEAR
+from titans_pytorch.ops.memory_batch_scan import fits_on_chip
+from titans_pytorch.utils.functional import replaced
+
+ROWS_ON_CHIP = 64
+"""Most rows of a block of memory batches whose states stay on chip between them (measured)."""
+ROWS_OF_FORMED = 128
+"""Most rows of a memory batch for which, on a GPU, one operation for all of them outweighs factors that are larger than
+the matrix (measured)."""
+
+
+class WholeBatches(NamedTuple):
+    """An operation for the whole memory batches of a call, each with its gradients at the weights before it."""
+
+    store: Callable[[StoreInputs, int], Stored]
+    """Stores the memory batches in its inputs as so many blocks."""
+    most_rows: int
+    """Of a block. The states are kept once for a block; within it, weights are factored."""
+    inputs: StoreInputs
+
+    @classmethod
+    def of(cls, fused: FusedMLP | None, inputs: StoreInputs, is_clamped: bool) -> WholeBatches | None:
+        """The operation for these inputs; `None` if memory batches are to be stored one after the other.
+
+        Args:
+            is_clamped: whether the norms of gradients are bounded.
+        """
+        chunks, per_batch = inputs.chunks, inputs.schedule.chunks_per_batch
+        if fused is None or per_batch is None or is_clamped or inputs.transition.share is not None:
+            return None
+        matrices, gamma = fused.mlp.of_weights(inputs.weights.newest)
+        rows, is_proximal = per_batch * chunks.keys.shape[2], fused.num_proximal_steps is not None
+
+        if len(matrices) == 1 and gamma is None:
+            most_in_batch, most_in_block = _rows_solved_together(chunks)
+            # modulation scales a proximal step, but not its curvature
+            if rows <= most_in_batch and not (is_proximal and chunks.modulation is not None):
+                return cls(fused.store_linear, most_in_block, inputs)
+        if inputs.residual is not None or chunks.modulation is not None:
+            return None
+        if formed_matrices(inputs) and not (chunks.keys.is_cuda and rows <= ROWS_OF_FORMED):
+            return None
+        num_states = _num_states(inputs)
+        # where both serve, this one is faster
+        if len(matrices) <= 2 and not is_proximal:
+            # where states stay on chip, writing them costs more than applying longer factors
+            on_chip = chunks.keys.is_cuda and fits_on_chip(matrices, num_states, rows)
+            return cls(fused.store_batches, ROWS_ON_CHIP if on_chip else rows, inputs)
+        if has_deep_kernel(matrices, num_states, rows):
+            return cls(fused.store_deep, MOST_ROWS_OF_DEEP, inputs)
+        return None
+
+    def prepare(
+        self, batches: list[ChunkBlock], chunks: Chunks, residual: WeightResidual | None
+    ) -> Iterator[PreparedBlock]:
+        """Memory batches of one length, as many in each block as may be, but at least one."""
+        per_batch = batches[0].num_chunks
+        together = max(1, self.most_rows // (per_batch * chunks.keys.shape[2]))
+        whole, rest = len(batches) // together, len(batches) % together  # the compiler has no `divmod` of its numbers
+        counts = [(blocks, length) for blocks, length in ((whole, together), (1, rest)) if blocks * length]
+        lengths = [blocks * length * per_batch for blocks, length in counts]
+        for (blocks, _), own in zip(counts, split_inputs(chunks, residual, lengths)):
+            yield PreparedBlock(partial(self._store, *own, blocks), ends_batch=True)
+
+    def _store(self, chunks: Chunks, residual: WeightResidual | None, blocks: int, weights: MemoryWeights) -> Stored:
+        return self.store(replaced(self.inputs, chunks=chunks, residual=residual, weights=weights), blocks)
+
+
+def formed_matrices(inputs: StoreInputs) -> set[str]:
+    """Names of the matrices that are formed for every chunk, if memory batches are stored one after the other."""
+    rows = inputs.chunks.keys.shape[2]
+    return {name for name, w in inputs.weights.newest.items() if w.ndim > 2 and _forms_matrix(rows, *w.shape[1:])}
+
+
+def _forms_matrix(rows: int, dim_in: int, dim_out: int) -> bool:
+    """True if a matrix has no more entries than the factors of its gradient over a chunk of so many rows."""
+    return rows * (dim_in + dim_out) >= dim_in * dim_out
+
+
+def _rows_solved_together(chunks: Chunks) -> tuple[int, int]:
+    """Most rows of a memory batch, and of a block, of a linear memory that is solved."""
+    # measured on a CPU: longer blocks need fewer launches, but work grows with the square of a block's rows
+    return (16, 32) if chunks.keys.device.type == 'cpu' else (MOST_ROWS_OF_LINEAR, MOST_ROWS_OF_LINEAR)
+
+
+def _num_states(inputs: StoreInputs) -> int:
+    """Of each parameter: its weights, its momentum of each order, and the weights to begin anew with."""
+    logits = inputs.chunks.momentum_logits
+    return 1 + (0 if logits is None else logits.shape[-1]) + (inputs.origin is not None)
