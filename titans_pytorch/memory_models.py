@@ -121,12 +121,11 @@ class PlainMLP(NamedTuple):
     @classmethod
     def of(cls, network: Module) -> PlainMLP | None:
         """`None` for other networks, and for ones with frozen parts."""
-        # exact types: subclasses may compute something else
-        norm, inner = (network.norm, network.model) if type(network) is ResidualNorm else (None, network)
         has_buffers = next(network.buffers(), None) is not None
-        if type(inner) is not MemoryMLP or has_buffers:
+        if type(without_norm(network)) is not MemoryMLP or not is_unmodified(network) or has_buffers:
             return None
         matrices = tuple(name for name, parameter in network.named_parameters() if parameter.ndim == 2)
+        norm = network.norm if isinstance(network, ResidualNorm) else None
         return cls(matrices, None, 0.0) if norm is None else cls(matrices, 'norm.gamma', norm.eps)
 
     def of_weights(self, weights: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor | None]:
@@ -249,3 +248,19 @@ class MemoryAttention(Resettable):
 
 NETWORKS = (MemoryMLP, GatedResidualMemoryMLP, FactorizedMemoryMLP, MemorySwiGluMLP, MemoryAttention)
 """The networks of this module, all of which the dual engine supports."""
+
+_PARTS = (*NETWORKS, ResidualNorm, LayerNorm, Layers, Matrices)
+
+
+def without_norm(network: Module) -> Module:
+    """The network inside a `ResidualNorm`, or the network itself."""
+    # exact types here and below: subclasses, of which parametrizations make parts, may compute otherwise
+    return network.model if type(network) is ResidualNorm else network
+
+
+def is_unmodified(network: Module) -> bool:
+    """True for one of `NETWORKS`, perhaps in a `ResidualNorm`, no part of which is replaced, parametrized or tied."""
+    weights = [*network.named_parameters(remove_duplicate=False)]
+    is_tied = len({id(weight) for _, weight in weights}) < len(weights)
+    has_own_parts = all(type(part) in _PARTS for part in network.modules())
+    return type(without_norm(network)) in NETWORKS and has_own_parts and not is_tied

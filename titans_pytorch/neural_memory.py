@@ -800,6 +800,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
             plain = PlainRetrieval.of(
                 self.heads,
                 self.memory_model_parameters.mlp,
+                self.split_heads,
                 self.q_norm,
                 self.multihead_rmsnorm,
                 self.retrieve_gate,

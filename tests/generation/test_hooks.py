@@ -9,12 +9,14 @@ import pytest
 import torch
 from architectures import CLASSES, build, ids
 from compare import all_in_float64, assert_same
+from einops.layers.torch import Reduce
 from memories import inputs, memory
 from torch import nn
 
 from titans_pytorch import MemoryAsGateTransformer, MemoryMLP, NeuralMemory
 from titans_pytorch.attention.rotary import Rotary
 from titans_pytorch.attention.segmented import SegmentedAttention
+from titans_pytorch.memory.modules import SplitHeads
 from titans_pytorch.models.residual_streams import ExpandStreams, HyperConnection
 
 MODELS = [name for name in CLASSES if name != 'LMM']
@@ -115,10 +117,26 @@ def merge_heads_otherwise(model: nn.Module) -> None:
         block.attention.merge_heads = Reversed()
 
 
+class SplitReversed(SplitHeads):
+    def forward(self, x):
+        return super().forward(x).flip(-1)
+
+
+def split_heads_otherwise(model: nn.Module) -> None:
+    for block in model.layers:
+        block.memory.split_heads = SplitReversed(2)
+
+
+def reduce_streams_otherwise(model: nn.Module) -> None:
+    model.reduce_streams = Reduce('(b s) ... -> b ...', 'max', s=2)
+
+
 CHANGES = {
     'memories with other chunks': remember_in_other_lengths,
     'options of attention': clamp_attention,
     'merging of heads': merge_heads_otherwise,
+    'splitting of heads': split_heads_otherwise,
+    'reduction of streams': reduce_streams_otherwise,
     'rotary embedding': of_class('layers.0.attention.rotary_emb', Interpolated),
     'streams': of_class('expand_streams', Longer),
     'connection': of_class('layers.0.branches.feedforward', Shifted),
@@ -129,8 +147,20 @@ CHANGES = {
 
 @pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES)
 def test_cached_sampling_sees_modules_that_compute_otherwise(change: Callable[[nn.Module], None]):
+    check_cached_sampling('MAG', change)
+
+
+def test_cached_sampling_sees_another_mix_of_values():
+    def change(model: nn.Module) -> None:
+        model.layers[1].attention.to_learned_v_mix[2] = nn.Tanh()
+
+    check_cached_sampling('MAC', change)
+
+
+def check_cached_sampling(name: str, change: Callable[[nn.Module], None]) -> None:
+    """A change has an effect, which is the same with and without a cache."""
     with all_in_float64():
-        model, prompt = build('MAG', num_residual_streams=2).eval(), ids(7)
+        model, prompt = build(name, num_residual_streams=2).eval(), ids(7)
         kwargs = {'max_new_tokens': 9, 'temperature': 0.0, 'return_logprobs': True, 'show_progress': False}
         plain = model.sample(prompt, use_cache=True, **kwargs)
         change(model)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from compare import assert_same, gradients, randomised
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
-from titans_pytorch import MemoryMLP, NeuralMemory, reference_state_dict
+from titans_pytorch import MemoryMLP, MemorySwiGluMLP, NeuralMemory, reference_state_dict
 from titans_pytorch.memory.backends import DenseBackend, DualBackend
-from titans_pytorch.memory_models import ResidualNorm
+from titans_pytorch.memory_models import LayerNorm, ResidualNorm
 
 DIM = 8
 
@@ -221,6 +222,47 @@ def test_a_subclass_of_the_package_s_norm_is_tried_like_any_other_network():
     mem = memory(MixingNorm(), mem_model_norm_add_residual=False)
     assert mem.mixes_tokens and mem._backend_class is DenseBackend
     results(mem)
+
+
+class DoubledNorm(LayerNorm):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Halved(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+def with_another_norm() -> nn.Module:
+    network = ResidualNorm(DIM, MemoryMLP(DIM, 2))
+    network.norm = DoubledNorm(DIM)
+    return network
+
+
+def with_a_norm_of_pytorch() -> nn.Module:
+    network = MemorySwiGluMLP(DIM)
+    network.norm = nn.LayerNorm(DIM)
+    return network
+
+
+def parametrized() -> nn.Module:
+    network = MemoryMLP(DIM, 2)
+    register_parametrization(network.weights, '0', Halved())
+    return network
+
+
+def tied() -> nn.Module:
+    network = MemoryMLP(DIM, 2, expansion_factor=1.0)
+    network.weights.register_parameter('1', network.weights[0])
+    return network
+
+
+@pytest.mark.parametrize('network', [with_another_norm, with_a_norm_of_pytorch, parametrized, tied])
+def test_modified_networks_of_the_package_are_tried_like_any_other_network(network):
+    own = network()
+    mem, dense = (memory(own, mem_model_norm_add_residual=False, engine=engine) for engine in ('auto', 'dense'))
+    assert_same(results(mem), results(dense))
 
 
 def test_a_network_by_the_protocol_is_dual():

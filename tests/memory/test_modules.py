@@ -15,6 +15,7 @@ from titans_pytorch.memory.modules import (
     MultiheadRMSNorm,
     SplitHeads,
     join_heads,
+    pointwise,
     projection,
     rows_of_heads,
 )
@@ -139,6 +140,23 @@ def test_operations_of_heads_call_replaced_modules(name):
         assert_same((keys, values), (of_plain, 2 * of_plain_values), 1e-5)
     else:
         assert_same((keys, values), (2 * of_plain, of_plain_values), 1e-5)
+
+
+@pytest.mark.parametrize('options', [dict(kernel_size=2, dilation=3, groups=16), dict(kernel_size=4)])
+def test_convolutions_of_other_settings_are_called(options):
+    module = OfHeads(None)
+    module.to_keys[1].conv = nn.Conv1d(16, 16, bias=False, **options)
+    keys = learned_by(module)[0][0]
+    # with a hook every module is called
+    module.to_keys.register_forward_hook(lambda *_: None)
+    assert_same(keys, learned_by(module)[0][0], 1e-6)
+
+
+def test_a_projection_without_a_convolution_keeps_its_hooks():
+    tokens, module = torch.randn(2, 3, 16), projection(16, 16, nn.SiLU())
+    expected = -module(tokens)
+    module.register_forward_hook(lambda module, args, out: -out)
+    assert_same(pointwise(module)(tokens), expected, 0)
 
 
 def test_other_parts_of_heads_are_used():

@@ -10,6 +10,7 @@ import torch
 from compare import all_in_float64, assert_same, gradients, randomised
 from hyper_connections import mc_get_init_and_expand_reduce_stream_functions
 from hyper_connections.mHCv2 import sinkhorn_knopps
+from torch import nn
 
 from titans_pytorch import (
     LongTermMemoryModel,
@@ -19,7 +20,15 @@ from titans_pytorch import (
     without_kernels,
 )
 from titans_pytorch.generation.stepper import Stepper
-from titans_pytorch.models.residual_streams import HyperConnection, complete, connect, connect_token, folded
+from titans_pytorch.models.residual_streams import (
+    HyperConnection,
+    StreamNorm,
+    complete,
+    connect,
+    connect_token,
+    folded,
+    takes_tokens,
+)
 from titans_pytorch.ops import hyper_connection, token_hyper_connection
 from titans_pytorch.ops.sinkhorn import sinkhorn
 
@@ -231,6 +240,34 @@ def test_only_plain_connections_take_the_operation(monkeypatch):
             with torch.enable_grad():
                 connect(one, x.clone().requires_grad_())[0].sum().backward()
             assert seen, (of, register)
+
+
+class DoubledNorm(StreamNorm):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Doubled(nn.Identity):
+    def forward(self, x):
+        return 2 * x
+
+
+class DoubledDropout(nn.Dropout):
+    def forward(self, x):
+        return 2 * x
+
+
+@pytest.mark.parametrize(
+    ('name', 'part'),
+    [('norm', DoubledNorm(8)), ('residual_transform', Doubled()), ('dropout', DoubledDropout(0.0))],
+)
+def test_replaced_parts_of_connections_are_called(name, part):
+    x, one = torch.randn(2 * 4, 3, 8, device=DEVICE), connection(4, 8, constraint=sinkhorn)
+    assert takes_tokens(one)
+    setattr(one, name, part.to(DEVICE))
+    (branch_in, add_residual), (expected, adds) = connect(one, x), one(x)
+    assert_same((branch_in, complete(add_residual(branch_in))), (expected, adds(expected)), 0)
+    assert not takes_tokens(one)
 
 
 def test_connections_of_a_sequence_are_compiled_whole(kernels_everywhere):

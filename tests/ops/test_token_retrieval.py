@@ -58,7 +58,13 @@ class Parts(NamedTuple):
 
     def plain(self):
         return PlainRetrieval.of(
-            self.heads, PlainMLP.of(self.network), self.query_norm, self.value_norm, self.gate, self.dtype
+            self.heads,
+            PlainMLP.of(self.network),
+            SplitHeads(self.heads),
+            self.query_norm,
+            self.value_norm,
+            self.gate,
+            self.dtype,
         )
 
 

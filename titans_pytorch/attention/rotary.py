@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from titans_pytorch.ops.rotation import rotate_features, rotation_at
 from titans_pytorch.utils.checks import checked_carried
-from titans_pytorch.utils.functional import is_intercepted
 from titans_pytorch.utils.parameters import fill
+from titans_pytorch.utils.plain import is_plain
 from titans_pytorch.utils.shapes import Float, Int
 
 KeyValues = tuple[Float[Tensor, 'b h _j e'], Float[Tensor, 'b h _j e']]
@@ -96,7 +96,7 @@ def rotate(
 def frequencies(rotary: RotaryEmbedding, device: torch.device) -> Float[Tensor, ' half']:
     """Angle per position of each pair of features, in the precision of `rotate`."""
     dtype = torch.promote_types(rotary.freqs.dtype, torch.float32)
-    if type(rotary) is Rotary and rotary.interpolate_factor == 1 and not is_intercepted([rotary]):
+    if is_plain(rotary, Rotary) and rotary.interpolate_factor == 1:
         return rotary.freqs.to(dtype)
     # the angles of position 1, by a call, in which hooks give an offloaded module its weights
     one = torch.ones(1, dtype=dtype, device=device) / rotary.interpolate_factor

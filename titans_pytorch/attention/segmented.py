@@ -15,7 +15,7 @@ from x_transformers.attend import Attend
 
 from titans_pytorch.attention.masks import after_persistent, over_positions, segmented, segmented_block_mask
 from titans_pytorch.attention.rotary import KeyValues, Rotary, check_rotary_width, frequencies, rotate
-from titans_pytorch.memory.modules import MergeHeads, SplitHeads
+from titans_pytorch.memory.modules import MergeHeads, SplitHeads, logits_of
 from titans_pytorch.ops._dispatch import HOPPER, nvidia_capability
 from titans_pytorch.ops.attention_inputs import attention_inputs, heads_of, mixed_values, with_persistent
 from titans_pytorch.ops.token_attention import Position, RingLayout, ValueMix, token_attention
@@ -32,9 +32,10 @@ from titans_pytorch.utils.checks import (
     checked_carried,
     checked_key_values,
 )
-from titans_pytorch.utils.functional import compile_each_length, constant, is_intercepted
+from titans_pytorch.utils.functional import compile_each_length, constant
 from titans_pytorch.utils.packing import PackedDocuments, check_documents
 from titans_pytorch.utils.parameters import InReferenceFormat, Resettable
+from titans_pytorch.utils.plain import is_plain, is_plain_linear
 from titans_pytorch.utils.precision import at_least_float32
 from titans_pytorch.utils.shapes import Float, divided
 
@@ -299,7 +300,8 @@ class SegmentedAttention(Resettable, InReferenceFormat):
     @property
     def takes_steps(self) -> bool:
         """True if `step` computes what a call does: softmax attention without further options."""
-        return getattr(self.attend, 'is_plain', False) and type(self.merge_heads) is MergeHeads
+        without_options = is_plain(self.attend, Attend) and getattr(self.attend, 'is_neutral', False)
+        return without_options and is_plain(self.merge_heads, MergeHeads)
 
     @property
     def num_slots(self) -> int:
@@ -347,8 +349,8 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         projected, seq = linear_of_token(self.to_qkv, seq, self.norm)
         values, mix = heads_of(projected, self.heads)[2], None
         if self.to_learned_v_mix is not None and value_residual is not None:
-            to_shares = self.to_learned_v_mix[0]
-            if type(to_shares) is Linear and not is_intercepted(self.to_learned_v_mix.modules()):
+            to_shares: Any = logits_of(self.to_learned_v_mix)
+            if to_shares is not None and is_plain_linear(to_shares):
                 mix = ValueMix(seq, to_shares.weight, to_shares.bias, value_residual)
             else:
                 mixed = mixed_values(values, value_residual, self.to_learned_v_mix(seq)).transpose(1, 2).flatten(2)
@@ -456,7 +458,7 @@ def _attend(**kwargs: Any) -> Attend:
     fn = attend.attn_fn
     if isinstance(fn, partial) and fn.func is F.softmax and fn.keywords.get('dtype') is torch.float32:
         attend.attn_fn = partial(softmax, dim=fn.keywords['dim'])
-    attend.is_plain = kwargs.keys() <= _NEUTRAL_OPTIONS  # an `Attend` made by a user has no such attribute
+    attend.is_neutral = kwargs.keys() <= _NEUTRAL_OPTIONS  # an `Attend` made by a user has no such attribute
     return attend
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import Module
 
 from titans_pytorch.memory_models import PlainMLP
-from titans_pytorch.utils.functional import is_intercepted, on_meta, with_tensors
+from titans_pytorch.utils.functional import on_meta, with_tensors
 from titans_pytorch.utils.parameters import ParameterSequence, fill, reset_parameters
+from titans_pytorch.utils.plain import is_intercepted
 from titans_pytorch.utils.precision import at_least_float32
 
 

@@ -11,8 +11,8 @@ from titans_pytorch.ops.head_norm import head_norm
 from titans_pytorch.ops.norms import l2_norm
 from titans_pytorch.ops.short_convolution import short_convolution
 from titans_pytorch.ops.token_linear import linear_of_rows
-from titans_pytorch.utils.functional import is_intercepted
 from titans_pytorch.utils.parameters import Resettable
+from titans_pytorch.utils.plain import is_plain, plain_parts
 from titans_pytorch.utils.shapes import Float
 
 
@@ -29,15 +29,15 @@ class MultiheadRMSNorm(Module):
         nn.init.zeros_(self.gamma)
 
     @property
-    def is_plain(self) -> bool:
+    def has_own_norm(self) -> bool:
         """True if the inner norm is as this class makes it."""
         inner = self.rmsnorm
-        if type(inner) is not nn.RMSNorm or inner.normalized_shape != self.gamma.shape[-1:] or is_intercepted((inner,)):
+        if not is_plain(inner, nn.RMSNorm) or inner.normalized_shape != self.gamma.shape[-1:]:
             return False
         return inner.weight is None and inner.eps is None
 
     def forward(self, x: Float[Tensor, 'b h n d']) -> Float[Tensor, 'b h n d']:
-        if self.is_plain and x.shape[-1:] == self.gamma.shape[-1:]:
+        if self.has_own_norm and x.shape[-1:] == self.gamma.shape[-1:]:
             return head_norm(x, self.gamma)
         return self.rmsnorm(x) * (self.gamma + 1.0)
 
@@ -116,9 +116,9 @@ def projection(dim: int, dim_out: int, activation: Module | None, conv_kernel: i
 
 def pointwise(projection: Module) -> Module:
     """A projection without its convolution, unless that sees single tokens."""
-    if not isinstance(projection, nn.Sequential):
-        return projection
-    return nn.Sequential(*(part for part in projection if not isinstance(part, CausalConv) or part.context == 0))
+    parts = [*projection] if isinstance(projection, nn.Sequential) else []
+    kept = [part for part in parts if not isinstance(part, CausalConv) or part.context == 0]
+    return projection if len(kept) == len(parts) else nn.Sequential(*kept)
 
 
 class SplitHeads(Module):
@@ -146,10 +146,10 @@ def rows_of_heads(
     tokens: Float[Tensor, 'b t d'], projection: Module, split: Module, norm: Module | None = None
 ) -> Float[Tensor, 'b h nu e']:
     """Queries, keys or values of each head: tokens after a `projection`, split and, if `norm` is given, normalised."""
-    causal = _short_convolution_of(projection, split, norm)
+    causal = _short_convolution_of(projection, split)
     if causal is not None and tokens.shape[1] > causal.context:
         assert isinstance(projection, nn.Sequential) and isinstance(split, SplitHeads)
-        normalize = type(norm) is L2Norm
+        normalize = is_plain(norm, L2Norm)
         projected = projection[0](tokens)
         rows = short_convolution(projected, causal.conv.weight, split.heads, split.per_token, normalize)
         return rows if norm is None or normalize else norm(rows)
@@ -157,19 +157,14 @@ def rows_of_heads(
     return rows if norm is None else norm(rows)
 
 
-def _short_convolution_of(projection: Module, split: Module, norm: Module | None) -> CausalConv | None:
+def _short_convolution_of(projection: Module, split: Module) -> CausalConv | None:
     """The convolution of a projection with SiLU; `None` without one, and where a part has been replaced or hooked."""
-    if type(projection) is not nn.Sequential or type(split) is not SplitHeads:
+    _, causal, _ = plain_parts(projection, None, CausalConv, nn.SiLU) or (None, None, None)
+    if causal is None or not is_plain(split, SplitHeads) or not is_plain(causal.conv, nn.Conv1d):
         return None
-    _, *parts = projection
-    if [type(part) for part in parts] != [CausalConv, nn.SiLU]:
-        return None
-    causal = parts[0]
-    assert isinstance(causal, CausalConv)
-    if type(causal.conv) is not nn.Conv1d or causal.conv.bias is not None:
-        return None
-    modules = (projection, *parts, causal.conv, split, *(() if norm is None else (norm,)))
-    return None if is_intercepted(modules) else causal
+    conv = causal.conv
+    depthwise = conv.bias is None and conv.groups == len(conv.weight)
+    return causal if depthwise and (conv.stride, conv.padding, conv.dilation) == ((1,), (0,), (1,)) else None
 
 
 def join_heads(
@@ -185,11 +180,9 @@ def join_heads(
         gate: maps tokens to gates.
         dtype: of the result. Default: as PyTorch promotes the parts.
     """
-    gamma, is_plain = None, type(norm) is nn.Identity
-    if type(norm) is MultiheadRMSNorm:
-        gamma, is_plain = norm.gamma, norm.is_plain
     to_logits = logits_of(gate)
-    if to_logits is not None and is_plain and not is_intercepted((norm,)):
+    if to_logits is not None and is_norm_of_heads(norm):
+        gamma = norm.gamma if isinstance(norm, MultiheadRMSNorm) else None
         return gated_heads(values, gamma, to_logits(tokens), dtype)
     values = norm(values)
     if gate is not None:
@@ -200,12 +193,13 @@ def join_heads(
 def logits_of(gate: Module | None) -> Module | None:
     """The map to the logits of a gate that is a sigmoid for each head, or for each of its features; `None` without a
     gate, and where a part of it has been replaced or hooked."""
-    if type(gate) is not nn.Sequential:
-        return None
-    to_logits, *parts = gate
-    if [type(part) for part in parts] != [SplitHeads, nn.Sigmoid] or is_intercepted((gate, *parts)):
-        return None
+    to_logits, *_ = plain_parts(gate, None, SplitHeads, nn.Sigmoid) or (None,)
     return to_logits
+
+
+def is_norm_of_heads(norm: Module) -> bool:
+    """True for no norm, or a `MultiheadRMSNorm`, whose parts have neither been replaced nor hooked."""
+    return is_plain(norm, nn.Identity) or (is_plain(norm, MultiheadRMSNorm) and norm.has_own_norm)  # type: ignore[return-value]
 
 
 class PerHead(SplitHeads):

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
 from titans_pytorch.memory.fast_weights import Weights
-from titans_pytorch.memory.modules import MultiheadRMSNorm, logits_of
+from titans_pytorch.memory.modules import MultiheadRMSNorm, SplitHeads, is_norm_of_heads, logits_of
 from titans_pytorch.memory_models import PlainMLP
 from titans_pytorch.ops.token_retrieval import token_retrieval
-from titans_pytorch.utils.functional import is_intercepted
+from titans_pytorch.utils.plain import is_plain, is_plain_linear
 from titans_pytorch.utils.shapes import Float
 
 
@@ -31,6 +31,7 @@ class PlainRetrieval(NamedTuple):
         cls,
         heads: int,
         mlp: PlainMLP | None,
+        split: Module,
         query_norm: Module,
         value_norm: Module,
         gate: Module | None,
@@ -39,23 +40,18 @@ class PlainRetrieval(NamedTuple):
         """`None` for parts that the operation does not cover: other networks, norms and gates, half precision, hooks.
 
         Args:
+            split: splits queries into heads.
             gate: maps tokens to gates.
             dtype: precision of the memory's module.
         """
         if mlp is None or len(mlp.matrices) > 2 or dtype not in (torch.float32, torch.float64):
             return None
-        if type(query_norm) not in (nn.Identity, MultiheadRMSNorm) or type(value_norm) is not nn.Identity:
+        if not (is_plain(split, SplitHeads) and is_norm_of_heads(query_norm) and is_plain(value_norm, nn.Identity)):
             return None
-        if isinstance(query_norm, MultiheadRMSNorm) and not query_norm.is_plain:
+        to_gate: Any = logits_of(gate)
+        is_linear = to_gate is not None and is_plain_linear(to_gate)
+        if gate is not None and (not is_linear or to_gate.out_features != heads or to_gate.bias is not None):
             return None
-        to_gate = logits_of(gate)
-        if gate is not None and (
-            type(to_gate) is not nn.Linear or to_gate.out_features != heads or to_gate.bias is not None
-        ):
-            return None
-        if is_intercepted((query_norm, value_norm, *(() if to_gate is None else (to_gate,)))):
-            return None
-        assert to_gate is None or isinstance(to_gate, nn.Linear)
         return cls(heads, mlp, query_norm if isinstance(query_norm, MultiheadRMSNorm) else None, to_gate)
 
     def __call__(

@@ -20,7 +20,7 @@ from titans_pytorch.models.state import ModelState
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.ops.token_attention import Position
 from titans_pytorch.ops.token_linear import linear_of_token
-from titans_pytorch.utils.functional import is_intercepted
+from titans_pytorch.utils.plain import is_intercepted, is_plain
 from titans_pytorch.utils.precision import autocast_dtype
 from titans_pytorch.utils.shapes import Float, Int
 
@@ -87,8 +87,10 @@ class StepwiseDecoding(Module):
         if not isinstance(self.to_logits, Linear):
             return f'its to_logits is a {type(self.to_logits).__name__}'
         for name, types in (('expand_streams', (ExpandStreams, Identity)), ('reduce_streams', (Reduce, Identity))):
-            if type(getattr(self, name)) not in types:
+            if not is_plain(getattr(self, name), *types):
                 return f'its {name} is a {type(getattr(self, name)).__name__}'
+        if getattr(self.reduce_streams, 'reduction', 'sum') != 'sum':
+            return 'its reduce_streams does not add the streams'
         if not all(takes_tokens(connection) for block in self._blocks for connection in block.connections):
             return 'a connection of its branches is not one of this package in its plain settings'
         if not all(attention.takes_steps for attention in self._attentions):

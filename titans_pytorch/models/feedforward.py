@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Linear, Module
 
-from titans_pytorch.ops.token_linear import are_plain, token_linear
+from titans_pytorch.ops.token_linear import token_linear
 from titans_pytorch.utils.checks import check_hidden_width
-from titans_pytorch.utils.functional import is_intercepted
+from titans_pytorch.utils.plain import is_plain_linear, plain_parts
 from titans_pytorch.utils.shapes import Float
 
 
@@ -30,18 +28,11 @@ def FeedForward(dim: int, mult: float = 4) -> nn.Sequential:
 
 def feedforward_of_token(feedforward: Module, x: Float[Tensor, 'b 1 d']) -> Float[Tensor, 'b 1 d']:
     """`feedforward(x)` of a single token; of a `FeedForward` without hooks as two operations."""
-    if not _is_plain(feedforward):
+    parts = plain_parts(feedforward, None, None, GEGLU, None)
+    if parts is None:
         return feedforward(x)
-    norm, to_hidden, _, to_out = cast(Any, feedforward)
+    norm, to_hidden, _, to_out = parts
+    if not is_plain_linear(to_hidden, norm) or not is_plain_linear(to_out):
+        return feedforward(x)
     hidden, _ = token_linear(x, to_hidden.weight, to_hidden.bias, (norm.weight, norm.eps), gated=True)
     return token_linear(hidden, to_out.weight, to_out.bias)[0]
-
-
-def _is_plain(feedforward: Module) -> bool:
-    return (
-        type(feedforward) is nn.Sequential
-        and [type(part) for part in feedforward] == [nn.RMSNorm, Linear, GEGLU, Linear]
-        and are_plain(feedforward[1], feedforward[0])
-        and are_plain(feedforward[3])
-        and not is_intercepted((feedforward, feedforward[2]))
-    )

@@ -26,8 +26,8 @@ from torch.nn import Identity, Module, Parameter
 from titans_pytorch.ops.hyper_connection import hyper_connection
 from titans_pytorch.ops.sinkhorn import sinkhorn
 from titans_pytorch.ops.token_hyper_connection import token_hyper_connection
-from titans_pytorch.utils.functional import is_intercepted
 from titans_pytorch.utils.parameters import InReferenceFormat, Resettable, fill
+from titans_pytorch.utils.plain import is_plain
 from titans_pytorch.utils.precision import at_least_float32
 from titans_pytorch.utils.shapes import Float
 
@@ -156,7 +156,7 @@ def connect(connection: Module, x: Float[Tensor, 'bs n d'] | Pending) -> tuple[F
 
     Adding is left to the next connection: the function returns `Pending`, which this one takes.
     """
-    if not _is_plain(connection):
+    if not _is_covered(connection):
         return connection(complete(x))
     branch_in, mixed, write = hyper_connection([*x] if isinstance(x, Pending) else [x], _weights(connection))
     if not connection.add_branch_out_to_residual:
@@ -175,23 +175,19 @@ def _weights(connection: Any) -> list[Tensor]:
     return weights + [c.static_beta, c.dynamic_beta_fn, c.h_post_scale] if c.add_branch_out_to_residual else weights
 
 
-def _is_plain(connection: Any) -> bool:
-    """True for a connection that the operation computes: in its plain settings, and without hooks."""
-    # other subclasses may compute otherwise
-    if type(connection) not in (ManifoldConstrainedHyperConnections, HyperConnection):
-        return False
-    one_each = connection.num_fracs == connection.num_input_views == connection.num_dynamic_alpha_proposals == 1
-    # not `modules()`, through which the compiler would trace
-    called = (connection, connection.norm, connection.dropout, connection.residual_transform)
+def _is_covered(c: Any) -> bool:
+    """True for a connection that the operation computes: in its default settings, no part replaced or hooked."""
     return (
-        one_each
-        and not is_intercepted(called)
-        and connection.branch is None
-        and not connection.channel_first
-        and connection.dropout.p == 0
-        and isinstance(connection.residual_transform, Identity)
-        and connection.depth_residual_fn is add
-        and connection.residual_mix_constraint_fn is sinkhorn
+        is_plain(c, HyperConnection, ManifoldConstrainedHyperConnections)
+        and is_plain(c.norm, StreamNorm, RMSNorm)
+        and is_plain(c.dropout, nn.Dropout)
+        and is_plain(c.residual_transform, Identity)
+        and c.num_fracs == c.num_input_views == c.num_dynamic_alpha_proposals == 1
+        and c.branch is None
+        and not c.channel_first
+        and c.dropout.p == 0
+        and c.depth_residual_fn is add
+        and c.residual_mix_constraint_fn is sinkhorn
     )
 
 
@@ -200,7 +196,7 @@ def _is_plain(connection: Any) -> bool:
 
 def takes_tokens(connection: Module | None) -> bool:
     """Whether `connect_token` computes what a call of the connection does."""
-    return connection is None or type(connection) is Residual or _is_plain(connection)
+    return connection is None or is_plain(connection, Residual) or _is_covered(connection)
 
 
 def folded(connection: Any) -> FoldedConnection | None:

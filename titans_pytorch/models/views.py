@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 from torch import Tensor, nn
 from torch.nn import Linear, Module
 
 from titans_pytorch.ops.grouped_linear import grouped_linear
-from titans_pytorch.ops.token_linear import are_plain
 from titans_pytorch.ops.token_mixture import token_mixture
-from titans_pytorch.utils.functional import is_intercepted
+from titans_pytorch.utils.plain import is_plain_linear, plain_parts
 from titans_pytorch.utils.shapes import Float
 
 NUM_VIEWS = 3
@@ -34,13 +31,8 @@ def selected_views_of_token(
     selector: Module, own: Float[Tensor, 'b 1 d'], choices: Float[Tensor, 'b 1 c d']
 ) -> Float[Tensor, '3 b 1 d']:
     """`selected_views` of a single token; with a `view_selector` without hooks as one operation."""
-    if not _is_plain(selector):
+    parts = plain_parts(selector, None, None)
+    if parts is None or not is_plain_linear(parts[1], parts[0]) or parts[1].bias is None:
         return selected_views(selector, own, choices)
-    norm, to_logits = cast(Any, selector)
+    norm, to_logits = parts
     return token_mixture(own, choices, (norm.weight, norm.eps), to_logits.weight, to_logits.bias)
-
-
-def _is_plain(selector: Module) -> bool:
-    if type(selector) is not nn.Sequential or [type(part) for part in selector] != [nn.RMSNorm, Linear]:
-        return False
-    return are_plain(selector[1], selector[0]) and selector[1].bias is not None and not is_intercepted((selector,))

@@ -1,9 +1,9 @@
-"""Functional calls of modules with weights as arguments, under tracing and `torch.func`, and detection of hooks."""
+"""Functional calls of modules with weights as arguments, under tracing and `torch.func`."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from functools import partial
@@ -15,10 +15,11 @@ from torch import Tensor
 from torch._C import _autograd as autograd_c
 from torch.func import functional_call
 from torch.nn import Module, Parameter
-from torch.nn.modules import module as module_hooks
 from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
+
+from titans_pytorch.utils.plain import is_intercepted as is_intercepted
 
 Fields = TypeVar('Fields', bound=tuple[Any, ...])
 
@@ -131,22 +132,6 @@ def compile_each_length(*lengths: int) -> None:
     """Have the compiler make a graph for each of these lengths of tensors; see `constant`."""
     for length in lengths:
         constant(length)
-
-
-def is_intercepted(modules: Iterable[Module]) -> bool:
-    """True if one of `modules` has hooks or a `forward` set on the instance, so that only a call of that module, and no
-    shortcut for its class, has the right effect."""
-    own = any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or 'forward' in vars(m)
-        for m in modules
-    )
-    of_all_modules = (
-        module_hooks._global_forward_hooks,
-        module_hooks._global_forward_pre_hooks,
-        module_hooks._global_backward_hooks,
-        module_hooks._global_backward_pre_hooks,
-    )
-    return own or any(of_all_modules)
 
 
 def frozen_as_buffers(model: Module) -> Module:

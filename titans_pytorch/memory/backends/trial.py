@@ -16,17 +16,17 @@ from titans_pytorch.memory.backends.dual import DualBackend
 from titans_pytorch.memory.chunks import Chunks
 from titans_pytorch.memory.fast_weights import FastWeights, Weights
 from titans_pytorch.memory.reference import default_loss_fn
-from titans_pytorch.memory_models import NETWORKS, ResidualNorm
+from titans_pytorch.memory_models import is_unmodified, without_norm
 from titans_pytorch.ops.associative_scan import AssocScan
 from titans_pytorch.utils.checks import first_line
 from titans_pytorch.utils.functional import (
     call_with_weights,
-    is_intercepted,
     keeping_random_state,
     on_cpu,
     on_meta,
     with_tensors,
 )
+from titans_pytorch.utils.plain import is_intercepted
 
 MOST_ROWS = 256
 """Of a chunk in a trial; more take long."""
@@ -34,12 +34,7 @@ MOST_ROWS = 256
 
 def is_built_in(network: Module) -> bool:
     """True for an unmodified network of this package, which needs no trial."""
-    return type(_inner(network)) in NETWORKS and not is_intercepted(network.modules())
-
-
-def _inner(network: Module) -> Module:
-    # a subclass may compute otherwise
-    return network.model if type(network) is ResidualNorm else network
+    return is_unmodified(network) and not is_intercepted(network.modules())
 
 
 class Trial(NamedTuple):
@@ -110,7 +105,7 @@ class Trial(NamedTuple):
 
     def obstacle_to_dual(self, network: Module) -> str | None:
         """The reason why the dual form cannot serve a network, or `None` if it can."""
-        inner = _inner(network)
+        inner = without_norm(network)
         if not self._is_finite():
             return 'its results for random numbers are not finite'
         if 'linear' not in inspect.signature(inner.forward).parameters:

@@ -13,7 +13,7 @@ from torch.nn import Module
 
 from titans_pytorch.ops._dispatch import AMPERE, VOLTA, use_kernel
 from titans_pytorch.ops.token_linear import reference
-from titans_pytorch.utils.functional import is_intercepted
+from titans_pytorch.utils.plain import is_plain_linear
 from titans_pytorch.utils.precision import autocast_dtype
 from titans_pytorch.utils.shapes import Float
 
@@ -51,7 +51,7 @@ def linear_of_token(
 ) -> tuple[Float[Tensor, 'b 1 e'], Float[Tensor, 'b 1 d']]:
     """The outputs of a linear layer and of the norm before it; modules of other kinds, or with hooks, are called."""
     norm = None if type(norm) is nn.Identity else norm
-    if are_plain(linear, norm):
+    if is_plain_linear(linear, norm):
         own = None if norm is None else (norm.weight, norm.eps)
         return token_linear(x, linear.weight, linear.bias, own)  # type: ignore[arg-type]
     normed = x if norm is None else norm(x)
@@ -63,21 +63,10 @@ def linear_of_rows(linear: Module, x: Float[Tensor, '... d']) -> Float[Tensor, '
     if torch.is_grad_enabled():  # as in training, which would otherwise trace the rest
         return linear(x)
     has_kernel = use_kernel((x,), capability=VOLTA, has_backward=False)
-    if not has_kernel or x.shape[:-1].numel() > MOST_ENTRIES or not are_plain(linear):
+    if not has_kernel or x.shape[:-1].numel() > MOST_ENTRIES or not is_plain_linear(linear):
         return linear(x)
     out, _ = token_linear(x.reshape(-1, 1, x.shape[-1]), linear.weight, linear.bias)  # type: ignore[arg-type]
     return out.view(*x.shape[:-1], out.shape[-1])
-
-
-def are_plain(linear: Module, norm: Module | None = None) -> bool:
-    """True for a linear layer, perhaps after a norm, that `token_linear` computes: of their own classes, with plain
-    parameters, and without hooks."""
-    if type(linear).forward is not nn.Linear.forward or type(linear.weight) is not nn.Parameter:
-        return False
-    if norm is None:
-        return not is_intercepted((linear,))
-    has_gain = type(norm) is nn.RMSNorm and type(norm.weight) is nn.Parameter
-    return has_gain and not is_intercepted((linear, norm))
 
 
 def _supports(x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None) -> bool:
