@@ -18,7 +18,7 @@ from titans_pytorch.utils.shapes import Bool, Float, Int
 
 
 class Surprises(NamedTuple):
-    """How far off the answers of a memory were for the rows that it stored, and how much of that it learned.
+    """How wrong a memory was about each row before storing it, and the step size with which it stored the row.
 
     A row is a pair of key and value; each token has `num_kv_per_token` of them. Rows are in the order of the tokens.
     """
@@ -123,8 +123,8 @@ class NeuralMemState(NamedTuple):
         """The state of these batch entries, in this order and with repetitions, but without `updates`.
 
         Raises:
-            ValueError: for entries that are not in the batch, and for a state with weights but without tokens, not even
-                none of them, as it does not tell the size of its batch.
+            ValueError: for entries that are not in the batch, and for a state with weights whose `cache_store_segment`
+                is `None`: without that tensor, even an empty one, the size of the batch is unknown.
         """
         pending = self.open_chunk
         if pending is None:

@@ -48,7 +48,7 @@ from titans_pytorch.utils.shapes import Bool, Float
 
 
 class Settings(NamedTuple):
-    """Checked constructor arguments of `NeuralMemory`, as numbers of one type."""
+    """Constructor arguments of `NeuralMemory`, checked and converted to Python's own numbers."""
 
     dim: int
     dim_head: int

@@ -32,14 +32,14 @@ OF_MODELS = {
     'batch_size': 'neural_memory_batch_size',
     'model': 'neural_memory_model',
 }
-"""Arguments of `NeuralMemory` that models have arguments of their own for."""
+"""Arguments of `NeuralMemory`, and the arguments by which models set them."""
 
 SET_BY_MODELS = ('qkv_receives_diff_views', 'accept_weight_residual')
 """Arguments of `NeuralMemory` that depend on the layer."""
 
 
 def check_left_out(kwargs: Mapping[str, Any], arguments: Mapping[str, str], owner_has: str) -> None:
-    """Refuse `neural_memory_kwargs` with names that their owner has `arguments` of its own for."""
+    """Refuse those `neural_memory_kwargs` that their owner sets by `arguments` of its own."""
     for name, argument in arguments.items():
         if name in kwargs:
             raise ValueError(f'neural_memory_kwargs must not hold {name!r}: {owner_has} {argument} for it')

@@ -81,8 +81,8 @@ class Stored(NamedTuple):
     momentum: Weights
     """After the last chunk, (o, bh, …); empty without momentum."""
     losses: Float[Tensor, 'bh n m'] | None
-    """‖M(k) − v‖² of each row before it is stored, unweighted: the surprise of the row. `None` if they would have cost
-    extra and nobody reads them."""
+    """‖M(k) − v‖² of each row before it is stored, unweighted: the surprise of the row. `None` if nobody reads them and
+    computing them would have taken extra time."""
 
 
 class PreparedBlock(NamedTuple):

@@ -72,8 +72,8 @@ class DualBackend(Backend):
         in_one = WholeBatches.of(self.fused, inputs, self.max_grad_norm is not None)
         formed = formed_matrices(inputs) if in_one is None else set()
         blocks = inputs.schedule.blocks(self.preferred_chunks(chunks))
-        # memory batches are stored together with their neighbours, but the first by itself if its base weights are not
-        # the newest ones, or look ahead of these
+        # neighbouring memory batches are stored together, but the first one by itself if its gradients are taken
+        # elsewhere than at the newest weights
         at_newest = all(weights.base[name] is w for name, w in weights.newest.items())
         first = [] if at_newest and (inputs.at_rest or not inputs.transition.lookahead) else blocks[:1]
         others = groupby(blocks[len(first) :], key=lambda block: block.num_chunks)
