@@ -25,7 +25,8 @@ from titans_pytorch.utils.parameters import ParameterSequence, Resettable
 from titans_pytorch.utils.precision import at_least_float32
 from titans_pytorch.utils.shapes import Float
 
-Linear = Callable[[Tensor, Tensor], Tensor]
+Product = Callable[[Tensor, Tensor], Tensor]
+"""The product of rows and a matrix, as by `torch.matmul`."""
 Matrix = TypeVar('Matrix')
 
 
@@ -80,7 +81,7 @@ class ResidualNorm(Resettable):
     def rowwise(self) -> bool:
         return getattr(self.model, 'rowwise', False)
 
-    def forward(self, x: Float[Tensor, '... n d'], **kwargs: Linear) -> Float[Tensor, '... n d']:
+    def forward(self, x: Float[Tensor, '... n d'], **kwargs: Product) -> Float[Tensor, '... n d']:
         return self.norm(self.model(x, **kwargs)) + x
 
 
@@ -97,7 +98,7 @@ class MemoryMLP(Resettable):
         dims = (dim, *(dim_hidden,) * (depth - 1), dim)
         self.weights = Matrices(*zip(dims[:-1], dims[1:]))
 
-    def forward(self, x: Float[Tensor, '... d'], linear: Linear = torch.matmul) -> Float[Tensor, '... d']:
+    def forward(self, x: Float[Tensor, '... d'], linear: Product = torch.matmul) -> Float[Tensor, '... d']:
         return self.through(self.weights, x, linear)
 
     @staticmethod
@@ -165,7 +166,7 @@ class GatedResidualMemoryMLP(Resettable):
     def _reset_own(self) -> None:
         nn.init.xavier_uniform_(self.final_proj)
 
-    def forward(self, x: Float[Tensor, '... d'], linear: Linear = torch.matmul) -> Float[Tensor, '... d']:
+    def forward(self, x: Float[Tensor, '... d'], linear: Product = torch.matmul) -> Float[Tensor, '... d']:
         for to_hidden, to_branch, to_gates in self.weights:
             branch = linear(F.gelu(linear(x, to_hidden)), to_branch)
             gates = linear(torch.cat((branch, x), dim=-1), to_gates).sigmoid()
@@ -183,7 +184,7 @@ class FactorizedMemoryMLP(Resettable):
         dim, depth, k = check_positive(dim=dim, depth=depth, k=k)
         self.weights = Layers(depth, (dim, k), (k, dim))
 
-    def forward(self, x: Float[Tensor, '... d'], linear: Linear = torch.matmul) -> Float[Tensor, '... d']:
+    def forward(self, x: Float[Tensor, '... d'], linear: Product = torch.matmul) -> Float[Tensor, '... d']:
         for layer, (to_rank, from_rank) in enumerate(self.weights):
             x = linear(linear(F.gelu(x) if layer > 0 else x, to_rank), from_rank)
         return x
@@ -206,7 +207,7 @@ class MemorySwiGluMLP(Resettable):
         self.weights = Layers(depth, (dim, dim_hidden * 2), (dim_hidden, dim))
         self.norm = LayerNorm(dim)
 
-    def forward(self, x: Float[Tensor, '... n d'], linear: Linear = torch.matmul) -> Float[Tensor, '... n d']:
+    def forward(self, x: Float[Tensor, '... n d'], linear: Product = torch.matmul) -> Float[Tensor, '... n d']:
         for to_hidden_and_gate, from_hidden in self.weights:
             hidden, gate = linear(x, to_hidden_and_gate).chunk(2, dim=-1)
             x = x + linear(hidden * F.gelu(gate), from_hidden)
@@ -230,7 +231,7 @@ class MemoryAttention(Resettable):
         # queries, keys and values; then the feedforward
         self.weights = Matrices((dim, dim), (dim, dim), (dim, dim), (dim, dim_hidden), (dim_hidden, dim))
 
-    def forward(self, x: Float[Tensor, '... n d'], linear: Linear = torch.matmul) -> Float[Tensor, '... n d']:
+    def forward(self, x: Float[Tensor, '... n d'], linear: Product = torch.matmul) -> Float[Tensor, '... n d']:
         to_queries, to_keys, to_values, to_hidden, from_hidden = self.weights
 
         queries = l2_norm(linear(x, to_queries))

@@ -18,7 +18,7 @@ from titans_pytorch.ops.linear_memory_scan import linear_memory_scan
 from titans_pytorch.ops.memory_batch_scan import MemoryBatches, memory_batch_scan
 from titans_pytorch.ops.retrieve_sequence import FactoredMatrix, retrieve_sequence
 from titans_pytorch.ops.spectral_memory_scan import spectral_memory_scan
-from titans_pytorch.ops.spectral_update import UpdateGates, has_kernel, spectral_update
+from titans_pytorch.ops.spectral_update import ChunkGates, has_kernel, spectral_update
 from titans_pytorch.utils.functional import replaced
 from titans_pytorch.utils.precision import at_least_float32, no_autocast, operand_dtype
 from titans_pytorch.utils.shapes import Float, concatenated
@@ -136,7 +136,7 @@ class FusedMLP(NamedTuple):
         names, matrices, gamma = self._names, self.mlp.matrices, self.mlp.gamma
         inputs, deltas = ([own[name][:, 0] for name in matrices] for own in (gradients.inputs, gradients.deltas))
         logits, modulation = chunk.momentum_logits, chunk.modulation
-        gates = UpdateGates(
+        gates = ChunkGates(
             decay_logits=chunk.decay_logits[:, 0],
             momentum_logits=None if logits is None else logits[:, 0, 0],
             scales=None if modulation is None else modulation[:, 0],

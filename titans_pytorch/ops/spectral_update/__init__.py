@@ -24,7 +24,7 @@ MOST_ROWS = 16
 """Rows of a chunk, at most: the kernel multiplies them one by one."""
 
 
-class UpdateGates(NamedTuple):
+class ChunkGates(NamedTuple):
     """Gates of one chunk."""
 
     decay_logits: Float[Tensor, ' bh']
@@ -59,7 +59,7 @@ def spectral_update(
     of_gamma: Float[Tensor, 'bh d'] | None,
     weights: list[Tensor],
     momentum: list[Tensor],
-    gates: UpdateGates,
+    gates: ChunkGates,
     operands: torch.dtype,
 ) -> list[Tensor]:
     """The weights after a chunk, as new tensors, while `momentum` is updated in place; see `has_kernel`.
