@@ -228,46 +228,15 @@ class Coefficients(NamedTuple):
         if momentum_logits is None:
             return retention, initial_weights, [], []
 
-        log_gates = _log_gate(momentum_logits)
-        num_orders = log_gates.shape[-1]
-        orders: list[Tensor] = []  # of update j, in the momentum after chunk c
-        initial: list[Tensor] = []  # of each order's initial momentum, in the momentum after chunk c
-        given: list[tuple[Tensor, Tensor]] = []  # both, in what each order gives to the next
-        for order in range(num_orders):
-            of_order = log_gates[..., order]
-            if momentum_shares is not None:
-                # an order gives a share of all that it holds, its input included, and only the rest is carried over
-                of_order = F.pad(of_order[:, :-1], (1, 0))
-            held = gate_products(of_order)
-            held_initial = F.pad(_left_of_start(held, of_order), (order, num_orders - order - 1))
-            if reset is not None:
-                held, held_initial = reset.cut(held, held_initial)
-            if given:
-                held, held_initial = held @ given[-1][0], held @ given[-1][1] + held_initial
-            carried = passed = (held, held_initial)
-            if momentum_shares is not None:
-                kept, share = log_gates[..., order, None].exp(), momentum_shares[..., order, None].to(held.dtype)
-                carried, passed = (kept * held, kept * held_initial), (share * held, share * held_initial)
-            orders.append(carried[0])
-            initial.append(carried[1])
-            given.append(passed)
-
-        combined, combined_initial = given[-1]
-        if momentum_mix is not None:
-            mix = momentum_mix.to(retention.dtype)
-            with_surprise = mix.shape[-1] > num_orders
-            surprise = torch.eye(mix.shape[1], dtype=mix.dtype, device=mix.device).expand_as(retention)
-            nothing = torch.zeros_like(combined_initial)
-            terms = zip(mix.split(1, dim=-1), [(surprise, nothing)] * with_surprise + given)
-            weighted = [(share * matrix, share * start) for share, (matrix, start) in terms]
-            combined, combined_initial = (sum(own[1:], own[0]) for own in zip(*weighted))
-
+        held, given = _solved_momentum(momentum_logits, momentum_shares, reset)
+        combined, combined_initial = given[-1] if momentum_mix is None else _mixed(given, momentum_mix)
         # One product, not two: Inductor turns a product with a single column into a sum. On a CPU its code for a sum
         # that goes straight into a concatenation writes past the end if batch × heads is below the vector width (2.13)
         updates, momenta = (retention @ torch.cat((combined, combined_initial), dim=-1)).split(
-            (combined.shape[-1], num_orders), dim=-1
+            (combined.shape[-1], len(held)), dim=-1
         )
-        return updates, torch.cat((initial_weights, momenta), dim=-1), orders, initial
+        orders, initial_orders = ([*own] for own in zip(*held))
+        return updates, torch.cat((initial_weights, momenta), dim=-1), orders, initial_orders
 
     @classmethod
     def _shifted(
@@ -286,6 +255,51 @@ class Coefficients(NamedTuple):
             final=torch.cat([final_weights, *(order[:, -1:] for order in orders)], dim=1),
             initial_final=torch.stack([initial[:, -1], *final_orders], dim=1),
         )
+
+
+Solution = tuple[Float[Tensor, 'bh n n'], Float[Tensor, 'bh n o']]
+"""Coefficients of each update, and of each order's initial momentum, in a state after every chunk."""
+
+
+def _solved_momentum(
+    momentum_logits: Float[Tensor, 'bh n o'], momentum_shares: Float[Tensor, 'bh n o'] | None, reset: Resets | None
+) -> tuple[list[Solution], list[Solution]]:
+    """The momentum of each order, and what each order gives to the next one."""
+    log_gates = _log_gate(momentum_logits)
+    num_orders = log_gates.shape[-1]
+    orders: list[Solution] = []
+    given: list[Solution] = []
+    for order in range(num_orders):
+        of_order = log_gates[..., order]
+        if momentum_shares is not None:
+            # an order gives a share of all that it holds, its input included, and only the rest is carried over
+            of_order = F.pad(of_order[:, :-1], (1, 0))
+        held = gate_products(of_order)
+        initial = F.pad(_left_of_start(held, of_order), (order, num_orders - order - 1))
+        if reset is not None:
+            held, initial = reset.cut(held, initial)
+        if given:
+            held, initial = held @ given[-1][0], held @ given[-1][1] + initial
+        carried = passed = (held, initial)
+        if momentum_shares is not None:
+            kept, share = log_gates[..., order, None].exp(), momentum_shares[..., order, None].to(held.dtype)
+            carried, passed = (kept * held, kept * initial), (share * held, share * initial)
+        orders.append(carried)
+        given.append(passed)
+    return orders, given
+
+
+def _mixed(given: list[Solution], momentum_mix: Float[Tensor, 'bh n o'] | Float[Tensor, 'bh n o+1']) -> Solution:
+    """What the orders give, combined; with one weight more than there are orders, the surprise itself takes part."""
+    last, last_initial = given[-1]
+    mix = momentum_mix.to(last.dtype)
+    surprise = torch.eye(mix.shape[1], dtype=mix.dtype, device=mix.device).expand_as(last)
+    nothing = torch.zeros_like(last_initial)
+    with_surprise = mix.shape[-1] > len(given)
+    terms = zip(mix.split(1, dim=-1), [(surprise, nothing)] * with_surprise + given)
+    weighted = [(share * matrix, share * start) for share, (matrix, start) in terms]
+    combined, combined_initial = (sum(own[1:], own[0]) for own in zip(*weighted))
+    return combined, combined_initial
 
 
 def _log_gate(logits: Tensor) -> Tensor:
