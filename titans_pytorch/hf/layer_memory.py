@@ -11,7 +11,8 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from titans_pytorch.hf.row_groups import GroupedRows, RowGroup, padding_last, rearranged, split_by_count
 from titans_pytorch.neural_memory import NeuralMemory, NeuralMemState
-from titans_pytorch.utils.functional import is_intercepted, replaced
+from titans_pytorch.utils.functional import replaced
+from titans_pytorch.utils.plain import is_intercepted
 from titans_pytorch.utils.shapes import Bool, Float
 
 PADDING = 'memory_padding_mask'

@@ -19,8 +19,6 @@ from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from titans_pytorch.utils.plain import is_intercepted as is_intercepted
-
 Fields = TypeVar('Fields', bound=tuple[Any, ...])
 
 # seen with 2.11, and not with 2.13
