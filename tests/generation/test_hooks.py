@@ -112,6 +112,11 @@ class Reversed(nn.Module):
         return x.flip(1).transpose(1, 2).flatten(2)
 
 
+def clamp_attention_later(model: nn.Module) -> None:
+    for block in model.layers:
+        block.attention.attend.softclamp_logits, block.attention.attend.logit_softclamp_value = True, 0.1
+
+
 def merge_heads_otherwise(model: nn.Module) -> None:
     for block in model.layers:
         block.attention.merge_heads = Reversed()
@@ -134,6 +139,7 @@ def reduce_streams_otherwise(model: nn.Module) -> None:
 CHANGES = {
     'memories with other chunks': remember_in_other_lengths,
     'options of attention': clamp_attention,
+    'options of attention, set later': clamp_attention_later,
     'merging of heads': merge_heads_otherwise,
     'splitting of heads': split_heads_otherwise,
     'reduction of streams': reduce_streams_otherwise,

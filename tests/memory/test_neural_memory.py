@@ -274,6 +274,8 @@ def test_distributed_data_parallel_with_default_settings(tmp_path):
         seq = inputs(mem, 18)
         for _ in range(3):  # a parameter without a gradient is refused in the iteration after
             parallel(seq)[0].sum().backward()
+        # if it outlives the process group, PyTorch can wait for ever: its destructor joins a thread that needs the GIL
+        del parallel
         assert all(p.grad is not None for p in mem.parameters())
     finally:
         dist.destroy_process_group()

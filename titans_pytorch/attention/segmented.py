@@ -300,8 +300,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
     @property
     def takes_steps(self) -> bool:
         """True if `step` computes what a call does: softmax attention without further options."""
-        without_options = is_plain(self.attend, Attend) and getattr(self.attend, 'is_neutral', False)
-        return without_options and is_plain(self.merge_heads, MergeHeads)
+        return _is_softmax(self.attend) and is_plain(self.merge_heads, MergeHeads)
 
     @property
     def num_slots(self) -> int:
@@ -458,8 +457,19 @@ def _attend(**kwargs: Any) -> Attend:
     fn = attend.attn_fn
     if isinstance(fn, partial) and fn.func is F.softmax and fn.keywords.get('dtype') is torch.float32:
         attend.attn_fn = partial(softmax, dim=fn.keywords['dim'])
-    attend.is_neutral = kwargs.keys() <= _NEUTRAL_OPTIONS  # an `Attend` made by a user has no such attribute
+    if kwargs.keys() <= _NEUTRAL_OPTIONS:  # an `Attend` made by a user has no such attribute
+        attend.of_softmax = _settings(attend)
     return attend
+
+
+def _is_softmax(attend: Attend) -> bool:
+    """True for a result of `_attend` without further options, whose attributes are unchanged since."""
+    return is_plain(attend, Attend) and getattr(attend, 'of_softmax', None) == _settings(attend)
+
+
+def _settings(attend: Attend) -> dict[str, Any]:
+    own = {name: value for name, value in vars(attend).items() if not name.startswith('_')}
+    return {name: value for name, value in own.items() if name not in ('training', 'dropout', 'flash', 'of_softmax')}
 
 
 def softmax(t: Tensor, dim: int) -> Tensor:
