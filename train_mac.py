@@ -338,7 +338,7 @@ def build_parser() -> argparse.ArgumentParser:
         kind: dict[str, Any] = {'type': type(setting.default), 'choices': setting.metadata['choices']}
         if isinstance(setting.default, tuple):
             of = setting.metadata['of']
-            # no layers are a setting, no files a mistake
+            # an empty list of layers is valid, an empty list of files is not
             kind = {'type': of, 'nargs': '*' if of is int else '+', 'metavar': 'N' if of is int else 'PATH'}
         elif str(setting.type).startswith('bool'):
             kind = {'action': argparse.BooleanOptionalAction}
@@ -499,6 +499,11 @@ def describe_model(config: Config) -> dict[str, Any]:
     )
 
 
+def changes_model(config: Config, name: str, value: Any) -> bool:
+    """Whether a setting with this value would describe another model."""
+    return describe_model(dataclasses.replace(config, **{name: value})) != describe_model(config)
+
+
 def build_model(config: Config) -> MemoryAsContextTransformer:
     description = describe_model(config)
     torch.manual_seed(config.SEED)
@@ -620,9 +625,9 @@ def training_loop(
             if gpu and resume['cuda_random'] is not None:
                 torch.cuda.set_rng_state(resume['cuda_random'], machine.device)
     except (LookupError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-        saved, kept = ({} if resume is None else resume['config']), dataclasses.asdict(config)
-        changed = sorted(name for name in kept.keys() & saved.keys() - {'RUN_DIR'} if kept[name] != saved[name])
-        options = [f'{flag(name)} (now {kept[name]}, saved with {saved[name]})' for name in changed]
+        saved, own = ({} if resume is None else resume['config']), dataclasses.asdict(config)
+        changed = [name for name in sorted(own.keys() & saved.keys()) if changes_model(config, name, saved[name])]
+        options = [f'{flag(name)} (now {own[name]}, saved with {saved[name]})' for name in changed]
         wrong = ', '.join(options) or 'this configuration'
         sys.exit(f'the saved weights or optimizer state do not fit {wrong}: {one_line(error)}')
     micro_step = MicroStep(model, machine, config.GRADIENT_ACCUMULATE_EVERY)

@@ -562,7 +562,7 @@ def test_what_a_checkpoint_decides_cannot_be_chosen(text, tmp_path):
     path = folder / 'titans_enwik8.pt'
     assert '--preset cannot go with --resume PATH' in refusal(['--resume', path, '--preset', 'quick'])
     assert 'DATA_SEED must stay 0 in the run that is resumed, not 3' in refusal(['--resume', path, '--data-seed', '3'])
-    message = refusal(['--resume', path, '--dim', '32'])
+    message = refusal(['--resume', path, '--dim', '32', '--num-batches', '5', '--learning-rate', '0.1'])
     assert f'do not fit --dim (now 32, saved with {TINY["DIM"]}): RuntimeError' in message
 
 

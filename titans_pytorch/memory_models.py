@@ -251,6 +251,7 @@ NETWORKS = (MemoryMLP, GatedResidualMemoryMLP, FactorizedMemoryMLP, MemorySwiGlu
 """The networks of this module, all of which the dual engine supports."""
 
 _PARTS = (*NETWORKS, ResidualNorm, LayerNorm, Layers, Matrices)
+_OWN_PARAMETERS = {GatedResidualMemoryMLP: {'final_proj'}, LayerNorm: {'gamma'}}
 
 
 def without_norm(network: Module) -> Module:
@@ -260,8 +261,13 @@ def without_norm(network: Module) -> Module:
 
 
 def is_unmodified(network: Module) -> bool:
-    """True for one of `NETWORKS`, perhaps in a `ResidualNorm`, no part of which is replaced, parametrized or tied."""
+    """True for one of `NETWORKS`, perhaps in a `ResidualNorm`, no part of which is replaced, extended, parametrized or
+    tied."""
     weights = [*network.named_parameters(remove_duplicate=False)]
     is_tied = len({id(weight) for _, weight in weights}) < len(weights)
-    has_own_parts = all(type(part) in _PARTS for part in network.modules())
-    return type(without_norm(network)) in NETWORKS and has_own_parts and not is_tied
+    return type(without_norm(network)) in NETWORKS and all(map(_is_own_part, network.modules())) and not is_tied
+
+
+def _is_own_part(part: Module) -> bool:
+    names = {*map(str, range(len(part)))} if isinstance(part, Matrices) else _OWN_PARAMETERS.get(type(part), set())
+    return type(part) in _PARTS and part._parameters.keys() <= names

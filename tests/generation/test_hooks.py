@@ -107,6 +107,21 @@ def clamp_attention(model: nn.Module) -> None:
         block.attention.load_state_dict(old.state_dict())
 
 
+class Half(nn.Module):
+    def forward(self, x):
+        return x / 2
+
+
+def drop_attention_out_otherwise(model: nn.Module) -> None:
+    for block in model.layers:
+        block.attention.attend.flash, block.attention.attend.attn_dropout = False, Half()
+
+
+def triple_hidden_states(model: nn.Module) -> None:
+    model.norm = nn.Identity()
+    model.norm.register_forward_hook(lambda module, inputs, output: 3 * output)
+
+
 class Reversed(nn.Module):
     def forward(self, x):
         return x.flip(1).transpose(1, 2).flatten(2)
@@ -140,6 +155,7 @@ CHANGES = {
     'memories with other chunks': remember_in_other_lengths,
     'options of attention': clamp_attention,
     'options of attention, set later': clamp_attention_later,
+    'hook on an identity': triple_hidden_states,
     'merging of heads': merge_heads_otherwise,
     'splitting of heads': split_heads_otherwise,
     'reduction of streams': reduce_streams_otherwise,
@@ -161,6 +177,10 @@ def test_cached_sampling_sees_another_mix_of_values():
         model.layers[1].attention.to_learned_v_mix[2] = nn.Tanh()
 
     check_cached_sampling('MAC', change)
+
+
+def test_cached_sampling_sees_another_dropout_of_attention():
+    check_cached_sampling('MAC', drop_attention_out_otherwise)
 
 
 def check_cached_sampling(name: str, change: Callable[[nn.Module], None]) -> None:

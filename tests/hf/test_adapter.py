@@ -187,6 +187,17 @@ def test_a_frozen_backbone_stays_as_it_is_and_the_loss_falls():
 # padding
 
 
+@pytest.mark.parametrize('by', ['position_ids', 'seq_idx', 'cu_seq_lens_q'])
+def test_several_documents_in_a_row_are_refused(by):
+    described = {
+        'position_ids': torch.tensor([[0, 1, 2, 0, 1]]),
+        'seq_idx': torch.tensor([[0, 0, 0, 1, 1]]),
+        'cu_seq_lens_q': torch.tensor([0, 3, 5]),
+    }
+    with pytest.raises(ValueError, match=f'{by} must describe one document in each row'):
+        with_memory()(tokens(1, 5), **{by: described[by]})
+
+
 @every_backbone
 @pytest.mark.parametrize('use_cache', [False, True])
 @pytest.mark.parametrize('left', [False, True])

@@ -20,6 +20,8 @@ def test_padded_rows_continue_as_if_they_were_alone(name, padding):
     own, (x, mask) = model(name), batch(padding)
     tokens = own.generate(x, attention_mask=mask, **GREEDY)
     assert torch.equal(tokens, own.generate(x, attention_mask=mask, use_cache=False, **GREEDY))
+    in_pieces = own.generate(x, attention_mask=mask, prefill_chunk_size=4, **{CACHE: TitansCache()}, **GREEDY)
+    assert torch.equal(tokens, in_pieces)
     for index, row in enumerate(rows(x, mask)):
         alone = own.transformer.sample(row, row.shape[1] + 7, 0.0, use_cache=True, show_progress=False)
         assert torch.equal(alone[0], tokens[index, -7:])

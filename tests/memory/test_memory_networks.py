@@ -258,7 +258,13 @@ def tied() -> nn.Module:
     return network
 
 
-@pytest.mark.parametrize('network', [with_another_norm, with_a_norm_of_pytorch, parametrized, tied])
+def extended() -> nn.Module:
+    network = MemoryMLP(DIM, 1)
+    network.extra = nn.Parameter(torch.eye(DIM))
+    return network
+
+
+@pytest.mark.parametrize('network', [with_another_norm, with_a_norm_of_pytorch, parametrized, tied, extended])
 def test_modified_networks_of_the_package_are_tried_like_any_other_network(network):
     own = network()
     mem, dense = (memory(own, mem_model_norm_add_residual=False, engine=engine) for engine in ('auto', 'dense'))

@@ -239,6 +239,36 @@ def test_reductions_of_the_loss(name):
         model(tokens, return_loss=True, reduction='average')
 
 
+# other modules in place of the model's
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@architectures
+@pytest.mark.parametrize('kind', [nn.Linear, nn.RMSNorm])
+def test_linear_layers_and_norms_may_be_wrapped(name, kind):
+    """As by adapters written by hand."""
+    model, tokens = build(name), ids(20)
+    loss, sample = model(tokens, return_loss=True), model.eval().sample(tokens[:, :5], 9, 0.0, show_progress=False)
+    of_kind = [
+        (parent, key) for parent in model.modules() for key, part in parent.named_children() if type(part) is kind
+    ]
+    for parent, key in of_kind:
+        parent.register_module(key, Wrapped(getattr(parent, key)))
+    assert_same(model(tokens, return_loss=True), loss, 1e-12)
+    assert_same(model(model.token_emb(tokens)), model(tokens), 1e-12)
+    for use_cache in (False, True):
+        again = model.sample(tokens[:, :5], 9, 0.0, use_cache=use_cache, show_progress=False)
+        assert torch.equal(again, sample)
+
+
 # embeddings and features as input, hidden states as output
 
 

@@ -54,15 +54,16 @@ def part_by_part(monkeypatch):
     monkeypatch.setattr(SpectralBackend, '_has_kernel', lambda self, inputs: False)
 
 
+ONE_HEAD = {'heads': 1, 'dim': 4}  # half the time, where the interpreter runs the kernels
 OPTIONS = {
     'two matrices and a norm': {},
-    'no momentum': {'momentum': False},
-    'a step size for each parameter': {'per_parameter_lr_modulation': True},
+    'no momentum': {**ONE_HEAD, 'momentum': False},
+    'a step size for each parameter': {**ONE_HEAD, 'per_parameter_lr_modulation': True},
     'one matrix': {'default_model_kwargs': {'depth': 1}},
-    'no norm': {'mem_model_norm_add_residual': False},
-    'two keys per token': {'num_kv_per_token': 2},
-    'memory batches of a chunk': {'batch_size': 4},
-    'without memory batches': {'batch_size': None},
+    'no norm': {**ONE_HEAD, 'mem_model_norm_add_residual': False},
+    'two keys per token': {**ONE_HEAD, 'num_kv_per_token': 2},
+    'memory batches of a chunk': {**ONE_HEAD, 'batch_size': 4},
+    'without memory batches': {**ONE_HEAD, 'batch_size': None},
 }
 
 
@@ -74,7 +75,7 @@ def test_all_memory_batches_at_once_are_as_one_by_one(option, kernels_everywhere
     def stored():
         torch.manual_seed(0)
         one, two = (memory(residual, **OPTIONS[option]) for residual in (False, True))
-        seq = torch.randn(1, 22, 8, device=DEVICE, requires_grad=True)
+        seq = torch.randn(1, 22, OPTIONS[option].get('dim', 8), device=DEVICE, requires_grad=True)
         first, before = one(seq)
         second, after = two(first, prev_weights=before.updates)
         longer, state = one(seq[:, :11], state=before)

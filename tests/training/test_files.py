@@ -44,19 +44,24 @@ def test_a_path_may_be_a_string(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize('name', ['book.txt', 'empty.pt', 'archive.zip', 'objects.pt', 'model.safetensors'])
 def test_a_file_of_another_kind_is_no_checkpoint(name: str, tmp_path: Path) -> None:
-    path, reason = tmp_path / name, 'is corrupt, or no checkpoint: ValueError: it was cut short, or not written by'
+    path, reason = tmp_path / name, 'is corrupt, or no checkpoint: ValueError: it does not hold tensors'
     path.write_bytes(b'' if name == 'empty.pt' else b'It was a dark night.\n' * 9)
     if name == 'archive.zip':
         with zipfile.ZipFile(path, 'w') as archive:
             archive.writestr('text', 'dark')
     if name == 'objects.pt':
         torch.save({'path': path}, path)
-        reason = 'it holds objects other than tensors and plain values'
     if name == 'model.safetensors':
         reason = f'holds weights alone: titans_pytorch.hf.pretrained_to_run({str(tmp_path)!r}, RUN) makes a run'
     with pytest.raises(training.BadCheckpoint, match=re.escape(reason)) as refused:
         training.read_checkpoint(path)
     assert 'weights_only' not in str(refused.value)
+
+
+def test_shards_are_set_aside_by_their_own_name(tmp_path: Path) -> None:
+    (tmp_path / 'best').mkdir()
+    training.leave_best_checkpoint(tmp_path / 'best')
+    assert (tmp_path / 'earlier-1' / 'best').is_dir() and not (tmp_path / 'best').exists()
 
 
 def test_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:

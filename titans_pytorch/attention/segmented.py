@@ -34,7 +34,7 @@ from titans_pytorch.utils.checks import (
 )
 from titans_pytorch.utils.functional import compile_each_length, constant
 from titans_pytorch.utils.packing import PackedDocuments, check_documents
-from titans_pytorch.utils.parameters import InReferenceFormat, Resettable
+from titans_pytorch.utils.parameters import InReferenceFormat, Resettable, first_weight
 from titans_pytorch.utils.plain import is_plain, is_plain_linear
 from titans_pytorch.utils.precision import at_least_float32
 from titans_pytorch.utils.shapes import Float, divided
@@ -195,7 +195,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
             ValueError, TypeError: for arguments that do not fit the layer or each other; the message names the
                 argument.
         """
-        check_floating('seq', seq, self.norm.weight.dtype)
+        check_floating('seq', seq, self._dtype)
         check_shape('seq', seq, batch=None, length=None, dim=self.dim)
         check_flags(disable_flex_attn=disable_flex_attn)
         if flex_attn_fn is not None:
@@ -278,9 +278,14 @@ class SegmentedAttention(Resettable, InReferenceFormat):
                 )
         return key_values, position
 
+    @property
+    def _dtype(self) -> torch.dtype | None:
+        weight = first_weight(self.norm, self.to_qkv)
+        return None if weight is None else weight.dtype
+
     def _carried(self, cache: KeyValues, seq: Float[Tensor, 'b n d']) -> KeyValues:
         """`cache`, whose precision and device must fit a call with `seq`."""
-        keys, values = (checked_carried('cache', t, self.norm.weight.dtype, seq.device) for t in cache)
+        keys, values = (checked_carried('cache', t, self._dtype or seq.dtype, seq.device) for t in cache)
         return keys, values
 
     def trimmed(self, key_values: KeyValues, position: int) -> KeyValues:
@@ -458,18 +463,20 @@ def _attend(**kwargs: Any) -> Attend:
     if isinstance(fn, partial) and fn.func is F.softmax and fn.keywords.get('dtype') is torch.float32:
         attend.attn_fn = partial(softmax, dim=fn.keywords['dim'])
     if kwargs.keys() <= _NEUTRAL_OPTIONS:  # an `Attend` made by a user has no such attribute
-        attend.of_softmax = _settings(attend)
+        attend.settings_as_made = _settings(attend)
     return attend
 
 
 def _is_softmax(attend: Attend) -> bool:
-    """True for a result of `_attend` without further options, whose attributes are unchanged since."""
-    return is_plain(attend, Attend) and getattr(attend, 'of_softmax', None) == _settings(attend)
+    """True for a result of `_attend` without further options that has not been changed since."""
+    is_own = is_plain(attend, Attend) and is_plain(attend.attn_dropout, nn.Dropout)
+    return is_own and getattr(attend, 'settings_as_made', None) == _settings(attend)
 
 
 def _settings(attend: Attend) -> dict[str, Any]:
     own = {name: value for name, value in vars(attend).items() if not name.startswith('_')}
-    return {name: value for name, value in own.items() if name not in ('training', 'dropout', 'flash', 'of_softmax')}
+    irrelevant = ('training', 'dropout', 'flash', 'settings_as_made')
+    return {name: value for name, value in own.items() if name not in irrelevant}
 
 
 def softmax(t: Tensor, dim: int) -> Tensor:

@@ -175,10 +175,13 @@ def chat_command(options: argparse.Namespace) -> None:
     run = opened(options)
     conversation = Conversation(run, options.template, options.stop or options.default_stops)
     if options.state is not None:
-        if options.state.exists():
+        is_new = not options.state.exists()
+        if not is_new:
             conversation.load(options.state)
         try:
             conversation.save(options.state)  # what cannot be saved is refused before the first answer
+            if is_new:
+                options.state.unlink()
         except OSError as error:
             raise RunError(f'--state {options.state} cannot be written: {error.strerror}') from None
     with contextlib.suppress(ImportError):

@@ -24,6 +24,7 @@ from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.presets import memory_settings
 from titans_pytorch.training.files import atomic_file, one_line
 from titans_pytorch.utils.checks import check_flags, check_integer, check_integers, check_keywords, check_multiple
+from titans_pytorch.utils.functional import is_traced
 from titans_pytorch.utils.shapes import Bool
 
 M = TypeVar('M', bound=Module)
@@ -195,7 +196,10 @@ def load_memory(model: M, folder: str | Path, *, freeze_backbone: bool = False) 
         weights = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f'{folder / WEIGHTS} is damaged: {one_line(error)}') from None
-    _attach(model, layers, settings, freeze_backbone)
+    try:
+        _attach(model, layers, settings, freeze_backbone)
+    except (TypeError, ValueError, LookupError) as error:
+        raise ValueError(f'{folder / CONFIG} describes no memories of this model: {one_line(error)}') from None
     try:
         memories_of(model).load_state_dict(weights)
     except RuntimeError as error:
@@ -231,6 +235,7 @@ class Memories(ModuleDict):
         inputs = kwargs.get('inputs_embeds') if inputs is None else inputs
         mask = args[1] if len(args) > 1 else kwargs.get('attention_mask')
         real = None if mask is None or inputs is None else self._real(mask, inputs.shape[1], cache_of(args, kwargs))
+        _check_one_document(real, **{name: kwargs.get(name) for name in ('position_ids', 'seq_idx', 'cu_seq_lens_q')})
         return args, {**kwargs, PADDING: real}
 
     def _real(self, mask: Any, length: int, cache: Cache | None) -> Bool[Tensor, 'b n'] | None:
@@ -249,6 +254,27 @@ class Memories(ModuleDict):
             if isinstance(entry, MemoryStates):
                 check_past(entry.groups, past)
         return None if real.all() else real
+
+
+def _check_one_document(
+    real: Bool[Tensor, 'b n'] | None,
+    position_ids: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+) -> None:
+    """Refuse rows that hold several documents, by whichever argument says so: memories would mix them."""
+    several = {'cu_seq_lens_q': cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2}
+    if seq_idx is not None:
+        several['seq_idx'] = bool((seq_idx != seq_idx[..., :1]).any())
+    if position_ids is not None and position_ids.ndim == 2 and position_ids.shape[1] > 1 and not is_traced():
+        restarts = position_ids[:, 1:] <= position_ids[:, :-1]
+        several['position_ids'] = bool((restarts if real is None else restarts & real[:, 1:] & real[:, :-1]).any())
+    for name, found in several.items():
+        if found:
+            raise ValueError(
+                f'{name} must describe one document in each row, as memories read a row as one text, got several: pad '
+                f'each document to a row of its own'
+            )
 
 
 def _attach(model: Module, numbers: list[int], settings: Mapping[str, Any], freeze_backbone: bool) -> None:

@@ -28,6 +28,8 @@ class Group(RowGroup[ModelState]):
     def __init__(self, rows: Sequence[int], state: ModelState | None = None, num_tokens: int = 0):
         super().__init__(rows, state, num_tokens)
         self._stepper: Stepper | CallStepper | None = None
+        self.last: Tensor | None = None
+        """Hidden states of the last token (r, 1, d), as `TitansCache.read` returns them; `None` after a step."""
 
     @property
     def state(self) -> ModelState | None:
@@ -53,7 +55,13 @@ class Group(RowGroup[ModelState]):
             self._release = finalize(self, self._stepper.release)  # the next stepper takes over its CUDA graphs
             self._release.atexit = False
         self.num_tokens += 1
+        self.last = None
         return self._stepper(tokens)
+
+    def select(self, entries: list[int], rows: Sequence[int]) -> Group:
+        group = super().select(entries, rows)
+        group.last = None if self.last is None else self.last[entries]
+        return group
 
 
 class TitansCache(GroupedRows[Group], Cache):
@@ -76,7 +84,9 @@ class TitansCache(GroupedRows[Group], Cache):
     def read(
         self, x: Int[Tensor, 'b n'] | Float[Tensor, 'b n d'], mask: Bool[Tensor, 'b n'] | None, read: Read
     ) -> list[Tensor]:
-        """Results of `read` for all rows, each (b, n, …); those of padding are the results of the token before it.
+        """Results of `read` for all rows, each (b, n, …).
+
+        The last of them, from which `generate` takes the next token, is for padding that of the last token before it.
 
         Args:
             mask: false for padding, which is left out; `None` if there is none.
@@ -84,28 +94,34 @@ class TitansCache(GroupedRows[Group], Cache):
         """
         if not self.groups:
             self.groups = [Group(range(len(x)))]
+        results: list[Tensor] = []
         if mask is None and len(self.groups) == 1:
             (group,) = self.groups
             results, group.state = read(x, group.state)
+            group.last = results[-1][:, -1:].clone()
             group.num_tokens += x.shape[1]
             self._length += x.shape[1]
             return results
 
         counts = [x.shape[1]] * len(x) if mask is None else mask.sum(dim=1).tolist()
+        if not any(counts):
+            raise ValueError('attention_mask must leave at least one token, got only padding')
         self.groups = split_by_count(self.groups, counts)
-        results = []
         for group in self.groups:
             if count := counts[group.rows[0]]:
                 rows, columns = group.positions(count, mask, x.device)
                 own, group.state = read(x[rows, columns], group.state)
                 group.num_tokens += count
                 rows = rows.squeeze(1)
+                group.last = own[-1][:, -1:].clone()
                 if mask is not None:
                     own = [rearranged(part, rank_of_last_token(mask[rows])) for part in own]
                 results = results or [part.new_zeros(*x.shape[:2], *part.shape[2:]) for part in own]
                 results = [whole.index_put((rows,), part) for whole, part in zip(results, own)]
-        if not results:
-            raise ValueError('attention_mask must leave at least one token, got only padding')
+        for group in self.groups:
+            if not counts[group.rows[0]] and group.last is not None:
+                rows, _ = group.positions(1, None, x.device)
+                results[-1] = results[-1].index_put((rows.squeeze(1),), group.last)
         self._length += x.shape[1]
         return results
 
@@ -158,6 +174,8 @@ class TitansCache(GroupedRows[Group], Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TitansCache:
         copy = TitansCache()
-        copy.groups = [Group(group.rows, deepcopy(group.state, memo), group.num_tokens) for group in self.groups]
+        for group in self.groups:
+            copy.groups.append(Group(group.rows, deepcopy(group.state, memo), group.num_tokens))
+            copy.groups[-1].last = group.last  # which nothing writes to
         copy._length = self._length
         return copy

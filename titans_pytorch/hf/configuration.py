@@ -89,7 +89,7 @@ class TitansConfig(PreTrainedConfig):
             setattr(self, alias, kwargs.pop(alias))
         # transformers keeps whatever it does not know, so that a misspelt argument would have its default
         for name in kwargs:
-            for intended in get_close_matches(name, ('architecture', *ARGUMENTS, *self.attribute_map), 1, 0.75):
+            for intended in get_close_matches(name, ('architecture', *ARGUMENTS, *self.attribute_map), 1, 0.8):
                 raise TypeError(f'TitansConfig has no argument {name!r}; did you mean {intended!r}?')
         model_config(self.architecture)  # refuses an unknown one
         defaults = constructor_defaults(self.architecture)

@@ -32,10 +32,10 @@ def run_to_pretrained(run: str | Path, folder: str | Path, checkpoint: str | Pat
 
     Raises:
         RunError: if there is no such run or checkpoint, or if a file is damaged.
-        FileExistsError: if `folder` is a file.
+        OSError: if `folder` is a file, or cannot be written to.
     """
     opened = open_run(run, checkpoint, device='cpu', precision='fp32')
-    Path(folder).mkdir(parents=True, exist_ok=True)  # of a file that is there, transformers would tell only its log
+    Path(folder).mkdir(parents=True, exist_ok=True)  # transformers only logs an error if it is a file
     tokenizer = tokenizer_of(opened.vocabulary)
     special = {'pad_token_id': tokenizer.pad_token_id, 'eos_token_id': tokenizer.eos_token_id}
     model = TitansForCausalLM(TitansConfig(**opened.config, **special))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from inspect import Parameter
 from typing import Any
 
 import torch
@@ -24,7 +25,14 @@ from titans_pytorch.models.documents import IGNORED, continues
 from titans_pytorch.models.residual_streams import complete
 from titans_pytorch.models.state import ModelState
 from titans_pytorch.models.validation import check_labels
-from titans_pytorch.utils.checks import check_floating, check_tensor, checked_mask, checked_token_ids
+from titans_pytorch.utils.checks import (
+    check_floating,
+    check_shape,
+    check_tensor,
+    checked_mask,
+    checked_token_ids,
+    values_are_at_hand,
+)
 from titans_pytorch.utils.parameters import Resettable
 from titans_pytorch.utils.shapes import Bool, Float, Int
 
@@ -32,6 +40,8 @@ CACHE = ALL_CACHE_NAMES[0]
 """Name of the cache among arguments and outputs: `cache`, or `past_key_values` in older versions of transformers."""
 WITHOUT_EFFECT = {'output_attentions', 'max_length_q', 'max_length_k', 'cache_position'}
 """Further arguments that transformers passes to models, and that follow from the others or change no result."""
+OF_FORWARD = {'logits', 'labels', 'vocab_size', 'ignore_index'}
+"""Arguments of loss functions that `forward` chooses."""
 
 
 class TitansPreTrainedModel(PreTrainedModel):
@@ -101,14 +111,22 @@ class TitansPreTrainedModel(PreTrainedModel):
         if input_ids is not None:
             x = checked_token_ids('input_ids', input_ids, self.transformer.num_input_tokens)
         else:
+            check_tensor('inputs_embeds', inputs_embeds)
+            assert inputs_embeds is not None
             check_floating('inputs_embeds', inputs_embeds)
+            check_shape('inputs_embeds', inputs_embeds, batch=None, length=None, dim=self.config.dim)
             x = self.transformer._checked_input(inputs_embeds, 'inputs_embeds')
         if attention_mask is None:
             return x, None
         check_tensor('attention_mask', attention_mask)
         if attention_mask.is_floating_point():
             attention_mask = attention_mask.long()
-        return x, checked_mask('attention_mask', attention_mask[:, -x.shape[1] :], x.shape[0], x.shape[1])
+        if attention_mask.ndim == 2:
+            attention_mask = attention_mask[:, -x.shape[1] :]
+        mask = checked_mask('attention_mask', attention_mask, x.shape[0], x.shape[1])
+        if values_are_at_hand(mask) and not mask.any():
+            raise ValueError('attention_mask must leave at least one token, got only padding')
+        return x, mask
 
     def _documents(
         self,
@@ -124,15 +142,14 @@ class TitansPreTrainedModel(PreTrainedModel):
         **further: Any,
     ) -> Int[Tensor, 'b n'] | None:
         """The number of each token's document in its row, if a row holds several."""
-        if unknown := further.keys() - WITHOUT_EFFECT - self._loss_keywords:
+        if further and (unknown := further.keys() - WITHOUT_EFFECT - self._loss_keywords):
             names = ', '.join(map(repr, sorted(unknown)))
             raise TypeError(f'{type(self).__name__} got an unexpected keyword argument {names}')
-        if cu_seq_lens_k is not None and not (cu_seq_lens_q is not None and torch.equal(cu_seq_lens_q, cu_seq_lens_k)):
-            raise ValueError('cu_seq_lens_k must equal cu_seq_lens_q, as each document attends to itself')
         if is_continued and position_ids is not None:
             raise ValueError(f'position_ids cannot go with {CACHE}, which counts the tokens of each row')
         shape = x.shape[0], x.shape[1]
-        return packed_documents(mask, shape, position_ids, cu_seq_lens_q, document_ids=document_ids, seq_idx=seq_idx)
+        bounds = {'cu_seq_lens_q': cu_seq_lens_q, 'cu_seq_lens_k': cu_seq_lens_k}
+        return packed_documents(mask, shape, position_ids, bounds, {'document_ids': document_ids, 'seq_idx': seq_idx})
 
     @property
     def _loss_keywords(self) -> set[str]:
@@ -177,7 +194,7 @@ class TitansPreTrainedModel(PreTrainedModel):
     ) -> list[Float[Tensor, 'b n d']]:
         """Hidden states: if requested those of the embedding and of every layer but the last, then the final ones.
 
-        Those of padding are the ones of the token before it, from which `generate` takes the next token.
+        Those of padding after a row are the ones of its last token, from which `generate` takes the next token.
         """
         if cache is not None:
             return cache.read(x, mask, lambda x, state: self._hidden_states(x, all_layers, state, return_state=True))
@@ -320,6 +337,8 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         x, mask = self._inputs(input_ids, inputs_embeds, attention_mask)
         documents = self._documents(x, mask, cache is not None, **kwargs)
         if labels is not None:
+            if 'shift_labels' in kwargs and (mask is not None or documents is not None):
+                raise ValueError('shift_labels cannot go with a mask or several documents, which labels are adapted to')
             use_cache = bool(use_cache)
             labels = self._labels(labels, x, mask, documents)
             if not isinstance(logits_to_keep, int) or logits_to_keep:
@@ -352,7 +371,9 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
 
     @property
     def _loss_keywords(self) -> set[str]:
-        return {*inspect.signature(self.loss_function).parameters}
+        named = {Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY}
+        parameters = inspect.signature(self.loss_function).parameters.values()
+        return {p.name for p in parameters if p.kind in named} - OF_FORWARD
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from titans_pytorch.hf.row_groups import padding_last, rank_of_last_token, rearranged
@@ -16,8 +18,8 @@ def packed_documents(
     mask: Bool[Tensor, 'b n'] | None,
     shape: tuple[int, int],
     position_ids: Int[Tensor, 'b n'] | None,
-    cu_seq_lens: Int[Tensor, ' k'] | None,
-    **document_ids: Int[Tensor, 'b n'] | None,
+    bounds: Mapping[str, Int[Tensor, ' k'] | None],
+    document_ids: Mapping[str, Int[Tensor, 'b n'] | None],
 ) -> Int[Tensor, 'b n'] | None:
     """The number of each token's document in its row, or `None` if every row is one document.
 
@@ -25,23 +27,23 @@ def packed_documents(
         mask: false for padding, which belongs to the document before it, and does not count; `None` if there is none.
         shape: (batch, length) of the input.
         position_ids: positions of the tokens in their documents.
-        cu_seq_lens: where each document of the only row begins, and where the last one ends.
-        document_ids: integers that change where a document begins, by the name of their argument.
+        bounds: where each document of the only row begins, and where the last one ends, by the name of the argument.
+        document_ids: integers that change where a document begins, by the name of the argument.
 
     Raises:
         ValueError, TypeError: if these are of other kinds or shapes, and if `position_ids` do not count the tokens of
             each document from 0.
     """
-    ids = [given for given in document_ids.values() if given is not None]
+    ids = [_ids_of_bounds(name, given, *shape) for name, given in bounds.items() if given is not None]
     for name, given in document_ids.items():
         if given is not None:
             check_integral(name, given)
             check_shape(name, given, batch=shape[0], length=shape[1])
-    if cu_seq_lens is not None:
-        ids.append(_ids_of_bounds(cu_seq_lens, *shape))
+            ids.append(given)
     if position_ids is not None:
         check_integral('position_ids', position_ids)
-        check_shape('position_ids', position_ids, batch=1 if len(position_ids) == 1 else shape[0], length=shape[1])
+        batch = 1 if position_ids.shape[:1] == (1,) else shape[0]
+        check_shape('position_ids', position_ids, batch=batch, length=shape[1])
         position_ids = position_ids.expand(shape)
     elif not ids:
         return None
@@ -51,7 +53,8 @@ def packed_documents(
     order, columns = padding_last(mask), torch.arange(shape[1], device=device)
     real, begins = rearranged(mask, order), (columns == 0).expand(shape)
     for given in ids:
-        begins = begins | (_change(rearranged(given, order)) != 0)
+        given = rearranged(given, order)
+        begins = begins | F.pad(given[:, 1:] != given[:, :-1], (1, 0))
     if position_ids is not None:
         positions = rearranged(position_ids, order)
         begins = begins if ids else positions == 0
@@ -65,18 +68,14 @@ def packed_documents(
     return rearranged(begins.cumsum(dim=1), rank_of_last_token(mask)) if begins[:, 1:].any() else None
 
 
-def _change(ids: Tensor) -> Tensor:
-    """Difference between neighbours in each row, beginning with 0."""
-    return torch.diff(ids, dim=1, prepend=ids[:, :1])
-
-
-def _ids_of_bounds(bounds: Any, batch: int, length: int) -> Int[Tensor, '1 n']:
-    check_integral('cu_seq_lens_q', bounds)
-    check_shape('cu_seq_lens_q', bounds, bounds=None)
+def _ids_of_bounds(name: str, bounds: Any, batch: int, length: int) -> Int[Tensor, '1 n']:
+    check_integral(name, bounds)
+    check_shape(name, bounds, bounds=None)
+    bounds = bounds.long()
     lengths = bounds.diff()
     if batch != 1 or bounds[0] != 0 or bounds[-1] != length or (lengths < 0).any():
         raise ValueError(
-            f'cu_seq_lens_q must increase from 0 to the {length} tokens of a batch of one row, got {bounds.tolist()} '
+            f'{name} must increase from 0 to the {length} tokens of a batch of one row, got {bounds.tolist()} '
             f'and {batch} rows'
         )
     return torch.arange(len(lengths), device=bounds.device).repeat_interleave(lengths).unsqueeze(0)

@@ -115,7 +115,8 @@ def projection(dim: int, dim_out: int, activation: Module | None, conv_kernel: i
 
 
 def pointwise(projection: Module) -> Module:
-    """A projection without its convolution, unless that sees single tokens."""
+    """A projection without its convolution, unless that sees single tokens; the rest is called part by part, so that
+    hooks on the whole of a projection with a convolution have no effect."""
     parts = [*projection] if isinstance(projection, nn.Sequential) else []
     kept = [part for part in parts if not isinstance(part, CausalConv) or part.context == 0]
     return projection if len(kept) == len(parts) else nn.Sequential(*kept)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from titans_pytorch.utils.checks import check_floating, check_shape, described
 from titans_pytorch.utils.functional import call_with_weights, constant
+from titans_pytorch.utils.parameters import first_weight
 from titans_pytorch.utils.precision import no_autocast
 from titans_pytorch.utils.shapes import Float, Int, divided
 
@@ -36,13 +37,13 @@ class AxialPositions(ContinuousAxialPositionalEmbedding):
 
     @property
     def device(self) -> torch.device:
-        return self.mlps[0][0].weight.device
+        weight = first_weight(self.mlps[0][0])
+        return torch.device('cpu') if weight is None else weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        weight = self.mlps[0][0].weight
-        # a quantised linear map takes float32; its `weight` is a method
-        return weight.dtype if isinstance(weight, Tensor) else torch.float32
+        weight = first_weight(self.mlps[0][0])
+        return torch.float32 if weight is None else weight.dtype  # which a quantised linear layer takes
 
     def forward(
         self, axial_dims: Sequence[int], return_factorized: bool = False, flatten: bool = False

@@ -43,7 +43,7 @@ from titans_pytorch.utils.checks import (
 )
 from titans_pytorch.utils.functional import can_checkpoint, checkpointed, compile_each_length
 from titans_pytorch.utils.packing import PackedDocuments
-from titans_pytorch.utils.parameters import Resettable, reset_parameters
+from titans_pytorch.utils.parameters import Resettable, first_weight, reset_parameters
 from titans_pytorch.utils.precision import at_least_float32
 from titans_pytorch.utils.shapes import Bool, Float, Int
 
@@ -310,7 +310,8 @@ class Transformer(StepwiseDecoding, Resettable):
         if self.num_input_tokens is not None and not (x.is_floating_point() and x.ndim == 3):
             return checked_token_ids(name, x, self.num_input_tokens)
         if self._takes_embeddings(x):
-            check_floating(name, x, self.norm.weight.dtype)
+            weight = first_weight(self.norm, self)
+            check_floating(name, x, None if weight is None else weight.dtype)
             check_shape(name, x, batch=None, length=None, dim=self.dim)
         elif x.ndim < 2 or 0 in x.shape:
             raise ValueError(f'{name} must be (batch, length, …), none of them empty, got {tuple(x.shape)}')
@@ -356,7 +357,7 @@ class Transformer(StepwiseDecoding, Resettable):
         labels = labels[:, 1:]
         if mask is not None or document_ids is not None:
             labels = labels.masked_fill(~continues(mask, document_ids), IGNORED)
-        check_labels(labels, self.to_logits.out_features)
+        check_labels(labels, getattr(self.to_logits, 'out_features', self.num_tokens))
         mask, document_ids = (None if t is None else t[:, :-1] for t in (mask, document_ids))
         return x[:, :-1], labels, mask, document_ids
 

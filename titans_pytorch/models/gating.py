@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from titans_pytorch.utils.parameters import Resettable
+from titans_pytorch.utils.parameters import Resettable, first_weight
 from titans_pytorch.utils.shapes import Float
 
 
@@ -17,5 +17,6 @@ class Gated(Resettable):
         self.memory_norm = nn.RMSNorm(dim)
 
     def forward(self, attended: Float[Tensor, 'b n d'], retrieved: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
-        dtype = self.attention_norm.weight.dtype  # autocast may have lowered that of the inputs
+        weight = first_weight(self.attention_norm, self.memory_norm)
+        dtype = attended.dtype if weight is None else weight.dtype  # autocast may have lowered that of the inputs
         return self.attention_norm(attended.to(dtype)) * self.memory_norm(retrieved.to(dtype)).sigmoid()

@@ -74,9 +74,9 @@ def layers_with_memory(layers: Sequence[int] | None, depth: int) -> list[int]:
     return chosen
 
 
-def check_labels(labels: Int[Tensor, 'b n'], num_tokens: int) -> None:
-    """Each of the labels that are predicted must be a token id or `IGNORED`."""
-    if values_are_at_hand(labels):
+def check_labels(labels: Int[Tensor, 'b n'], num_tokens: int | None) -> None:
+    """Each of the labels that are predicted must be a token id, if their number is known, or `IGNORED`."""
+    if num_tokens is not None and values_are_at_hand(labels):
         counted = labels[labels != IGNORED]
         if counted.numel() and not 0 <= counted.min() <= counted.max() < num_tokens:
             raise ValueError(

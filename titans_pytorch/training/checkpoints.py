@@ -12,7 +12,6 @@ import hashlib
 import io
 import math
 import os
-import pickle
 import shutil
 import sys
 import warnings
@@ -90,9 +89,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         try:
             content = torch.load(io.BytesIO(stored), map_location='cpu', weights_only=True)
         except Exception as error:  # whose message advises to load the file unsafely
-            objects = isinstance(error, pickle.UnpicklingError) and stored.startswith(b'PK')
-            other = 'it holds objects other than tensors and plain values'
-            raise ValueError(other if objects else 'it was cut short, or not written by torch.save') from error
+            raise ValueError('it does not hold tensors and plain values alone, as torch.save writes them') from error
         if not isinstance(content, dict):
             raise TypeError(f'it holds a {type(content).__name__}')
         return content

@@ -117,7 +117,7 @@ def default_cache() -> Path:
 def _checked_vocabulary(vocabulary: Any) -> Vocabulary | int:
     if vocabulary is None:
         return ByteVocabulary()
-    if isinstance(vocabulary, Vocabulary):
+    if isinstance(vocabulary, Vocabulary) and not isinstance(vocabulary, type):
         return vocabulary
     try:
         return check_integer('vocabulary', vocabulary, ByteVocabulary.size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ WANDB_ID = 'wandb_id.txt'
 @contextlib.contextmanager
 def run_lock(folder: str | Path) -> Iterator[None]:
     """Create `folder` if necessary, and refuse a second run in it. The lock ends with the context, or with its process.
-    Of several ranks the first one holds it.
+    Of several ranks the first one holds it. What it creates is removed if the context leaves nothing else.
 
     Raises:
         RunError: if another process holds the lock.
@@ -35,29 +36,31 @@ def run_lock(folder: str | Path) -> Iterator[None]:
         return
     new, lock = not folder.exists(), folder / 'lock'
     folder.mkdir(parents=True, exist_ok=True)
-    before, is_ours = {*folder.iterdir()}, True
-    try:
-        with open(lock, 'a') as file, contextlib.ExitStack() as unlock:
-            try:
-                import fcntl
+    before = {*folder.iterdir()}
+    with open(lock, 'a') as file, contextlib.ExitStack() as unlock:
+        try:
+            import fcntl
 
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # also for forked processes, which share it
-                unlock.callback(fcntl.flock, file, fcntl.LOCK_UN)
-            except BlockingIOError:
-                is_ours = False
-                raise RunError(
-                    f'another run is using {folder}: wait until it has ended, or choose another folder'
-                ) from None
-            except (ImportError, OSError) as error:  # some platforms and file systems have no such lock
-                say(f'NOTICE: {folder} cannot be locked ({one_line(error)}); a second run in it would not be refused')
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # also for forked processes, which share it
+            unlock.callback(fcntl.flock, file, fcntl.LOCK_UN)
+            # a run that was refused may have removed the file since it was opened
+            if not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                raise BlockingIOError
+        except BlockingIOError:
+            raise RunError(
+                f'another run is using {folder}: wait until it has ended, or choose another folder'
+            ) from None
+        except (ImportError, OSError) as error:  # some platforms and file systems have no such lock
+            say(f'NOTICE: {folder} cannot be locked ({one_line(error)}); a second run in it would not be refused')
+        try:
             yield
-    finally:
-        with contextlib.suppress(OSError):
-            if is_ours and {*folder.iterdir()} - before == {lock}:  # the run was refused before it left anything
-                lock.unlink()
-                if new:
-                    folder.rmdir()
+        finally:
+            with contextlib.suppress(OSError):
+                if {*folder.iterdir()} - before == {lock}:  # the run was refused before it left anything
+                    lock.unlink()
+                    if new:
+                        folder.rmdir()
 
 
 def clear_run_folder(folder: str | Path) -> None:
@@ -75,7 +78,7 @@ def leave_later_checkpoints(folder: str | Path, batch: int) -> list[Path]:
     steps takes another course. Returns the paths that they had."""
     folder = Path(folder)
     later = [path for path in checkpoints(folder) if steps_done(path) > batch]
-    _set_aside(folder, later, 'the later part of the course that the run had taken')
+    _set_aside(folder, later, 'later checkpoints, of the course that the run had taken')
     return later
 
 
@@ -86,19 +89,19 @@ def leave_best_checkpoint(path: str | Path) -> None:
         path: that of a file, which may also be a folder of shards without its suffix.
     """
     path = Path(path)
-    forms = [form for form in (path, path.with_suffix('')) if form.exists()]
+    forms = [form for form in dict.fromkeys((path, path.with_suffix(''))) if form.exists()]
     _set_aside(path.parent, forms, 'the best checkpoint by other validation windows')
 
 
 def _set_aside(folder: Path, paths: list[Path], description: str) -> None:
-    """Move files, if there are any, to a new folder within `folder`, and print where they are."""
+    """Move files, if there are any, to a new folder within `folder`, and say so."""
     if not paths:
         return
     aside = next(path for n in itertools.count(1) if not (path := folder / f'earlier-{n}').exists())
     aside.mkdir()
     for path in paths:
         path.rename(aside / path.name)
-    say(f'{description} is now in {aside}')
+    say(f'moved to {aside}: {description}')
 
 
 def describe_run(

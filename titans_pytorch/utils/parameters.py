@@ -72,6 +72,20 @@ class Resettable(Module):
         """Initialise the parameters that the module holds itself."""
 
 
+def first_weight(*modules: Module) -> Tensor | None:
+    """A parameter that tells precision and device: the `weight` of the first of `modules`, or any other parameter.
+
+    Replicas of `torch.nn.parallel.replicate` have the attribute, but no parameters. Modules in place of norms and
+    linear layers may have neither; then the result is `None`.
+    """
+    for module in modules:
+        weight = getattr(module, 'weight', None)  # of quantised layers, a method
+        weight = weight if isinstance(weight, Tensor) else next(module.parameters(), None)
+        if weight is not None:
+            return weight
+    return None
+
+
 class ParameterSequence(Module):
     """Parameters by index, under the names '0', '1', …, as in `torch.nn.ParameterList`.
 

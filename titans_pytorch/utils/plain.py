@@ -37,7 +37,7 @@ def is_plain(module: Any, *classes: type[Module]) -> bool:
 
 
 def is_plain_linear(linear: Any, norm: Any = None) -> bool:
-    """True for a plain linear layer, perhaps after a plain RMS norm with a gain, whose parameters are ordinary ones:
+    """True for a plain linear layer, perhaps after a plain RMS norm with a gain, whose weights are ordinary parameters:
     neither parametrized nor quantised nor distributed.
 
     Subclasses of `nn.Linear` with its `forward` count, as they differ in their initial values.

@@ -46,7 +46,7 @@ class FusedMLP(NamedTuple):
     def store_batches(self, inputs: StoreInputs, num_blocks: int) -> Stored:
         """Whole memory batches in a row, each with its gradients at the weights that the one before leaves.
 
-        Each of the blocks holds one or more memory batches, as many as the others; the states are kept for each block.
+        All blocks hold the same number of memory batches; the states are kept for each block.
         """
         chunks, lookahead = inputs.chunks, inputs.transition.lookahead
         num_batches = chunks.keys.shape[1] // _chunks_per_batch(inputs)

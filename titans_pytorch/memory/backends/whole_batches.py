@@ -35,7 +35,7 @@ class WholeBatches(NamedTuple):
     """An operation for the whole memory batches of a call, each with its gradients at the weights before it."""
 
     store: Callable[[StoreInputs, int], Stored]
-    """Stores the memory batches in its inputs as so many blocks."""
+    """Stores the memory batches in its inputs in this number of blocks."""
     most_rows: int
     """Of a block. The states are kept once for a block; within it, weights are factored."""
     inputs: StoreInputs
@@ -75,7 +75,7 @@ class WholeBatches(NamedTuple):
     def prepare(
         self, batches: list[ChunkBlock], chunks: Chunks, residual: WeightResidual | None
     ) -> Iterator[PreparedBlock]:
-        """Memory batches of one length, as many in each block as may be, but at least one."""
+        """Memory batches of one length, as many in each block as `most_rows` allows, but at least one."""
         per_batch = batches[0].num_chunks
         together = max(1, self.most_rows // (per_batch * chunks.keys.shape[2]))
         whole, rest = len(batches) // together, len(batches) % together  # the compiler has no `divmod` of its numbers
@@ -95,7 +95,7 @@ def formed_matrices(inputs: StoreInputs) -> set[str]:
 
 
 def _forms_matrix(rows: int, dim_in: int, dim_out: int) -> bool:
-    """True if a matrix has no more entries than the factors of its gradient over a chunk of so many rows."""
+    """True if a matrix has no more entries than the factors of its gradient over a chunk of `rows` rows."""
     return rows * (dim_in + dim_out) >= dim_in * dim_out
 
 

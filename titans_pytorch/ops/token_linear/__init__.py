@@ -13,7 +13,7 @@ from torch.nn import Module
 
 from titans_pytorch.ops._dispatch import AMPERE, VOLTA, use_kernel
 from titans_pytorch.ops.token_linear import reference
-from titans_pytorch.utils.plain import is_plain_linear
+from titans_pytorch.utils.plain import is_plain, is_plain_linear
 from titans_pytorch.utils.precision import autocast_dtype
 from titans_pytorch.utils.shapes import Float
 
@@ -50,7 +50,7 @@ def linear_of_token(
     linear: Module, x: Float[Tensor, 'b 1 d'], norm: Module | None = None
 ) -> tuple[Float[Tensor, 'b 1 e'], Float[Tensor, 'b 1 d']]:
     """The outputs of a linear layer and of the norm before it; modules of other kinds, or with hooks, are called."""
-    norm = None if type(norm) is nn.Identity else norm
+    norm = None if is_plain(norm, nn.Identity) else norm
     if is_plain_linear(linear, norm):
         own = None if norm is None else (norm.weight, norm.eps)
         return token_linear(x, linear.weight, linear.bias, own)  # type: ignore[arg-type]
