@@ -501,7 +501,10 @@ def describe_model(config: Config) -> dict[str, Any]:
 
 def changes_model(config: Config, name: str, value: Any) -> bool:
     """Whether a setting with this value would describe another model."""
-    return describe_model(dataclasses.replace(config, **{name: value})) != describe_model(config)
+    try:
+        return describe_model(dataclasses.replace(config, **{name: value})) != describe_model(config)
+    except (BadSetting, RunError):  # it does not go with the other settings, or with this machine
+        return False
 
 
 def build_model(config: Config) -> MemoryAsContextTransformer:

@@ -564,6 +564,9 @@ def test_what_a_checkpoint_decides_cannot_be_chosen(text, tmp_path):
     assert 'DATA_SEED must stay 0 in the run that is resumed, not 3' in refusal(['--resume', path, '--data-seed', '3'])
     message = refusal(['--resume', path, '--dim', '32', '--num-batches', '5', '--learning-rate', '0.1'])
     assert f'do not fit --dim (now 32, saved with {TINY["DIM"]}): RuntimeError' in message
+    # the saved depth does not go with the layers that are given
+    message = refusal(['--resume', path, '--depth', '2', '--neural-mem-layers', '2'])
+    assert 'do not fit --neural-mem-layers (now (2,), saved with (1,)): RuntimeError' in message
 
 
 def test_a_run_that_has_all_its_steps_says_that_nothing_was_trained(text, tmp_path, capsys):

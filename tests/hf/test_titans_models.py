@@ -180,7 +180,7 @@ PACKED = {'seq_idx': torch.tensor([[0, 0, 1]])}
         ({**TOKENS, 'attention_mask': torch.ones(3)}, r'attention_mask must be \(batch=1, length=3\)'),
         ({**TOKENS, 'vocab_size': 1}, "unexpected keyword argument 'vocab_size'"),
         ({**TOKENS, **LABELS, **PACKED, 'shift_labels': LABELS['labels']}, 'shift_labels cannot go with'),
-        ({'inputs_embeds': torch.ones(3, 8)}, r'inputs_embeds must be \(batch, length, dim=8\)'),
+        ({'inputs_embeds': torch.ones(3, 8).double()}, r'inputs_embeds must be \(batch, length, dim=8\)'),
         ({**TOKENS, 'position_ids': torch.tensor(0)}, r'position_ids must be \(batch=1, length=3\)'),
         ({**TOKENS, 'attention_mask': [[1, 1, 1]]}, 'attention_mask must be a tensor, got list'),
         ({**TOKENS, 'labels': torch.ones(1, 4).long()}, r'labels must be \(batch=1, length=3\)'),

@@ -235,7 +235,9 @@ class Memories(ModuleDict):
         inputs = kwargs.get('inputs_embeds') if inputs is None else inputs
         mask = args[1] if len(args) > 1 else kwargs.get('attention_mask')
         real = None if mask is None or inputs is None else self._real(mask, inputs.shape[1], cache_of(args, kwargs))
-        _check_one_document(real, **{name: kwargs.get(name) for name in ('position_ids', 'seq_idx', 'cu_seq_lens_q')})
+        if not is_traced():
+            documents = {name: kwargs.get(name) for name in ('position_ids', 'seq_idx', 'cu_seq_lens_q')}
+            _check_one_document(real, **documents)
         return args, {**kwargs, PADDING: real}
 
     def _real(self, mask: Any, length: int, cache: Cache | None) -> Bool[Tensor, 'b n'] | None:
@@ -266,7 +268,7 @@ def _check_one_document(
     several = {'cu_seq_lens_q': cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2}
     if seq_idx is not None:
         several['seq_idx'] = bool((seq_idx != seq_idx[..., :1]).any())
-    if position_ids is not None and position_ids.ndim == 2 and position_ids.shape[1] > 1 and not is_traced():
+    if position_ids is not None and position_ids.ndim == 2 and position_ids.shape[1] > 1:
         restarts = position_ids[:, 1:] <= position_ids[:, :-1]
         several['position_ids'] = bool((restarts if real is None else restarts & real[:, 1:] & real[:, :-1]).any())
     for name, found in several.items():

@@ -15,6 +15,7 @@ from titans_pytorch.generation.stepper import CallStepper, Stepper
 from titans_pytorch.hf.row_groups import GroupedRows, RowGroup, rank_of_last_token, rearranged, split_by_count
 from titans_pytorch.models.base import Transformer
 from titans_pytorch.models.state import ModelState
+from titans_pytorch.utils.checks import check_leaves_tokens
 from titans_pytorch.utils.shapes import Bool, Float, Int
 
 Read = Callable[[Tensor, ModelState | None], tuple[list[Tensor], ModelState | None]]
@@ -103,9 +104,9 @@ class TitansCache(GroupedRows[Group], Cache):
             self._length += x.shape[1]
             return results
 
+        if mask is not None:
+            check_leaves_tokens('attention_mask', mask)
         counts = [x.shape[1]] * len(x) if mask is None else mask.sum(dim=1).tolist()
-        if not any(counts):
-            raise ValueError('attention_mask must leave at least one token, got only padding')
         self.groups = split_by_count(self.groups, counts)
         for group in self.groups:
             if count := counts[group.rows[0]]:

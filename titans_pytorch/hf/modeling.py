@@ -26,8 +26,7 @@ from titans_pytorch.models.residual_streams import complete
 from titans_pytorch.models.state import ModelState
 from titans_pytorch.models.validation import check_labels
 from titans_pytorch.utils.checks import (
-    check_floating,
-    check_shape,
+    check_leaves_tokens,
     check_tensor,
     checked_mask,
     checked_token_ids,
@@ -108,14 +107,11 @@ class TitansPreTrainedModel(PreTrainedModel):
         """The tokens or embeddings to read, and the part of the mask that is about them."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError('pass one of input_ids and inputs_embeds')
-        if input_ids is not None:
+        if inputs_embeds is None:
             x = checked_token_ids('input_ids', input_ids, self.transformer.num_input_tokens)
         else:
-            check_tensor('inputs_embeds', inputs_embeds)
-            assert inputs_embeds is not None
-            check_floating('inputs_embeds', inputs_embeds)
-            check_shape('inputs_embeds', inputs_embeds, batch=None, length=None, dim=self.config.dim)
-            x = self.transformer._checked_input(inputs_embeds, 'inputs_embeds')
+            self.transformer._check_embeddings('inputs_embeds', inputs_embeds)
+            x = inputs_embeds
         if attention_mask is None:
             return x, None
         check_tensor('attention_mask', attention_mask)
@@ -124,8 +120,8 @@ class TitansPreTrainedModel(PreTrainedModel):
         if attention_mask.ndim == 2:
             attention_mask = attention_mask[:, -x.shape[1] :]
         mask = checked_mask('attention_mask', attention_mask, x.shape[0], x.shape[1])
-        if values_are_at_hand(mask) and not mask.any():
-            raise ValueError('attention_mask must leave at least one token, got only padding')
+        if values_are_at_hand(mask):
+            check_leaves_tokens('attention_mask', mask)
         return x, mask
 
     def _documents(

@@ -305,17 +305,20 @@ class Transformer(StepwiseDecoding, Resettable):
         """Size of the embedding, which may be larger than `num_tokens`; `None` if it is not an `nn.Embedding`."""
         return self.token_emb.num_embeddings if isinstance(self.token_emb, nn.Embedding) else None
 
-    def _checked_input(self, x: Any, name: str = 'x') -> Tensor:
-        check_tensor(name, x)
+    def _checked_input(self, x: Any) -> Tensor:
+        check_tensor('x', x)
         if self.num_input_tokens is not None and not (x.is_floating_point() and x.ndim == 3):
-            return checked_token_ids(name, x, self.num_input_tokens)
+            return checked_token_ids('x', x, self.num_input_tokens)
         if self._takes_embeddings(x):
-            weight = first_weight(self.norm, self)
-            check_floating(name, x, None if weight is None else weight.dtype)
-            check_shape(name, x, batch=None, length=None, dim=self.dim)
+            self._check_embeddings('x', x)
         elif x.ndim < 2 or 0 in x.shape:
-            raise ValueError(f'{name} must be (batch, length, …), none of them empty, got {tuple(x.shape)}')
+            raise ValueError(f'x must be (batch, length, …), none of them empty, got {tuple(x.shape)}')
         return x.long() if is_integral(x) and x.ndim == 2 else x
+
+    def _check_embeddings(self, name: str, x: Any) -> None:
+        weight = first_weight(self.norm, self)
+        check_floating(name, x, None if weight is None else weight.dtype)
+        check_shape(name, x, batch=None, length=None, dim=self.dim)
 
     def _continuation(
         self, x: Tensor, state: ModelState | None, cache: ModelState | None

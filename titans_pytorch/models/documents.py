@@ -21,6 +21,7 @@ from titans_pytorch.utils.checks import (
     check_integer,
     check_integers,
     check_integral,
+    check_leaves_tokens,
     check_shape,
     check_tensor,
     checked_mask,
@@ -207,8 +208,7 @@ def checked_documents(
     """`mask` as booleans and `document_ids`, which must fit a batch of these sizes."""
     if mask is not None:
         mask = checked_mask('mask', mask, batch, length)
-        if not mask.any():
-            raise ValueError('mask must leave at least one token, got only padding')
+        check_leaves_tokens('mask', mask)
     if document_ids is not None:
         check_integral('document_ids', document_ids)
         check_shape('document_ids', document_ids, batch=batch, length=length)

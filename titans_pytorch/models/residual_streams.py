@@ -156,7 +156,7 @@ def connect(connection: Module, x: Float[Tensor, 'bs n d'] | Pending) -> tuple[F
 
     Adding is left to the next connection: the function returns `Pending`, which this one takes.
     """
-    if not _is_covered(connection):
+    if not _has_operation(connection):
         return connection(complete(x))
     branch_in, mixed, write = hyper_connection([*x] if isinstance(x, Pending) else [x], _weights(connection))
     if not connection.add_branch_out_to_residual:
@@ -175,19 +175,19 @@ def _weights(connection: Any) -> list[Tensor]:
     return weights + [c.static_beta, c.dynamic_beta_fn, c.h_post_scale] if c.add_branch_out_to_residual else weights
 
 
-def _is_covered(c: Any) -> bool:
+def _has_operation(connection: Any) -> bool:
     """True for a connection that the operation computes: in its default settings, no part replaced or hooked."""
     return (
-        is_plain(c, HyperConnection, ManifoldConstrainedHyperConnections)
-        and is_plain(c.norm, StreamNorm, RMSNorm)
-        and is_plain(c.dropout, nn.Dropout)
-        and is_plain(c.residual_transform, Identity)
-        and c.num_fracs == c.num_input_views == c.num_dynamic_alpha_proposals == 1
-        and c.branch is None
-        and not c.channel_first
-        and c.dropout.p == 0
-        and c.depth_residual_fn is add
-        and c.residual_mix_constraint_fn is sinkhorn
+        is_plain(connection, HyperConnection, ManifoldConstrainedHyperConnections)
+        and is_plain(connection.norm, StreamNorm, RMSNorm)
+        and is_plain(connection.dropout, nn.Dropout)
+        and is_plain(connection.residual_transform, Identity)
+        and connection.num_fracs == connection.num_input_views == connection.num_dynamic_alpha_proposals == 1
+        and connection.branch is None
+        and not connection.channel_first
+        and connection.dropout.p == 0
+        and connection.depth_residual_fn is add
+        and connection.residual_mix_constraint_fn is sinkhorn
     )
 
 
@@ -196,7 +196,7 @@ def _is_covered(c: Any) -> bool:
 
 def takes_tokens(connection: Module | None) -> bool:
     """Whether `connect_token` computes what a call of the connection does."""
-    return connection is None or is_plain(connection, Residual) or _is_covered(connection)
+    return connection is None or is_plain(connection, Residual) or _has_operation(connection)
 
 
 def folded(connection: Any) -> FoldedConnection | None:

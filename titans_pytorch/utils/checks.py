@@ -278,6 +278,12 @@ def checked_mask(name: str, mask: Any, batch: int, length: int) -> Bool[Tensor, 
     return mask.bool()
 
 
+def check_leaves_tokens(name: str, mask: Bool[Tensor, 'b n']) -> None:
+    """A mask must be true somewhere; on a GPU this synchronises with the device."""
+    if not mask.any():
+        raise ValueError(f'{name} must leave at least one token, got only padding')
+
+
 def checked_token_ids(
     name: str, ids: Any, num_tokens: int | None, batch: int | None = None, length: int | None = None
 ) -> Int[Tensor, 'b n']:
