@@ -3,17 +3,19 @@
     python benchmarks/peers.py                                   (about 4 minutes on a GPU)
     python benchmarks/peers.py --compile                         (a minute more for each row)
     python benchmarks/peers.py --compile --together              (2 to 3 minutes on 16 cores; --timeout 90: 114 s)
-    python benchmarks/peers.py --reference-path /folder/with/the/reference --lengths 2048 32768
+    python benchmarks/peers.py --together --tokens 131072 --lengths 2048 8192 32768 131072
+    python benchmarks/peers.py --rows '*fla*' 'memory, depth 1*' (rows with such names)
     python benchmarks/peers.py --quick                           (a minute on a CPU: does it run?)
 
 Every layer has a norm, projections of width 384 to four heads of 64, and a projection back. Tokens are constant: at
 twice the length, half the sequences. A row is the time of forward and backward under autocast in bf16, as a CUDA graph
 where one can be captured; with `--compile` also that of the layer compiled by `torch.compile`. Before it is timed, a
 memory is compared with the dense backend in float64, and another mixer with a loop over tokens; the error of its output
-in the precision of the row is in the table.
+in the precision of the row is in the table. So is the share of the GPU's rate in bf16, of the products that the layer
+and its recurrence consist of, however they are computed.
 
-Linear attention with gates and the gated delta rule are those of flash-linear-attention (package `fla-core`), if it is
-installed; the first step of these rows searches for settings, which takes up to a minute each.
+The first step of rows of flash-linear-attention (package `fla-core`) searches for settings, which takes minutes where
+other rows are prepared at the same time.
 """
 
 from __future__ import annotations
@@ -22,13 +24,13 @@ import argparse
 import inspect
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import chain
+from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from harness import (
     captured,
     gibibytes,
@@ -36,16 +38,17 @@ from harness import (
     machine,
     own_path,
     parsed,
-    summary,
     table,
     timed,
     together,
     turn,
     write_section,
 )
+from mixers import DIM, DIM_HEAD, DIM_HIDDEN, HEADS, PEERS, Mixer
 from torch import Tensor, nn
 
-DIM, HEADS, DIM_HEAD = 384, 4, 64
+# of dense products in bf16, by what is in the name of a GPU; NVIDIA's data sheets
+FLOPS_A_SECOND = {'H100': 989e12, 'H200': 989e12}
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
@@ -76,92 +79,29 @@ class Row:
             'qk_rmsnorm': True,
             'default_step_transform_max_lr': 1e-2,
             'init_decay_bias': -3.0,
-            'default_model_kwargs': {'depth': self.depth, 'expansion_factor': 4.0},
+            'default_model_kwargs': {'depth': self.depth, 'expansion_factor': DIM_HIDDEN / DIM_HEAD},
             'mem_model_norm_add_residual': self.depth > 1,
             'spectral_norm_surprises': self.spectral,
             # options that the reference lacks
             **({'proximal_steps': True, 'normalized_momentum': True} if self.proximal else {}),
         }
 
+    def flops(self, length: int) -> float:
+        """Floating-point operations of a token, forward and backward, in products of projections and of the rule."""
+        if self.depth == 0:
+            peer = PEERS[self.mixer]
+            gates, products = peer.gates, peer.products(length)
+        else:
+            # step size, momentum and decay; a matrix is multiplied by keys, by gradients twice, and by queries
+            widths = [DIM_HEAD, *[DIM_HIDDEN] * (self.depth - 1), DIM_HEAD]
+            gates, products = 3 * HEADS, 4 * sum(a * b for a, b in pairwise(widths))
+        projections = DIM * (4 * HEADS * DIM_HEAD + gates)
+        return 3 * 2 * (projections + HEADS * products)
+
 
 MEMORIES = [(1, 1, 1), (16, 16, 1), (64, 64, 1), (16, 16, 2), (32, 32, 2), (64, 64, 2), (4, 128, 2), (16, 16, 3)]
 PROXIMAL = [(1, 1, 1), (16, 16, 1), (16, 16, 2), (32, 32, 2), (64, 64, 2)]
 SPECTRAL = [(16, 128, 2), (64, 64, 2)]
-PEERS = ['causal attention', 'gated linear attention (fla)', 'gated delta rule (fla)']
-
-
-class Mixer(nn.Module):
-    """Projections around a function of queries, keys and values (b, n, h, d) and of gates."""
-
-    def __init__(self, mix: Callable[..., Tensor], gates: int):
-        super().__init__()
-        self.norm = nn.RMSNorm(DIM)
-        self.to_qkv = nn.Linear(DIM, 3 * HEADS * DIM_HEAD, bias=False)
-        self.to_gates = nn.Linear(DIM, gates) if gates else None
-        self.to_out = nn.Linear(HEADS * DIM_HEAD, DIM, bias=False)
-        self.mix = mix
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = self.norm(x)
-        qkv = (t.unflatten(-1, (HEADS, DIM_HEAD)) for t in self.to_qkv(normed).chunk(3, dim=-1))
-        gates = () if self.to_gates is None else (self.to_gates(normed).float(),)
-        return self.to_out(self.mix(*qkv, *gates).flatten(-2).to(x.dtype))
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    heads_first = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
-
-
-def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
-    from fla.ops.gla import chunk_gla
-
-    return chunk_gla(q, k, v, F.logsigmoid(gates.unflatten(-1, (HEADS, DIM_HEAD))).to(q.dtype))[0]
-
-
-def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-    decay, beta = gates.chunk(2, dim=-1)
-    q, k = (F.normalize(t.float(), dim=-1).to(v.dtype) for t in (q, k))
-    return chunk_gated_delta_rule(q, k, v, F.logsigmoid(decay), beta.sigmoid().to(v.dtype))[0]
-
-
-def attention_by_loop(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = []
-    for t in range(q.shape[1]):
-        scores = torch.einsum('b h d, b n h d -> b h n', q[:, t], k[:, : t + 1]) / DIM_HEAD**0.5
-        out.append(torch.einsum('b h n, b n h d -> b h d', scores.softmax(dim=-1), v[:, : t + 1]))
-    return torch.stack(out, dim=1)
-
-
-def recurrence(q: Tensor, k: Tensor, v: Tensor, retention: Tensor, beta: Tensor | None) -> Tensor:
-    """S ← D + β kᵀ (v − k D) with D = retention ∘ S, or D + kᵀ v without β; read by q / √d."""
-    state, out = q.new_zeros(len(q), HEADS, DIM_HEAD, DIM_HEAD), []
-    for t in range(q.shape[1]):
-        state = state * retention[:, t, :, :, None]
-        target = v[:, t]
-        if beta is not None:
-            target = beta[:, t, :, None] * (target - torch.einsum('b h d, b h d e -> b h e', k[:, t], state))
-        state = state + torch.einsum('b h d, b h e -> b h d e', k[:, t], target)
-        out.append(torch.einsum('b h d, b h d e -> b h e', q[:, t], state) / DIM_HEAD**0.5)
-    return torch.stack(out, dim=1)
-
-
-def linear_attention_by_loop(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
-    return recurrence(q, k, v, gates.unflatten(-1, (HEADS, DIM_HEAD)).double().sigmoid(), None)
-
-
-def delta_rule_by_loop(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
-    decay, beta = gates.double().sigmoid().chunk(2, dim=-1)
-    return recurrence(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, decay.unsqueeze(-1), beta)
-
-
-MIXERS = {
-    PEERS[0]: (attention, attention_by_loop, 0),
-    PEERS[1]: (gated_linear_attention, linear_attention_by_loop, HEADS * DIM_HEAD),
-    PEERS[2]: (gated_delta_rule, delta_rule_by_loop, 2 * HEADS),
-}
 
 
 def build(row: Row) -> tuple[nn.Module, nn.Module]:
@@ -170,8 +110,7 @@ def build(row: Row) -> tuple[nn.Module, nn.Module]:
     def build_one(exactly: bool) -> nn.Module:
         torch.manual_seed(0)
         if row.depth == 0:
-            mix, by_loop, gates = MIXERS[row.mixer]
-            return Mixer(by_loop if exactly else mix, gates)
+            return Mixer(PEERS[row.mixer], exactly)
         from titans_pytorch import NeuralMemory
 
         # the reference has no engines
@@ -203,7 +142,8 @@ def work(
         with torch.autocast(DEVICE, torch.bfloat16, cache_enabled=False):
             return output(layer, x)
 
-    short = torch.randn(1, 256, DIM, dtype=torch.float64)
+    tokens_checked = 256 if row['depth'] else max(256, 2 * PEERS[row['mixer']].chunk + 64)
+    short = torch.randn(1, tokens_checked, DIM, dtype=torch.float64)
     with torch.no_grad():
         expected = output(exact, short)
         error = (loss(short.float().to(DEVICE)).cpu() - expected).norm() / expected.norm()
@@ -241,14 +181,91 @@ def work(
     return {'seconds': seconds, 'compiled': compiled, 'peak': peak, 'error': error.item(), 'captures': captures}
 
 
+def all_rows() -> list[Row]:
+    rows = [Row('memory', *sizes) for sizes in MEMORIES]
+    rows += [Row('memory', *sizes, proximal=True) for sizes in PROXIMAL]
+    return rows + [Row('memory', *sizes, spectral=True) for sizes in SPECTRAL] + [Row(name) for name in PEERS]
+
+
+def measured(jobs: list[tuple[Row, str, str]], length: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Figures of each job: a row, its name, and the PYTHONPATH of the package."""
+    sizes = dict(length=length, tokens=options.tokens, repeats=options.repeats)
+    arguments = [
+        (path, dict(row=asdict(row), **sizes, compiles=options.compile and path != options.reference_path))
+        for row, _, path in jobs
+    ]
+    # the reference, which may need the memory of the whole GPU, comes last and by itself
+    side_by_side = [job for job in arguments if options.together and job[0] != options.reference_path]
+    by_themselves = arguments[len(side_by_side) :]
+    yield from together(__file__, side_by_side, options.timeout) if side_by_side else ()
+    yield from (in_own_process(__file__, path, options.timeout, **job) for path, job in by_themselves)
+
+
+def best(figures: dict[str, Any]) -> float:
+    """The shorter of the median times, as it is and compiled."""
+    return min(statistics.median(seconds) for seconds in (figures['seconds'], figures['compiled']) if seconds)
+
+
 def milliseconds(seconds: float) -> str:
-    return f'{seconds * 1e3:.2f} ms'
+    return f'{seconds * 1e3:.2f} ms' if seconds < 0.1 else f'{seconds * 1e3:.0f} ms'
+
+
+def time_as_it_is(figures: dict[str, Any]) -> str:
+    eager = '' if figures['captures'] or DEVICE == 'cpu' else ', eager'
+    return f'{milliseconds(statistics.median(figures["seconds"]))}{eager}'
+
+
+def share_of_rate(row: Row, length: int, tokens: int, figures: dict[str, Any]) -> str:
+    """Share of the rate of dense products in bf16, if the GPU's is known."""
+    name = torch.cuda.get_device_name() if DEVICE == 'cuda' else ''
+    rate = next((rate for part, rate in FLOPS_A_SECOND.items() if part in name), None)
+    return '–' if rate is None else f'{row.flops(length) * tokens / best(figures) / rate:.1%}'
+
+
+def of_one_length(
+    jobs: list[tuple[Row, str, str]], results: list[dict[str, Any]], length: int, options: argparse.Namespace
+) -> str:
+    """Table of all figures."""
+    heads = ['layer', 'forward and backward', 'compiled', 'tokens/s', 'of the rate', 'peak memory', 'error']
+    cells = []
+    for (row, name, _), figures in zip(jobs, results):
+        if 'failed' in figures:
+            cells.append([name, figures['failed'].split('. ')[0], *[''] * (len(heads) - 2)])
+            continue
+        compiled = figures['compiled']
+        cells.append(
+            [
+                name,
+                time_as_it_is(figures),
+                milliseconds(statistics.median(compiled)) if compiled else '–',
+                f'{options.tokens / best(figures) / 1e6:.2f} M',
+                share_of_rate(row, length, options.tokens, figures),
+                gibibytes(figures['peak']),
+                f'{figures["error"]:.1e}',
+            ]
+        )
+    return table(heads, cells)
+
+
+def of_lengths(
+    jobs: list[tuple[Row, str, str]], results: list[list[dict[str, Any]]], lengths: list[int], tokens: int
+) -> str:
+    """Table of times, a column for each length."""
+    cells = []
+    for (row, name, _), *figures in zip(jobs, *results):
+        times = ['failed' if 'failed' in own else time_as_it_is(own) for own in figures]
+        last = figures[-1]
+        share = '–' if 'failed' in last else share_of_rate(row, lengths[-1], tokens, last)
+        cells.append([name, *times, share])
+    heads = ['layer', *(f'{length:,} tokens' for length in lengths), 'of the rate, longest']
+    return table(heads, cells)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--lengths', type=int, nargs='+', default=[2048], help='tokens of a sequence')
     parser.add_argument('--tokens', type=int, default=32_768, help='tokens of a step')
+    parser.add_argument('--rows', nargs='+', default=['*'], help='only rows whose names match one of these patterns')
     parser.add_argument('--repeats', type=int, default=20, help='timed steps')
     parser.add_argument('--compile', action='store_true', help='time each layer compiled too')
     parser.add_argument('--timeout', type=float, default=180.0, help='seconds after which a row is given up')
@@ -258,54 +275,26 @@ def main() -> None:
     if options.quick:
         options.lengths, options.tokens, options.repeats = [256], 512, 3
 
-    rows = [Row('memory', *sizes) for sizes in MEMORIES]
-    rows += [Row('memory', *sizes, proximal=True) for sizes in PROXIMAL]
-    rows += [Row('memory', *sizes, spectral=True) for sizes in SPECTRAL] + [Row(name) for name in PEERS]
-    jobs = [(row, row.name, own_path()) for row in rows]
+    jobs = [(row, row.name, own_path()) for row in all_rows()]
     if options.reference_path:
         jobs.append((Row('memory', 16, 16, 2), 'reference, depth 2, (16, 16)', options.reference_path))
-    cells = []
+    jobs = [job for job in jobs if any(fnmatchcase(job[1], pattern) for pattern in options.rows)]
+    results: list[list[dict[str, Any]]] = []
     for length in options.lengths:
-        sizes = dict(length=length, tokens=options.tokens, repeats=options.repeats)
-        arguments = [
-            (path, dict(row=asdict(row), **sizes, compiles=options.compile and path != options.reference_path))
-            for row, _, path in jobs
-        ]
-        # the reference, which may need the memory of the whole GPU, comes last and by itself
-        side_by_side = [job for job in arguments if options.together and job[0] != options.reference_path]
-        by_themselves = arguments[len(side_by_side) :]
-        results = chain(
-            together(__file__, side_by_side, options.timeout) if side_by_side else (),
-            (in_own_process(__file__, path, options.timeout, **job) for path, job in by_themselves),
-        )
-        for (_, name, _), figures in zip(jobs, results):
+        results.append([])
+        for (_, name, _), figures in zip(jobs, measured(jobs, length, options)):
             print(json.dumps({'row': name, 'length': length, **figures}), flush=True)
-            if 'failed' in figures:
-                cells.append([name, f'{length:,}', f'failed: {figures["failed"][:80]}', *[''] * (3 + options.compile)])
-                continue
-            own = summary([figures])
-            eager = '' if own['captures'] or DEVICE == 'cpu' else ', eager'
-            times = [own['median'], *([statistics.median(own['compiled'])] if own['compiled'] else [])]
-            compiled = milliseconds(times[1]) if own['compiled'] else '–'
-            speed = f'{options.tokens / min(times) / 1e6:.2f} M'
-            cells.append(
-                [
-                    name,
-                    f'{length:,}',
-                    f'{milliseconds(times[0])}{eager}',
-                    *([compiled] if options.compile else []),
-                    speed,
-                    gibibytes(own['peak']),
-                    f'{own["error"]:.1e}',
-                ]
-            )
-    heads = ['layer', 'length', 'forward and backward', 'tokens/s', 'peak memory', 'error']
-    if options.compile:
-        heads.insert(3, 'compiled')
-    text = f'{machine()}, {options.tokens:,} tokens\n\n{table(heads, cells)}'
+            results[-1].append(figures)
+    if len(options.lengths) == 1:
+        section, own = 'peers', of_one_length(jobs, results[0], options.lengths[0], options)
+        size = f'sequences of {options.lengths[0]:,} tokens, {options.tokens:,} in all'
+    else:
+        section, own = 'peers by length', of_lengths(jobs, results, options.lengths, options.tokens)
+        size = f'{options.tokens:,} tokens'
+    text = f'{machine()}, {size}\n\n{own}'
     print(f'\n{text}')
     if options.write:
-        write_section(f'peers, {DEVICE}', text)
+        write_section(f'{section}, {DEVICE}', text)
 
 
 if __name__ == '__main__':
