@@ -9,6 +9,7 @@ import pytest
 import torch
 from compare import all_in_float64, assert_same, gradients, randomised
 from hyper_connections import mc_get_init_and_expand_reduce_stream_functions
+from hyper_connections.manifold_constrained_hyper_connections import ManifoldConstrainedHyperConnections
 from hyper_connections.mHCv2 import sinkhorn_knopps
 from torch import nn
 
@@ -49,6 +50,13 @@ def connection(streams, dim, adds=True, device=DEVICE, constraint=sinkhorn_knopp
         streams, dim=dim, disable=False, residual_mix_constraint_fn=constraint
     )
     return randomised(make(add_branch_out_to_residual=adds, **changes)).to(device)
+
+
+def the_package_s(one):
+    """A copy of a connection that computes by the package's own code."""
+    one = copy.deepcopy(one)
+    one.__class__ = ManifoldConstrainedHyperConnections
+    return one
 
 
 def chain(through, x, branches):
@@ -163,7 +171,7 @@ def with_gradients(some, x, branches, through, of=slice(None), run=chain):
 def by_module(some, x, branches, **kwargs):
     """The package's modules, in float64."""
     with all_in_float64():
-        some = [copy.deepcopy(one).double() for one in some]
+        some = [the_package_s(one).double() for one in some]
         return with_gradients(some, x.double(), [t.double() for t in branches], lambda one, x: one(x), **kwargs)
 
 
@@ -215,7 +223,7 @@ def test_a_connection_of_a_sequence_that_only_reads(kernels_everywhere, poisoned
         return only_read, read, torch.autograd.grad((only_read.square() + read).sum(), learned)
 
     with all_in_float64():
-        modules = [copy.deepcopy(one).double() for one in (adds, reads)]
+        modules = [the_package_s(one).double() for one in (adds, reads)]
         expected = run(lambda one, x: one(x), *modules, x.double(), first.double())
     assert_same(run(connect, adds, reads, x, first), expected, 1e-5)
 
@@ -268,6 +276,34 @@ def test_replaced_parts_of_connections_are_called(name, part):
     (branch_in, add_residual), (expected, adds) = connect(one, x), one(x)
     assert_same((branch_in, complete(add_residual(branch_in))), (expected, adds(expected)), 0)
     assert not takes_tokens(one)
+
+
+@pytest.mark.parametrize('adds', [True, False])
+def test_calls_of_connections_equal_the_operation(adds):
+    """In float64 too: calls serve where a hook or a parametrization keeps the operation away."""
+    hooked = connection(4, 16, adds, constraint=sinkhorn).double()
+    plain = copy.deepcopy(hooked)
+    hooked.norm.register_forward_hook(lambda *_: None)
+    x, branch_out, *_ = sequence(2, 5, 4, 16, torch.float64)
+
+    def run(one, x, branch_out):
+        branch_in, add_residual = connect(one, x)
+        return branch_in, complete(add_residual(branch_out))
+
+    def with_gradients_of(one):
+        leaves = [t.clone().requires_grad_() for t in (x, branch_out)]
+        with torch.enable_grad():
+            read, end = run(one, *leaves)
+            loss = read.square().sum() + end.square().sum()
+        gradients = torch.autograd.grad(loss, [*leaves, *one.parameters()], allow_unused=True)
+        return read, end, [torch.zeros(()) if g is None or not g.any() else g for g in gradients]
+
+    came, expected = with_gradients_of(hooked), with_gradients_of(plain)
+    assert came[0].dtype == came[1].dtype == torch.float64
+    assert_same(came, expected, 1e-12)
+    half = [t.to(torch.bfloat16) for t in (x, branch_out)]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert_same(run(hooked.bfloat16(), *half), run(plain.bfloat16(), *half), 2e-2)
 
 
 def test_connections_of_a_sequence_are_compiled_whole(kernels_everywhere):

@@ -28,7 +28,7 @@ from titans_pytorch.ops.sinkhorn import sinkhorn
 from titans_pytorch.ops.token_hyper_connection import token_hyper_connection
 from titans_pytorch.utils.parameters import InReferenceFormat, Resettable, fill
 from titans_pytorch.utils.plain import is_plain
-from titans_pytorch.utils.precision import at_least_float32
+from titans_pytorch.utils.precision import at_least_float32, no_autocast
 from titans_pytorch.utils.shapes import Float
 
 
@@ -54,6 +54,10 @@ class HyperConnection(Resettable, InReferenceFormat, ManifoldConstrainedHyperCon
     static_beta: Tensor
     dynamic_beta_fn: Tensor
     num_residual_streams: int
+    residual_transform: Module
+    dropout: Module
+    residual_mix_constraint_fn: Callable[[Tensor], Tensor]
+    depth_residual_fn: Callable[[Tensor, Tensor], Tensor]
 
     scalars = ('h_post_scale',)
 
@@ -84,6 +88,29 @@ class HyperConnection(Resettable, InReferenceFormat, ManifoldConstrainedHyperCon
             scales.append(self.h_post_scale)
         for scale in scales:
             nn.init.constant_(scale, 1e-2)
+
+    # The package's own two methods compute in float32, float64 too. These serve calls that the operation does not.
+
+    def width_connection(
+        self, residuals: Float[Tensor, 'bs n d']
+    ) -> tuple[Float[Tensor, 'b n d'], Float[Tensor, 'bs n d'], dict[str, Float[Tensor, 'b n s 1']]]:
+        """The branch's input, the mixed streams, and the gates for writing the branch's output to them."""
+        streams = self.num_residual_streams
+        x = self.residual_transform(residuals).unflatten(0, (-1, streams)).movedim(1, -2)
+        normed = at_least_float32(self.norm(x))
+        to_logits, bias = _to_logits(self)
+        with no_autocast(x):
+            read, mix, write = (normed @ to_logits + bias).tensor_split((1, 1 + streams), dim=-1)
+            read_and_mix = torch.cat((read.sigmoid(), self.residual_mix_constraint_fn(mix)), dim=-1)
+            mixed = (read_and_mix.mT @ at_least_float32(x)).to(x.dtype)
+        return mixed[..., 0, :], mixed[..., 1:, :].movedim(-2, 1).flatten(0, 1), {'beta': 2 * write.sigmoid()}
+
+    def depth_connection(
+        self, branch_output: Float[Tensor, 'b n d'], residuals: Float[Tensor, 'bs n d'], *, beta: Tensor
+    ) -> Float[Tensor, 'bs n d']:
+        """The mixed streams with the branch's output added."""
+        added = (beta * branch_output.unsqueeze(-2)).movedim(-2, 1).flatten(0, 1).to(residuals.dtype)
+        return self.dropout(self.depth_residual_fn(added, residuals))
 
 
 class ExpandStreams(Resettable, StreamEmbed):
@@ -203,17 +230,22 @@ def folded(connection: Any) -> FoldedConnection | None:
     """The connection's weights as they are now, for tokens; `None` for a plain residual, which has none."""
     if not hasattr(connection, 'static_alpha'):
         return None
-    streams, dim = len(connection.static_alpha), connection.norm.gamma.shape[0]
+    to_logits, bias = _to_logits(connection)
+    gain = at_least_float32(connection.norm.gamma).unsqueeze(1) + 1.0
+    return FoldedConnection((to_logits * gain).mT.contiguous(), bias.contiguous())
 
-    scales = (connection.pre_branch_scale, connection.residual_scale.expand(streams))
-    to_logits = connection.dynamic_alpha_fn[0] * torch.cat(scales)
-    bias = connection.static_alpha
-    if connection.add_branch_out_to_residual:
-        to_write = connection.dynamic_beta_fn.reshape(dim, 1) * connection.h_post_scale
-        to_logits = torch.cat((to_logits, to_write), dim=1)
-        bias = torch.cat((bias, connection.static_beta.reshape(streams, 1)), dim=1)
-    gain = connection.norm.gamma.unsqueeze(1) + 1.0
-    return FoldedConnection(at_least_float32(to_logits * gain).mT.contiguous(), at_least_float32(bias).contiguous())
+
+def _to_logits(connection: Any) -> tuple[Float[Tensor, 'd l'], Float[Tensor, 's l']]:
+    """Matrix from a normalised stream to the logits to read, mix and write by, and their biases."""
+    c = connection
+    bias = at_least_float32(c.static_alpha)
+    scales = torch.cat((c.pre_branch_scale, c.residual_scale.expand(len(bias))))
+    to_logits = at_least_float32(c.dynamic_alpha_fn[0]) * at_least_float32(scales)
+    if c.add_branch_out_to_residual:
+        to_write = at_least_float32(c.dynamic_beta_fn) * at_least_float32(c.h_post_scale)
+        to_logits = torch.cat((to_logits, to_write.unsqueeze(1)), dim=1)
+        bias = torch.cat((bias, at_least_float32(c.static_beta).unsqueeze(1)), dim=1)
+    return to_logits, bias
 
 
 def connect_token(connection: Module, weights: FoldedConnection | None, x: Streams) -> tuple[Tensor, AddResidual]:
