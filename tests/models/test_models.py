@@ -369,6 +369,8 @@ def test_calls():
         ({'cache': state, 'return_loss': True}, ValueError, 'with return_loss, pass the tokens after the cache as x'),
         ({'document_id': 1}, TypeError, "unexpected keyword argument 'document_id'"),
         ({'state': state.select([0])}, ValueError, 'state must be of a batch of 2, as x is, got one of 1'),
+        ({'state': state.to(torch.float32)}, TypeError, r'state.key_values\[0\] must be torch.float64, as the param'),
+        ({'state': state.to('meta')}, ValueError, 'cached keys and values must be on cpu, as the input is, got meta'),
         ({'state': state.memories[0]}, TypeError, 'state must be a ModelState, got NeuralMemState'),
         ({'cache': state}, ValueError, 'x must go beyond the 10 tokens in the cache, got 10'),
         ({'mask': mask, 'return_state': True}, ValueError, 'leave out state, cache and return_state'),

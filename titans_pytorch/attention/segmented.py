@@ -27,6 +27,7 @@ from titans_pytorch.utils.checks import (
     check_floating,
     check_keywords,
     check_not_negative,
+    check_precision,
     check_shape,
     checked_arguments,
     checked_carried,
@@ -269,6 +270,9 @@ class SegmentedAttention(Resettable, InReferenceFormat):
     def checked_cache(self, name: str, cache: Any, position: Any, batch: int | None) -> tuple[KeyValues, int | None]:
         """`cache`, which must hold keys and values of this attention from before `position`; and the position."""
         key_values = checked_key_values(name, cache, batch, self.heads, self.dim_head)
+        if self._dtype is not None:
+            for t in key_values:
+                check_precision(name, t, self._dtype)
         if position is not None:
             (position,) = check_not_negative(position=position)
             if key_values[0].shape[-2] > position * self.keys_per_position:
@@ -285,7 +289,8 @@ class SegmentedAttention(Resettable, InReferenceFormat):
 
     def _carried(self, cache: KeyValues, seq: Float[Tensor, 'b n d']) -> KeyValues:
         """`cache`, whose precision and device must fit a call with `seq`."""
-        keys, values = (checked_carried('cache', t, self._dtype or seq.dtype, seq.device) for t in cache)
+        dtype = self._dtype or seq.dtype
+        keys, values = (checked_carried('cached keys and values', t, dtype, seq.device) for t in cache)
         return keys, values
 
     def trimmed(self, key_values: KeyValues, position: int) -> KeyValues:

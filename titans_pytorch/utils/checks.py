@@ -204,12 +204,16 @@ def check_floating(name: str, value: Any, dtype: torch.dtype | None = None) -> N
         raise TypeError(f'{name} must be of {dtype}, as the parameters are, got {value.dtype}')
 
 
-def check_origin(name: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-    """`value`, from an earlier call of a module of `dtype`, must be on `device`, and in float64 exactly if the module
-    is."""
+def check_precision(name: str, value: Tensor, dtype: torch.dtype) -> None:
+    """`value`, from an earlier call of a module of `dtype`, must be in float64 exactly if the module is."""
     if (value.dtype == torch.float64) != (dtype == torch.float64):
         precision = torch.promote_types(dtype, torch.float32)
         raise TypeError(f'{name} must be {precision}, as the parameters are {dtype}, got {value.dtype}')
+
+
+def check_origin(name: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    """`value`, from an earlier call of a module of `dtype`, must be on `device`, and pass `check_precision`."""
+    check_precision(name, value, dtype)
     if value.device != device:
         raise ValueError(f'{name} must be on {device}, as the input is, got {value.device}')
 
