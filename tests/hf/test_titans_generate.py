@@ -75,6 +75,25 @@ def test_a_conversation_goes_on_from_its_cache():
     assert torch.equal(again, own.generate(longer, **kwargs))
 
 
+def test_a_conversation_that_its_cache_does_not_fit():
+    own, cache = model(), TitansCache()
+    x = torch.tensor([[3, 1, 0, 5, 9, 2]])  # 0 is the padding token
+    own(x, past_key_values=cache)
+    for text in (x, x[:, :4], x[:, :1]):
+        with pytest.raises(ValueError, match=f'input_ids must go beyond the 6 tokens .* has read, got {text.shape[1]}'):
+            own.generate(text, **{CACHE: cache}, **GREEDY)
+    embedded = own.get_input_embeddings()(x[:, :4])
+    with pytest.raises(ValueError, match='inputs_embeds must go beyond the 6 tokens'):
+        own.generate(inputs_embeds=embedded, **{CACHE: cache}, **GREEDY)
+
+    longer = torch.cat((x, x[:, :1]), dim=1)
+    with pytest.raises(ValueError, match='Without an attention_mask `generate` takes every padding token for padding'):
+        own.generate(longer, **{CACHE: cache}, **GREEDY)
+    mask = torch.ones_like(longer)
+    expected = own.generate(longer, attention_mask=mask, **GREEDY)
+    assert torch.equal(own.generate(longer, attention_mask=mask, **{CACHE: cache}, **GREEDY), expected)
+
+
 def test_a_prompt_read_in_pieces():
     own, (x, mask) = model(), batch()
     tokens = own.generate(x, attention_mask=mask, prefill_chunk_size=3, **{CACHE: TitansCache()}, **GREEDY)

@@ -382,6 +382,13 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
+        if next_sequence_length is not None and next_sequence_length < 1:  # transformers would slice by it
+            name, given = ('input_ids', input_ids) if inputs_embeds is None else ('inputs_embeds', inputs_embeds)
+            read = given.shape[1] - next_sequence_length
+            raise ValueError(
+                f'{name} must go beyond the {read} tokens that {CACHE} has read, got {given.shape[1]}: pass the whole '
+                'text, or new tokens alone with an attention_mask of the whole text'
+            )
         inputs = super().prepare_inputs_for_generation(
             input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
         )

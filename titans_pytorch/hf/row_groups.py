@@ -106,8 +106,9 @@ def check_past(groups: Sequence[RowGroup[Any]], past: Tensor) -> None:
             if left[row] < group.num_tokens:
                 raise ValueError(
                     f'attention_mask must be 1 for all tokens that the cache has read, which are {group.num_tokens} in '
-                    f'row {row}, got {left[row]}. `generate` has the model read padding after the end of a row: go on '
-                    f'from such a batch without its cache'
+                    f'row {row}, got {left[row]}. Without an attention_mask `generate` takes every padding token for '
+                    f'padding, generated ones too: pass one. After the end of a row it has the model read padding: go '
+                    f'on from such a batch without its cache'
                 )
 
 
