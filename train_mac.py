@@ -43,6 +43,7 @@ from titans_pytorch.training import (
     MicroStep,
     RunError,
     Signals,
+    TooLittleText,
     Vocabulary,
     any_rank,
     append,
@@ -414,6 +415,9 @@ def load_data(config: Config, stored_vocabulary: dict[str, Any] | None = None) -
             paths, source = enwik8.standard_library(), "the source text of Python's standard library"
         window = max(config.SEQ_LEN, config.PRIME_LENGTH) + 2
         data = training.load_data(paths, vocabulary, cache=config.CACHE_DIR or None, window=window)
+    except TooLittleText as error:
+        option = '--seq-len' if config.SEQ_LEN >= config.PRIME_LENGTH else '--prime-length'
+        sys.exit(f'{error}: give a smaller {option}, or more text with --data')
     except BadData as error:
         sys.exit(f'{error}; delete it, and it is downloaded again' if paths == [path] and path.exists() else str(error))
     except ModuleNotFoundError as error:  # tokenizers

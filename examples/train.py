@@ -100,5 +100,7 @@ def main() -> float:
 if __name__ == '__main__':
     try:
         main()
+    except t.TooLittleText as error:
+        sys.exit(f'{error}: give a smaller --length, or more text')
     except (t.RunError, OSError) as error:
         sys.exit(str(error))

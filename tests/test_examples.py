@@ -29,7 +29,7 @@ def run(monkeypatch):
         ('long_document none.txt', "No such file or directory: 'none.txt'"),
         ('long_document empty', 'empty is too short'),
         ('train none.txt', 'cannot read the data file none.txt'),
-        ('train empty', 'empty has 0 bytes, too few'),
+        ('train empty', 'at least 257: give a smaller --length, or more text'),
         ('train empty --vocabulary 10', 2),
         ('long_document empty --piece 0', 2),
         ('time_series --piece 0', 2),

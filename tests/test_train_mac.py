@@ -1088,7 +1088,7 @@ def test_raw_gz_and_zip_give_the_same_splits(tmp_path):
         ('flipped.gz', lambda packed: packed[:50] + bytes([packed[50] ^ 8]) + packed[51:], 'cannot read'),
         ('other.gz', lambda packed: b'not gzip at all', 'cannot read'),
         ('other.zip', lambda packed: b'not a zip at all', 'cannot read'),
-        ('short.gz', lambda packed: gzip.compress(TEXT[:99]), 'too few'),
+        ('short.gz', lambda packed: gzip.compress(TEXT[:99]), 'too few: .*: give a smaller --prime-length, or more'),
         ('absent.gz', None, 'cannot read'),
     ],
 )
@@ -1098,6 +1098,14 @@ def test_a_bad_data_file_ends_with_its_name(tmp_path, name, damage, message):
     with pytest.raises(SystemExit, match=message) as ended:
         train_mac.load_data(train_mac.Config(DATA=str(tmp_path / name), SEQ_LEN=64))
     assert name in str(ended.value.code)
+
+
+def test_text_too_short_for_windows_names_the_option(tmp_path):
+    path = tmp_path / 'text'
+    path.write_bytes(TEXT[:2000])
+    train_mac.load_data(train_mac.Config(DATA=str(path), SEQ_LEN=98, PRIME_LENGTH=98))
+    with pytest.raises(SystemExit, match='a window needs at least 101: give a smaller --seq-len, or more text'):
+        train_mac.load_data(train_mac.Config(DATA=str(path), SEQ_LEN=99, PRIME_LENGTH=98))
 
 
 def test_a_zip_of_two_files_is_refused(tmp_path):

@@ -14,7 +14,7 @@ from titans_pytorch.training.checkpoints import (
     save_shards,
     write_checkpoint,
 )
-from titans_pytorch.training.data import BadData, Data, even_starts, load_data, random_starts, windows
+from titans_pytorch.training.data import BadData, Data, TooLittleText, even_starts, load_data, random_starts, windows
 from titans_pytorch.training.distributed import (
     any_rank,
     average_gradients,
@@ -67,6 +67,7 @@ __all__ = [
     'Run',
     'RunError',
     'Signals',
+    'TooLittleText',
     'Vocabulary',
     'any_rank',
     'append',

@@ -35,6 +35,10 @@ class BadData(RunError):
     """Data that cannot be read or trained on."""
 
 
+class TooLittleText(BadData):
+    """Text of which a split is shorter than a window."""
+
+
 class Data(NamedTuple):
     """A text in order: 90 % to train on, 5 % to validate, 5 % for a test."""
 
@@ -72,7 +76,8 @@ def load_data(
         window: tokens that each split must have at least.
 
     Raises:
-        BadData: for files that cannot be read, and for too little text.
+        BadData: for files that cannot be read.
+        TooLittleText: for a text of which a split is shorter than `window`; it is a `BadData`.
         ValueError, TypeError: for invalid arguments.
     """
     paths = [paths] if isinstance(paths, (str, Path)) else paths
@@ -91,7 +96,7 @@ def load_data(
     def check_enough(parts: list[Tensor], unit: str) -> None:
         if (shortest := min(map(len, parts))) < window:
             few = f'a twentieth of them is {shortest} {unit}, and a window needs at least {window}'
-            raise BadData(f'{source} has {size} bytes, too few: {few}')
+            raise TooLittleText(f'{source} has {size} bytes, too few: {few}')
 
     if isinstance(vocabulary, ByteVocabulary):
         parts = splits = _split(text, [size * 90 // 100, size * 95 // 100])
