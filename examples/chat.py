@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from titans_pytorch.commands.options import integer
+from titans_pytorch.commands.options import length
 from titans_pytorch.commands.text import Conversation
 from titans_pytorch.training import RunError
 from titans_pytorch.training.runs import open_run
@@ -24,7 +24,7 @@ def main() -> str:
     parser.add_argument('message')
     parser.add_argument('--run', type=Path, default=Path('runs/quick'), help='folder of the run, or a checkpoint in it')
     parser.add_argument('--state', type=Path, default=Path('chat.pt'), help='file that holds the conversation')
-    parser.add_argument('--length', type=integer(), default=64, help='maximum length of the answer in tokens')
+    parser.add_argument('--length', type=length(), default=64, help='maximum length of the answer in tokens')
     options = parser.parse_args()
 
     conversation = Conversation(open_run(options.run))

@@ -308,13 +308,12 @@ def test_ctrl_c_ends_an_answer_and_then_the_conversation(folder: Path, capsys, m
         (['chat', '--run', 'runs/small', '--checkpoint', 'no.pt'], 'there is no checkpoint runs/small/no.pt'),
         (['generate', 'a', '--file', 'b'], 'give a prompt or a --file, not both'),
         (['generate', '--file', 'none.txt'], "FileNotFoundError: .*none.txt'"),
-        (['chat', '--template', 'hello'], 'template must contain {message}'),
         (['chat', '--state', 'runs/small/titans_enwik8_best.pt'], 'best.pt holds no conversation'),
         (['chat', '--state', 'nowhere/chat.pt'], '--state nowhere/chat.pt cannot be written: No such'),
         (['evaluate', '--data', 'none.txt'], 'none.txt'),
         (['evaluate', '--context', '1000000'], 'too few for a context of'),
         (['evaluate', '--data', 'short.txt'], 'too few for a context of 128: give a smaller --context, or other text'),
-        (['evaluate', '--tokens', '5', '--context', '9'], '--tokens must be at least --context=9, or 0 for all, got 5'),
+        (['evaluate', '--run', 'none', '--tokens', '5', '--context', '9'], '--tokens must be at least --context=9, or'),
         (['generate', 'a', '--run', 'short.txt'], 'short.txt is corrupt, or no checkpoint'),
     ],
     ids=lambda value: ' '.join(value) if isinstance(value, list) else '',
@@ -337,7 +336,9 @@ def test_a_text_too_short_for_the_longest_context_is_refused_before_any_result(f
 @pytest.mark.parametrize(
     ('command', 'option', 'value', 'message'),
     [
-        ('generate', '--length', '-1', 'must be an integer below 2**63, at least 0'),
+        ('generate', '--length', '-1', 'must be an integer below 2**62, at least 0'),
+        ('generate', '--length', str(2**63 - 1), 'must be an integer below 2**62, at least 0'),
+        ('chat', '--template', 'hello', 'must contain {message}'),
         ('generate', '--seed', str(2**63), 'must be an integer below 2**63, at least 0'),
         ('chat', '--temperature', 'nan', 'must be a finite number, at least 0'),
         ('chat', '--temperature', 'inf', 'must be a finite number, at least 0'),
@@ -347,7 +348,7 @@ def test_a_text_too_short_for_the_longest_context_is_refused_before_any_result(f
         ('evaluate', '--context', '0', 'must be an integer below 2**63, at least 1'),
     ],
 )
-def test_numbers_are_checked_before_the_run_is_opened(command, option, value, message, capsys) -> None:
+def test_options_are_checked_before_the_run_is_opened(command, option, value, message, capsys) -> None:
     with pytest.raises(SystemExit):
         main([command, option, value])
     assert f'argument {option}: {message}, got {value!r}' in capsys.readouterr().err

@@ -214,6 +214,8 @@ def test_options_on_a_gpu(name):
     [
         ({'seq_len': 9, 'max_new_tokens': 3}, ValueError, 'pass either seq_len, the total length, or max_new_tokens'),
         ({}, ValueError, 'pass either seq_len, the total length, or max_new_tokens'),
+        ({'seq_len': 2**63}, ValueError, r'seq_len must give rows of fewer than 2\*\*63 tokens, prompt included'),
+        ({'max_new_tokens': 2**63 - 1}, ValueError, r'max_new_tokens must give rows of fewer than 2\*\*63 tokens'),
         ({'max_new_tokens': -1}, ValueError, 'max_new_tokens must be an integer of at least 0, got -1'),
         ({'seq_len': 9, 'top_k': 0}, ValueError, 'top_k must be a positive integer, got 0'),
         ({'seq_len': 9, 'top_p': 2.0}, ValueError, 'top_p must be a probability'),

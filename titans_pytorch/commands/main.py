@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from titans_pytorch.commands.evaluation import evaluate, num_windows
-from titans_pytorch.commands.options import integer, number
+from titans_pytorch.commands.options import integer, length, number
 from titans_pytorch.commands.text import Conversation, generate
 from titans_pytorch.training.data import BadData
 from titans_pytorch.training.files import RunError, one_line
@@ -58,7 +58,7 @@ def add_chat_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--state', type=Path, help='file that holds the conversation; it is saved after every turn')
     parser.add_argument(
         '--template',
-        type=unescaped,
+        type=template,
         default='\nYou: {message}\nModel: ',
         help=r'text around a message; \n stands for a new line (default: \nYou: {message}\nModel: )',
     )
@@ -66,7 +66,7 @@ def add_chat_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, stops: list[str]) -> None:
-    parser.add_argument('--length', type=integer(), default=256, help='tokens at most (default: 256)')
+    parser.add_argument('--length', type=length(), default=256, help='tokens at most (default: 256)')
     parser.add_argument('--temperature', type=number(), default=0.8, help='0 takes the likeliest token (default: 0.8)')
     parser.add_argument('--top-k', type=integer(1), help='keep so many tokens')
     parser.add_argument('--top-p', type=number(0, 1), help='keep the likeliest tokens of this total probability')
@@ -103,6 +103,12 @@ def unescaped(text: str) -> str:
     return text.replace('\\n', '\n')
 
 
+def template(text: str) -> str:
+    if '{message}' not in text:
+        raise argparse.ArgumentTypeError(f'must contain {{message}}, got {text!r}')
+    return unescaped(text)
+
+
 def stop_string(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError('must not be empty')
@@ -130,14 +136,14 @@ def prompt_bytes(options: argparse.Namespace) -> bytes:
 
 def evaluate_command(options: argparse.Namespace) -> None:
     """Bits per byte of the test split by length of context."""
+    if options.context is not None and options.tokens and options.context > options.tokens:
+        raise RunError(f'--tokens must be at least --context={options.context}, or 0 for all, got {options.tokens}')
     run = opened(options)
     text, source = unseen_text(run, options.data)
     default = TOKENS_ON_CPU if run.machine.device.type == 'cpu' else 0
     limit = (default if options.tokens is None else options.tokens) or None
     if limit is not None and limit < len(text):
         source = f'{source}, {limit:,} of its {len(text):,} tokens'
-    if options.context is not None and options.tokens and options.context > options.tokens:
-        raise RunError(f'--tokens must be at least --context={options.context}, or 0 for all, got {options.tokens}')
     longest = min(LONGEST, limit or LONGEST) if options.context is None else options.context
     contexts = [*(context for context in CONTEXTS if context < longest), longest]
     if options.context is None:

@@ -11,9 +11,14 @@ from typing import TypeVar
 N = TypeVar('N', int, float)
 
 
-def integer(at_least: int = 0) -> Callable[[str], int]:
-    """Integers from `at_least` on, as far as PyTorch takes them."""
-    return _checked(int, lambda value: at_least <= value < 2**63, f'an integer below 2**63, at least {at_least}')
+def integer(at_least: int = 0, bits: int = 63) -> Callable[[str], int]:
+    """Integers from `at_least` on, below 2**`bits`, as far as PyTorch takes them."""
+    return _checked(int, lambda value: at_least <= value < 2**bits, f'an integer below 2**{bits}, at least {at_least}')
+
+
+def length() -> Callable[[str], int]:
+    """Numbers of tokens that a text is continued by; with those of the text, PyTorch still takes them."""
+    return integer(bits=62)
 
 
 def number(at_least: float = 0.0, at_most: float = math.inf) -> Callable[[str], float]:

@@ -301,6 +301,9 @@ class _Request(NamedTuple):
             limits = [check_integer('seq_len', seq_len, 1)] * len(lengths)
         else:
             limits = [length + check_integer('max_new_tokens', max_new_tokens, 0) for length in lengths]
+        if max(limits) >= 2**63:  # positions are int64
+            name, given = ('max_new_tokens', max_new_tokens) if seq_len is None else ('seq_len', seq_len)
+            raise ValueError(f'{name} must give rows of fewer than 2**63 tokens, prompt included, got {given}')
         pad_token = check_integer('pad_token', pad_token)
         return cls(
             prompt=prompt.clone(),  # a stream reads it later than it is checked
