@@ -239,6 +239,24 @@ def test_an_answer_that_was_interrupted_stays_in_the_state(run: Run) -> None:
     assert_same(conversation.state, read(run, torch.stack(tokens)), 1e-9)
 
 
+def test_a_failed_answer_leaves_the_state_as_it_was(run: Run) -> None:
+    with pytest.raises(ValueError, match="template must contain {message}, got 'hello'"):
+        Conversation(run, 'hello')
+    conversation = Conversation(run)
+    list(conversation.answer('one', 3, generator=seeded()))
+    before, calls = conversation.state, []
+
+    def fails_later(logits):
+        calls.append(logits)
+        return logits if len(calls) < 3 else logits * float('nan')
+
+    for wrong in ({'length': -1}, {'temperature': 'warm'}, {'filter_fn': fails_later, 'filter_kwargs': {}}):
+        with pytest.raises((ValueError, TypeError)):
+            list(conversation.answer('two', **wrong))
+        assert conversation.state is before
+    assert len(calls) == 3
+
+
 def test_chat(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     def chat(*messages: str, state: str = 'chat.pt') -> list[str]:
         lines = iter(messages)

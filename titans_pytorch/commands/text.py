@@ -127,7 +127,8 @@ class Conversation:
         return tokens
 
     def answer(self, message: str, length: int = 256, **sampling: Any) -> Generator[str, None, None]:
-        """Yield the answer to a message, as it comes. Closed early, the state holds as much of it as came."""
+        """Yield the answer to a message, as it comes. Closed early, the state holds as much of it as came; after an
+        error, it is what it was."""
         vocabulary, tokens, turn = self.run.vocabulary, [], self.turn(message)
         before = read(self.run, turn[:-1], self.state)
 
@@ -136,10 +137,15 @@ class Conversation:
                 tokens.append(token)
                 yield vocabulary.decode([token])
 
+        def keep() -> None:
+            self.state = read(self.run, torch.cat((turn[-1:], torch.tensor(tokens, dtype=torch.long))), before)
+
         try:
             yield from characters(until(pieces(), self.stops))
-        finally:
-            self.state = read(self.run, torch.cat((turn[-1:], torch.tensor(tokens, dtype=torch.long))), before)
+        except (GeneratorExit, KeyboardInterrupt):
+            keep()
+            raise
+        keep()
 
     def save(self, path: str | Path) -> None:
         """Write the state to a file."""
