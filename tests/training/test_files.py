@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import small_run
 
 from titans_pytorch import training
 from titans_pytorch.training import ByteVocabulary, atomic_file, finish_saves, remove_leftovers
@@ -56,6 +57,18 @@ def test_a_file_of_another_kind_is_no_checkpoint(name: str, tmp_path: Path) -> N
     with pytest.raises(training.BadCheckpoint, match=re.escape(reason)) as refused:
         training.read_checkpoint(path)
     assert 'weights_only' not in str(refused.value)
+
+
+def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    run, shards = small_run(tmp_path / 'run'), tmp_path / 'run' / 'shards'
+    for read in (training.read_checkpoint, lambda path: training.open_run(run, path)):
+        with pytest.raises(training.BadCheckpoint, match='run is a folder: name a file in it'):
+            read(run)
+    shards.mkdir()
+    (shards / CONTENT).touch()
+    for read in (training.read_checkpoint, lambda path: training.open_run(run, path)):
+        with pytest.raises(training.BadCheckpoint, match='holds shards; .* makes a file of them'):
+            read(shards)
 
 
 def test_shards_are_set_aside_by_their_own_name(tmp_path: Path) -> None:

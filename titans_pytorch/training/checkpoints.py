@@ -73,6 +73,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         BadCheckpoint: if the file is missing, damaged or of another kind.
     """
     path = Path(path)
+    if (path / CONTENT).exists():
+        hint = f'python -m titans_pytorch.training.checkpoints {path} makes a file of them'
+        raise BadCheckpoint(f'{path} holds shards; {hint}')
+    if path.is_dir():
+        raise BadCheckpoint(f'{path} is a folder: name a file in it')
     if path.suffix == '.safetensors' and path.exists():
         hint = f'titans_pytorch.hf.pretrained_to_run({str(path.parent)!r}, RUN) makes a run of its folder'
         raise BadCheckpoint(f'{path} holds weights alone: {hint}')

@@ -74,9 +74,6 @@ def open_run(
     else:
         in_run, elsewhere = path / checkpoint, Path(checkpoint)
         checkpoint = elsewhere if elsewhere.exists() and not in_run.exists() else in_run
-        if checkpoint.is_dir():
-            hint = f'python -m titans_pytorch.training.checkpoints {checkpoint} makes a file of them'
-            raise BadCheckpoint(f'{checkpoint} holds shards; {hint}')
         content = _weights(checkpoint)
     description = _description(path)
     # a run that was resumed with other settings has described another model since
