@@ -47,6 +47,7 @@ from titans_pytorch.training import (
     Vocabulary,
     any_rank,
     append,
+    check_outside_text,
     clear_run_folder,
     describe_run,
     enwik8,
@@ -414,6 +415,7 @@ def load_data(config: Config, stored_vocabulary: dict[str, Any] | None = None) -
         if not config.DATA and not path.exists() and not enwik8.download_enwik8(path):
             paths, source = enwik8.standard_library(), "the source text of Python's standard library"
         window = max(config.SEQ_LEN, config.PRIME_LENGTH) + 2
+        check_outside_text(run_folder(config), paths)
         data = training.load_data(paths, vocabulary, cache=config.CACHE_DIR or None, window=window)
     except TooLittleText as error:
         option = '--seq-len' if config.SEQ_LEN >= config.PRIME_LENGTH else '--prime-length'

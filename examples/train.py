@@ -32,6 +32,7 @@ def main() -> float:
     parser.add_argument('--micro-batches', type=integer(1), default=4, help='micro batches per step, of all processes')
     parser.add_argument('--length', type=integer(1), default=256, help='tokens per window')
     options = parser.parse_args()
+    t.check_outside_text(options.run_dir, options.data)
 
     with t.process_group(), t.Signals() as signals, t.run_lock(options.run_dir):
         first = t.rank() == 0

@@ -30,6 +30,7 @@ def run(monkeypatch):
         ('long_document empty', 'empty is too short'),
         ('train none.txt', 'cannot read the data file none.txt'),
         ('train empty', 'at least 257: give a smaller --length, or more text'),
+        ('train .', 'runs/own is in ., all files of which are text to train on: name a folder outside of it'),
         ('train empty --vocabulary 10', 2),
         ('long_document empty --piece 0', 2),
         ('time_series --piece 0', 2),

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from titans_pytorch.training import BadData, ByteVocabulary, even_starts, load_data, random_starts, train_bpe, windows
+from titans_pytorch.training import (
+    BadData,
+    ByteVocabulary,
+    check_outside_text,
+    even_starts,
+    load_data,
+    random_starts,
+    train_bpe,
+    windows,
+)
 
 WORDS = ['memory', 'surprise', 'momentum', 'decay', 'größer', '記憶', 'the', 'of', 'and\n']
 
@@ -134,6 +143,20 @@ def test_arguments_of_load_data_are_checked(wrong, error, message, cache):
 def test_sizes_of_windows_are_checked(starts, count, length, name):
     with pytest.raises((ValueError, TypeError), match=f'{name} must be an integer of at least 0, got'):
         starts(torch.arange(100), count, length)
+
+
+def test_folders_that_a_run_writes_to_are_outside_of_its_text(tmp_path):
+    text = tmp_path / 'text'
+    text.mkdir()
+    (text / 'file').write_bytes(b'text' * 99)
+    for inside in (text, text / 'cache', text / 'a' / 'b', tmp_path / 'other' / '..' / 'text' / 'c'):
+        with pytest.raises(BadData, match=r'is in .*text, all files of which are text to train on'):
+            check_outside_text(inside, text)
+        with pytest.raises(BadData, match='name a folder outside of it'):
+            load_data([tmp_path / 'other', text], cache=inside)
+    for outside in (tmp_path, tmp_path / 'texts', text / '.cache', text / '.hidden' / 'runs'):
+        check_outside_text(str(outside), [str(text), str(text / 'file')])
+        assert len(load_data(text, cache=outside).train) == 356
 
 
 def test_windows_are_parts_of_the_text(tmp_path):

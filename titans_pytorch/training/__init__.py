@@ -14,7 +14,16 @@ from titans_pytorch.training.checkpoints import (
     save_shards,
     write_checkpoint,
 )
-from titans_pytorch.training.data import BadData, Data, TooLittleText, even_starts, load_data, random_starts, windows
+from titans_pytorch.training.data import (
+    BadData,
+    Data,
+    TooLittleText,
+    check_outside_text,
+    even_starts,
+    load_data,
+    random_starts,
+    windows,
+)
 from titans_pytorch.training.distributed import (
     any_rank,
     average_gradients,
@@ -73,6 +82,7 @@ __all__ = [
     'append',
     'atomic_file',
     'average_gradients',
+    'check_outside_text',
     'choose_machine',
     'clear_run_folder',
     'consolidate',

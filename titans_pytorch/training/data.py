@@ -76,7 +76,7 @@ def load_data(
         window: tokens that each split must have at least.
 
     Raises:
-        BadData: for files that cannot be read.
+        BadData: for files that cannot be read, and for a `cache` inside a folder of text.
         TooLittleText: for a text of which a split is shorter than `window`; it is a `BadData`.
         ValueError, TypeError: for invalid arguments.
     """
@@ -86,6 +86,7 @@ def load_data(
     vocabulary = _checked_vocabulary(vocabulary)
     (window,) = check_positive(window=window)
     cache = Path(cache) if cache is not None else default_cache()
+    check_outside_text(cache, paths)
     files = [file for path in paths for file in _files_in(Path(path))]
     source = ', '.join(map(str, paths)) if len(paths) < 5 else f'{paths[0]} and {len(paths) - 1} others'
     if not files:
@@ -119,6 +120,20 @@ def default_cache() -> Path:
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'titans_pytorch'
 
 
+def check_outside_text(folder: str | Path, paths: str | Path | Sequence[str | Path]) -> None:
+    """Check that what a run writes to `folder` is not part of its text, the files and folders `paths`.
+
+    Raises:
+        BadData: if `folder` is in a folder of text, and not hidden there.
+    """
+    for path in [paths] if isinstance(paths, (str, Path)) else paths:
+        inner, outer = Path(folder).resolve(), Path(path).resolve()
+        if outer.is_dir() and inner.is_relative_to(outer) and not _is_hidden(inner, outer):
+            raise BadData(
+                f'{folder} is in {path}, all files of which are text to train on: name a folder outside of it'
+            )
+
+
 def _checked_vocabulary(vocabulary: Any) -> Vocabulary | int:
     if vocabulary is None:
         return ByteVocabulary()
@@ -137,7 +152,12 @@ def _files_in(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     inside = (file for file in path.rglob('*') if file.is_file())
-    return sorted(file for file in inside if not any(part[0] == '.' for part in file.relative_to(path).parts))
+    return sorted(file for file in inside if not _is_hidden(file, path))
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    """Whether `path`, which is in `folder`, or a folder between them is hidden."""
+    return any(part[0] == '.' for part in path.relative_to(folder).parts)
 
 
 def _blocks(files: Iterable[Path]) -> Iterator[bytes]:
