@@ -112,13 +112,18 @@ BAD_MEMORIES = [
 BOUNDS = ['max_grad_norm', 'default_step_transform_max_lr', 'max_mem_layer_modulation']
 BAD_MEMORIES += [
     ({name: value}, ValueError, f'{name} must be a finite number above 0, got {value}')
-    for name in BOUNDS
+    for name in ('max_grad_norm', 'max_mem_layer_modulation')
     for value in (0, -1, NAN, INF)
+]
+BAD_MEMORIES += [
+    ({'default_step_transform_max_lr': value}, ValueError, f'max_lr must be a finite number of at least 0, got {value}')
+    for value in (-1, NAN, INF)
 ]
 BAD_MEMORIES += [
     ({name: value}, ValueError, f'{name} must be a finite number, got {value}')
     for name in ('init_adaptive_step_bias', 'init_momentum_bias', 'init_decay_bias')
     for value in (NAN, INF, -INF)
+    if (name, value) != ('init_decay_bias', -INF)
 ]
 BAD_MEMORIES += [
     ({name: '1'}, TypeError, f"{name} must be a number.*, got '1'") for name in (*BOUNDS, 'init_decay_bias')

@@ -136,7 +136,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
             a sequence may be split anywhere. Default: sigmoid times `default_step_transform_max_lr`.
         default_step_transform_max_lr: the largest step size. A chunk is one step on the sum of its tokens' gradients,
             and all steps of a memory batch are taken at the same weights: the longer either is, the smaller this must
-            be. `train_mac.py` uses 0.1 with chunks of 4 and memory batches of 128.
+            be. `train_mac.py` uses 0.1 with chunks of 4 and memory batches of 128. With 0 nothing is stored.
         per_parameter_lr_modulation: learn a factor in (0, `max_mem_layer_modulation`) for the step of each parameter.
         max_mem_layer_modulation: the largest such factor.
         per_head_learned_parameters: learn initial weights for each head; otherwise heads share them.
@@ -160,7 +160,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         init_adaptive_step_bias: initial logit of the step sizes, the same for every token.
         init_momentum_bias: initial logit of momentum.
         init_decay_bias: initial logit of forgetting, which also wears away the initial weights. The default starts near
-            a half per chunk, which a deep memory may not survive; about −3 keeps memory long at first.
+            a half per chunk, which a deep memory may not survive; about −3 keeps memory long at first, −inf for good.
         accept_weight_residual: take gradients at the base weights plus a learned share of another memory's weights
             (`prev_weights`).
         spectral_norm_surprises: orthogonalise the momentum of each chunk by Newton–Schulz (Muon) before it is applied.

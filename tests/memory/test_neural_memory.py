@@ -94,6 +94,25 @@ def test_every_parameter_has_a_gradient(switch):
     assert all(g.abs().max() > 0 for name, g in came.items() if 'attn_logits.bias' not in name)
 
 
+@every_switch
+def test_a_memory_that_never_forgets_or_never_stores(switch):
+    """Whose gates are exactly 0: the numbers of a gate that is all but 0."""
+    results = []
+    for changes in ({'init_decay_bias': -float('inf')}, {'init_decay_bias': -1000.0}):
+        torch.manual_seed(0)
+        mem = memory(switch, **changes)
+        out, state = mem(inputs(mem, 13))
+        results.append((out, carried(state), gradients(mem, scalar(out, state))))
+    assert_same(*results, 1e-12)
+
+    mem = memory(switch, init_decay_bias=-float('inf'), default_step_transform_max_lr=0)
+    out, state = mem(inputs(mem, 13))
+    initial = mem(inputs(mem, 1))[1].weights
+    newest = state.weights if state.states is None else state.states[0]
+    assert_same(newest, initial)
+    assert all(g.isfinite().all() for g in gradients(mem, scalar(out, state)).values())
+
+
 def test_a_token_reads_the_chunks_complete_with_it():
     mem = memory(chunk_size=4, batch_size=None, momentum=False)
     seq = inputs(mem, 11)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
@@ -90,13 +91,14 @@ def checked_settings(arguments: Mapping[str, Any], constructor: Callable[..., An
         check_callable(adaptive_step_transform=arguments['adaptive_step_transform'])
         _check_step_transform(arguments['adaptive_step_transform'], heads)
     check_keywords(default_model_kwargs=arguments['default_model_kwargs'])
-    max_step_size, max_modulation = (
-        check_number(name, arguments[name], above=0)
-        for name in ('default_step_transform_max_lr', 'max_mem_layer_modulation')
+    max_step_size = check_number(
+        'default_step_transform_max_lr', arguments['default_step_transform_max_lr'], at_least=0
     )
-    biases = ('init_adaptive_step_bias', 'init_momentum_bias', 'init_decay_bias')
+    max_modulation = check_number('max_mem_layer_modulation', arguments['max_mem_layer_modulation'], above=0)
     max_grad_norm = optional('max_grad_norm', check_number, above=0)
-    check_biases(**{name: arguments[name] for name in biases})
+    check_biases(**{name: arguments[name] for name in ('init_adaptive_step_bias', 'init_momentum_bias')})
+    if arguments['init_decay_bias'] != -math.inf:  # a memory that never forgets
+        check_biases(init_decay_bias=arguments['init_decay_bias'])
     settings = Settings(
         dim=dim,
         dim_head=dim_head,
