@@ -52,7 +52,7 @@ def connection(streams, dim, adds=True, device=DEVICE, constraint=sinkhorn_knopp
     return randomised(make(add_branch_out_to_residual=adds, **changes)).to(device)
 
 
-def the_package_s(one):
+def of_the_package(one):
     """A copy of a connection that computes by the package's own code."""
     one = copy.deepcopy(one)
     one.__class__ = ManifoldConstrainedHyperConnections
@@ -171,7 +171,7 @@ def with_gradients(some, x, branches, through, of=slice(None), run=chain):
 def by_module(some, x, branches, **kwargs):
     """The package's modules, in float64."""
     with all_in_float64():
-        some = [the_package_s(one).double() for one in some]
+        some = [of_the_package(one).double() for one in some]
         return with_gradients(some, x.double(), [t.double() for t in branches], lambda one, x: one(x), **kwargs)
 
 
@@ -223,7 +223,7 @@ def test_a_connection_of_a_sequence_that_only_reads(kernels_everywhere, poisoned
         return only_read, read, torch.autograd.grad((only_read.square() + read).sum(), learned)
 
     with all_in_float64():
-        modules = [the_package_s(one).double() for one in (adds, reads)]
+        modules = [of_the_package(one).double() for one in (adds, reads)]
         expected = run(lambda one, x: one(x), *modules, x.double(), first.double())
     assert_same(run(connect, adds, reads, x, first), expected, 1e-5)
 
