@@ -3,8 +3,8 @@
     make train ARGS="--preset quick"
     python examples/chat.py --run runs/quick --state chat.pt "What was my name?"
 
-No earlier turn is read again, the file has a constant size, and the answer arrives as it is sampled. `python -m
-titans_pytorch chat` is the same in a loop.
+No earlier turn is read again, the file has a constant size, and the answer is printed as it is sampled. `python -m
+titans_pytorch chat` does the same in a loop.
 """
 
 from __future__ import annotations

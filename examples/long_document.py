@@ -1,9 +1,9 @@
-"""Training on a document that is too long for one pass: pieces, linked by a detached state.
+"""Training on a document that is too long for one pass, in pieces linked by a detached state.
 
     python examples/long_document.py [file]
 
-The model reads the whole document in order, several times. A step holds the activations of one piece, however long the
-document is. Earlier text reaches it through the state: the attention window and the weights of the memories.
+The model reads the whole document in order, several times. A step keeps the activations of only one piece, however long
+the document is. Earlier text reaches the piece through the state: the attention window and the weights of the memories.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python examples/time_series.py
 
 Each series has its own periods, which trained weights cannot contain: the model has to learn them from the series while
-it reads. It consists of a linear map, a `NeuralMemory` with a residual connection, and an MLP. The series is read in
-pieces, and the memory state carries over what was learned (truncated backpropagation through time).
+it reads. The model consists of a linear map, a `NeuralMemory` with a residual connection, and an MLP. It reads a series
+in pieces, and the memory's state carries over what it has learned (truncated backpropagation through time).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Forecaster(nn.Module):
         self.predict = nn.Sequential(nn.RMSNorm(dim), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 1))
 
     def forward(self, values: Tensor, state: NeuralMemState | None = None) -> tuple[Tensor, NeuralMemState]:
-        """Predictions (batch, length) of the value after each in `values` (batch, length + 3) but the first three."""
+        """Predictions (batch, length) of the value after each of `values` (batch, length + 3) but the first three."""
         x = self.embed(values.unfold(1, 4, 1))
         retrieved, state = self.memory(x, state=state)
         return self.predict(x + retrieved).squeeze(-1), state

@@ -1,9 +1,9 @@
-"""A custom training script, from the parts of `titans_pytorch.training`: text files, a BPE vocabulary, any model.
+"""A custom training script, built from the parts of `titans_pytorch.training`: text files, BPE vocabulary, any model.
 
     python examples/train.py books/ --run-dir runs/books
     torchrun --nproc-per-node 2 examples/train.py books/ --run-dir runs/books
 
-Copy it and change the model, the optimizer or the loop. Ctrl-C saves; the same command goes on with the run.
+Copy it and change the model, the optimizer or the loop. Ctrl-C saves a checkpoint; the same command continues the run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> float:
     parser.add_argument('--vocabulary', type=integer(256), default=4096, help='tokens of the BPE vocabulary')
     parser.add_argument('--steps', type=integer(1), default=2000, help='optimizer steps')
     parser.add_argument('--batch', type=integer(1), default=8, help='windows per micro batch')
-    parser.add_argument('--micro-batches', type=integer(1), default=4, help='micro batches per step, of all processes')
+    parser.add_argument('--micro-batches', type=integer(1), default=4, help='micro batches per step, in all processes')
     parser.add_argument('--length', type=integer(1), default=256, help='tokens per window')
     options = parser.parse_args()
     t.check_outside_text(options.run_dir, options.data)
