@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -139,8 +138,8 @@ class PaperMACBlock(MACBlock):
 
     combine = _part(7)
 
-    def __init__(self, *parts: Module | None, detach_context: bool = False, **kwargs: Any):
-        super().__init__(*parts, **kwargs)
+    def __init__(self, *parts: Module | None, detach_context: bool = False):
+        super().__init__(*parts)
         self.detach_context = detach_context
 
     def update_stream(self, x: Streams, parts: Parts) -> Streams:
@@ -257,75 +256,67 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         checkpoint_layers: bool = False,
         position_length: int | None = None,
     ):
-        positive = ['dim', 'depth', 'segment_len', 'dim_head', 'heads', 'num_residual_streams']
-        not_negative = ['num_longterm_mem_tokens', 'num_persist_mem_tokens']
-        sizes = checked_arguments(MemoryAsContextTransformer, locals(), positive, not_negative)
-        dim, depth, segment_len, dim_head, heads, num_residual_streams, *memory_tokens = sizes
+        dim, depth, segment_len, dim_head, heads, num_residual_streams, *memory_tokens = checked_arguments(
+            MemoryAsContextTransformer,
+            locals(),
+            positive=['dim', 'depth', 'segment_len', 'dim_head', 'heads', 'num_residual_streams'],
+            not_negative=['num_longterm_mem_tokens', 'num_persist_mem_tokens'],
+        )
         num_longterm_mem_tokens, num_persist_mem_tokens = memory_tokens
-        if neural_memory_segment_len is None:
-            neural_memory_segment_len = segment_len + num_longterm_mem_tokens
-        neural_memory_segment_len, neural_memory_batch_size = checked_memory_settings(
-            dim, neural_memory_segment_len, neural_memory_batch_size, neural_memory_model, neural_memory_kwargs
+        attn_window_size = segment_len + num_longterm_mem_tokens
+        chunk_size, memory_batch_size = checked_memory_settings(
+            dim,
+            attn_window_size if neural_memory_segment_len is None else neural_memory_segment_len,
+            neural_memory_batch_size,
+            neural_memory_model,
+            neural_memory_kwargs,
         )
         memory_layers = layers_with_memory(neural_memory_layers, depth)
         super().__init__(num_tokens=num_tokens, dim=dim, token_emb=token_emb)
-
-        self.segment_len = segment_len
-        self.num_longterm_mem_tokens = num_longterm_mem_tokens
-        self.num_persist_mem_tokens = num_persist_mem_tokens
-        self.attn_window_size = segment_len + num_longterm_mem_tokens
-        self.gate_attn_output = neural_mem_gate_attn_output
-        self.neural_mem_weight_residual = neural_mem_weight_residual
-        self.neural_memory_segment_len = neural_memory_segment_len
-        self.neural_memory_batch_size = segment_len if paper_order else neural_memory_batch_size
         if paper_order:
             _check_paper_order(
                 num_longterm_mem_tokens=num_longterm_mem_tokens,
                 neural_mem_gate_attn_output=neural_mem_gate_attn_output,
-                neural_memory_batch_size=None if neural_memory_batch_size == segment_len else neural_memory_batch_size,
+                neural_memory_batch_size=None if memory_batch_size == segment_len else memory_batch_size,
                 neural_memory_qkv_receives_diff_views=neural_memory_qkv_receives_diff_views,
                 neural_mem_weight_residual=neural_mem_weight_residual,
                 sliding_window_attn=sliding_window_attn,
                 use_flex_attn=use_flex_attn,
             )
-            check_multiple('segment_len', segment_len, 'neural_memory_segment_len', self.neural_memory_segment_len)
+            check_multiple('segment_len', segment_len, 'neural_memory_segment_len', chunk_size)
+            memory_batch_size = segment_len
         elif detach_context:
             raise ValueError('detach_context=True needs paper_order=True, got paper_order=False')
 
-        num_chunks = None
-        if position_length is not None:
-            (position_length,) = check_positive(position_length=position_length)
-            num_chunks = -(-self.num_positions(position_length) // self.neural_memory_segment_len)
-        self.axial_pos_emb = AxialPositions(dim, num_chunks)
+        self.segment_len = segment_len
+        self.num_longterm_mem_tokens = num_longterm_mem_tokens
+        self.num_persist_mem_tokens = num_persist_mem_tokens
+        self.attn_window_size = attn_window_size
+        self.sliding_window_attn = sliding_window_attn
+        self.gate_attn_output = neural_mem_gate_attn_output
+        self.neural_mem_weight_residual = neural_mem_weight_residual
+        self.neural_memory_segment_len = chunk_size
+        self.neural_memory_batch_size = memory_batch_size
+
+        self.axial_pos_emb = AxialPositions(dim, self._num_position_chunks(position_length))
         self.longterm_mems = (
             nn.Parameter(torch.empty(num_longterm_mem_tokens, dim)) if num_longterm_mem_tokens else None
         )
         self._reset_own()
 
-        def memory_parts(connection: Callable[..., Module], layer: int) -> tuple[Module | None, ...]:
-            """Connection, view selector and memory of a layer."""
-            if layer not in memory_layers:
-                return None, None, None
-            selects_views = neural_memory_qkv_receives_diff_views and layer > 1
-            memory = NeuralMemory(
+        def memory(layer: int) -> NeuralMemory:
+            return NeuralMemory(
                 dim=dim,
-                chunk_size=self.neural_memory_segment_len,
-                batch_size=self.neural_memory_batch_size,
+                chunk_size=chunk_size,
+                batch_size=memory_batch_size,
                 model=neural_memory_model,
                 qkv_receives_diff_views=not paper_order,
                 accept_weight_residual=neural_mem_weight_residual and layer != min(memory_layers),
                 **neural_memory_kwargs,
             )
-            return (
-                None if paper_order else connection(add_branch_out_to_residual=not neural_mem_gate_attn_output),
-                view_selector(dim, layer) if selects_views else None,
-                memory,
-            )
 
-        def block(connection: Callable[..., Module], layer: int) -> MACBlock:
-            in_paper_order = paper_order and layer in memory_layers
-            memory_connection, view_selector, memory = memory_parts(connection, layer)
-            attention = (ContextAttention if in_paper_order else SegmentedAttention)(
+        def attention(kind: type[SegmentedAttention], layer: int) -> SegmentedAttention:
+            return kind(
                 dim=dim,
                 dim_head=dim_head,
                 heads=heads,
@@ -336,16 +327,32 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
                 num_persist_mem_tokens=num_persist_mem_tokens,
                 sliding=sliding_window_attn,
             )
-            make = partial(PaperMACBlock, detach_context=detach_context) if in_paper_order else MACBlock
-            return make(
-                memory_connection,
+
+        def block(connection: Callable[..., Module], layer: int) -> MACBlock:
+            # the memory first, as the reference draws the parts in this order
+            own_memory = memory(layer) if layer in memory_layers else None
+            if own_memory is not None and paper_order:
+                return PaperMACBlock(
+                    None,
+                    connection(),
+                    connection(),
+                    None,
+                    own_memory,
+                    attention(ContextAttention, layer),
+                    FeedForward(dim, ff_mult),
+                    Gated(dim),
+                    detach_context=detach_context,
+                )
+            adds_retrieved = not neural_mem_gate_attn_output
+            selects_views = own_memory is not None and neural_memory_qkv_receives_diff_views and layer > 1
+            return MACBlock(
+                None if own_memory is None else connection(add_branch_out_to_residual=adds_retrieved),
                 connection(),
                 connection(),
-                view_selector,
-                memory,
-                attention,
+                view_selector(dim, layer) if selects_views else None,
+                own_memory,
+                attention(SegmentedAttention, layer),
                 FeedForward(dim, ff_mult),
-                *((Gated(dim),) if in_paper_order else ()),
                 gate_attn_output=neural_mem_gate_attn_output,
                 shares_views=neural_memory_qkv_receives_diff_views,
                 shares_memory_weights=neural_mem_weight_residual,
@@ -357,9 +364,15 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
             use_flex_attn,
             checkpoint_layers,
         )
-        self.sliding_window_attn = sliding_window_attn
         if paper_order and any(memory.mixes_tokens for memory in self._memories):
             raise ValueError('paper_order retrieves for each token separately, and neural_memory_model mixes them')
+
+    def _num_position_chunks(self, position_length: int | None) -> int | None:
+        """Memory chunks that so many tokens, and the memory tokens between them, take up; `None` for no limit."""
+        if position_length is None:
+            return None
+        (position_length,) = check_positive(position_length=position_length)
+        return -(-self.num_positions(position_length) // self.neural_memory_segment_len)
 
     def _reset_own(self) -> None:
         if self.longterm_mems is not None:
