@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Module
+from torch.nn.attention.flex_attention import flex_attention
 
 from titans_pytorch.attention.context import ContextAttention
 from titans_pytorch.attention.masks import create_mac_block_mask
-from titans_pytorch.attention.segmented import AttnIntermediates, SegmentedAttention, flex_attention
+from titans_pytorch.attention.segmented import AttnIntermediates, SegmentedAttention
 from titans_pytorch.generation.decodable import StepKind
 from titans_pytorch.generation.logits import gumbel_noise, gumbel_sample, min_p_filter
 from titans_pytorch.models.axial_positions import AxialPositions, AxialTables

@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention.flex_attention import create_block_mask
 
 from titans_pytorch.attention import masks
+from titans_pytorch.attention.flex import segmented_flex_attention
 from titans_pytorch.attention.rotary import rotate
-from titans_pytorch.attention.segmented import SegmentedAttention, segmented_flex_attention
+from titans_pytorch.attention.segmented import SegmentedAttention
 from titans_pytorch.ops.attention_inputs import attention_inputs, with_persistent
 
 VARIANTS = [

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache, partial
-from typing import Any, NamedTuple, cast
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Linear
-from torch.nn.attention.flex_attention import flex_attention
 from x_transformers.attend import Attend
 
-from titans_pytorch.attention.masks import after_persistent, over_positions, segmented, segmented_block_mask
+from titans_pytorch.attention.flex import segmented_flex_attention
+from titans_pytorch.attention.masks import after_persistent, over_positions, segmented
 from titans_pytorch.attention.rotary import KeyValues, Rotary, check_rotary_width, frequencies, rotate
 from titans_pytorch.memory.modules import MergeHeads, SplitHeads, logits_of
-from titans_pytorch.ops._dispatch import HOPPER, nvidia_capability
 from titans_pytorch.ops.attention_inputs import attention_inputs, heads_of, mixed_values, with_persistent
 from titans_pytorch.ops.token_attention import Position, RingLayout, ValueMix, token_attention
 from titans_pytorch.ops.token_linear import linear_of_token
@@ -38,7 +37,7 @@ from titans_pytorch.utils.packing import PackedDocuments, check_documents
 from titans_pytorch.utils.parameters import InReferenceFormat, Resettable, first_weight
 from titans_pytorch.utils.plain import is_plain, is_plain_linear
 from titans_pytorch.utils.precision import at_least_float32
-from titans_pytorch.utils.shapes import Float, divided
+from titans_pytorch.utils.shapes import Bool, Float, Int, divided
 
 
 class AttnIntermediates(NamedTuple):
@@ -48,42 +47,6 @@ class AttnIntermediates(NamedTuple):
     """Values before any residual; later layers mix in those of the first."""
     cached_key_values: KeyValues
     """Keys (not rotated) and values of the cache and of this call."""
-
-
-@cache
-def _compiled_flex_attention() -> Callable[..., Any]:
-    # uncompiled, it materialises all scores; compiled at import, it would load the compiler for every user
-    return torch.compile(flex_attention)
-
-
-# Tiles in half precision. PyTorch's own have 128 queries or keys on Hopper, most of them masked in short windows; with
-# these, attention takes 10 to 40 % less time at windows of 36 to 512 positions
-_TILES_ON_HOPPER = {
-    'fwd_BLOCK_M': 64,
-    'fwd_BLOCK_N': 64,
-    'bwd_BLOCK_M1': 32,
-    'bwd_BLOCK_N1': 64,
-    'bwd_BLOCK_M2': 64,
-    'bwd_BLOCK_N2': 32,
-    'num_warps': 4,
-    'num_stages': 3,
-}
-
-
-def segmented_flex_attention(
-    seq_len: int, window: int, num_persistent: int, sliding: bool, device: torch.device
-) -> Callable[..., Tensor]:
-    """FlexAttention with the block mask of segments, as a function of (queries, keys, values)."""
-    block_mask = segmented_block_mask(seq_len, window, num_persistent, sliding, device)
-    attend = _compiled_flex_attention() if device.type == 'cuda' else cast(Callable[..., Any], flex_attention)
-    # of fewer queries PyTorch's kernel for decoding takes some of these tiles, and writes beyond its buffers
-    on_hopper = nvidia_capability(device) == HOPPER and seq_len >= 128
-
-    def attended(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        fits = on_hopper and queries.dtype.itemsize == 2 and queries.shape[-1] <= 64
-        return attend(queries, keys, values, block_mask=block_mask, kernel_options=_TILES_ON_HOPPER if fits else None)
-
-    return attended
 
 
 class SegmentedAttention(Resettable, InReferenceFormat):
@@ -196,58 +159,31 @@ class SegmentedAttention(Resettable, InReferenceFormat):
             ValueError, TypeError: for arguments that do not fit the layer or each other; the message names the
                 argument.
         """
-        check_floating('seq', seq, self._dtype)
-        check_shape('seq', seq, batch=None, length=None, dim=self.dim)
-        check_flags(disable_flex_attn=disable_flex_attn)
-        if flex_attn_fn is not None:
-            check_callable(flex_attn_fn=flex_attn_fn)
-        if (value_residual is None) != (self.to_learned_v_mix is None):
-            given = 'got none' if value_residual is None else 'but this layer has accept_value_residual=False'
-            raise ValueError(f'value_residual must be given exactly where accept_value_residual=True, {given}')
-        if value_residual is not None:
-            batch, length, dim_head = *seq.shape[:2], self.dim_head
-            check_floating('value_residual', value_residual)
-            check_shape(
-                'value_residual', value_residual, batch=batch, heads=self.heads, length=length, dim_head=dim_head
-            )
-        if output_gating is not None:
-            check_broadcasts('output_gating', output_gating, seq)
-        if documents is not None:
-            check_documents(documents, *seq.shape[:2])
-            if cache is not None or not self.sliding:
-                raise ValueError('documents need sliding windows, and a call without cache')
-        if cache is not None:
-            cache, position = self.checked_cache('cache', cache, position, seq.shape[0])
-            cache = self._carried(cache, seq)
-            compile_each_length(cache[0].shape[-2])
-        elif position is not None:
-            (position,) = check_not_negative(position=position)
+        cache, position = self._checked_call(
+            seq, value_residual, flex_attn_fn, disable_flex_attn, output_gating, cache, position, documents
+        )
+        num_cached = 0 if cache is None else cache[0].shape[-2]
+        position = num_cached if position is None else position
+        first = position - num_cached
+        at_once = cache is not None and seq.shape[1] <= self.total_segment_len
+        flex = not (disable_flex_attn or at_once) and documents is None and self._takes_flex(seq.is_cuda, first)
 
         seq = self.norm(seq)
         projected = self.to_qkv(seq)
         mix = None
         if self.to_learned_v_mix is not None and value_residual is not None:
             mix = value_residual, self.to_learned_v_mix(seq)
-        _, own_keys, own_values = heads_of(projected, self.heads)
-
-        num_cached = 0 if cache is None else cache[0].shape[-2]
-        position = num_cached if position is None else position
-        first = position - num_cached
-        at_once = cache is not None and seq.shape[1] <= self.total_segment_len
-        flex = self.use_flex_attn and seq.is_cuda and not disable_flex_attn and documents is None and not at_once
-        # whose windows begin with the first key
-        flex = flex and (self.sliding or first % self.total_segment_len == 0)
-        # windows take persistent keys one by one, and those of a cache come between
-        persistent = self.persistent_memory if flex and cache is None else None
         queries, keys, values = attention_inputs(
             projected,
             self.heads,
             frequencies(self.rotary_emb, projected.device),
             position if documents is None else documents.positions,
             mix=mix,
-            persistent=persistent,
+            # windows take persistent keys one by one, and those of a cache come between
+            persistent=self.persistent_memory if flex and cache is None else None,
         )
         # a cache holds keys that are not rotated, and nothing persistent
+        _, own_keys, own_values = heads_of(projected, self.heads)
         to_keep = own_keys, values[..., values.shape[-2] - seq.shape[1] :, :]
         if cache is not None:
             to_keep = torch.cat((cache[0], to_keep[0]), dim=-2), torch.cat((cache[1], to_keep[1]), dim=-2)
@@ -261,11 +197,52 @@ class SegmentedAttention(Resettable, InReferenceFormat):
             out = self._attend_flex(queries, keys, values, flex_attn_fn)
         else:
             out = self._attend_windows(queries, keys, values, first, documents)
-
         out = self.to_out(self.merge_heads(out))
-        if output_gating is not None:
-            out = out * output_gating
+        out = out if output_gating is None else out * output_gating
         return out, AttnIntermediates(value_residual=own_values, cached_key_values=to_keep)
+
+    def _checked_call(
+        self,
+        seq: Any,
+        value_residual: Any,
+        flex_attn_fn: Any,
+        disable_flex_attn: Any,
+        output_gating: Any,
+        cache: Any,
+        position: Any,
+        documents: Any,
+    ) -> tuple[KeyValues | None, int | None]:
+        """The cache and the position of a call, all of whose arguments are checked."""
+        check_floating('seq', seq, self._dtype)
+        check_shape('seq', seq, batch=None, length=None, dim=self.dim)
+        batch, length, _ = seq.shape
+        check_flags(disable_flex_attn=disable_flex_attn)
+        if flex_attn_fn is not None:
+            check_callable(flex_attn_fn=flex_attn_fn)
+        if (value_residual is None) != (self.to_learned_v_mix is None):
+            given = 'got none' if value_residual is None else 'but this layer has accept_value_residual=False'
+            raise ValueError(f'value_residual must be given exactly where accept_value_residual=True, {given}')
+        if value_residual is not None:
+            sizes = {'batch': batch, 'heads': self.heads, 'length': length, 'dim_head': self.dim_head}
+            check_floating('value_residual', value_residual)
+            check_shape('value_residual', value_residual, **sizes)
+        if output_gating is not None:
+            check_broadcasts('output_gating', output_gating, seq)
+        if documents is not None:
+            check_documents(documents, batch, length)
+            if cache is not None or not self.sliding:
+                raise ValueError('documents need sliding windows, and a call without cache')
+        if cache is not None:
+            cache, position = self.checked_cache('cache', cache, position, batch)
+            cache = self._carried(cache, seq)
+            compile_each_length(cache[0].shape[-2])
+        elif position is not None:
+            (position,) = check_not_negative(position=position)
+        return cache, position
+
+    def _takes_flex(self, is_cuda: bool, first: int) -> bool:
+        """True if FlexAttention serves keys of positions from `first` on; its windows begin with the first key."""
+        return self.use_flex_attn and is_cuda and (self.sliding or first % self.total_segment_len == 0)
 
     def checked_cache(self, name: str, cache: Any, position: Any, batch: int | None) -> tuple[KeyValues, int | None]:
         """`cache`, which must hold keys and values of this attention from before `position`; and the position."""
@@ -413,9 +390,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
             keys, values = (torch.cat((_shifted(t), t), dim=-2) for t in (keys, values))
         if documents is not None:
             ids = F.pad(documents.ids, (0, trail), value=-1).unflatten(1, (num_windows, window))
-            seen = ids if mask is None else torch.cat((F.pad(ids, (0, 0, 1, 0))[:, :-1], ids), dim=-1)
-            same = ids.unsqueeze(-1) == seen.unsqueeze(-2)
-            same = F.pad(same, (self.num_persist_mem_tokens, 0), value=True).flatten(0, 1).unsqueeze(1)
+            same = self._document_mask(ids, with_window_before=mask is not None)
             mask = same if mask is None else mask & same
 
         queries, keys, values = (t.flatten(0, 1) for t in (queries, keys, values))
@@ -431,6 +406,12 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         before = torch.where(positions < self.total_segment_len, positions.numel(), positions - self.total_segment_len)
         keys = torch.cat((before, positions), dim=-1) + self.num_persist_mem_tokens
         return over_positions(self._mask_mod, positions, torch.cat((persistent, keys), dim=-1))
+
+    def _document_mask(self, ids: Int[Tensor, 'b w i'], with_window_before: bool) -> Bool[Tensor, 'bw 1 i j']:
+        """True for persistent keys, and for those in the document of the query, given the number of each position's."""
+        of_keys = torch.cat((_shifted(ids), ids), dim=-1) if with_window_before else ids
+        same = ids.unsqueeze(-1) == of_keys.unsqueeze(-2)
+        return F.pad(same, (self.num_persist_mem_tokens, 0), value=True).flatten(0, 1).unsqueeze(1)
 
     def _attend_at_once(self, queries: Tensor, keys: Tensor, values: Tensor, first: int) -> Tensor:
         """All queries to all keys at once, for short pieces of a sequence, which see few keys."""
@@ -453,9 +434,9 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         return after_persistent(self.num_persist_mem_tokens, segmented(self.total_segment_len, self.sliding))
 
 
-def _shifted(windows: Float[Tensor, 'b w h n d']) -> Float[Tensor, 'b w h n d']:
-    """The window before each window; zeros for the first."""
-    return F.pad(windows, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
+def _shifted(windows: Tensor) -> Tensor:
+    """The window before each window, (b, w, …); zeros for the first."""
+    return F.pad(windows, (*(0, 0) * (windows.ndim - 2), 1, 0))[:, :-1]
 
 
 _NEUTRAL_OPTIONS = {'causal', 'flash', 'dropout'}  # of `Attend`: they change no result in evaluation mode

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Linear, Module, ModuleList
 
-from titans_pytorch.attention.segmented import segmented_flex_attention
+from titans_pytorch.attention.flex import segmented_flex_attention
 from titans_pytorch.memory.state import LayerSurprises
 from titans_pytorch.models.block import Block, Carried, LayerState
 from titans_pytorch.models.decoding import StepwiseDecoding
