@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from titans_pytorch import MemoryMLP, NeuralMemory
-from titans_pytorch.memory.backends import DenseBackend, DualBackend, SpectralBackend, fused_mlp, whole_batches
+from titans_pytorch.memory.backends import DenseBackend, DualBackend, SpectralBackend, dual, fused_mlp
 from titans_pytorch.memory.chunks import Chunks, Coefficients
 from titans_pytorch.memory.fast_weights import FastWeights
 from titans_pytorch.memory.soft_clamp import soft_clamp_norm
@@ -51,13 +51,13 @@ def assert_backends_agree(ours, dense, seq, sizes, mask=None):
 @pytest.fixture
 def factored(monkeypatch):
     """All matrices factored, however small."""
-    monkeypatch.setattr(whole_batches, '_forms_matrix', lambda *_: False)
+    monkeypatch.setattr(dual, '_forms_matrix', lambda *_: False)
 
 
 @pytest.fixture
 def formed(monkeypatch):
     """All matrices formed, however large."""
-    monkeypatch.setattr(whole_batches, '_forms_matrix', lambda *_: True)
+    monkeypatch.setattr(dual, '_forms_matrix', lambda *_: True)
 
 
 @pytest.mark.parametrize('matrices', ['factored', 'formed'])

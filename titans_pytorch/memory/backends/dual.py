@@ -29,7 +29,7 @@ from titans_pytorch.memory.backends.base import (
 )
 from titans_pytorch.memory.backends.export_scan import scan_chunks
 from titans_pytorch.memory.backends.fused_mlp import FusedMLP
-from titans_pytorch.memory.backends.whole_batches import WholeBatches, formed_matrices
+from titans_pytorch.memory.backends.whole_batches import WholeBatches
 from titans_pytorch.memory.chunks import Chunks, Coefficients, WeightResidual, scaled, split_inputs
 from titans_pytorch.memory.fast_weights import Factors, FastWeights, MemoryWeights, StoredBlock, Weights
 from titans_pytorch.memory.reference import LossFn, default_loss_fn
@@ -69,8 +69,11 @@ class DualBackend(Backend):
 
     def prepare(self, inputs: StoreInputs) -> Iterator[PreparedBlock]:
         chunks, weights = inputs.chunks, inputs.weights
-        in_one = WholeBatches.of(self.fused, inputs, self.max_grad_norm is not None)
-        formed = formed_matrices(inputs) if in_one is None else set()
+        rows, matrices = chunks.keys.shape[2], ((name, w) for name, w in weights.newest.items() if w.ndim > 2)
+        formed = {name for name, w in matrices if _forms_matrix(rows, *w.shape[1:])}
+        in_one = WholeBatches.of(self.fused, inputs, self.max_grad_norm is not None, bool(formed))
+        if in_one is not None:
+            formed = set()  # as in whole batches: a matrix is held in the same way throughout a call
         blocks = inputs.schedule.blocks(self.preferred_chunks(chunks))
         # neighbouring memory batches are stored together, but the first one by itself if its gradients are taken
         # elsewhere than at the newest weights
@@ -245,6 +248,11 @@ class DualBackend(Backend):
 
             gradient = transformed(grad, negative_loss, has_aux=True)
             return gradient({name: outside_inference(w) for name, w in at.items()})
+
+
+def _forms_matrix(rows: int, dim_in: int, dim_out: int) -> bool:
+    """True if a matrix has no more entries than the factors of its gradient over a chunk of `rows` rows."""
+    return rows * (dim_in + dim_out) >= dim_in * dim_out
 
 
 def _beginning_anew(blocks: Iterable[PreparedBlock], origin: Weights) -> Iterator[PreparedBlock]:

@@ -41,11 +41,14 @@ class WholeBatches(NamedTuple):
     inputs: StoreInputs
 
     @classmethod
-    def of(cls, fused: FusedMLP | None, inputs: StoreInputs, is_clamped: bool) -> WholeBatches | None:
+    def of(
+        cls, fused: FusedMLP | None, inputs: StoreInputs, is_clamped: bool, forms_matrices: bool
+    ) -> WholeBatches | None:
         """The operation for these inputs; `None` if memory batches are to be stored one after the other.
 
         Args:
             is_clamped: whether the norms of gradients are bounded.
+            forms_matrices: whether a matrix would be formed for every chunk if they were.
         """
         chunks, per_batch = inputs.chunks, inputs.schedule.chunks_per_batch
         if fused is None or per_batch is None or is_clamped or inputs.transition.share is not None:
@@ -60,7 +63,7 @@ class WholeBatches(NamedTuple):
                 return cls(fused.store_linear, most_in_block, inputs)
         if inputs.residual is not None or chunks.modulation is not None:
             return None
-        if formed_matrices(inputs) and not (chunks.keys.is_cuda and rows <= ROWS_OF_FORMED):
+        if forms_matrices and not (chunks.keys.is_cuda and rows <= ROWS_OF_FORMED):
             return None
         num_states = _num_states(inputs)
         # where both serve, this one is faster
@@ -86,17 +89,6 @@ class WholeBatches(NamedTuple):
 
     def _store(self, chunks: Chunks, residual: WeightResidual | None, blocks: int, weights: MemoryWeights) -> Stored:
         return self.store(replaced(self.inputs, chunks=chunks, residual=residual, weights=weights), blocks)
-
-
-def formed_matrices(inputs: StoreInputs) -> set[str]:
-    """Names of the matrices that are formed for every chunk, if memory batches are stored one after the other."""
-    rows = inputs.chunks.keys.shape[2]
-    return {name for name, w in inputs.weights.newest.items() if w.ndim > 2 and _forms_matrix(rows, *w.shape[1:])}
-
-
-def _forms_matrix(rows: int, dim_in: int, dim_out: int) -> bool:
-    """True if a matrix has no more entries than the factors of its gradient over a chunk of `rows` rows."""
-    return rows * (dim_in + dim_out) >= dim_in * dim_out
 
 
 def _rows_solved_together(chunks: Chunks) -> tuple[int, int]:
