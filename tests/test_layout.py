@@ -95,6 +95,13 @@ def test_kernels_import_only_kernels(name):
         assert other.split('.')[-1].startswith(allowed), f'{name} must not import {other}'
 
 
+@pytest.mark.parametrize('name', [name for name in MODULES if layer(name) != 'ops'])
+def test_operations_are_imported_from_their_folder_alone(name):
+    for other in own_imports(name):
+        parts = other.split('.')
+        assert parts[0] != 'ops' or len(parts) <= 2, f'{name} must import from ops.{parts[1]}, not from {other}'
+
+
 @pytest.mark.parametrize('name', MODULES)
 def test_optional_packages_are_imported_where_they_are_used(name):
     if name.split('.')[-1].startswith(('_triton', 'triton')) or layer(name) == 'hf':

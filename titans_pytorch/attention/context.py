@@ -10,8 +10,7 @@ from torch import Tensor
 from titans_pytorch.attention.rotary import KeyValues, rotate
 from titans_pytorch.attention.segmented import AttnIntermediates, SegmentedAttention
 from titans_pytorch.ops.attention_inputs import heads_of
-from titans_pytorch.ops.token_attention import token_attention
-from titans_pytorch.ops.token_attention.cache import Position
+from titans_pytorch.ops.token_attention import Position, token_attention
 from titans_pytorch.ops.token_linear import linear_of_token
 from titans_pytorch.utils.checks import check_shape
 from titans_pytorch.utils.shapes import Float

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titans_pytorch.ops.token_choice import token_choice
-from titans_pytorch.ops.token_choice.reference import gumbel, without_unlikely
+from titans_pytorch.ops.token_choice import gumbel, token_choice, without_unlikely
 from titans_pytorch.utils.checks import (
     check_broadcasts,
     check_floating,

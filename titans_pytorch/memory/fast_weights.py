@@ -26,8 +26,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from titans_pytorch.ops.grouped_linear import grouped_linear
-from titans_pytorch.ops.retrieve_sequence import FactoredMatrix
-from titans_pytorch.ops.retrieve_sequence.reference import ROWS_IN_CACHE, factored_linear
+from titans_pytorch.ops.retrieve_sequence import FactoredMatrix, blocks_at_once, factored_linear
 from titans_pytorch.utils.precision import no_autocast
 from titans_pytorch.utils.shapes import Float, concatenated
 
@@ -121,7 +120,7 @@ class FactoredBlocks(NamedTuple):
 
 
 def _factored_blocks(stored: Sequence[StoredBlock | StoredBatches]) -> Iterator[FactoredBlocks]:
-    """Consecutive blocks of one length, joined to be applied together; on a CPU as many as stay in its cache."""
+    """Consecutive blocks of one length, joined to be applied together."""
 
     def length(block: StoredBlock | StoredBatches) -> int:
         return 0 if isinstance(block, StoredBatches) else _rows(block).shape[1]
@@ -136,7 +135,7 @@ def _factored_blocks(stored: Sequence[StoredBlock | StoredBatches]) -> Iterator[
         if not group:
             continue
         rows = _rows(group[0])
-        together = len(group) if rows.is_cuda else max(1, ROWS_IN_CACHE // max(1, len(rows) * rows.shape[1]))
+        together = blocks_at_once(len(group), len(rows) * rows.shape[1], rows.device)
         for start in range(0, len(group), together):
             yield FactoredBlocks.of(group[start : start + together])
 

@@ -22,8 +22,11 @@ from titans_pytorch.ops._dispatch import MOST_ENTRIES, use_kernel
 from titans_pytorch.ops.final_state import MOST_STATES
 from titans_pytorch.ops.inner_gradient import WIDEST
 from titans_pytorch.ops.retrieve_sequence import reference
+from titans_pytorch.ops.retrieve_sequence.reference import blocks_at_once, factored_linear
 from titans_pytorch.utils.precision import operand_dtype
 from titans_pytorch.utils.shapes import Float
+
+__all__ = ['FactoredMatrix', 'blocks_at_once', 'factored_linear', 'retrieve_sequence']
 
 
 class FactoredMatrix(NamedTuple):

@@ -29,15 +29,18 @@ def retrieve_sequence(
 ) -> Float[Tensor, 'bh r n c d']:
     given: tuple[Any, ...] = (queries, coefficients.tril(-1), initial_coefficients, [*map(tuple, matrices)], gamma)
     (heads, num_blocks), stored = queries.shape[:2], matrices[0][1].shape[2]
-    at_once = num_blocks
-    if not queries.is_cuda:
-        at_once = min(num_blocks, max(1, ROWS_IN_CACHE // max(1, heads * stored)))
+    at_once = blocks_at_once(num_blocks, heads * stored, queries.device)
     if at_once == num_blocks:
         return _retrieve(eps, *given)
     # not by slices, whose gradients would each be as long as the whole
     leaves, spec = tree_flatten(given)
     parts = zip(*(repeat(None) if t is None else t.split(at_once, dim=1) for t in leaves))
     return torch.cat([_retrieve(eps, *tree_unflatten(part, spec)) for part in parts], dim=1)
+
+
+def blocks_at_once(num_blocks: int, rows_of_block: int, device: torch.device) -> int:
+    """Blocks that are read together: on a CPU as many as stay in its cache, with so many stored rows in each."""
+    return num_blocks if device.type == 'cuda' else min(num_blocks, max(1, ROWS_IN_CACHE // max(1, rows_of_block)))
 
 
 def _retrieve(

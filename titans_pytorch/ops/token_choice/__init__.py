@@ -11,7 +11,10 @@ from torch import Tensor
 
 from titans_pytorch.ops._dispatch import VOLTA, use_kernel
 from titans_pytorch.ops.token_choice import reference
+from titans_pytorch.ops.token_choice.reference import gumbel, without_unlikely
 from titans_pytorch.utils.shapes import Float, Int
+
+__all__ = ['gumbel', 'token_choice', 'without_unlikely']
 
 
 def token_choice(
