@@ -32,6 +32,7 @@ from titans_pytorch.memory.modules import (
     projection,
     rows_of_heads,
 )
+from titans_pytorch.memory.packing import PackedDocuments, check_documents
 from titans_pytorch.memory.reference import LossFn, Transition, default_loss_fn
 from titans_pytorch.memory.schedule import QueryGroups, Schedule
 from titans_pytorch.memory.soft_clamp import softclamp_grad_norm, softclamp_max
@@ -65,7 +66,6 @@ from titans_pytorch.utils.functional import (
     frozen_as_buffers,
     replaced,
 )
-from titans_pytorch.utils.packing import PackedDocuments, check_documents
 from titans_pytorch.utils.parameters import InReferenceFormat, Resettable, depending_on
 from titans_pytorch.utils.precision import (
     at_least_float32,

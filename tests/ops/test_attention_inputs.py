@@ -10,9 +10,9 @@ from compare import assert_no_worse, assert_same, gradients, randomised
 from torch.utils._pytree import tree_leaves, tree_map
 
 from titans_pytorch.attention.segmented import SegmentedAttention
+from titans_pytorch.memory.packing import PackedDocuments
 from titans_pytorch.ops import attention_inputs as operation
 from titans_pytorch.ops.attention_inputs import attention_inputs, reference
-from titans_pytorch.utils.packing import PackedDocuments
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 LOW = torch.bfloat16 if DEVICE == 'cuda' else torch.float16

@@ -16,6 +16,7 @@ from titans_pytorch.attention.flex import segmented_flex_attention
 from titans_pytorch.attention.masks import after_persistent, over_positions, segmented
 from titans_pytorch.attention.rotary import KeyValues, Rotary, check_rotary_width, frequencies, rotate
 from titans_pytorch.memory.modules import MergeHeads, SplitHeads, logits_of
+from titans_pytorch.memory.packing import PackedDocuments, check_documents
 from titans_pytorch.ops.attention_inputs import attention_inputs, heads_of, mixed_values, with_persistent
 from titans_pytorch.ops.token_attention import Position, RingLayout, ValueMix, token_attention
 from titans_pytorch.ops.token_linear import linear_of_token
@@ -33,7 +34,6 @@ from titans_pytorch.utils.checks import (
     checked_key_values,
 )
 from titans_pytorch.utils.functional import compile_each_length, constant
-from titans_pytorch.utils.packing import PackedDocuments, check_documents
 from titans_pytorch.utils.parameters import InReferenceFormat, Resettable, first_weight
 from titans_pytorch.utils.plain import is_plain, is_plain_linear
 from titans_pytorch.utils.precision import at_least_float32

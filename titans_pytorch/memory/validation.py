@@ -17,6 +17,7 @@ from torch.nn import Module
 from torch.utils._pytree import tree_map
 
 from titans_pytorch.memory.fast_weights import FastWeights, MemoryWeights
+from titans_pytorch.memory.packing import PackedDocuments
 from titans_pytorch.memory.reference import default_loss_fn
 from titans_pytorch.memory.state import NeuralMemState, OpenState, PendingSegment
 from titans_pytorch.utils.checks import (
@@ -43,7 +44,6 @@ from titans_pytorch.utils.checks import (
     flags_among,
 )
 from titans_pytorch.utils.functional import is_traced, keeping_random_state, on_cpu, outside_inference, replaced
-from titans_pytorch.utils.packing import PackedDocuments
 from titans_pytorch.utils.precision import at_least_float32
 from titans_pytorch.utils.shapes import Bool, Float
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import Linear, Module, ModuleList
 
 from titans_pytorch.attention.flex import segmented_flex_attention
+from titans_pytorch.memory.packing import PackedDocuments
 from titans_pytorch.memory.state import LayerSurprises
 from titans_pytorch.models.block import Block, Carried, LayerState
 from titans_pytorch.models.decoding import StepwiseDecoding
@@ -42,7 +43,6 @@ from titans_pytorch.utils.checks import (
     is_integral,
 )
 from titans_pytorch.utils.functional import can_checkpoint, checkpointed, compile_each_length
-from titans_pytorch.utils.packing import PackedDocuments
 from titans_pytorch.utils.parameters import Resettable, first_weight, reset_parameters
 from titans_pytorch.utils.precision import at_least_float32
 from titans_pytorch.utils.shapes import Bool, Float, Int

@@ -17,6 +17,7 @@ from torch.nn import Module
 from titans_pytorch.attention.rotary import KeyValues
 from titans_pytorch.attention.segmented import SegmentedAttention
 from titans_pytorch.generation.decodable import StepKind
+from titans_pytorch.memory.packing import PackedDocuments
 from titans_pytorch.memory.state import MemoryBuffers, NeuralMemState, Surprises
 from titans_pytorch.models.feedforward import feedforward_of_token
 from titans_pytorch.models.residual_streams import (
@@ -31,7 +32,6 @@ from titans_pytorch.models.views import selected_views, selected_views_of_token
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.ops.token_attention import Position
 from titans_pytorch.utils.functional import replaced
-from titans_pytorch.utils.packing import PackedDocuments
 from titans_pytorch.utils.parameters import Resettable
 from titans_pytorch.utils.shapes import Int
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titans_pytorch.memory.packing import PackedDocuments
 from titans_pytorch.utils.checks import (
     check_integer,
     check_integers,
@@ -27,7 +28,6 @@ from titans_pytorch.utils.checks import (
     checked_mask,
     is_integral,
 )
-from titans_pytorch.utils.packing import PackedDocuments
 from titans_pytorch.utils.shapes import Bool, Float, Int
 
 IGNORED = -100

@@ -44,7 +44,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def network_autocast(module: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
-    """Autocast context for a memory network, whose weights are float32, in a module of dtype `module`.
+    """Autocast context for a network with weights in float32 that is part of a module of dtype `module`.
 
     With bfloat16, of the module or of autocast, products are in bfloat16. With float16 they are in float32, as second
     derivatives of a norm, up to 1e5 for a small input, exceed its range.
@@ -56,7 +56,7 @@ def network_autocast(module: torch.dtype, device: torch.device) -> AbstractConte
 
 
 def network_rows(rows: Tensor, module: torch.dtype) -> Tensor:
-    """Inputs of a memory network: at least float32 in a module of half precision, or under autocast to float16.
+    """Inputs of such a network: at least float32 in a module of half precision, or under autocast to float16.
 
     To be called outside `network_autocast`, which hides the autocast around it.
     """
@@ -66,5 +66,5 @@ def network_rows(rows: Tensor, module: torch.dtype) -> Tensor:
 
 
 def in_module_precision(t: Tensor, module: torch.dtype) -> Tensor:
-    """Outputs of a memory network, cast back for a module in half precision."""
+    """Outputs of such a network, cast back for a module in half precision."""
     return t.to(module) if module in HALF else t
