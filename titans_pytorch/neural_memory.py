@@ -35,6 +35,7 @@ from titans_pytorch.memory.modules import (
 from titans_pytorch.memory.packing import PackedDocuments, check_documents
 from titans_pytorch.memory.reference import LossFn, Transition, default_loss_fn
 from titans_pytorch.memory.schedule import QueryGroups, Schedule
+from titans_pytorch.memory.settings import check_memory_loss, check_memory_model, checked_settings
 from titans_pytorch.memory.soft_clamp import softclamp_grad_norm, softclamp_max
 from titans_pytorch.memory.state import (
     BufferSizes,
@@ -46,13 +47,7 @@ from titans_pytorch.memory.state import (
     mem_state_detach,
 )
 from titans_pytorch.memory.token_retrieval import PlainRetrieval
-from titans_pytorch.memory.validation import (
-    Call,
-    MemoryLayout,
-    check_memory_loss,
-    check_memory_model,
-    checked_settings,
-)
+from titans_pytorch.memory.validation import Call, MemoryLayout
 from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
 from titans_pytorch.ops._streams import side_by_side
 from titans_pytorch.ops.associative_scan import AssocScan

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from titans_pytorch.attention.rotary import KeyValues
+from titans_pytorch.memory.settings import check_memory_model
 from titans_pytorch.memory.state import NeuralMemState
-from titans_pytorch.memory.validation import check_memory_model
 from titans_pytorch.models.block import Block
 from titans_pytorch.models.documents import IGNORED
 from titans_pytorch.models.state import ModelState
