@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial, reduce
 from typing import Any
 
@@ -12,13 +12,22 @@ from torch import Tensor
 from titans_pytorch.ops.token_choice import gumbel, token_choice, without_unlikely
 from titans_pytorch.utils.checks import (
     check_broadcasts,
+    check_callable,
     check_floating,
     check_integer,
+    check_keywords,
     check_number,
+    described,
     values_are_at_hand,
 )
 from titans_pytorch.utils.precision import at_least_float32
 from titans_pytorch.utils.shapes import Float, Int
+
+DEFAULT_FILTER: Mapping[str, Any] = {'min_p': 0.1}
+"""Arguments of `min_p_filter`, the default filter."""
+
+Choose = Callable[[Float[Tensor, 'b l']], tuple[Int[Tensor, ' b'], Float[Tensor, ' b']]]
+"""Maps logits to a token for each row, with the results of `sampled`."""
 
 
 def min_p_filter(logits: Float[Tensor, '... l'], min_p: float = 0.1) -> Float[Tensor, '... l']:
@@ -106,6 +115,34 @@ def sampled(
     return token_choice(logits, _uniform_noise(logits, generator) if is_random else None, temperature, min_p)
 
 
+def chooser(
+    temperature: Any,
+    filter_fn: Any,
+    filter_kwargs: Any,
+    top_k: Any,
+    top_p: Any,
+    min_p: Any,
+    generator: Any,
+    device: torch.device,
+) -> Choose:
+    """The choice of tokens that these arguments of `sample` describe, of logits on `device`."""
+    keep, last_min_p = _checked_filter(filter_fn, filter_kwargs, top_k, top_p, min_p)
+    temperature = check_number('temperature', temperature, at_least=0)
+    if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f'generator must be a torch.Generator, got {described(generator)}')
+        if generator.device.type != device.type:
+            raise ValueError(f'generator must be on the device of prompt, {device}, got {generator.device}')
+
+    def choose(logits: Float[Tensor, 'b l']) -> tuple[Int[Tensor, ' b'], Float[Tensor, ' b']]:
+        filtered = keep(logits)
+        if not isinstance(filtered, Tensor) or filtered.shape != logits.shape:
+            raise ValueError(f'filter_fn must return logits {tuple(logits.shape)}, got {described(filtered)}')
+        return sampled(filtered, temperature, generator, last_min_p)
+
+    return choose
+
+
 def check_best(best: Float[Tensor, ' ...']) -> None:
     """Refuse rows without a valid token, by the logits of the tokens sampled."""
     if not (best > float('-inf')).all():  # NaN compares false too
@@ -123,6 +160,22 @@ def log_probabilities(logits: Float[Tensor, '... l'], tokens: Int[Tensor, ' ...'
 def checked_min_p(min_p: Any) -> float:
     """`min_p` as a number, or an error that names it."""
     return _checked_fraction('min_p', min_p, 'a fraction of the likeliest probability')
+
+
+def _checked_filter(
+    filter_fn: Any, filter_kwargs: Any, top_k: Any, top_p: Any, min_p: Any
+) -> tuple[Callable[[Tensor], Any], float | None]:
+    """A filter, and the fraction of the `min_p_filter` that is applied after it, if any."""
+    check_callable(filter_fn=filter_fn)
+    check_keywords(filter_kwargs=filter_kwargs)
+    if top_k is None and top_p is None and min_p is None:
+        is_min_p = filter_fn is min_p_filter and [*filter_kwargs] == ['min_p']
+        if not is_min_p or isinstance(filter_kwargs['min_p'], Tensor):
+            return partial(filter_fn, **filter_kwargs), None
+        return filters(), checked_min_p(filter_kwargs['min_p'])
+    if filter_fn is not min_p_filter or filter_kwargs is not DEFAULT_FILTER:
+        raise ValueError('pass filter_fn with filter_kwargs, or top_k, top_p and min_p, not both')
+    return filters(top_k, top_p), None if min_p is None else checked_min_p(min_p)
 
 
 def _uniform_noise(t: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from functools import partial
-from typing import Any, Generic, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -15,30 +13,18 @@ from tqdm import tqdm
 from titans_pytorch.generation.decodable import CacheT, Decodable
 from titans_pytorch.generation.evaluation import evaluation_mode
 from titans_pytorch.generation.logits import (
+    DEFAULT_FILTER,
+    Choose,
     check_best,
-    checked_min_p,
-    filters,
+    chooser,
     log_probabilities,
     min_p_filter,
-    sampled,
 )
-from titans_pytorch.generation.stepper import CallStepper, Stepper
-from titans_pytorch.memory.state import LayerSurprises, Surprises
-from titans_pytorch.utils.checks import (
-    check_callable,
-    check_flags,
-    check_integer,
-    check_integers,
-    check_keywords,
-    check_number,
-    checked_token_ids,
-    described,
-    values_are_at_hand,
-)
+from titans_pytorch.generation.readers import CachedReader, Reader, UncachedReader, joined_surprises
+from titans_pytorch.generation.request import Request
+from titans_pytorch.memory.state import LayerSurprises
+from titans_pytorch.utils.checks import check_flags, values_are_at_hand
 from titans_pytorch.utils.shapes import Float, Int
-
-DEFAULT_FILTER: Mapping[str, Any] = {'min_p': 0.1}
-"""Arguments of `min_p_filter`, the default filter."""
 
 
 class Sampled(NamedTuple):
@@ -171,20 +157,19 @@ def sample(  # type: ignore[misc]  # the overloads name only what decides the re
     check_flags(return_logprobs=return_logprobs, return_surprises=return_surprises)
     cached = use_cache or return_cache or cache is not None or state is not None
     _check_runner(cached, cuda_graphs, compiled)
-    request = _Request.of(self, prompt, prompt_lengths, seq_len, max_new_tokens, stop_tokens, pad_token)
+    request = Request.of(self, prompt, prompt_lengths, seq_len, max_new_tokens, stop_tokens, pad_token)
     if return_cache and not request.has_one_limit:
         raise ValueError(
             'return_cache=True needs rows that end together: '
             'with prompts of different lengths pass seq_len in place of max_new_tokens'
         )
-    kept = _Filter.of(filter_fn, filter_kwargs, top_k, top_p, min_p)
-    choose = _chooser(temperature, kept, generator, request.prompt)
-    reader: _Reader
+    choose = chooser(temperature, filter_fn, filter_kwargs, top_k, top_p, min_p, generator, request.prompt.device)
+    reader: Reader
     if cached:
-        reader = _CachedReader(self, store, return_surprises, cache, state, cuda_graphs, compiled)
+        reader = CachedReader(self, store, return_surprises, cache, state, cuda_graphs, compiled)
     else:
-        reader = _UncachedReader(self, store, return_surprises)
-    positions = _positions(self, reader, request, choose, return_logprobs)
+        reader = UncachedReader(self, store, return_surprises)
+    positions = _positions(reader, request, choose, return_logprobs)
 
     out: list[Sampled] = []
     with tqdm(total=max(0, request.seq_len - min(request.lengths)), disable=not show_progress) as progress:
@@ -201,7 +186,7 @@ def sample(  # type: ignore[misc]  # the overloads name only what decides the re
     return Sampled(
         tokens=added,
         logprobs=request.by_row([position.logprobs for position in out], 0.0) if return_logprobs else None,
-        surprises=_joined(surprises) if return_surprises else None,
+        surprises=joined_surprises(surprises) if return_surprises else None,
         cache=next_cache if return_cache else None,
     )
 
@@ -241,11 +226,10 @@ def stream(
     """
     check_flags(return_logprobs=return_logprobs, return_surprises=return_surprises)
     _check_runner(True, cuda_graphs, compiled)
-    request = _Request.of(self, prompt, prompt_lengths, seq_len, max_new_tokens, stop_tokens, pad_token)
-    kept = _Filter.of(filter_fn, filter_kwargs, top_k, top_p, min_p)
-    choose = _chooser(temperature, kept, generator, request.prompt)
-    reader = _CachedReader(self, store, return_surprises, cache, state, cuda_graphs, compiled)
-    positions = _positions(self, reader, request, choose, return_logprobs)
+    request = Request.of(self, prompt, prompt_lengths, seq_len, max_new_tokens, stop_tokens, pad_token)
+    choose = chooser(temperature, filter_fn, filter_kwargs, top_k, top_p, min_p, generator, request.prompt.device)
+    reader = CachedReader(self, store, return_surprises, cache, state, cuda_graphs, compiled)
+    positions = _positions(reader, request, choose, return_logprobs)
     return _copied_positions(positions, whole=return_logprobs or return_surprises)
 
 
@@ -260,94 +244,9 @@ def _check_runner(cached: bool, cuda_graphs: Any, compiled: Any) -> None:
 
 # the loop
 
-Choose = Callable[[Float[Tensor, 'b l']], tuple[Int[Tensor, ' b'], Float[Tensor, ' b']]]
-
-
-class _Request(NamedTuple):
-    """Checked arguments that say which tokens to sample."""
-
-    prompt: Int[Tensor, 'b n']
-    lengths: list[int]
-    """Length of each row's prompt; the rest of the row is padding."""
-    limits: list[int]
-    """Length of each row, prompt included, unless a stop token ends it earlier."""
-    stops: Int[Tensor, ' s']
-    pad_token: int
-    pad_input: int
-    """The model's input in place of `pad_token`: the same, or a token of its vocabulary."""
-
-    @classmethod
-    def of(
-        cls,
-        model: Decodable,
-        prompt: Any,
-        prompt_lengths: Any,
-        seq_len: Any,
-        max_new_tokens: Any,
-        stop_tokens: Any,
-        pad_token: Any,
-    ) -> _Request:
-        num_tokens = model.num_tokens
-        if num_tokens is None:
-            raise ValueError('a model without num_tokens has no logits to sample from')
-        prompt = checked_token_ids('prompt', prompt, None)
-        lengths = _checked_lengths(prompt_lengths, *prompt.shape)
-        if values_are_at_hand(prompt):  # padding may be outside the vocabulary
-            unpadded = torch.cat([row[:length] for row, length in zip(prompt, lengths)])
-            checked_token_ids('prompt', unpadded.unsqueeze(0), model.num_input_tokens)
-        if (seq_len is None) == (max_new_tokens is None):
-            raise ValueError('pass either seq_len, the total length, or max_new_tokens')
-        if seq_len is not None:
-            limits = [check_integer('seq_len', seq_len, 1)] * len(lengths)
-        else:
-            limits = [length + check_integer('max_new_tokens', max_new_tokens, 0) for length in lengths]
-        if max(limits) >= 2**63:  # positions are int64
-            name, given = ('max_new_tokens', max_new_tokens) if seq_len is None else ('seq_len', seq_len)
-            raise ValueError(f'{name} must give rows of fewer than 2**63 tokens, prompt included, got {given}')
-        pad_token = check_integer('pad_token', pad_token)
-        return cls(
-            prompt=prompt.clone(),  # a stream reads it later than it is checked
-            lengths=lengths,
-            limits=limits,
-            stops=torch.tensor(_checked_stops(stop_tokens, num_tokens), dtype=torch.long, device=prompt.device),
-            pad_token=pad_token,
-            pad_input=pad_token if 0 <= pad_token < num_tokens else 0,
-        )
-
-    @property
-    def seq_len(self) -> int:
-        """Length of the longest row."""
-        return max(self.limits)
-
-    @property
-    def has_one_limit(self) -> bool:
-        """True if all rows end together, unless a stop token ends them earlier."""
-        return min(self.limits) == self.seq_len
-
-    @property
-    def rows_end_early(self) -> bool:
-        """True if a row may end before the longest one."""
-        return len(self.stops) > 0 or not self.has_one_limit
-
-    def by_row(self, positions: list[Any], filler: float) -> Tensor:
-        """Results of all positions as rows, without their own prompts beyond the shortest one, padded on the right."""
-        if not positions:
-            return torch.full((len(self.prompt), 0), filler, device=self.prompt.device)
-        rows = torch.stack(positions, dim=1)
-        if min(self.lengths) == max(self.lengths):
-            return rows
-        moved = []
-        for row, length in zip(rows, self.lengths):
-            own = row[length - min(self.lengths) :]
-            moved.append(torch.cat((own, own.new_full((len(row) - len(own),), filler))))
-        longest = max(limit - length for limit, length in zip(self.limits, self.lengths))
-        return torch.stack(moved)[:, : max(0, longest)]
-
 
 @torch.no_grad()
-def _positions(
-    model: Decodable, reader: _Reader, request: _Request, choose: Choose, logprobs: bool
-) -> Generator[Sampled, None, Any]:
+def _positions(reader: Reader, request: Request, choose: Choose, logprobs: bool) -> Generator[Sampled, None, Any]:
     """Yield all rows at each position from the end of the shortest prompt on; return the cache."""
     prompt, lengths, _, stops, pad_token, pad_input = request
     ends, limits = (torch.tensor(of_rows, device=prompt.device) for of_rows in (lengths, request.limits))
@@ -357,7 +256,7 @@ def _positions(
     tokens = prompt[:, shortest - 1]
 
     try:
-        with evaluation_mode(model):
+        with evaluation_mode(reader.model):
             if request.seq_len <= shortest:
                 reader.read_all_but_last(prompt[:, :shortest])
             for position in range(shortest, request.seq_len):
@@ -409,191 +308,3 @@ def _copied_positions(positions: Generator[Sampled, None, Any], whole: bool) -> 
                 return end.value
             tokens = position.tokens.clone()
             yield position._replace(tokens=tokens) if whole else tokens
-
-
-class _Reader:
-    """Logits of the next token, and the surprises of the chunks completed by reading, if requested."""
-
-    def __init__(self, model: Decodable, store: bool, return_surprises: bool):
-        self.model = model
-        self.return_surprises = return_surprises
-        self.kwargs: dict[str, Any] = {'disable_flex_attn': True, 'store': store}
-        self.kwargs |= {'return_surprises': True} if return_surprises else {}
-        self.surprises: list[LayerSurprises] = []
-
-    def start(self, prompt: Int[Tensor, 'b n']) -> Float[Tensor, 'b l']:
-        """Read the prompt."""
-        raise NotImplementedError
-
-    def __call__(self, tokens: Int[Tensor, ' b']) -> Float[Tensor, 'b l']:
-        """Read one more token."""
-        raise NotImplementedError
-
-    def read_all_but_last(self, prompt: Int[Tensor, 'b n']) -> None:
-        """Read a prompt to which no token is added."""
-        raise NotImplementedError
-
-    def new_surprises(self) -> LayerSurprises | None:
-        """Surprises since the last call of this method; `None` if not requested."""
-        if not self.return_surprises:
-            return None
-        new = _joined(self.surprises)
-        # no rows, but the layers and the shape for the next call
-        self.surprises[:] = [{layer: own.since(own.num_rows) for layer, own in new.items()}]
-        return new
-
-    def cache(self) -> Any:
-        return None
-
-    def release(self) -> None:
-        """End of use."""
-
-
-class _UncachedReader(_Reader):
-    """The whole sequence is read again for every token."""
-
-    num_rows: Mapping[int, int] = {}
-    """Surprises of each layer that are in `surprises` already."""
-
-    def start(self, prompt: Int[Tensor, 'b n']) -> Float[Tensor, 'b l']:
-        self.read = prompt
-        out = self.model(prompt, **self.kwargs)
-        if not self.return_surprises:
-            return out[:, -1]
-        logits, every = out
-        self.surprises.append({layer: own.since(self.num_rows.get(layer, 0)) for layer, own in every.items()})
-        self.num_rows = {layer: own.num_rows for layer, own in every.items()}
-        return logits[:, -1]
-
-    def __call__(self, tokens: Int[Tensor, ' b']) -> Float[Tensor, 'b l']:
-        return self.start(torch.cat((self.read, tokens.unsqueeze(1)), dim=1))
-
-    def read_all_but_last(self, prompt: Int[Tensor, 'b n']) -> None:
-        if self.return_surprises and prompt.shape[1] > 1:
-            self.start(prompt[:, :-1])
-
-
-class _CachedReader(_Reader, Generic[CacheT]):
-    """The prompt is read by one call, each further token by a step."""
-
-    def __init__(
-        self,
-        model: Decodable[CacheT],
-        store: bool,
-        return_surprises: bool,
-        cache: CacheT | None,
-        state: CacheT | None,
-        cuda_graphs: bool | None,
-        compiled: bool,
-    ):
-        if cache is not None and state is not None:
-            raise ValueError(
-                'pass cache (the prompt repeats the history) or state (the prompt holds only new tokens), not both'
-            )
-        super().__init__(model, store, return_surprises)
-        self.before = {'cache': cache} if state is None else {'state': state}
-        self.after = cache if state is None else state
-        self.cuda_graphs, self.compiled, self.store = cuda_graphs, compiled, store
-        self.stepper: Stepper | CallStepper | None = None
-
-    def start(self, prompt: Int[Tensor, 'b n']) -> Float[Tensor, 'b l']:
-        logits, self.after, *surprises = self.model(prompt, **self.before, return_cache=True, **self.kwargs)
-        self.before = {}
-        self.surprises += surprises
-        return logits[:, -1]
-
-    def read_all_but_last(self, prompt: Int[Tensor, 'b n']) -> None:
-        """Bring the cache to the last token of the prompt."""
-        repeated = self.before.get('cache')
-        num_read = 0 if repeated is None else self.model.num_tokens_until(repeated.seq_index)
-        if prompt.shape[1] - 1 != num_read:
-            self.start(prompt[:, :-1])
-
-    def __call__(self, tokens: Int[Tensor, ' b']) -> Float[Tensor, 'b l']:
-        if self.stepper is None:
-            assert self.after is not None
-            surprises = self.surprises if self.return_surprises else None
-            self.stepper = Stepper.of(self.model, self.after, self.cuda_graphs, self.compiled, self.store, surprises)
-            self.after = None
-        return self.stepper(tokens)
-
-    def cache(self) -> CacheT | None:
-        return self.after if self.stepper is None else self.stepper.cache()
-
-    def release(self) -> None:
-        if self.stepper is not None:
-            self.stepper.release()
-
-
-def _joined(parts: Iterable[LayerSurprises]) -> LayerSurprises:
-    """Surprises of consecutive parts of a sequence."""
-    by_layer: dict[int, list[Surprises]] = {}
-    for part in parts:
-        for layer, own in part.items():
-            by_layer.setdefault(layer, []).append(own)
-    return {layer: Surprises.joined(every) for layer, every in by_layer.items()}
-
-
-class _Filter(NamedTuple):
-    """A filter of the logits of one step."""
-
-    keep: Callable[[Tensor], Tensor]
-    min_p: float | None
-    """That of `min_p_filter`, which is applied last."""
-
-    @classmethod
-    def of(cls, filter_fn: Any, filter_kwargs: Any, top_k: Any, top_p: Any, min_p: Any) -> _Filter:
-        """The filter that these arguments of `sample` describe."""
-        check_callable(filter_fn=filter_fn)
-        check_keywords(filter_kwargs=filter_kwargs)
-        if top_k is None and top_p is None and min_p is None:
-            is_min_p = filter_fn is min_p_filter and [*filter_kwargs] == ['min_p']
-            if not is_min_p or isinstance(filter_kwargs['min_p'], Tensor):
-                return cls(partial(filter_fn, **filter_kwargs), None)
-            return cls(filters(), checked_min_p(filter_kwargs['min_p']))
-        if filter_fn is not min_p_filter or filter_kwargs is not DEFAULT_FILTER:
-            raise ValueError('pass filter_fn with filter_kwargs, or top_k, top_p and min_p, not both')
-        return cls(filters(top_k, top_p), None if min_p is None else checked_min_p(min_p))
-
-
-def _chooser(temperature: Any, kept: _Filter, generator: Any, prompt: Tensor) -> Choose:
-    """A function from logits to a token for each row, with the results of `sampled`."""
-    temperature = check_number('temperature', temperature, at_least=0)
-    if generator is not None:
-        if not isinstance(generator, torch.Generator):
-            raise TypeError(f'generator must be a torch.Generator, got {described(generator)}')
-        if generator.device.type != prompt.device.type:
-            raise ValueError(f'generator must be on the device of prompt, {prompt.device}, got {generator.device}')
-
-    def choose(logits: Float[Tensor, 'b l']) -> tuple[Int[Tensor, ' b'], Float[Tensor, ' b']]:
-        filtered = kept.keep(logits)
-        if not isinstance(filtered, Tensor) or filtered.shape != logits.shape:
-            raise ValueError(f'filter_fn must return logits {tuple(logits.shape)}, got {described(filtered)}')
-        return sampled(filtered, temperature, generator, kept.min_p)
-
-    return choose
-
-
-def _checked_lengths(lengths: Any, batch: int, longest: int) -> list[int]:
-    """Length of each prompt; all of them `longest` if `lengths` is `None`."""
-    if lengths is None:
-        return [longest] * batch
-    wanted = f'prompt_lengths must be {batch} integers from 1 to {longest}'
-    try:
-        checked = check_integers('prompt_lengths', lengths)
-    except TypeError as cause:
-        raise ValueError(f'{wanted}: {cause}') from cause
-    if len(checked) != batch or not all(1 <= length <= longest for length in checked):
-        raise ValueError(f'{wanted}, got {checked}')
-    return checked
-
-
-def _checked_stops(stop_tokens: Any, num_tokens: int) -> list[int]:
-    is_single = isinstance(stop_tokens, (Tensor, np.ndarray)) and stop_tokens.ndim == 0
-    if is_single or isinstance(stop_tokens, (int, np.integer)):
-        stops = [check_integer('stop_tokens', stop_tokens)]
-    else:
-        stops = check_integers('stop_tokens', stop_tokens)
-    if not all(0 <= stop < num_tokens for stop in stops):
-        raise ValueError(f'stop_tokens must be in [0, num_tokens={num_tokens}), got {stops}')
-    return stops
