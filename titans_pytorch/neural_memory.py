@@ -277,13 +277,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
         # the memory
 
-        rows = max(1, store_chunk_size * num_kv_per_token - store_with_lookahead_value)
-        check_memory_loss(store_memory_loss_fn, (rows, dim_head))
-        if model is None:
-            check_bound('default_model_kwargs', MemoryMLP, {'dim': dim_head, **default_model_kwargs})
-            model = MemoryMLP(dim_head, **default_model_kwargs)
-        check_memory_model(model, dim_head)
-        model = frozen_as_buffers(model)
+        check_memory_loss(store_memory_loss_fn, (max(1, self._rows_per_chunk), dim_head))
+        model = _memory_network(model, dim_head, default_model_kwargs)
         model = ResidualNorm(dim_head, model) if mem_model_norm_add_residual else model
         self._backend_class = choose_backend(
             engine, model, dim_head, store_chunk_size * num_kv_per_token, spectral_norm_surprises, proximal_steps
@@ -440,13 +435,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         return self._backend_for(self.batch_size, 1)
 
     def _backend_for(self, batch_size: int | None, num_chunks: int) -> Backend:
-        # proximal steps of each parameter in each chunk of a memory batch are added up; without memory batches those of
-        # the call, which may be a part of what is stored at the same weights, as long as a memory batch otherwise is
-        if batch_size is None:
-            chunks = max(num_chunks, (self.batch_size or 0) // self.store_chunk_size)
-        else:
-            chunks = batch_size // self.store_chunk_size
-        added = len(self.memory_model_parameter_names) * chunks
+        """The backend of a call with memory batches of this length, in which so many chunks are completed."""
         return self._backend_class(
             self._network,
             self.memory_model_parameters.mlp,
@@ -454,8 +443,20 @@ class NeuralMemory(Resettable, InReferenceFormat):
             self.assoc_scan,
             self.max_grad_norm,
             self._orthogonalises,
-            added if self.proximal_steps else None,
+            self._num_proximal_steps(batch_size, num_chunks) if self.proximal_steps else None,
         )
+
+    def _num_proximal_steps(self, batch_size: int | None, num_chunks: int) -> int:
+        """Proximal steps that are added up at the same weights: one of each parameter in each chunk of a memory batch.
+
+        Without memory batches these are the chunks of the call, which may be a part of what is stored at the same
+        weights, as long as a memory batch otherwise is.
+        """
+        if batch_size is None:
+            chunks = max(num_chunks, (self.batch_size or 0) // self.store_chunk_size)
+        else:
+            chunks = batch_size // self.store_chunk_size
+        return len(self.memory_model_parameter_names) * chunks
 
     @property
     def spectral_norm_surprises(self) -> bool:
@@ -643,9 +644,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
         mask = self._layout.checked_mask('mask', mask, seq)
         queries = seq[0] if self.qkv_receives_diff_views else seq
 
-        before = self._opened(
-            (seq_index, weights, None, past_state, None), queries, names=('seq_index', 'weights', 'past_state')
-        )
+        given = replaced(EMPTY, seq_index=seq_index, weights=weights, states=past_state)
+        before = self._opened(given, queries, names=('seq_index', 'weights', 'past_state'))
         over_time, after, surprises = self._store(
             Call(queries, seq, mask, None), before, prev_weights, return_surprises
         )
@@ -787,27 +787,33 @@ class NeuralMemory(Resettable, InReferenceFormat):
     def _retrieve_one(
         self, query: Float[Tensor, 'b 1 d'], buffers: MemoryBuffers, in_chunk: Int[Tensor, ' 1'], begins_group: bool
     ) -> Float[Tensor, 'b 1 d']:
+        if self._carries_queries:
+            return self._retrieve_one_of_group(query, buffers, in_chunk, begins_group)
         context, newest = self.conv_context, buffers.weights.newest
-        if not self._carries_queries:
-            rows = query if buffers.queries is None else torch.cat((buffers.queries, query), dim=1)
-            if buffers.queries is not None:
-                buffers.queries.copy_(rows[:, 1:])
-            plain = PlainRetrieval.of(
-                self.heads,
-                self.memory_model_parameters.mlp,
-                self.split_heads,
-                self.q_norm,
-                self.multihead_rmsnorm,
-                self.retrieve_gate,
-                self._dtype,
-            )
-            if plain is None:
-                normed = self.retrieve_norm(rows)
-                values = self._apply_network(newest, self._queries_of(normed, self.to_queries))
-                return self._combine(values, normed[:, context:])
-            projected, normed = linear_of_token(self.to_queries, rows, self.retrieve_norm)
-            return linear_of_token(self.combine_heads, plain(newest, projected, normed[:, context:]))[0]
+        rows = query if buffers.queries is None else torch.cat((buffers.queries, query), dim=1)
+        if buffers.queries is not None:
+            buffers.queries.copy_(rows[:, 1:])
+        plain = PlainRetrieval.of(
+            self.heads,
+            self.memory_model_parameters.mlp,
+            self.split_heads,
+            self.q_norm,
+            self.multihead_rmsnorm,
+            self.retrieve_gate,
+            self._dtype,
+        )
+        if plain is None:
+            normed = self.retrieve_norm(rows)
+            values = self._apply_network(newest, self._queries_of(normed, self.to_queries))
+            return self._combine(values, normed[:, context:])
+        projected, normed = linear_of_token(self.to_queries, rows, self.retrieve_norm)
+        return linear_of_token(self.combine_heads, plain(newest, projected, normed[:, context:]))[0]
 
+    def _retrieve_one_of_group(
+        self, query: Float[Tensor, 'b 1 d'], buffers: MemoryBuffers, in_chunk: Int[Tensor, ' 1'], begins_group: bool
+    ) -> Float[Tensor, 'b 1 d']:
+        """`_retrieve_one` where the value for a token depends on earlier ones that read the same weights."""
+        context = self.conv_context
         assert buffers.queries is not None
         if begins_group and context:
             buffers.queries[:, :context] = buffers.queries[:, self.store_chunk_size :].clone()
@@ -815,7 +821,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         row = (in_chunk + 1) % self.store_chunk_size
         buffers.queries.index_copy_(1, row + context, query.to(buffers.queries.dtype))
         normed, queries = self._queries(buffers.queries)
-        values = self._apply_network(newest, queries)
+        values = self._apply_network(buffers.weights.newest, queries)
         return self._combine(values.index_select(1, row), normed.index_select(1, row))
 
     def _apply_network(self, weights: Weights, rows: Float[Tensor, 'bh m d']) -> Float[Tensor, 'bh m d']:
@@ -849,13 +855,13 @@ class NeuralMemory(Resettable, InReferenceFormat):
             inputs = StoreInputs(*given, with_surprises, state.at_rest, origin)
             over_time, weights, losses = self._backend_for(call.batch_size, schedule.num_chunks).store(inputs)
 
-        # without a mask in this call, tokens left over from an earlier one are needed only until a chunk is complete
-        masked = call.mask is not None or complete == 0
-        rest_mask = mask[:, complete:] if mask is not None and masked and tokens.shape[-2] > complete else None
+        # without a mask in this call, that of earlier tokens is needed only until their chunk is complete
+        if call.mask is None and complete > 0:
+            mask = None
         # copied, so that a kept state does not keep the whole input
         rest = PendingSegment(
             tokens=tokens[..., complete:, :].clone(),
-            mask=None if rest_mask is None else rest_mask.clone(),
+            mask=None if mask is None or tokens.shape[-2] == complete else mask[:, complete:].clone(),
             before=rows[..., complete:, :].clone() if self.conv_context else None,
         )
         after = OpenState(state.seq_index + complete, weights, rest)
@@ -1015,6 +1021,15 @@ class NeuralMemory(Resettable, InReferenceFormat):
         # the projection that combines heads would cast its input to it
         dtype = operand_dtype(values) if self.heads > 1 else None
         return self.combine_heads(join_heads(values, self.multihead_rmsnorm, self.retrieve_gate, normed, dtype))
+
+
+def _memory_network(model: Module | None, dim_head: int, default_kwargs: Mapping[str, Any]) -> Module:
+    """A copy of the network that the user has given, or the default one; frozen parameters are buffers."""
+    if model is None:
+        check_bound('default_model_kwargs', MemoryMLP, {'dim': dim_head, **default_kwargs})
+        model = MemoryMLP(dim_head, **default_kwargs)
+    check_memory_model(model, dim_head)
+    return frozen_as_buffers(model)
 
 
 def _optional(module: Module | None, x: Tensor) -> Tensor | None:

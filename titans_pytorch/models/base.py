@@ -28,7 +28,7 @@ from titans_pytorch.models.documents import (
 )
 from titans_pytorch.models.residual_streams import complete, residual_streams
 from titans_pytorch.models.state import ModelState
-from titans_pytorch.models.validation import check_labels, checked_model_state
+from titans_pytorch.models.validation import check_beside_documents, check_labels, checked_model_state
 from titans_pytorch.utils.checks import (
     check_flags,
     check_floating,
@@ -255,16 +255,8 @@ class Transformer(StepwiseDecoding, Resettable):
             raise ValueError('return_hidden returns hidden states, return_loss and labels the loss: choose one of them')
         if mask is not None or document_ids is not None:
             mask, document_ids = checked_documents(mask, document_ids, x.shape[0], x.shape[1])
-            if state is not None or cache is not None or return_state:
-                raise ValueError(
-                    'mask and document_ids start and end sequences within rows, so that no single state describes the '
-                    'batch: leave out state, cache and return_state'
-                )
-            if return_surprises:
-                raise ValueError(
-                    'return_surprises needs rows of one sequence each: leave out mask and document_ids, and call the '
-                    'model for each document'
-                )
+            has_state = state is not None or cache is not None or return_state
+            check_beside_documents(has_state, return_surprises)
         if cache is not None and (state is not None or return_loss):
             other = 'state' if state is not None else 'return_loss' if labels is None else 'labels'
             raise ValueError(f'with {other}, pass the tokens after the cache as x, and the cache as state')
@@ -272,24 +264,24 @@ class Transformer(StepwiseDecoding, Resettable):
 
         if return_loss:
             x, labels, mask, document_ids = self._with_labels(x, labels, mask, document_ids)
+        options: dict[str, Any] = {
+            'disable_flex_attn': disable_flex_attn,
+            'store': store,
+            'embedding_kwargs': embedding_kwargs,
+        }
         if mask is None and document_ids is None:
             hidden, after, surprises = self._read(
-                x, state, disable_flex_attn, return_state, store, embedding_kwargs, return_surprises
+                x, state, return_state=return_state, return_surprises=return_surprises, **options
             )
         else:
-            hidden = self._read_documents(x, mask, document_ids, disable_flex_attn, store, embedding_kwargs)
+            hidden = self._read_documents(x, mask, document_ids, **options)
             after = surprises = None
 
         out = self.norm(hidden)
         if not return_hidden and self.to_logits is not None:
             out = self.to_logits(out)
         if labels is not None:
-            by_class, how = at_least_float32(out).flatten(0, 1), 'none' if reduction == 'none' else 'sum'
-            out = F.cross_entropy(by_class, labels.flatten(), ignore_index=IGNORED, reduction=how)
-            if reduction == 'mean':  # the mean of no labels is 0
-                out = out / (labels != IGNORED).sum().clamp(min=1)
-            elif reduction == 'none':
-                out = out.view_as(labels)
+            out = _loss(out, labels, reduction)
         if return_surprises:
             return (out, after, surprises) if return_state else (out, surprises)
         return (out, after) if return_state else out
@@ -369,6 +361,7 @@ class Transformer(StepwiseDecoding, Resettable):
         x: Tensor,
         mask: Bool[Tensor, 'b n'] | None,
         document_ids: Int[Tensor, 'b n'] | None,
+        *,
         disable_flex_attn: bool,
         store: bool,
         embedding_kwargs: Mapping[str, Any],
@@ -376,7 +369,15 @@ class Transformer(StepwiseDecoding, Resettable):
         """`_read` of each document separately."""
 
         def read(rows: Tensor, packed: PackedDocuments | None = None) -> Float[Tensor, 'r m d']:
-            return self._read(rows, None, disable_flex_attn, False, store, embedding_kwargs, documents=packed)[0]
+            hidden, *_ = self._read(
+                rows,
+                None,
+                disable_flex_attn=disable_flex_attn,
+                store=store,
+                embedding_kwargs=embedding_kwargs,
+                documents=packed,
+            )
+            return hidden
 
         documents = Documents.of(mask, document_ids, (x.shape[0], x.shape[1]), x.device)
         if not documents.lengths:  # the only token is the last one, which is predicted but not read
@@ -408,10 +409,11 @@ class Transformer(StepwiseDecoding, Resettable):
         self,
         x: Tensor,
         state: ModelState | None,
+        *,
         disable_flex_attn: bool,
-        return_state: bool,
         store: bool,
         embedding_kwargs: Mapping[str, Any],
+        return_state: bool = False,
         return_surprises: bool = False,
         documents: PackedDocuments | None = None,
     ) -> tuple[Float[Tensor, 'b n d'], ModelState | None, LayerSurprises]:
@@ -452,3 +454,18 @@ class Transformer(StepwiseDecoding, Resettable):
                 x.device,
             )
         return shared
+
+
+def _loss(
+    logits: Float[Tensor, 'b n l'], labels: Int[Tensor, 'b n'], reduction: str
+) -> Float[Tensor, ''] | Float[Tensor, 'b n']:
+    """Cross-entropy, in float32 at least; the mean of no labels is 0."""
+    loss = F.cross_entropy(
+        at_least_float32(logits).flatten(0, 1),
+        labels.flatten(),
+        ignore_index=IGNORED,
+        reduction='none' if reduction == 'none' else 'sum',
+    )
+    if reduction == 'none':
+        return loss.view_as(labels)
+    return loss / (labels != IGNORED).sum().clamp(min=1) if reduction == 'mean' else loss

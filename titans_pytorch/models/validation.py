@@ -74,6 +74,20 @@ def layers_with_memory(layers: Sequence[int] | None, depth: int) -> list[int]:
     return chosen
 
 
+def check_beside_documents(has_state: bool, return_surprises: bool) -> None:
+    """Refuse what a call with `mask` or `document_ids` cannot take or return."""
+    if has_state:
+        raise ValueError(
+            'mask and document_ids start and end sequences within rows, so that no single state describes the '
+            'batch: leave out state, cache and return_state'
+        )
+    if return_surprises:
+        raise ValueError(
+            'return_surprises needs rows of one sequence each: leave out mask and document_ids, and call the '
+            'model for each document'
+        )
+
+
 def check_labels(labels: Int[Tensor, 'b n'], num_tokens: int | None) -> None:
     """Each of the labels that are predicted must be a token id, if their number is known, or `IGNORED`."""
     if num_tokens is not None and values_are_at_hand(labels):
