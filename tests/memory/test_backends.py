@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from titans_pytorch import MemoryMLP, NeuralMemory
 from titans_pytorch.memory.backends import DenseBackend, DualBackend, SpectralBackend, dual, fused_mlp
-from titans_pytorch.memory.chunks import Chunks, Coefficients
+from titans_pytorch.memory.chunks import Chunks
+from titans_pytorch.memory.coefficients import Coefficients
 from titans_pytorch.memory.fast_weights import FastWeights
 from titans_pytorch.memory.soft_clamp import soft_clamp_norm
 from titans_pytorch.ops.gate_products import gate_products

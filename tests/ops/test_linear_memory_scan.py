@@ -12,7 +12,8 @@ from memories import scalar
 
 from titans_pytorch import MemoryMLP, NeuralMemory
 from titans_pytorch.memory.backends.fused_mlp import FusedMLP
-from titans_pytorch.memory.chunks import Chunks, Coefficients
+from titans_pytorch.memory.chunks import Chunks
+from titans_pytorch.memory.coefficients import Coefficients
 from titans_pytorch.ops import linear_memory_scan as operation
 from titans_pytorch.ops.linear_memory_scan import linear_memory_scan
 from titans_pytorch.ops.proximal_steps import proximal_deltas

@@ -30,7 +30,8 @@ from titans_pytorch.memory.backends.base import (
 from titans_pytorch.memory.backends.export_scan import scan_chunks
 from titans_pytorch.memory.backends.fused_mlp import FusedMLP
 from titans_pytorch.memory.backends.whole_batches import WholeBatches
-from titans_pytorch.memory.chunks import Chunks, Coefficients, WeightResidual, scaled, split_inputs
+from titans_pytorch.memory.chunks import Chunks, WeightResidual, scaled, split_inputs
+from titans_pytorch.memory.coefficients import Coefficients
 from titans_pytorch.memory.fast_weights import Factors, FastWeights, MemoryWeights, StoredBlock, Weights
 from titans_pytorch.memory.reference import LossFn, default_loss_fn
 from titans_pytorch.memory.schedule import ChunkBlock

@@ -8,7 +8,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from titans_pytorch.memory.backends.base import Gradients, Stored, StoreInputs, stacked, weights_of_states
-from titans_pytorch.memory.chunks import Chunks, Coefficients, WeightResidual
+from titans_pytorch.memory.chunks import Chunks, WeightResidual
+from titans_pytorch.memory.coefficients import Coefficients
 from titans_pytorch.memory.fast_weights import FactoredBlocks, FastWeights, MemoryWeights, StoredBatches, Weights
 from titans_pytorch.memory.schedule import ChunkBlock
 from titans_pytorch.memory_models import PlainMLP

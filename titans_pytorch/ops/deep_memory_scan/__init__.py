@@ -56,7 +56,7 @@ def deep_memory_scan(
         matrices: for each matrix (bh, d, e) its weights before the first block and its momentum of each order. Between
             the first and the last, matrices are square.
         gamma: the same of γ of the norm around the network; `None` without.
-        steps, initial_steps, final, initial_final: coefficients of each block, as in `memory.chunks.Coefficients`.
+        steps, initial_steps, final, initial_final: of each block, as in `memory.coefficients.Coefficients`.
         eps: of the norm.
         chunks_per_batch: chunks of a memory batch; they divide n.
         num_proximal_steps: take proximal steps instead, of which so many are added up at the same weights.

@@ -70,7 +70,7 @@ def linear_memory_scan(
     Args:
         step_sizes: θ of each row.
         states: the weights before the first block, and the momentum of each order.
-        steps, initial_steps, final, initial_final: coefficients of each block, as in `memory.chunks.Coefficients`.
+        steps, initial_steps, final, initial_final: of each block, as in `memory.coefficients.Coefficients`.
         chunks_per_batch: chunks of a memory batch; they divide n.
         num_proximal_steps: take proximal steps instead, of which so many are added up at the same weights.
 
