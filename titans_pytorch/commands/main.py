@@ -19,6 +19,7 @@ from titans_pytorch.commands.options import integer, length, number
 from titans_pytorch.commands.text import Conversation, generate
 from titans_pytorch.training.data import BadData
 from titans_pytorch.training.files import RunError, one_line
+from titans_pytorch.training.machine import PRECISIONS
 from titans_pytorch.training.runs import Run, latest_run, open_run, unseen_text
 
 CONTEXTS = (128, 512, 2048, 8192, 32_768, 131_072, 524_288)
@@ -42,9 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         command.add_argument('--checkpoint', type=Path, help='file in it (default: the best, else the latest one)')
         command.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1, ...')
-        command.add_argument(
-            '--precision', default='auto', choices=('auto', 'fp32', 'tf32', 'bf16'), help='as in train_mac.py'
-        )
+        command.add_argument('--precision', default='auto', choices=PRECISIONS, help='as in train_mac.py')
     return parser
 
 
@@ -144,12 +143,7 @@ def evaluate_command(options: argparse.Namespace) -> None:
     limit = (default if options.tokens is None else options.tokens) or None
     if limit is not None and limit < len(text):
         source = f'{source}, {limit:,} of its {len(text):,} tokens'
-    longest = min(LONGEST, limit or LONGEST) if options.context is None else options.context
-    contexts = [*(context for context in CONTEXTS if context < longest), longest]
-    if options.context is None:
-        # the shortest is an error if the text is shorter still
-        contexts = [context for context in contexts if context < len(text)] or contexts[:1]
-
+    contexts = evaluated_contexts(options.context, limit, len(text))
     try:
         num_windows(text, contexts[-1], limit)  # errors come before any result
     except BadData as error:
@@ -174,6 +168,19 @@ def evaluate_command(options: argparse.Namespace) -> None:
     if options.json:
         head = {'checkpoint': str(run.checkpoint), 'steps': run.steps, 'text': source}
         print(json.dumps({**head, 'contexts': [row._asdict() for row in rows]}, indent=2))
+
+
+def evaluated_contexts(longest: int | None, limit: int | None, length: int) -> list[int]:
+    """Lengths of context up to `longest`. Default: up to `LONGEST`, as far as the `length` tokens of the text suffice.
+
+    `limit`: tokens that are predicted, or `None` for all.
+    """
+    last = min(LONGEST, limit or LONGEST) if longest is None else longest
+    contexts = [*(context for context in CONTEXTS if context < last), last]
+    if longest is None:
+        # the shortest is an error if the text is shorter still
+        contexts = [context for context in contexts if context < length] or contexts[:1]
+    return contexts
 
 
 def chat_command(options: argparse.Namespace) -> None:

@@ -7,11 +7,10 @@ import json
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from titans_pytorch.training.vocabulary import BPEVocabulary, ByteVocabulary, Vocabulary
+from titans_pytorch.training.vocabulary import BPEVocabulary, ByteVocabulary, Vocabulary, byte_of_symbol
 
-SYMBOLS = bytes_to_unicode()
+SYMBOLS = {byte: symbol for symbol, byte in byte_of_symbol().items()}
 """The character by which byte-level BPE writes each byte."""
 
 

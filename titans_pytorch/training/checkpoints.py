@@ -83,25 +83,35 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise BadCheckpoint(f'{path} holds weights alone: {hint}')
     try:
         stored = path.read_bytes()
-        digested, digest = memoryview(stored)[:-DIGEST_LENGTH], stored[-DIGEST_LENGTH:]
-        if digested[-len(DIGEST_MARK) :] == DIGEST_MARK:
-            if hashlib.sha256(digested).hexdigest().encode() != digest:
-                raise ValueError('its sha256 is not the stored one')
-        elif zipfile.is_zipfile(io.BytesIO(stored)):  # torch.save alone: its checksums omit the headers
-            with zipfile.ZipFile(io.BytesIO(stored)) as archive:
-                if archive.testzip() is not None or archive.comment:
-                    raise ValueError('checksum mismatch')
-        try:
-            content = torch.load(io.BytesIO(stored), map_location='cpu', weights_only=True)
-        except Exception as error:  # whose message advises to load the file unsafely
-            raise ValueError('it does not hold tensors and plain values alone, as torch.save writes them') from error
-        if not isinstance(content, dict):
-            raise TypeError(f'it holds a {type(content).__name__}')
-        return content
+        _check_digest(stored)
+        return _loaded(stored)
     except FileNotFoundError:
         raise BadCheckpoint(f'there is no checkpoint {path}') from None
     except Exception as error:
         raise BadCheckpoint(f'{path} is corrupt, or no checkpoint: {one_line(error)}') from error
+
+
+def _check_digest(stored: bytes) -> None:
+    """The digest at the end of a file, or the checksums of an archive without one, must be those of its content."""
+    digested, digest = memoryview(stored)[:-DIGEST_LENGTH], stored[-DIGEST_LENGTH:]
+    if digested[-len(DIGEST_MARK) :] == DIGEST_MARK:
+        if hashlib.sha256(digested).hexdigest().encode() != digest:
+            raise ValueError('its sha256 is not the stored one')
+    elif zipfile.is_zipfile(io.BytesIO(stored)):  # torch.save alone: its checksums omit the headers
+        with zipfile.ZipFile(io.BytesIO(stored)) as archive:
+            if archive.testzip() is not None or archive.comment:
+                raise ValueError('checksum mismatch')
+
+
+def _loaded(stored: bytes) -> dict[str, Any]:
+    """The dict in a file, by a loader that runs no code of the file."""
+    try:
+        content = torch.load(io.BytesIO(stored), map_location='cpu', weights_only=True)
+    except Exception as error:  # whose message advises to load the file unsafely
+        raise ValueError('it does not hold tensors and plain values alone, as torch.save writes them') from error
+    if not isinstance(content, dict):
+        raise TypeError(f'it holds a {type(content).__name__}')
+    return content
 
 
 def read_resumable(path: str | Path) -> dict[str, Any]:

@@ -69,12 +69,7 @@ def open_run(
     if not path.is_dir():
         raise RunError(f'there is no run in {path}: train one with train_mac.py --run-dir {path}, or name another')
     machine = choose_machine(device, precision)
-    if checkpoint is None:
-        checkpoint, content = _chosen(path)
-    else:
-        in_run, elsewhere = path / checkpoint, Path(checkpoint)
-        checkpoint = elsewhere if elsewhere.exists() and not in_run.exists() else in_run
-        content = _weights(checkpoint)
+    checkpoint, content = _chosen(path) if checkpoint is None else _named(path, checkpoint)
     description = _description(path)
     # a run that was resumed with other settings has described another model since
     described: dict[str, Any] = description | content
@@ -176,6 +171,13 @@ def _chosen(folder: Path) -> tuple[Path, dict[str, Any]]:
     latest = max(sharded, key=steps_done, default=None)
     hint = f'; python -m titans_pytorch.training.checkpoints {latest} makes one' if latest else ''
     raise BadCheckpoint(f'there is no checkpoint in {folder}{hint}')
+
+
+def _named(folder: Path, checkpoint: str | Path) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint by its name in the folder, or by its path."""
+    in_run, elsewhere = folder / checkpoint, Path(checkpoint)
+    path = elsewhere if elsewhere.exists() and not in_run.exists() else in_run
+    return path, _weights(path)
 
 
 def _weights(path: Path) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class BPEVocabulary:
         tokenizer.no_padding()
         vocabulary = tokenizer.get_vocab()
         added = {index: token.content for index, token in tokenizer.get_added_tokens_decoder().items()}
-        byte_of = _byte_of_symbol()
+        byte_of = byte_of_symbol()
         if not byte_of.keys() <= vocabulary.keys():
             raise ValueError('tokenizer must be byte-level BPE, whose vocabulary holds a symbol for each byte')
         self.size = max(vocabulary.values()) + 1
@@ -131,7 +131,7 @@ def train_bpe(chunks: Iterable[bytes], size: int) -> BPEVocabulary:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()  # for others who open the file
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size, initial_alphabet=sorted(_byte_of_symbol()), show_progress=False
+        vocab_size=size, initial_alphabet=sorted(byte_of_symbol()), show_progress=False
     )
     tokenizer.train_from_iterator((_as_utf8(chunk) for chunk in chunks), trainer)
     return BPEVocabulary(tokenizer)
@@ -170,7 +170,7 @@ def _bpe_from_json(text: str) -> BPEVocabulary:
     return BPEVocabulary(tokenizer)
 
 
-def _byte_of_symbol() -> dict[str, int]:
+def byte_of_symbol() -> dict[str, int]:
     """The printable character by which byte-level BPE writes each byte: its own in Latin-1, or one from 256 on."""
     printable = {*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)}
     others = [byte for byte in range(256) if byte not in printable]
