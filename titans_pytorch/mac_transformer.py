@@ -18,7 +18,7 @@ from titans_pytorch.generation.decodable import StepKind
 from titans_pytorch.generation.logits import gumbel_noise, gumbel_sample, min_p_filter
 from titans_pytorch.models.axial_positions import AxialPositions, AxialTables
 from titans_pytorch.models.base import Transformer
-from titans_pytorch.models.block import Block, Parts, SequenceParts
+from titans_pytorch.models.block import Block, Parts
 from titans_pytorch.models.decoding import ModelBuffers
 from titans_pytorch.models.feedforward import GEGLU, FeedForward
 from titans_pytorch.models.gating import Gated
@@ -146,10 +146,7 @@ class PaperMACBlock(MACBlock):
     def update_stream(self, x: Streams, parts: Parts) -> Streams:
         _, to_attention, to_feedforward = parts.connections
         seq, add_residual = to_attention(x)
-        segments: Sequence[Tensor] = [seq]
-        if isinstance(parts, SequenceParts):
-            stored = 0 if parts.memory_state is None else parts.memory_state.num_tokens
-            segments = self._segments(seq, parts.end, stored)
+        segments = parts.segments(seq, self.attention.total_segment_len)
         x = add_residual(torch.cat([self._segment(segment, parts) for segment in segments], dim=1))
 
         seq, add_residual = to_feedforward(x)
@@ -157,27 +154,14 @@ class PaperMACBlock(MACBlock):
 
     def _segment(self, seq: Float[Tensor, 'b n d'], parts: Parts) -> Float[Tensor, 'b n d']:
         # eq. 21: h_t = M*_{t−1}(q_t)
-        context, stored = parts.retrieve(seq), None
-        if self.detach_context and isinstance(parts, SequenceParts) and torch.is_grad_enabled():
-            stored = parts.attend_without_gradient_of_context(seq, context)
+        context = parts.retrieve(seq)
+        stored = parts.attend_without_gradient_of_context(seq, context) if self.detach_context else None
         # eq. 22, 23: y_t = Attn([p ‖ h_t ‖ S_t])
         attended = parts.attend(seq, context=context)
         # the norms of the memory are faster in their own precision, which autocast has lowered
         stored = (attended if stored is None else stored).to(seq.dtype)
         # eq. 24, 25: M_t = M_{t−1}(y_t), o_t = y_t ⊗ M*_t(y_t)
         return self.combine(attended, parts.store_and_retrieve(stored))
-
-    def _segments(self, seq: Float[Tensor, 'b n d'], position: int, stored: int) -> Sequence[Float[Tensor, 'b _n d']]:
-        """A sequence that begins at `position`, split where attention begins a segment or the memory a memory batch,
-        after which it retrieves from other weights. Both are in step unless tokens were read without being stored:
-        the memory has read `stored`."""
-        size = self.attention.total_segment_len
-        position, stored = constant(position % size), constant(stored % size)
-        lengths: list[int] = []
-        while left := seq.shape[1] - sum(lengths):
-            lengths.append(min(left, size - position, size - stored))
-            position, stored = (position + lengths[-1]) % size, (stored + lengths[-1]) % size
-        return seq.split(lengths, dim=1)
 
 
 class MemoryAsContextTransformer(Transformer, InReferenceFormat):

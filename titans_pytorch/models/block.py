@@ -31,9 +31,9 @@ from titans_pytorch.models.residual_streams import (
 from titans_pytorch.models.views import selected_views, selected_views_of_token
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.ops.token_attention import Position
-from titans_pytorch.utils.functional import replaced
+from titans_pytorch.utils.functional import constant, replaced
 from titans_pytorch.utils.parameters import Resettable
-from titans_pytorch.utils.shapes import Int
+from titans_pytorch.utils.shapes import Float, Int
 
 
 class Carried(NamedTuple):
@@ -212,6 +212,16 @@ class Parts:
             self._carried = replaced(self._carried, values=values)
         return out
 
+    def attend_without_gradient_of_context(self, seq: Tensor, context: Tensor) -> Tensor | None:
+        """What `attend` returns when it is called next, without gradients through any context; `None` where there are
+        no gradients at all."""
+        raise NotImplementedError
+
+    def segments(self, seq: Float[Tensor, 'b n d'], length: int) -> Sequence[Float[Tensor, 'b _n d']]:
+        """`seq`, split where attention begins a segment of this length, or the memory a memory batch as long, after
+        which it retrieves from other weights."""
+        raise NotImplementedError
+
     def store_and_retrieve(self, seq: Tensor) -> Tensor:
         """Store a sequence (or its three views) in the memory and retrieve for each of its tokens."""
         assert self._memory is not None
@@ -265,11 +275,22 @@ class SequenceParts(Parts):
         self._shares_memory_weights = block.shares_memory_weights
         self._memory_kwargs, self._attention_kwargs = memory_kwargs, attention_kwargs
 
-    def attend_without_gradient_of_context(self, seq: Tensor, context: Tensor) -> Tensor:
-        """What `attend` returns when it is called next, without gradients through any context."""
+    def attend_without_gradient_of_context(self, seq: Tensor, context: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
         assert self._attention is not None
         inputs = {'context': context, 'detach_context': True, **self._attention_kwargs}
         return self._attention(seq, cache=self.key_values, position=self.end, **inputs)[0]
+
+    def segments(self, seq: Float[Tensor, 'b n d'], length: int) -> Sequence[Float[Tensor, 'b _n d']]:
+        num_stored = 0 if self.memory_state is None else self.memory_state.num_tokens
+        # they differ after tokens that were read without being stored
+        in_segment, in_batch = constant(self.end % length), constant(num_stored % length)
+        lengths: list[int] = []
+        while left := seq.shape[1] - sum(lengths):
+            lengths.append(min(left, length - in_segment, length - in_batch))
+            in_segment, in_batch = (in_segment + lengths[-1]) % length, (in_batch + lengths[-1]) % length
+        return seq.split(lengths, dim=1)
 
     def feed_forward(self, seq: Tensor) -> Tensor:
         return self._feedforward(seq)
@@ -306,6 +327,12 @@ class StepParts(Parts):
         super().__init__(block, (partial(connect_token, own, weights) for own, weights in pairs), carried)  # type: ignore[arg-type]
         self.memory_state = buffers.memory
         self._buffers, self._here, self._attention_layer = buffers, here, attention_layer
+
+    def attend_without_gradient_of_context(self, seq: Tensor, context: Tensor) -> Tensor | None:
+        return None
+
+    def segments(self, seq: Float[Tensor, 'b n d'], length: int) -> Sequence[Float[Tensor, 'b _n d']]:
+        return [seq]
 
     def feed_forward(self, seq: Tensor) -> Tensor:
         return feedforward_of_token(self._feedforward, seq)
