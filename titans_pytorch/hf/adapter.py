@@ -114,20 +114,25 @@ def add_memory(
         if neural_memory_kwargs.get(name):
             raise ValueError(f'neural_memory_kwargs must leave out {name}, got {neural_memory_kwargs[name]!r}')
     check_left_out(neural_memory_kwargs, OF_ADD_MEMORY, 'add_memory has')
+    sizes = {'heads': heads, 'dim_head': dim_head, 'memory_batch': memory_batch}
     settings: dict[str, Any] = {'chunk_size': chunk_size, 'batch_size': memory_batch}
     if 'model' not in neural_memory_kwargs:
-        keys_per_token = check_integer('num_kv_per_token', neural_memory_kwargs.get('num_kv_per_token', 1), 1)
-        settings |= {
-            'model': {'type': 'MemoryMLP', 'dim': dim_head, 'depth': 1},
-            'momentum': False,
-            # the plain steps that a memory batch takes for one key move its value to the target at most
-            'proximal_steps': False,
-            'default_step_transform_max_lr': dim_head / (2 * memory_batch * keys_per_token),
-        }
-    sizes = {'heads': heads, 'dim_head': dim_head, 'memory_batch': memory_batch}
-    settings = memory_settings(**{**sizes, **settings, **neural_memory_kwargs})
+        settings |= _linear_settings(dim_head, memory_batch, neural_memory_kwargs)
+    settings = memory_settings(**sizes, **{**settings, **neural_memory_kwargs})
     _attach(model, check_integers('layers', layers), memory_config(**settings), freeze_backbone)
     return model
+
+
+def _linear_settings(dim_head: int, memory_batch: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The default network and its rule, beside arguments of `NeuralMemory` that are given."""
+    keys_per_token = check_integer('num_kv_per_token', given.get('num_kv_per_token', 1), 1)
+    return {
+        'model': {'type': 'MemoryMLP', 'dim': dim_head, 'depth': 1},
+        'momentum': False,
+        # the plain steps that a memory batch takes for one key move its value to the target at most
+        'proximal_steps': False,
+        'default_step_transform_max_lr': dim_head / (2 * memory_batch * keys_per_token),
+    }
 
 
 def memory_parameters(model: Module) -> Iterator[Parameter]:
@@ -183,15 +188,7 @@ def load_memory(model: M, folder: str | Path, *, freeze_backbone: bool = False) 
         layers, settings = config['layers'], config['neural_memory_kwargs']
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f'{folder / CONFIG} describes no memories: {one_line(error)}') from None
-    own = _backbone(model)
-    # a field that only one of two versions of transformers knows makes no other backbone
-    differing = [name for name in saved.keys() & own.keys() if saved[name] != own[name]]
-    if differing:
-        name = 'model_type' if 'model_type' in differing else min(differing)
-        raise ValueError(
-            f'model must have the backbone of the memories in {folder}, {saved_hash}, '
-            f'with {name}={saved[name]!r}, got {_hash(own)}, with {name}={own[name]!r}'
-        )
+    _check_same_backbone(folder, saved, saved_hash, _backbone(model))
     try:
         weights = load_file(folder / WEIGHTS)
     except SafetensorError as error:
@@ -206,6 +203,17 @@ def load_memory(model: M, folder: str | Path, *, freeze_backbone: bool = False) 
         remove_memory(model)  # rather than leave it with untrained ones
         raise RuntimeError(f'{folder / WEIGHTS} does not fit {folder / CONFIG}: {one_line(error)}') from None
     return model
+
+
+def _check_same_backbone(folder: Path, saved: Mapping[str, Any], saved_hash: str, own: Mapping[str, Any]) -> None:
+    # a field that only one of two versions of transformers knows makes no other backbone
+    differing = [name for name in saved.keys() & own.keys() if saved[name] != own[name]]
+    if differing:
+        name = 'model_type' if 'model_type' in differing else min(differing)
+        raise ValueError(
+            f'model must have the backbone of the memories in {folder}, {saved_hash}, '
+            f'with {name}={saved[name]!r}, got {_hash(own)}, with {name}={own[name]!r}'
+        )
 
 
 class Memories(ModuleDict):
