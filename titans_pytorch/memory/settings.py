@@ -62,28 +62,15 @@ def checked_settings(arguments: Mapping[str, Any], constructor: Callable[..., An
         value = arguments[name]
         return None if value is None else check(name, value, *args, **kwargs)
 
-    dim = arguments['dim']
+    def number(name: str, **bounds: float) -> float:
+        return check_number(name, arguments[name], **bounds)
+
     sizes = {name: arguments[name] for name in ('dim', 'dim_head', 'heads', 'num_kv_per_token', 'momentum_order')}
-    sizes['dim_head'] = dim if sizes['dim_head'] is None else sizes['dim_head']
+    sizes['dim_head'] = sizes['dim'] if sizes['dim_head'] is None else sizes['dim_head']
     dim, dim_head, heads, num_kv_per_token, momentum_order = check_positive(**sizes)
     retrieve_chunk_size, store_chunk_size = _checked_chunk_sizes(arguments['chunk_size'])
     batch_size = optional('batch_size', check_multiple, 'chunk_size', store_chunk_size)
-
-    check_flags(**flags_among(arguments, constructor))
-    check_module(model=arguments['model'], activation=arguments['activation'])
-    check_callable(store_memory_loss_fn=arguments['store_memory_loss_fn'])
-    if arguments['adaptive_step_transform'] is not None:
-        check_callable(adaptive_step_transform=arguments['adaptive_step_transform'])
-        _check_step_transform(arguments['adaptive_step_transform'], heads)
-    check_keywords(default_model_kwargs=arguments['default_model_kwargs'])
-    max_step_size = check_number(
-        'default_step_transform_max_lr', arguments['default_step_transform_max_lr'], at_least=0
-    )
-    max_modulation = check_number('max_mem_layer_modulation', arguments['max_mem_layer_modulation'], above=0)
-    max_grad_norm = optional('max_grad_norm', check_number, above=0)
-    check_biases(**{name: arguments[name] for name in ('init_adaptive_step_bias', 'init_momentum_bias')})
-    if arguments['init_decay_bias'] != -math.inf:  # a memory that never forgets
-        check_biases(init_decay_bias=arguments['init_decay_bias'])
+    _check_kinds(arguments, constructor)
     settings = Settings(
         dim=dim,
         dim_head=dim_head,
@@ -93,18 +80,34 @@ def checked_settings(arguments: Mapping[str, Any], constructor: Callable[..., An
         retrieve_chunk_size=retrieve_chunk_size,
         store_chunk_size=store_chunk_size,
         batch_size=batch_size,
-        max_step_size=max_step_size,
-        max_modulation=max_modulation,
-        max_grad_norm=max_grad_norm,
+        max_step_size=number('default_step_transform_max_lr', at_least=0),
+        max_modulation=number('max_mem_layer_modulation', above=0),
+        max_grad_norm=optional('max_grad_norm', check_number, above=0),
         conv_kernel=optional('conv_kernel', check_integer, 1),
         checkpoint_every=optional('checkpoint_every', check_integer, 1),
     )
     _check_combinations(settings, arguments)
     _warn_of_unused(arguments, defaults_of(constructor))
+    if (transform := arguments['adaptive_step_transform']) is not None:
+        _check_step_transform(transform, heads)
     if (activation := arguments['activation']) is not None:
         for features in {dim_head * heads, dim_head * heads * num_kv_per_token}:
             _check_activation(activation, features)
     return settings
+
+
+def _check_kinds(arguments: Mapping[str, Any], constructor: Callable[..., Any]) -> None:
+    """Check the arguments that are no sizes."""
+    check_flags(**flags_among(arguments, constructor))
+    check_module(model=arguments['model'], activation=arguments['activation'])
+    check_callable(store_memory_loss_fn=arguments['store_memory_loss_fn'])
+    if arguments['adaptive_step_transform'] is not None:
+        check_callable(adaptive_step_transform=arguments['adaptive_step_transform'])
+    check_keywords(default_model_kwargs=arguments['default_model_kwargs'])
+    biases = ['init_adaptive_step_bias', 'init_momentum_bias']
+    if arguments['init_decay_bias'] != -math.inf:  # a memory that never forgets
+        biases.append('init_decay_bias')
+    check_biases(**{name: arguments[name] for name in biases})
 
 
 def _check_activation(activation: Module, features: int) -> None:
