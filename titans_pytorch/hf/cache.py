@@ -49,6 +49,13 @@ class Group(RowGroup[ModelState]):
         """True once the rows have read a token."""
         return self._state is not None or self._stepper is not None
 
+    def read(self, x: Int[Tensor, 'r m'] | Float[Tensor, 'r m d'], read: Read) -> list[Tensor]:
+        """Results of `read` for the next tokens of the rows."""
+        results, self.state = read(x, self.state)
+        self.last = results[-1][:, -1:].clone()
+        self.num_tokens += x.shape[1]
+        return results
+
     def step(self, model: Transformer, tokens: Int[Tensor, ' r']) -> Float[Tensor, 'r l']:
         """Logits after one more token in each row; the next step overwrites them."""
         if self._stepper is None:
@@ -95,26 +102,25 @@ class TitansCache(GroupedRows[Group], Cache):
         """
         if not self.groups:
             self.groups = [Group(range(len(x)))]
-        results: list[Tensor] = []
         if mask is None and len(self.groups) == 1:
-            (group,) = self.groups
-            results, group.state = read(x, group.state)
-            group.last = results[-1][:, -1:].clone()
-            group.num_tokens += x.shape[1]
-            self._length += x.shape[1]
-            return results
+            results = self.groups[0].read(x, read)
+        else:
+            results = self._read_apart(x, mask, read)
+        self._length += x.shape[1]
+        return results
 
+    def _read_apart(self, x: Tensor, mask: Bool[Tensor, 'b n'] | None, read: Read) -> list[Tensor]:
+        """`read` of rows that have read, or are to read, different numbers of tokens."""
         if mask is not None:
             check_leaves_tokens('attention_mask', mask)
         counts = [x.shape[1]] * len(x) if mask is None else mask.sum(dim=1).tolist()
         self.groups = split_by_count(self.groups, counts)
+        results: list[Tensor] = []
         for group in self.groups:
             if count := counts[group.rows[0]]:
                 rows, columns = group.positions(count, mask, x.device)
-                own, group.state = read(x[rows, columns], group.state)
-                group.num_tokens += count
+                own = group.read(x[rows, columns], read)
                 rows = rows.squeeze(1)
-                group.last = own[-1][:, -1:].clone()
                 if mask is not None:
                     own = [rearranged(part, rank_of_last_token(mask[rows])) for part in own]
                 results = results or [part.new_zeros(*x.shape[:2], *part.shape[2:]) for part in own]
@@ -123,7 +129,6 @@ class TitansCache(GroupedRows[Group], Cache):
             if not counts[group.rows[0]] and group.last is not None:
                 rows, _ = group.positions(1, None, x.device)
                 results[-1] = results[-1].index_put((rows.squeeze(1),), group.last)
-        self._length += x.shape[1]
         return results
 
     @property
