@@ -102,20 +102,21 @@ class Documents(NamedTuple):
         if batch * length > 2 * len(self.indices):
             return None
 
-        of_row = self.indices.new_tensor(starts) + self.indices.new_tensor(rows) * length
-        document = torch.arange(len(rows), device=of_row.device).repeat_interleave(
+        # places are indices in the flattened rows
+        first_places = self.indices.new_tensor(starts) + self.indices.new_tensor(rows) * length
+        device = first_places.device
+        document = torch.arange(len(rows), device=device).repeat_interleave(
             self.indices.new_tensor(self.lengths), output_size=len(self.indices)
         )
-        position = torch.arange(len(self.indices), device=of_row.device) - self.first[document]
-        places = of_row[document] + position
-        every = of_row.new_zeros(batch * length)
-        ids = every.index_fill(0, of_row, 1).view(batch, length).cumsum(dim=1)
-        last_chunks = (of_row + of_row.new_tensor(taken)) // chunk_size - 1
+        position = torch.arange(len(self.indices), device=device) - self.first[document]
+        places = first_places[document] + position
+        last_chunks = (first_places + first_places.new_tensor(taken)) // chunk_size - 1
+        zeros = first_places.new_zeros(batch * length)
         documents = PackedDocuments(
-            real=every.index_fill(0, places, 1).view(batch, length) > 0,
-            ids=ids,
-            positions=every.index_copy(0, places, position).view(batch, length),
-            resets=every[: batch * length // chunk_size].index_fill(0, last_chunks, 1).view(batch, -1) > 0,
+            real=zeros.index_fill(0, places, 1).view(batch, length) > 0,
+            ids=zeros.index_fill(0, first_places, 1).view(batch, length).cumsum(dim=1),
+            positions=zeros.index_copy(0, places, position).view(batch, length),
+            resets=zeros[: batch * length // chunk_size].index_fill(0, last_chunks, 1).view(batch, -1) > 0,
         )
         return PackedRows(self.shape, self.indices, places, documents)
 

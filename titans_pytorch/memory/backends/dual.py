@@ -76,15 +76,14 @@ class DualBackend(Backend):
         if in_one is not None:
             formed = set()  # as in whole batches: a matrix is held in the same way throughout a call
         blocks = inputs.schedule.blocks(self.preferred_chunks(chunks))
-        # neighbouring memory batches are stored together, but the first one by itself if its gradients are taken
-        # elsewhere than at the newest weights
+        # gradients of the first block may be taken elsewhere than at the newest weights, as whole batches take theirs
         at_newest = all(weights.base[name] is w for name, w in weights.newest.items())
-        first = [] if at_newest and (inputs.at_rest or not inputs.transition.lookahead) else blocks[:1]
-        others = groupby(blocks[len(first) :], key=lambda block: block.num_chunks)
-        groups = [group for group in (first, *([*same] for _, same in others)) if group]
+        first_differs = not at_newest or (inputs.transition.lookahead and not inputs.at_rest)
+        groups = _neighbours(blocks, first_alone=first_differs)
         lengths = [sum(block.num_chunks for block in group) for group in groups]
-        for group, own in zip(groups, split_inputs(chunks, inputs.residual, lengths)):
-            if in_one is not None and group is not first and all(block.is_batch for block in group):
+        for index, (group, own) in enumerate(zip(groups, split_inputs(chunks, inputs.residual, lengths))):
+            are_whole = all(block.is_batch for block in group) and not (first_differs and index == 0)
+            if in_one is not None and are_whole:
                 prepared = in_one.prepare(group, *own)
             else:
                 prepared = self._separately(group, *own, formed)
@@ -249,6 +248,13 @@ class DualBackend(Backend):
 
             gradient = transformed(grad, negative_loss, has_aux=True)
             return gradient({name: outside_inference(w) for name, w in at.items()})
+
+
+def _neighbours(blocks: list[ChunkBlock], first_alone: bool) -> list[list[ChunkBlock]]:
+    """Consecutive blocks of one length, which are prepared together."""
+    first, others = (blocks[:1], blocks[1:]) if first_alone else ([], blocks)
+    groups = [[*same] for _, same in groupby(others, key=lambda block: block.num_chunks)]
+    return [first, *groups] if first else groups
 
 
 def _forms_matrix(rows: int, dim_in: int, dim_out: int) -> bool:
