@@ -188,15 +188,7 @@ def chat_command(options: argparse.Namespace) -> None:
     run = opened(options)
     conversation = Conversation(run, options.template, options.stop or options.default_stops)
     if options.state is not None:
-        is_new = not options.state.exists()
-        if not is_new:
-            conversation.load(options.state)
-        try:
-            conversation.save(options.state)  # what cannot be saved is refused before the first answer
-            if is_new:
-                options.state.unlink()
-        except OSError as error:
-            raise RunError(f'--state {options.state} cannot be written: {error.strerror}') from None
+        continue_conversation(conversation, options.state)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # lines can be edited
     arguments = sampling(options, run)
@@ -220,6 +212,19 @@ def chat_command(options: argparse.Namespace) -> None:
         print()
         if options.state is not None:
             conversation.save(options.state)
+
+
+def continue_conversation(conversation: Conversation, path: Path) -> None:
+    """Load the conversation in a file, if there is one, and refuse a file that cannot be written, before any answer."""
+    is_new = not path.exists()
+    if not is_new:
+        conversation.load(path)
+    try:
+        conversation.save(path)
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise RunError(f'--state {path} cannot be written: {error.strerror}') from None
 
 
 def opened(options: argparse.Namespace) -> Run:
