@@ -1,4 +1,4 @@
-"""The mixers of `benchmarks/peers.py` that need no GPU, in float64: against the loops that the benchmark checks with."""
+"""Mixers of `benchmarks/peers.py` that need no GPU, in float64, against the loops that the benchmark checks with."""
 
 from __future__ import annotations
 
@@ -32,4 +32,3 @@ def test_a_mixer_equals_its_loop(peer):
         out = layer(x)
         results.append((out, torch.autograd.grad(out.square().sum(), [*layer.parameters()])))
     assert_same(*results, 1e-10)
-
