@@ -35,7 +35,7 @@ MEMORY_NETWORKS: dict[str, type[nn.Module]] = {network.__name__: network for net
 ACTIVATIONS: dict[str, type[nn.Module]] = {'gelu': nn.GELU, 'relu': nn.ReLU, 'silu': nn.SiLU, 'tanh': nn.Tanh}
 """Activations of queries, keys and values by name."""
 
-NOT_STORED = ('token_emb',)  # modules of the caller
+NOT_STORED = ('token_emb',)  # a module of the caller's own
 
 
 def model_config(architecture: str, **arguments: Any) -> dict[str, Any]:
@@ -46,9 +46,10 @@ def model_config(architecture: str, **arguments: Any) -> dict[str, Any]:
 
     Args:
         architecture: a key of `ARCHITECTURES`.
-        arguments: arguments of its constructor, with two differences. `neural_memory_model` is a dict of a class name,
-            under `'type'`, and the arguments of that class: `{'type': 'MemoryMLP', 'dim': 64, 'depth': 2}`. The
-            activation in `neural_memory_kwargs` is a key of `ACTIVATIONS` or a module without settings.
+        arguments: arguments of its constructor, with two differences. `neural_memory_model` is a dict with a class name
+            under `'type'` and the arguments of that class: `{'type': 'MemoryMLP', 'dim': 64, 'depth': 2}`. The
+            activation in `neural_memory_kwargs` is a key of `ACTIVATIONS`, or one of their modules with its default
+            settings.
 
     Raises:
         ValueError, TypeError: for an unknown architecture, argument or network, and for a value that JSON cannot hold.
@@ -61,10 +62,10 @@ def model_config(architecture: str, **arguments: Any) -> dict[str, Any]:
 
 
 def build_model(config: Mapping[str, Any]) -> Transformer:
-    """A new model from its configuration, initialised as by its constructor.
+    """Build a new model from its configuration, initialised as by its constructor.
 
     Raises:
-        ValueError, TypeError: as `model_config`, and as the constructor.
+        ValueError, TypeError: as for `model_config`, and as for the constructor.
     """
     check_keywords(config=config)
     arguments = {**config}
@@ -78,9 +79,9 @@ def build_model(config: Mapping[str, Any]) -> Transformer:
 
 
 def memory_config(**arguments: Any) -> dict[str, Any]:
-    """Arguments of `NeuralMemory` as a dict of JSON values that `memory_arguments` accepts.
+    """Arguments of `NeuralMemory` as a dict of JSON values, which `memory_arguments` turns back into arguments.
 
-    `activation` is given as in `model_config`, and `model` as `neural_memory_model` there.
+    `activation` is given as for `model_config`, and `model` as `neural_memory_model` is there.
 
     Raises:
         ValueError, TypeError: for an unknown argument, activation or network, and for a value that JSON cannot hold.
@@ -111,7 +112,7 @@ def _check_arguments(architecture: Any, arguments: Mapping[str, Any]) -> None:
 
 
 def _check_names(constructor: type, arguments: Mapping[str, Any], left_out: tuple[str, ...] = ()) -> None:
-    """`arguments` must be among those of a constructor, without some that JSON cannot hold."""
+    """Check that all `arguments` are those of a constructor, and none is in `left_out`, which JSON cannot hold."""
     accepted = inspect.signature(constructor).parameters.keys() - {*left_out}
     if unknown := arguments.keys() - accepted:
         but_none = f', but none of {sorted(left_out)}, which JSON cannot hold' if left_out else ''
@@ -123,7 +124,7 @@ def _as_json(config: dict[str, Any]) -> dict[str, Any]:
     stored = {}
     for name, value in config.items():
         try:
-            # integers of NumPy are integers, as in the constructors
+            # NumPy's integers count as integers, as they do in the constructors
             stored[name] = json.loads(json.dumps(value, allow_nan=False, default=operator.index))
         except (TypeError, ValueError):
             raise TypeError(f'{name} must be a value that JSON can hold, got {described(value)}') from None
@@ -148,7 +149,7 @@ def _network(argument: str, description: Any) -> nn.Module | None:
 
 
 def _activation_name(activation: Any) -> Any:
-    """The name of an activation that is given by name or as a module with its default settings; `None` for none."""
+    """The name of an activation given by name, or as a module with its default settings; `None` for none."""
     if activation is None or activation in [*ACTIVATIONS]:
         return activation
     for name, kind in ACTIVATIONS.items():

@@ -21,10 +21,10 @@ class LMMBlock(HybridBlock):
 
 
 class LongTermMemoryModel(HybridTransformer):
-    """A language model in which only neural memory connects one token with another.
+    """A language model in which neural memory is the only connection between tokens.
 
-    Arguments: those of `HybridTransformer`. Those of attention have no effect, except that `segment_len` is the default
-    of `neural_memory_segment_len`; one of the two must be given.
+    The arguments are those of `HybridTransformer`. Those for attention have no effect, except that `segment_len` is the
+    default of `neural_memory_segment_len`; one of the two must be given.
     """
 
     block = LMMBlock

@@ -58,13 +58,14 @@ def _part(index: int) -> Any:
 class MACBlock(Block):
     """Memory (in some layers), attention and feedforward, each inside a hyper-connection.
 
-    The order of the parts is that of the reference's checkpoints: `layers.0.4` is the first layer's memory, and so is
-    `model.layers[0][4]`. It is not a `ModuleList`, as in the reference, because FSDP2 refuses those (PyTorch 2.11).
+    The parts are in the order of the reference's checkpoints: `layers.0.4` is the first layer's memory, and so is
+    `model.layers[0][4]`. Unlike the reference's, the block is no `ModuleList`, because FSDP2 refuses those (PyTorch
+    2.11).
 
     Args:
         parts: memory connection, attention connection, feedforward connection, view selector, memory, attention and
             feedforward; `None` for a part that the layer lacks.
-        gate_attn_output: gate the attention's output with the retrieved values, instead of adding them to the stream.
+        gate_attn_output: gate the attention's output with the retrieved values instead of adding them to the stream.
         shares_views, shares_memory_weights: see `Block`.
     """
 
@@ -134,8 +135,8 @@ class MACBlock(Block):
 
 
 class PaperMACBlock(MACBlock):
-    """The order of the paper: retrieve, attend, then store (Titans eq. 21–25). Segments are processed one after the
-    other, as each retrieves from a memory that the one before has written."""
+    """A block in the paper's order: retrieve, attend, then store (Titans eq. 21–25). Segments are processed one after
+    another, because each retrieves from the memory that the previous one has written."""
 
     combine = _part(7)
 
@@ -158,57 +159,58 @@ class PaperMACBlock(MACBlock):
         stored = parts.attend_without_gradient_of_context(seq, context) if self.detach_context else None
         # eq. 22, 23: y_t = Attn([p ‖ h_t ‖ S_t])
         attended = parts.attend(seq, context=context)
-        # the norms of the memory are faster in their own precision, which autocast has lowered
+        # autocast has lowered the precision of these rows, and the memory's norms are faster in their own
         stored = (attended if stored is None else stored).to(seq.dtype)
         # eq. 24, 25: M_t = M_{t−1}(y_t), o_t = y_t ⊗ M*_t(y_t)
         return self.combine(attended, parts.store_and_retrieve(stored))
 
 
 class MemoryAsContextTransformer(Transformer, InReferenceFormat):
-    """A language model of segments, with neural memory in some of its layers.
+    """A language model that reads text in segments, with neural memory in some of its layers.
 
     Each segment of `segment_len` tokens is followed by `num_longterm_mem_tokens` learned memory tokens, through which
-    retrieved values reach the attention; every token sees `num_persist_mem_tokens` learned keys and values. In a layer
-    with memory, the memory stores the layer's input, and the retrieved values are added to the residual stream before
-    attention (the reference's order) or gate the attention's output.
+    retrieved values reach attention. Every token also attends to `num_persist_mem_tokens` learned keys and values
+    (persistent memory). In a layer with memory, the memory stores the layer's input, and the retrieved values are added
+    to the residual stream before attention (the reference's order) or gate the attention's output.
 
-    With `paper_order` a layer with memory follows the paper: the memory retrieves for the segment, attention sees the
-    retrieved values beside the segment, the memory stores the attention's output, and retrieves for it a gate. A memory
-    batch is then a segment, and segments are processed one after the other.
+    With `paper_order`, a layer with memory follows the paper instead. The memory retrieves values for the segment,
+    attention sees them beside the segment, and the memory stores the attention's output, then retrieves for it the
+    values that gate it. A memory batch is then one segment, and segments are processed one after another.
 
     Args:
         num_tokens: size of the vocabulary; `None` for a model of embeddings, without logits.
         dim: width of the model.
         depth: number of layers.
-        segment_len: tokens in a segment. An attention window is a segment and its `num_longterm_mem_tokens`.
+        segment_len: tokens per segment. An attention window spans a segment and its `num_longterm_mem_tokens`.
         neural_memory_segment_len: chunk size of the memories. Default: `segment_len + num_longterm_mem_tokens`.
-        neural_mem_gate_attn_output: let the memory gate the attention's output, instead of adding to its input.
+        neural_mem_gate_attn_output: let the memory gate the attention's output instead of adding to its input.
         neural_memory_add_value_residual: without effect, as in the reference.
-        num_longterm_mem_tokens: number of memory tokens after each segment.
-        num_persist_mem_tokens: number of learned keys and values in each attention.
+        num_longterm_mem_tokens: memory tokens after each segment.
+        num_persist_mem_tokens: learned keys and values in each attention.
         neural_memory_batch_size: memory-batch size of the memories, in positions.
-        neural_memory_qkv_receives_diff_views: let a memory compute its queries, keys and values from inputs and outputs
-            of earlier layers, which it selects per token.
+        neural_memory_qkv_receives_diff_views: let each memory compute its queries, keys and values from inputs and
+            outputs of earlier layers, which it selects per token.
         dim_head, heads: width and number of attention heads.
-        ff_mult: hidden width, relative to `dim`, of an ungated feedforward with as many weights as the gated one has,
-            which is two thirds as wide.
+        ff_mult: sets the hidden width: `ff_mult * dim` for an ungated feedforward. The gated one used here is two
+            thirds as wide, so that it has as many weights.
         num_residual_streams: streams of the hyper-connections; 1 is a plain residual.
         neural_memory_model: memory network, copied for each memory layer. Default: that of `NeuralMemory`.
         neural_memory_kwargs: further arguments of `NeuralMemory`. Modules among them, such as an activation with
             parameters, are shared by all memories.
         neural_memory_layers: layers that have a memory, counted from 1. Default: all.
         use_flex_attn: use FlexAttention on a CUDA device.
-        sliding_window_attn: sliding attention windows instead of blocks.
-        neural_mem_weight_residual: let each memory take its gradients at weights mixed with those of the memory before.
-        token_emb: a module from token ids, or from any features, to embeddings, in place of `nn.Embedding`.
+        sliding_window_attn: use sliding attention windows instead of blocks.
+        neural_mem_weight_residual: let each memory take its gradients at its weights mixed with those of the previous
+            memory.
+        token_emb: a module that maps token ids, or any features, to embeddings, in place of `nn.Embedding`.
         paper_order: retrieve, attend, then store.
-        detach_context: with `paper_order`, let no gradient pass from what a segment stores to what it retrieved before.
-            Such gradients go from segment to segment and explode in long windows (docs/guides/stability.md).
+        detach_context: with `paper_order`, stop gradients from what a segment stores to what it retrieved before.
+            Otherwise they flow from segment to segment and explode in long windows (docs/guides/stability.md).
         checkpoint_layers: save only the input of each layer for the backward pass, which recomputes the layer. For
             sequences so long that even one layer does not fit, see `checkpoint_every` of `NeuralMemory`.
-        position_length: tokens whose memory chunks have position embeddings of their own; the chunks of later tokens
-            share that of the last. The embedding is an MLP of the chunk's number and grows with it, so for a model that
-            reads further than it was trained give the length of training. Default: no limit, as in the reference.
+        position_length: tokens whose memory chunks have their own position embeddings; the chunks of later tokens share
+            the last one. The embedding is an MLP of the chunk's number and grows with it, so a model that will read
+            further than its training length should be given that length here. Default: no limit, as in the reference.
     """
 
     def __init__(
@@ -314,7 +316,7 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
             )
 
         def block(connection: Callable[..., Module], layer: int) -> MACBlock:
-            # the memory first, as the reference draws the parts in this order
+            # the memory comes first, because the reference draws the weights of the parts in this order
             own_memory = memory(layer) if layer in memory_layers else None
             if own_memory is not None and paper_order:
                 return PaperMACBlock(
@@ -353,7 +355,8 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
             raise ValueError('paper_order retrieves for each token separately, and neural_memory_model mixes them')
 
     def _num_position_chunks(self, position_length: int | None) -> int | None:
-        """Memory chunks that so many tokens, and the memory tokens between them, take up; `None` for no limit."""
+        """Number of memory chunks that this many tokens take up with the memory tokens between them; `None` for no
+        limit."""
         if position_length is None:
             return None
         (position_length,) = check_positive(position_length=position_length)
@@ -367,14 +370,14 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
     def empty_parameters(self) -> dict[str, tuple[int, ...]]:
         return {} if self.longterm_mems is not None else {'longterm_mems': (0, self.dim)}
 
-    # positions: tokens, and long-term memory tokens between them
+    # positions count tokens and the long-term memory tokens between them
 
     def seq_index_is_longterm(self, seq_index: int) -> bool:
         """Whether the position holds a long-term memory token."""
         return seq_index % self.attn_window_size >= self.segment_len
 
     def seq_len_with_longterm_mem(self, seq_len: int) -> int:
-        """Positions up to and including the `seq_len`-th token; memory tokens stand between segments."""
+        """Number of positions up to and including the `seq_len`-th token; memory tokens stand between segments."""
         (seq_len,) = check_positive(seq_len=seq_len)
         full_before, _ = divided(seq_len - 1, self.segment_len)
         return full_before * self.num_longterm_mem_tokens + seq_len
@@ -390,12 +393,12 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         self, x: Tensor, start: int, factorized_pos_emb: list[Tensor] | None = None
     ) -> Float[Tensor, 'b n d']:
         segment = self.segment_len
-        # positions and tokens from here on are counted from the beginning of the open segment
+        # from here on, positions and tokens are counted from the beginning of the open segment
         first = constant(start % self.attn_window_size)
         num_before = self.num_tokens_until(first)
         stop = self.num_positions(num_before + x.shape[1])
 
-        # whole segments, each followed by its memory tokens, then cut to the requested positions
+        # whole segments, each followed by its memory tokens; then cut to the requested positions
         x = F.pad(self._token_embedding(x), (0, 0, num_before, 0))
         num_segments, in_last = divided(x.shape[1], segment)
         x = F.pad(x, (0, 0, 0, -in_last % segment)).unflatten(1, (num_segments + int(in_last > 0), segment))
@@ -430,10 +433,10 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
         return_state: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """`Transformer.forward` with the arguments in the reference's order, and two more.
+        """`Transformer.forward` with its arguments in the reference's order, plus two more.
 
         Args:
-            return_loss_breakdown: without effect, as in the reference: the loss has one part.
+            return_loss_breakdown: without effect, as in the reference: the loss has a single part.
             factorized_pos_emb: precomputed position embeddings, from `axial_pos_emb(…, return_factorized=True)`.
         """
         check_flags(return_loss_breakdown=return_loss_breakdown)
@@ -444,7 +447,7 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
             return_cache=return_cache,
             disable_flex_attn=disable_flex_attn,
             factorized_pos_emb=factorized_pos_emb,
-            # by name: `torch.export` identifies dynamic shapes by argument names
+            # passed by name, because `torch.export` identifies dynamic shapes by argument names
             state=state,
             return_state=return_state,
             **kwargs,

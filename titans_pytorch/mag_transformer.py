@@ -29,10 +29,11 @@ class MAGBlock(HybridBlock):
 
 
 class MemoryAsGateTransformer(HybridTransformer):
-    """A language model whose sliding-window attention is gated by the output of a memory.
+    """A language model in which the output of a memory gates that of sliding-window attention.
 
-    Both read the same input: attention the last positions, memory the whole past. Both outputs are normalised with
-    learned gains, and the memory's, through a sigmoid, gates the attention's. Arguments: those of `HybridTransformer`.
+    Both read the same input: attention sees the last positions, the memory the whole past. Both outputs are normalised
+    with learned gains; the memory's then passes through a sigmoid and gates the attention's. For the arguments, see
+    `HybridTransformer`.
     """
 
     block = MAGBlock

@@ -24,9 +24,9 @@ class MALBlock(HybridBlock):
 
 
 class MemoryAsLayerTransformer(HybridTransformer):
-    """A language model whose layers are a memory, and sliding-window attention over its output.
+    """A language model whose layers consist of a memory, then sliding-window attention over its output.
 
-    Each is a separate branch of the residual stream. Arguments: those of `HybridTransformer`.
+    The two are separate branches of the residual stream. For the arguments, see `HybridTransformer`.
     """
 
     block = MALBlock

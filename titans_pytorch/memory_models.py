@@ -1,12 +1,12 @@
 """Memory networks: small modules whose weights become the memory of `NeuralMemory`.
 
-Each maps (..., tokens, dim) to the same shape, and can be called like any module. Beyond that, two conventions make
+Each network maps (..., tokens, dim) to the same shape and can be called like any module. Two further conventions make
 faster implementations possible:
 
-- `forward(x, linear=torch.matmul)`: every product of a row with a weight matrix is `linear(row, weight)`, so that a
-  caller can record the inputs of a matrix, or apply a matrix that changes over time without materialising it;
-- `rowwise`: true if each row of the output depends on the same row of the input only. Otherwise the network is assumed
-  to mix the tokens of a chunk, which it must do causally, and the state holds the queries of the open chunk.
+- `forward(x, linear=torch.matmul)` computes every product of a row with a weight matrix as `linear(row, weight)`, so
+  that a caller can record the inputs of a matrix, or apply a matrix that changes over time without materialising it;
+- `rowwise` is true if each output row depends only on the same input row. Otherwise the network is assumed to mix the
+  tokens of a chunk, which it must do causally, and the state keeps the queries of the open chunk.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from titans_pytorch.utils.precision import at_least_float32
 from titans_pytorch.utils.shapes import Float
 
 Product = Callable[[Tensor, Tensor], Tensor]
-"""The product of rows and a matrix, as by `torch.matmul`."""
+"""A function that multiplies rows by a matrix, such as `torch.matmul`."""
 Matrix = TypeVar('Matrix')
 
 
@@ -43,7 +43,7 @@ class Matrices(ParameterSequence):
 
 
 class Layers(ModuleList):
-    """`Matrices` of the same shapes for each of `depth` layers."""
+    """`depth` layers, each with `Matrices` of the same shapes."""
 
     def __init__(self, depth: int, *shapes: tuple[int, int]):
         super().__init__(Matrices(*shapes) for _ in range(depth))
@@ -70,7 +70,7 @@ class LayerNorm(Module):
 
 
 class ResidualNorm(Resettable):
-    """LN(f(x)) + x: the output of `model`, normalised, around a residual (TTT, arXiv 2407.04620)."""
+    """LN(f(x)) + x: the normalised output of `model` plus its input (TTT, arXiv 2407.04620)."""
 
     def __init__(self, dim: int, model: Module):
         super().__init__()
@@ -86,7 +86,8 @@ class ResidualNorm(Resettable):
 
 
 class MemoryMLP(Resettable):
-    """`depth` matrices with GELU in between; hidden width `dim * expansion_factor`. `depth=1` is a linear memory."""
+    """`depth` matrices with GELU between them and hidden width `dim * expansion_factor`. `depth=1` is a linear
+    memory."""
 
     rowwise = True
 
@@ -105,23 +106,24 @@ class MemoryMLP(Resettable):
     def through(
         matrices: Iterable[Matrix], x: Float[Tensor, '... d'], linear: Callable[[Tensor, Matrix], Tensor]
     ) -> Float[Tensor, '... d']:
-        """Rows through `matrices`, which are whatever `linear` takes for one: tensors, or names."""
+        """Apply `matrices` to rows; they may be anything that `linear` accepts as a matrix, such as tensors or
+        names."""
         for layer, matrix in enumerate(matrices):
             x = linear(F.gelu(x) if layer > 0 else x, matrix)
         return x
 
 
 class PlainMLP(NamedTuple):
-    """A `MemoryMLP`, bare or inside a `ResidualNorm`, as a function of weights by parameter name. It calls no hooks."""
+    """A `MemoryMLP`, bare or in a `ResidualNorm`, as a function of weights by parameter name. It calls no hooks."""
 
     matrices: tuple[str, ...]
     gamma: str | None
-    """The gain of the norm around the network, less 1."""
+    """Name of the gain of the norm around the network, which is stored less 1; `None` without a norm."""
     eps: float
 
     @classmethod
     def of(cls, network: Module) -> PlainMLP | None:
-        """`None` for other networks, and for ones with frozen parts."""
+        """The network in this form; `None` if it is any other network, or has frozen parts."""
         has_buffers = next(network.buffers(), None) is not None
         if type(without_norm(network)) is not MemoryMLP or not is_unmodified(network) or has_buffers:
             return None
@@ -130,11 +132,11 @@ class PlainMLP(NamedTuple):
         return cls(matrices, None, 0.0) if norm is None else cls(matrices, 'norm.gamma', norm.eps)
 
     def of_weights(self, weights: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor | None]:
-        """The matrices in order, and the gain; `None` without a norm."""
+        """The matrices in order, and the gain, which is `None` without a norm."""
         return [weights[name] for name in self.matrices], None if self.gamma is None else weights[self.gamma]
 
     def __call__(self, weights: Mapping[str, Tensor], rows: Float[Tensor, 'bh m d']) -> Float[Tensor, 'bh m d']:
-        """Rows through the network with weights (bh, …)."""
+        """Apply the network, with weights (bh, …), to rows."""
         gamma = None if self.gamma is None else weights[self.gamma]
         return self.through(rows, lambda x, name: torch.bmm(x, weights[name]), gamma)
 
@@ -144,13 +146,13 @@ class PlainMLP(NamedTuple):
         linear: Callable[[Tensor, str], Tensor],
         gamma: Float[Tensor, '... d'] | None,
     ) -> Float[Tensor, '... m d']:
-        """Rows through the network; `linear` multiplies rows by the matrix of that name."""
+        """Apply the network to rows; `linear` multiplies rows by the matrix with a given name."""
         out = MemoryMLP.through(self.matrices, rows, linear)
         return out if gamma is None else torch.addcmul(rows, layer_norm(out, self.eps), gamma.unsqueeze(-2) + 1.0)
 
 
 class GatedResidualMemoryMLP(Resettable):
-    """`depth` feedforwards, each mixed into the residual stream by a gate per feature, and a final projection."""
+    """`depth` feedforwards, each blended into the residual stream by a gate per feature, then a final projection."""
 
     rowwise = True
 
@@ -175,7 +177,7 @@ class GatedResidualMemoryMLP(Resettable):
 
 
 class FactorizedMemoryMLP(Resettable):
-    """`depth` square matrices as products of rank `k`: fewer weights per chunk, so that chunks can be smaller."""
+    """`depth` square matrices, each a product of rank `k`: with fewer weights per chunk, chunks can be smaller."""
 
     rowwise = True
 
@@ -193,8 +195,8 @@ class FactorizedMemoryMLP(Resettable):
 class MemorySwiGluMLP(Resettable):
     """`depth` gated feedforwards (GELU gate), each with a residual connection, then a layer norm.
 
-    A gated feedforward is two matrices deep, so that `depth=1` corresponds to the two-layer memory of TTT. Its hidden
-    width is 2/3 of that of an ungated feedforward with the same `expansion_factor`, for the same number of weights.
+    A gated feedforward is two matrices deep, so `depth=1` corresponds to the two-layer memory of TTT. Its hidden width
+    is 2/3 that of an ungated feedforward with the same `expansion_factor`, which makes the number of weights equal.
     """
 
     rowwise = True
@@ -215,7 +217,7 @@ class MemorySwiGluMLP(Resettable):
 
 
 class MemoryAttention(Resettable):
-    """Causal attention over the tokens of a chunk and a feedforward in parallel (as in PaLM).
+    """Causal attention over the tokens of a chunk, in parallel with a feedforward (as in PaLM).
 
     Queries and keys are l2-normalised, so that their similarity is a cosine; `scale` is the inverse temperature.
     """
@@ -228,7 +230,7 @@ class MemoryAttention(Resettable):
         dim_hidden = check_hidden_width('expansion_factor', dim, expansion_factor)
 
         self.scale = check_number('scale', scale, above=0)
-        # queries, keys and values; then the feedforward
+        # for queries, keys and values; then for the feedforward
         self.weights = Matrices((dim, dim), (dim, dim), (dim, dim), (dim, dim_hidden), (dim_hidden, dim))
 
     def forward(self, x: Float[Tensor, '... n d'], linear: Product = torch.matmul) -> Float[Tensor, '... n d']:
@@ -256,13 +258,13 @@ _OWN_PARAMETERS = {GatedResidualMemoryMLP: {'final_proj'}, LayerNorm: {'gamma'}}
 
 def without_norm(network: Module) -> Module:
     """The network inside a `ResidualNorm`, or the network itself."""
-    # exact types here and below: subclasses, of which parametrizations make parts, may compute otherwise
+    # exact types here and below: subclasses, which is what parametrizations turn parts into, may compute otherwise
     return network.model if type(network) is ResidualNorm else network
 
 
 def is_unmodified(network: Module) -> bool:
-    """True for one of `NETWORKS`, perhaps in a `ResidualNorm`, no part of which is replaced, extended, parametrized or
-    tied."""
+    """True for one of `NETWORKS`, possibly in a `ResidualNorm`, if no part of it has been replaced, extended,
+    parametrized or tied."""
     weights = [*network.named_parameters(remove_duplicate=False)]
     is_tied = len({id(weight) for _, weight in weights}) < len(weights)
     return type(without_norm(network)) in NETWORKS and all(map(_is_own_part, network.modules())) and not is_tied

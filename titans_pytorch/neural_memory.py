@@ -92,7 +92,7 @@ EMPTY = NeuralMemState(0, None, None, None, None)
 
 
 def default_adaptive_step_transform(adaptive_step: Tensor, max_lr: float = 1e-2) -> Tensor:
-    """Step sizes in (0, `max_lr`), from logits."""
+    """Map logits to step sizes in (0, `max_lr`) by a sigmoid."""
     return adaptive_step.sigmoid() * max_lr
 
 
@@ -284,7 +284,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
             engine, model, dim_head, store_chunk_size * num_kv_per_token, spectral_norm_surprises, proximal_steps
         )
         if checkpoint_every is not None and self._backend_class is DenseBackend:
-            # torch.func, by which its gradients are taken, keeps saved tensors: nothing would be gained
+            # the dense backend takes gradients with torch.func, which keeps saved tensors: checkpoints would save
+            # nothing
             raise ValueError("checkpoint_every needs engine='dual', and this memory is dense")
         self._hold(model)
         self.transition_gate = Parameter(torch.empty(1)) if gated_transition else None
@@ -348,7 +349,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         super().write_reference(state_dict, prefix)
         for name, index in self.memory_model_parameters.all_names.items():
             weight = state_dict[f'{prefix}memory_model_parameters.{index}']
-            # of head 0, for a module that is never trained, unless heads share their weights
+            # the reference never trains this second copy; where each head has its own weights, head 0 stands for it
             first = weight[0] if self.per_head_learned_parameters else weight
             state_dict[f'{prefix}memory_model.{name}'] = first.clone()
 
@@ -359,7 +360,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         for name, index in self.memory_model_parameters.all_names.items():
             copy = state_dict.pop(f'{prefix}memory_model.{name}', None)
             key = f'{prefix}memory_model_parameters.{index}'
-            # there, both names denote one tensor, and a file that stores it once may have either
+            # there, both names denote one tensor, and a file that stores it once may use either
             if copy is not None and one_tensor and key not in state_dict and copy.shape == shapes[index]:
                 state_dict[key] = copy.reshape(self.init_weight_shape[index])
 
@@ -375,9 +376,9 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
     @property
     def memory_model(self) -> Module:
-        """The memory network with the learned initial weights of the first head: an empty memory, to call or inspect.
+        """The memory network with the first head's learned initial weights: an empty memory, to call or inspect.
 
-        Every access makes a new module, whose weights are views of the trained `memory_model_parameters`.
+        Each access creates a new module, whose weights are views of the trained `memory_model_parameters`.
         """
         initial = zip(self.memory_model_parameter_names, self.memory_model_parameters)
         first = {name: w[0] if self.per_head_learned_parameters else w.view_as(w) for name, w in initial}
@@ -399,14 +400,14 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
     @property
     def _dtype(self) -> torch.dtype:
-        """Precision of the module. (Offloaded parameters may be on another device than the tensors of a call.)"""
+        """Precision of the parameters. (Offloaded parameters may be on another device than the tensors of a call.)"""
         return self.memory_model_parameters[0].dtype
 
     def init_weights(self, batch: int) -> TensorDict:
         """Weights of an empty memory, per parameter (batch · heads, …), in float32 or float64."""
         count = batch if self.per_head_learned_parameters else batch * self.heads
         named = self.memory_model_parameters()
-        # copies, because a state keeps them and an optimizer changes the parameters in place
+        # copies, because a state keeps them while an optimizer changes the parameters in place
         copies = {name: p.repeat(count, *(1,) * len(self._parameter_shapes[name])) for name, p in named.items()}
         return TensorDict({name: at_least_float32(p) for name, p in copies.items()})
 
@@ -435,7 +436,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         return self._backend_for(self.batch_size, 1)
 
     def _backend_for(self, batch_size: int | None, num_chunks: int) -> Backend:
-        """The backend of a call with memory batches of this length, in which so many chunks are completed."""
+        """The backend for a call that completes `num_chunks` chunks, in memory batches of `batch_size` tokens."""
         return self._backend_class(
             self._network,
             self.memory_model_parameters.mlp,
@@ -447,10 +448,10 @@ class NeuralMemory(Resettable, InReferenceFormat):
         )
 
     def _num_proximal_steps(self, batch_size: int | None, num_chunks: int) -> int:
-        """Proximal steps that are added up at the same weights: one of each parameter in each chunk of a memory batch.
+        """Number of proximal steps that add up at the same weights: one per parameter and chunk of a memory batch.
 
-        Without memory batches these are the chunks of the call, which may be a part of what is stored at the same
-        weights, as long as a memory batch otherwise is.
+        Without memory batches, all chunks of the call are stored at the same weights. They may be only part of what is
+        stored there, so the count is at least that of the layer's own memory batch.
         """
         if batch_size is None:
             chunks = max(num_chunks, (self.batch_size or 0) // self.store_chunk_size)
@@ -460,7 +461,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
     @property
     def spectral_norm_surprises(self) -> bool:
-        """The argument, by which the backend was chosen."""
+        """The constructor's argument. It is read-only, because the choice of the backend depends on it."""
         return self._orthogonalises
 
     @property
@@ -470,7 +471,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
     @property
     def uses_func_transforms(self) -> bool:
-        """True if gradients are those of `torch.func`, and not written out as for a plain MLP with the default loss."""
+        """True if `torch.func` takes the gradients, False if they are written out (a plain MLP, the default loss)."""
         written_out = self.memory_model_parameters.mlp is not None and self.store_memory_loss_fn is default_loss_fn
         return self._backend_class is DenseBackend or not written_out
 
@@ -482,10 +483,10 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
     @property
     def reads_documents(self) -> bool:
-        """True if documents of one row can be read one after the other, beginning anew for each.
+        """True if several documents in a row can be read in one call, each starting from an empty memory.
 
-        The recurrences of the dual engine can, with the initial weights as one more state. Steps that are not linear in
-        the states cannot, nor can what depends on other rows or on the length of a call.
+        The recurrences of the dual engine allow this, with the initial weights as one more state. Steps that are not
+        linear in the states rule it out, and so does anything that depends on other rows or on the length of a call.
         """
         recurrent = self._backend_class is DualBackend and self.transition_gate is None and not self.lookahead_gradients
         by_itself = not self.mixes_tokens and self.to_learned_weight_residual_mix is None
@@ -516,31 +517,31 @@ class NeuralMemory(Resettable, InReferenceFormat):
         """Store a sequence, or a piece of one, and retrieve a value for each of its tokens.
 
         Args:
-            seq: (batch, length, dim); with `qkv_receives_diff_views` (3, batch, length, dim), the views for queries,
-                keys and values, or (1, batch, length, dim) beside `store_seq`. Without the length axis it is a single
-                token.
-            store_seq: the sequence to store, if it is not `seq`, and as long, since token t of `seq` reads the chunks
-                that are complete by token t of `store_seq`; (2, batch, length, dim) with different views.
-            state: the state that the previous call returned. Pieces may have any length.
+            seq: (batch, length, dim). With `qkv_receives_diff_views`, (3, batch, length, dim): the views for queries,
+                keys and values; or (1, batch, length, dim) if `store_seq` is given. Without the length axis it is a
+                single token.
+            store_seq: the sequence to store, if it is not `seq`. Both must have the same length, because token t of
+                `seq` reads the chunks that are complete at token t of `store_seq`. With different views, (2, batch,
+                length, dim).
+            state: the state returned by the previous call. The pieces of a sequence may have any length.
             detach_mem_state: detach the returned state from the graph.
-            prev_weights: another memory's `state.updates`, if `accept_weight_residual`: over the tokens of this call,
-                or over the whole sequence, this call included.
+            prev_weights: another memory's `state.updates`, required with `accept_weight_residual`. It covers either the
+                tokens of this call or the whole sequence up to and including this call.
             store_mask: true for tokens to store: booleans, or the integers 0 and 1, (batch, length). A masked token has
-                step size 0 but remains part of its chunk: it takes part in the pooled gates, and the chunk decays when
-                it is complete. To leave the memory unchanged, see `store`.
+                step size 0 but still belongs to its chunk: it takes part in the pooled gates, and the chunk still
+                decays the weights when it is complete. To leave the memory unchanged, use `store=False`.
             return_surprises: also return the `Surprises` of the completed chunks: losses and step sizes, (batch, heads,
                 rows) each.
             ttt_batch_size: memory-batch length for this call, in place of `batch_size`.
             cache: alias of `state`.
             store: false to read without writing. All tokens then read the weights after the last complete chunk, and
-                the state keeps its weights, momentum, position and open chunk. Queries still count for convolutions,
-                and for a memory network that mixes tokens, which sees groups of the length of a chunk.
-            documents: several documents in each row, each of which is read as if it were alone; see `reads_documents`.
-                The models lay them out.
-
+                the state keeps its weights, momentum, position and open chunk. Only queries are still recorded: for
+                convolutions, and for a memory network that mixes tokens, which sees them in groups of one chunk length.
+            documents: several documents packed into each row, each read as if it were alone; see `reads_documents`. The
+                models prepare this argument.
         Returns:
             the retrieved values (batch, length, dim), with a length of 1 for a single token; the state; and, with
-            `return_surprises`, the pair of surprises.
+            `return_surprises`, the surprises.
 
         Raises:
             ValueError, TypeError: for inputs and states that do not fit; the message names the argument.
@@ -568,7 +569,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
             retrieved, next_state, surprises = self._checkpointed(pieces, state, prev_weights, return_surprises)
         else:
             retrieved, next_state, surprises = self._forward(call, state, prev_weights, return_surprises)
-        # a later call does not use the initial weights, and a short one completes no chunk
+        # with several processes, parameters that this call does not use must be in the graph too: a later call does not
+        # use the initial weights, and a short one completes no chunk
         retrieved = depending_on(self.parameters(), retrieved)
         next_state = next_state.detach() if detach_mem_state else next_state
         return (retrieved, next_state, surprises) if return_surprises else (retrieved, next_state)
@@ -592,7 +594,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         prev_weights: Mapping[str, Tensor] | None,
         with_surprises: bool,
     ) -> tuple[Float[Tensor, 'b n d'], NeuralMemState, Surprises | None]:
-        """`_forward` piece by piece, each of which the backward pass recomputes."""
+        """`_forward` piece by piece; the backward pass recomputes each piece."""
 
         def forward(piece: Call, state: NeuralMemState) -> Any:
             retrieved, after, surprises = self._forward(piece, state, prev_weights, with_surprises)
@@ -616,23 +618,23 @@ class NeuralMemory(Resettable, InReferenceFormat):
         mask: Bool[Tensor, 'b n'] | None = None,
         return_surprises: bool = True,
     ) -> Any:
-        """Store the complete chunks of `seq` with all gradients at `weights`, without retrieving.
+        """Store the complete chunks of `seq`, with all gradients taken at `weights`, and retrieve nothing.
 
-        Convolutions see zeros before `seq`. With different views, calls that go on from the state see zeros before
-        their queries, where these depend on earlier ones: by convolutions, or in a memory network that mixes tokens.
-        Proximal steps assume that as many chunks are added up at the same `weights` as `seq` has, or a memory batch if
-        that has more. Storing further sequences at the same `weights` may overshoot.
+        Convolutions see zeros before `seq`. With different views, the returned state holds no queries. A call that
+        continues from it then sees zeros in their place, if it depends on them: in convolutions, or in a memory network
+        that mixes tokens. Proximal steps are sized for the chunks of `seq`, or of a memory batch if that has more, as
+        the number that adds up at the same `weights`. Storing further sequences there may overshoot.
 
         Args:
             seq: (batch, length, dim); (2, batch, length, dim) with different views.
             weights: base weights, (bh, …) by parameter. Default: the initial weights.
             past_state: weights and momentum to continue from. Default: `weights`, and no momentum.
-            seq_index: position of the first token, which aligns `prev_weights` over a whole sequence.
-            prev_weights, mask, return_surprises: as in `forward`, where `mask` is `store_mask`.
+            seq_index: position of the first token, by which a `prev_weights` over the whole sequence is aligned.
+            prev_weights, mask, return_surprises: as in `forward`, where `mask` is called `store_mask`.
 
         Returns:
-            the weights over time, (bh, chunks + 1, …) by parameter; the state, whose `cache_store_segment` holds the
-            tokens of the incomplete chunk; and, with `return_surprises`, the surprises.
+            the weights over time, (bh, chunks + 1, …) by parameter; the state, which holds the tokens of the
+            incomplete chunk in `cache_store_segment`; and, with `return_surprises`, the surprises.
 
         Raises:
             ValueError, TypeError: for arguments that do not fit the memory or each other; the message names the
@@ -656,13 +658,13 @@ class NeuralMemory(Resettable, InReferenceFormat):
         return (next_state.updates, next_state, *((surprises,) if return_surprises else ()))
 
     def retrieve_memories(self, seq: Float[Tensor, 'b n d'], weights: Mapping[str, Tensor]) -> Float[Tensor, 'b n d']:
-        """Values retrieved with `weights` for `seq`, which begins at the start of a chunk.
+        """Retrieve values for `seq`, which starts where a chunk starts, from given weights.
 
-        `weights` by parameter: over time, (bh, chunks + 1, …), like `state.updates`, of which token t reads entry
-        ⌊(t + 1) / chunk⌋; constant, (bh, …), like `state.weights`; or the initial weights.
+        `weights` are tensors by parameter name: weights over time, (bh, chunks + 1, …), like `state.updates`, where
+        token t reads entry ⌊(t + 1) / chunk⌋; constant weights, (bh, …), like `state.weights`; or the initial weights.
 
         Raises:
-            ValueError, TypeError: for weights of another memory, or of too few chunks.
+            ValueError, TypeError: for weights of another memory, and for weights over time that cover too few chunks.
         """
         self._layout.check_rows('seq', seq)
         over_time = self._layout.over_time('weights', weights, seq.shape[0], seq.device)
@@ -678,13 +680,13 @@ class NeuralMemory(Resettable, InReferenceFormat):
     def recall(
         self, seq: Float[Tensor, 'b n d'], state: NeuralMemState | MemoryBuffers | None = None
     ) -> Float[Tensor, 'b n d']:
-        """Values retrieved with the base weights, at which the open memory batch takes its gradients, without storing.
+        """Retrieve values from the base weights, where the open memory batch takes its gradients, without storing.
 
-        Every row is retrieved by itself, so there is no convolution.
+        Each row is retrieved independently, so convolutions are left out.
 
         Args:
             seq: (batch, length, dim).
-            state: from an earlier call. Default: the initial weights.
+            state: the state of an earlier call. Default: the initial weights.
 
         Raises:
             ValueError: if the memory network mixes tokens.
@@ -722,7 +724,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
             raise ValueError('state.cache_store_segment must hold the tokens of the open chunk, got None')
         tokens = pending.tokens
         opened = self._opened(state, tokens[0] if self.qkv_receives_diff_views else tokens)
-        # later tokens are in the precision of the memory, whatever that of the state
+        # tokens yet to come are in the memory's precision, whatever that of the state
         kept: Any = (None if t is None else t.to(torch.promote_types(t.dtype, self._dtype)) for t in opened.pending)
         buffers = MemoryBuffers.of(replaced(opened, pending=PendingSegment(*kept)), self.buffer_sizes)
         if not with_surprises:
@@ -743,14 +745,14 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
         Args:
             seq: the token.
-            buffers: the state, into which the token is written.
-            in_chunk: number of the token in its chunk.
-            ends_chunk: whether it completes the chunk, by which the weights change.
+            buffers: the state; the token is written into it.
+            in_chunk: index of the token in its chunk.
+            ends_chunk: whether the token completes the chunk, so that the weights change.
             ends_batch: whether it completes a memory batch.
             prev_weights: weights of another memory, (bh, …) by parameter, if `accept_weight_residual`.
 
         Returns:
-            the retrieved value, and the buffers. If the chunk is complete their weights are new tensors, because
+            the retrieved value, and the buffers. If the chunk is complete, their weights are new tensors, because
             another memory may still have to read the old ones.
         """
         query, to_store = (seq[0], seq[1:]) if self.qkv_receives_diff_views else (seq, seq)
@@ -812,12 +814,12 @@ class NeuralMemory(Resettable, InReferenceFormat):
     def _retrieve_one_of_group(
         self, query: Float[Tensor, 'b 1 d'], buffers: MemoryBuffers, in_chunk: Int[Tensor, ' 1'], begins_group: bool
     ) -> Float[Tensor, 'b 1 d']:
-        """`_retrieve_one` where the value for a token depends on earlier ones that read the same weights."""
+        """`_retrieve_one` for a value that depends on earlier tokens that read the same weights."""
         context = self.conv_context
         assert buffers.queries is not None
         if begins_group and context:
             buffers.queries[:, :context] = buffers.queries[:, self.store_chunk_size :].clone()
-        # later rows of the buffer belong to an earlier group; a causal memory network does not look at them
+        # later rows of the buffer belong to an earlier group, and a causal memory network does not look at them
         row = (in_chunk + 1) % self.store_chunk_size
         buffers.queries.index_copy_(1, row + context, query.to(buffers.queries.dtype))
         normed, queries = self._queries(buffers.queries)
@@ -840,7 +842,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         schedule = Schedule.of(state.seq_index, tokens.shape[-2], chunk_size, call.batch_size)
         complete = schedule.num_chunks * chunk_size
 
-        # a convolution sees tokens before the open chunk; before the first token there are zeros
+        # convolutions see the tokens before the open chunk, or zeros before the first token
         before = pending.before
         before = tokens.new_zeros(*tokens.shape[:-2], self.conv_context, self.dim) if before is None else before
         rows = concatenated((before, tokens[..., :complete, :]), dim=-2)
@@ -855,10 +857,10 @@ class NeuralMemory(Resettable, InReferenceFormat):
             inputs = StoreInputs(*given, with_surprises, state.at_rest, origin)
             over_time, weights, losses = self._backend_for(call.batch_size, schedule.num_chunks).store(inputs)
 
-        # without a mask in this call, that of earlier tokens is needed only until their chunk is complete
+        # if this call has no mask, an earlier mask is needed only until its chunk is complete
         if call.mask is None and complete > 0:
             mask = None
-        # copied, so that a kept state does not keep the whole input
+        # copied, so that a state that is kept does not keep the whole input alive
         rest = PendingSegment(
             tokens=tokens[..., complete:, :].clone(),
             mask=None if mask is None or tokens.shape[-2] == complete else mask[:, complete:].clone(),
@@ -870,7 +872,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
 
     @property
     def _rows_per_chunk(self) -> int:
-        """Rows of a chunk that are stored."""
+        """Number of rows stored per chunk."""
         return self.store_chunk_size * self.num_kv_per_token - self.store_with_lookahead_value
 
     def _surprises(self, losses: Float[Tensor, 'bh n m'], step_sizes: Float[Tensor, 'bh n m']) -> Surprises:
@@ -883,7 +885,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
     def _project_chunks(
         self, tokens: Tensor, mask: Bool[Tensor, 'b _t'] | None
     ) -> tuple[Chunks, Float[Tensor, 'b n d']]:
-        """Complete chunks, and one pooled row for each. In front of `tokens` is the context of the convolutions."""
+        """Complete chunks, and one pooled row for each. `tokens` begin with the context of the convolutions."""
         normed = for_products(self.store_norm(tokens))
         seq, values_seq = normed if self.qkv_receives_diff_views else (normed, normed)
         keys, values, step_sizes, (pooled, gates) = side_by_side(
@@ -894,7 +896,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         )
         if self.store_with_lookahead_value and keys.shape[2] > 1:
             keys, values, step_sizes = keys[..., :-1, :], values[..., 1:, :], step_sizes[..., :-1]
-        elif self.store_with_lookahead_value:  # no row has a next one: nothing is stored
+        elif self.store_with_lookahead_value:  # no row has a next one, so nothing is stored
             step_sizes = F.pad(step_sizes[..., :-1], (0, 1))
         return Chunks(keys=keys, values=values, step_sizes=step_sizes, **gates), pooled
 
@@ -940,7 +942,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         first_chunk: int,
         stores: bool = True,
     ) -> WeightResidual | None:
-        """For each chunk a learned share of the other memory's weights before that chunk."""
+        """For each chunk, a learned share of the other memory's weights before that chunk."""
         to_mix = self.to_learned_weight_residual_mix
         if (prev_weights is None) != (to_mix is None) and (stores or to_mix is None):
             given = 'got none' if prev_weights is None else 'but this memory has accept_weight_residual=False'
@@ -961,8 +963,8 @@ class NeuralMemory(Resettable, InReferenceFormat):
     # retrieving
 
     def _position_in_chunk(self, pending: PendingSegment, stores: bool) -> int:
-        """Number of the next token in its chunk, by which queries are grouped. While the memory is only read, tokens
-        fill no chunk, and the queries carried over count instead."""
+        """Index of the next token in its chunk, by which queries are grouped. While the memory is only read, tokens
+        fill no chunk, so the number of carried queries gives the index instead."""
         if stores or not self._carries_queries or pending.queries is None:
             return pending.tokens.shape[-2]
         return (pending.queries.shape[1] - self.conv_context - 1) % self.store_chunk_size
@@ -970,16 +972,17 @@ class NeuralMemory(Resettable, InReferenceFormat):
     def _query_rows(
         self, seq: Float[Tensor, 'b n d'], pending: PendingSegment, position: int
     ) -> tuple[Float[Tensor, 'b t d'], Tensor | None]:
-        """`seq`, preceded by the retrieval inputs that its results depend on; and those that the next call needs.
+        """`seq`, preceded by the earlier retrieval inputs that its results depend on; and the rows that the next call
+        needs.
 
-        The group of tokens that read one set of weights starts with the last token of a chunk; before the very first
-        token it starts with a row of zeros.
+        Tokens that read the same weights form a group, which starts with the last token of a chunk. Before the very
+        first token, the group starts with a row of zeros.
         """
         if not self._carries_queries and not self.conv_context:
             return seq, None
 
         def needed(position: int) -> int:
-            """Rows before the next token."""
+            """Number of rows needed before the token with this index in its chunk."""
             in_group = (position + 1) % self.store_chunk_size if self._carries_queries else 0
             return self.conv_context + in_group
 
@@ -989,9 +992,9 @@ class NeuralMemory(Resettable, InReferenceFormat):
     def _retrieve(
         self, length: int, rows: Float[Tensor, 'b t d'], weights: FastWeights, position: int
     ) -> Float[Tensor, 'b n d']:
-        """Retrieved values for the last `length` of `rows`, the first of which has number `position` in its chunk.
+        """Retrieve values for the last `length` of `rows`; the first of these has index `position` in its chunk.
 
-        `weights` begin with those before that chunk.
+        `weights` begin with the weights before that chunk.
         """
         normed, queries = self._queries(rows)
         leading = int(queries.shape[1] - length)
@@ -1007,7 +1010,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
         return self._combine(values, normed[:, leading:])
 
     def _queries(self, rows: Float[Tensor, 'b t d']) -> tuple[Float[Tensor, 'b n d'], Float[Tensor, 'bh n e']]:
-        """Normalised rows and their queries, without those in front that are context of the convolutions."""
+        """Normalised rows and their queries, without the rows in front that only give context to the convolutions."""
         normed = for_products(self.retrieve_norm(rows))
         queries = self._queries_of(normed, self.to_queries)
         return normed[:, self.conv_context :], network_rows(queries, self._dtype)
@@ -1018,13 +1021,13 @@ class NeuralMemory(Resettable, InReferenceFormat):
     def _combine(self, values: Float[Tensor, 'bh n e'], normed: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
         """Retrieved values of all heads, gated and combined."""
         values = in_module_precision(values, self._dtype).unflatten(0, (-1, self.heads))
-        # the projection that combines heads would cast its input to it
+        # the dtype to which the projection that combines heads would cast its input
         dtype = operand_dtype(values) if self.heads > 1 else None
         return self.combine_heads(join_heads(values, self.multihead_rmsnorm, self.retrieve_gate, normed, dtype))
 
 
 def _memory_network(model: Module | None, dim_head: int, default_kwargs: Mapping[str, Any]) -> Module:
-    """A copy of the network that the user has given, or the default one; frozen parameters are buffers."""
+    """A copy of the network given by the user, or the default network; frozen parameters become buffers."""
     if model is None:
         check_bound('default_model_kwargs', MemoryMLP, {'dim': dim_head, **default_kwargs})
         model = MemoryMLP(dim_head, **default_kwargs)
@@ -1037,7 +1040,7 @@ def _optional(module: Module | None, x: Tensor) -> Tensor | None:
 
 
 def _joined_masks(pending: PendingSegment, call: Call) -> Bool[Tensor, 'b n'] | None:
-    """One mask for the pending and the new tokens; `None` if all of them are stored."""
+    """One mask for pending and new tokens; `None` if all of them are stored."""
     if pending.mask is None and call.mask is None:
         return None
     masks = []
@@ -1047,7 +1050,7 @@ def _joined_masks(pending: PendingSegment, call: Call) -> Bool[Tensor, 'b n'] | 
 
 
 def _last_rows(rows: Tensor | None, like: Float[Tensor, 'b n d'], count: int) -> Float[Tensor, 'b m d']:
-    """The last `count` rows, preceded by rows of zeros where there are fewer."""
+    """The last `count` rows, with rows of zeros in front if there are fewer."""
     rows = like[:, :0] if rows is None else rows
     missing = max(0, count - rows.shape[1])
     return F.pad(rows, (0, 0, missing, 0))[:, rows.shape[1] + missing - count :]

@@ -9,31 +9,32 @@ from torch import nn
 from titans_pytorch.utils.checks import check_integer, check_positive, described
 
 SIZES = {'170M': (12, 768, 16), '340M': (24, 1024, 16), '760M': (24, 1536, 16)}
-"""Depth, width and heads of each size in the paper. With a vocabulary of 32,000 and default feedforwards the models
-here have 145, 407 and 865 million parameters (LMM), 174, 508 and 1,092 (MAG, MAL), 181, 521 and 1,122 (MAC)."""
+"""Depth, width and heads of each size in the paper. With a vocabulary of 32,000 and default feedforwards, the models in
+this package have 145, 407 and 865 million parameters (LMM), 174, 508 and 1,092 (MAG, MAL), 181, 521 and 1,122 (MAC)."""
 
 
 def memory_settings(heads: int, dim_head: int, memory_batch: int | None = None, **changes: Any) -> dict[str, Any]:
     """Arguments of `NeuralMemory` for the memory of section 4.4; `changes` override them.
 
     SiLU and a convolution on queries, keys and values; l2-normalised queries and keys; a normalised and gated output;
-    and a plain MLP as the network. The paper specifies neither step sizes nor initial gates. Here decay starts below
-    1 % per chunk, as a memory that forgets faster from the start learns to retain little.
+    and a plain MLP as the network. The paper specifies neither step sizes nor initial gates. Here decay starts below 1
+    % per chunk, because a memory that forgets faster from the start learns to retain little.
 
-    Step sizes: the loss is a mean over `dim_head` features, so that a step of dim_head / 2 moves the value retrieved
-    for a key of norm 1 all the way to its target. With gradients at the initial weights (no `memory_batch`) that is the
-    maximum. Gradients at the newest weights are taken in proximal steps with normalised momentum, which do not
-    overshoot within a memory batch, up to four times that size; they start near dim_head / 2, as models learned
-    associative recall later from smaller steps (docs/log.md). The closer the memory batch is to a single chunk, the
+    Step sizes: the loss is a mean over `dim_head` features, so a step size of dim_head / 2 moves the value retrieved
+    for a key of norm 1 all the way to its target. That is the maximum if gradients are taken at the initial weights (no
+    `memory_batch`). If they are taken at newer weights, proximal steps with normalised momentum do not overshoot within
+    a memory batch, and the maximum is four times as large. Step sizes then start near dim_head / 2, because models with
+    smaller steps learned associative recall later (docs/log.md). The closer the memory batch is to a single chunk, the
     more each step stores. With momentum in chunks of one token, one of two models diverged (docs/guides/stability.md);
-    `delta_rule_settings` has none.
+    `delta_rule_settings` has no momentum.
+
     In `MemoryAsContextTransformer(paper_order=True)` a memory batch is a segment. With `proximal_steps=False` the
-    maximum is dim_head / (32 · memory_batch), at which next to nothing is stored: plain steps of a memory batch add up,
-    and eight times that diverged in training on text, after some hundred steps.
+    maximum is dim_head / (32 · memory_batch), and next to nothing is stored: plain steps add up over a memory batch,
+    and a maximum eight times as large diverged after some hundred steps of training on text.
     """
     heads, dim_head = check_positive(heads=heads, dim_head=dim_head)
     memory_batch = None if memory_batch is None else check_integer('memory_batch', memory_batch, 1)
-    # what changes the loss, or a step afterwards, excludes proximal steps
+    # proximal steps exclude anything that changes the loss, or a step afterwards
     others = ('spectral_norm_surprises', 'max_grad_norm', 'store_memory_loss_fn')
     plain = memory_batch is None or any(changes.get(name) for name in others)
     proximal = changes.get('proximal_steps', not plain)
@@ -62,10 +63,10 @@ def memory_settings(heads: int, dim_head: int, memory_batch: int | None = None, 
 def delta_rule_settings(heads: int, dim_head: int, **changes: Any) -> dict[str, Any]:
     """Arguments of `NeuralMemory` for a gated delta rule in chunks of one token; `changes` override them.
 
-    A linear memory without momentum, W ← (1 − α) W + β kᵀ (v − k W), as in Gated DeltaNet (arXiv 2412.06464) except
-    that errors are those of the weights before they decay. As β ≤ 1, a step moves the value retrieved for a key at most
-    to its target. Everything else is as in `memory_settings`. On long text no other memory was as good in equal time
-    (docs/benchmarks.md).
+    A linear memory without momentum, W ← (1 − α) W + β kᵀ (v − k W), as in Gated DeltaNet (arXiv 2412.06464), except
+    that errors are computed with the weights before they decay. Since β ≤ 1, a step moves the value retrieved for a key
+    no further than its target. Everything else is as in `memory_settings`. On long text, no other memory was as good in
+    equal time (docs/benchmarks.md).
 
         LongTermMemoryModel(
             num_tokens=256, dim=512, depth=4, heads=4,
@@ -79,13 +80,14 @@ def delta_rule_settings(heads: int, dim_head: int, **changes: Any) -> dict[str, 
 
 
 def preset(size: str, memory_batch: int | None = None, **memory_changes: Any) -> dict[str, Any]:
-    """Arguments of any of the models for one of the paper's `SIZES`; other arguments are passed to `memory_settings`.
+    """Arguments of any of the models for one of the paper's `SIZES`; `memory_changes` are passed to `memory_settings`.
 
         sizes = preset('170M', memory_batch=16)
         MemoryAsGateTransformer(num_tokens=32000, segment_len=512, neural_memory_segment_len=16, **sizes)
 
-    With `paper_order=True` pass `memory_batch`, the length of a segment: without it, plain steps diverge there. Pass
-    `detach_context=True` and the same `neural_memory_segment_len` too, as gradients explode in long windows otherwise.
+    With `paper_order=True`, pass the length of a segment as `memory_batch`: without it, plain steps diverge there. Pass
+    the same `neural_memory_segment_len` too, and `detach_context=True`, because gradients explode in long windows
+    otherwise.
 
     Raises:
         ValueError: for a size that is not in the paper.
