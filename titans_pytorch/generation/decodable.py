@@ -24,7 +24,7 @@ CacheT = TypeVar('CacheT', bound=Cache)
 
 
 class StepKind(NamedTuple):
-    """The variant of a step, which follows from its position. All steps of one kind run the same operations."""
+    """The variant of a step, which its position determines. All steps of one kind run the same operations."""
 
     is_longterm: bool = False
     """The position holds a long-term memory token, which reads no input token and yields no logits."""
@@ -52,7 +52,7 @@ class Decodable(Protocol[CacheT]):
 
     @property
     def num_input_tokens(self) -> int | None:
-        """Token ids that it reads, which may be more than it predicts; `None` if unknown."""
+        """Number of token ids that the model reads, which may exceed what it predicts; `None` if unknown."""
 
     def __call__(
         self,
@@ -65,21 +65,21 @@ class Decodable(Protocol[CacheT]):
         store: bool = True,
         return_surprises: bool = False,
     ) -> Any:
-        """Logits of `x`, which follows `state` or begins with the tokens read into `cache`; and, if requested, the new
-        cache and the surprises of its memories."""
+        """Logits of `x`, which continues `state` or starts with the tokens already read into `cache`; and, if
+        requested, the new cache and the surprises of the memories."""
 
     def train(self, mode: bool = True) -> Any: ...
 
     def modules(self) -> Iterable[Module]: ...
 
     def num_tokens_until(self, position: int) -> int:
-        """Tokens before `position`, a cache's `seq_index`."""
+        """Number of tokens before `position`, which is counted like a cache's `seq_index`."""
 
     def obstacle_to_steps(self, cache: CacheT) -> str | None:
-        """The reason why steps from `cache` would differ from calls of the model; `None` if they agree."""
+        """Why steps from `cache` would differ from calls of the model; `None` if they agree."""
 
     def decoding_state(self, cache: CacheT, with_surprises: bool = False) -> Any:
-        """`cache` as `StepBuffers`; with those of `step_surprises`, if requested."""
+        """`cache` as `StepBuffers`, with buffers for `step_surprises` if requested."""
 
     def decoding_cache(self, state: Any, position: int) -> CacheT:
         """Inverse of `decoding_state`, after `position` positions; the result does not alias the buffers."""
@@ -87,8 +87,8 @@ class Decodable(Protocol[CacheT]):
     def step_kind(self, position: int) -> StepKind: ...
 
     def step(self, state: Any, kind: StepKind) -> None:
-        """Process one position, from the tensors of `state` into the tensors of `state`. Neither shapes nor operations
-        depend on the position, only on `kind`, so that each kind of step can be captured as a CUDA graph."""
+        """Process one position, reading and writing the tensors of `state`. Neither shapes nor operations depend on the
+        position, only on `kind`, so that each kind of step can be captured as a CUDA graph."""
 
     def step_surprises(self, state: Any) -> LayerSurprises:
         """Surprises of the chunk that the last step completed; the result does not alias the buffers."""

@@ -1,4 +1,4 @@
-"""Evaluation mode for the duration of sampling, shared by threads that sample from one model."""
+"""Evaluation mode for the duration of sampling, shared by threads that sample from the same model."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ class _Samplers:
 
     number: int = 0
     modes: list[tuple[Module, bool]] | None = None
-    """Each module's training mode before the first of them, parents before children."""
+    """Each module's training mode before the first sampler started, parents before children."""
 
 
-# Reentrant, as garbage collection may close an abandoned stream anywhere below. That leaves, so an entry is counted
-# before anything else is done.
+# Reentrant, because garbage collection may close an abandoned stream anywhere below, and closing it leaves the context.
+# Samplers are therefore counted before anything else is done.
 _LOCK = threading.RLock()
 _SAMPLERS: weakref.WeakKeyDictionary[Any, _Samplers] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
 def evaluation_mode(model: Decodable) -> Iterator[None]:
-    """The model in evaluation mode. The last of several samplers to leave restores each module's own mode."""
+    """Put the model in evaluation mode. The last of several samplers to leave restores each module's own mode."""
     with _LOCK:
         samplers = _SAMPLERS.setdefault(model, _Samplers())
         samplers.number += 1

@@ -1,4 +1,4 @@
-"""A choice of one token from logits: filters of unlikely tokens, and sampling by the Gumbel-max trick."""
+"""Choosing a token from logits: filters that remove unlikely tokens, and sampling by the Gumbel-max trick."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ DEFAULT_FILTER: Mapping[str, Any] = {'min_p': 0.1}
 """Arguments of `min_p_filter`, the default filter."""
 
 Choose = Callable[[Float[Tensor, 'b l']], tuple[Int[Tensor, ' b'], Float[Tensor, ' b']]]
-"""Maps logits to a token for each row, with the results of `sampled`."""
+"""Maps logits to a token for each row; returns what `sampled` returns."""
 
 
 def min_p_filter(logits: Float[Tensor, '... l'], min_p: float = 0.1) -> Float[Tensor, '... l']:
-    """Logits with −inf for tokens less likely than `min_p` times the likeliest (arXiv 2407.01082).
+    """Set logits to −inf for tokens less likely than `min_p` times the likeliest (arXiv 2407.01082).
 
     `min_p` is a fraction from 0 to 1, or a tensor of fractions that broadcasts to the logits.
     """
@@ -44,19 +44,20 @@ def min_p_filter(logits: Float[Tensor, '... l'], min_p: float = 0.1) -> Float[Te
 
 
 def top_k_filter(logits: Float[Tensor, '... l'], top_k: int) -> Float[Tensor, '... l']:
-    """Logits with −inf for all but the `top_k` likeliest tokens, and those as likely as the last of them."""
+    """Set logits to −inf for all but the `top_k` likeliest tokens and those that tie with the last of them."""
     _check_logits(logits)
     top_k = min(_checked_top_k(top_k), logits.shape[-1])
     return logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], float('-inf'))
 
 
 def top_p_filter(logits: Float[Tensor, '... l'], top_p: float) -> Float[Tensor, '... l']:
-    """Logits with −inf for all but the fewest likeliest tokens whose probabilities add up to `top_p`, from 0 to 1, and
-    those as likely as the last of them (nucleus sampling, arXiv 1904.09751). 0 keeps the likeliest, 1 all."""
+    """Set logits to −inf for all but the fewest likeliest tokens whose probabilities add up to `top_p`, and those that
+    tie with the last of them (nucleus sampling, arXiv 1904.09751). `top_p` is from 0 (keep the likeliest) to 1 (keep
+    all)."""
     _check_logits(logits)
     top_p = _checked_top_p(top_p)
     if top_p == 1:
-        return logits  # the sum of all probabilities, rounded, may reach 1 too early
+        return logits  # the rounded sum of all probabilities may reach 1 too early
     ordered = logits.sort(dim=-1, descending=True).values
     probs = at_least_float32(ordered).softmax(dim=-1)
     num_kept = (probs.cumsum(dim=-1) - probs < top_p).sum(dim=-1, keepdim=True).clamp(min=1)
@@ -64,7 +65,7 @@ def top_p_filter(logits: Float[Tensor, '... l'], top_p: float) -> Float[Tensor, 
 
 
 def filters(top_k: int | None = None, top_p: float | None = None) -> Callable[[Tensor], Tensor]:
-    """The filters that are not `None`, as one function of logits; each sees the tokens that the one before leaves."""
+    """Combine the filters that are not `None` into one function of logits; each sees only what the one before kept."""
     chosen: list[Callable[[Tensor], Tensor]] = []
     if top_k is not None:
         chosen.append(partial(top_k_filter, top_k=_checked_top_k(top_k)))
@@ -74,9 +75,9 @@ def filters(top_k: int | None = None, top_p: float | None = None) -> Callable[[T
 
 
 def gumbel_noise(t: Float[Tensor, ' ...'], generator: torch.Generator | None = None) -> Float[Tensor, ' ...']:
-    """Standard Gumbel noise of the shape of `t`, in float32 at least: −log(−log u) of uniform u.
+    """Standard Gumbel noise in the shape of `t`, in float32 at least: −log(−log u) of uniform u.
 
-    `generator` yields u, in place of PyTorch's global random state.
+    `generator` supplies u, in place of PyTorch's global random state.
     """
     return gumbel(_uniform_noise(t, generator))
 
@@ -84,9 +85,9 @@ def gumbel_noise(t: Float[Tensor, ' ...'], generator: torch.Generator | None = N
 def gumbel_sample(
     logits: Float[Tensor, '... l'], temperature: float = 1.0, generator: torch.Generator | None = None
 ) -> Int[Tensor, '... 1']:
-    """A token from softmax(logits / temperature), by the Gumbel-max trick; the likeliest at temperature 0.
+    """Sample a token from softmax(logits / temperature) by the Gumbel-max trick; temperature 0 picks the likeliest.
 
-    `generator` yields the noise, in place of PyTorch's global random state.
+    `generator` supplies the noise, in place of PyTorch's global random state.
 
     Raises:
         ValueError: for a negative temperature, and for rows of logits without a valid token (NaN, or all −inf). Rows
@@ -106,11 +107,11 @@ def sampled(
     generator: torch.Generator | None,
     min_p: float | None = None,
 ) -> tuple[Int[Tensor, ' ...'], Float[Tensor, ' ...']]:
-    """A token for each row, and its logit with the noise added, which is NaN or −inf if no token was valid.
+    """A token for each row, and its logit plus noise, which is NaN or −inf if no token was valid.
 
-    `min_p`: that of `min_p_filter`, which is then applied first.
+    `min_p`: if given, the argument of `min_p_filter`, which is applied first.
     """
-    # lower temperatures are 0 in float32
+    # lower temperatures round to 0 in float32
     is_random = temperature >= torch.finfo(torch.float32).tiny
     return token_choice(logits, _uniform_noise(logits, generator) if is_random else None, temperature, min_p)
 
@@ -125,7 +126,7 @@ def chooser(
     generator: Any,
     device: torch.device,
 ) -> Choose:
-    """The choice of tokens that these arguments of `sample` describe, of logits on `device`."""
+    """The function that chooses tokens, from logits on `device`, as these arguments of `sample` describe."""
     keep, last_min_p = _checked_filter(filter_fn, filter_kwargs, top_k, top_p, min_p)
     temperature = check_number('temperature', temperature, at_least=0)
     if generator is not None:
@@ -144,7 +145,7 @@ def chooser(
 
 
 def check_best(best: Float[Tensor, ' ...']) -> None:
-    """Refuse rows without a valid token, by the logits of the tokens sampled."""
+    """Raise an error if a row had no valid token, judging by the second result of `sampled`."""
     if not (best > float('-inf')).all():  # NaN compares false too
         raise ValueError(
             'logits must leave a token to choose, and those of a row hold NaN or +inf, or are all -inf: '
@@ -158,14 +159,14 @@ def log_probabilities(logits: Float[Tensor, '... l'], tokens: Int[Tensor, ' ...'
 
 
 def checked_min_p(min_p: Any) -> float:
-    """`min_p` as a number, or an error that names it."""
+    """Return `min_p` as a number, or raise an error that names it."""
     return _checked_fraction('min_p', min_p, 'a fraction of the likeliest probability')
 
 
 def _checked_filter(
     filter_fn: Any, filter_kwargs: Any, top_k: Any, top_p: Any, min_p: Any
 ) -> tuple[Callable[[Tensor], Any], float | None]:
-    """A filter, and the fraction of the `min_p_filter` that is applied after it, if any."""
+    """A filter, and the `min_p` of the `min_p_filter` to apply after it, if any."""
     check_callable(filter_fn=filter_fn)
     check_keywords(filter_kwargs=filter_kwargs)
     if top_k is None and top_p is None and min_p is None:

@@ -1,4 +1,4 @@
-"""How sampling reads tokens: the whole sequence again for each of them, or only the new one with a cache."""
+"""How sampling reads tokens: the whole sequence again for each new token, or, with a cache, only the new token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from titans_pytorch.utils.shapes import Float, Int
 
 
 class Reader:
-    """Logits of the next token, and the surprises of the chunks completed by reading, if requested."""
+    """Reads tokens; returns logits of the next one and collects surprises of completed chunks, if requested."""
 
     def __init__(self, model: Decodable, store: bool, return_surprises: bool):
         self.model = model
@@ -33,7 +33,7 @@ class Reader:
         raise NotImplementedError
 
     def read_all_but_last(self, prompt: Int[Tensor, 'b n']) -> None:
-        """Read a prompt to which no token is added."""
+        """Read all but the last token of a prompt to which no token will be added."""
         raise NotImplementedError
 
     def new_surprises(self) -> LayerSurprises | None:
@@ -41,7 +41,7 @@ class Reader:
         if not self.return_surprises:
             return None
         new = joined_surprises(self.surprises)
-        # no rows, but the layers and the shape for the next call
+        # keep entries without rows: they hold the layers and the shape for the next call
         self.surprises[:] = [{layer: own.since(own.num_rows) for layer, own in new.items()}]
         return new
 
@@ -49,14 +49,14 @@ class Reader:
         return None
 
     def release(self) -> None:
-        """End of use."""
+        """Called when the reader is no longer needed."""
 
 
 class UncachedReader(Reader):
-    """The whole sequence is read again for every token."""
+    """A reader that reads the whole sequence again for every token."""
 
     num_rows: Mapping[int, int] = {}
-    """Surprises of each layer that are in `surprises` already."""
+    """Rows of surprises that are already in `surprises`, per layer."""
 
     def start(self, prompt: Int[Tensor, 'b n']) -> Float[Tensor, 'b l']:
         self.read = prompt
@@ -77,7 +77,7 @@ class UncachedReader(Reader):
 
 
 class CachedReader(Reader, Generic[CacheT]):
-    """The prompt is read by one call, each further token by a step."""
+    """A reader that reads the prompt in one call and each further token in a step."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class CachedReader(Reader, Generic[CacheT]):
         return logits[:, -1]
 
     def read_all_but_last(self, prompt: Int[Tensor, 'b n']) -> None:
-        """Bring the cache to the last token of the prompt."""
+        """Bring the cache up to the last token of the prompt, which stays unread."""
         repeated = self.before.get('cache')
         num_read = 0 if repeated is None else self.model.num_tokens_until(repeated.seq_index)
         if prompt.shape[1] - 1 != num_read:
@@ -129,7 +129,7 @@ class CachedReader(Reader, Generic[CacheT]):
 
 
 def joined_surprises(parts: Iterable[LayerSurprises]) -> LayerSurprises:
-    """Surprises of consecutive parts of a sequence."""
+    """Join the surprises of consecutive parts of a sequence."""
     by_layer: dict[int, list[Surprises]] = {}
     for part in parts:
         for layer, own in part.items():

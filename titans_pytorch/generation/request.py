@@ -1,4 +1,4 @@
-"""Which tokens to sample: prompts, limits and stop tokens, checked."""
+"""Which tokens to sample: checked prompts, limits and stop tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from titans_pytorch.utils.shapes import Int
 
 
 class Request(NamedTuple):
-    """Arguments of `sample` that say which tokens to sample, checked."""
+    """The arguments of `sample` that say which tokens to sample, checked."""
 
     prompt: Int[Tensor, 'b n']
     lengths: list[int]
@@ -24,7 +24,7 @@ class Request(NamedTuple):
     stops: Int[Tensor, ' s']
     pad_token: int
     pad_input: int
-    """The model's input in place of `pad_token`: the same, or a token of its vocabulary."""
+    """What the model reads in place of `pad_token`: that token if the vocabulary has it, otherwise token 0."""
 
     @classmethod
     def of(
@@ -56,7 +56,7 @@ class Request(NamedTuple):
             raise ValueError(f'{name} must give rows of fewer than 2**63 tokens, prompt included, got {given}')
         pad_token = check_integer('pad_token', pad_token)
         return cls(
-            prompt=prompt.clone(),  # a stream reads it later than it is checked
+            prompt=prompt.clone(),  # a copy, because a stream reads it after this check
             lengths=lengths,
             limits=limits,
             stops=torch.tensor(_checked_stops(stop_tokens, num_tokens), dtype=torch.long, device=prompt.device),
@@ -80,7 +80,8 @@ class Request(NamedTuple):
         return len(self.stops) > 0 or not self.has_one_limit
 
     def by_row(self, positions: list[Any], filler: float) -> Tensor:
-        """Results of all positions as rows, without their own prompts beyond the shortest one, padded on the right."""
+        """Results of all positions by row, padded on the right. A row omits its own prompt beyond the shortest
+        prompt."""
         if not positions:
             return torch.full((len(self.prompt), 0), filler, device=self.prompt.device)
         rows = torch.stack(positions, dim=1)
@@ -95,7 +96,7 @@ class Request(NamedTuple):
 
 
 def _checked_lengths(lengths: Any, batch: int, longest: int) -> list[int]:
-    """Length of each prompt; all of them `longest` if `lengths` is `None`."""
+    """Length of each prompt; `longest` for all of them if `lengths` is `None`."""
     if lengths is None:
         return [longest] * batch
     wanted = f'prompt_lengths must be {batch} integers from 1 to {longest}'

@@ -28,7 +28,7 @@ from titans_pytorch.utils.shapes import Float, Int
 
 
 class Sampled(NamedTuple):
-    """Sampled tokens and more about them: the result of `sample`, or one position of `stream`."""
+    """Sampled tokens with further results: what `sample` returns, or one position of a `stream`."""
 
     tokens: Int[Tensor, 'b n'] | Int[Tensor, ' b']
     logprobs: Float[Tensor, 'b n'] | Float[Tensor, ' b'] | None = None
@@ -36,10 +36,10 @@ class Sampled(NamedTuple):
     filters; 0 for padding. `None` if not requested."""
     surprises: LayerSurprises | None = None
     """Surprises of the chunks that were completed by reading the prompt and all tokens but the last; in a stream, those
-    since the position before. Rows are aligned by position, whatever the lengths of the prompts. `None` if not
+    since the previous position. Rows are aligned by position, whatever the lengths of the prompts. `None` if not
     requested; empty if there are none."""
     cache: Any = None
-    """The cache, from `sample(…, return_cache=True)`. A stream returns it at its end."""
+    """The cache, from `sample(…, return_cache=True)`. A stream returns it when it ends."""
 
 
 # methods of every model
@@ -102,56 +102,58 @@ def sample(  # type: ignore[misc]  # the overloads name only what decides the re
     compiled: bool = False,
     store: bool = True,
 ) -> Any:
-    """Tokens that continue `prompt`, to a total length of `seq_len` or by `max_new_tokens`.
+    """Sample tokens that continue `prompt`, to a total length of `seq_len` or by `max_new_tokens`.
 
     Args:
-        prompt: token ids (batch, length) of any integer dtype, at least one.
+        prompt: token ids (batch, length) of any integer dtype, with at least one token.
         seq_len: total length, prompt included.
-        temperature: 0 always picks the likeliest token; it cannot be negative. Default: that of the reference, 1.5, as
-            is the filter, `min_p` at 0.1.
+        temperature: 0 always picks the likeliest token; negative values are an error. The default temperature, 1.5, and
+            the default filter, `min_p` at 0.1, are the reference's.
         filter_fn: called as `filter_fn(logits, **filter_kwargs)` on the logits of each step, (batch, num_tokens).
             Filters see the model's own distribution: the temperature is applied to what they leave.
         show_progress: show a progress bar.
-        use_cache: carry the state from step to step. The tokens are the same, and the cost of a step does not grow with
+        use_cache: carry the state from step to step. The tokens are the same, but the cost of a step does not grow with
             the length.
         max_new_tokens: tokens to add to each row, in place of `seq_len`.
         top_k: keep the `top_k` likeliest tokens.
         top_p: keep the fewest likeliest tokens whose probabilities add up to `top_p`, from 0 to 1.
         min_p: keep tokens at least `min_p` times as likely as the likeliest, from 0 to 1. `top_k`, `top_p` and `min_p`
             are applied in this order and replace the default filter; they cannot be combined with `filter_fn`.
-        generator: random numbers of its own for this call, which then neither depends on PyTorch's global random state
-            nor changes it. It must be on the device of `prompt`.
+        generator: source of random numbers for this call, which then neither uses nor changes PyTorch's global random
+            state. It must be on the device of `prompt`.
         return_logprobs: also return the log-probability of each token; see `Sampled`.
         return_surprises: also return the surprises of every memory layer; see `forward` and `Sampled`.
-        prompt_lengths: length of each row of `prompt`, the rest of the row being padding. A row's tokens then follow
-            its own prompt, and are padded on the right in turn.
+        prompt_lengths: length of each row of `prompt`; the rest of the row is padding. Sampled tokens follow the row's
+            own prompt, and are padded on the right in turn.
         stop_tokens: token or tokens of the vocabulary that end a sequence. The stop token itself is returned, followed
-            by `pad_token`; sampling ends once every sequence has.
-        pad_token: filler for the ends of rows. It need not be in the vocabulary (−1 and −100 are common): in its place
-            the model then reads token 0, in rows that have ended.
-        cache: cache of an earlier call, whose prompt and result `prompt` begins with; only the rest is processed.
-        state: the same, but `prompt` holds only the rest: the last token of the earlier call, which that call did not
-            read, and any new ones.
+            by `pad_token`; sampling stops once every sequence has ended.
+        pad_token: filler for the ends of rows. It need not be in the vocabulary (−1 and −100 are common): in rows that
+            have ended, the model then reads token 0 in its place.
+        cache: cache of an earlier call. `prompt` must begin with that call's prompt and result; only the rest is
+            processed.
+        state: the same as `cache`, but `prompt` holds only the rest: the last token of the earlier call, which that
+            call did not read, and any new ones.
         return_cache: also return the cache for a later call. `cache`, `state` and `return_cache` imply `use_cache`. A
-            cache has one position for all rows, so prompts of different lengths need `seq_len`, where rows end
-            together. Rows that a stop token has ended earlier have read the filler after it.
+            cache has one position for all rows, so prompts of different lengths need `seq_len`, with which rows end
+            together. Rows that a stop token ended earlier have also read the filler after it.
         cuda_graphs: with a cache, replay the steps as CUDA graphs. Default: on a CUDA device.
-        compiled: with a cache, on a CPU, compile the steps with `torch.compile`, which makes them several times as
-            fast. Off by default, as it needs a C++ compiler, Python's headers and minutes in the first call for a batch
-            size. Later calls reuse the compiled steps with the current values of the parameters. Changes to the model's
-            modules, hooks, shapes or precision recompile them; changes to other attributes of modules have no effect.
-        store: false to read the memories without writing them; see `forward`. Each step is then a call of the whole
+        compiled: with a cache, on a CPU, compile the steps with `torch.compile`, which makes them several times faster.
+            Off by default, because it needs a C++ compiler and Python's headers, and takes minutes in the first call
+            for each batch size. Later calls reuse the compiled steps with the current values of the parameters. Changes
+            to the model's modules, hooks, shapes or precision recompile them; changes to other attributes of modules
+            have no effect.
+        store: false to read the memories without writing to them; see `forward`. Each step is then a call of the whole
             model, as it is when a module has hooks: exact and of constant cost, but slower.
 
     Returns:
-        tokens (batch, seq_len − length of the shortest prompt) or (batch, max_new_tokens), int64, or fewer if all
-        sequences end; with `return_cache` a pair with the cache; with `return_logprobs` or `return_surprises` a
-        `Sampled`. The cache covers all tokens but the last; it is `None` after a prompt of one token to which nothing
-        was added.
+        tokens (batch, seq_len − length of the shortest prompt) or (batch, max_new_tokens), int64; fewer if all
+        sequences end early. With `return_cache`, a pair of tokens and cache; with `return_logprobs` or
+        `return_surprises`, a `Sampled`. The cache covers all tokens but the last. It is `None` after a prompt of one
+        token to which nothing was added.
 
     Raises:
-        ValueError, TypeError: for invalid arguments; and for rows of logits that hold NaN or +inf, or are all −inf. On
-            a GPU, where a check in each step would synchronise with the device, these are reported at the end.
+        ValueError, TypeError: for invalid arguments, and for rows of logits that hold NaN or +inf, or are all −inf. On
+            a GPU such rows are reported at the end, because a check in each step would synchronise with the device.
     """
     check_flags(show_progress=show_progress, use_cache=use_cache, return_cache=return_cache, store=store)
     check_flags(return_logprobs=return_logprobs, return_surprises=return_surprises)
@@ -215,14 +217,14 @@ def stream(
     compiled: bool = False,
     store: bool = True,
 ) -> Generator[Any, None, CacheT | None]:
-    """Yield the tokens of `sample(…, use_cache=True)` position by position, (batch,) each, as they come.
+    """Yield the tokens of `sample(…, use_cache=True)` as they come, one position at a time, (batch,) each.
 
     The arguments are those of `sample`. With `return_logprobs` or `return_surprises` each position is a `Sampled`. With
     `prompt_lengths`, positions start where the shortest prompt ends: a row first yields the rest of its own prompt, and
     then the tokens sampled for it.
 
-    The model is in evaluation mode until the generator ends or is closed. The generator returns the cache for a later
-    call: `cache = yield from model.stream(…)`. It is `None` where `sample` refuses `return_cache`.
+    The model stays in evaluation mode until the generator ends or is closed. The generator returns the cache for a
+    later call: `cache = yield from model.stream(…)`. It is `None` where `sample` would refuse `return_cache`.
     """
     check_flags(return_logprobs=return_logprobs, return_surprises=return_surprises)
     _check_runner(True, cuda_graphs, compiled)
@@ -234,7 +236,7 @@ def stream(
 
 
 def _check_runner(cached: bool, cuda_graphs: Any, compiled: Any) -> None:
-    """Check the flags that say how steps run, of which there are some only with a cache."""
+    """Check the flags that say how steps run. They require a cache, because there are no steps without one."""
     flags = {'compiled': compiled} | ({} if cuda_graphs is None else {'cuda_graphs': cuda_graphs})
     check_flags(**flags)
     for name, flag in flags.items():
@@ -247,12 +249,12 @@ def _check_runner(cached: bool, cuda_graphs: Any, compiled: Any) -> None:
 
 @torch.no_grad()
 def _positions(reader: Reader, request: Request, choose: Choose, logprobs: bool) -> Generator[Sampled, None, Any]:
-    """Yield all rows at each position from the end of the shortest prompt on; return the cache."""
+    """Yield all rows at each position, starting at the end of the shortest prompt; return the cache."""
     prompt, lengths, _, stops, pad_token, pad_input = request
     ends, limits = (torch.tensor(of_rows, device=prompt.device) for of_rows in (lengths, request.limits))
     shortest, longest = min(lengths), max(lengths)
     may_end_early, finished = request.rows_end_early, limits <= shortest
-    unchecked: list[Tensor] = []  # of chosen tokens, the results of `choose` that say whether they were valid
+    unchecked: list[Tensor] = []  # for tokens chosen so far, the results of `choose` that say whether they were valid
     tokens = prompt[:, shortest - 1]
 
     try:
@@ -261,7 +263,7 @@ def _positions(reader: Reader, request: Request, choose: Choose, logprobs: bool)
                 reader.read_all_but_last(prompt[:, :shortest])
             for position in range(shortest, request.seq_len):
                 logits = reader.start(prompt[:, :shortest]) if position == shortest else reader(tokens)
-                # a filter may change them in place
+                # a copy, because a filter may change logits in place
                 tokens, best = choose(logits.clone() if logprobs else logits)
                 if position < longest:  # some rows still read their prompts
                     tokens = torch.where(position < ends, prompt[:, position], tokens)
@@ -287,11 +289,11 @@ def _positions(reader: Reader, request: Request, choose: Choose, logprobs: bool)
 
 
 _MOST_UNCHECKED = 64
-"""Steps after which results to be checked are reduced to their minimum, which keeps NaN."""
+"""Number of steps after which results to be checked are reduced to their minimum, which keeps NaN."""
 
 
 def _checked_at_hand(unchecked: list[Tensor]) -> list[Tensor]:
-    """Check that chosen tokens were valid, where that does not wait for a GPU, and return what to check later."""
+    """Check that chosen tokens were valid where this does not wait for a GPU; return what remains to be checked."""
     if values_are_at_hand(unchecked[-1]):
         check_best(unchecked[-1])
         return []
@@ -299,7 +301,7 @@ def _checked_at_hand(unchecked: list[Tensor]) -> list[Tensor]:
 
 
 def _copied_positions(positions: Generator[Sampled, None, Any], whole: bool) -> Generator[Any, None, Any]:
-    """Yield whole positions, or the tokens alone; return the cache. Tokens are copies, as the next step reads them."""
+    """Yield whole positions, or only their tokens; return the cache. Tokens are copied, as the next step reads them."""
     with contextlib.closing(positions):
         while True:
             try:

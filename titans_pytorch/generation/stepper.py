@@ -1,4 +1,4 @@
-"""Runners of decoding steps over buffers of constant size: eager, compiled, captured as CUDA graphs, or by calls."""
+"""Runners of decoding steps over buffers of constant size: eager, compiled, captured as CUDA graphs, or as calls."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from titans_pytorch.utils.precision import autocast_dtype
 from titans_pytorch.utils.shapes import Float, Int
 
 _LOCK = threading.RLock()
-"""Guards `_IDLE` and `_COMPILED`; never held while a model runs. Reentrant, as garbage collection releases steppers."""
+"""Guards `_IDLE` and `_COMPILED`; never held while a model runs. Reentrant, because garbage collection may release a
+stepper at any point."""
 
 Mode = tuple[StepKind, torch.dtype | None]
-"""A kind of step, and the dtype of autocast, if enabled."""
+"""A kind of step, and autocast's dtype if it is enabled."""
 
 
 class Stepper:
@@ -73,7 +74,7 @@ class Stepper:
         return Stepper(model, state, cache.seq_index, surprises)
 
     def __call__(self, tokens: Int[Tensor, ' b']) -> Float[Tensor, 'b l']:
-        """Logits after one more token; the next call overwrites them."""
+        """Read one more token and return logits, which the next call overwrites."""
         while (kind := self._model.step_kind(self._position)).is_longterm:
             self._run(kind)
         self._state.token.copy_(tokens.unsqueeze(1))
@@ -85,7 +86,7 @@ class Stepper:
         return self._model.decoding_cache(self._state, self._position)
 
     def release(self) -> None:
-        """End of use: a subclass may keep itself for the next sampler."""
+        """Called when the stepper is no longer needed; a subclass may keep itself for the next sampler."""
 
     def _run(self, kind: StepKind) -> None:
         self._step(kind)
@@ -94,7 +95,7 @@ class Stepper:
             self._surprises.append(self._model.step_surprises(self._state))
 
     def _step(self, kind: StepKind) -> None:
-        # inference mode makes small operations on a CPU faster, and in-place writes leave the buffers ordinary tensors
+        # inference mode speeds up small operations on a CPU; in-place writes leave the buffers ordinary tensors
         with torch.no_grad() if self._state.token.is_cuda else torch.inference_mode():
             self._model.step(self._state, kind)
 
@@ -103,7 +104,7 @@ class Stepper:
 
 
 class CallStepper:
-    """Decoding by a call of the whole model for each token, where steps would bypass hooks of its modules."""
+    """Decoding by one call of the whole model per token, for cases where steps would bypass hooks of its modules."""
 
     def __init__(self, model: Decodable, cache: Any, store: bool, surprises: list[LayerSurprises] | None):
         self._model, self._cache, self._surprises = model, cache, surprises
@@ -111,7 +112,7 @@ class CallStepper:
         self._kwargs |= {} if surprises is None else {'return_surprises': True}
 
     def __call__(self, tokens: Int[Tensor, ' b']) -> Float[Tensor, 'b l']:
-        """Logits after one more token."""
+        """Read one more token and return logits."""
         logits, self._cache, *new = self._model(tokens.unsqueeze(1), state=self._cache, **self._kwargs)
         if self._surprises is not None:
             self._surprises += new
@@ -122,11 +123,11 @@ class CallStepper:
         return self._cache
 
     def release(self) -> None:
-        """Nothing to keep."""
+        """Do nothing, as there is nothing to keep."""
 
 
 class CompiledStepper(Stepper):
-    """Compiled steps on a CPU. Each kind is compiled once for all steppers of one signature."""
+    """Steps compiled on a CPU. Each kind is compiled once for all steppers with the same signature."""
 
     def __init__(self, model: Decodable, state: Any, position: int, surprises: list[LayerSurprises] | None):
         super().__init__(model, state, position, surprises)
@@ -166,7 +167,7 @@ class CapturedStepper(Stepper):
     def of_idle(
         cls, model: Decodable, state: Any, position: int, surprises: list[LayerSurprises] | None
     ) -> CapturedStepper:
-        """A released stepper with its graphs, or a new one."""
+        """A released stepper that still has its graphs, or a new one."""
         # graphs hold the addresses of parameters
         signature = _signature(model, state), tuple(p.data_ptr() for p in _parameters(model))
         with _LOCK:
@@ -178,7 +179,7 @@ class CapturedStepper(Stepper):
         return idle
 
     def release(self) -> None:
-        # only the newest is kept, as each holds the memory of its graphs; it must not keep its model alive
+        # only the newest is kept, because each holds the memory of its graphs; it must not keep its model alive
         with _LOCK:
             _IDLE[self._model], self._model = {self._signature: self}, None
 
@@ -196,8 +197,8 @@ class CapturedStepper(Stepper):
             with _dispatch.constant_weights():
                 self._warm_up(kind)
                 graph = torch.cuda.CUDAGraph()
-                # one pool for all graphs: they run in sequence and leave nothing in it. A device captures one graph at
-                # a time, while other threads may run and replay
+                # one pool serves all graphs, since they run in sequence and leave nothing in it. A device captures one
+                # graph at a time, while other threads may run and replay
                 stream = torch.cuda.Stream()
                 with _CAPTURING, torch.cuda.graph(graph, self._pool, stream, capture_error_mode='thread_local'):
                     super()._step(kind)
@@ -206,7 +207,8 @@ class CapturedStepper(Stepper):
         return graph
 
     def _warm_up(self, kind: StepKind) -> None:
-        """Run the step before capture, so that kernels compile and libraries initialise; the buffers are restored."""
+        """Run the step before capture, so that kernels are compiled and libraries initialised; then restore the
+        buffers."""
         buffers = _tensors(self._state)
         saved = [buffer.clone() for buffer in buffers]
         side = torch.cuda.Stream()
@@ -231,14 +233,14 @@ _COMPILED: weakref.WeakKeyDictionary[Any, dict[Hashable, dict[Mode, StepFunction
 """Compiled functions of each model, by signature, the most recently used last."""
 
 MOST_COMPILED = 8
-"""Signatures for which a model keeps compiled functions; each batch size is one."""
+"""Number of signatures for which a model keeps compiled functions; each batch size has its own."""
 
 
 def _compiled(kind: StepKind) -> StepFunction:
     def step(model: Decodable, state: Any) -> None:
         model.step(state, kind)
 
-    # the compiler caches, and limits recompilation, by code object: each step gets one of its own
+    # the compiler caches, and limits recompilation, by code object, so each step gets its own
     own = FunctionType(step.__code__.replace(), step.__globals__, step.__name__, None, step.__closure__)
     # no Python between kernels, and no guards, which take longer than the kernels: `_signature` replaces them
     options: dict[str, Any] = {'cpp_wrapper': True, 'guard_filter_fn': lambda guards: [False] * len(guards)}
@@ -246,9 +248,9 @@ def _compiled(kind: StepKind) -> StepFunction:
 
 
 def _signature(model: Any, state: Any) -> Hashable:
-    """The conditions under which graphs and compiled functions are valid: modules and their hooks, layouts of
-    parameters and buffers, and whether kernels are on. Inference tensors are told apart, as they cannot be written to
-    outside inference mode."""
+    """What graphs and compiled functions depend on: modules and their hooks, layouts of parameters and buffers, and
+    whether kernels are enabled. Inference tensors are distinguished, because they cannot be written to outside
+    inference mode."""
     modules = tuple(
         (type(m), *map(_weakly, (*m._forward_hooks.values(), *m._forward_pre_hooks.values(), vars(m).get('forward'))))
         for m in model.modules()
@@ -259,7 +261,7 @@ def _signature(model: Any, state: Any) -> Hashable:
 
 
 def _weakly(function: Any) -> Hashable:
-    """A reference to a hook that does not keep the hook alive, nor the model whose method it may be."""
+    """A reference to a hook that keeps alive neither the hook nor the model whose method it may be."""
     for reference in (weakref.WeakMethod, weakref.ref):
         with contextlib.suppress(TypeError):
             return reference(function)

@@ -1,4 +1,4 @@
-"""The parts that training scripts and commands share: vocabularies, data, steps, processes, checkpoints and runs."""
+"""Parts shared by training scripts and commands: vocabularies, data, steps, processes, checkpoints and runs."""
 
 from titans_pytorch.training.checkpoints import (
     BadCheckpoint,

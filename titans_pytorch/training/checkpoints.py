@@ -2,7 +2,7 @@
 
 Both hold a dict with at least `batch` (steps done), `model_state_dict`, `optimizer_state_dict`, `val_loss`, `config`.
 
-    python -m titans_pytorch.training.checkpoints runs/full/checkpoint_batch_5000     # make a file of a folder
+        python -m titans_pytorch.training.checkpoints runs/full/checkpoint_batch_5000     # turn a folder into a file
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ RESUMABLE: dict[str, Any] = {
     'cuda_random': (Tensor, type(None)),
 }
 SHARDED = ('model_state_dict', 'optimizer_state_dict')
-"""Entries that a folder holds as shards."""
+"""Entries that a folder stores as shards."""
 CONTENT = 'run.pt'
-"""The file of a folder that holds the other entries, written last."""
+"""The file in a folder that holds the other entries; it is written last."""
 DIGEST_MARK, DIGEST_LENGTH = b'sha256 ', 64
 
 
@@ -92,22 +92,22 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _check_digest(stored: bytes) -> None:
-    """The digest at the end of a file, or the checksums of an archive without one, must be those of its content."""
+    """Check the content of a file against the digest at its end, or against the checksums of an archive without one."""
     digested, digest = memoryview(stored)[:-DIGEST_LENGTH], stored[-DIGEST_LENGTH:]
     if digested[-len(DIGEST_MARK) :] == DIGEST_MARK:
         if hashlib.sha256(digested).hexdigest().encode() != digest:
             raise ValueError('its sha256 is not the stored one')
-    elif zipfile.is_zipfile(io.BytesIO(stored)):  # torch.save alone: its checksums omit the headers
+    elif zipfile.is_zipfile(io.BytesIO(stored)):  # saved by torch.save alone, whose checksums omit the headers
         with zipfile.ZipFile(io.BytesIO(stored)) as archive:
             if archive.testzip() is not None or archive.comment:
                 raise ValueError('checksum mismatch')
 
 
 def _loaded(stored: bytes) -> dict[str, Any]:
-    """The dict in a file, by a loader that runs no code of the file."""
+    """The dict in a file, read by a loader that runs no code from the file."""
     try:
         content = torch.load(io.BytesIO(stored), map_location='cpu', weights_only=True)
-    except Exception as error:  # whose message advises to load the file unsafely
+    except Exception as error:  # its message advises loading the file unsafely
         raise ValueError('it does not hold tensors and plain values alone, as torch.save writes them') from error
     if not isinstance(content, dict):
         raise TypeError(f'it holds a {type(content).__name__}')
@@ -115,7 +115,7 @@ def _loaded(stored: bytes) -> dict[str, Any]:
 
 
 def read_resumable(path: str | Path) -> dict[str, Any]:
-    """A checkpoint with everything in `RESUMABLE`. Of a folder, `shards` is the path, to be loaded by `load_shards`.
+    """A checkpoint with everything in `RESUMABLE`. For a folder, `shards` is its path, to be loaded by `load_shards`.
 
     Raises:
         BadCheckpoint: if it cannot be read or is incomplete.
@@ -132,19 +132,19 @@ def read_resumable(path: str | Path) -> dict[str, Any]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Files and folders of checkpoints in a run's folder."""
+    """The checkpoints in a run's folder: files, and folders of shards."""
     shards = (content.parent for content in folder.glob(f'*/{CONTENT}'))
     return [*folder.glob('*.pt'), *(path for path in shards if not path.name.endswith(TEMPORARY))]
 
 
 def steps_done(path: Path) -> int:
-    """Optimizer steps until a checkpoint; −1 if it cannot be read or does not tell."""
+    """Number of optimizer steps before a checkpoint; −1 if it cannot be read or does not say."""
     peek = _peek(path)
     return -1 if peek is None else peek[0]
 
 
 def _peek(path: Path) -> tuple[int, int] | None:
-    """Steps done, and those done at the last evaluation."""
+    """Number of steps done, and of those done at the last evaluation."""
     try:
         file = path / CONTENT if path.is_dir() else path
         peek = torch.load(file, map_location='cpu', weights_only=True, mmap=True)  # reads no tensor
@@ -154,7 +154,7 @@ def _peek(path: Path) -> tuple[int, int] | None:
 
 
 def remove_other_form(path: str | Path) -> None:
-    """Remove the checkpoint that has the name of `path`, but is a folder where that is a file, or the reverse."""
+    """Remove the checkpoint with the name of `path` in the other form: a folder if `path` is a file, or the reverse."""
     path = Path(path)
     if path.suffix == '.pt':
         if (path.with_suffix('') / CONTENT).exists():
@@ -164,7 +164,7 @@ def remove_other_form(path: str | Path) -> None:
 
 
 def is_run_folder(path: str | Path) -> bool:
-    """Whether `path` is a folder that may hold checkpoints, and not a checkpoint in shards."""
+    """Whether `path` is a folder that may hold checkpoints, rather than a checkpoint in shards."""
     path = Path(path)
     return path.is_dir() and not (path / CONTENT).exists()
 
@@ -173,7 +173,7 @@ def latest_checkpoint(folder: str | Path) -> dict[str, Any]:
     """The resumable checkpoint in `folder` with the most steps, regardless of file times."""
 
     def progress(path: Path) -> tuple[float, int]:
-        # what cannot be read is tried first, so that the output says why it is skipped
+        # unreadable checkpoints are tried first, so that the output says why they are skipped
         return _peek(path) or (math.inf, 0)
 
     for path in sorted(checkpoints(Path(folder)), key=progress, reverse=True):
@@ -185,7 +185,7 @@ def latest_checkpoint(folder: str | Path) -> dict[str, Any]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Restore the optimizer. Earlier versions also saved empty parameters, and scalars as zero-dimensional tensors."""
+    """Restore the optimizer. Earlier versions also saved empty parameters, and saved scalars with zero dimensions."""
     (group,), state = saved['param_groups'], saved['state']
     kept = [index for index in group['params'] if index not in state or state[index]['exp_avg'].numel()]
     moments = {
@@ -197,7 +197,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
 
 
 def _like(parameter: Tensor, moment: Tensor) -> Tensor:
-    """A moment in the shape of its parameter, and sharded if that is."""
+    """An optimizer moment in the shape of its parameter, and sharded if the parameter is."""
     moment = moment.reshape(parameter.shape)
     if hasattr(parameter, 'device_mesh'):
         from torch.distributed.tensor import DTensor, distribute_tensor
@@ -213,7 +213,7 @@ def _like(parameter: Tensor, moment: Tensor) -> Tensor:
 def save_shards(
     folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, content: dict[str, Any]
 ) -> None:
-    """Save a sharded model and its optimizer to a new or existing folder, by all ranks together, and `content`."""
+    """Save a sharded model, its optimizer and `content` to a new or existing folder. All ranks take part."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
@@ -227,17 +227,17 @@ def save_shards(
             folder.rename(replaced)
         temporary.rename(folder)
         shutil.rmtree(replaced, ignore_errors=True)
-    any_rank(False)  # until the folder is complete
+    any_rank(False)  # wait until the folder is complete
 
 
 def _temporary_shards(folder: Path) -> tuple[Path, Path]:
-    """Where shards are until they are complete, and where those are that they replace; the same for all ranks."""
+    """Paths for shards that are not yet complete, and for the shards they replace; the same on all ranks."""
     new, old = (folder.with_name(f'{folder.name}{word}{TEMPORARY}') for word in ('', '.old'))
     return new, old
 
 
 def finish_saves(folder: str | Path) -> None:
-    """Complete saves of shards that were killed between the renames at their end."""
+    """Complete saves of shards that were killed between the final renames."""
     folder = Path(folder)
     for content in folder.glob(f'*{TEMPORARY}/{CONTENT}'):
         shards = folder / content.parent.name.removesuffix(TEMPORARY).removesuffix('.old')
@@ -257,7 +257,7 @@ def load_shards(folder: str | Path, model: nn.Module, optimizer: torch.optim.Opt
 
     weights, moments = get_state_dict(model, optimizer)
     with _reading(folder), warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='torch.distributed is disabled')  # on one process
+        warnings.filterwarnings('ignore', message='torch.distributed is disabled')  # on a single process
         dcp.load(dict(zip(SHARDED, (weights, moments))), checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
 
@@ -268,12 +268,12 @@ def _reading(folder: str | Path) -> Iterator[None]:
 
     try:
         yield
-    except (Exception, CheckpointException) as error:  # which is no Exception
+    except (Exception, CheckpointException) as error:  # CheckpointException is not an Exception
         raise BadCheckpoint(f'the shards in {folder} cannot be read, or do not fit: {one_line(error)}') from error
 
 
 def consolidate(folder: str | Path, path: str | Path) -> None:
-    """Write the checkpoint in a folder as one file, as a run on one process writes it.
+    """Write the checkpoint in a folder as one file, like one written by a run on one process.
 
     Raises:
         BadCheckpoint: if the folder holds no checkpoint, or a damaged one.

@@ -1,4 +1,4 @@
-"""Text as memory-mapped tokens, and windows of it: nothing is read whole into memory."""
+"""Text as memory-mapped tokens, and windows of it; nothing is read into memory as a whole."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from titans_pytorch.utils.shapes import Int
 
 BLOCK = 1 << 20
 CHUNK = 1 << 16
-"""Bytes that are tokenised at a time. `tokenizers` holds some hundreds of them."""
+"""Number of bytes to tokenise at a time. `tokenizers` holds some hundreds of such chunks."""
 BPE_SAMPLE = 1 << 26
-"""Bytes of a text that a vocabulary is trained on."""
+"""Number of bytes of a text that a vocabulary is trained on, at most."""
 LENGTH = 8
-"""Bytes of the number at the end of a cache file."""
+"""Size in bytes of the number at the end of a cache file."""
 
 
 class BadData(RunError):
@@ -36,11 +36,11 @@ class BadData(RunError):
 
 
 class TooLittleText(BadData):
-    """Text of which a split is shorter than a window."""
+    """A text with a split that is shorter than a window."""
 
 
 class Data(NamedTuple):
-    """A text in order: 90 % to train on, 5 % to validate, 5 % for a test."""
+    """A text in order: the first 90 % for training, the next 5 % for validation, the last 5 % for testing."""
 
     train: Int[Tensor, ' n']
     """Token ids, memory-mapped: uint8, int16 or int32, by the size of the vocabulary."""
@@ -48,11 +48,11 @@ class Data(NamedTuple):
     test: Int[Tensor, ' n']
     vocabulary: Vocabulary
     source: str
-    """Where the text is from."""
+    """Where the text comes from."""
     sha256: str
-    """Of the text."""
+    """Digest of the text."""
     tokens_per_byte: float
-    """Of the validation split. A loss in nats per token, times this, divided by ln 2, is one in bits per byte."""
+    """Of the validation split. Multiplied by this and divided by ln 2, a loss in nats per token is in bits per byte."""
 
 
 def load_data(
@@ -62,22 +62,22 @@ def load_data(
     cache: str | Path | None = None,
     window: int = 1,
 ) -> Data:
-    """The text of one or more files, one after the other, as tokens.
+    """Load the text of one or more files, one after another, as tokens.
 
-    A raw file in the vocabulary of bytes is mapped where it is. Everything else is unpacked or tokenised once, into
+    With the vocabulary of bytes, a raw file is mapped where it is. Everything else is unpacked or tokenised once, into
     files in `cache` whose names depend on the text and the vocabulary.
 
     Args:
-        paths: a file or several: raw text, .gz, or .zip of one file; and folders, which stand for the files in them,
-            ordered by path, hidden ones left out.
-        vocabulary: default: bytes. A number stands for a BPE vocabulary of so many tokens, trained on the training
-            split (on 64 MiB, spread over it, of a larger one) and kept in `cache`.
+        paths: one or more files: raw text, .gz, or a .zip of one file. A folder stands for the files in it, ordered by
+            path, without hidden ones.
+        vocabulary: default: bytes. A number stands for a BPE vocabulary of that size, kept in `cache` and trained on
+            the training split (if that is larger than 64 MiB, on a sample of 64 MiB spread over it).
         cache: default: `titans_pytorch` in the user's cache folder (`$XDG_CACHE_HOME`, or `~/.cache`).
-        window: tokens that each split must have at least.
+        window: number of tokens that each split must have at least.
 
     Raises:
         BadData: for files that cannot be read, and for a `cache` inside a folder of text.
-        TooLittleText: for a text of which a split is shorter than `window`; it is a `BadData`.
+        TooLittleText: for a text with a split that is shorter than `window`; a kind of `BadData`.
         ValueError, TypeError: for invalid arguments.
     """
     paths = [paths] if isinstance(paths, (str, Path)) else paths
@@ -103,12 +103,12 @@ def load_data(
         parts = splits = _split(text, [size * 90 // 100, size * 95 // 100])
     else:
         parts = _split(text, [_character_start(text, size * percent // 100) for percent in (90, 95)])
-        check_enough(parts, 'bytes')  # a token has at least one
+        check_enough(parts, 'bytes')  # a token has at least one byte
         try:
             if isinstance(vocabulary, int):
                 vocabulary = _trained_bpe(parts[0], vocabulary, cache, sha256)
             splits = _tokenised(parts, vocabulary, cache, sha256)
-        except ValueError as error:  # text that the vocabulary cannot encode
+        except ValueError as error:  # the vocabulary cannot encode the text
             raise BadData(f'{source}: {error}') from None
     check_enough(splits, 'tokens')
     train, valid, test = splits
@@ -116,15 +116,15 @@ def load_data(
 
 
 def default_cache() -> Path:
-    """The folder for tokens where none is given."""
+    """The folder for tokens if none is given."""
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'titans_pytorch'
 
 
 def check_outside_text(folder: str | Path, paths: str | Path | Sequence[str | Path]) -> None:
-    """Check that what a run writes to `folder` is not part of its text, the files and folders `paths`.
+    """Check that what a run writes to `folder` does not become part of its text, the files and folders `paths`.
 
     Raises:
-        BadData: if `folder` is in a folder of text, and not hidden there.
+        BadData: if `folder` is inside a folder of text and not hidden there.
     """
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
         inner, outer = Path(folder).resolve(), Path(path).resolve()
@@ -156,7 +156,7 @@ def _files_in(path: Path) -> list[Path]:
 
 
 def _is_hidden(path: Path, folder: Path) -> bool:
-    """Whether `path`, which is in `folder`, or a folder between them is hidden."""
+    """Whether `path`, which is inside `folder`, is hidden, or any folder between the two."""
     return any(part[0] == '.' for part in path.relative_to(folder).parts)
 
 
@@ -196,8 +196,8 @@ def _mapped_text(files: list[Path], cache: Path) -> tuple[Int[Tensor, ' n'], str
 
 
 def _cached(path: Path, blocks: Iterable[bytes]) -> int:
-    """The number of bytes in a file of the cache, which is written unless it is there. The number itself follows them,
-    so that a file that was cut short is written again."""
+    """Write a file to the cache, unless it is there, and return its number of bytes. That number is stored after them,
+    so that a file that was cut short is recognised and written again."""
     if (length := _length(path)) is not None:
         return length
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -209,7 +209,8 @@ def _cached(path: Path, blocks: Iterable[bytes]) -> int:
 
 
 def _length(path: Path) -> int | None:
-    """The number of bytes before the one at the end of a file; `None` if it is missing, or does not fit."""
+    """The number of bytes in front of the stored number at the end of a file; `None` if it is missing or does not
+    fit."""
     try:
         with open(path, 'rb') as file:
             size = file.seek(0, os.SEEK_END) - LENGTH
@@ -220,11 +221,11 @@ def _length(path: Path) -> int | None:
 
 
 def _mapped(path: Path, dtype: torch.dtype, length: int) -> Int[Tensor, ' n']:
-    """The first `length` bytes of a file as numbers."""
+    """The first `length` bytes of a file, mapped as numbers."""
     kind = {torch.uint8: np.uint8, torch.int16: np.int16, torch.int32: np.int32}[dtype]
-    if length == 0:  # cannot be mapped
+    if length == 0:  # an empty file cannot be mapped
         return torch.zeros(0, dtype=dtype)
-    # copy-on-write, as a tensor cannot be read-only
+    # copy-on-write, because a tensor cannot be read-only
     return torch.from_numpy(np.memmap(path, kind, mode='c', shape=(length // dtype.itemsize,)))
 
 
@@ -246,14 +247,14 @@ def _split(text: Tensor, ends: list[int]) -> list[Tensor]:
 
 
 def _character_start(text: Tensor, position: int) -> int:
-    """The first position from this one on at which no character of UTF-8 goes on."""
+    """The first position, from `position` on, that is not inside a UTF-8 character."""
     while position < len(text) and int(text[position]) & 0xC0 == 0x80:
         position += 1
     return position
 
 
 def _chunks(text: Tensor) -> Iterator[bytes]:
-    """The text in chunks, which end with a line if they can, and never within a character."""
+    """The text in chunks, which end at the end of a line if possible, and never within a character."""
     start = 0
     while start < len(text):
         chunk = text[start : start + CHUNK].numpy().tobytes()
@@ -279,18 +280,18 @@ def _tokenised(parts: Sequence[Tensor], vocabulary: Vocabulary, cache: Path, sha
 
 
 def windows(tokens: Int[Tensor, ' n'], starts: Int[Tensor, ' b'], length: int) -> Int[Tensor, 'b _length']:
-    """Windows of `length` tokens, int64. To predict n tokens, a model takes n + 1."""
+    """Windows of `length` tokens, int64. To predict n tokens, a model needs n + 1."""
     return tokens[starts[:, None] + torch.arange(length, device=starts.device)].long()
 
 
 def random_starts(tokens: Int[Tensor, ' n'], count: int, length: int, generator: torch.Generator) -> Int[Tensor, ' b']:
-    """Where `count` random windows of length + 1 tokens begin. The generator's state is the position in the data."""
+    """Starts of `count` random windows of length + 1 tokens. The generator's state is the position in the data."""
     count, length = _checked_sizes(tokens, count, length)
     return torch.randint(len(tokens) - length, (count,), generator=generator, device=generator.device)
 
 
 def even_starts(tokens: Int[Tensor, ' n'], count: int, length: int) -> Int[Tensor, ' b']:
-    """Where `count` windows of length + 1 tokens begin that are spaced evenly."""
+    """Starts of `count` evenly spaced windows of length + 1 tokens."""
     count, length = _checked_sizes(tokens, count, length)
     last = len(tokens) - length - 1
     return torch.linspace(0, last, count, dtype=torch.float64, device=tokens.device).long()

@@ -1,7 +1,7 @@
-"""Several processes that train one model, started by `torchrun`. In a process alone, every function here does nothing.
+"""Several processes that train one model, started by `torchrun`. In a single process, no function here does anything.
 
-The micro batches of a step are shared out to the processes (ranks), so that a step is the same on any number of them.
-Gradients are averaged once per step: `average_gradients` for replicated models, FSDP2 itself for sharded ones.
+The processes (ranks) share the micro batches of a step, so that a step is the same on any number of ranks. Gradients
+are averaged once per step: by `average_gradients` for replicated models, by FSDP2 itself for sharded ones.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def is_distributed() -> bool:
 
 @contextlib.contextmanager
 def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
-    """Join the processes that `torchrun` has started, if it has started this one.
+    """Join the processes started by `torchrun`, if it has started this one.
 
-    Tensors on a CPU are exchanged by gloo, those on a GPU by NCCL. `torchrun` ends all processes when one has failed;
-    `timeout` is for a process that hangs. It must exceed the longest time that the others wait for one, such as the
-    first process for the tokenisation of a corpus.
+    CPU tensors are exchanged by gloo, GPU tensors by NCCL. When one process fails, `torchrun` ends all of them;
+    `timeout` is for a process that hangs. It must exceed the longest time for which the others wait for one, for
+    example while the first process tokenises a corpus.
     """
     if not {'RANK', 'WORLD_SIZE', 'MASTER_ADDR'} <= os.environ.keys():
         yield
@@ -53,12 +53,12 @@ def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
 
 
 def share(items: Iterable[T]) -> Iterator[T]:
-    """The items of this rank: every n-th one of n ranks. All of them are drawn, so that iterators stay in step."""
+    """The items of this rank: every n-th of n ranks. Each rank draws all items, so that iterators stay in step."""
     return itertools.islice(items, rank(), None, num_ranks())
 
 
 def any_rank(flag: bool) -> bool:
-    """True if `flag` is true on any rank. All ranks wait for each other here."""
+    """Whether `flag` is true on any rank. All ranks wait for each other here."""
     if num_ranks() == 1:
         return flag
     flags = torch.tensor([flag], dtype=torch.int32)
@@ -97,8 +97,8 @@ def broadcast_parameters(model: nn.Module) -> None:
 def average_gradients(model: nn.Module) -> None:
     """Replace the gradients of a replicated model by their means over all ranks, exchanged as one tensor.
 
-    `DistributedDataParallel` overlaps this with the backward pass; but here it happens once per step, and a captured
-    forward and backward needs to know nothing of it. Gradients that FSDP2 has already averaged are left alone.
+    `DistributedDataParallel` overlaps this with the backward pass. Here it happens only once per step, and a captured
+    forward and backward need not know about it. Gradients that FSDP2 has already averaged are left alone.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if num_ranks() == 1 or is_sharded(model) or not gradients:
@@ -112,14 +112,15 @@ def average_gradients(model: nn.Module) -> None:
 
 
 def shard(model: nn.Module, device: torch.device, policy: Any = None) -> None:
-    """Shard the parameters of a model over all ranks, by FSDP2: one group for each of its `layers`, one for the rest.
+    """Shard a model's parameters over all ranks with FSDP2, as one group for each of its `layers` and one for the rest.
 
-    Each rank keeps its part of every parameter, gradient and moment; a layer is gathered while it runs. Call this
-    before the optimizer is built. A model on the CPU is moved to `device` layer by layer: it need not fit there.
+    Each rank keeps its part of every parameter, gradient and optimizer moment; a layer is gathered while it runs. Call
+    this before building the optimizer. A model on the CPU is moved to `device` layer by layer, so it need not fit there
+    as a whole.
 
     Args:
-        policy: a `torch.distributed.fsdp.MixedPrecisionPolicy`. Default: parameters are gathered as they are, and
-            autocast sets the precision of products, because a memory's weights, gates and norms stay in float32.
+        policy: a `torch.distributed.fsdp.MixedPrecisionPolicy`. Default: parameters are gathered in their own precision
+            and autocast sets the precision of products, because a memory's weights, gates and norms stay in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -138,24 +139,24 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def reduce_gradients_in_backward(model: nn.Module, now: bool) -> None:
-    """For a sharded model: whether the next backward pass exchanges gradients, or adds to those of this rank."""
+    """Set whether the next backward pass of a sharded model exchanges gradients or adds to those of this rank."""
     if is_sharded(model):
         model.set_requires_gradient_sync(now)  # type: ignore[operator]
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; another tensor itself."""
+    """This rank's part of a sharded tensor; any other tensor as it is."""
     return tensor.to_local() if hasattr(tensor, 'to_local') else tensor  # type: ignore[operator]
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered; another tensor itself."""
+    """A sharded tensor, gathered; any other tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor  # type: ignore[operator]
 
 
 @contextlib.contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Keep the whole of a sharded model on every rank, as sampling needs it, which calls parts of layers."""
+    """Keep a sharded model whole on every rank, which sampling needs because it calls parts of layers."""
     parts: list[Any] = [part for part in model.modules() if hasattr(part, 'unshard')]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)

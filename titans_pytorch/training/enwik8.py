@@ -1,4 +1,4 @@
-"""enwik8, downloaded and verified, and a text to try things out with where there is no network."""
+"""enwik8, downloaded and verified, and a text for trying things out where there is no network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHA256 = '2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8'
 
 
 def download_enwik8(path: str | Path) -> bool:
-    """Download enwik8 to `path`, compressed by gzip. False if the network is out of reach.
+    """Download enwik8 to `path`, gzipped. Return False if the network cannot be reached.
 
     Raises:
         BadData: if the download fails in any other way. Nothing of it is kept.
@@ -79,7 +79,7 @@ def _corrupt(name: str, reason: str) -> BadData:
 
 
 def standard_library() -> list[Path]:
-    """The source files of Python's standard library, ordered by a hash of their names to mix the splits."""
+    """Source files of Python's standard library, ordered by a hash of their names so that the splits are mixed."""
     root = Path(sysconfig.get_paths()['stdlib'])
     skip = {'site-packages', 'dist-packages', 'test', 'tests', '__pycache__'}
     names = [path.relative_to(root) for path in root.rglob('*.py')]

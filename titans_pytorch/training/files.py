@@ -1,4 +1,4 @@
-"""Files that survive a kill, and messages of one line."""
+"""Files that survive a kill, and one-line messages."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from typing import IO
 from tqdm import tqdm
 
 TEMPORARY = '.titans.tmp'
-"""End of the names of temporary files and folders."""
+"""Suffix of temporary files and folders."""
 
 
 class RunError(Exception):
-    """A reason not to go on that the user can remove. Its message is one line."""
+    """A failure that the user can fix. Its message is one line."""
 
 
 def say(message: str) -> None:
-    """Print above a progress bar instead of through it. Of several processes only the first one prints."""
+    """Print above a progress bar instead of through it. Of several processes, only the first prints."""
     if os.environ.get('RANK', '0') == '0':
         tqdm.write(message)
 
@@ -34,7 +34,7 @@ def one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Add the name of the file to an OSError that lacks it, as errors of writes do."""
+    """Add the name of the file to an OSError that lacks it, as errors from writes do."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The device, precision and kind of step that a run uses."""
+"""The device and precision of a run, and whether its steps are compiled or captured."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Machine(NamedTuple):
     compile: bool
 
     def autocast(self) -> torch.autocast:
-        """The context in which the model is called."""
+        """The context in which to call the model."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == 'bf16')
 
 
 PRECISIONS = 'auto', 'fp32', 'tf32', 'bf16'
-"""Those of `choose_machine`."""
+"""Values of `precision` that `choose_machine` accepts."""
 
 
 def choose_machine(
@@ -38,20 +38,21 @@ def choose_machine(
     cuda_graphs: bool | None = None,
     compile: bool | None = None,
 ) -> Machine:
-    """The machine for these settings, and the process set up for it.
+    """Choose the machine for these settings and set up the process for it.
 
-    For the whole process it sets the current CUDA device, the precision of products in float32
+    This sets, for the whole process, the current CUDA device, the precision of products in float32
     (`torch.set_float32_matmul_precision`) and, on a CPU, the allocator (`keep_freed_memory`).
 
     Args:
-        device: auto (a GPU if there is one), cpu, cuda, cuda:1, … Under `torchrun` each process takes a GPU of its own.
-        precision: fp32, which never means TF32; tf32; bf16, by autocast; or auto: bf16 on a GPU that has it, else fp32.
+        device: auto (a GPU if there is one), cpu, cuda, cuda:1, … Under `torchrun` each process takes its own GPU.
+        precision: fp32, which never means TF32; tf32; bf16, by autocast; or auto: bf16 on a GPU that supports it, else
+            fp32.
         cuda_graphs: capture steps as CUDA graphs. Default: on a GPU.
         compile: compile steps. Default: on a GPU with Triton.
 
     Raises:
         ValueError: for an unknown precision.
-        RunError: for a device that is not there, and for CUDA graphs without one.
+        RunError: for a device that does not exist, and for CUDA graphs without a CUDA device.
     """
     if precision not in PRECISIONS:
         raise ValueError(f'precision must be one of {[*PRECISIONS]}, got {precision!r}')
@@ -64,7 +65,7 @@ def choose_machine(
         name = f'cuda:{os.environ["LOCAL_RANK"]}'
     try:
         chosen = torch.device(name)
-        torch.zeros((), device=chosen).item()  # a device can have a valid name and be absent
+        torch.zeros((), device=chosen).item()  # a device can have a valid name and not exist
     except Exception as error:  # its type depends on the kind of device
         raise RunError(f'device {device} cannot be used here: {one_line(error)}') from None
     on_gpu = chosen.type == 'cuda'
@@ -88,19 +89,19 @@ def choose_machine(
 
 
 def keep_freed_memory() -> bool:
-    """Have this process keep the memory of freed CPU tensors for new ones.
+    """Make this process keep the memory of freed CPU tensors for new ones.
 
-    By default glibc returns large blocks to the operating system, which clears each page before it hands it out again.
-    Tensors of long sequences are such blocks: at 16,384 tokens a training step of a memory layer takes up to twice as
-    long for it. In exchange the process stays as large as it has ever been.
+    By default glibc returns large blocks to the operating system, which clears each page before handing it out again.
+    Tensors of long sequences are such blocks: at 16,384 tokens this makes a training step of a memory layer take up to
+    twice as long. The price is that the process never shrinks.
 
     Returns:
-        False, with nothing changed, where the C library has no such setting (only glibc has).
+        False, with nothing changed, if the C library has no such setting (only glibc has).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    # the parameters of malloc.h: no block of its own mapping, and no end of the heap that is given back
+    # parameters from malloc.h: give no block its own mapping, and never give back the end of the heap
     trim_threshold, most_mappings = -1, -4
     return bool(mallopt(most_mappings, 0)) and bool(mallopt(trim_threshold, -1))

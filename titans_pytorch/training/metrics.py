@@ -18,7 +18,7 @@ METRICS, SAMPLES, CURVE = 'metrics.jsonl', 'samples.txt', 'loss.png'
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a file of metrics, each with the integer `step`; lines that a kill has cut short are left out."""
+    """The rows of a metrics file, each with the integer `step`; lines cut short by a kill are left out."""
     path = Path(path)
     lines = path.read_text(encoding='utf-8', errors='replace').splitlines() if path.exists() else []
     rows = []
@@ -33,7 +33,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def rewind(folder: str | Path, batch: int, evaluated: int) -> None:
-    """Remove metrics and samples later than the checkpoint to resume, since they will be written again."""
+    """Remove metrics and samples later than the checkpoint to resume, because they will be written again."""
     metrics, samples = Path(folder, METRICS), Path(folder, SAMPLES)
     rows = [row for row in read_metrics(metrics) if row['step'] <= (evaluated if 'val_loss' in row else batch)]
     with atomic_file(metrics) as file:
@@ -99,7 +99,7 @@ def _draw(folder: Path) -> None:
 
 
 def smoothed(values: Sequence[float]) -> np.ndarray:
-    """For each value the mean of the last few: a twentieth of all of them."""
+    """For each value, the mean of the most recent ones: a twentieth of all of them."""
     sums = np.concatenate(([0.0], np.cumsum(values)))
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - max(1, len(values) // 20), 0)

@@ -23,8 +23,8 @@ WANDB_ID = 'wandb_id.txt'
 
 @contextlib.contextmanager
 def run_lock(folder: str | Path) -> Iterator[None]:
-    """Create `folder` if necessary, and refuse a second run in it. The lock ends with the context, or with its process.
-    Of several ranks the first one holds it. What it creates is removed if the context leaves nothing else.
+    """Create `folder` if necessary, and refuse a second run in it. The lock ends with the context or with its process.
+    Of several ranks, the first holds it. What this creates is removed if the context leaves nothing else.
 
     Raises:
         RunError: if another process holds the lock.
@@ -42,16 +42,16 @@ def run_lock(folder: str | Path) -> Iterator[None]:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # also for forked processes, which share it
+            # releases it for forked processes too, which share it
             unlock.callback(fcntl.flock, file, fcntl.LOCK_UN)
-            # a run that was refused may have removed the file since it was opened
+            # another run that was refused may have removed the file since it was opened
             if not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
                 raise BlockingIOError
         except BlockingIOError:
             raise RunError(
                 f'another run is using {folder}: wait until it has ended, or choose another folder'
             ) from None
-        except (ImportError, OSError) as error:  # some platforms and file systems have no such lock
+        except (ImportError, OSError) as error:  # some platforms and file systems have no such locks
             say(f'NOTICE: {folder} cannot be locked ({one_line(error)}); a second run in it would not be refused')
         try:
             yield
@@ -64,8 +64,8 @@ def run_lock(folder: str | Path) -> Iterator[None]:
 
 
 def clear_run_folder(folder: str | Path) -> None:
-    """Move what an earlier run has left into a folder of its own, because work must not be overwritten when an option
-    was forgotten."""
+    """Move what an earlier run left behind into a folder of its own, so that a forgotten option does not overwrite
+    work."""
     folder = Path(folder)
     remove_leftovers(folder)
     names = (METRICS, SAMPLES, CURVE, DESCRIPTION, WANDB_ID)
@@ -74,8 +74,8 @@ def clear_run_folder(folder: str | Path) -> None:
 
 
 def leave_later_checkpoints(folder: str | Path, batch: int) -> list[Path]:
-    """Move checkpoints with more than `batch` steps into a folder of their own, as a run that is resumed after `batch`
-    steps takes another course. Returns the paths that they had."""
+    """Move checkpoints with more than `batch` steps into a folder of their own, because a run resumed after `batch`
+    steps takes another course. Return their former paths."""
     folder = Path(folder)
     later = [path for path in checkpoints(folder) if steps_done(path) > batch]
     _set_aside(folder, later, 'later checkpoints, of the course that the run had taken')
@@ -83,10 +83,10 @@ def leave_later_checkpoints(folder: str | Path, batch: int) -> list[Path]:
 
 
 def leave_best_checkpoint(path: str | Path) -> None:
-    """Move the checkpoint that was the best one by other validation windows, if there is one, into a folder of its own.
+    """Move the best checkpoint, if there is one, into a folder of its own: other validation windows chose it.
 
     Args:
-        path: that of a file, which may also be a folder of shards without its suffix.
+        path: path of the file; a folder of shards has the same path without the suffix.
     """
     path = Path(path)
     forms = [form for form in dict.fromkeys((path, path.with_suffix(''))) if form.exists()]
@@ -94,7 +94,7 @@ def leave_best_checkpoint(path: str | Path) -> None:
 
 
 def _set_aside(folder: Path, paths: list[Path], description: str) -> None:
-    """Move files, if there are any, to a new folder within `folder`, and say so."""
+    """Move files, if there are any, to a new folder within `folder`, and report that."""
     if not paths:
         return
     aside = next(path for n in itertools.count(1) if not (path := folder / f'earlier-{n}').exists())
@@ -107,7 +107,7 @@ def _set_aside(folder: Path, paths: list[Path], description: str) -> None:
 def describe_run(
     folder: str | Path, model: Mapping[str, Any], vocabulary: Vocabulary, settings: Mapping[str, Any] = {}
 ) -> None:
-    """Write `config.json`, from which others can open the run, and which tells a resumed run's latest settings.
+    """Write `config.json`, from which others can open the run; after resuming, it has the latest settings.
 
     Args:
         model: a result of `model_config`.
@@ -119,7 +119,7 @@ def describe_run(
 
 
 def wandb_id(folder: str | Path) -> str:
-    """The Weights & Biases run of a folder, so that a resumed run goes on there."""
+    """The id of a folder's Weights & Biases run, so that a resumed run continues there."""
     path = Path(folder, WANDB_ID)
     if not path.exists():
         with atomic_file(path) as file:

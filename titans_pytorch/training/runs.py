@@ -1,4 +1,4 @@
-"""Runs that `train_mac.py` has left in folders: the model of a checkpoint, its vocabulary and its text."""
+"""Runs that `train_mac.py` has left in folders: a checkpoint's model, its vocabulary and its text."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class Run(NamedTuple):
     """A trained model, ready to be used."""
 
     model: Transformer
-    """In evaluation mode, on its device."""
+    """The model, in evaluation mode, on its device."""
     config: dict[str, Any]
-    """What `titans_pytorch.configuration.build_model` makes the model from."""
+    """The configuration from which `titans_pytorch.configuration.build_model` builds the model."""
     vocabulary: Vocabulary
     machine: Machine
     """Device and precision; calls of the model belong inside `machine.autocast()`."""
     checkpoint: Path
     steps: int
-    """Optimizer steps until the checkpoint."""
+    """Number of optimizer steps before the checkpoint."""
     settings: dict[str, Any]
     """Settings of the training script."""
     data_sha256: str
@@ -48,18 +48,18 @@ class Run(NamedTuple):
 def open_run(
     path: str | Path, checkpoint: str | Path | None = None, device: str = 'auto', precision: str = 'auto'
 ) -> Run:
-    """The run at `path`, a folder with a `config.json`, or a checkpoint in such a folder.
+    """Open the run at `path`: a folder with a `config.json`, or a checkpoint in such a folder.
 
-    Settings of the whole process change with it, as `choose_machine` says.
+    This also sets up the whole process, as `choose_machine` does.
 
     Args:
-        checkpoint: a name in the folder, or a path. Default: the one with the best validation, else the one with the
-            most steps.
+        checkpoint: a name in the folder, or a path. Default: the checkpoint with the best validation loss, or, if there
+            is none, the one with the most steps.
         device, precision: see `choose_machine`.
 
     Raises:
-        RunError: if there is no such run or checkpoint, if a file is damaged, if the files do not fit each other, and
-            for a device that is not there.
+        RunError: if there is no such run or checkpoint, if a file is damaged, if the files do not fit together, and for
+            a device that does not exist.
     """
     path = Path(path)
     if path.is_file():
@@ -71,7 +71,7 @@ def open_run(
     machine = choose_machine(device, precision)
     checkpoint, content = _chosen(path) if checkpoint is None else _named(path, checkpoint)
     description = _description(path)
-    # a run that was resumed with other settings has described another model since
+    # what the checkpoint says comes first, as a run resumed with other settings may have rewritten config.json
     described: dict[str, Any] = description | content
     try:
         vocabulary = vocabulary_from_dict(described['vocabulary'])
@@ -110,15 +110,15 @@ def latest_run(folder: str | Path = 'runs') -> Path:
 
 
 def unseen_text(run: Run, paths: Sequence[str | Path] = ()) -> tuple[Int[Tensor, ' n'], str]:
-    """Tokens that the model was not trained on, memory-mapped where possible, and where they are from.
+    """Tokens that the model was not trained on, memory-mapped where possible, and where they come from.
 
-    Of the text that the run was trained on these are the test split, the last 5 %; of any other text, all tokens.
+    For the text that the run was trained on, these are the test split, the last 5 %; for any other text, all tokens.
 
     Args:
         paths: files and folders. Default: the text that the run was trained on.
 
     Raises:
-        BadData: if the text cannot be read or is not there, and for a part of the text that the run was trained on.
+        BadData: if the text cannot be read or found, and for a part of the text that the run was trained on.
     """
     read = paths or _trained_on(run.settings)
     try:
@@ -138,7 +138,7 @@ def unseen_text(run: Run, paths: Sequence[str | Path] = ()) -> tuple[Int[Tensor,
 
 
 def _trained_on(settings: Mapping[str, Any]) -> list[Path]:
-    """The files that a run was given; none if its settings do not say."""
+    """The files that a run was trained on; empty if its settings do not say."""
     if 'DATA' not in settings or settings['DATA']:
         return [*map(Path, settings.get('DATA', ()))]
     downloaded = DATA_FOLDER / 'enwik8.gz'
@@ -160,7 +160,7 @@ def _description(folder: Path) -> dict[str, Any]:
 
 
 def _chosen(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The best checkpoint that can be read, else the latest."""
+    """The best checkpoint that can be read, or else the latest."""
     best = [*folder.glob('*_best.pt')]
     for path in [*best, *sorted({*folder.glob('*.pt')} - {*best}, key=steps_done, reverse=True)]:
         try:
@@ -174,7 +174,7 @@ def _chosen(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _named(folder: Path, checkpoint: str | Path) -> tuple[Path, dict[str, Any]]:
-    """A checkpoint by its name in the folder, or by its path."""
+    """A checkpoint given by its name in the folder or by its path."""
     in_run, elsewhere = folder / checkpoint, Path(checkpoint)
     path = elsewhere if elsewhere.exists() and not in_run.exists() else in_run
     return path, _weights(path)

@@ -10,11 +10,11 @@ from types import FrameType
 
 
 class Interrupted(BaseException):
-    """A signal that ends the work at hand at once."""
+    """A signal that ends the work at hand immediately."""
 
 
 class Signals:
-    """Ctrl-C and SIGTERM: deferred while `wait` is set, immediate elsewhere; a second one never waits.
+    """Ctrl-C and SIGTERM: deferred while `wait` is set, immediate otherwise. A second signal is never deferred.
 
         with Signals() as signals:
             while signals.received is None:

@@ -1,4 +1,4 @@
-"""Gradients of a training step and the validation loss: micro batches that ranks share, compiled and captured."""
+"""Gradients of a training step and validation loss, with micro batches shared by ranks, compiled and captured."""
 
 from __future__ import annotations
 
@@ -31,17 +31,16 @@ from titans_pytorch.utils.functional import keeping_random_state
 
 
 class MicroStep:
-    """Forward and backward over one micro batch, adding to the gradients. It is compiled and captured as a CUDA graph
-    where `machine` says so; of a sharded model each layer is compiled. The ranks start from the parameters of the first
-    one.
+    """Forward and backward over one micro batch, adding to the gradients. Compiled and captured as a CUDA graph where
+    `machine` says so; in a sharded model, each layer is compiled. All ranks start from the parameters of the first.
 
-    A captured step writes gradients to memory of its own, which becomes the gradient of parameters that have none. The
-    next call overwrites that memory, after it has copied what is still the gradient of a parameter. So a gradient that
-    is kept beyond `zero_grad` has to be cloned, and gradients change their addresses.
+    A captured step writes gradients to its own memory, which becomes the gradient of parameters that have none. The
+    next call overwrites that memory, after copying whatever is still the gradient of a parameter. To keep a gradient
+    beyond `zero_grad`, clone it, and do not rely on the addresses of gradients, which change.
 
     Args:
         model: called as `model(inputs, return_loss=True)`.
-        micro_batches: micro batches in a step, over all ranks.
+        micro_batches: number of micro batches in a step, over all ranks.
 
     Raises:
         ValueError: if the ranks cannot share the micro batches evenly.
@@ -51,7 +50,7 @@ class MicroStep:
         _check_shared('micro_batches', micro_batches)
         broadcast_parameters(model)
         self.model = model
-        # not the model itself, so that validation and sampling, whose lengths differ, are not compiled
+        # not the model itself: validation and sampling, with their other lengths, are not to be compiled
         self.loss_of, self.compiled_layers = self._loss, {}
         if machine.compile and is_sharded(model):
             self.compiled_layers = _compiled(model.layers, machine)  # type: ignore[arg-type]
@@ -63,7 +62,8 @@ class MicroStep:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """The loss divided by the number of micro batches of this rank; overwritten by the next call."""
+        """Run one micro batch. Return its loss divided by the rank's number of micro batches; the next call overwrites
+        it."""
         if not self.kernels_compiled:
             self._compile_kernels(inputs)
         if not self.machine.cuda_graphs:
@@ -75,13 +75,14 @@ class MicroStep:
         return self.loss
 
     def accumulate(self, batches: Iterable[Tensor]) -> Tensor:
-        """The mean loss over the micro batches of all ranks, whose mean gradients are then in the parameters.
+        """Run a step. Return the mean loss over the micro batches of all ranks; their mean gradients are in the
+        parameters.
 
         Args:
             batches: micro batches of this rank; see `share`.
 
         Raises:
-            ValueError: if there are more or fewer of them than `micro_batches` says; the gradients are then of no use.
+            ValueError: if there are more or fewer batches than `micro_batches` says; the gradients are then useless.
         """
         total, number = torch.zeros((), device=self.machine.device), 0
         for number, inputs in enumerate(batches, 1):
@@ -101,7 +102,7 @@ class MicroStep:
         return self.model(inputs, return_loss=True) / self.own_micro_batches
 
     def _compile_kernels(self, inputs: Tensor) -> None:
-        """A pass without results, in which kernels of this package are compiled in parallel."""
+        """Run a pass without results, in which the kernels of this package are compiled in parallel."""
         random_state = keeping_random_state(self.machine.device)
         with self._gradients_set_aside(), random_state, kernels_compiled_together():
             self._compute(inputs.to(self.machine.device))
@@ -109,7 +110,7 @@ class MicroStep:
 
     @contextmanager
     def _gradients_set_aside(self) -> Iterator[None]:
-        """No parameter has a gradient at the beginning, and afterwards each has the one from before again."""
+        """A context without gradients, which restores the earlier gradients of all parameters at its end."""
         gradients = {parameter: parameter.grad for parameter in self.model.parameters()}
         self.model.zero_grad()
         try:
@@ -126,7 +127,7 @@ class MicroStep:
         return loss.detach()
 
     def _capture(self, inputs: Tensor) -> None:
-        # a copy, as later inputs overwrite it
+        # a copy, because later inputs overwrite it
         self.inputs = inputs.to(self.machine.device, copy=True)
         with self._gradients_set_aside():
             try:
@@ -136,7 +137,7 @@ class MicroStep:
                 raise
 
     def _record(self) -> None:
-        """Capture the step as a graph, and compare its results with those of the step itself."""
+        """Capture the step as a graph, and compare its results with those of the uncaptured step."""
         # warm-up passes compile the step
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -145,10 +146,10 @@ class MicroStep:
                 self.model.zero_grad()
                 expected = self._outcome(self._compute(self.inputs))
         torch.cuda.current_stream().wait_stream(stream)
-        # without gradients to add to, the graph writes its own
+        # without existing gradients to add to, the graph writes its own
         self.model.zero_grad()
         self.graph = torch.cuda.CUDAGraph()
-        # NCCL's own thread may ask for its events meanwhile
+        # thread_local, because NCCL's own thread may query its events meanwhile
         with torch.cuda.graph(self.graph, capture_error_mode='thread_local'):
             self.loss = self._compute(self.inputs)
         self.gradients = {p: p.grad for p in self.model.parameters() if p.grad is not None}
@@ -163,7 +164,8 @@ class MicroStep:
             )
 
     def _replay(self) -> None:
-        """What the graph writes becomes the gradient of parameters without one, and is added to those of others."""
+        """Replay the graph. What it writes becomes the gradient of parameters without one, and is added to the
+        others."""
         assert self.graph is not None
         # the graph is about to overwrite gradients that are still in its memory
         held = [
@@ -199,8 +201,8 @@ def _is_at(gradient: Tensor | None, written: Tensor) -> bool:
 def validation_loss(
     model: nn.Module, tokens: Tensor, machine: Machine, *, batches: int, batch_size: int, length: int
 ) -> float:
-    """Mean loss in nats per token, in evaluation mode, over windows that are spaced evenly: the same in every run, and
-    shared by the ranks. The model's mode is restored.
+    """Mean loss in nats per token, in evaluation mode, over evenly spaced windows, which are the same in every run. The
+    ranks share the windows, and the model's mode is restored.
 
     Raises:
         ValueError: if the ranks cannot share the batches evenly, or there are fewer tokens than in a window.
@@ -216,19 +218,19 @@ def validation_loss(
 
 
 def _compile(function: Callable[..., Any], machine: Machine) -> Callable[..., Any]:
-    """A function compiled as one graph, which the next process finds in PyTorch's cache."""
+    """Compile a function as one graph, which later processes find in PyTorch's cache."""
     options = _cacheable()
     if machine.triton:
-        # small kernels that do not depend on each other, such as casts, become one
+        # small kernels that do not depend on each other, such as casts, are merged into one
         options = options | {'combo_kernels': True}
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
 @functools.cache
 def _cacheable() -> dict[str, Any]:
-    """Option by which PyTorch caches graphs that enter or leave autocast, as they do where precision matters.
+    """The option that lets PyTorch cache graphs that enter or leave autocast, as ours do where precision matters.
 
-    PyTorch's key of a graph holds the names of its operations only, so the sources of ours are added to it.
+    PyTorch's key for a graph holds only the names of such operations, so a digest of our operations' sources is added.
     """
     sources = sorted(Path(*ops.__path__).rglob('*.py'))
     key = hashlib.sha256(b''.join(source.read_bytes() for source in sources)).hexdigest()
@@ -237,18 +239,19 @@ def _cacheable() -> dict[str, Any]:
 
 
 def _compiled(layers: Iterable[nn.Module], machine: Machine) -> dict[nn.Module, Callable[..., Any]]:
-    """The forward of each layer, compiled by itself, as the hooks of FSDP2 between the layers are Python."""
+    """The forward of each layer, compiled separately, because FSDP2's hooks between the layers are Python."""
     return {layer: _compile(layer.forward, machine) for layer in layers}
 
 
 @contextmanager
 def _in_place_of_forward(compiled: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Context in which layers run their compiled forward; elsewhere they are as they were, to be copied and saved."""
+    """A context in which layers run their compiled forward. Outside it they are unchanged, so they can be copied and
+    saved."""
     if not compiled:
         yield
         return
     limits = torch._dynamo.config
-    # layers share the code of their forward, of which PyTorch compiles 8 variants and refuses the next
+    # layers share the code of their forward, and PyTorch compiles 8 variants of the same code before it refuses
     with limits.patch(recompile_limit=limits.recompile_limit + len(compiled)):
         for layer, forward in compiled.items():
             layer.forward = forward

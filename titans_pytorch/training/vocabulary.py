@@ -1,4 +1,4 @@
-"""Vocabularies: text as token ids and back. Text is `bytes`, which need not be UTF-8 for the vocabulary of bytes."""
+"""Vocabularies: text to token ids and back. Text is `bytes`, which for the vocabulary of bytes need not be UTF-8."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Vocabulary(Protocol):
-    """Text as token ids from 0 to `size` − 1, and back."""
+    """A mapping of text to token ids from 0 to `size` − 1, and back."""
 
     size: int
 
     def encode(self, text: bytes) -> Int[Tensor, ' n']:
-        """Token ids of `text`, int64 on the CPU. `decode` returns exactly `text` for them."""
+        """Token ids of `text`, int64 on the CPU. `decode` turns them back into exactly `text`."""
 
     def decode(self, tokens: Int[Tensor, ' n'] | Iterable[int]) -> bytes:
-        """The bytes that `tokens` stand for: those of each token in turn, so that a stream of tokens can be decoded one
-        by one. A character of several bytes may be spread over several tokens."""
+        """The bytes that `tokens` stand for: those of each token in turn, so that a stream can be decoded token by
+        token. A character of several bytes may be spread over several tokens."""
 
     def to_dict(self) -> dict[str, Any]:
         """The vocabulary as JSON values, for `vocabulary_from_dict`."""
@@ -52,20 +52,20 @@ class ByteVocabulary:
 
 
 class BPEVocabulary:
-    """Byte-level byte-pair encoding, by the package `tokenizers`; built by `train_bpe` or `load_bpe`.
+    """Byte-level byte-pair encoding with the package `tokenizers`, built by `train_bpe` or `load_bpe`.
 
-    Any UTF-8 text has tokens. Text in another encoding has none, as `tokenizers` splits characters, not bytes.
+    Any UTF-8 text can be encoded. Text in another encoding cannot, because `tokenizers` splits characters, not bytes.
 
     Args:
         tokenizer: a byte-level BPE model: its vocabulary holds a symbol for each byte, and it does not normalise text.
-            What it adds at the ends of a text, truncates or pads is not used.
+            Its truncation and padding, and what it adds at the ends of a text, are not used.
 
     Raises:
         ValueError: for a tokenizer that cannot reproduce every text.
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        tokenizer = type(tokenizer).from_str(tokenizer.to_str())  # the caller's own keeps its settings
+        tokenizer = type(tokenizer).from_str(tokenizer.to_str())  # a copy, so that the caller's own keeps its settings
         tokenizer.no_truncation()
         tokenizer.no_padding()
         vocabulary = tokenizer.get_vocab()
@@ -80,7 +80,7 @@ class BPEVocabulary:
             own = index not in added
             self._bytes[index] = bytes(byte_of[s] for s in symbols) if own else symbols.encode()
 
-        # one that normalises text, adds a space in front, or strips the spaces around a special token
+        # refuse a tokenizer that normalises text, adds a space in front, or strips spaces around a special token
         probe = f'e\u0301 \u00e9\ufb01 \u212b\r\n\t  A {" ".join(added.values())} \u4e2d\U0001f600'.encode()
         if self.decode(self.encode(probe)) != probe:
             raise ValueError('tokenizer must reproduce every text, and this one changes spaces or characters')
@@ -117,7 +117,7 @@ def vocabulary_from_dict(stored: Mapping[str, Any]) -> Vocabulary:
 
 
 def train_bpe(chunks: Iterable[bytes], size: int) -> BPEVocabulary:
-    """A BPE vocabulary of at most `size` tokens, trained on `chunks` of UTF-8 text; less text may yield fewer tokens.
+    """Train a BPE vocabulary of at most `size` tokens on `chunks` of UTF-8 text; less text may yield fewer tokens.
 
     Words do not span chunks, and a chunk must not end within a character.
 
@@ -129,7 +129,7 @@ def train_bpe(chunks: Iterable[bytes], size: int) -> BPEVocabulary:
     tokenizers = _tokenizers()
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()  # for others who open the file
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()  # for other programs that open the file
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=size, initial_alphabet=sorted(byte_of_symbol()), show_progress=False
     )
@@ -138,7 +138,7 @@ def train_bpe(chunks: Iterable[bytes], size: int) -> BPEVocabulary:
 
 
 def load_bpe(path: str | Path) -> BPEVocabulary:
-    """The BPE vocabulary in a `tokenizer.json`, as `tokenizers` and Hugging Face's models store it.
+    """Load the BPE vocabulary in a `tokenizer.json`, as stored by `tokenizers` and Hugging Face's models.
 
     Raises:
         OSError: if the file cannot be read.
@@ -171,7 +171,8 @@ def _bpe_from_json(text: str) -> BPEVocabulary:
 
 
 def byte_of_symbol() -> dict[str, int]:
-    """The printable character by which byte-level BPE writes each byte: its own in Latin-1, or one from 256 on."""
+    """Map each symbol of byte-level BPE to its byte. A printable byte is its own symbol in Latin-1; others have symbols
+    from 256 on."""
     printable = {*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
