@@ -1,4 +1,4 @@
-"""The models of this package in the form of Hugging Face's `transformers`, and memories for its models.
+"""The models of this package in the form of Hugging Face's `transformers`, and memories to add to models of its own.
 
     import titans_pytorch.hf
 
@@ -21,7 +21,7 @@ from titans_pytorch.hf.trainer import MemoryCheckpoints
 AutoConfig.register(TitansConfig.model_type, TitansConfig)
 AutoModel.register(TitansConfig, TitansModel)
 AutoModelForCausalLM.register(TitansConfig, TitansForCausalLM)
-# `Trainer` with label smoothing shifts the labels of these classes alone
+# with label smoothing, `Trainer` shifts the labels of these classes only
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[TitansConfig.model_type] = TitansForCausalLM.__name__
 
 __all__ = [

@@ -33,7 +33,7 @@ WEIGHTS, CONFIG = 'memory.safetensors', 'memory_config.json'
 """Files of a saved adapter."""
 
 UNAVAILABLE = ('dim', *SET_BY_MODELS)
-"""Arguments of `NeuralMemory` that an adapter sets itself, or whose further inputs no decoder layer has."""
+"""Arguments of `NeuralMemory` that an adapter sets itself, or that need inputs which no decoder layer has."""
 
 OF_ADD_MEMORY = {
     'heads': 'heads',
@@ -42,11 +42,11 @@ OF_ADD_MEMORY = {
     'batch_size': 'memory_batch',
     'memory_batch': 'memory_batch',
 }
-"""Arguments of `NeuralMemory` and `memory_settings` that `add_memory` has arguments of its own for."""
+"""Arguments of `NeuralMemory` and `memory_settings` that `add_memory` has its own arguments for."""
 
 NOT_OF_THE_BACKBONE = {*PreTrainedConfig().to_dict(), 'use_cache', 'quantization_config', 'vocab_size'} - {'model_type'}
-"""Fields of a configuration that change with how a model is used or stored, or by an added token. Token ids are left
-out as well."""
+"""Fields of a configuration that do not identify a backbone: they change with how a model is used or stored, or when a
+token is added. Token ids are left out as well."""
 
 
 def add_memory(
@@ -60,7 +60,7 @@ def add_memory(
     freeze_backbone: bool = False,
     neural_memory_kwargs: Mapping[str, Any] = {},
 ) -> M:
-    """`model` itself, with a `NeuralMemory` in front of some of its decoder layers.
+    """Put a `NeuralMemory` in front of some decoder layers of `model`, in place, and return `model`.
 
         model = AutoModelForCausalLM.from_pretrained(...)
         add_memory(model, layers=[8, 16, 24])
@@ -70,35 +70,35 @@ def add_memory(
         optimizer = torch.optim.AdamW([{'params': backbone, 'lr': 1e-5}, {'params': memories, 'lr': 1e-3}])
 
     A memory reads the input x of its layer and adds the retrieved values to it: x + gate · memory(x). As in memory as
-    context, attention sees them, in that layer and in all later ones; and since nothing inside a layer changes, any
-    kind of layer will do. There is one gate per channel, zero at first: the model starts unchanged, to the last bit.
-    The gates receive gradients from the first step on, the memories behind them from the second.
+    context, attention sees these values, in that layer and in all later ones; and because nothing inside a layer
+    changes, any kind of layer will do. There is one gate per channel, zero at first, so the model starts unchanged, to
+    the last bit. The gates receive gradients from the first step on, the memories behind them from the second.
 
-    Forward, `labels`, gradient checkpointing, `generate` (sampling, beams, padded batches) and `Trainer` work as
-    before. The state of the memories is part of the call's cache, beside its keys and values; without a cache, every
+    The forward pass, `labels`, gradient checkpointing, `generate` (sampling, beams, padded batches) and `Trainer` work
+    as before. The state of the memories is part of the call's cache, beside its keys and values; without a cache, every
     call starts from an empty memory. Padding in `attention_mask`, which must be (batch, length), is neither stored nor
-    counted. With a cache, rows of different lengths are read one after another: train on padded batches with
-    `use_cache=False`, as `Trainer` does. Assisted decoding is refused, as a memory cannot take tokens back.
+    counted. With a cache, rows of different lengths are read one after another, so train on padded batches with
+    `use_cache=False`, as `Trainer` does. Assisted decoding is refused, because a memory cannot take tokens back.
 
-    If the backbone is in half precision, which is too coarse for the updates of an optimizer, the memories are in
-    float32 all the same, and their output is rounded to the precision of the hidden states. A later `model.to` converts
-    them with the rest.
+    Half precision is too coarse for an optimizer's updates, so the memories are in float32 even if the backbone is in
+    half precision; their output is rounded to the precision of the hidden states. A later `model.to` converts the
+    memories with the rest.
 
     Args:
         model: a decoder-only model of transformers, or a peft model around one.
         layers: the layers that get a memory in front, counted from 0. Default: those at a quarter, half and three
             quarters of the depth; a guess, as a few memories are usually enough.
-        heads: independent memories side by side. The default is a guess, as is the next. With `dim_head`, it
-            sets the size of the adapter: about 5 · width · heads · dim_head parameters per layer.
+        heads: number of independent memories side by side. This default and the next are guesses. Together with
+            `dim_head`, this sets the size of the adapter: about 5 · width · heads · dim_head parameters per layer.
         dim_head: width of a head.
         chunk_size: tokens per update of a memory.
-        memory_batch: tokens whose gradients are taken at the same weights, a multiple of `chunk_size`. Larger is faster
-            with a deep network; with a linear one, 1 is fast too.
-        freeze_backbone: train the memories alone. `remove_memory` undoes this.
-        neural_memory_kwargs: further arguments of `NeuralMemory`, as JSON values: `activation` is a name of
+        memory_batch: tokens whose gradients are taken at the same weights, a multiple of `chunk_size`. With a deep
+            network, larger is faster; with a linear one, 1 is fast too.
+        freeze_backbone: train only the memories. `remove_memory` undoes this.
+        neural_memory_kwargs: further arguments of `NeuralMemory`, as JSON values: `activation` is a name in
             `configuration.ACTIVATIONS`, and `model` is a dict such as `{'type': 'MemoryMLP', 'dim': 64, 'depth': 2}`.
-            Default: the settings of `presets.memory_settings`, but a linear memory without momentum, that is, the delta
-            rule with forgetting. Its keys have length 1, so that no step overshoots, whatever is learned. Another
+            Default: the settings of `presets.memory_settings`, but with a linear memory without momentum, that is, the
+            delta rule with forgetting. Its keys have length 1, so no step overshoots, whatever is learned. Any other
             `model` takes proximal steps, which do not overshoot either.
 
     Raises:
@@ -124,12 +124,12 @@ def add_memory(
 
 
 def _linear_settings(dim_head: int, memory_batch: int, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The default network and its rule, beside arguments of `NeuralMemory` that are given."""
+    """The default network and its update rule, to go with the arguments of `NeuralMemory` that are given."""
     keys_per_token = check_integer('num_kv_per_token', given.get('num_kv_per_token', 1), 1)
     return {
         'model': {'type': 'MemoryMLP', 'dim': dim_head, 'depth': 1},
         'momentum': False,
-        # the plain steps that a memory batch takes for one key move its value to the target at most
+        # all plain steps that a memory batch takes for one key move its value no further than the target
         'proximal_steps': False,
         'default_step_transform_max_lr': dim_head / (2 * memory_batch * keys_per_token),
     }
@@ -141,7 +141,7 @@ def memory_parameters(model: Module) -> Iterator[Parameter]:
 
 
 def remove_memory(model: M) -> M:
-    """`model` itself without memories, as it was before `add_memory`; parameters frozen by it are trained again."""
+    """Remove the memories from `model`, in place, and return `model`; what `add_memory` froze is trained again."""
     memories = memories_of(model)
     for hook in memories.hooks:
         hook.remove()
@@ -154,9 +154,9 @@ def remove_memory(model: M) -> M:
 def save_memory(model: Module, folder: str | Path) -> None:
     """Write the memories of `model`, without its backbone, to `memory.safetensors` and `memory_config.json`.
 
-    The configuration names the layers, the arguments, and the backbone by its configuration and a hash of it.
-    `save_pretrained` of the model, and checkpoints of `Trainer`, hold memories and backbone in one file; from there
-    `from_pretrained` reads the backbone alone. Those of a peft model hold neither: see `MemoryCheckpoints`.
+    The configuration records the layers, the arguments, and the backbone, by its configuration and a hash of that.
+    `save_pretrained` of the model, and checkpoints of `Trainer`, hold memories and backbone in one file, from which
+    `from_pretrained` reads only the backbone. Those of a peft model hold neither: see `MemoryCheckpoints`.
     """
     memories, folder = memories_of(model), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -174,10 +174,10 @@ def save_memory(model: Module, folder: str | Path) -> None:
 
 
 def load_memory(model: M, folder: str | Path, *, freeze_backbone: bool = False) -> M:
-    """`model` itself, with the memories that `save_memory` wrote to `folder`.
+    """Add the memories that `save_memory` wrote to `folder` to `model`, in place, and return `model`.
 
     Raises:
-        ValueError: if they were trained with another backbone, whose weights are not compared, only its configuration;
+        ValueError: if they were trained with another backbone (only its configuration is compared, not its weights),
             and for damaged files.
         FileNotFoundError: if the folder holds no memories.
     """
@@ -200,13 +200,13 @@ def load_memory(model: M, folder: str | Path, *, freeze_backbone: bool = False) 
     try:
         memories_of(model).load_state_dict(weights)
     except RuntimeError as error:
-        remove_memory(model)  # rather than leave it with untrained ones
+        remove_memory(model)  # rather than leave untrained ones in it
         raise RuntimeError(f'{folder / WEIGHTS} does not fit {folder / CONFIG}: {one_line(error)}') from None
     return model
 
 
 def _check_same_backbone(folder: Path, saved: Mapping[str, Any], saved_hash: str, own: Mapping[str, Any]) -> None:
-    # a field that only one of two versions of transformers knows makes no other backbone
+    # a field known to only one of two versions of transformers does not make it another backbone
     differing = [name for name in saved.keys() & own.keys() if saved[name] != own[name]]
     if differing:
         name = 'model_type' if 'model_type' in differing else min(differing)
@@ -217,7 +217,7 @@ def _check_same_backbone(folder: Path, saved: Mapping[str, Any], saved_hash: str
 
 
 class Memories(ModuleDict):
-    """The memories of a decoder by the number of their layer, with all that is needed to save and to remove them."""
+    """The memories of a decoder by layer number, with everything needed to save and to remove them."""
 
     def __init__(self, settings: Mapping[str, Any]):
         super().__init__()
@@ -235,9 +235,9 @@ class Memories(ModuleDict):
         self.hooks = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks.items()]
 
     def before_decoder(self, decoder: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook of the decoder, which passes the padding mask on to its layers.
+        """Forward pre-hook of the decoder that passes the padding mask on to its layers.
 
-        It is an argument so that a layer still has it when checkpointing runs the layer again.
+        The mask is passed as an argument, so that a layer still has it when checkpointing runs the layer again.
         """
         inputs = args[0] if args else kwargs.get('input_ids')
         inputs = kwargs.get('inputs_embeds') if inputs is None else inputs
@@ -249,7 +249,7 @@ class Memories(ModuleDict):
         return args, {**kwargs, PADDING: real}
 
     def _real(self, mask: Any, length: int, cache: Cache | None) -> Bool[Tensor, 'b n'] | None:
-        """Which tokens of a call are no padding; `None` if all are."""
+        """Which tokens of a call are not padding; `None` if all of them are."""
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             got = f'{tuple(mask.shape)}' if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(
@@ -258,7 +258,7 @@ class Memories(ModuleDict):
             )
         if mask.all():
             return None
-        # of a longer mask, the first columns belong to earlier calls
+        # the first columns of a longer mask belong to earlier calls
         past, real = mask[:, :-length], mask[:, -length:].bool()
         for entry in () if cache is None else cache.layers:
             if isinstance(entry, MemoryStates):
@@ -272,7 +272,7 @@ def _check_one_document(
     seq_idx: Tensor | None,
     cu_seq_lens_q: Tensor | None,
 ) -> None:
-    """Refuse rows that hold several documents, by whichever argument says so: memories would mix them."""
+    """Raise an error if a row holds several documents, whichever argument says so: memories would mix them."""
     several = {'cu_seq_lens_q': cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2}
     if seq_idx is not None:
         several['seq_idx'] = bool((seq_idx != seq_idx[..., :1]).any())
@@ -333,7 +333,7 @@ def memories_of(model: Module) -> Memories:
 
 
 def _backbone(model: Module) -> dict[str, Any]:
-    """The fields of the decoder's configuration that tell one backbone from another."""
+    """The fields of the decoder's configuration that identify a backbone."""
     fields = json.loads(_decoder(model).config.to_json_string(use_diff=False))
     ignored = NOT_OF_THE_BACKBONE
     return {name: fields[name] for name in sorted(fields) if name not in ignored and not name.endswith('_token_id')}

@@ -22,7 +22,7 @@ Read = Callable[[Tensor, ModelState | None], tuple[list[Tensor], ModelState | No
 
 
 class Group(RowGroup[ModelState]):
-    """Rows of a batch and their state, in buffers while they step."""
+    """Rows of a batch and their state, which is kept in buffers while they read single tokens."""
 
     _release: finalize
 
@@ -57,7 +57,7 @@ class Group(RowGroup[ModelState]):
         return results
 
     def step(self, model: Transformer, tokens: Int[Tensor, ' r']) -> Float[Tensor, 'r l']:
-        """Logits after one more token in each row; the next step overwrites them."""
+        """Read one more token in each row and return logits, which the next step overwrites."""
         if self._stepper is None:
             self._stepper, self._state = Stepper.of(model, self._state, cuda_graphs=None), None
             self._release = finalize(self, self._stepper.release)  # the next stepper takes over its CUDA graphs
@@ -73,11 +73,11 @@ class Group(RowGroup[ModelState]):
 
 
 class TitansCache(GroupedRows[Group], Cache):
-    """The states of a batch, of constant size, for `past_key_values` (`cache` in newer versions) of a Titans model.
+    """The states of a batch, of constant size, as `past_key_values` (`cache` in newer versions) of a Titans model.
 
     A call of the model continues each row where the last call left it, and updates the cache. Tokens cannot be taken
-    back, as they have been stored in the weights of the memories. While single tokens are read, the cache holds what
-    was computed from the model's parameters: begin a new one after changing these.
+    back, because they have been stored in the weights of the memories. While single tokens are read, the cache holds
+    values computed from the model's parameters, so begin a new one after changing these.
     """
 
     is_compileable = False
@@ -94,11 +94,13 @@ class TitansCache(GroupedRows[Group], Cache):
     ) -> list[Tensor]:
         """Results of `read` for all rows, each (b, n, …).
 
-        The last of them, from which `generate` takes the next token, is for padding that of the last token before it.
+        In the last column, padding has the results of the last token before it, because `generate` takes the next token
+        from that column.
 
         Args:
-            mask: false for padding, which is left out; `None` if there is none.
-            read: a function from the tokens of some rows, and their state, to results (r, m, …) and the next state.
+            mask: false for padding, which is skipped; `None` if there is none.
+            read: a function that maps the tokens of some rows, and their state, to results (r, m, …) and the next
+                state.
         """
         if not self.groups:
             self.groups = [Group(range(len(x)))]
@@ -110,7 +112,7 @@ class TitansCache(GroupedRows[Group], Cache):
         return results
 
     def _read_apart(self, x: Tensor, mask: Bool[Tensor, 'b n'] | None, read: Read) -> list[Tensor]:
-        """`read` of rows that have read, or are to read, different numbers of tokens."""
+        """`read` for rows that have read, or will now read, different numbers of tokens."""
         if mask is not None:
             check_leaves_tokens('attention_mask', mask)
         counts = [x.shape[1]] * len(x) if mask is None else mask.sum(dim=1).tolist()
@@ -137,7 +139,7 @@ class TitansCache(GroupedRows[Group], Cache):
         return bool(self.groups) and all(group.is_started for group in self.groups)
 
     def step(self, model: Transformer, tokens: Int[Tensor, ' b']) -> Float[Tensor, 'b l']:
-        """Logits after one more token in each row, by decoding steps."""
+        """Read one more token in each row by decoding steps, and return logits."""
         self._length += 1
         if len(self.groups) == 1:
             return self.groups[0].step(model, tokens).clone()
@@ -168,20 +170,20 @@ class TitansCache(GroupedRows[Group], Cache):
         self.groups, self._length = [], 0
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
-        """Refused, as memories cannot forget single tokens."""
+        """Refused, because memories cannot forget single tokens."""
         raise NotImplementedError(
             'TitansCache cannot take tokens back, as they have been stored in the weights of the memories; '
             'copy.deepcopy a cache to return to it later'
         )
 
     def activate_past_recording(self) -> NoReturn:
-        """Refused, as it prepares `crop`."""
+        """Refused, because it prepares for `crop`."""
         self.crop(0)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TitansCache:
         copy = TitansCache()
         for group in self.groups:
             copy.groups.append(Group(group.rows, deepcopy(group.state, memo), group.num_tokens))
-            copy.groups[-1].last = group.last  # which nothing writes to
+            copy.groups[-1].last = group.last  # nothing writes to it
         copy._length = self._length
         return copy

@@ -22,16 +22,16 @@ class TitansConfig(PreTrainedConfig):
             architecture='mag', num_tokens=256, segment_len=512, neural_memory_segment_len=16, **sizes
         )
 
-    Names that other models share are accepted and readable too: `vocab_size`, `hidden_size`, `num_hidden_layers`,
+    Names shared with other models can be passed and read too: `vocab_size`, `hidden_size`, `num_hidden_layers`,
     `num_attention_heads` and `head_dim`.
 
     Args:
-        architecture: a key of `titans_pytorch.configuration.ARCHITECTURES`; `'mac'` with `paper_order=True` is the
-            fifth.
+        architecture: a key of `titans_pytorch.configuration.ARCHITECTURES`; the fifth architecture is `'mac'` with
+            `paper_order=True`.
         num_tokens, dim, …, checkpoint_layers: arguments of the constructor, described there. `None` takes the default
-            of the architecture. `neural_memory_model` and `neural_memory_kwargs` are written as for `model_config`.
+            of the architecture. `neural_memory_model` and `neural_memory_kwargs` are given as for `model_config`.
         use_cache: whether calls in evaluation mode return a `TitansCache` unless told otherwise.
-        tie_word_embeddings: use the embedding of the tokens for the logits too.
+        tie_word_embeddings: use the token embedding for the logits too.
         pad_token_id, bos_token_id, eos_token_id: special tokens, if the vocabulary has them.
 
     Raises:
@@ -84,10 +84,10 @@ class TitansConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # before the base class sets further attributes, among which are the aliases
+        # before the base class sets further attributes, the aliases among them
         for alias in kwargs.keys() & self.attribute_map.keys():
             setattr(self, alias, kwargs.pop(alias))
-        # transformers keeps whatever it does not know, so that a misspelt argument would have its default
+        # transformers keeps names that it does not know, so a misspelt argument would silently get its default
         for name in kwargs:
             for intended in get_close_matches(name, ('architecture', *ARGUMENTS, *self.attribute_map), 1, 0.8):
                 raise TypeError(f'TitansConfig has no argument {name!r}; did you mean {intended!r}?')

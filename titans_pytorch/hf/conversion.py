@@ -16,7 +16,7 @@ from titans_pytorch.training.run_folder import DESCRIPTION, describe_run
 from titans_pytorch.training.runs import open_run
 
 CHECKPOINT = 'pretrained.pt'
-"""Checkpoint of a run that was made of a Hugging Face folder."""
+"""Checkpoint of a run that was converted from a Hugging Face folder."""
 
 
 def run_to_pretrained(run: str | Path, folder: str | Path, checkpoint: str | Path | None = None) -> None:
@@ -25,7 +25,7 @@ def run_to_pretrained(run: str | Path, folder: str | Path, checkpoint: str | Pat
         run_to_pretrained('runs/full', 'titans-full')
         generator = pipeline('text-generation', 'titans-full')
 
-    Settings of the whole process change as in `open_run`.
+    This changes settings of the whole process, as `open_run` does.
 
     Args:
         run, checkpoint: as in `open_run`.
@@ -50,7 +50,7 @@ def pretrained_to_run(folder: str | Path, run: str | Path) -> None:
     `train_mac.py --init-from` continues training from its checkpoint.
 
     Raises:
-        FileExistsError: if there is a run in `run` already.
+        FileExistsError: if `run` already holds a run.
         OSError, ValueError: if there is no complete Titans model with a byte-level tokenizer in `folder`.
     """
     run = Path(run)

@@ -16,19 +16,19 @@ from titans_pytorch.utils.plain import is_intercepted
 from titans_pytorch.utils.shapes import Bool, Float
 
 PADDING = 'memory_padding_mask'
-"""Keyword by which the decoder hands the padding mask to its layers."""
+"""Keyword by which the decoder passes the padding mask to its layers."""
 
 
 def cache_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
-    """The cache among the arguments of a call, whatever its name is."""
+    """The cache among the arguments of a call, whatever its name."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
 
 
 class LayerMemory(nn.Module):
-    """Memory that adds to the input of a decoder layer: x + gate · memory(x), with one gate per channel, 0 at first.
+    """A memory that adds to the input of a decoder layer: x + gate · memory(x), with one gate per channel, 0 at first.
 
-    Padding is neither stored nor counted: each row of a batch is read as if it were alone. The memory computes in the
-    precision of its own parameters, whatever that of the hidden states.
+    Padding is neither stored nor counted, so each row of a batch is read as if it were alone. The memory computes in
+    the precision of its own parameters, whatever the precision of the hidden states.
     """
 
     def __init__(self, memory: NeuralMemory, layer: int, num_layers: int):
@@ -44,8 +44,8 @@ class LayerMemory(nn.Module):
 
         Args:
             hidden: input of the decoder layer.
-            real: false for padding; `None` without any.
-            cache: keys and values of earlier calls, among which the memory keeps its state; `None` for a single call.
+            real: false for padding; `None` if there is none.
+            cache: keys and values of earlier calls, beside which the memory keeps its state; `None` for a single call.
         """
         x = hidden.to(self.gate.dtype)
         if cache is not None:
@@ -70,12 +70,12 @@ class LayerMemory(nn.Module):
         return args, {**kwargs, 'hidden_states': self(kwargs['hidden_states'], real, cache)}
 
     def _read_padded(self, x: Float[Tensor, 'b n d'], real: Bool[Tensor, 'b n']) -> Float[Tensor, 'b n d']:
-        order = padding_last(real)  # no token comes after it
+        order = padding_last(real)  # no token comes after the padding
         retrieved, _ = self.memory(rearranged(x, order))
         return rearranged(retrieved, order.argsort(dim=1)).masked_fill(~real.unsqueeze(-1), 0.0)
 
     def _states(self, cache: Cache) -> MemoryStates:
-        """The states of this memory in a cache, behind the entries of the decoder layers."""
+        """The states of this memory in a cache, stored after the entries of the decoder layers."""
         entries: list[Any] = cache.layers
         for entry in entries:
             if isinstance(entry, MemoryStates) and entry.layer == self.layer:
@@ -83,9 +83,9 @@ class LayerMemory(nn.Module):
         if cache.offloading:
             raise ValueError('cache must not be offloaded: the states of memories stay on their device')
         if any(isinstance(entry, StaticLayer) for entry in entries):
-            # beside an entry that is not compiled, transformers leaves out the mask of the empty places
+            # if it cannot compile one entry, transformers makes no mask for the empty places of the others
             raise ValueError('cache must not be static, as decoding with memories is not compiled: use a DynamicCache')
-        if (new_entry := cache.layer_class_to_replicate) is not None:  # it adds those of the layers one by one
+        if (new_entry := cache.layer_class_to_replicate) is not None:  # it adds the entries of layers one by one
             entries.extend(new_entry() for _ in range(len(entries), self.num_layers))
         slides = any(getattr(entry, 'is_sliding', False) for entry in entries)
         entries.append(states := MemoryStates(self.layer, slides))
@@ -101,7 +101,7 @@ class DecodingSteps:
         self.sizes = memory.buffer_sizes
 
     def read(self, memory: NeuralMemory, token: Float[Tensor, 'r 1 d']) -> Float[Tensor, 'r 1 d']:
-        """The value retrieved for the next token, which is stored."""
+        """Store the next token and return the value retrieved for it."""
         in_chunk = torch.tensor([self.position % self.sizes.chunk], device=token.device)
         self.position += 1
         ends_chunk = self.position % self.sizes.chunk == 0
@@ -116,7 +116,7 @@ class DecodingSteps:
 
 
 class Rows(RowGroup[NeuralMemState]):
-    """Rows of a batch and their state, in buffers while they read single tokens."""
+    """Rows of a batch and their state, which is kept in buffers while they read single tokens."""
 
     def __init__(self, rows: Sequence[int], state: NeuralMemState | None = None, num_tokens: int = 0):
         super().__init__(rows, state, num_tokens)
@@ -127,10 +127,10 @@ class Rows(RowGroup[NeuralMemState]):
         return self._state if self._steps is None else self._steps.state
 
     def read(self, memory: NeuralMemory, tokens: Float[Tensor, 'r n d']) -> Float[Tensor, 'r n d']:
-        """The values retrieved for the next tokens, which are stored."""
+        """Store the next tokens and return the values retrieved for them."""
         self.num_tokens += tokens.shape[1]
         one = tokens.shape[1] == 1 and not torch.is_grad_enabled()
-        # a step calls few of the modules
+        # a step calls only a few of the modules, and would bypass hooks on the others
         if one and self.is_started and not is_intercepted((*memory.modules(), *memory._network.modules())):
             if self._steps is None:
                 assert self._state is not None
@@ -149,8 +149,8 @@ class Rows(RowGroup[NeuralMemState]):
 class MemoryStates(GroupedRows[Rows]):
     """States of a memory for all rows of a batch, as an entry of `cache.layers`.
 
-    There they belong to one sequence of calls, and follow whatever `generate` does to the cache: beams are reordered,
-    rows repeated and selected.
+    As part of the cache they belong to one sequence of calls, and follow whatever `generate` does to it: beams are
+    reordered, rows repeated and selected.
     """
 
     # read by transformers from every entry of a cache
@@ -159,14 +159,14 @@ class MemoryStates(GroupedRows[Rows]):
 
     def __init__(self, layer: int, is_sliding: bool):
         self.layer = layer
-        # of a kind that the decoder's own entries have, of which transformers takes the first to make a mask
+        # of a kind that the decoder's own entries have too: transformers makes a mask from the first entry of each kind
         self.is_sliding = is_sliding
         self.groups: list[Rows] = []
 
     def read(
         self, memory: NeuralMemory, x: Float[Tensor, 'b n d'], real: Bool[Tensor, 'b n'] | None
     ) -> Float[Tensor, 'b n d']:
-        """Store the tokens of a call, and return the values retrieved for them, zeros for padding."""
+        """Store the tokens of a call and return the values retrieved for them, with zeros for padding."""
         batch, length = x.shape[:2]
         counts = [length] * batch if real is None else real.sum(dim=1).tolist()
         retrieved = torch.zeros_like(x)

@@ -38,29 +38,29 @@ from titans_pytorch.utils.shapes import Bool, Float, Int
 CACHE = ALL_CACHE_NAMES[0]
 """Name of the cache among arguments and outputs: `cache`, or `past_key_values` in older versions of transformers."""
 WITHOUT_EFFECT = {'output_attentions', 'max_length_q', 'max_length_k', 'cache_position'}
-"""Further arguments that transformers passes to models, and that follow from the others or change no result."""
+"""Further arguments that transformers passes to models; they follow from the others or change no result."""
 OF_FORWARD = {'logits', 'labels', 'vocab_size', 'ignore_index'}
-"""Arguments of loss functions that `forward` chooses."""
+"""Arguments of loss functions that `forward` sets itself."""
 
 
 class TitansPreTrainedModel(PreTrainedModel):
-    """A model of this package, `transformer`, that a `TitansConfig` describes."""
+    """A model of this package, `transformer`, described by a `TitansConfig`."""
 
     config_class = TitansConfig
     config: TitansConfig
     supports_gradient_checkpointing = True
-    _is_stateful = True  # no assisted generation, which takes tokens back
+    _is_stateful = True  # rules out assisted generation, which takes tokens back
     _no_split_modules = ['MACBlock', 'PaperMACBlock', 'MAGBlock', 'MALBlock', 'LMMBlock']
 
     def __init__(self, config: TitansConfig):
         super().__init__(config)
         self.transformer = build_model(config.model)
-        for module in self.transformer.modules():  # transformers is not to draw again what the constructor has drawn
+        for module in self.transformer.modules():  # keeps transformers from redrawing what the constructor drew
             is_drawn = not any(p.is_meta for p in module.parameters(recurse=False))
             module._is_hf_initialized = is_drawn  # type: ignore[assignment]
 
     def initialize_weights(self) -> None:
-        """Draw the parameters that were not loaded; the last step of `from_pretrained`."""
+        """Draw the parameters that were not loaded; `from_pretrained` calls this last."""
         super().initialize_weights()
         for module in self.modules():
             if isinstance(module, Rotary):  # loading has made every parameter trainable
@@ -68,7 +68,7 @@ class TitansPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: Module) -> None:
-        """Draw the parameters that a module holds itself, as the constructor does, but for those that were loaded."""
+        """Draw the parameters that a module holds itself, as its constructor does, except those that were loaded."""
         own = [*module.parameters(recurse=False)]
         loaded = [(p, p.clone()) for p in own if getattr(p, '_is_hf_initialized', False)]
         if len(loaded) < len(own):
@@ -78,7 +78,7 @@ class TitansPreTrainedModel(PreTrainedModel):
                 parameter.copy_(value)
 
     def reset_parameters(self) -> None:
-        """Draw every parameter anew, as the constructor does: after `to_empty`, for a model from the meta device."""
+        """Draw every parameter anew, as the constructor does; for a model from the meta device, after `to_empty`."""
         self.transformer.reset_parameters()
 
     def get_input_embeddings(self) -> Module:
@@ -104,7 +104,7 @@ class TitansPreTrainedModel(PreTrainedModel):
         inputs_embeds: Float[Tensor, 'b n d'] | None,
         attention_mask: Int[Tensor, 'b m'] | None,
     ) -> tuple[Tensor, Bool[Tensor, 'b n'] | None]:
-        """The tokens or embeddings to read, and the part of the mask that is about them."""
+        """The tokens or embeddings to read, and the part of the mask that covers them."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError('pass one of input_ids and inputs_embeds')
         if inputs_embeds is None:
@@ -188,9 +188,10 @@ class TitansPreTrainedModel(PreTrainedModel):
         cache: TitansCache | None,
         all_layers: bool,
     ) -> list[Float[Tensor, 'b n d']]:
-        """Hidden states: if requested those of the embedding and of every layer but the last, then the final ones.
+        """Hidden states: if requested, those of the embedding and of every layer but the last; then the final ones.
 
-        Those of padding after a row are the ones of its last token, from which `generate` takes the next token.
+        Padding at the end of a row has the hidden states of the row's last token, from which `generate` takes the next
+        one.
         """
         if cache is not None:
             return cache.read(x, mask, lambda x, state: self._hidden_states(x, all_layers, state, return_state=True))
@@ -204,7 +205,7 @@ class TitansPreTrainedModel(PreTrainedModel):
                 raise ValueError('output_hidden_states needs rows of one document each, and here a row holds several')
             own = {'mask': ordered(mask), 'document_ids': ordered(documents)}
             hidden = [self.transformer(ordered(x), **own, return_hidden=True)]
-        else:  # models are causal: with its padding on the right, each row is read as if it were alone
+        else:  # models are causal: with padding on the right, each row is read as if it were alone
             hidden, _ = self._hidden_states(ordered(x), all_layers)
         return hidden if mask is None else [rearranged(layer, rank_of_last_token(mask)) for layer in hidden]
 
@@ -240,9 +241,9 @@ def _further_outputs(layers: list[Tensor], cache: TitansCache | None) -> dict[st
 
 
 class TitansModel(TitansPreTrainedModel):
-    """The model without its logits: hidden states after the last norm, as `last_hidden_state`.
+    """The model without its logits: it returns hidden states after the last norm, as `last_hidden_state`.
 
-    Its calls are those of `TitansForCausalLM` without `labels` and `logits_to_keep`.
+    It is called like `TitansForCausalLM`, but without `labels` and `logits_to_keep`.
     """
 
     _keys_to_ignore_on_load_unexpected = [r'transformer\.to_logits\.weight']
@@ -283,7 +284,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
 
     @property
     def base_model(self) -> TitansModel:  # type: ignore[override]
-        """The model without its logits, made of the same modules. TRL's trainers compute their losses from it."""
+        """The model without its logits, sharing the same modules. TRL's trainers compute their losses from it."""
         model = TitansModel.__new__(TitansModel)
         nn.Module.__init__(model)
         model.config, model.transformer, model.training = self.config, self.transformer, self.training
@@ -309,22 +310,22 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         cache: TitansCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits, and the loss if there are labels.
+        """Compute logits, and the loss if there are labels.
 
         Args:
-            input_ids: token ids; or `inputs_embeds` in their place.
-            attention_mask: 1 for tokens and 0 for padding, which is left out wherever it is, of these tokens, or of all
-                tokens since the cache began. A row is read as if it were alone.
+            input_ids: token ids; pass `inputs_embeds` instead for embeddings.
+            attention_mask: 1 for tokens and 0 for padding, which is skipped wherever it is. It covers the tokens of
+                this call, or all tokens since the cache began. Each row is read as if it were alone.
             past_key_values, cache: the cache that an earlier call returned, which this call continues and updates.
             labels: the tokens at the same positions, or −100 to ignore one. Padding, the first token after padding, and
                 the first token of a document are ignored.
-            use_cache: return a cache. Default: that of the configuration, but not in training mode or with labels.
-            output_hidden_states: also return the hidden states of the embedding and of every layer, the last one after
-                the last norm. They are read by hooks, so no other thread may call the model meanwhile.
+            use_cache: return a cache. Default: as configured, but not in training mode or with labels.
+            output_hidden_states: also return the hidden states of the embedding and of every layer, for the last layer
+                after the final norm. Hooks read them, so no other thread may call the model meanwhile.
             logits_to_keep: number of last positions to return logits for, or their indices; 0 for all.
-            kwargs: where the documents of packed rows begin, as `position_ids`, which count each document from 0, and
-                `seq_idx`, `cu_seq_lens_q` and `document_ids`: documents do not see each other, and there is no cache.
-                Further arguments of the loss function, as `num_items_in_batch` of the `Trainer`.
+            kwargs: where the documents of packed rows begin, given by `position_ids`, which count each document from 0,
+                or by `seq_idx`, `cu_seq_lens_q` or `document_ids`. Documents do not see each other, and there is no
+                cache. Also further arguments of the loss function, such as `num_items_in_batch` of `Trainer`.
 
         Raises:
             ValueError, TypeError: for invalid arguments, naming the argument, the expectation and the value.
@@ -358,7 +359,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
     def _labels(
         self, labels: Any, x: Tensor, mask: Bool[Tensor, 'b n'] | None, documents: Int[Tensor, 'b n'] | None
     ) -> Int[Tensor, 'b n']:
-        """Checked labels, those that cannot be predicted ignored."""
+        """Checked labels, in which tokens that cannot be predicted are ignored."""
         labels = checked_token_ids('labels', labels, None, x.shape[0], x.shape[1])
         if mask is not None or documents is not None:
             labels = F.pad(labels[:, 1:].masked_fill(~continues(mask, documents), IGNORED), (1, 0), value=IGNORED)

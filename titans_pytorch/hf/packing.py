@@ -1,4 +1,4 @@
-"""Rows that hold several documents, as data collators of Hugging Face describe them."""
+"""Rows that hold several documents, as Hugging Face's data collators describe them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def packed_documents(
     """The number of each token's document in its row, or `None` if every row is one document.
 
     Args:
-        mask: false for padding, which belongs to the document before it, and does not count; `None` if there is none.
+        mask: false for padding, which belongs to the document before it and is not counted; `None` if there is none.
         shape: (batch, length) of the input.
         position_ids: positions of the tokens in their documents.
-        bounds: where each document of the only row begins, and where the last one ends, by the name of the argument.
-        document_ids: integers that change where a document begins, by the name of the argument.
+        bounds: by the name of the argument, where each document of the only row begins, and where the last one ends.
+        document_ids: by the name of the argument, integers that change where a document begins.
 
     Raises:
         ValueError, TypeError: if these are of other kinds or shapes, and if `position_ids` do not count the tokens of

@@ -1,7 +1,7 @@
 """Rows of a batch in groups that have read the same number of tokens.
 
-A state has one position for all of its rows, and the rows of a padded batch have read different numbers of tokens. A
-batch without padding is one group.
+A state has one position for all its rows, but the rows of a padded batch have read different numbers of tokens. A batch
+without padding is a single group.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class RowGroup(Generic[State]):
         return self._state
 
     def select(self: G, entries: list[int], rows: Sequence[int]) -> G:
-        """Some of the rows, which may repeat, as `rows` of another batch."""
+        """Some of the rows, possibly repeated, as the `rows` of another batch."""
         state = self.state
         return type(self)(rows, None if state is None else state.select(entries), self.num_tokens)
 
     def positions(
         self, count: int, mask: Bool[Tensor, 'b n'] | None, device: torch.device
     ) -> tuple[Int[Tensor, 'r 1'], Int[Tensor, 'r m']]:
-        """Row and column of each of the `count` tokens that a call has for every row, where `mask` is true."""
+        """Row and column of the tokens of a call, where `mask` is true; there are `count` of them in every row."""
         rows = torch.tensor(self.rows, device=device).unsqueeze(1)
         if mask is None:
             return rows, torch.arange(count, device=device).expand(len(rows), -1)
@@ -49,7 +49,7 @@ class RowGroup(Generic[State]):
 
 
 class GroupedRows(Generic[G]):
-    """All rows of a batch in their groups, with the methods of a cache by which transformers chooses among rows."""
+    """All rows of a batch in their groups, with the methods of a cache by which transformers selects rows."""
 
     groups: list[G]
 
@@ -58,7 +58,7 @@ class GroupedRows(Generic[G]):
         return sum(len(group.rows) for group in self.groups)
 
     def reorder_cache(self, beam_idx: Int[Tensor, ' b']) -> None:
-        """Replace the rows by those with these indices, for beam search."""
+        """Replace the rows by those at these indices, for beam search."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -80,25 +80,25 @@ class GroupedRows(Generic[G]):
 
 
 def padding_last(mask: Bool[Tensor, 'b n']) -> Int[Tensor, 'b n']:
-    """An order of each row's columns, inverted by `argsort`, with all padding, where `mask` is false, at the end."""
+    """An order of each row's columns that puts all padding, where `mask` is false, at the end; `argsort` inverts it."""
     return (~mask).byte().argsort(dim=1, stable=True)
 
 
 def rank_of_last_token(mask: Bool[Tensor, 'b n']) -> Int[Tensor, 'b n']:
-    """For each column, how many of a row's tokens precede the last one up to there; 0 before the first token."""
+    """For each column, how many tokens of its row precede the last token up to there; 0 before the first token."""
     return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 def rearranged(x: Tensor, order: Int[Tensor, 'b n']) -> Tensor:
-    """The columns of each row of (b, n, …) in this order."""
+    """The columns of each row of (b, n, …), rearranged in this order."""
     return x[torch.arange(len(x), device=x.device).unsqueeze(1), order]
 
 
 def check_past(groups: Sequence[RowGroup[Any]], past: Tensor) -> None:
-    """Check the part of a mask (b, m) that is about earlier calls: what rows have read cannot turn out to be padding.
+    """Check the part of a mask, (b, m), that covers earlier calls: tokens that were read cannot become padding.
 
     Raises:
-        ValueError: if a row has read more tokens than the mask leaves it.
+        ValueError: if a row has read more tokens than the mask allows.
     """
     left = past.bool().sum(dim=1).tolist()
     for group in groups:
@@ -113,12 +113,13 @@ def check_past(groups: Sequence[RowGroup[Any]], past: Tensor) -> None:
 
 
 def split_by_count(groups: Sequence[G], counts: Sequence[int]) -> list[G]:
-    """Groups of the rows that have the same of `counts`, which has an entry for each row of the batch."""
+    """Split groups so that all rows of a group have the same of `counts`, which has an entry for each row of the
+    batch."""
     parts = []
     for group in groups:
         own = [counts[row] for row in group.rows]
         distinct = dict.fromkeys(own)
-        if len(distinct) == 1:  # the same group goes on in its buffers
+        if len(distinct) == 1:  # the same group keeps its buffers
             parts.append(group)
             continue
         for count in distinct:

@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerFast
 from titans_pytorch.training.vocabulary import BPEVocabulary, ByteVocabulary, Vocabulary, byte_of_symbol
 
 SYMBOLS = {byte: symbol for symbol, byte in byte_of_symbol().items()}
-"""The character by which byte-level BPE writes each byte."""
+"""The symbol of each byte in byte-level BPE."""
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are the bytes of a text in UTF-8; their ids are the values of the bytes."""
+    """A tokenizer whose tokens are the UTF-8 bytes of a text; the ids are the values of the bytes."""
     tokenizer = Tokenizer(BPE({SYMBOLS[byte]: byte for byte in range(256)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -25,7 +25,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def tokenizer_of(vocabulary: Vocabulary) -> PreTrainedTokenizerFast:
     """A tokenizer with the token ids of `vocabulary`.
 
-    The token that pads batches and ends a text is its first special token, or that of byte 0, which texts do not hold.
+    Its first special token pads batches and ends texts; without special tokens, byte 0 does, which texts do not
+    contain.
     """
     if isinstance(vocabulary, ByteVocabulary):
         return byte_tokenizer()

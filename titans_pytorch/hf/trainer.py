@@ -13,13 +13,13 @@ from titans_pytorch.hf.adapter import WEIGHTS, memories_of, save_memory
 
 
 class MemoryCheckpoints(TrainerCallback):
-    """Callback of `Trainer` that writes the memories to every checkpoint and restores them with it.
+    """Callback of `Trainer` that writes the memories to every checkpoint and restores them from it.
 
         Trainer(adapted, ..., callbacks=[MemoryCheckpoints()]).train(resume_from_checkpoint=True)
 
-    For peft models with memories: a checkpoint of theirs holds what peft made and nothing else, so that training would
-    go on with new memories. It restores on resuming and, with `load_best_model_at_end`, at the end. Checkpoints must be
-    in `output_dir`.
+    For peft models with memories: their checkpoints hold only what peft added, so training would resume with new
+    memories. The callback restores memories on resuming and, with `load_best_model_at_end`, at the end. Checkpoints
+    must be in `output_dir`.
 
     Raises:
         FileNotFoundError: on resuming from a checkpoint without memories.
