@@ -1,4 +1,4 @@
-"""Bits per byte of a text by the length of context."""
+"""Bits per byte of a text by context length."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from titans_pytorch.utils.checks import check_positive
 from titans_pytorch.utils.shapes import Int
 
 PIECE = 1024
-"""Tokens of each row read by one call of the model."""
+"""Tokens of each row that one call of the model reads."""
 
 
 class Evaluation(NamedTuple):
     """The result for one length of context."""
 
     context: int
-    """Tokens that the model reads in each window, beginning with an empty memory; it predicts the one after each."""
+    """Tokens that the model reads in each window, starting from an empty memory; it predicts the token after each."""
     bits_per_byte: float
     tokens: int
-    """Tokens predicted, `context` for each window."""
+    """Number of tokens predicted: `context` for each window."""
     bytes: int
-    """Their length as text."""
+    """Length in bytes of the text that these tokens stand for."""
     seconds: float
 
 
@@ -41,15 +41,16 @@ def evaluate(
     batch_tokens: int = 16_384,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> Evaluation:
-    """Bits per byte of windows of `context` tokens, each of which is read by itself.
+    """Compute bits per byte over windows of `context` tokens, each read on its own.
 
-    There are as many windows as fit into the text, spaced evenly. They are read in pieces, from state to state, several
-    at a time: memory does not grow with the length of the text or of the context.
+    As many windows as fit into the text are spaced evenly over it. They are read in pieces, carrying the state along,
+    several windows at a time, so the memory needed grows neither with the length of the text nor with the context.
 
     Args:
         text: token ids, of any integer dtype.
-        limit: tokens to predict, approximately; at least one window. The windows are then further apart. Default: all.
-        batch_tokens: tokens read by one call of the model, approximately.
+        limit: approximate number of tokens to predict; at least one window is read, and windows are then further apart.
+            Default: all.
+        batch_tokens: approximate number of tokens read by one call of the model.
         progress: called with the number of tokens predicted, after each call of the model.
 
     Raises:
@@ -76,7 +77,7 @@ def evaluate(
 
 
 def num_windows(text: Int[Tensor, ' n'], context: int, limit: int | None) -> int:
-    """Windows that `evaluate` reads, with the same errors."""
+    """Number of windows that `evaluate` reads; raises the same errors."""
     context, *_ = check_positive(context=context, **({} if limit is None else {'limit': limit}))
     fit = (len(text) - 1) // context
     if fit < 1:

@@ -145,7 +145,7 @@ def evaluate_command(options: argparse.Namespace) -> None:
         source = f'{source}, {limit:,} of its {len(text):,} tokens'
     contexts = evaluated_contexts(options.context, limit, len(text))
     try:
-        num_windows(text, contexts[-1], limit)  # errors come before any result
+        num_windows(text, contexts[-1], limit)  # raises its errors before any result is printed
     except BadData as error:
         raise BadData(f'{error}: give a smaller --context, or other text with --data') from None
 
@@ -171,14 +171,14 @@ def evaluate_command(options: argparse.Namespace) -> None:
 
 
 def evaluated_contexts(longest: int | None, limit: int | None, length: int) -> list[int]:
-    """Lengths of context up to `longest`. Default: up to `LONGEST`, as far as the `length` tokens of the text suffice.
+    """Context lengths up to `longest`. Default: up to `LONGEST`, as far as the `length` tokens of the text suffice.
 
-    `limit`: tokens that are predicted, or `None` for all.
+    `limit`: number of tokens to predict; `None` for all.
     """
     last = min(LONGEST, limit or LONGEST) if longest is None else longest
     contexts = [*(context for context in CONTEXTS if context < last), last]
     if longest is None:
-        # the shortest is an error if the text is shorter still
+        # the shortest is kept, and becomes an error if the text is shorter still
         contexts = [context for context in contexts if context < length] or contexts[:1]
     return contexts
 
@@ -215,7 +215,7 @@ def chat_command(options: argparse.Namespace) -> None:
 
 
 def continue_conversation(conversation: Conversation, path: Path) -> None:
-    """Load the conversation in a file, if there is one, and refuse a file that cannot be written, before any answer."""
+    """Load the conversation from a file, if there is one; refuse a file that cannot be written before any answer."""
     is_new = not path.exists()
     if not is_new:
         conversation.load(path)
@@ -242,9 +242,9 @@ def sampling(options: argparse.Namespace, run: Run) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; a failure ends in one line."""
+    """Run a command; report a failure in one line."""
     options = build_parser().parse_args(arguments)
-    # norms in bfloat16 with weights in float32 are what autocast does
+    # autocast does this on purpose: norms in bfloat16 with weights in float32
     warnings.filterwarnings('ignore', 'Mismatch dtype between input and weight')
     with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(errors='replace')  # type: ignore[union-attr]  # a terminal may lack characters

@@ -1,4 +1,4 @@
-"""Types of numbers on a command line. argparse puts the option in front of their errors."""
+"""Types of numbers on a command line. argparse puts the name of the option in front of their errors."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ N = TypeVar('N', int, float)
 
 
 def integer(at_least: int = 0, bits: int = 63) -> Callable[[str], int]:
-    """Integers from `at_least` on, below 2**`bits`, as far as PyTorch takes them."""
+    """Integers from `at_least` up to, but not including, 2**`bits`, which PyTorch can represent."""
     return _checked(int, lambda value: at_least <= value < 2**bits, f'an integer below 2**{bits}, at least {at_least}')
 
 
 def length() -> Callable[[str], int]:
-    """Numbers of tokens that a text is continued by; with those of the text, PyTorch still takes them."""
+    """Numbers of tokens by which to continue a text. Added to the length of a text, they are still in PyTorch's
+    range."""
     return integer(bits=62)
 
 

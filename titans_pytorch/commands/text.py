@@ -19,12 +19,12 @@ from titans_pytorch.training.runs import Run
 from titans_pytorch.utils.shapes import Int
 
 PIECE = 2048
-"""Tokens read by one call of the model."""
+"""Tokens that one call of the model reads."""
 
 
 @torch.no_grad()
 def read(run: Run, tokens: Int[Tensor, ' n'], state: ModelState | None = None) -> ModelState | None:
-    """The state after `tokens`, which are read in pieces, so that any number of them takes the same memory."""
+    """The state after reading `tokens` in pieces, so that the memory needed does not depend on their number."""
     for piece in tokens.to(run.machine.device).unsqueeze(0).split(PIECE, dim=1) if len(tokens) else ():
         with run.machine.autocast():
             _, state = run.model(piece, state=state, return_state=True, return_hidden=True, disable_flex_attn=True)
@@ -34,7 +34,7 @@ def read(run: Run, tokens: Int[Tensor, ' n'], state: ModelState | None = None) -
 def continuation(
     run: Run, prompt: Int[Tensor, ' n'], length: int, state: ModelState | None = None, **sampling: Any
 ) -> Iterator[int]:
-    """Yield up to `length` tokens that continue `prompt`, of at least one token, which follows `state`.
+    """Yield up to `length` tokens that continue `prompt`, which has at least one token and follows `state`.
 
     `sampling` are arguments of the model's `stream`, such as `temperature`, `top_p` and `generator`.
     """
@@ -42,7 +42,7 @@ def continuation(
     last = prompt[-1:].to(run.machine.device).unsqueeze(0)
     stream = run.model.stream(last, max_new_tokens=length, state=state, **sampling)
     while True:
-        with run.machine.autocast():  # here, as it would stay enabled outside while a generator waits
+        with run.machine.autocast():  # not around `yield`, where it would stay enabled for the caller
             token = next(stream, None)
         if token is None:
             return
@@ -52,7 +52,7 @@ def continuation(
 def until(pieces: Iterable[bytes], stops: Sequence[bytes]) -> Iterator[bytes]:
     """Yield `pieces` up to the first complete string of `stops`, holding back only what may be the beginning of one.
 
-    The result put together does not depend on how the text is split into pieces.
+    The concatenated result does not depend on how the text is split into pieces.
     """
     held = b''
     for piece in pieces:
@@ -69,8 +69,8 @@ def until(pieces: Iterable[bytes], stops: Sequence[bytes]) -> Iterator[bytes]:
 
 
 def characters(pieces: Iterable[bytes]) -> Iterator[str]:
-    """Yield text for a terminal: characters as soon as they are complete, and a replacement for those that are not
-    UTF-8 or would control the terminal."""
+    """Yield text for a terminal: characters as soon as they are complete, with a replacement for bytes that are not
+    UTF-8 and for control characters."""
     decoder = codecs.getincrementaldecoder('utf-8')('replace')
     for piece in pieces:
         yield _shown(decoder.decode(piece))
@@ -97,7 +97,7 @@ def generate(
 
 
 class Conversation:
-    """A conversation, all of which is in the model's state, of constant size: no earlier turn is read again.
+    """A conversation that is held in full by the model's state, at constant size: no earlier turn is read again.
 
     Args:
         template: the text around a message; `{message}` stands for it, and the answer follows.
@@ -127,8 +127,8 @@ class Conversation:
         return tokens
 
     def answer(self, message: str, length: int = 256, **sampling: Any) -> Generator[str, None, None]:
-        """Yield the answer to a message, as it comes. Closed early, the state holds as much of it as came; after an
-        error, it is what it was."""
+        """Yield the answer to a message as it comes. If closed early, the state holds as much of it as has come; after
+        an error, the state is what it was before."""
         vocabulary, tokens, turn = self.run.vocabulary, [], self.turn(message)
         before = read(self.run, turn[:-1], self.state)
 
@@ -153,10 +153,10 @@ class Conversation:
         write_checkpoint(Path(path), {'state': state, 'weights_sha256': weights_sha256(self.run)})
 
     def load(self, path: str | Path) -> None:
-        """Go on with the state in a file.
+        """Continue from the state in a file.
 
         Raises:
-            RunError: for a file that is damaged, and for one of a conversation with other weights.
+            RunError: for a damaged file, and for a conversation with a model of other weights.
         """
         content = read_checkpoint(Path(path))
         if 'state' not in content:

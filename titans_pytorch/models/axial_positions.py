@@ -1,4 +1,4 @@
-"""Axial position embeddings: one MLP of the memory chunk, and one of the offset in it."""
+"""Axial position embeddings: one MLP for the memory chunk, and one for the offset within it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class AxialPositions(ContinuousAxialPositionalEmbedding):
         self.dim, self.num_chunks = dim, num_chunks
         del self.dummy
 
-    # the base class asks `parameters()`, which are none in a replica of `torch.nn.parallel.replicate`
+    # the base class reads these from `parameters()`, which is empty in a replica of `torch.nn.parallel.replicate`
 
     @property
     def device(self) -> torch.device:
@@ -43,22 +43,22 @@ class AxialPositions(ContinuousAxialPositionalEmbedding):
     @property
     def dtype(self) -> torch.dtype:
         weight = first_weight(self.mlps[0][0])
-        return torch.float32 if weight is None else weight.dtype  # which a quantised linear layer takes
+        return torch.float32 if weight is None else weight.dtype  # float32 is what a quantised linear layer takes
 
     def forward(
         self, axial_dims: Sequence[int], return_factorized: bool = False, flatten: bool = False
     ) -> Float[Tensor, '... d'] | list[Float[Tensor, '_n d']]:
-        """Embeddings of so many chunks and of so many offsets in a chunk: their sums (chunks, offsets, d), or with
-        `flatten` (chunks · offsets, d); or with `return_factorized` those of each axis, to be passed to a model."""
+        """Embeddings of a number of chunks and a number of offsets in a chunk: their sums (chunks, offsets, d), or,
+        with `flatten`, (chunks · offsets, d). With `return_factorized`, those of each axis, to be passed to a model."""
         embeddings = [self.axis(axis, torch.arange(n, device=self.device)) for axis, n in enumerate(axial_dims)]
         return embeddings if return_factorized else self.combine_factorized(embeddings, flatten=flatten)
 
     def axis(self, axis: int, indices: Int[Tensor, ' n']) -> Float[Tensor, 'n d']:
-        """Embeddings of indices along one axis: 0 for chunks, 1 for offsets in a chunk. Of more chunks than
-        `num_chunks`, the later ones have the embedding of the last."""
+        """Embeddings of indices along one axis: 0 for chunks, 1 for offsets in a chunk. Chunks beyond `num_chunks`
+        share the embedding of the last one."""
         if axis == 0 and self.num_chunks is not None:
             indices = indices.clamp(max=self.num_chunks - 1)
-        # in half precision, integers beyond 256 would not be exact
+        # in half precision, integers above 256 would not be exact
         with no_autocast(indices):
             if self.dtype.itemsize > 2:
                 return self.mlps[axis](indices.to(self.dtype).unsqueeze(1))
@@ -66,9 +66,9 @@ class AxialPositions(ContinuousAxialPositionalEmbedding):
             return call_with_weights(self.mlps[axis], weights, indices.float().unsqueeze(1)).to(self.dtype)
 
     def span(self, start: int, length: int, chunk: int, factorized: Any, device: torch.device) -> Float[Tensor, 'n d']:
-        """Embeddings of `length` positions from `start` on, in chunks of `chunk` positions.
+        """Embeddings of `length` positions, beginning at `start`, in chunks of `chunk` positions.
 
-        `factorized` are the embeddings of both axes if computed before, else `None`.
+        `factorized`: the embeddings of both axes if they are already computed, otherwise `None`.
         """
         first, offset = start // chunk, constant(start % chunk)
         full, in_last = divided(length, chunk, offset)

@@ -49,18 +49,18 @@ from titans_pytorch.utils.shapes import Bool, Float, Int
 
 
 class Transformer(StepwiseDecoding, Resettable):
-    """Base class of the models: logits or a loss, a state between calls, sampling. Subclasses build `layers`.
+    """Base class of the models: logits or a loss, a state between calls, and sampling. Subclasses build `layers`.
 
-    A subclass whose positions are not its tokens overrides `num_positions`, `num_tokens_until`, `_embedded`,
-    `_token_rows` and the methods that `StepwiseDecoding` names; further arguments of its `_embedded` are listed in
+    A subclass in which positions are not just tokens overrides `num_positions`, `num_tokens_until`, `_embedded`,
+    `_token_rows` and the methods that `StepwiseDecoding` names. It lists further arguments of its `_embedded` in
     `embedding_keywords`.
 
     Args:
-        num_tokens: size of the vocabulary. `None` for a model without embedding and logits, whose input is
-            (batch, length, dim) and whose calls return hidden states.
+        num_tokens: size of the vocabulary. `None` for a model without embedding and logits: its input is (batch,
+            length, dim), and its calls return hidden states.
         dim: width of the model.
-        token_emb: a module from the input, token ids or any features, to (batch, length, dim), in place of
-            `nn.Embedding`. It must embed each position independently, as pieces and steps see only their own.
+        token_emb: a module that maps the input, token ids or any features, to (batch, length, dim), in place of
+            `nn.Embedding`. It must embed each position independently, because pieces and steps see only their own.
     """
 
     layers: ModuleList
@@ -111,19 +111,19 @@ class Transformer(StepwiseDecoding, Resettable):
     # positions
 
     def num_positions(self, num_tokens: int) -> int:
-        """Positions up to and including the `num_tokens`-th token."""
+        """Number of positions up to and including the `num_tokens`-th token."""
         return num_tokens
 
     def num_tokens_until(self, position: int) -> int:
-        """Tokens before `position`."""
+        """Number of tokens before `position`."""
         return position
 
     def _embedded(self, x: Tensor, start: int) -> Float[Tensor, 'b n d']:
-        """Embeddings of the positions from `start` on that the tokens `x` occupy."""
+        """Embeddings of the positions that the tokens `x` occupy, beginning at `start`."""
         return self._token_embedding(x)
 
     def _token_rows(self, hidden: Float[Tensor, 'b _n d'], start: int, num_tokens: int) -> Float[Tensor, 'b n d']:
-        """Hidden states of the `num_tokens` tokens among the positions from `start` on."""
+        """Hidden states of `num_tokens` tokens, picked from those of all positions, which begin at `start`."""
         return hidden
 
     def _token_embedding(self, x: Tensor) -> Float[Tensor, 'b n d']:
@@ -140,7 +140,7 @@ class Transformer(StepwiseDecoding, Resettable):
 
     # calls
 
-    if TYPE_CHECKING:  # `Module.__call__` is untyped, so that signatures of `forward` are not seen by callers
+    if TYPE_CHECKING:  # `Module.__call__` is untyped, so callers would not see the signatures of `forward`
 
         @overload
         def __call__(
@@ -193,39 +193,39 @@ class Transformer(StepwiseDecoding, Resettable):
         return_surprises: bool = False,
         **embedding_kwargs: Any,
     ) -> Any:
-        """Logits of the next token, the loss, or hidden states.
+        """Compute logits of the next token, the loss, or hidden states.
 
         Args:
             x: token ids (batch, length) of any integer dtype; embeddings (batch, length, dim); or the input of
                 `token_emb`.
             return_loss: return the mean cross-entropy, in nats, of predicting x[:, 1:] from x[:, :-1].
-            state: the state returned by the previous call, which `x` continues. With `return_loss` or `labels` the last
-                token of `x` is not read, and is the first of the next call.
+            state: the state returned by the previous call, which `x` continues. With `return_loss` or `labels`, the
+                last token of `x` is not read; pass it again as the first token of the next call.
             return_state: also return the state, for the next call.
             return_hidden: return the hidden states after the last norm, (batch, length, dim), instead of logits.
             labels: return the loss of predicting these, (batch, length), instead of `x` itself. They are aligned with
                 `x`, as in Hugging Face's models: labels[:, t] is the token at position t, predicted from x[:, :t], so
-                that labels[:, 0] is not used; −100 ignores a position. The loss is the mean over the remaining labels,
-                and 0 if there are none. `x` may then be embeddings. `state`, `mask` and `document_ids` act as with
+                labels[:, 0] is not used; −100 ignores a position. The loss is the mean over the remaining labels, and 0
+                if there are none. With labels, `x` may be embeddings. `state`, `mask` and `document_ids` act as with
                 `return_loss`: padding and the first token of a document are not predicted, whatever their label.
-            reduction: of the loss, as in `torch.nn.functional.cross_entropy`: 'mean'; 'sum', for batches in parts, of
-                which those with few labels would otherwise weigh as much as others; or 'none', the loss of each
-                prediction, (batch, length − 1), and 0 where there is none.
+            reduction: of the loss, as in `torch.nn.functional.cross_entropy`: 'mean'; 'sum', for batches read in parts,
+                where parts with few labels would otherwise weigh as much as the others; or 'none', the loss of each
+                prediction, (batch, length − 1), with 0 where there is none.
             mask: true (or 1) for tokens, false (or 0) for padding, on either side. Results for padding are meaningless.
             document_ids: integers; a new document begins where they change within a row, and after padding. Documents
                 do not see each other, by attention or by memory, and each counts its positions from 0. `mask` and
                 `document_ids` synchronise with the device, and cannot be compiled with `fullgraph=True`.
-            cache: as `state`, except that `x` begins with the first token of all, and only the rest is processed.
+            cache: like `state`, except that `x` starts at the very beginning of the sequence; only what is not yet read
+                is processed.
             return_cache: another name for `return_state`.
             disable_flex_attn: do not use FlexAttention in this call.
-            store: false to read the memories without writing them: every token reads the weights in `state`; weights,
-                momentum and the open chunk are unchanged in the returned state. Attention is not affected.
+            store: false to read the memories without writing to them: every token reads the weights in `state`, and the
+                returned state has the same weights, momentum and open chunk. Attention is not affected.
             return_surprises: also return the surprises of every memory layer, for the chunks that this call completes:
                 a dict from the layer's number, counted from 1 as in `neural_memory_layers`, to `Surprises`, that is,
                 losses and step sizes, (batch, heads, rows) each. A row is a pair of key and value. A layer stores one
-                for each position, or `num_kv_per_token`; long-term memory tokens are positions too. Surprises of pieces
-                put together are those of one call. They have a graph, as the loss has.
-
+                row for each position, or `num_kv_per_token`; long-term memory tokens are positions too. Surprises of
+                consecutive pieces, joined, are those of a single call. Like the loss, they have a graph.
         Returns:
             logits (batch, length, num_tokens), hidden states, or the loss; with `return_state` or `return_surprises` a
             tuple with the state, the surprises, or both in this order.
@@ -338,7 +338,7 @@ class Transformer(StepwiseDecoding, Resettable):
         Bool[Tensor, 'b n-1'] | None,
         Int[Tensor, 'b n-1'] | None,
     ]:
-        """The input without its last position, and the label that each remaining position predicts."""
+        """The input without its last position, and the label that each remaining position is to predict."""
         if self.to_logits is None:
             raise ValueError('return_loss and labels need logits, and this model has no num_tokens')
         if labels is None:
@@ -366,7 +366,7 @@ class Transformer(StepwiseDecoding, Resettable):
         store: bool,
         embedding_kwargs: Mapping[str, Any],
     ) -> Float[Tensor, 'b n d']:
-        """`_read` of each document separately."""
+        """`_read` with each document read separately."""
 
         def read(rows: Tensor, packed: PackedDocuments | None = None) -> Float[Tensor, 'r m d']:
             hidden, *_ = self._read(
@@ -390,19 +390,20 @@ class Transformer(StepwiseDecoding, Resettable):
         return DocumentGroup.batch(groups, [read(group.rows(x)) for group in groups])
 
     def _packed(self, documents: Documents) -> PackedRows | None:
-        """Documents in the rows that they came in, if every part of the model can read them so, and fast."""
+        """The documents in the rows they came in, if every part of the model can read them that way, and is fast at
+        it."""
         memories = self._memories
-        # segments, and embeddings of positions, would have to begin anew as well
+        # segments, and embeddings of positions, would have to begin anew for each document too
         if self.embedding_keywords or not all(attention.sliding for attention in self._attentions):
             return None
-        # measured: deep memories, whose steps wait for each other, are faster with a row for each document; and their
-        # kernels take two states at most
+        # by measurement, deep memories, whose steps wait for each other, are faster with one row per document; and
+        # their kernels take at most two states
         if not all(memory.is_linear and memory.reads_documents for memory in memories):
             return None
         first = memories[0] if memories else None  # chunks and memory batches are the same in all layers
         chunk_size = 1 if first is None else first.store_chunk_size
         alignment = chunk_size if first is None or first.batch_size is None else first.batch_size
-        # a token of padding keeps the last query from reading what begins anew
+        # one token of padding keeps the last query from reading the memory that begins anew
         return documents.packed(chunk_size, alignment, max([1, *(memory.conv_context for memory in memories)]))
 
     def _read(
@@ -459,7 +460,7 @@ class Transformer(StepwiseDecoding, Resettable):
 def _loss(
     logits: Float[Tensor, 'b n l'], labels: Int[Tensor, 'b n'], reduction: str
 ) -> Float[Tensor, ''] | Float[Tensor, 'b n']:
-    """Cross-entropy, in float32 at least; the mean of no labels is 0."""
+    """Cross-entropy, in float32 at least; the mean over no labels is 0."""
     loss = F.cross_entropy(
         at_least_float32(logits).flatten(0, 1),
         labels.flatten(),

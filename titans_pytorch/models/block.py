@@ -1,6 +1,6 @@
 """One layer of a model: memory, attention and feedforward around the residual stream.
 
-A block composes its parts once, in `update_stream`, which serves whole sequences, pieces of them, and decoding one
+A block composes its parts in one place, `update_stream`, which serves whole sequences, pieces of them, and decoding one
 position at a time.
 """
 
@@ -37,9 +37,9 @@ from titans_pytorch.utils.shapes import Float, Int
 
 
 class Carried(NamedTuple):
-    """Results of earlier blocks that later ones read, besides the residual stream.
+    """Results of earlier blocks that later blocks read in addition to the residual stream.
 
-    A block returns a new one and modifies nothing, so that it can be recomputed (activation checkpointing).
+    A block returns a new instance and modifies nothing, so that it can be recomputed (activation checkpointing).
     """
 
     views: tuple[Tensor, ...] = ()
@@ -49,7 +49,7 @@ class Carried(NamedTuple):
     memory_weights: Mapping[str, Tensor] | None = None
     """Weights over time of the last memory."""
     surprises: tuple[Surprises, ...] = ()
-    """Surprises of every memory so far, if requested, for the caller of the model."""
+    """Surprises of every memory so far, if requested; the model returns them to its caller."""
 
 
 class LayerState(NamedTuple):
@@ -84,9 +84,9 @@ class Block(Resettable):
     feedforward: Module
 
     shares_views = False
-    """True if a memory of the model selects views among the results of earlier layers."""
+    """True if a memory of the model selects its views among results of earlier layers."""
     shares_memory_weights = False
-    """True if a memory of the model takes the weights of the memory before it."""
+    """True if a memory of the model takes the weights of the previous memory."""
 
     @property
     def connections(self) -> Sequence[Module | None]:
@@ -94,10 +94,10 @@ class Block(Resettable):
         raise NotImplementedError
 
     def update_stream(self, x: Streams, parts: Parts) -> Streams:
-        """The residual stream after this block, from the stream before it.
+        """Compute the residual stream after this block from the stream before it.
 
-        The stream is read and written through `parts.connections` only, which may leave the output of the last branch
-        pending, to be added by the next one; `complete` adds it.
+        The stream is read and written only through `parts.connections`. These may leave the output of the last branch
+        pending, for the next one to add; `complete` adds it.
         """
         raise NotImplementedError
 
@@ -116,10 +116,10 @@ class Block(Resettable):
         """Process a sequence that begins at `position`.
 
         Args:
-            store: false to read the memory without writing it.
+            store: false to read the memory without writing to it.
             return_state: false to return an empty state, which frees keys, values and weights over time.
-            return_surprises: add the memory's surprises to the results that are carried.
-            documents: several documents in each row, which are read separately.
+            return_surprises: add the memory's surprises to the carried results.
+            documents: several documents packed into each row, which are read separately.
             attention_kwargs: further arguments of the attention.
         """
         memory_kwargs: dict[str, Any] = {'store': store, 'return_surprises': return_surprises}
@@ -131,7 +131,7 @@ class Block(Resettable):
         return x, parts.carried, kept
 
     def _kept(self, key_values: KeyValues | None, memory: NeuralMemState | None, position: int) -> LayerState:
-        """The state that tokens from `position` on need: no earlier windows, and no weights over time."""
+        """The state that tokens from `position` on need, without earlier windows and without weights over time."""
         if self.attention is not None and key_values is not None:
             key_values = self.attention.trimmed(key_values, position)
         return LayerState(key_values=key_values, memory=None if memory is None else replaced(memory, updates=None))
@@ -139,7 +139,7 @@ class Block(Resettable):
     def step(
         self, x: Streams, carried: Carried, buffers: LayerBuffers, here: StepPosition, attention_layer: int
     ) -> tuple[Streams, Carried, MemoryBuffers | None]:
-        """`forward` for one position, which it writes into the buffers; the streams have an axis of their own in `x`.
+        """`forward` for one position, which writes into the buffers; in `x`, the streams have an axis of their own.
 
         Args:
             attention_layer: number of attentions in earlier blocks.
@@ -151,7 +151,7 @@ class Block(Resettable):
         return self.update_stream(x, parts), parts.carried, parts.memory_state
 
     def to_buffers(self, state: LayerState, position: int, with_surprises: bool = False) -> LayerBuffers:
-        """`state` after `position` positions as buffers for steps, valid until parameters change."""
+        """`state`, after `position` positions, as buffers for steps, which are valid until parameters change."""
         key_values, memory = state
         return LayerBuffers(
             key_values=None if self.attention is None else self.attention.to_buffers(key_values, position),  # type: ignore[arg-type]
@@ -172,8 +172,8 @@ class Parts:
     """The parts of a block, bound to its input: a sequence, or a single position.
 
     Args:
-        connections: for each branch a function from the residual stream to the branch's input and a function that adds
-            its output.
+        connections: for each branch, a function from the residual stream to the branch's input and to a function that
+            adds the branch's output.
         carried: results of earlier blocks.
     """
 
@@ -195,15 +195,15 @@ class Parts:
         return replaced(carried, surprises=(*carried.surprises, Surprises.joined(self._own_surprises)))
 
     def select_views(self, selector: Module, own: Tensor) -> Tensor:
-        """Views of a memory, (3, b, n, d), among its own input and `Carried.views` of the blocks before."""
+        """Select the views of a memory, (3, b, n, d), from its own input and the `Carried.views` of earlier blocks."""
         return self._select(selector, own, torch.stack((own, *self._carried.views), dim=2))
 
     def add_views(self, *views: Tensor) -> None:
-        """Add tensors to the views of the blocks after."""
+        """Add tensors to the views that later blocks select from."""
         self._own_views = (*self._own_views, *views)
 
     def attend(self, seq: Tensor, **inputs: Tensor | None) -> Tensor:
-        """Attention of a sequence; `inputs` are `output_gating` or `context`."""
+        """Attend over a sequence; `inputs` are `output_gating` or `context`."""
         assert self._attention is not None
         if self._attention.to_learned_v_mix is not None:
             inputs['value_residual'] = self._carried.values
@@ -213,13 +213,13 @@ class Parts:
         return out
 
     def attend_without_gradient_of_context(self, seq: Tensor, context: Tensor) -> Tensor | None:
-        """What `attend` returns when it is called next, without gradients through any context; `None` where there are
-        no gradients at all."""
+        """What the next call of `attend` will return, without gradients through any context; `None` if there are no
+        gradients at all."""
         raise NotImplementedError
 
     def segments(self, seq: Float[Tensor, 'b n d'], length: int) -> Sequence[Float[Tensor, 'b _n d']]:
-        """`seq`, split where attention begins a segment of this length, or the memory a memory batch as long, after
-        which it retrieves from other weights."""
+        """Split `seq` wherever attention begins a segment of this length, or the memory a memory batch of this length,
+        from which on retrieval reads other weights."""
         raise NotImplementedError
 
     def store_and_retrieve(self, seq: Tensor) -> Tensor:
@@ -253,7 +253,8 @@ class Parts:
     def _store_and_retrieve(
         self, memory: NeuralMemory, seq: Tensor, previous: Any
     ) -> tuple[Tensor, Mapping[str, Tensor] | None]:
-        """Retrieved values, and the weights that the next memory may take; `previous` are those of the one before."""
+        """Retrieved values, and the weights that the next memory may take; `previous` are those of the previous
+        memory."""
         raise NotImplementedError
 
 
@@ -284,7 +285,7 @@ class SequenceParts(Parts):
 
     def segments(self, seq: Float[Tensor, 'b n d'], length: int) -> Sequence[Float[Tensor, 'b _n d']]:
         num_stored = 0 if self.memory_state is None else self.memory_state.num_tokens
-        # they differ after tokens that were read without being stored
+        # the two positions differ once tokens have been read without being stored
         in_segment, in_batch = constant(self.end % length), constant(num_stored % length)
         lengths: list[int] = []
         while left := seq.shape[1] - sum(lengths):

@@ -41,9 +41,9 @@ class ModelBuffers(NamedTuple):
 
 
 class StepwiseDecoding(Module):
-    """The steps of a model, by which it implements `generation.decodable.Decodable`.
+    """The steps of a model, which implement `generation.decodable.Decodable`.
 
-    A subclass whose positions are not its tokens overrides `step_kind`, `_decoding_embedding`, `_embedded_one` and
+    A subclass in which positions are not just tokens overrides `step_kind`, `_decoding_embedding`, `_embedded_one` and
     `_chunk_ended`.
     """
 
@@ -71,10 +71,10 @@ class StepwiseDecoding(Module):
         return [block.memory for block in self._blocks if block.memory is not None]
 
     def obstacle_to_steps(self, state: ModelState) -> str | None:
-        """The reason why steps from `state` would differ from calls, or `None`.
+        """Why steps from `state` would differ from calls; `None` if they agree.
 
-        Steps bypass the calls of most modules, streams are expanded and reduced by sums, and the offset in a chunk is
-        derived from the position.
+        Steps bypass the calls of most modules, expand and reduce the streams by plain sums, and derive the offset in a
+        chunk from the position.
         """
         called = [self.token_emb, self.norm, self.to_logits, *(block.feedforward for block in self._blocks)]
         whole = {module for part in called if part is not None for module in part.modules()}
@@ -103,7 +103,8 @@ class StepwiseDecoding(Module):
         return None
 
     def decoding_state(self, state: ModelState, with_surprises: bool = False) -> ModelBuffers:
-        """`state` as buffers for `step`; they hold values derived from parameters, and are valid until these change."""
+        """`state` as buffers for `step`; they hold values derived from parameters, so they are valid until these
+        change."""
         assert self.to_logits is not None
         start = state.seq_index
         pairs = zip(self._blocks, self._layer_states(state))
@@ -166,7 +167,7 @@ class StepwiseDecoding(Module):
         )
 
     def step(self, state: ModelBuffers, kind: StepKind) -> None:
-        """Process one position in all layers, from buffers into buffers.
+        """Process one position in all layers, reading and writing buffers.
 
         Shapes and operations are the same for all steps of a kind, so that they can be captured as a CUDA graph:
         anything that depends on the position is computed from the tensor that holds it.
@@ -191,14 +192,14 @@ class StepwiseDecoding(Module):
         position.add_(1)
         if kind.ends_chunk:
             self._chunk_ended(state)
-            # not before: a memory reads the weights that the one before it had at the start of this step
+            # only now, because a memory reads the weights that the previous one had at the start of this step
             copy_weights(memories)
 
     def _token_embedding(self, x: Tensor) -> Float[Tensor, 'b n d']:
         raise NotImplementedError
 
     def _decoding_embedding(self, position: Int[Tensor, ' 1']) -> Any:
-        """Tables of positions that `_embedded_one` reads, if any."""
+        """Position tables that `_embedded_one` reads, if any."""
 
     def _embedded_one(
         self, state: ModelBuffers, kind: StepKind, chunk_offset: Int[Tensor, ' 1']
@@ -206,4 +207,4 @@ class StepwiseDecoding(Module):
         return self._token_embedding(state.token)
 
     def _chunk_ended(self, state: ModelBuffers) -> None:
-        """Update the tables: `state.position` is the first of a chunk."""
+        """Update the tables when `state.position` is the first of a chunk."""

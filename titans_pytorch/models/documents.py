@@ -1,8 +1,8 @@
-"""Batches whose rows are padded or hold several documents.
+"""Batches with rows that are padded or hold several documents.
 
 Causal models need no mask for this. Each document moves to a row of its own, with padding on its right, where no token
-sees it. So any model reads a document exactly as if it were alone. Models that can begin anew within a row keep the
-documents in their rows, and read all of them at once.
+sees it, so any model reads a document exactly as if it were alone. Models that can begin anew within a row keep the
+documents in their rows and read all of them at once.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ IGNORED = -100
 """Label of positions that cross-entropy ignores."""
 
 _TOKENS_OF_CALL = {'cpu': 512, 'cuda': 65_536}
-"""Tokens that take about as long as the launches of one more forward and backward pass of a model."""
+"""Number of tokens that take about as long as the launches of one more forward and backward pass of a model."""
 
 
 class Documents(NamedTuple):
@@ -45,7 +45,7 @@ class Documents(NamedTuple):
     indices: Int[Tensor, ' t']
     """Indices of all tokens in the flattened batch, without padding."""
     first: Int[Tensor, ' r']
-    """Index, among these, of each document's first token."""
+    """For each document, the index of its first token among these."""
     lengths: list[int]
 
     @classmethod
@@ -56,8 +56,8 @@ class Documents(NamedTuple):
         shape: tuple[int, int],
         device: torch.device,
     ) -> Documents:
-        """A document ends where `document_ids` change, where `mask` is false, and with its row. Reading the lengths
-        synchronises with the device."""
+        """Locate the documents: each ends where `document_ids` change, where `mask` is false, or with its row. Reading
+        the lengths synchronises with the device."""
         real = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask
         ids = torch.zeros(shape, dtype=torch.long, device=device) if document_ids is None else document_ids
 
@@ -71,8 +71,8 @@ class Documents(NamedTuple):
         return cls(shape, indices, first, lengths)
 
     def groups(self) -> list[DocumentGroup]:
-        """All documents, grouped by length so that reading all groups takes little time, and padding at most doubles
-        the number of tokens."""
+        """All documents, grouped by length so that reading all groups takes little time and padding at most doubles the
+        number of tokens."""
         tokens_of_call = _TOKENS_OF_CALL.get(self.indices.device.type, _TOKENS_OF_CALL['cpu'])
         return [self._group(own) for own in group_by_length(self.lengths, tokens_of_call)]
 
@@ -84,13 +84,12 @@ class Documents(NamedTuple):
         return DocumentGroup(self.shape, torch.where(real, indices, 0), real)
 
     def packed(self, chunk_size: int, alignment: int, gap: int) -> PackedRows | None:
-        """All documents in the rows that they came in, or `None` where padding would more than double the number of
-        tokens.
+        """All documents in the rows they came in; `None` if padding would more than double the number of tokens.
 
         Args:
             chunk_size: chunk size of the memories.
-            alignment: tokens, a multiple of which is before each document.
-            gap: tokens of padding after each, at least.
+            alignment: each document starts after a multiple of this many tokens.
+            gap: minimum number of tokens of padding after each document.
         """
         rows = (self.indices[self.first] // self.shape[1]).tolist()
         taken = [-(-(length + gap) // alignment) * alignment for length in self.lengths]
@@ -122,7 +121,7 @@ class Documents(NamedTuple):
 
 
 class PackedRows(NamedTuple):
-    """All documents of a batch, in rows that hold several."""
+    """All documents of a batch, packed into rows that hold several."""
 
     shape: tuple[int, int]
     """(batch, length) of the batch."""
@@ -142,13 +141,13 @@ class PackedRows(NamedTuple):
 
 
 def _moved(x: Tensor, of: Int[Tensor, ' t'], to: Int[Tensor, ' t'], shape: Sequence[int]) -> Tensor:
-    """Rows of a flattened batch moved to other rows of a batch of this shape; zeros elsewhere."""
+    """Move rows of a flattened batch to other places in a batch of this shape, with zeros elsewhere."""
     out = x.new_zeros(math.prod(shape), *x.shape[2:])
     return out.index_copy(0, to, x.flatten(0, 1).index_select(0, of)).unflatten(0, tuple(shape))
 
 
 class DocumentGroup(NamedTuple):
-    """Documents in a row each."""
+    """Documents in a group, each in a row of its own."""
 
     shape: tuple[int, int]
     """(batch, length) of the batch."""
@@ -174,16 +173,16 @@ class DocumentGroup(NamedTuple):
 
 
 def group_by_length(lengths: list[int], tokens_of_call: int) -> list[list[int]]:
-    """Indices of the documents of each group; a group counts as its padded rows and `tokens_of_call` more tokens."""
+    """Indices of the documents of each group. A group costs its padded tokens plus `tokens_of_call`."""
     by_size: dict[int, list[int]] = {}
     for number, length in enumerate(lengths):
-        # steps of √2 are few enough to try all ways to join neighbours
+        # lengths in steps of √2 are few enough to try all ways of joining neighbours
         by_size.setdefault(math.ceil(2 * math.log2(length)), []).append(number)
     sizes = [own for _, own in sorted(by_size.items())]
     longest = [max(lengths[number] for number in own) for own in sizes]
     rows = [0, *accumulate(len(own) for own in sizes)]
 
-    # of the first `end` sizes in so many groups: the fewest padded tokens, and where the last group starts then
+    # for the first `end` sizes in so many groups: the fewest padded tokens, and where the last group then starts
     best = {(0, 0): (0, 0)}
     for count in range(1, len(sizes) + 1):
         for end in range(count, len(sizes) + 1):
@@ -206,7 +205,7 @@ def group_by_length(lengths: list[int], tokens_of_call: int) -> list[list[int]]:
 def checked_documents(
     mask: Any, document_ids: Any, batch: int, length: int
 ) -> tuple[Bool[Tensor, 'b n'] | None, Int[Tensor, 'b n'] | None]:
-    """`mask` as booleans and `document_ids`, which must fit a batch of these sizes."""
+    """`mask` as booleans, and `document_ids`, both checked against a batch of this size."""
     if mask is not None:
         mask = checked_mask('mask', mask, batch, length)
         check_leaves_tokens('mask', mask)
@@ -217,7 +216,7 @@ def checked_documents(
 
 
 def continues(mask: Bool[Tensor, 'b n'] | None, document_ids: Int[Tensor, 'b n'] | None) -> Bool[Tensor, 'b n-1']:
-    """True for each token, from the second on, that belongs to the same document as the one before it."""
+    """True for each token, from the second on, that belongs to the same document as the token before it."""
     same = None if document_ids is None else document_ids[:, 1:] == document_ids[:, :-1]
     if mask is None:
         assert same is not None
@@ -231,15 +230,15 @@ def pad_to_bucket(
     buckets: int | Sequence[int],
     labels: Int[Tensor, 'b n'] | None = None,
 ) -> tuple[Int[Tensor, 'b m'] | Float[Tensor, 'b m d'], Int[Tensor, 'b m']]:
-    """A batch padded on the right to one of a few lengths, so that `torch.compile` compiles a step once per length.
+    """Pad a batch on the right to one of a few lengths, so that `torch.compile` compiles a step once per length.
 
-    With the result, `model(x, labels=labels)` has the loss and the gradients of the batch before padding: models are
-    causal, so no token sees the padding, and the labels of padding are ignored. Request no state from that call, as it
-    would include the padding. Call this function outside the compiled region.
+    On the result, `model(x, labels=labels)` has the same loss and gradients as on the batch before padding: models are
+    causal, so no token sees the padding, and the labels of padding are ignored. Do not request a state from that call,
+    because it would include the padding. Call this function outside the compiled region.
 
     Args:
         x: token ids (batch, length), or embeddings (batch, length, dim), which need `labels`.
-        buckets: lengths, of which the shortest that fits is chosen; or an integer, whose next multiple is chosen.
+        buckets: lengths, of which the shortest that fits is used; or an integer, whose next multiple is used.
         labels: the token at each position, as in a model's call; −100 ignores a position. Default: `x`.
 
     Returns:

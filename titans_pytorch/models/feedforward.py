@@ -13,7 +13,7 @@ from titans_pytorch.utils.shapes import Float
 
 
 class GEGLU(Module):
-    """One half of the features gated by SiLU of the other: a SwiGLU, under the reference's name."""
+    """One half of the features gated by SiLU of the other half: a SwiGLU, under the reference's name."""
 
     def forward(self, x: Float[Tensor, '... e']) -> Float[Tensor, '... e//2']:
         x, gate = x.chunk(2, dim=-1)
@@ -27,7 +27,7 @@ def FeedForward(dim: int, mult: float = 4) -> nn.Sequential:
 
 
 def feedforward_of_token(feedforward: Module, x: Float[Tensor, 'b 1 d']) -> Float[Tensor, 'b 1 d']:
-    """`feedforward(x)` of a single token; of a `FeedForward` without hooks as two operations."""
+    """`feedforward(x)` for a single token; a `FeedForward` without hooks takes two operations."""
     parts = plain_parts(feedforward, None, None, GEGLU, None)
     if parts is None:
         return feedforward(x)

@@ -1,4 +1,4 @@
-"""The common part of models that combine sliding-window attention and neural memory: all but a block's forward."""
+"""What models of sliding-window attention and neural memory share: everything but how a block composes its parts."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from titans_pytorch.utils.checks import check_positive, checked_arguments
 
 
 class HybridBlock(Block):
-    """A block with named parts. Subclasses name those that are branches of the residual stream, and compose them.
+    """A block with named parts. Subclasses say which of them are branches of the residual stream, and compose them.
 
     Args:
-        memory, attention: `None` where the layer has none.
-        connection: constructor of the connection of a branch to the residual stream.
+        memory, attention: `None` if the layer has none.
+        connection: constructs the connection of a branch to the residual stream.
     """
 
     branch_names: tuple[str, ...]
@@ -48,13 +48,13 @@ class HybridBlock(Block):
 
 
 class HybridTransformer(Transformer):
-    """Blocks of one class, given by a subclass, over a vocabulary or over embeddings.
+    """Base class of models whose blocks are all of one class, which a subclass names.
 
     Args:
         num_tokens: size of the vocabulary; `None` for a model of embeddings, without logits.
         dim: width of the model.
         depth: number of layers.
-        segment_len: number of positions that attention looks back; and the default chunk size of the memories.
+        segment_len: number of positions that attention looks back; also the default chunk size of the memories.
         neural_memory_segment_len: chunk size of the memories, in tokens; a chunk is stored as one step.
         neural_memory_batch_size: memory-batch size of the memories, in tokens. Default: all gradients are taken at the
             initial weights.
@@ -62,13 +62,13 @@ class HybridTransformer(Transformer):
         neural_memory_model: memory network, copied for each layer. Default: that of `NeuralMemory`.
         neural_memory_kwargs: further arguments of `NeuralMemory`. Modules among them, such as an activation with
             parameters, are shared by all memories.
-        num_persist_mem_tokens: number of learned keys and values that every token sees (Titans eq. 19).
+        num_persist_mem_tokens: learned keys and values that every token sees (persistent memory, Titans eq. 19).
         dim_head, heads: width and number of attention heads.
-        ff_mult: hidden width, relative to `dim`, of an ungated feedforward with as many weights as the gated one has,
-            which is two thirds as wide.
+        ff_mult: sets the hidden width: `ff_mult * dim` for an ungated feedforward. The gated one used here is two
+            thirds as wide, so that it has as many weights.
         num_residual_streams: streams of the hyper-connections; 1 is a plain residual.
         use_flex_attn: use FlexAttention on a CUDA device.
-        token_emb: a module from token ids, or from any features, to embeddings, in place of `nn.Embedding`.
+        token_emb: a module that maps token ids, or any features, to embeddings, in place of `nn.Embedding`.
         checkpoint_layers: save only the input of each layer for the backward pass, which recomputes the layer. For
             sequences so long that even one layer does not fit, see `checkpoint_every` of `NeuralMemory`.
     """

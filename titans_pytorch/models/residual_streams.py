@@ -1,7 +1,7 @@
 """Residual streams of a model: hyper-connections of its branches, for sequences and for single tokens.
 
-The modules are those of the `hyper_connections` package, as parameters and state-dict keys go. Their computation is an
-operation each, `hyper_connection` and `token_hyper_connection`.
+The modules have the parameters and state-dict keys of those in the `hyper_connections` package. Each computes in a
+single operation: `hyper_connection` for sequences, `token_hyper_connection` for single tokens.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class StreamNorm(RMSNorm):
 
 
 class HyperConnection(Resettable, InReferenceFormat, ManifoldConstrainedHyperConnections):
-    """Connection of a branch to `streams` residual streams of width `dim`, without a scalar parameter.
+    """Connection of a branch to `streams` residual streams of width `dim`; none of its parameters is a scalar.
 
-    The stream that the branch reads at first is drawn from Python's `random`.
+    Python's `random` draws the stream that the branch reads at first.
     """
 
     static_alpha: Tensor
@@ -89,7 +89,8 @@ class HyperConnection(Resettable, InReferenceFormat, ManifoldConstrainedHyperCon
         for scale in scales:
             nn.init.constant_(scale, 1e-2)
 
-    # The package's own two methods compute in float32, float64 too. These serve calls that the operation does not.
+    # The package calls these two methods, for cases that the operation does not cover. Its own versions compute in
+    # float32, even for float64.
 
     def width_connection(
         self, residuals: Float[Tensor, 'bs n d']
@@ -122,7 +123,7 @@ class ExpandStreams(Resettable, StreamEmbed):
         super().__init__(streams, dim, expand_to_streams=True)
 
     def forward(self, residuals: Float[Tensor, 'b n d']) -> Float[Tensor, 'bs n d']:
-        # without einops, through which the compiler would trace
+        # without einops, which the compiler would have to trace through
         return (residuals.unsqueeze(1) + self.stream_embed.unsqueeze(1)).flatten(0, 1)
 
     def _reset_own(self) -> None:
@@ -130,7 +131,7 @@ class ExpandStreams(Resettable, StreamEmbed):
 
 
 def residual_streams(streams: int, dim: int) -> tuple[Callable[..., Module], Module, Module]:
-    """A function that makes connections of branches; and modules from one stream to several, and back to one.
+    """A function that makes connections of branches; a module that expands one stream to several; and its inverse.
 
     With a single stream connections are plain residuals, and the modules do nothing.
     """
@@ -141,16 +142,17 @@ def residual_streams(streams: int, dim: int) -> tuple[Callable[..., Module], Mod
 
 
 class FoldedConnection(NamedTuple):
-    """Weights of a connection for one token: from a normalised stream to the logits to read, mix and write by."""
+    """Weights of a connection for one token, from a normalised stream to the logits by which to read, mix and write."""
 
     to_logits: Float[Tensor, 'l d']
     bias: Float[Tensor, 's l']
 
 
 class Pending(NamedTuple):
-    """Streams to which a branch's output has still to be added, which the next connection does as it reads them.
+    """Streams that still lack a branch's output; the next connection adds it as it reads them.
 
-    For one token (b, s, d), (b, s, 1) and (b, 1, d); for a sequence (b · s, n, d), (b · s, n, 1) and (b, n, d).
+    Shapes for one token: (b, s, d), (b, s, 1) and (b, 1, d); for a sequence: (b · s, n, d), (b · s, n, 1) and (b, n,
+    d).
     """
 
     residual: Float[Tensor, 'b s d']
@@ -196,7 +198,7 @@ def _unchanged(branch_out: Tensor) -> Tensor:
 
 
 def _weights(connection: Any) -> list[Tensor]:
-    """Parameters in the order of the operation; the last three are there if the branch's output is added."""
+    """Parameters in the operation's order; the last three exist only if the branch's output is added."""
     c = connection
     weights = [c.norm.gamma, c.static_alpha, c.dynamic_alpha_fn, c.pre_branch_scale, c.residual_scale]
     return weights + [c.static_beta, c.dynamic_beta_fn, c.h_post_scale] if c.add_branch_out_to_residual else weights
@@ -227,7 +229,7 @@ def takes_tokens(connection: Module | None) -> bool:
 
 
 def folded(connection: Any) -> FoldedConnection | None:
-    """The connection's weights as they are now, for tokens; `None` for a plain residual, which has none."""
+    """The connection's current weights, in the form for single tokens; `None` for a plain residual, which has none."""
     if not hasattr(connection, 'static_alpha'):
         return None
     to_logits, bias = _to_logits(connection)

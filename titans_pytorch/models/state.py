@@ -18,17 +18,17 @@ from titans_pytorch.utils.shapes import Int
 
 
 class ModelState(NamedTuple):
-    """The state of a model after some tokens; with it the next call continues as if both calls were one.
+    """The state of a model after some tokens; given this state, the next call continues as if both calls were one.
 
-    Its size does not depend on the number of tokens read. It can be detached, moved, reduced to some of its batch
+    Its size does not depend on the number of tokens read. It can be detached, moved, restricted to some of its batch
     entries, saved with `torch.save`, and loaded with `torch.load(..., weights_only=True)` once this package has been
-    imported. `None` in its place starts a new sequence.
+    imported. Passing `None` in its place starts a new sequence.
     """
 
     seq_index: int
     """Positions read, long-term memory tokens included."""
     key_values: list[KeyValues | None]
-    """For each layer the keys (not rotated) and values that later tokens can still see; `None` without attention."""
+    """For each layer, the keys (not rotated) and values that later tokens can still see; `None` without attention."""
     memories: list[NeuralMemState]
     """State of the memory of each layer that has one."""
 

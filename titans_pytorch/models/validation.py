@@ -32,14 +32,14 @@ OF_MODELS = {
     'batch_size': 'neural_memory_batch_size',
     'model': 'neural_memory_model',
 }
-"""Arguments of `NeuralMemory`, and the arguments by which models set them."""
+"""Arguments of `NeuralMemory`, and the arguments of models that set them."""
 
 SET_BY_MODELS = ('qkv_receives_diff_views', 'accept_weight_residual')
 """Arguments of `NeuralMemory` that depend on the layer."""
 
 
 def check_left_out(kwargs: Mapping[str, Any], arguments: Mapping[str, str], owner_has: str) -> None:
-    """Refuse those `neural_memory_kwargs` that their owner sets by `arguments` of its own."""
+    """Raise an error for `neural_memory_kwargs` that their owner sets by its own `arguments`."""
     for name, argument in arguments.items():
         if name in kwargs:
             raise ValueError(f'neural_memory_kwargs must not hold {name!r}: {owner_has} {argument} for it')
@@ -48,7 +48,7 @@ def check_left_out(kwargs: Mapping[str, Any], arguments: Mapping[str, str], owne
 def checked_memory_settings(
     dim: int, chunk_size: Any, batch_size: Any, model: Module | None, kwargs: Mapping[str, Any]
 ) -> tuple[int, int | None]:
-    """Chunk size and memory-batch size of a model's memories, whose network and further arguments are checked too."""
+    """Chunk size and memory-batch size of a model's memories. Their network and further arguments are checked too."""
     chunk_size = check_integer('neural_memory_segment_len', chunk_size, 1)
     if batch_size is not None:
         batch_size = check_multiple('neural_memory_batch_size', batch_size, 'neural_memory_segment_len', chunk_size)
@@ -75,7 +75,7 @@ def layers_with_memory(layers: Sequence[int] | None, depth: int) -> list[int]:
 
 
 def check_beside_documents(has_state: bool, return_surprises: bool) -> None:
-    """Refuse what a call with `mask` or `document_ids` cannot take or return."""
+    """Raise an error for what a call with `mask` or `document_ids` cannot take or return."""
     if has_state:
         raise ValueError(
             'mask and document_ids start and end sequences within rows, so that no single state describes the '
@@ -89,7 +89,7 @@ def check_beside_documents(has_state: bool, return_surprises: bool) -> None:
 
 
 def check_labels(labels: Int[Tensor, 'b n'], num_tokens: int | None) -> None:
-    """Each of the labels that are predicted must be a token id, if their number is known, or `IGNORED`."""
+    """Check that each label to be predicted is `IGNORED` or a token id, if the number of token ids is known."""
     if num_tokens is not None and values_are_at_hand(labels):
         counted = labels[labels != IGNORED]
         if counted.numel() and not 0 <= counted.min() <= counted.max() < num_tokens:
@@ -100,10 +100,10 @@ def check_labels(labels: Int[Tensor, 'b n'], num_tokens: int | None) -> None:
 
 
 def checked_model_state(state: Any, blocks: Sequence[Block], batch: int) -> ModelState:
-    """`state` as a `ModelState`, which must fit a model of these blocks and a batch of this size."""
+    """Return `state` as a `ModelState`, after checking that it fits a model of these blocks and this batch size."""
     position, key_values, memories = checked_state('state', state, ModelState)
     position = check_integer('state.seq_index', position, 0)
-    if isinstance(key_values, Tensor) and key_values.ndim > 1 and key_values.shape[1] == 2:  # the reference's
+    if isinstance(key_values, Tensor) and key_values.ndim > 1 and key_values.shape[1] == 2:  # the reference's format
         key_values = [pair.unbind(0) for pair in key_values]
     if not isinstance(key_values, (tuple, list)) or not isinstance(memories, (tuple, list)):
         given = f'{described(key_values)} and {described(memories)}'
