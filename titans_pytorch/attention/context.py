@@ -1,4 +1,4 @@
-"""Attention over segments and their context: the short-term memory of MAC in the order of the paper."""
+"""Attention over segments and their context: the short-term memory of MAC in the paper's order."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from titans_pytorch.utils.shapes import Float
 class ContextAttention(SegmentedAttention):
     """Attention within segments in which each position has two keys: its own, and that of its context.
 
-    The context is the long-term memory's output for the segment (Titans eq. 22, [persistent ‖ h ‖ segment]). Like a
-    key, it depends on its token, and is visible from that position on.
+    The context is what long-term memory retrieves for the segment (Titans eq. 22, [persistent ‖ h ‖ segment]). Like a
+    key, a context belongs to its token and is visible from that position on.
     """
 
     keys_per_position = 2
@@ -39,10 +39,10 @@ class ContextAttention(SegmentedAttention):
 
         Args:
             seq: (batch, length, dim).
-            context: context of each position, of the same shape.
+            context: context of each position, with the same shape.
             cache: keys and values of the positions immediately before `seq`.
             position: index of the first position of `seq`.
-            detach_context: let no gradient reach contexts, those in the cache included.
+            detach_context: let no gradient reach contexts, including those in the cache.
             disable_flex_attn, flex_attn_fn: without effect, as a single segment does not need FlexAttention.
         """
         check_shape('context', context, batch=seq.shape[0], length=seq.shape[1], dim=self.dim)
@@ -72,13 +72,14 @@ class ContextAttention(SegmentedAttention):
         layer: int,
         context: Float[Tensor, 'b 1 d'],
     ) -> tuple[Float[Tensor, 'b 1 d'], Float[Tensor, 'b h 2 e']]:
-        """`forward` for one position, which it writes into `buffers`; `layer` is the number of attentions before it."""
+        """`forward` for one position, written into `buffers`; `layer` is the number of attentions in earlier layers."""
         projected = self.to_qkv(self.norm(torch.cat((seq, context), dim=1)))
         out = token_attention(projected, buffers, self.cache_layout, position, layer)
         return linear_of_token(self.to_out, out)[0], heads_of(projected, self.heads)[2]
 
     def _project_pair(self, seq: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of `seq`; keys and values of both, interleaved: each position's own, then its context's."""
+        """Queries of `seq`, and keys and values of both inputs, interleaved: each position's own, then its
+        context's."""
         queries, *own = heads_of(self.to_qkv(self.norm(seq)), self.heads)
         _, *of_context = heads_of(self.to_qkv(self.norm(context.to(seq.dtype))), self.heads)
         keys, values = (torch.stack(pair, dim=-2).flatten(-3, -2) for pair in zip(own, of_context))
@@ -86,6 +87,6 @@ class ContextAttention(SegmentedAttention):
 
 
 def _without_context(pairs: Float[Tensor, 'b h n2 d']) -> Float[Tensor, 'b h n2 d']:
-    """Keys or values, those of the context without a gradient."""
+    """Keys or values, where those of the context have no gradient."""
     own, of_context = pairs.unflatten(-2, (-1, 2)).unbind(-2)
     return torch.stack((own, of_context.detach()), dim=-2).flatten(-3, -2)

@@ -1,7 +1,7 @@
-"""Mask functions: the keys that a query may attend to, for FlexAttention and for boolean masks.
+"""Mask functions: which keys a query may attend to, for FlexAttention and for boolean masks.
 
-A mask function is FlexAttention's `mask_mod`: (batch, head, query index, key index) to a boolean, elementwise. One
-definition serves the block masks of FlexAttention and, evaluated over positions, the boolean masks of plain attention.
+A mask function is FlexAttention's `mask_mod`: it maps (batch, head, query index, key index) to a boolean, elementwise.
+One definition serves FlexAttention's block masks and, evaluated over positions, the boolean masks of plain attention.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from titans_pytorch.utils.shapes import Bool, Int
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 BLOCK = 128
-"""Queries, and keys, of a block of FlexAttention."""
+"""Number of queries, and of keys, in a block of FlexAttention."""
 
 
 def first_visible(window: int, sliding: bool) -> Callable[[Tensor], Tensor]:
-    """The first position that a query sees, from its position. It never decreases from one query to the next."""
+    """A function from a query's position to the first position it sees, which never decreases from query to query."""
 
     def of(query: Tensor) -> Tensor:
         return query - window if sliding else query - query % window
@@ -66,7 +66,7 @@ def segmented_block_mask(
     seq_len: int, window: int, num_persistent: int, sliding: bool, device: torch.device
 ) -> BlockMask:
     """FlexAttention's block mask of `segmented`, with persistent keys in front; cached by shape."""
-    # a cache must not hold what has no values
+    # the cache must not hold tensors without values
     is_real = not torch.compiler.is_compiling() and detect_fake_mode() is None
     made = _cached_block_mask if is_real else _block_mask
     return made(seq_len, window, num_persistent, sliding, device)
@@ -74,26 +74,26 @@ def segmented_block_mask(
 
 @lru_cache(maxsize=64)
 def _cached_block_mask(*arguments: Any) -> BlockMask:
-    # gradients take no tensors of inference mode, in which the first call may be
+    # the first call may be in inference mode, and autograd accepts no tensors from there
     with torch.inference_mode(False):
         return _block_mask(*arguments)
 
 
 def _block_mask(seq_len: int, window: int, num_persistent: int, sliding: bool, device: torch.device) -> BlockMask:
-    """The block mask, made of the ends of blocks.
+    """The block mask, computed from the ends of blocks.
 
-    It equals that of `create_block_mask`, which evaluates all pairs of a query and a key: too many to store for long
-    sequences, and slow to compile. Here blocks are compared by their ends.
+    It equals that of `create_block_mask`, which evaluates every pair of a query and a key: too many to store for long
+    sequences, and slow to compile. Here, only the ends of blocks are compared.
     """
     kv_len, first = seq_len + num_persistent, first_visible(window, sliding)
     query_blocks = torch.arange(0, seq_len, BLOCK, device=device).unsqueeze(1)
     key_blocks = torch.arange(0, kv_len, BLOCK, device=device)
     first_query, last_query = query_blocks, (query_blocks + BLOCK).clamp(max=seq_len) - 1
-    # positions; before position 0 are the persistent keys
+    # positions; the persistent keys come before position 0
     first_key, last_key = key_blocks - num_persistent, (key_blocks + BLOCK).clamp(max=kv_len) - 1 - num_persistent
     own_first = first_key.clamp(min=0)
 
-    # of the queries that follow the block's first key, the first sees furthest back
+    # among the queries at or after the block's first key, the first sees furthest back
     earliest = torch.maximum(first_query, own_first)
     some = (first_key < 0) | ((earliest <= last_query) & (first(earliest) <= last_key))
     every = (last_key < 0) | ((last_key <= first_query) & (first(last_query) <= own_first))
@@ -109,12 +109,13 @@ def _block_mask(seq_len: int, window: int, num_persistent: int, sliding: bool, d
 
 
 def _chosen(blocks: Bool[Tensor, 'q k']) -> tuple[Int[Tensor, '1 1 q'], Int[Tensor, '1 1 q k']]:
-    """How many blocks of keys are chosen for each block of queries, and their indices, followed by the others."""
+    """For each block of queries, how many blocks of keys are chosen, and their indices, followed by those of the
+    others."""
     indices = blocks.to(torch.int8).argsort(dim=1, descending=True, stable=True)
     return blocks.sum(dim=1).int()[None, None], indices.int()[None, None]
 
 
 def create_mac_block_mask(seq_len: int, window_size: int, persist_mem_len: int, sliding: bool = False) -> BlockMask:
-    """`segmented_block_mask` on the accelerator, or on the CPU without one, under the reference's name."""
+    """`segmented_block_mask` on the accelerator, or on the CPU if there is none, under the reference's name."""
     device = torch.accelerator.current_accelerator() or torch.device('cpu')
     return segmented_block_mask(seq_len, window_size, persist_mem_len, sliding, device)

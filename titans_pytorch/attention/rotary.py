@@ -24,7 +24,7 @@ KeyValues = tuple[Float[Tensor, 'b h _j e'], Float[Tensor, 'b h _j e']]
 
 
 def _initial_frequencies(dim: int, device: Any = None) -> Float[Tensor, ' half']:
-    """In PyTorch's default dtype, but at least float32."""
+    """The initial frequencies, in PyTorch's default dtype but at least float32."""
     indices = torch.arange(0, dim // 2 * 2, 2, device=device)
     indices = indices.double() if torch.get_default_dtype() == torch.float64 else indices.float()
     return 1.0 / 10000.0 ** (indices / dim)
@@ -33,8 +33,8 @@ def _initial_frequencies(dim: int, device: Any = None) -> Float[Tensor, ' half']
 class Rotary(RotaryEmbedding):
     """The frequencies of a rotary embedding of `dim` features.
 
-    The base class caches angles in buffers. They are removed, as `rotate` computes the angles, so that a state dict
-    holds every tensor of the module.
+    The base class caches angles in buffers. They are removed here, because `rotate` computes angles anew, so the state
+    dict holds every tensor of the module.
     """
 
     def __init__(self, dim: int):
@@ -43,8 +43,8 @@ class Rotary(RotaryEmbedding):
         del self.cached_freqs, self.dummy
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
-        """Moves and casts of the module. Frequencies are not cast to a half precision, in which they would turn a
-        distance of 2,048 positions by up to a radian too much or too little."""
+        """Apply moves and casts of the module. Frequencies are not cast to half precision, where the angle between
+        positions 2,048 apart would be wrong by up to a radian."""
         freqs = self.freqs.detach()
         super()._apply(fn, recurse)
         if self.freqs.dtype.itemsize == 2 < freqs.dtype.itemsize:
@@ -61,7 +61,8 @@ class Rotary(RotaryEmbedding):
     def forward(
         self, t: Float[Tensor, '... n'], seq_len: int | None = None, offset: int = 0
     ) -> Float[Tensor, '... n d']:
-        """Angles at positions `t`, in the precision of `freqs` but at least float32; other arguments have no effect."""
+        """Angles at positions `t`, in the precision of `freqs` but at least float32; the other arguments have no
+        effect."""
         dtype = torch.promote_types(self.freqs.dtype, torch.float32)
         # adjacent features share an angle
         return (t.to(dtype).unsqueeze(-1) * self.freqs.to(dtype)).repeat_interleave(2, dim=-1)
@@ -83,12 +84,13 @@ def check_rotary_width(dim_head: int) -> None:
 def rotate(
     rotary: RotaryEmbedding, t: Float[Tensor, 'b h n d'], positions: Int[Tensor, '... n']
 ) -> Float[Tensor, 'b h n d']:
-    """`t` rotated by the angles of `positions`.
+    """Rotate `t` by the angles of `positions`.
 
-    If the rotary dimension is smaller than `d`, only the first features rotate. The angles have the precision of
-    `rotary.freqs`, at least float32, whatever the dtype of `t`: bfloat16 cannot tell position 256 from 257. They are
-    not the library's own, which loses them in float32 and caches them in the precision of their first use, nor is the
-    rotation, through whose einops PyTorch 2.13 traces for as long as through the rest of a model.
+    If the rotary dimension is smaller than `d`, only the first features rotate. Angles have the precision of
+    `rotary.freqs`, at least float32, whatever the dtype of `t`: bfloat16 cannot tell position 256 from 257. The
+    library's own angles are not used, because they lose precision in float32 and are cached in the precision of their
+    first use. Nor is its rotation: it uses einops, and PyTorch 2.13 takes as long to trace through that as through the
+    rest of a model.
     """
     return rotate_features(t, rotation_at(frequencies(rotary, positions.device), positions.unsqueeze(-1)))
 
@@ -98,7 +100,7 @@ def frequencies(rotary: RotaryEmbedding, device: torch.device) -> Float[Tensor, 
     dtype = torch.promote_types(rotary.freqs.dtype, torch.float32)
     if is_plain(rotary, Rotary) and rotary.interpolate_factor == 1:
         return rotary.freqs.to(dtype)
-    # the angles of position 1, by a call, in which hooks give an offloaded module its weights
+    # the angles of position 1, obtained by a call, because hooks give an offloaded module its weights in calls
     one = torch.ones(1, dtype=dtype, device=device) / rotary.interpolate_factor
     return rotary(one)[0, ::2].to(dtype)
 
@@ -109,10 +111,10 @@ def rotary_causal_attention(
     k: Float[Tensor, 'b h j d'],
     v: Float[Tensor, 'b h j e'],
 ) -> Float[Tensor, 'b h i e']:
-    """Softmax attention of the last `i` of `j` positions, each to itself and to all earlier ones.
+    """Softmax attention of the last `i` of `j` positions, each to itself and to all earlier positions.
 
-    Queries and keys are passed unrotated, so that cached keys need no change and every call numbers its positions from
-    the start of the sequence.
+    Queries and keys are passed unrotated, so cached keys never change, and every call counts positions from the start
+    of the sequence.
     """
     q_len, k_len = q.shape[-2], k.shape[-2]
     if q_len > k_len:
@@ -122,7 +124,7 @@ def rotary_causal_attention(
     q = rotate(rotary, q, positions[k_len - q_len :])
     k = rotate(rotary, k, positions)
 
-    # is_causal aligns its mask to the first key, which is correct only with a query for each key
+    # is_causal aligns its mask with the first key, which is correct only if there is a query for each key
     mask = None
     if 1 < q_len < k_len:
         mask = torch.ones(q_len, k_len, dtype=torch.bool, device=k.device).tril(k_len - q_len)
@@ -136,7 +138,7 @@ def flatten_cache(
     heads: int,
     dims: Sequence[int],
 ) -> list[Tensor] | None:
-    """The tensors in a cache of keys and values, from earlier calls of a module of `dtype`, which must have the widths
+    """The tensors in a cache of keys and values from earlier calls of a module of `dtype`, which must have the widths
     `dims` and equal lengths."""
     if cache is None:
         return None
@@ -158,7 +160,7 @@ def flatten_cache(
 def extend_cache(
     cached: Sequence[Float[Tensor, 'b h m _d']] | None, new: Sequence[Float[Tensor, 'b h n _d']]
 ) -> list[Float[Tensor, 'b h _j _d']]:
-    """Cached keys and values followed by the new ones, tensor by tensor; without a cache, the new ones."""
+    """Append the new keys and values to the cached ones, tensor by tensor; without a cache, return the new ones."""
     if cached is None:
         return list(new)
     return [torch.cat(pair, dim=-2) for pair in zip(cached, new, strict=True)]

@@ -41,12 +41,12 @@ from titans_pytorch.utils.shapes import Bool, Float, Int, divided
 
 
 class AttnIntermediates(NamedTuple):
-    """Results of an attention layer besides its output."""
+    """Results of an attention layer other than its output."""
 
     value_residual: Float[Tensor, 'b h n e']
-    """Values before any residual; later layers mix in those of the first."""
+    """Values before any residual; later layers mix in those of the first layer."""
     cached_key_values: KeyValues
-    """Keys (not rotated) and values of the cache and of this call."""
+    """Keys (not rotated) and values, from the cache and from this call."""
 
 
 class SegmentedAttention(Resettable, InReferenceFormat):
@@ -57,14 +57,14 @@ class SegmentedAttention(Resettable, InReferenceFormat):
 
     Args:
         dim: width of input and output.
-        segment_len: tokens in a segment.
-        num_persist_mem_tokens: number of learned keys and values that every token sees.
-        num_longterm_mem_tokens: number of memory tokens that follow each segment in the sequence.
-        dim_head, heads: width and number of the heads.
+        segment_len: tokens per segment.
+        num_persist_mem_tokens: learned keys and values that every token sees.
+        num_longterm_mem_tokens: memory tokens that follow each segment in the sequence.
+        dim_head, heads: width and number of the attention heads.
         sliding: sliding windows instead of blocks.
         accept_value_residual: mix the first layer's values into this layer's with learned weights.
-        attend_kwargs: options of `x_transformers.attend.Attend`, which FlexAttention ignores. With options that change
-            results, `sample` calls the model for each token.
+        attend_kwargs: options of `x_transformers.attend.Attend`; FlexAttention ignores them. If they change results,
+            `sample` calls the model for each token.
         use_flex_attn: use FlexAttention on a CUDA device.
     """
 
@@ -137,20 +137,20 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         position: int | None = None,
         documents: PackedDocuments | None = None,
     ) -> tuple[Float[Tensor, 'b n d'], AttnIntermediates]:
-        """Attend.
+        """Attend over a sequence, or a piece of one.
 
         Args:
             seq: (batch, length, dim).
-            value_residual: values of the first layer, (batch, heads, length, dim_head); to be given exactly with
-                `accept_value_residual`.
+            value_residual: values of the first layer, (batch, heads, length, dim_head); required with
+                `accept_value_residual`, and only then.
             flex_attn_fn: FlexAttention with its block mask, shared between layers. Default: built here.
             disable_flex_attn: do not use FlexAttention in this call.
-            output_gating: factors of the output, which broadcast to (batch, length, dim).
-            cache: keys and values of the positions immediately before `seq`, all of them or `trimmed`.
+            output_gating: factors on the output; they must broadcast to (batch, length, dim).
+            cache: keys and values of the positions immediately before `seq`: all of them, or `trimmed`.
             position: index of the first position of `seq`. Default: the length of the cache, which must then be
                 untrimmed; 0 without one.
-            documents: several documents in each row, which do not see each other. Without a cache, and with sliding
-                windows only.
+            documents: several documents packed into each row, which do not see each other. Only without a cache, and
+                with sliding windows.
 
         Returns:
             the output (batch, length, dim), and `AttnIntermediates`.
@@ -179,10 +179,10 @@ class SegmentedAttention(Resettable, InReferenceFormat):
             frequencies(self.rotary_emb, projected.device),
             position if documents is None else documents.positions,
             mix=mix,
-            # windows take persistent keys one by one, and those of a cache come between
+            # windows take persistent keys separately, and with a cache other keys come in between
             persistent=self.persistent_memory if flex and cache is None else None,
         )
-        # a cache holds keys that are not rotated, and nothing persistent
+        # a cache holds keys before rotation, and no persistent ones
         _, own_keys, own_values = heads_of(projected, self.heads)
         to_keep = own_keys, values[..., values.shape[-2] - seq.shape[1] :, :]
         if cache is not None:
@@ -212,7 +212,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         position: Any,
         documents: Any,
     ) -> tuple[KeyValues | None, int | None]:
-        """The cache and the position of a call, all of whose arguments are checked."""
+        """Check all arguments of a call; return its cache and position."""
         check_floating('seq', seq, self._dtype)
         check_shape('seq', seq, batch=None, length=None, dim=self.dim)
         batch, length, _ = seq.shape
@@ -241,11 +241,11 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         return cache, position
 
     def _takes_flex(self, is_cuda: bool, first: int) -> bool:
-        """True if FlexAttention serves keys of positions from `first` on; its windows begin with the first key."""
+        """True if FlexAttention can serve keys of positions from `first` on; its windows start at the first key."""
         return self.use_flex_attn and is_cuda and (self.sliding or first % self.total_segment_len == 0)
 
     def checked_cache(self, name: str, cache: Any, position: Any, batch: int | None) -> tuple[KeyValues, int | None]:
-        """`cache`, which must hold keys and values of this attention from before `position`; and the position."""
+        """Check `cache`, keys and values of this attention from before `position`; return it with the position."""
         key_values = checked_key_values(name, cache, batch, self.heads, self.dim_head)
         if self._dtype is not None:
             for t in key_values:
@@ -265,20 +265,21 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         return None if weight is None else weight.dtype
 
     def _carried(self, cache: KeyValues, seq: Float[Tensor, 'b n d']) -> KeyValues:
-        """`cache`, whose precision and device must fit a call with `seq`."""
+        """Return `cache` after checking that its precision and device fit a call with `seq`."""
         dtype = self._dtype or seq.dtype
         keys, values = (checked_carried('cached keys and values', t, dtype, seq.device) for t in cache)
         return keys, values
 
     def trimmed(self, key_values: KeyValues, position: int) -> KeyValues:
-        """Keys and values visible from `position` on: the last window if it slides, else the incomplete one."""
+        """Keys and values visible from `position` on: the last window if windows slide, otherwise the incomplete
+        one."""
         length = key_values[0].shape[-2]
         visible = min(length, self.num_visible(position) * self.keys_per_position)
         keys, values = (t[..., length - visible :, :].clone() for t in key_values)
         return keys, values
 
     def num_visible(self, position: int) -> int:
-        """Number of positions before `position` that it sees."""
+        """Number of positions before `position` that a query at `position` sees."""
         window = self.total_segment_len
         return constant(min(position, window) if self.sliding else position % window)
 
@@ -286,12 +287,12 @@ class SegmentedAttention(Resettable, InReferenceFormat):
 
     @property
     def takes_steps(self) -> bool:
-        """True if `step` computes what a call does: softmax attention without further options."""
+        """True if `step` computes the same as a call: softmax attention without further options."""
         return _is_softmax(self.attend) and is_plain(self.merge_heads, MergeHeads)
 
     @property
     def num_slots(self) -> int:
-        """Number of positions in the ring buffer: those that a token can see, itself included."""
+        """Number of positions in the ring buffer: those that a token can see, including itself."""
         return self.total_segment_len + self.sliding
 
     @property
@@ -301,8 +302,8 @@ class SegmentedAttention(Resettable, InReferenceFormat):
     def to_buffers(self, key_values: KeyValues, position: int) -> KeyValues:
         """Keys and values that tokens from `position` on can see, (b, h, persistent + `num_slots`, d).
 
-        Persistent ones come first, then a ring buffer in which position p has slot p modulo `num_slots`. The keys are
-        rotated, once instead of at every step.
+        Persistent ones come first, then a ring buffer in which position p has slot p modulo `num_slots`. Keys are
+        rotated here, once, rather than at every step.
         """
         keys, values = self.trimmed(key_values, position)
         start = position - keys.shape[-2] // self.keys_per_position
@@ -315,7 +316,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         return with_persistent(keys, values, self.persistent_memory)
 
     def from_buffers(self, buffers: KeyValues, position: int) -> KeyValues:
-        """Inverse of `to_buffers`: keys, rotated back, and values in the order of their positions."""
+        """Inverse of `to_buffers`: keys, with the rotation undone, and values in the order of their positions."""
         positions = torch.arange(position - self.num_visible(position), position, device=buffers[0].device)
         slots = self.cache_layout.slots(positions) + self.num_persist_mem_tokens
         keys, values = (t.index_select(2, slots) for t in buffers)
@@ -330,8 +331,8 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         value_residual: Float[Tensor, 'b h 1 e'] | None = None,
         output_gating: Float[Tensor, 'b 1 d'] | None = None,
     ) -> tuple[Float[Tensor, 'b 1 d'], Float[Tensor, 'b h 1 e']]:
-        """`forward` for one position, which it writes into `buffers`; `layer` is the number of attentions before this
-        one. Returns the output, and the values before any residual."""
+        """`forward` for one position, written into `buffers`; `layer` is the number of attentions in earlier layers.
+        Returns the output, and the values before any residual."""
         projected, seq = linear_of_token(self.to_qkv, seq, self.norm)
         values, mix = heads_of(projected, self.heads)[2], None
         if self.to_learned_v_mix is not None and value_residual is not None:
@@ -348,14 +349,14 @@ class SegmentedAttention(Resettable, InReferenceFormat):
     # parts
 
     def _rotated(self, keys: Tensor, first: int) -> Tensor:
-        """Keys of positions from `first` on. Persistent keys are not rotated, so absolute positions matter."""
+        """Rotate keys of positions from `first` on. Persistent keys are not rotated, so absolute positions matter."""
         positions = torch.arange(keys.shape[-2], device=keys.device) // self.keys_per_position + first
         return rotate(self.rotary_emb, keys, positions)
 
-    # three equivalent implementations, given the queries of the last positions; these and all keys are rotated
+    # three equivalent implementations; they take the rotated queries of the last positions and all rotated keys
 
     def _attend_flex(self, queries: Tensor, keys: Tensor, values: Tensor, attend: Callable | None) -> Tensor:
-        """Keys and values begin with persistent ones."""
+        """Attention by FlexAttention; keys and values begin with the persistent ones."""
         length = keys.shape[-2] - self.num_persist_mem_tokens
         if attend is None:
             attend = segmented_flex_attention(
@@ -367,10 +368,11 @@ class SegmentedAttention(Resettable, InReferenceFormat):
     def _attend_windows(
         self, queries: Tensor, keys: Tensor, values: Tensor, first: int, documents: PackedDocuments | None = None
     ) -> Tensor:
-        """Each window separately; sliding ones together with the window before."""
+        """Attend window by window; a sliding window sees the window before it too."""
         batch, length, window = queries.shape[0], queries.shape[-2], self.total_segment_len
         num_cached = keys.shape[-2] - length
-        # padding to a long window would cost time and memory; a symbolic length is not compared, as that would limit it
+        # padding a short sequence to a long window would cost time and memory; comparing a symbolic length would limit
+        # it
         in_one = isinstance(length, int) and keys.shape[-2] == length <= window
         window = length if in_one else window
         # windows begin at the start of the sequence; no query sees positions before `first`
@@ -399,22 +401,22 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         return out[..., lead + num_cached : lead + num_cached + length, :]
 
     def _window_mask(self, num_windows: int, device: torch.device) -> Tensor:
-        """(windows, queries, keys), where the keys are persistent ones, the window before, and the window itself."""
+        """(windows, queries, keys); the keys are the persistent ones, the window before, and the window itself."""
         positions = torch.arange(num_windows * self.total_segment_len, device=device).unflatten(0, (num_windows, -1))
         persistent = torch.arange(self.num_persist_mem_tokens, device=device).expand(num_windows, -1)
-        # no window precedes the first: a position beyond all queries
+        # no window precedes the first one, so its keys get a position beyond all queries
         before = torch.where(positions < self.total_segment_len, positions.numel(), positions - self.total_segment_len)
         keys = torch.cat((before, positions), dim=-1) + self.num_persist_mem_tokens
         return over_positions(self._mask_mod, positions, torch.cat((persistent, keys), dim=-1))
 
     def _document_mask(self, ids: Int[Tensor, 'b w i'], with_window_before: bool) -> Bool[Tensor, 'bw 1 i j']:
-        """True for persistent keys, and for those in the document of the query, given the number of each position's."""
+        """True for persistent keys and for keys in the query's document; `ids` is the document of each position."""
         of_keys = torch.cat((_shifted(ids), ids), dim=-1) if with_window_before else ids
         same = ids.unsqueeze(-1) == of_keys.unsqueeze(-2)
         return F.pad(same, (self.num_persist_mem_tokens, 0), value=True).flatten(0, 1).unsqueeze(1)
 
     def _attend_at_once(self, queries: Tensor, keys: Tensor, values: Tensor, first: int) -> Tensor:
-        """All queries to all keys at once, for short pieces of a sequence, which see few keys."""
+        """Attend from all queries to all keys at once, for short pieces of a sequence, where queries see few keys."""
         positions = torch.arange(keys.shape[-2] // self.keys_per_position, device=keys.device)
         num_cached = len(positions) - queries.shape[-2]
         persistent = torch.arange(self.num_persist_mem_tokens, device=keys.device)
@@ -439,22 +441,23 @@ def _shifted(windows: Tensor) -> Tensor:
     return F.pad(windows, (*(0, 0) * (windows.ndim - 2), 1, 0))[:, :-1]
 
 
-_NEUTRAL_OPTIONS = {'causal', 'flash', 'dropout'}  # of `Attend`: they change no result in evaluation mode
+_NEUTRAL_OPTIONS = {'causal', 'flash', 'dropout'}  # options of `Attend` that change no result in evaluation mode
 
 
 def _attend(**kwargs: Any) -> Attend:
-    """Attention by x_transformers, but with a softmax of float64 in float64, where it has float32."""
+    """Attention by x_transformers, except that the softmax of float64 is in float64, where x_transformers has
+    float32."""
     attend = Attend(causal=True, **kwargs)
     fn = attend.attn_fn
     if isinstance(fn, partial) and fn.func is F.softmax and fn.keywords.get('dtype') is torch.float32:
         attend.attn_fn = partial(softmax, dim=fn.keywords['dim'])
-    if kwargs.keys() <= _NEUTRAL_OPTIONS:  # an `Attend` made by a user has no such attribute
+    if kwargs.keys() <= _NEUTRAL_OPTIONS:  # an `Attend` that a user has made lacks this attribute
         attend.settings_as_made = _settings(attend)
     return attend
 
 
 def _is_softmax(attend: Attend) -> bool:
-    """True for a result of `_attend` without further options that has not been changed since."""
+    """True for an `_attend` without further options that has not been changed since."""
     is_own = is_plain(attend, Attend) and is_plain(attend.attn_dropout, nn.Dropout)
     return is_own and getattr(attend, 'settings_as_made', None) == _settings(attend)
 
@@ -466,5 +469,5 @@ def _settings(attend: Attend) -> dict[str, Any]:
 
 
 def softmax(t: Tensor, dim: int) -> Tensor:
-    """In the precision of `t`, but at least float32."""
+    """Softmax in the precision of `t`, but at least float32."""
     return at_least_float32(t).softmax(dim=dim)

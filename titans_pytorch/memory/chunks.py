@@ -1,4 +1,4 @@
-"""Chunks as a memory stores them: keys, values and gates, and the weights of another memory that take part."""
+"""Chunks as a memory stores them: keys, values and gates, and a share of another memory's weights."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ class Chunks(NamedTuple):
     keys: Float[Tensor, 'bh n m d']
     values: Float[Tensor, 'bh n m d']
     step_sizes: Float[Tensor, 'bh n m']
-    """θ, the weight of a row's loss; 0 for rows that are not stored."""
+    """θ, the weight of each row's loss; 0 for rows that are not stored."""
     decay_logits: Float[Tensor, 'bh n']
-    """Of α, the share of the memory forgotten."""
+    """Logits of α, the share of the memory that is forgotten."""
     momentum_logits: Float[Tensor, 'bh n o'] | None
-    """Of η, the share of the past surprise carried over, for each order of momentum."""
+    """Logits of η, the share of the past surprise that is carried over, for each order of momentum."""
     momentum_mix: Float[Tensor, 'bh n o'] | Float[Tensor, 'bh n o+1'] | None
-    """Weights that combine the orders; one more than there are orders if the surprise itself takes part. `None`: only
-    the last order counts."""
+    """Weights that combine the orders. If there is one more weight than there are orders, the surprise itself takes
+    part. `None`: only the last order counts."""
     modulation: Float[Tensor, 'bh n w'] | None
     """Factors on the update of each parameter."""
     momentum_shares: Float[Tensor, 'bh n o'] | None = None
-    """1 − η, the share of what each order holds that it hands on; `None`: momentum is not normalised."""
+    """1 − η, the share that each order hands on of what it holds; `None`: momentum is not normalised."""
     resets: Bool[Tensor, 'bh n'] | None = None
     """True for chunks after which the memory begins anew, with its initial weights and without momentum."""
 
@@ -41,11 +41,11 @@ class Chunks(NamedTuple):
         return self.keys, self.values, self.step_sizes
 
     def split(self, lengths: list[int]) -> list[Chunks]:
-        """Blocks of these lengths."""
+        """The chunks in blocks of these lengths."""
         return [Chunks(*block) for block in zip(*_split(self, lengths))]
 
     def at(self, index: int) -> Chunks:
-        """One chunk, without the axis of chunks."""
+        """A single chunk, without the axis of chunks."""
         fields: Any = (None if t is None else t[:, index] for t in self)
         return Chunks(*fields)
 
@@ -60,7 +60,7 @@ class Chunks(NamedTuple):
 
 
 class UpdateGates(NamedTuple):
-    """Gates of the update of one chunk, (bh,) each, or of consecutive chunks, (bh, n)."""
+    """Gates of the update, (bh,) each for one chunk, or (bh, n) for consecutive chunks."""
 
     retention: Tensor
     """1 − α"""
@@ -74,19 +74,19 @@ class UpdateGates(NamedTuple):
 def _split(tensors: Iterable[Tensor | None], lengths: list[int]) -> list[Sequence[Any]]:
     if len(lengths) == 1:
         return [[t] for t in tensors]
-    # not by slices: the gradient of each would be as long as the whole
+    # not by slices: each slice's gradient would be as long as the whole tensor
     return [[None] * len(lengths) if t is None else t.split(lengths, dim=1) for t in tensors]
 
 
 class WeightResidual(NamedTuple):
-    """Another memory's weights, a learned share of which is added to the base weights before gradients are taken."""
+    """Another memory's weights; a learned share of them is added to the base weights before gradients are taken."""
 
     weights: FastWeights
     dense: Weights
-    """Those held densely, before each chunk, (bh, n, …)."""
+    """The weights that are held densely, before each chunk, (bh, n, …)."""
     shares: Float[Tensor, 'bh n']
     first_step: int
-    """Step of `weights` that belongs to the first chunk."""
+    """Step of `weights` that corresponds to the first chunk."""
 
     @classmethod
     def of(cls, weights: FastWeights, shares: Float[Tensor, 'bh n'], first_step: int) -> WeightResidual:
@@ -95,7 +95,7 @@ class WeightResidual(NamedTuple):
         return cls(weights, dense, shares, first_step)
 
     def split(self, lengths: list[int]) -> list[WeightResidual]:
-        """Blocks of these lengths."""
+        """The weight residual in blocks of these lengths."""
         dense = {name: w.split(lengths, dim=1) for name, w in self.dense.items()}
         first_steps = accumulate(lengths[:-1], initial=self.first_step)
         return [
@@ -109,7 +109,7 @@ class WeightResidual(NamedTuple):
         return scaled(self.shares, self.weights.steps(name, self.first_step, self.shares.shape[1]) if w is None else w)
 
     def linear(self, name: str, x: Float[Tensor, 'bh n m d']) -> Float[Tensor, 'bh n m e']:
-        """Rows of each chunk times the share of a matrix that is added before it."""
+        """Multiply the rows of each chunk by the share of a matrix that is added before that chunk."""
         in_dense = name in self.dense
         out = grouped_linear(x, self.dense[name]) if in_dense else self.weights.linear(name, x, self.first_step)
         return scaled(self.shares, out)
@@ -118,17 +118,17 @@ class WeightResidual(NamedTuple):
 def split_inputs(
     chunks: Chunks, residual: WeightResidual | None, lengths: list[int]
 ) -> list[tuple[Chunks, WeightResidual | None]]:
-    """Chunks and their weight residual in blocks of these lengths."""
+    """Chunks and their weight residual, in blocks of these lengths."""
     residuals = [None] * len(lengths) if residual is None else residual.split(lengths)
     return [*zip(chunks.split(lengths), residuals)]
 
 
 def beside(factors: Tensor, tensors: Tensor) -> Tensor:
-    """`factors`, whose axes are the first of `tensors`, with axes of length 1 for the rest."""
+    """`factors` with axes of length 1 appended, to broadcast against `tensors`, which begin with the same axes."""
     return factors.reshape(*factors.shape, *(1,) * (tensors.ndim - factors.ndim))
 
 
 def scaled(factors: Tensor, tensors: Tensor) -> Tensor:
-    """Factors times tensors with further axes."""
-    # a plain product: einsum would lower its precision under autocast
+    """Multiply tensors by factors that have only their first axes."""
+    # a plain product, because einsum would lower its precision under autocast
     return tensors * beside(factors, tensors)

@@ -1,14 +1,14 @@
-"""A memory network's weights over time: applied to rows, read one by one, or formed on request.
+"""A memory network's weights over time: applied to rows, read step by step, or formed on request.
 
-A step is a set of weights that some tokens read: step 0 before the first chunk of a call, step c after c chunks. A
-parameter is held either densely, a tensor for every step, or factored. The factored form needs no matrix per step.
-Within a block of n chunks, chunk j changes a matrix by X_jᵀ Δ_j, where X_j are the rows that the matrix was applied to
-and Δ_j the negative gradients of their products, and step i is
+A step is a set of weights that some tokens read: step 0 is before the first chunk of a call, step c after c chunks. A
+parameter is held either densely, as a tensor for every step, or factored, without a matrix per step. Within a block of
+n chunks, chunk j changes a matrix by X_jᵀ Δ_j, where X_j are the rows that the matrix was applied to and Δ_j the
+negative gradients of their products. Step i is then
 
     W_i = Σ_k initial_steps[i, k] · initial_k + Σ_{j<i} steps[i, j] · X_jᵀ Δ_j
 
-where initial_k are the weights, or with look-ahead gradients the weights plus momentum, and the momentum before the
-block. Applying it to rows x is attention without a softmax:
+where initial_k are the weights before the block (with look-ahead gradients, the weights plus momentum) and the momentum
+before the block. Applying step i to rows x is attention without a softmax:
 
     x W_i = Σ_k initial_steps[i, k] · x initial_k + ((x Xᵀ) ∘ steps[i]) Δ
 """
@@ -31,18 +31,18 @@ from titans_pytorch.utils.precision import no_autocast
 from titans_pytorch.utils.shapes import Float, concatenated
 
 Weights = dict[str, Tensor]
-"""Tensors by name of the memory network's parameter."""
+"""Tensors by the name of the memory network's parameter."""
 
 
 class MemoryWeights(NamedTuple):
     """The weights of a memory between two chunks."""
 
     base: Weights
-    """Weights at which gradients are taken, set at the start of the memory batch, (bh, …)."""
+    """Weights at which gradients are taken, (bh, …), set at the start of the memory batch."""
     newest: Weights
     """Weights after the last chunk, (bh, …)."""
     momentum: Weights
-    """Momentum of each order, (o, bh, …); no entries without momentum."""
+    """Momentum of each order, (o, bh, …); empty without momentum."""
 
 
 class Factors(NamedTuple):
@@ -54,29 +54,29 @@ class Factors(NamedTuple):
 
 
 class StoredBlock(NamedTuple):
-    """Weights over one block of n chunks, each parameter either dense or factored."""
+    """Weights over a block of n chunks; each parameter is either dense or factored."""
 
     dense: Weights
-    """Before each chunk, (bh, n, …)."""
+    """Weights before each chunk, (bh, n, …)."""
     final: Weights
-    """Every parameter after the last chunk, (bh, …)."""
+    """Weights after the last chunk, (bh, …), for every parameter."""
     factors: Mapping[str, Factors] = {}
     steps: Float[Tensor, 'bh n n'] | None = None
     initial_steps: Float[Tensor, 'bh n k'] | None = None
 
 
 class StoredBatches(NamedTuple):
-    """Weights over several memory batches, stored by one operation."""
+    """Weights over several memory batches, stored by a single operation."""
 
     dense: Weights
-    """Before each chunk of all memory batches."""
+    """Weights before each chunk of all memory batches."""
     final: Weights
-    """Every parameter after the last chunk, (bh, …)."""
+    """Weights after the last chunk, (bh, …), for every parameter."""
     blocks: FactoredBlocks
 
 
 class FactoredBlocks(NamedTuple):
-    """Factored matrices over r blocks of n steps each; the step after the last chunk is not among them."""
+    """Factored matrices over r blocks of n steps each, without the step after the last chunk."""
 
     steps: Float[Tensor, 'bh r n n']
     initial_steps: Float[Tensor, 'bh r n k']
@@ -84,7 +84,7 @@ class FactoredBlocks(NamedTuple):
 
     @classmethod
     def of(cls, blocks: list[StoredBlock]) -> FactoredBlocks:
-        """Consecutive blocks of one length."""
+        """Join consecutive blocks of one length."""
         matrices = {}
         for name in blocks[0].factors:
             initial, inputs, deltas = zip(*(block.factors[name] for block in blocks))
@@ -103,24 +103,24 @@ class FactoredBlocks(NamedTuple):
         return self.steps.shape[1] * self.steps.shape[2]
 
     def linear(self, name: str, x: Float[Tensor, 'bh n c d']) -> Float[Tensor, 'bh n c e']:
-        """Rows of every step through that step's matrix."""
+        """Multiply the rows of every step by that step's matrix."""
         batch, blocks, n, _ = self.steps.shape
         steps, initial_steps, initial, inputs, deltas = (t.flatten(0, 1) for t in (*self[:2], *self.matrices[name]))
         out = factored_linear(x.unflatten(1, (blocks, n)).flatten(0, 1), steps, initial_steps, initial, inputs, deltas)
         return out.view(batch, blocks * n, *out.shape[2:])
 
     def dense(self, name: str) -> Float[Tensor, 'bh n d e']:
-        """A matrix before each chunk, formed."""
+        """Form a matrix before each chunk."""
         initial, inputs, deltas = self.matrices[name]
         chunks, shares = (self.steps.shape[2], -1), self.initial_steps
-        with no_autocast(shares):  # which would lower the precision of the weights
+        with no_autocast(shares):  # autocast would lower the precision of the weights
             updates = (inputs.unflatten(2, chunks).mT @ deltas.unflatten(2, chunks)).to(shares.dtype)
             weights = torch.einsum('brij, brjde -> bride', self.steps, updates)
             return (weights + torch.einsum('brik, brkde -> bride', shares, initial.to(shares.dtype))).flatten(1, 2)
 
 
 def _factored_blocks(stored: Sequence[StoredBlock | StoredBatches]) -> Iterator[FactoredBlocks]:
-    """Consecutive blocks of one length, joined to be applied together."""
+    """Join consecutive blocks of one length, so that they are applied together."""
 
     def length(block: StoredBlock | StoredBatches) -> int:
         return 0 if isinstance(block, StoredBatches) else _rows(block).shape[1]
@@ -150,13 +150,13 @@ def _joined(parts: list[Float[Tensor, 'bh _n ...']], final: Float[Tensor, 'bh ..
 
 
 _IN_PLACE = {'set', 'set_at', 'update', 'update_at', 'pop', 'popitem', 'setdefault', 'clear', 'rename_key'}
-"""Methods of TensorDict that change it, beside those that end in `_`."""
+"""Methods of TensorDict that change it, in addition to those that end in `_`."""
 
 
 class FastWeights(Mapping[str, Tensor]):
     """A memory network's weights over time.
 
-    As a mapping it gives every parameter for every step, (bh, chunks + 1, …), formed when it is asked for; methods of
+    As a mapping, it gives every parameter for every step, (bh, chunks + 1, …), and forms it when asked. Methods of
     TensorDict work on it in the same way, except those that would change it.
     """
 
@@ -167,12 +167,12 @@ class FastWeights(Mapping[str, Tensor]):
 
     @classmethod
     def of(cls, tensors: Weights) -> FastWeights:
-        """Dense weights over time: every parameter (bh, chunks + 1, …)."""
+        """Dense weights over time, (bh, chunks + 1, …) for every parameter."""
         return cls(tensors, [], {name: w[:, -1] for name, w in tensors.items()})
 
     @classmethod
     def joined(cls, stored: Sequence[StoredBlock | StoredBatches], final: Weights) -> FastWeights:
-        """Consecutive blocks, and `final` after the last."""
+        """Consecutive blocks, followed by the weights `final`."""
         in_dense = stored[0].dense.keys() if stored else final.keys()
         blocks = [*_factored_blocks(stored)] if in_dense != final.keys() else []
         dense = {name: _joined([block.dense[name] for block in stored], final[name]) for name in in_dense}
@@ -185,9 +185,9 @@ class FastWeights(Mapping[str, Tensor]):
         return sum(block.num_steps for block in self.blocks) + 1
 
     def steps(self, name: str, first: int, length: int) -> Float[Tensor, 'bh n ...']:
-        """A parameter at steps `first` to `first + length`; the last step stays in force beyond the end."""
+        """A parameter at `length` steps, beginning at step `first`; beyond the end, the last step stays in force."""
         weights = self[name]
-        if isinstance(length, torch.SymInt):  # in an exported program, whose one graph serves all lengths
+        if isinstance(length, torch.SymInt):  # in an exported program, a single graph serves all lengths
             steps = torch.arange(first, first + length, device=weights.device)
             return weights.index_select(1, steps.clamp(max=weights.shape[1] - 1))
         if first + length <= weights.shape[1]:
@@ -196,7 +196,7 @@ class FastWeights(Mapping[str, Tensor]):
         return weights[:, [min(step, last) for step in range(first, first + length)]]
 
     def linear(self, name: str, x: Float[Tensor, 'bh n c d'], first: int) -> Float[Tensor, 'bh n c e']:
-        """Group k of the rows `x` times the matrix of step `first + k`."""
+        """Multiply group k of the rows `x` by the matrix of step `first + k`."""
         if name in self.dense:
             return grouped_linear(x, self.steps(name, first, x.shape[1]))
         out = [self.blocks[index].linear(name, rows)[:, used] for index, rows, used in self.by_block(x, first)]
@@ -208,9 +208,9 @@ class FastWeights(Mapping[str, Tensor]):
     def by_block(
         self, x: Float[Tensor, 'bh n c d'], first: int
     ) -> Iterator[tuple[int, Float[Tensor, 'bh _n c d'], slice]]:
-        """The index of each of `blocks` that groups of rows, from step `first` on, read, with these groups.
+        """The index of each block that groups of rows read, and those groups; the first group reads step `first`.
 
-        A block is applied as a whole: its groups are padded to all of its steps, and a slice tells which are of `x`.
+        A block is applied as a whole: its groups are padded to all of its steps, and a slice tells which are from `x`.
         """
         start, stop = 0, first + x.shape[1]
         for index, block in enumerate(self.blocks):
@@ -224,12 +224,13 @@ class FastWeights(Mapping[str, Tensor]):
             start = end
 
     def after_blocks(self, x: Float[Tensor, 'bh n c d'], first: int) -> Float[Tensor, 'bh _n c d'] | None:
-        """The groups of rows, from step `first` on, that read the weights after all blocks; `None` without any."""
+        """The groups of rows that read the weights after all blocks, if the first reads step `first`; `None` if there
+        are none."""
         start = self.num_steps - 1
         return x[:, max(start - first, 0) :] if first + x.shape[1] > start else None
 
     def lengths(self, first: int, length: int) -> list[int]:
-        """`length` steps from `first` on, cut where one of the factored blocks ends and the next begins."""
+        """Split `length` steps, beginning at step `first`, where one factored block ends and the next begins."""
         lengths: list[int] = []
         start = 0
         for block in self.blocks[:-1]:
@@ -256,7 +257,7 @@ class FastWeights(Mapping[str, Tensor]):
         return {name: self[name] for name in self}
 
     def __getattr__(self, name: str) -> Any:
-        # no other attribute forms the weights
+        # do not form the weights for any other attribute
         if name.startswith('_') or name in ('dense', 'blocks', 'final') or not hasattr(TensorDict, name):
             raise AttributeError(f'{type(self).__name__!r} object has no attribute {name!r}')
         if name.endswith('_') or name in _IN_PLACE:
@@ -265,7 +266,7 @@ class FastWeights(Mapping[str, Tensor]):
 
 
 def _operator(name: str) -> Any:
-    """An operator of TensorDict, which Python looks up on the class."""
+    """An operator of TensorDict, defined here because Python looks operators up on the class."""
 
     def operator(weights: FastWeights, *others: Any) -> TensorDict:
         formed = (TensorDict(t.to_dict()) if isinstance(t, FastWeights) else t for t in (weights, *others))
@@ -279,7 +280,7 @@ for _name in ('add', 'radd', 'sub', 'rsub', 'mul', 'rmul', 'truediv', 'neg', 'po
         setattr(FastWeights, f'__{_name}__', _operator(f'__{_name}__'))
 
 
-# so that detaching and moving a state includes these tensors
+# lets detaching and moving a state include these tensors
 pytree.register_pytree_node(
     FastWeights,
     lambda weights: ([weights.dense, weights.blocks, weights.final], None),

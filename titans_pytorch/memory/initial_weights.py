@@ -19,12 +19,12 @@ from titans_pytorch.utils.precision import at_least_float32
 class InitialWeights(ParameterSequence):
     """The learned initial weights of a memory, in the order of its network's parameters.
 
-    Their shapes are (heads, …), or (…) if the heads share them. Buffers of the network are constants and registered
-    beside them.
+    Their shapes are (heads, …), or (…) if heads share them. The network's buffers are constants, and are registered
+    too.
 
     Args:
         network: the memory network, initialised.
-        heads: number of heads with weights of their own, all equal at first; `None` if heads share their weights.
+        heads: number of heads with weights of their own, which all start equal; `None` if heads share their weights.
     """
 
     def __init__(self, network: Module, heads: int | None):
@@ -34,8 +34,8 @@ class InitialWeights(ParameterSequence):
         self.names = [name for name, _ in network.named_parameters()]
         number = {parameter: index for index, parameter in enumerate(network.parameters())}
         self.all_names = {name: number[p] for name, p in network.named_parameters(remove_duplicate=False)}
-        """Number of each name's weight; tied ones have several names."""
-        # in a tuple, it is not registered; on the meta device, it holds no weights
+        """Index of the weight with each name; a tied weight has several names."""
+        # inside a tuple, the template is not registered; on the meta device, it holds no weights
         self.template = (on_meta(network),)
         self._mlp, self._network_modules = PlainMLP.of(network), tuple(self.template[0].modules())
         for index, constant in enumerate(network.buffers()):
@@ -43,7 +43,7 @@ class InitialWeights(ParameterSequence):
 
     @property
     def network(self) -> Module:
-        """The memory network as a template: with its constants, without weights."""
+        """The memory network as a template: it has its constants but no weights."""
         template = self.template[0]
         if not self._buffers:
             return template
@@ -56,15 +56,15 @@ class InitialWeights(ParameterSequence):
         return None if is_intercepted(self._network_modules) else self._mlp
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> Module:
-        """The memory network with these weights, by name."""
+        """The memory network with these weights, given by name."""
         return with_tensors(self.network, {id(p): weights[name] for name, p in self.template[0].named_parameters()})
 
     def forward(self) -> dict[str, Tensor]:
-        """The weights by name. Called rather than read, so that hooks bring in parameters that are offloaded."""
+        """The weights by name. A call, not an attribute, so that hooks can bring in offloaded parameters."""
         return dict(zip(self.names, self))
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew, by the `reset_parameters()` of the network's modules."""
+        """Redraw the weights with the `reset_parameters()` of the network's modules."""
         network = deepcopy(self.template[0]).to_empty(device=self[0].device)
         reset_parameters(network)
         drawn = dict(network.named_parameters())

@@ -30,7 +30,7 @@ class MultiheadRMSNorm(Module):
 
     @property
     def has_own_norm(self) -> bool:
-        """True if the inner norm is as this class makes it."""
+        """True if the inner norm is still the one that this class creates."""
         inner = self.rmsnorm
         if not is_plain(inner, nn.RMSNorm) or inner.normalized_shape != self.gamma.shape[-1:]:
             return False
@@ -62,18 +62,18 @@ class StartingAt(Linear):
         super().__init__(dim, dim_out)
 
     def reset_parameters(self) -> None:
-        super().reset_parameters()  # so that later random draws do not depend on `start`
+        super().reset_parameters()  # this draws from the generator, so that later draws do not depend on `start`
         nn.init.zeros_(self.weight)
         nn.init.constant_(self.bias, self.start)
 
 
 def linear_from(dim: int, dim_out: int, start: float | None) -> Linear:
-    """A linear map with a random initialisation or, if `start` is given, with that initial output for every input."""
+    """A linear map: randomly initialised, or, if `start` is given, with that initial output for every input."""
     return Linear(dim, dim_out) if start is None else StartingAt(dim, dim_out, start)
 
 
 class AttentionPool(Resettable):
-    """Weighted mean of each chunk with weights per feature, by learned attention (Enformer); initially the mean."""
+    """Mean of each chunk, weighted per feature by learned attention (Enformer); initially the plain mean."""
 
     def __init__(self, dim: int, chunk_size: int):
         super().__init__()
@@ -93,7 +93,7 @@ class L2Norm(Module):
 
 
 class CausalConv(Resettable):
-    """Depthwise causal convolution of width k: n outputs for k − 1 + n tokens, the first k − 1 of which are context."""
+    """Depthwise causal convolution of width k: n outputs for k − 1 + n tokens; the first k − 1 are only context."""
 
     def __init__(self, dim: int, kernel_size: int):
         super().__init__()
@@ -115,17 +115,17 @@ def projection(dim: int, dim_out: int, activation: Module | None, conv_kernel: i
 
 
 def pointwise(projection: Module) -> Module:
-    """A projection without its convolution, unless that sees single tokens; the rest is called part by part, so that
-    hooks on the whole of a projection with a convolution have no effect."""
+    """A projection without its convolution, unless the convolution sees only single tokens. The remaining parts are
+    then called one by one, so hooks on the whole projection have no effect."""
     parts = [*projection] if isinstance(projection, nn.Sequential) else []
     kept = [part for part in parts if not isinstance(part, CausalConv) or part.context == 0]
     return projection if len(kept) == len(parts) else nn.Sequential(*kept)
 
 
 class SplitHeads(Module):
-    """Rows of each head, next to each other where a token has several: (b, n, h · u · d) to (b, h, n · u, d).
+    """Split rows into heads, a token's rows next to each other: (b, n, h · u · d) to (b, h, n · u, d).
 
-    Without einops, whose lookup takes longer than a small gate, and through which the compiler traces.
+    Without einops: its lookup takes longer than a small gate, and the compiler would have to trace through it.
     """
 
     def __init__(self, heads: int, per_token: int = 1):
@@ -146,7 +146,7 @@ class MergeHeads(Module):
 def rows_of_heads(
     tokens: Float[Tensor, 'b t d'], projection: Module, split: Module, norm: Module | None = None
 ) -> Float[Tensor, 'b h nu e']:
-    """Queries, keys or values of each head: tokens after a `projection`, split and, if `norm` is given, normalised."""
+    """Queries, keys or values of each head: tokens projected, split into heads and, if `norm` is given, normalised."""
     causal = _short_convolution_of(projection, split)
     if causal is not None and tokens.shape[1] > causal.context:
         assert isinstance(projection, nn.Sequential) and isinstance(split, SplitHeads)
@@ -159,7 +159,7 @@ def rows_of_heads(
 
 
 def _short_convolution_of(projection: Module, split: Module) -> CausalConv | None:
-    """The convolution of a projection with SiLU; `None` without one, and where a part has been replaced or hooked."""
+    """The convolution of a projection with SiLU; `None` if there is none, or if a part has been replaced or hooked."""
     _, causal, _ = plain_parts(projection, None, CausalConv, nn.SiLU) or (None, None, None)
     if causal is None or not is_plain(split, SplitHeads) or not is_plain(causal.conv, nn.Conv1d):
         return None
@@ -175,11 +175,11 @@ def join_heads(
     tokens: Float[Tensor, 'b n d'],
     dtype: torch.dtype | None,
 ) -> Float[Tensor, 'b n he']:
-    """Retrieved values of all heads side by side, normalised and gated.
+    """Put the retrieved values of all heads side by side, normalised and gated.
 
     Args:
         gate: maps tokens to gates.
-        dtype: of the result. Default: as PyTorch promotes the parts.
+        dtype: dtype of the result. Default: as PyTorch promotes the parts.
     """
     to_logits = logits_of(gate)
     if to_logits is not None and is_norm_of_heads(norm):
@@ -192,26 +192,26 @@ def join_heads(
 
 
 def logits_of(gate: Module | None) -> Module | None:
-    """The map to the logits of a gate that is a sigmoid for each head, or for each of its features; `None` without a
-    gate, and where a part of it has been replaced or hooked."""
+    """The linear map of a gate that is a sigmoid for each head, or for each of its features; `None` if there is no
+    gate, or if a part of it has been replaced or hooked."""
     to_logits, *_ = plain_parts(gate, None, SplitHeads, nn.Sigmoid) or (None,)
     return to_logits
 
 
 def is_norm_of_heads(norm: Module) -> bool:
-    """True for no norm, or a `MultiheadRMSNorm`, whose parts have neither been replaced nor hooked."""
+    """True for no norm, or for a `MultiheadRMSNorm` with no part replaced or hooked."""
     return is_plain(norm, nn.Identity) or (is_plain(norm, MultiheadRMSNorm) and norm.has_own_norm)  # type: ignore[return-value]
 
 
 class PerHead(SplitHeads):
-    """The same with heads in the axis of the batch: (b, n, h · g) to (b · h, n, g)."""
+    """`SplitHeads` with heads merged into the batch axis: (b, n, h · g) to (b · h, n, g)."""
 
     def forward(self, x: Float[Tensor, 'b n hg']) -> Float[Tensor, 'bh n g']:
         return super().forward(x).flatten(0, 1)
 
 
 class Gate(nn.Sequential):
-    """A linear map and what follows it; of few tokens the map is one operation of its own."""
+    """A linear map and what follows it; for few tokens, the map is an operation of its own."""
 
     def forward(self, tokens: Float[Tensor, 'b n d']) -> Float[Tensor, 'bh n g']:
         to_gate, *rest = self

@@ -11,24 +11,24 @@ from titans_pytorch.utils.shapes import Bool, Int
 
 
 class PackedDocuments(NamedTuple):
-    """Documents in the rows of a batch, one after the other, each followed by padding.
+    """Documents in the rows of a batch, one after another, each followed by padding.
 
-    Each begins where a memory batch of the model could begin, and its padding hides it from the convolutions and the
-    queries of the next one.
+    Each begins where a memory batch of the model could begin. The padding hides it from the convolutions and queries of
+    the next document.
     """
 
     real: Bool[Tensor, 'b n']
     """True for tokens, false for padding."""
     ids: Int[Tensor, 'b n']
-    """Number of the document in its row; padding has that of the document before it."""
+    """Index of the document in its row; padding has the index of the document before it."""
     positions: Int[Tensor, 'b n']
-    """Number of the token in its document."""
+    """Index of the token in its document."""
     resets: Bool[Tensor, 'b c']
     """True for chunks after which another document begins."""
 
 
 def check_documents(documents: Any, batch: int, length: int, chunk_size: int | None = None) -> None:
-    """Documents of a batch of this shape; with `chunk_size` their chunks too."""
+    """Check documents against a batch of this shape and, with `chunk_size`, their chunks too."""
     if not isinstance(documents, PackedDocuments):
         raise TypeError(f'documents must be PackedDocuments, got {described(documents)}')
     for name in ('real', 'ids', 'positions'):

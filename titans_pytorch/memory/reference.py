@@ -1,7 +1,7 @@
 """Reference implementation of a neural memory: one loop over chunks, to be read beside the paper (arXiv 2501.00663).
 
-Everything faster is tested against it. `surprise` computes S, the update of the weights; the dense backend, momentum of
-several orders under spectral norm, and decoding steps call it too. The paper takes the gradient of a chunk at the
+Everything faster is tested against it. `surprise` computes S, the update of the weights; the dense backend, spectral
+norm with momentum of several orders, and decoding steps call it too. The paper takes the gradient of a chunk at the
 newest weights. Here it is taken at the base weights, which are the newest ones if a memory batch is a single chunk.
 """
 
@@ -27,20 +27,20 @@ from titans_pytorch.utils.functional import call_with_weights, transformed
 from titans_pytorch.utils.shapes import Float
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
-"""Maps predictions and targets, (m, d) both, to a loss for each row, (m,)."""
+"""Maps predictions and targets, both (m, d), to a loss for each row, (m,)."""
 
 Recurrence = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Maps gates g, inputs x and an initial state to g · initial + x; for several chunks to h_c = g_c · h_{c−1} + x_c."""
 
 
 class Transition(NamedTuple):
-    """The end of a memory batch, as a function of the weights after it to those before the next one."""
+    """The end of a memory batch: maps the weights after it to the weights before the next one."""
 
     share: Tensor | None = None
-    """Share of the way from the base weights to the newest ones that both are set to. `None`: all of it."""
+    """Share of the way from the base weights to the newest ones, at which both are then set. `None`: all the way."""
     lookahead: bool = False
-    """Take gradients at W + Σ P, to which normalised momentum P, of all orders, leads the newest weights W: as in
-    Nesterov's momentum. Gradients at W ask in every memory batch for what momentum holds already."""
+    """Take gradients at W + Σ P, where normalised momentum P, summed over orders, leads the newest weights W, as in
+    Nesterov's momentum. Gradients at W ask in every memory batch for what momentum already holds."""
 
     def __call__(self, weights: MemoryWeights) -> MemoryWeights:
         base, newest, momentum = weights
@@ -74,18 +74,18 @@ def store_and_retrieve(
     leading: int = 0,
     num_proximal_steps: int | None = None,
 ) -> tuple[Float[Tensor, 'bh t d'], MemoryWeights, Float[Tensor, 'bh n m']]:
-    """Retrieved values for the queries of a sequence, from its first token on, while its chunks are stored.
+    """Store the chunks of a sequence, from its first token on, and retrieve values for its queries.
 
     Args:
         network: the memory network M, called with weights in place of its own.
         queries: one for each token.
         chunks: the complete chunks of these tokens.
-        weights: those before the first token.
+        weights: the weights before the first token.
         transition: what happens at the end of a memory batch.
-        residual: weights of another memory, of which a share is added before gradients are taken.
-        leading: padding rows in front of the first query, counted in the first group: 1 if the network mixes rows,
-            because the first group otherwise has one row fewer than a chunk.
-        num_proximal_steps: number of steps that are added up at the same weights, if they are proximal ones.
+        residual: weights of another memory; a share of them is added before gradients are taken.
+        leading: padding rows in front of the first query that count towards the first group: 1 if the network mixes
+            rows, because the first group otherwise has one row fewer than a chunk.
+        num_proximal_steps: number of steps that add up at the same weights, if steps are proximal.
 
     Returns:
         the retrieved values, the weights after the last token, and the losses of the rows stored, unweighted.
@@ -95,7 +95,7 @@ def store_and_retrieve(
     retrieved, losses = [], []
     for step, rows in groupby(range(queries.shape[1]), key=lambda row: (row - leading + 1) // chunk_size):
         if step > 0:
-            # chunk number step − 1 is complete
+            # chunk step − 1 is complete
             chunk = chunks.at(step - 1)
             at = base if residual is None else {name: w + residual.steps(name)[:, step - 1] for name, w in base.items()}
             gradients, loss = gradient(at, chunk.keys, chunk.values, chunk.step_sizes)
@@ -117,7 +117,7 @@ def store_and_retrieve(
 
 
 def apply_network(network: Module, weights: Weights, rows: Float[Tensor, 'bh m d']) -> Float[Tensor, 'bh m d']:
-    """Output of a memory network for rows; each batch entry and head has weights of its own, (bh, …)."""
+    """Apply a memory network to rows; each batch entry and head has its own weights, (bh, …)."""
 
     def forward(weights: Weights, rows: Tensor) -> Tensor:
         return call_with_weights(network, weights, rows)
@@ -128,8 +128,8 @@ def apply_network(network: Module, weights: Weights, rows: Float[Tensor, 'bh m d
 def gradient_of_chunk(
     network: Module, loss_fn: LossFn, num_proximal_steps: int | None = None
 ) -> Callable[..., tuple[Weights, Float[Tensor, ' m']]]:
-    """A function of the weights, keys, values and step sizes of one chunk: minus the gradient of the chunk's loss at
-    the weights, or at those that a proximal step leads to, and the loss of each row, unweighted."""
+    """A function of the weights, keys, values and step sizes of one chunk. It returns minus the gradient of the chunk's
+    loss, taken at the weights or where a proximal step leads, and the unweighted loss of each row."""
     if num_proximal_steps is not None:
         return partial(_proximal_gradient, network, loss_fn, num_proximal_steps)
 
@@ -165,7 +165,7 @@ def _proximal_gradient(
         losses = loss_fn(call_with_weights(network, vectors, keys, linear=linear), values)
         return -(losses * step_sizes).sum(), (losses, inputs)
 
-    # the gradient with respect to a product is that with respect to zeros added to it
+    # the gradient with respect to a product equals the gradient with respect to zeros added to it
     zeros = {name: keys.new_zeros(len(keys), w.shape[-1]) for name, w in weights.items() if w.ndim > 1}
     vectors = {name: w for name, w in weights.items() if w.ndim == 1}
     (deltas, of_vectors), (losses, inputs) = grad(negative_loss, argnums=(0, 1), has_aux=True)(zeros, vectors)
@@ -176,7 +176,7 @@ def _proximal_gradient(
 
 
 def one_chunk(gates: Tensor, inputs: Tensor, initial: Tensor) -> Tensor:
-    """`Recurrence` of a single chunk."""
+    """`Recurrence` for a single chunk."""
     return torch.addcmul(inputs, beside(gates, initial), initial)
 
 
@@ -190,9 +190,9 @@ def surprise(
 ) -> tuple[Weights, dict[str, list[Tensor]]]:
     """The update S of the weights, from negative gradients and the momentum before them, (o, bh, …).
 
-    Titans eq. 10, S_t = η_t S_{t−1} + u_t with u_t = −θ_t ∇ℓ_t, whose θ is in the gradients already. The momentum of an
-    order is the input of the next one. Normalised momentum is S_t = (1 − η_t) (P_{t−1} + u_t) with
-    P_t = η_t (P_{t−1} + u_t), in which each u counts 1 in all, whatever the gates.
+    Titans eq. 10, S_t = η_t S_{t−1} + u_t with u_t = −θ_t ∇ℓ_t; the gradients already include θ. Each order of momentum
+    is the input of the next. Normalised momentum is S_t = (1 − η_t) (P_{t−1} + u_t) with P_t = η_t (P_{t−1} + u_t);
+    over time, each u then counts once in total, whatever the gates.
 
     Returns:
         S for each parameter, and the momentum of each order; without momentum, no orders.
@@ -210,7 +210,7 @@ def surprise(
                 orders.append(recurrence(gate, surprises[-1], initial))
                 surprises.append(orders[-1])
             else:
-                # an order gives a share of all that it holds, its input included, and only the rest is carried over
+                # an order hands on a share of all that it holds, its input included, and carries over only the rest
                 orders.append(recurrence(gate, scaled(gate, surprises[-1]), initial))
                 held = surprises[-1] + _before(orders[-1], initial)
                 surprises.append(scaled(gates.momentum_shares[order], held))
@@ -223,7 +223,7 @@ def surprise(
 
 
 def _before(states: Tensor, initial: Tensor) -> Tensor:
-    """The state before each chunk, from those after; `initial` if there is one chunk, without an axis of chunks."""
+    """The state before each chunk, from the states after; for one chunk, without an axis of chunks, it is `initial`."""
     if states.ndim == initial.ndim:
         return initial
     return torch.cat((initial.unsqueeze(1), states[:, :-1]), dim=1)
@@ -236,7 +236,7 @@ def _mixed(surprises: list[Tensor], mix: Sequence[Tensor]) -> Tensor:
 
 
 def _orthogonalised(matrices: Weights) -> Weights:
-    """Matrices orthogonalised by Newton–Schulz; those of equal shape, or equal after transposition, share one call."""
+    """Orthogonalise matrices by Newton–Schulz; those of equal shape, possibly after transposition, share one call."""
     by_shape: defaultdict[torch.Size, list[str]] = defaultdict(list)
     wide = {name: m if m.shape[-2] <= m.shape[-1] else m.mT for name, m in matrices.items()}
     for name, m in wide.items():

@@ -1,4 +1,4 @@
-"""The schedule of a memory, in integers alone: chunks, memory batches, and the weights that each token reads.
+"""The schedule of a memory, in integers only: chunks, memory batches, and the weights that each token reads.
 
 Tokens are counted from 0 over all calls. Chunk c holds tokens c · C to (c + 1) · C − 1, where C is the chunk size, and
 is stored when its last token arrives. Token t reads the weights after ⌊(t + 1) / C⌋ complete chunks, so the last token
@@ -22,7 +22,7 @@ class ChunkBlock(NamedTuple):
 
     num_chunks: int
     is_batch: bool
-    """True if the block is a memory batch from its first chunk to its last."""
+    """True if the block is a whole memory batch."""
     ends_batch: bool
     """True if the last chunk of the block is the last of its memory batch."""
 
@@ -31,8 +31,8 @@ class Schedule(NamedTuple):
     """The chunks that a call completes.
 
     Args:
-        offset_in_batch: chunks of the first memory batch before them; 0 without memory batches.
-        num_chunks: number of chunks; symbolic while a program of dynamic length is exported.
+        offset_in_batch: number of chunks of the first memory batch that come before these; 0 without memory batches.
+        num_chunks: number of chunks; symbolic while a program of dynamic length is being exported.
         chunks_per_batch: chunks per memory batch; `None` without memory batches.
     """
 
@@ -42,7 +42,7 @@ class Schedule(NamedTuple):
 
     @classmethod
     def of(cls, seq_index: int, num_tokens: int, chunk_size: int, batch_size: int | None) -> Schedule:
-        """Schedule of `num_tokens` tokens, of which the first is the first of its chunk and has number `seq_index`."""
+        """Schedule of `num_tokens` tokens; the first of them begins a chunk and has index `seq_index`."""
         num_chunks, _ = divided(num_tokens, chunk_size)
         if batch_size is None:
             return cls(0, num_chunks, None)
@@ -50,7 +50,7 @@ class Schedule(NamedTuple):
         return cls(constant(seq_index // chunk_size % chunks_per_batch), num_chunks, chunks_per_batch)
 
     def blocks(self, preferred: int | None) -> list[ChunkBlock]:
-        """The chunks in blocks of the preferred number of chunks (`None`: no limit), cut where memory batches end."""
+        """Split the chunks into blocks of the preferred number (`None`: no limit), and where memory batches end."""
         blocks: list[ChunkBlock] = []
         chunk, end = self.offset_in_batch, self.offset_in_batch + self.num_chunks
         while chunk < end:
@@ -75,21 +75,22 @@ class QueryGroups(NamedTuple):
     """Rows of queries cut into groups that read the same weights, all padded to one size."""
 
     first_step: int
-    """Step of the weights that the first group reads; those before the chunk of the first query are step 0."""
+    """Step of the weights that the first group reads; step 0 is before the chunk of the first query."""
     size: int
-    """Rows of a group, padding included."""
+    """Number of rows in a group, padding included."""
     number: int
     padding: tuple[int, int]
-    """Rows of padding before the first query and after the last."""
+    """Number of padding rows before the first query and after the last."""
 
     @classmethod
     def of(cls, length: int, position: int, chunk_size: int, leading: int, whole: bool) -> QueryGroups:
-        """Groups of the queries of `length` tokens, the first of which has number `position` in its chunk.
+        """Group the queries of `length` tokens; the first of these has index `position` in its chunk.
 
-        `leading` rows before them, which the call carries over, belong to the first group. `whole`: groups keep the
-        size of a chunk, as a memory network that mixes tokens requires; a single group may otherwise be shorter.
+        `leading` rows before them, carried over from earlier calls, belong to the first group. `whole`: groups keep the
+        size of a chunk, as a memory network that mixes tokens requires; otherwise a single group may be shorter.
         """
-        # token t reads the weights after ⌊(t + 1) / chunk⌋ chunks, as number (t + 1) mod chunk of those that do
+        # token t reads the weights after ⌊(t + 1) / chunk⌋ chunks; among the tokens that do, it is number (t + 1) mod
+        # chunk
         first_step, offset = divided(position, chunk_size, offset=1)
         size = chunk_size
         if not isinstance(length, torch.SymInt):

@@ -52,10 +52,11 @@ class Settings(NamedTuple):
 
 
 def checked_settings(arguments: Mapping[str, Any], constructor: Callable[..., Any]) -> Settings:
-    """Settings from the arguments of `constructor`, that of `NeuralMemory`, by name.
+    """Check the arguments of `constructor`, which is that of `NeuralMemory`, given by name, and return them as
+    settings.
 
     Raises:
-        ValueError, TypeError: for an argument that is of the wrong kind or contradicts another.
+        ValueError, TypeError: for an argument of the wrong kind, or one that contradicts another.
     """
 
     def optional(name: str, check: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -97,7 +98,7 @@ def checked_settings(arguments: Mapping[str, Any], constructor: Callable[..., An
 
 
 def _check_kinds(arguments: Mapping[str, Any], constructor: Callable[..., Any]) -> None:
-    """Check the arguments that are no sizes."""
+    """Check the arguments that are not sizes."""
     check_flags(**flags_among(arguments, constructor))
     check_module(model=arguments['model'], activation=arguments['activation'])
     check_callable(store_memory_loss_fn=arguments['store_memory_loss_fn'])
@@ -105,19 +106,19 @@ def _check_kinds(arguments: Mapping[str, Any], constructor: Callable[..., Any]) 
         check_callable(adaptive_step_transform=arguments['adaptive_step_transform'])
     check_keywords(default_model_kwargs=arguments['default_model_kwargs'])
     biases = ['init_adaptive_step_bias', 'init_momentum_bias']
-    if arguments['init_decay_bias'] != -math.inf:  # a memory that never forgets
+    if arguments['init_decay_bias'] != -math.inf:  # −inf means a memory that never forgets
         biases.append('init_decay_bias')
     check_biases(**{name: arguments[name] for name in biases})
 
 
 def _check_activation(activation: Module, features: int) -> None:
-    """Tries a copy on random numbers: it must keep the shape, and treat tokens separately, or results would depend on
-    how a sequence is split."""
+    """Try a copy on random numbers: it must keep the shape and treat tokens separately, because results would otherwise
+    depend on how a sequence is split."""
     if any(t.is_meta for t in (*activation.parameters(), *activation.buffers())):
         return
     with on_cpu(), torch.no_grad():
         x = torch.randn(2, 3, features, generator=torch.Generator().manual_seed(0))
-        copy = deepcopy(activation).to('cpu', x.dtype).eval()  # dropout would hide the rest
+        copy = deepcopy(activation).to('cpu', x.dtype).eval()  # dropout would hide any difference
         try:
             out = copy(x.clone())
             mixes = out.shape == x.shape and _mixes_tokens(*_of_whole_and_parts(copy, x))
@@ -130,14 +131,14 @@ def _check_activation(activation: Module, features: int) -> None:
 
 
 def _check_step_transform(transform: Callable[[Tensor], Any], heads: int) -> None:
-    """Tries it on random numbers: each step size must depend on its own logit alone. The shape is checked by calls."""
+    """Try it on random numbers: each step size may depend only on its own logit. Calls check the shape."""
     with on_cpu(), torch.no_grad():
         logits = torch.randn(2 * heads, 6, generator=torch.Generator().manual_seed(0))
         own = deepcopy(transform).to('cpu').eval() if isinstance(transform, Module) else transform
         try:
             results = _of_whole_and_parts(own, logits)
         except Exception:
-            return  # no fault of its own: it may need a GPU, or as many rows as the memory stores
+            return  # this may not be its fault: it may need a GPU, or as many rows as the memory stores
         keeps_shape = all(isinstance(out, Tensor) for out in results) and results[0].shape == logits.shape
         mixes = keeps_shape and _mixes_tokens(*results)
     if mixes:
@@ -147,12 +148,12 @@ def _check_step_transform(transform: Callable[[Tensor], Any], heads: int) -> Non
 
 
 def _of_whole_and_parts(function: Callable[[Tensor], Any], x: Float[Tensor, 'b n ...']) -> list[Any]:
-    """Results for a sequence, for the same once more, and for two parts of it."""
+    """Results for a sequence, for the same sequence again, and for two parts of it."""
     return [function(own.clone()) for own in (x, x, x[:, :2], x[:, 2:])]
 
 
 def _mixes_tokens(out: Tensor, again: Tensor, *parts: Tensor) -> bool:
-    """True if results for a token depend on other tokens; false for random results, which cannot be compared."""
+    """True if a token's results depend on other tokens; false for random results, which cannot be compared."""
     return torch.equal(out, again) and not torch.allclose(torch.cat(parts, dim=1), out)
 
 
@@ -187,7 +188,7 @@ def _check_combinations(settings: Settings, arguments: Mapping[str, Any]) -> Non
 
 
 def _warn_of_unused(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Warn of arguments that others leave without effect. They are no errors, as the reference accepts them."""
+    """Warn of arguments that have no effect beside others. They are not errors, because the reference accepts them."""
     unused = {}
     if arguments['adaptive_step_transform'] is not None:
         unused['default_step_transform_max_lr'] = 'adaptive_step_transform'
@@ -201,10 +202,11 @@ def _warn_of_unused(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -
 
 
 def _check_proximal(settings: Settings, arguments: Mapping[str, Any]) -> None:
-    """Whatever changes a step afterwards, or adds up more of them than are known, could make it overshoot."""
+    """Refuse what could make a proximal step overshoot: changing it afterwards, or adding up more steps than
+    planned."""
     needs = 'proximal_steps needs'
     if settings.batch_size is None:
-        # without one the steps of a whole sequence are added up
+        # without memory batches, the steps of a whole sequence add up
         raise ValueError(f'{needs} batch_size, or in a model neural_memory_batch_size')
     if arguments['store_memory_loss_fn'] is not default_loss_fn:
         raise ValueError(f'{needs} the default store_memory_loss_fn, the mean squared error')
@@ -215,7 +217,7 @@ def _check_proximal(settings: Settings, arguments: Mapping[str, Any]) -> None:
 
 
 def _check_lookahead(settings: Settings, arguments: Mapping[str, Any]) -> None:
-    """Refuse options with which momentum does not hand on all that it holds, or its weights are taken back."""
+    """Refuse options under which momentum does not hand on all that it holds, or its effect is taken back."""
     needs = 'lookahead_gradients needs'
     if settings.batch_size is None:
         # all gradients are taken at the initial weights
@@ -229,7 +231,7 @@ def _check_lookahead(settings: Settings, arguments: Mapping[str, Any]) -> None:
 
 
 def _checked_chunk_sizes(chunk_size: Any) -> tuple[int, int]:
-    """The chunk sizes for retrieving and storing, from one for both or from a pair."""
+    """The chunk sizes for retrieving and storing, given as one number for both or as a pair."""
     pair = [*chunk_size] if isinstance(chunk_size, (tuple, list)) else [chunk_size] * 2
     if len(pair) != 2:
         raise ValueError(f'chunk_size must be an integer or a pair (retrieve, store), got {described(chunk_size)}')
@@ -264,7 +266,7 @@ def check_memory_model(model: Module, dim_head: int, name: str = 'model') -> Non
     """Check that a memory network keeps the shape of its input, has parameters and has no buffers."""
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f'{name} must be a module of Python code, got a scripted one: pass the module it was made from')
-    if any('_orig_mod' in module._modules for module in model.modules()):  # as `torch.compile` wraps a module
+    if any('_orig_mod' in module._modules for module in model.modules()):  # as in modules wrapped by `torch.compile`
         raise TypeError(f'{name} must not be compiled by itself: compile the memory, or the model around it')
     buffers = [buffer for buffer, _ in model.named_buffers()]
     if buffers:

@@ -14,15 +14,15 @@ ROUNDING_ERRORS = 64
 
 
 def softclamp_max(t: Tensor, max_value: float) -> Tensor:
-    """Norms x moved to (tanh(2x / max) + 1) · max / 2: from max / 2 at 0 up to max."""
+    """Map norms x to (tanh(2x / max) + 1) · max / 2, which goes from max / 2 at 0 up to max."""
     half = max_value / 2
     return ((t / half).tanh() + 1) * half
 
 
 def soft_clamp_factor(squared_norm: Tensor, max_norm: float) -> Tensor:
-    """Factors that move norms, given squared, as `softclamp_max` does; 1 for a gradient of rounding errors."""
-    # the remainder of terms that cancel has no direction, and must not be raised to max / 2; a norm of 1 in its place
-    # keeps value and gradient finite
+    """Factors that scale norms, given squared, as `softclamp_max` does; 1 for a gradient made of rounding errors."""
+    # rounding errors of terms that cancel have no direction and must not be raised to max / 2; replacing their norm by
+    # 1 keeps value and gradient finite
     floor = ROUNDING_ERRORS * torch.finfo(squared_norm.dtype).eps * max_norm
     negligible = squared_norm <= floor**2
     norm = torch.where(negligible, torch.ones_like(squared_norm), squared_norm).sqrt()
@@ -31,9 +31,9 @@ def soft_clamp_factor(squared_norm: Tensor, max_norm: float) -> Tensor:
 
 
 def soft_clamp_norm(gradients: Tensor, max_norm: float, batch_axes: int = 2) -> Tensor:
-    """Gradients scaled by `soft_clamp_factor` of their norm over all axes but the first `batch_axes`, here heads and
+    """Scale gradients by `soft_clamp_factor` of their norm over all axes but the first `batch_axes`, here heads and
     chunks."""
-    # a scalar parameter has no further axes
+    # a scalar parameter has no further axes, hence the extra one
     squared = at_least_float32(gradients).unsqueeze(-1).flatten(batch_axes).square().sum(dim=-1)
     return scaled(soft_clamp_factor(squared, max_norm), gradients).to(gradients.dtype)
 

@@ -20,25 +20,25 @@ from titans_pytorch.utils.shapes import Bool, Float, Int
 class Surprises(NamedTuple):
     """How wrong a memory was about each row before storing it, and the step size with which it stored the row.
 
-    A row is a pair of key and value; each token has `num_kv_per_token` of them. Rows are in the order of the tokens.
+    A row is a pair of key and value; each token has `num_kv_per_token` rows. Rows are in the order of the tokens.
     """
 
     losses: Float[Tensor, 'b h rows']
-    """Loss of each row at the weights at which its gradient is taken, before the row is stored; not weighted."""
+    """Loss of each row at the weights where its gradient is taken, before the row is stored; not weighted by θ."""
     step_sizes: Float[Tensor, 'b h rows']
-    """θ of each row, by which its loss is weighted; 0 for masked tokens."""
+    """θ of each row, the weight of its loss; 0 for masked tokens."""
 
     @property
     def num_rows(self) -> int:
         return self.losses.shape[-1]
 
     def since(self, row: int) -> Surprises:
-        """Those of the rows from number `row` on."""
+        """The surprises of rows from index `row` on."""
         return Surprises(self.losses[..., row:], self.step_sizes[..., row:])
 
     @staticmethod
     def joined(parts: Iterable[Surprises]) -> Surprises:
-        """Those of consecutive parts of a sequence."""
+        """Join the surprises of consecutive parts of a sequence."""
         losses, step_sizes = zip(*parts)
         return Surprises(torch.cat(losses, dim=-1), torch.cat(step_sizes, dim=-1))
 
@@ -48,41 +48,42 @@ LayerSurprises = dict[int, Surprises]
 
 
 class PendingSegment(NamedTuple):
-    """The open chunk: the tokens after the last complete chunk, with all that a later call needs to complete it."""
+    """The open chunk: the tokens after the last complete chunk, and what a later call needs to complete it."""
 
     tokens: Float[Tensor, 'b n d'] | Float[Tensor, 'v b n d']
-    """Store inputs of the open chunk; two views (keys, values) where the memory receives different views."""
+    """Store inputs of the open chunk; with different views, two of them (keys, values)."""
     mask: Bool[Tensor, 'b n'] | None = None
-    """True for the tokens to be stored; `None`: all."""
+    """True for the tokens to store; `None` if all are stored."""
     queries: Float[Tensor, 'b n d'] | None = None
-    """Retrieval inputs before the next token that its result depends on: those that read the same weights, for memory
-    networks that mix tokens, and before them those that a convolution sees."""
+    """Retrieval inputs that the next token's result depends on: for memory networks that mix tokens, those that read
+    the same weights; before them, those that a convolution sees."""
     before: Float[Tensor, 'b k-1 d'] | Float[Tensor, 'v b k-1 d'] | None = None
-    """Store inputs before the open chunk that a convolution sees."""
+    """Store inputs before the open chunk that a convolution still sees."""
 
     def simplified(self) -> Tensor | PendingSegment:
-        """The tokens alone if nothing else is set."""
+        """Only the tokens if nothing else is set."""
         return self.tokens if all(other is None for other in self[1:]) else self
 
 
 class NeuralMemState(NamedTuple):
-    """State of a `NeuralMemory` after a call; pass it to the next call to continue as if both were one.
+    """State of a `NeuralMemory` after a call. Pass it to the next call, which continues as if both were one.
 
     A state can be detached, moved (`state.to('cuda')`, `state.to(torch.bfloat16)`), saved with `torch.save` and loaded
     with `torch.load(..., weights_only=True)` once this package has been imported.
     """
 
     seq_index: int
-    """Tokens in complete chunks so far: the position at which `cache_store_segment` begins."""
+    """Number of tokens in complete chunks so far: the position where `cache_store_segment` begins."""
     weights: TensorDict | None
-    """Base weights of the open memory batch, at which its gradients are taken, per parameter (bh, …)."""
+    """Base weights of the open memory batch, where its gradients are taken, per parameter (bh, …)."""
     cache_store_segment: Tensor | PendingSegment | None
-    """Tokens of the incomplete chunk, (b, n, d) or (v, b, n, d); a `PendingSegment` if there is more to keep."""
+    """Tokens of the incomplete chunk, (b, n, d) or (v, b, n, d); or a `PendingSegment` if there is more to keep."""
     states: tuple[TensorDict, TensorDict] | None
     """Weights after the last complete chunk, per parameter (bh, …), and momentum, per parameter (o, bh, …)."""
     updates: TensorDict | FastWeights | None
-    """Weights over the call, per parameter (bh, chunks + 1, …): before its first chunk, and after each one. The weight
-    residual of the next memory layer; not needed to continue. Matrices are formed when they are asked for."""
+    """Weights over time, per parameter (bh, chunks + 1, …): before the call's first chunk, and after each chunk. The
+    next memory layer's weight residual uses them; they are not needed to continue. Matrices are formed when asked
+    for."""
 
     @property
     def open_chunk(self) -> PendingSegment | None:
@@ -92,7 +93,7 @@ class NeuralMemState(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens read so far, including those of the open chunk."""
+        """Number of tokens read so far, including those of the open chunk."""
         pending = self.open_chunk
         return self.seq_index if pending is None else self.seq_index + pending.tokens.shape[-2]
 
@@ -104,13 +105,13 @@ class NeuralMemState(NamedTuple):
         return tokens.shape[-3] if isinstance(tokens, Tensor) and tokens.ndim > 2 else None
 
     def detach(self) -> NeuralMemState:
-        """The state, detached from its graph, as for truncated backpropagation through time."""
+        """The state without its graph, for truncated backpropagation through time."""
         return _map_tensors(lambda t: t.detach(), self)
 
     def to(
         self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None
     ) -> NeuralMemState:
-        """The state on another device, with its floating-point tensors in another dtype, or both."""
+        """The state on another device, or with floating-point tensors in another dtype, or both."""
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         return _map_tensors(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None), self)
@@ -120,16 +121,16 @@ class NeuralMemState(NamedTuple):
         return _map_tensors(lambda t: t.detach().clone(), self)
 
     def select(self, entries: Int[Tensor, ' e'] | list[int]) -> NeuralMemState:
-        """The state of these batch entries, in this order and with repetitions, but without `updates`.
+        """The state of these batch entries, in this order, possibly repeated, but without `updates`.
 
         Raises:
-            ValueError: for entries that are not in the batch, and for a state with weights whose `cache_store_segment`
-                is `None`: without that tensor, even an empty one, the size of the batch is unknown.
+            ValueError: for entries that are not in the batch, and for a state with weights but
+                `cache_store_segment=None`: without that tensor, even an empty one, the batch size is unknown.
         """
         pending = self.open_chunk
         if pending is None:
             if self.weights is None and self.states is None:
-                return self  # it belongs to no batch yet
+                return self  # it does not belong to a batch yet
             raise ValueError('cache_store_segment of the state must hold the tokens of its open chunk, got None')
         tokens, mask, queries, before = pending
         batch = tokens.shape[-3]
@@ -158,7 +159,7 @@ class NeuralMemState(NamedTuple):
         return NeuralMemState(self.seq_index, weights, pending.simplified(), states, None)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # the file holds plain dictionaries, so that it loads with `weights_only=True` and does not depend on TensorDict
+        # save plain dictionaries, so that the file loads with `weights_only=True` and does not depend on TensorDict
         plain = tree_map(
             lambda t: t.to_dict() if isinstance(t, (TensorDict, FastWeights)) else t,
             tuple(self),
@@ -186,16 +187,16 @@ allow_loading(_rebuild_state, PendingSegment, formerly='memory_state')
 
 
 class OpenState(NamedTuple):
-    """State of a memory within a call: complete, with everything that a first call leaves out."""
+    """State of a memory within a call, complete: what a first call leaves out is filled in."""
 
     seq_index: int
     weights: MemoryWeights
     pending: PendingSegment
     at_rest: bool = False
-    """True if the momentum is known to be zero, as at the start of a sequence."""
+    """True if momentum is known to be zero, as at the start of a sequence."""
 
     def to_state(self, updates: FastWeights) -> NeuralMemState:
-        """The state to return, with the weights over the call."""
+        """The state to return, with `updates` as the weights over time."""
         return NeuralMemState(
             seq_index=self.seq_index,
             weights=TensorDict(self.weights.base),
@@ -210,13 +211,13 @@ class BufferSizes(NamedTuple):
 
     chunk: int
     conv_context: int
-    """Tokens before a token that a convolution sees."""
+    """Number of tokens before the current one that a convolution sees."""
     group: int
-    """Tokens that read the same weights, for memory networks that mix them; else 0."""
+    """Number of tokens that read the same weights, for memory networks that mix tokens; otherwise 0."""
 
     def queries(self, num_pending: int) -> slice:
-        """Position in the buffer of the retrieval inputs that the next token depends on; of a full group, only those
-        that a convolution still sees."""
+        """Where in the buffer the retrieval inputs are that the next token depends on; of a full group, only those that
+        a convolution still sees."""
         in_group = (num_pending + 1) % self.chunk if self.group else 0
         start = 0 if in_group else self.group
         return slice(start, start + self.conv_context + in_group)
@@ -227,20 +228,20 @@ class MemoryBuffers(NamedTuple):
 
     weights: MemoryWeights
     pending: Float[Tensor, 'b c d'] | Float[Tensor, 'v b c d']
-    """Store inputs of the open chunk, except its last token, which is stored on arrival; before them, those that a
+    """Store inputs of the open chunk, without its last token, which is stored on arrival; before them, those that a
     convolution sees."""
     queries: Float[Tensor, 'b c d'] | None
-    """Retrieval inputs that read the same weights, for memory networks that mix tokens, and before them those that a
-    convolution sees; `None` if the next token depends on no earlier ones."""
+    """For memory networks that mix tokens, retrieval inputs that read the same weights; before them, those that a
+    convolution sees. `None` if the next token depends on no earlier ones."""
     surprises: Surprises | None = None
-    """Those of the last chunk stored, if requested."""
+    """Surprises of the last chunk stored, if requested."""
 
     @classmethod
     def of(cls, state: OpenState, sizes: BufferSizes) -> MemoryBuffers:
-        """Buffers with the contents of `state`; the result does not alias it.
+        """Buffers with the contents of `state`, which they do not alias.
 
         Raises:
-            ValueError: for a state whose open chunk has a `store_mask`.
+            ValueError: for a state with a `store_mask` in its open chunk.
         """
         if state.pending.mask is not None:
             raise ValueError('state has an open chunk with a store_mask, which decoding token by token cannot complete')
@@ -260,7 +261,7 @@ class MemoryBuffers(NamedTuple):
         return cls(weights, pending, in_buffer(queries, length, start) if length else None)
 
     def to_state(self, position: int, sizes: BufferSizes) -> NeuralMemState:
-        """The state after `position` tokens; it does not alias the buffers."""
+        """The state after `position` tokens, which does not alias the buffers."""
         num_pending = position % sizes.chunk
         queries = before = None
         if self.queries is not None:
@@ -275,7 +276,7 @@ class MemoryBuffers(NamedTuple):
 
 
 def copy_weights(pairs: Iterable[tuple[MemoryBuffers, MemoryBuffers]]) -> None:
-    """Copy the weights of the second of each pair into the buffers of the first, all in one launch per dtype."""
+    """Copy the weights of each pair's second element into the buffers of its first, in a single launch per dtype."""
     tensors = [
         (buffer[name], w)
         for target, source in pairs

@@ -1,4 +1,4 @@
-"""Retrieval for a single token in decoding, as one operation between the projections to queries and from the heads."""
+"""Retrieval for a single token in decoding: one operation between the projections to queries and from heads."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from titans_pytorch.utils.shapes import Float
 
 
 class PlainRetrieval(NamedTuple):
-    """The parts of a memory that retrieval runs through, where `token_retrieval` covers them."""
+    """The parts of a memory that retrieval uses, in cases that the operation `token_retrieval` covers."""
 
     heads: int
     mlp: PlainMLP
     """One or two matrices."""
     query_norm: MultiheadRMSNorm | None
     to_gate: nn.Linear | None
-    """To a logit for each head."""
+    """Matrix to a logit for each head."""
 
     @classmethod
     def of(
@@ -37,7 +37,7 @@ class PlainRetrieval(NamedTuple):
         gate: Module | None,
         dtype: torch.dtype,
     ) -> PlainRetrieval | None:
-        """`None` for parts that the operation does not cover: other networks, norms and gates, half precision, hooks.
+        """`None` for what the operation does not cover: other networks, norms and gates, half precision, hooks.
 
         Args:
             split: splits queries into heads.
@@ -57,11 +57,11 @@ class PlainRetrieval(NamedTuple):
     def __call__(
         self, weights: Weights, projected: Float[Tensor, 'b 1 hd'], normed: Float[Tensor, 'b 1 d']
     ) -> Float[Tensor, 'b 1 hd']:
-        """The gated values of all heads.
+        """Compute the gated values of all heads.
 
         Args:
             weights: weights of the memories, (bh, …) by parameter.
-            projected: queries of all heads, not normalised yet.
+            projected: queries of all heads, not yet normalised.
             normed: input of the gate.
         """
         matrices, gamma = self.mlp.of_weights(weights)

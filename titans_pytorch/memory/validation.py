@@ -1,4 +1,4 @@
-"""Checks of what a call of a memory gets: inputs, states and weights."""
+"""Checks of what a call of a memory receives: inputs, states and weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from titans_pytorch.utils.shapes import Bool, Float
 
 
 class Call(NamedTuple):
-    """Inputs of one call, checked and in one layout."""
+    """Inputs of one call, checked and brought into a single layout."""
 
     queries: Float[Tensor, 'b n d']
     to_store: Float[Tensor, 'b n d'] | Float[Tensor, 'v b n d']
@@ -44,7 +44,7 @@ class Call(NamedTuple):
     """`PackedDocuments.resets`"""
 
     def of_documents(self, documents: PackedDocuments) -> Call:
-        """This call with zeros for the padding of `documents`, as before a first token."""
+        """This call with zeros in the padding of `documents`, like those before a first token."""
         queries, to_store = (t.masked_fill(~documents.real.unsqueeze(-1), 0.0) for t in (self.queries, self.to_store))
         return replaced(self, queries=queries, to_store=to_store, resets=documents.resets)
 
@@ -61,7 +61,7 @@ class Call(NamedTuple):
 
 
 class MemoryLayout(NamedTuple):
-    """Sizes of a memory. Methods check tensors against them and raise a ValueError or TypeError if they do not fit."""
+    """Sizes of a memory. Methods check tensors against them and raise a ValueError or TypeError for a mismatch."""
 
     dim: int
     heads: int
@@ -69,9 +69,9 @@ class MemoryLayout(NamedTuple):
     momentum_orders: int
     """0 without momentum."""
     different_views: bool
-    """True if queries, keys and values have inputs of their own."""
+    """True if queries, keys and values have separate inputs."""
     conv_context: int
-    """Tokens before a token that a convolution sees; 0 without convolutions."""
+    """Number of earlier tokens that a convolution sees; 0 without convolutions."""
     dtype: torch.dtype
     """Precision of the parameters, and so of the inputs."""
     parameters: Mapping[str, tuple[int, ...]]
@@ -80,10 +80,10 @@ class MemoryLayout(NamedTuple):
     def call(
         self, seq: Any, store_seq: Any, store_mask: Any, ttt_batch_size: int | None, batch_size: int | None
     ) -> Call:
-        """The arguments of a call as a `Call`; a single token gets its length axis."""
+        """The arguments of a call as a `Call`; a single token is given its length axis."""
         seq = self._with_length('seq', seq)
         if self.different_views:
-            # beside `store_seq` the queries suffice
+            # with `store_seq`, the view for queries is enough
             views = 1 if store_seq is not None and seq.shape[:1] == (1,) else 3
             check_shape('seq', seq, views=views, batch=None, length=None, dim=self.dim)
             queries, to_store = seq[0], seq[1:]
@@ -130,8 +130,8 @@ class MemoryLayout(NamedTuple):
         init_momentum: Callable[[int], Mapping[str, Tensor]],
         names: tuple[str, str, str] = ('state.seq_index', 'state.weights', 'state.states'),
     ) -> OpenState:
-        """`state` with missing parts filled in, to continue from at `seq`; the two functions create initial weights and
-        momentum for a batch size.
+        """`state` with missing parts filled in, from which `seq` continues; the two functions create initial weights
+        and momentum for a batch size.
 
         `names`: the names under which the user passed `seq_index`, `weights` and `states`, for error messages.
         """
@@ -157,7 +157,7 @@ class MemoryLayout(NamedTuple):
     def _checked_states(
         self, name: str, states: Any, batch: int, device: torch.device
     ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor] | None]:
-        """The newest weights and the momentum of a state; `None` for no momentum."""
+        """The newest weights and the momentum of a state; `None` if it has no momentum."""
         if not isinstance(states, (tuple, list)) or len(states) != 2:
             raise TypeError(f'{name} must be a pair of weights and momentum, got {described(states)}')
         newest, momentum = states
@@ -203,7 +203,7 @@ class MemoryLayout(NamedTuple):
         )
 
     def _check_kept_rows(self, name: str, rows: Any, leading: tuple[int, ...], length: int | None) -> None:
-        """Check rows (…, length, dim) of earlier tokens; `None` for any length."""
+        """Check rows (…, length, dim) of earlier tokens; with `None`, any length will do."""
         check_floating(name, rows)
         fits = rows.shape[:-2] == leading and rows.shape[-1] == self.dim
         if not fits or (length is not None and rows.shape[-2] != length):
@@ -216,11 +216,12 @@ class MemoryLayout(NamedTuple):
     def _check_weights(
         self, name: str, weights: Mapping[str, Tensor], leading: tuple[int, ...], device: torch.device
     ) -> None:
-        """Check that `weights` belong to this memory's network, each parameter with the axes `leading` in front."""
+        """Check that `weights` belong to this memory's network; the axes `leading` come before those of each
+        parameter."""
         expected = {key: (*leading, *shape) for key, shape in self.parameters.items()}
         _check_tensors(name, weights)
         came = {str(key): tuple(t.shape) for key, t in weights.items()}
-        # key by key: the compiler cannot compare dictionaries of shapes
+        # one key at a time, because the compiler cannot compare dictionaries of shapes
         if came.keys() != expected.keys() or any(came[key] != shape for key, shape in expected.items()):
             *orders, of_batch = leading
             rows = next(iter(came.values()), ())[len(orders) : len(leading)]
@@ -257,9 +258,9 @@ class MemoryLayout(NamedTuple):
         return FastWeights.of(tensors)
 
     def _with_steps(self, name: str, w: Tensor, shape: tuple[int, ...], batch: int) -> Float[Tensor, 'bh n ...']:
-        """A parameter of this shape with the axes that `over_time` allows to leave out."""
+        """A parameter of this shape, with the axes added that `over_time` allows a user to leave out."""
         bh = batch * self.heads
-        # the number of axes first, so that a dynamic length is not compared with the size of another axis
+        # compare the number of axes first, so that a dynamic length is not compared with the size of another axis
         if w.ndim == len(shape) and tuple(w.shape) == shape:
             w = w.expand(bh, *shape)
         elif w.ndim == len(shape) + 1 and tuple(w.shape) == (self.heads, *shape):
@@ -275,7 +276,7 @@ class MemoryLayout(NamedTuple):
     def first_step(name: str, weights: FastWeights, first_chunk: int, num_chunks: int) -> int:
         """The step of `weights` before the first chunk of a call.
 
-        The call completes `num_chunks` chunks, of which the first has number `first_chunk` over all calls. Weights over
+        The call completes `num_chunks` chunks; the first of them has index `first_chunk` over all calls. Weights over
         the call have a step before each of its chunks and, like `state.updates`, one after the last. Weights over the
         whole sequence begin before chunk 0 and may extend beyond this call.
         """
@@ -295,15 +296,15 @@ def _check_tensors(name: str, weights: Any) -> None:
     """Check that `weights` map names to tensors; a `TensorDict` does."""
     if not hasattr(weights, 'items'):
         raise TypeError(f'{name} must map the names of parameters to tensors, got {described(weights)}')
-    if not isinstance(weights, FastWeights):  # whose items would be formed
+    if not isinstance(weights, FastWeights):  # reading its items would form them
         for key, w in weights.items():
             check_floating(f'{name}[{key!r}]', w)
 
 
 def _check_zero(name: str, momentum: Any) -> None:
-    """Refuse momentum for a memory that has none and would drop it; states of the reference hold zeros there."""
+    """Refuse momentum for a memory without momentum, which would drop it; the reference's states hold zeros there."""
     _check_tensors(name, momentum)
-    # only states of the reference have any, and so read values here that may be on a GPU
+    # only the reference's states have any, so only they pay for reading values that may be on a GPU
     if any(t.any() for t in momentum.values() if not (t.is_meta or is_traced())):
         raise ValueError(f'{name} must hold no momentum, or zeros, as this memory has none')
 

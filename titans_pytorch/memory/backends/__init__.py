@@ -17,10 +17,10 @@ __all__ = ['Backend', 'DenseBackend', 'DualBackend', 'SpectralBackend', 'StoreIn
 def choose_backend(
     requested: str, network: Module, dim: int, rows: int, spectral_norm: bool, proximal_steps: bool = False
 ) -> type[Backend]:
-    """The backend for a network of width `dim`, which is given up to `rows` rows at a time.
+    """Choose the backend for a network of width `dim` that receives up to `rows` rows at a time.
 
     Args:
-        requested: the argument `engine` of `NeuralMemory`; 'auto' is 'dual' for all networks that it can serve.
+        requested: the argument `engine` of `NeuralMemory`; 'auto' is 'dual' for every network that it can serve.
 
     Raises:
         ValueError: for a network that the requested backend, or with 'auto' any backend, cannot serve.

@@ -29,44 +29,44 @@ class StoreInputs(NamedTuple):
     residual: WeightResidual | None
     schedule: Schedule
     weights: MemoryWeights
-    """Before the first chunk."""
+    """Weights before the first chunk."""
     transition: Transition
     with_losses: bool = True
-    """False if nobody reads the losses of the rows."""
+    """False if the losses of the rows will not be read."""
     at_rest: bool = False
     """True if the momentum is known to be zero."""
     origin: Weights | None = None
-    """Weights with which the memory begins anew after `Chunks.resets`; `None` without these."""
+    """Weights with which the memory begins anew after `Chunks.resets`; `None` if there are none."""
 
 
 class Gradients(NamedTuple):
     """Negative gradients of a block of chunks; gradients of matrices are kept as two factors."""
 
     inputs: Weights
-    """For each matrix the rows X that it was applied to, (bh, n, m, d)."""
+    """For each matrix, the rows X that it was applied to, (bh, n, m, d)."""
     deltas: Weights
-    """For each matrix Δ = −∂loss / ∂(X W), (bh, n, m, e): minus the gradient of a chunk is Xᵀ Δ."""
+    """For each matrix, Δ = −∂loss / ∂(X W), (bh, n, m, e): minus the gradient of a chunk is Xᵀ Δ."""
     vectors: Weights
-    """For each vector minus its gradient, (bh, n, d)."""
+    """For each vector, minus its gradient, (bh, n, d)."""
     losses: Float[Tensor, 'bh n m']
     """Losses of the rows, unweighted."""
 
     def proximal(self, step_sizes: Float[Tensor, 'bh n m'], num_steps: int) -> Gradients:
-        """The factors and vectors of proximal steps instead."""
+        """The same factors and vectors for proximal steps."""
         common = (step_sizes, self.losses, num_steps)
         deltas = {name: proximal_deltas(self.inputs[name], own, *common) for name, own in self.deltas.items()}
         vectors = {name: proximal_vector(own, *common) for name, own in self.vectors.items()}
         return replaced(self, deltas=deltas, vectors=vectors)
 
     def dense(self, name: str) -> Float[Tensor, 'bh n ...']:
-        """Minus the gradient of a parameter, formed."""
+        """Form minus the gradient of a parameter."""
         return self.inputs[name].mT @ self.deltas[name] if name in self.inputs else self.vectors[name]
 
     def formed(self, like: Weights) -> Weights:
-        """Minus the gradients of the parameters `like`, in their precision.
+        """Form minus the gradients of the parameters `like`, in their precision.
 
-        Products are in float32 at least. Rounded, the update of a few rows would have more directions than rows, and
-        spectral norm makes all directions equally long.
+        Products are in at least float32. If they were rounded, the update of a few rows would have more directions than
+        rows, and spectral norm makes all directions equally long.
         """
         inputs, deltas = ({name: at_least_float32(t) for name, t in own.items()} for own in (self.inputs, self.deltas))
         raised = replaced(self, inputs=inputs, deltas=deltas)
@@ -79,14 +79,14 @@ class Stored(NamedTuple):
 
     over_time: StoredBlock | StoredBatches
     momentum: Weights
-    """After the last chunk, (o, bh, …); empty without momentum."""
+    """Momentum after the last chunk, (o, bh, …); empty without momentum."""
     losses: Float[Tensor, 'bh n m'] | None
-    """‖M(k) − v‖² of each row before it is stored, unweighted: the surprise of the row. `None` if nobody reads them and
-    computing them would have taken extra time."""
+    """‖M(k) − v‖² of each row before it is stored, unweighted: the surprise of the row. `None` if it will not be read
+    and would have cost extra time."""
 
 
 class PreparedBlock(NamedTuple):
-    """One block of a call, with everything that storing it needs but the weights."""
+    """One block of a call, with everything that storing it needs except the weights."""
 
     store: Callable[[MemoryWeights], Stored]
     ends_batch: bool
@@ -97,12 +97,12 @@ class Backend:
 
     Args:
         network: the memory network, a template whose own weights are not used.
-        mlp: the same network, if it is a plain MLP.
+        mlp: the same network if it is a plain MLP.
         loss_fn: the loss that storing minimises.
         scan: solves linear recurrences over chunks.
-        max_grad_norm: soft bound of a gradient's norm.
+        max_grad_norm: soft bound on the norm of a gradient.
         spectral_norm: orthogonalise the momentum.
-        num_proximal_steps: number of steps that are added up at the same weights, if they are proximal ones.
+        num_proximal_steps: number of steps that add up at the same weights, if steps are proximal.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Backend:
         self.num_proximal_steps = num_proximal_steps
 
     def store(self, inputs: StoreInputs) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m'] | None]:
-        """The weights over all steps, those to go on from, and the loss of each row, if `inputs.with_losses`."""
+        """Store chunks. Return the weights over time, those to continue from, and the losses of rows if requested."""
         if isinstance(inputs.schedule.num_chunks, torch.SymInt):
             refuse_dynamic_length()
         weights = inputs.weights
@@ -141,15 +141,15 @@ class Backend:
         return FastWeights.joined(stored, weights.newest), weights, all_losses
 
     def prepare(self, inputs: StoreInputs) -> Iterable[PreparedBlock]:
-        """The blocks of a call in order, each to be stored in the weights that the one before leaves."""
+        """The blocks of a call in order; each is to be stored in the weights that the previous one leaves."""
         raise NotImplementedError
 
     def over_chunks(self, gates: Tensor, inputs: Tensor, initial: Tensor) -> Tensor:
-        """`Recurrence` of all chunks of a block: its states after each of them."""
+        """`Recurrence` for all chunks of a block; returns its state after each of them."""
         return self.scan(gates.unsqueeze(-1), inputs, prev=initial)
 
     def retrieve(self, weights: FastWeights, rows: Float[Tensor, 'bh n c d'], first: int) -> Float[Tensor, 'bh n c d']:
-        """Group k of `rows` through the network with the weights of step `first + k`."""
+        """Apply the network to `rows`; group k reads the weights of step `first + k`."""
         lengths = weights.lengths(first, rows.shape[1])
         if len(lengths) == 1:
             return self.apply_over_time(weights, rows, first)
@@ -160,25 +160,25 @@ class Backend:
     def apply_over_time(
         self, weights: FastWeights, rows: Float[Tensor, 'bh n c d'], first: int
     ) -> Float[Tensor, 'bh n c d']:
-        """`retrieve` for steps within one of the factored blocks."""
+        """`retrieve` for steps that lie within one factored block."""
         raise NotImplementedError
 
     # one chunk at a time, as in decoding
 
     def apply(self, weights: Weights, rows: Float[Tensor, 'bh m d']) -> Float[Tensor, 'bh m d']:
-        """Rows through the network with weights (bh, …)."""
+        """Apply the network, with weights (bh, …), to rows."""
         raise NotImplementedError
 
     def negative_gradients(self, chunk: Chunks, at: Weights) -> tuple[Weights, Float[Tensor, 'bh m']]:
-        """Minus the gradient of the loss of a block of one chunk at weights (bh, …), and the losses of its rows."""
+        """Minus the gradient of the loss of a single chunk at weights (bh, …), and the losses of its rows."""
         raise NotImplementedError
 
     def store_chunk(
         self, chunk: Chunks, weights: MemoryWeights, residual: WeightResidual | None
     ) -> tuple[MemoryWeights, Float[Tensor, 'bh m']]:
-        """The weights after a block of one chunk, and the losses of its rows; without a graph.
+        """The weights after storing a single chunk, and the losses of its rows, without a graph.
 
-        The momentum may be updated in place; weights may not, as another memory may still have to read them.
+        Momentum may be updated in place. Weights may not, because another memory may still have to read them.
         """
         with torch.no_grad():
             gates, at = chunk.at(0).update_gates(), weights.base
@@ -189,7 +189,7 @@ class Backend:
             updates, orders = surprise(
                 gradients, gates, weights.momentum, one_chunk, self.max_grad_norm, self.spectral_norm
             )
-            # Titans eq. 13: M_t = (1 − α_t) M_{t−1} + S_t, in the memory layout of M, into whose buffer it is copied
+            # Titans eq. 13: M_t = (1 − α_t) M_{t−1} + S_t, with the strides of M, into whose buffer it will be copied
             newest = {
                 name: torch.addcmul(updates[name], beside(gates.retention, w), w, out=torch.empty_like(w))
                 for name, w in weights.newest.items()
@@ -199,8 +199,8 @@ class Backend:
 
 
 def final_momentum(orders: dict[str, list[Tensor]]) -> Weights:
-    """The momentum after the last chunk, from that after each chunk, (bh, n, …) for each order."""
-    # copies, as a state would keep the momentum after all chunks
+    """The momentum after the last chunk, given the momentum after each chunk, (bh, n, …) for each order."""
+    # copies, because a state would otherwise keep the momentum after all chunks alive
     return {name: stacked([order[:, -1].clone() for order in by_order]) for name, by_order in orders.items()}
 
 
@@ -210,7 +210,8 @@ def stacked(orders: list[Tensor]) -> Float[Tensor, 'o bh ...']:
 
 
 def weights_of_states(states: list[Tensor], lookahead: bool) -> Tensor:
-    """The weights, given state 0 and the momentum of each order; with `lookahead` state 0 is their sum."""
+    """The weights, given state 0 and the momentum of each order; with `lookahead`, state 0 is the sum of all of
+    them."""
     ahead, *momentum = states
     return ahead - sum(momentum[1:], momentum[0]) if lookahead else ahead
 

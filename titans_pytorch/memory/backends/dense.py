@@ -24,11 +24,11 @@ from titans_pytorch.utils.shapes import Float
 
 
 class DenseBackend(Backend):
-    """Gradients by `torch.func`, all chunks of a block at once; momentum and decay by scans over chunks."""
+    """Gradients by `torch.func`, for all chunks of a block at once; momentum and decay by scans over chunks."""
 
     def prepare(self, inputs: StoreInputs) -> Iterator[PreparedBlock]:
         if is_exporting():
-            # its tracer takes no gradients under `vmap`
+            # the exporter's tracer takes no gradients under `vmap`
             raise ValueError("torch.export needs engine='dual', and this memory is dense")
         blocks = inputs.schedule.blocks(preferred=None)
         lengths = [block.num_chunks for block in blocks]
@@ -43,9 +43,9 @@ class DenseBackend(Backend):
         )
         dense, final = {}, {}
         for name, update in updates.items():
-            # Titans eq. 13: M_t = (1 − α_t) M_{t−1} + S_t, with M before the first chunk in front
+            # Titans eq. 13: M_t = (1 − α_t) M_{t−1} + S_t; the result begins with M before the first chunk
             every = self.scan(gates.retention.unsqueeze(-1), update, prev=weights.newest[name], remove_prev=False)
-            # a copy, as a state would keep the weights of all chunks
+            # a copy, because a state would otherwise keep the weights of all chunks alive
             dense[name], final[name] = every[:, :-1], every[:, -1].clone()
         return Stored(StoredBlock(dense, final), final_momentum(orders), losses)
 

@@ -1,9 +1,9 @@
-"""The dual backend: rows and output gradients instead of a gradient matrix for every chunk.
+"""The dual backend: rows and output gradients in place of a gradient matrix for every chunk.
 
 The gradient of a matrix W over a chunk is Xᵀ Δ, where X are the rows that W was applied to and Δ the gradients of their
-products. Kept as these two factors, chunks can be stored and retrieved from without a matrix per chunk (see
-`titans_pytorch.memory.fast_weights`). It serves networks that send every product of a row with a matrix through
-`linear`, as those of `titans_pytorch.memory_models` do.
+products. Keeping these two factors makes it possible to store chunks and retrieve from them without a matrix per chunk
+(see `titans_pytorch.memory.fast_weights`). The backend serves networks that send every product of a row with a matrix
+through `linear`, as those of `titans_pytorch.memory_models` do.
 """
 
 from __future__ import annotations
@@ -51,18 +51,19 @@ from titans_pytorch.utils.shapes import Float
 
 
 class DualBackend(Backend):
-    """Factored matrices, unless a matrix has no more entries than its factors over a chunk; vectors are dense."""
+    """Matrices are factored, unless they have no more entries than their factors over a chunk; vectors are dense."""
 
     @property
     def fused(self) -> FusedMLP | None:
-        """The network as a memory MLP under the default loss, for which there are fused operations; else `None`."""
+        """The network as a memory MLP under the default loss, which fused operations serve; otherwise `None`."""
         if self.mlp is None or self.loss_fn is not default_loss_fn:
             return None
         return FusedMLP(self.mlp, self.num_proximal_steps)
 
     def store(self, inputs: StoreInputs) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m'] | None]:
         if isinstance(inputs.schedule.num_chunks, torch.SymInt):
-            # the gradients of other networks, and of the scan itself, need transforms that the scan does not support
+            # gradients of other networks, and gradients of the scan itself, need transforms that the scan does not
+            # support
             if torch.is_grad_enabled() or self.fused is None:
                 refuse_dynamic_length()
             return scan_chunks(self, inputs)
@@ -74,9 +75,9 @@ class DualBackend(Backend):
         formed = {name for name, w in matrices if _forms_matrix(rows, *w.shape[1:])}
         in_one = WholeBatches.of(self.fused, inputs, self.max_grad_norm is not None, bool(formed))
         if in_one is not None:
-            formed = set()  # as in whole batches: a matrix is held in the same way throughout a call
+            formed = set()  # as in whole batches, a matrix is held in the same way throughout a call
         blocks = inputs.schedule.blocks(self.preferred_chunks(chunks))
-        # gradients of the first block may be taken elsewhere than at the newest weights, as whole batches take theirs
+        # the first block's gradients may be taken elsewhere than at the newest weights, where whole batches take theirs
         at_newest = all(weights.base[name] is w for name, w in weights.newest.items())
         first_differs = not at_newest or (inputs.transition.lookahead and not inputs.at_rest)
         groups = _neighbours(blocks, first_alone=first_differs)
@@ -90,15 +91,15 @@ class DualBackend(Backend):
             yield from prepared if inputs.origin is None else _beginning_anew(prepared, inputs.origin)
 
     def preferred_chunks(self, chunks: Chunks) -> int:
-        """Chunks of a block, where the schedule leaves the choice."""
-        # work inside a block grows with the square of its rows, launches with the number of blocks. On a GPU launches
+        """Number of chunks in a block, where the schedule leaves the choice."""
+        # work inside a block grows with the square of its rows, launches with the number of blocks; on a GPU, launches
         # cost more. If matrices are formed, work grows with the square of the number of chunks
         return max((128 if chunks.keys.device.type == 'cpu' else 512) // chunks.keys.shape[2], 8)
 
     def _separately(
         self, blocks: list[ChunkBlock], chunks: Chunks, residual: WeightResidual | None, formed: set[str]
     ) -> Iterator[PreparedBlock]:
-        # the recurrences of neighbours of one length are solved together
+        # solve the recurrences of neighbouring blocks of one length together
         coefficients = Coefficients.of_blocks(chunks, len(blocks))
         lengths = [block.num_chunks for block in blocks]
         parts = zip(blocks, split_inputs(chunks, residual, lengths), coefficients.unbind())
@@ -138,8 +139,8 @@ class DualBackend(Backend):
     # gradients
 
     def gradients(self, chunks: Chunks, base: Weights, residual: WeightResidual | None) -> Gradients:
-        """Negative gradients of each chunk at `base`, plus the residual."""
-        # a frozen memory builds no graph, although the gradient that it stores comes from one
+        """Negative gradients of each chunk at the weights `base` plus the residual."""
+        # a frozen memory builds no graph, although the gradients that it stores come from one
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._needs_graph(chunks, base, residual)):
             if self.fused is not None and (residual is None or residual.dense.keys() == base.keys()):
                 found = self.fused.gradients(chunks, base, residual)
@@ -149,7 +150,7 @@ class DualBackend(Backend):
             return found if num_steps is None else found.proximal(chunks.step_sizes, num_steps)
 
     def _needs_graph(self, chunks: Chunks, base: Weights, residual: WeightResidual | None) -> bool:
-        """True if an input of the gradients can have a gradient itself."""
+        """True if any input of the gradients can itself have a gradient."""
         if is_traced():
             return True
         tensors = [*chunks, *base.values(), *tree_leaves(residual)]
@@ -161,7 +162,7 @@ class DualBackend(Backend):
         return self.loss_fn(row, row).requires_grad
 
     def traced_gradients(self, chunks: Chunks, base: Weights, residual: WeightResidual | None) -> Gradients:
-        """`gradients` of any network, by autograd."""
+        """`gradients` for any network, by autograd."""
         names = _parameter_names(self.network)
         bh, n, m, _ = chunks.keys.shape
         vectors = {name: base[name].unsqueeze(1).expand(-1, n, -1) for name in _vectors(self.network)}
@@ -193,7 +194,7 @@ class DualBackend(Backend):
         return Gradients({name: x.to(deltas[name].dtype) for name, x in inputs.items()}, deltas, of_vectors, losses)
 
     def _update_factor(self, inputs: Tensor, deltas: Tensor, modulation: Tensor | None) -> Float[Tensor, 'bh n'] | None:
-        """Factor that clamp and modulation put on the update of each chunk, given in its two factors."""
+        """The factor by which clamping and modulation scale each chunk's update, whose two factors are given."""
         if self.max_grad_norm is None:
             return modulation
         # ‖XᵀΔ‖² = Σ (X Xᵀ) ∘ (Δ Δᵀ), without the matrix
@@ -226,12 +227,12 @@ class DualBackend(Backend):
 
         def linear(x: Tensor, weight: Tensor) -> Tensor:
             name = names.get(id(weight))
-            return x @ weight if name is None else weights.linear(name, x, first)  # none: a constant of the network
+            return x @ weight if name is None else weights.linear(name, x, first)  # no name: a constant of the network
 
         return call_with_weights(self.network, vectors, rows, linear=linear)
 
     def apply(self, weights: Weights, rows: Float[Tensor, 'bh m d']) -> Float[Tensor, 'bh m d']:
-        # for so few rows, calling the modules would take longer than the products
+        # for so few rows, calling the modules would take longer than the products themselves
         return call_with_weights(self.network, weights, rows) if self.mlp is None else self.mlp(weights, rows)
 
     def negative_gradients(self, chunk: Chunks, at: Weights) -> tuple[Weights, Float[Tensor, 'bh m']]:
@@ -251,19 +252,19 @@ class DualBackend(Backend):
 
 
 def _neighbours(blocks: list[ChunkBlock], first_alone: bool) -> list[list[ChunkBlock]]:
-    """Consecutive blocks of one length, which are prepared together."""
+    """Group consecutive blocks of one length, which are prepared together."""
     first, others = (blocks[:1], blocks[1:]) if first_alone else ([], blocks)
     groups = [[*same] for _, same in groupby(others, key=lambda block: block.num_chunks)]
     return [first, *groups] if first else groups
 
 
 def _forms_matrix(rows: int, dim_in: int, dim_out: int) -> bool:
-    """True if a matrix has no more entries than the factors of its gradient over a chunk of `rows` rows."""
+    """True if a matrix has no more entries than the two factors of its gradient over a chunk of `rows` rows."""
     return rows * (dim_in + dim_out) >= dim_in * dim_out
 
 
 def _beginning_anew(blocks: Iterable[PreparedBlock], origin: Weights) -> Iterator[PreparedBlock]:
-    """The same blocks with `origin` as the last state, which they take and leave as if it were momentum."""
+    """The same blocks with `origin` as their last state, which goes through them as if it were momentum."""
     last = {name: w.unsqueeze(0) for name, w in origin.items()}
 
     def stored(store: Callable[[MemoryWeights], Stored], weights: MemoryWeights) -> Stored:
@@ -281,7 +282,7 @@ def _beginning_anew(blocks: Iterable[PreparedBlock], origin: Weights) -> Iterato
 def _dense_states(
     coefficients: Coefficients, initial: list[Tensor], update: Float[Tensor, 'bh n ...']
 ) -> tuple[Float[Tensor, 'bh n ...'], list[Tensor]]:
-    """The weights before each chunk, and each state after the last."""
+    """The weights before each chunk, and each state after the last chunk."""
     with no_autocast(update):
         flat, flat_initial = update.flatten(2), torch.stack(initial, dim=1).flatten(2)
         final = coefficients.final @ flat + coefficients.initial_final @ flat_initial
@@ -290,12 +291,13 @@ def _dense_states(
 
 
 ProbedLoss = Callable[[Callable[[str, Tensor], Tensor], Weights], tuple[Tensor, Tensor]]
-"""Maps a probe and vectors to minus the loss, and the losses of rows. `probe(name, product)` returns the product that
-the rest is computed from, and with respect to which the gradient is taken."""
+"""Maps a probe and vectors to minus the loss, and the losses of rows. `probe(name, product)` returns the product to
+continue with; gradients are taken with respect to it."""
 
 
 def _gradients_of_products(fn: ProbedLoss, vectors: Weights) -> tuple[Weights, Weights, Tensor]:
-    """Gradients of `fn` with respect to its products and to `vectors`, differentiable again; and the losses."""
+    """Gradients of `fn` with respect to its products and to `vectors`, which can be differentiated again; and
+    losses."""
     products: Weights = {}
 
     def probe(name: str, product: Tensor) -> Tensor:
@@ -309,8 +311,8 @@ def _gradients_of_products(fn: ProbedLoss, vectors: Weights) -> tuple[Weights, W
 
 
 def _gradients_of_added_zeros(fn: ProbedLoss, vectors: Weights, zeros: Weights) -> tuple[Weights, Weights, Tensor]:
-    """The same as a pure function, which the compiler can trace and which needs no graph around it: a zero is added to
-    every product, and the gradient with respect to it is that with respect to the product."""
+    """The same as a pure function, which the compiler can trace and which needs no surrounding graph: a zero is added
+    to every product, and the gradient with respect to the zero is that with respect to the product."""
 
     def of_zeros(zeros: Weights, vectors: Weights) -> tuple[Tensor, Tensor]:
         return fn(lambda name, product: product + zeros[name], vectors)
@@ -320,7 +322,7 @@ def _gradients_of_added_zeros(fn: ProbedLoss, vectors: Weights, zeros: Weights) 
 
 
 def _batched(loss_fn: LossFn, axes: int) -> LossFn:
-    """`loss_fn` of tensors with this many axes in front; the default one takes any."""
+    """`loss_fn` for tensors with this many axes in front; the default loss takes any number."""
     if loss_fn is default_loss_fn:
         return loss_fn
     for _ in range(axes):

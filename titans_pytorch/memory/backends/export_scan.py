@@ -1,4 +1,4 @@
-"""Storing chunk after chunk by one operation of the graph, for `torch.export` with a dynamic length."""
+"""Storing one chunk after another with a single operation of the graph, for `torch.export` with a dynamic length."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from titans_pytorch.utils.shapes import Float
 def scan_chunks(
     backend: Backend, inputs: StoreInputs
 ) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m'] | None]:
-    """`Backend.store` as a graph that does not grow with the number of chunks, which is symbolic."""
-    # imported where it is used: PyTorch may yet move it
+    """`Backend.store` as a graph that does not grow with the number of chunks, which is symbolic here."""
+    # imported here because PyTorch may yet move it
     from torch._higher_order_ops.scan import scan
 
     chunks, residual, schedule, weights, transition, with_losses, *_ = inputs
@@ -57,8 +57,8 @@ def scan_chunks(
     carry = _unaliased(tuple(weights))
     every = _unaliased(_chunks_first(([chunks[index] for index in given], added, ends_batch)))
     for t in tree_leaves((carry, every)):
-        # all sizes but the number of chunks are known while a step is traced, as `torch.func` requires for networks of
-        # a user; `torch._dynamo.mark_static`, which sets this, does something else within an export
+        # all sizes but the number of chunks are known while a step is traced, and `torch.func` needs them for a user's
+        # network; `torch._dynamo.mark_static`, which sets this attribute, does something else during an export
         t._dynamo_static_indices = {axis for axis, size in enumerate(t.shape) if isinstance(size, int)}
     carry, by_chunk = scan(store_one, carry, every)
     before, losses = _chunks_first(by_chunk)
@@ -68,10 +68,10 @@ def scan_chunks(
 
 
 def _chunks_first(tensors: Any) -> Any:
-    """The first two axes of tensors exchanged."""
+    """Exchange the first two axes of tensors."""
     return tree_map(lambda t: t.transpose(0, 1), tensors)
 
 
 def _unaliased(tensors: Any) -> Any:
-    # the operation accepts no two tensors that share memory, and wants the strides of every step alike
+    # the operation accepts no two tensors that share memory, and expects the same strides at every step
     return tree_map(lambda t: t.clone(memory_format=torch.contiguous_format), tensors)

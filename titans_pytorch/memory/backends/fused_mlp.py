@@ -26,13 +26,13 @@ from titans_pytorch.utils.shapes import Float, concatenated
 
 
 class FusedMLP(NamedTuple):
-    """A memory MLP, and the number of steps that are added up in a memory batch if they are proximal ones."""
+    """A memory MLP, and, if steps are proximal, the number of them that add up over a memory batch."""
 
     mlp: PlainMLP
     num_proximal_steps: int | None
 
     def gradients(self, chunks: Chunks, base: Weights, residual: WeightResidual | None) -> Gradients:
-        """Negative gradients of each chunk at `base`, plus the residual, which is dense."""
+        """Negative gradients of each chunk at the weights `base` plus the residual, which must be dense."""
         out = inner_gradient(*chunks.rows, *self.mlp.of_weights(base), self.mlp.eps, self.previous_weights(residual))
         names, gamma = self.mlp.matrices, self.mlp.gamma
         vectors = {}
@@ -41,13 +41,13 @@ class FusedMLP(NamedTuple):
         return Gradients(dict(zip(names, out.inputs)), dict(zip(names, out.deltas)), vectors, out.losses)
 
     def previous_weights(self, residual: WeightResidual | None) -> PreviousWeights | None:
-        """A residual that is dense, as operations take it."""
+        """A dense residual in the form that operations take."""
         return None if residual is None else PreviousWeights(residual.shares, *self.mlp.of_weights(residual.dense))
 
     def store_batches(self, inputs: StoreInputs, num_blocks: int) -> Stored:
-        """Whole memory batches in a row, each with its gradients at the weights that the one before leaves.
+        """Store consecutive whole memory batches, each with its gradients at the weights that the previous one leaves.
 
-        All blocks hold the same number of memory batches; the states are kept for each block.
+        All blocks hold the same number of memory batches; states are kept once per block.
         """
         chunks, lookahead = inputs.chunks, inputs.transition.lookahead
         num_batches = chunks.keys.shape[1] // _chunks_per_batch(inputs)
@@ -72,7 +72,7 @@ class FusedMLP(NamedTuple):
         return self._stored(out, coefficients, inputs)
 
     def store_linear(self, inputs: StoreInputs, num_blocks: int) -> Stored:
-        """`store_batches` for a memory of one matrix without a norm."""
+        """`store_batches` for a memory that is one matrix without a norm."""
         chunks, residual = inputs.chunks, inputs.residual
         if residual is not None:
             # k (W + W') − v = k W − (v − k W')
@@ -95,9 +95,9 @@ class FusedMLP(NamedTuple):
         log_gates: Float[Tensor, 'bh n 1'] | None,
         blocks: list[ChunkBlock],
     ) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m'] | None]:
-        """All memory batches under spectral norm, of which only the last may be open at its end.
+        """Store all memory batches under spectral norm; only the last one may still be open at the end.
 
-        Returns the same as `Backend.store`.
+        Returns what `Backend.store` returns.
         """
         chunks, weights, names = inputs.chunks, inputs.weights, self._names
         scales = None
@@ -116,12 +116,12 @@ class FusedMLP(NamedTuple):
             [block.num_chunks for block in blocks],
             self.mlp.eps,
         )
-        # in the order of `weights.newest`, by which modulation is indexed
+        # in the order of `weights.newest`, which is how modulation is indexed
         over_time, ends, momentum_ends = (
             {name: own[names.index(name)] for name in weights.newest} if own else {}
             for own in (out.over_time, out.ends, out.momentum_ends)
         )
-        # copies, as a state would otherwise hold those of all memory batches
+        # copies, because a state would otherwise keep those of all memory batches alive
         newest = base = {name: own[-1].clone() for name, own in ends.items()}
         if not blocks[-1].ends_batch:
             base = weights.base if len(blocks) == 1 else {name: own[-2].clone() for name, own in ends.items()}
@@ -129,11 +129,11 @@ class FusedMLP(NamedTuple):
         return FastWeights(over_time, [], newest), after, out.losses if inputs.with_losses else None
 
     def updates_in_one(self, chunk: Chunks, weights: MemoryWeights) -> bool:
-        """True if `spectral_update` serves a chunk."""
+        """True if `spectral_update` can serve a chunk."""
         return has_kernel(chunk.keys[:, 0], *self._newest(weights), operand_dtype(chunk.keys))
 
     def store_spectral_chunk(self, chunk: Chunks, gradients: Gradients, weights: MemoryWeights) -> MemoryWeights:
-        """The weights after a chunk under spectral norm, without a graph; the momentum is updated in place."""
+        """The weights after a chunk under spectral norm, without a graph; momentum is updated in place."""
         names, matrices, gamma = self._names, self.mlp.matrices, self.mlp.gamma
         inputs, deltas = ([own[name][:, 0] for name in matrices] for own in (gradients.inputs, gradients.deltas))
         logits, modulation = chunk.momentum_logits, chunk.modulation
@@ -146,21 +146,21 @@ class FusedMLP(NamedTuple):
         of_gamma = None if gamma is None else gradients.vectors[gamma][:, 0]
         states, operands = self._newest(weights), operand_dtype(chunk.keys)
         after = dict(zip(names, spectral_update(inputs, deltas, of_gamma, *states, gates, operands)))
-        # in the order of `weights.newest`, by which modulation is indexed
+        # in the order of `weights.newest`, which is how modulation is indexed
         return replaced(weights, newest={name: after[name] for name in weights.newest})
 
     def _newest(self, weights: MemoryWeights) -> tuple[list[Tensor], list[Tensor]]:
-        """Newest weights and the only order of momentum, of the matrices and of γ."""
+        """Newest weights and the single order of momentum, for the matrices and for γ."""
         momentum = [weights.momentum[name][0] for name in self._names] if weights.momentum else []
         return [weights.newest[name] for name in self._names], momentum
 
     @property
     def _names(self) -> list[str]:
-        """Matrices, then γ."""
+        """Names of the matrices, then of γ."""
         return [*self.mlp.matrices, *([] if self.mlp.gamma is None else [self.mlp.gamma])]
 
     def _initial_states(self, weights: MemoryWeights) -> tuple[list[list[Tensor]], list[Tensor] | None]:
-        """State 0 and the momentum of each order, of the matrices and of γ."""
+        """State 0 and the momentum of each order, for the matrices and for γ."""
         states = {name: [w, *weights.momentum.get(name, ())] for name, w in weights.base.items()}
         gamma = self.mlp.gamma
         return [states[name] for name in self.mlp.matrices], None if gamma is None else states[gamma]
@@ -180,7 +180,7 @@ class FusedMLP(NamedTuple):
         matrices = {name: FactoredMatrix(*own) for name, *own in zip(names, out.initial, out.inputs, out.deltas)}
         initial_steps = coefficients.initial_steps
         if initial_steps.shape[2] == 1 and not lookahead:
-            # the only step of a block reads the weights before it, and nothing else
+            # the only step of a block reads the weights before it and nothing else
             initial_steps = initial_steps[..., :1]
             matrices = {
                 name: FactoredMatrix(own.initial_states[:, :, :1], own.inputs.detach(), own.deltas.detach())
@@ -204,9 +204,9 @@ class FusedMLP(NamedTuple):
         first: int,
         after_blocks: Callable[[FastWeights, Tensor, int], Tensor],
     ) -> Float[Tensor, 'bh n c d']:
-        """Group k of `rows` through the network with the weights of step `first + k`.
+        """Apply the network to `rows`; group k reads the weights of step `first + k`.
 
-        `after_blocks` does so for the groups that read the weights after the last of the factored blocks.
+        `after_blocks` applies it to the groups that read the weights after the last factored block.
         """
         out, lengths = [], [block.num_steps for block in weights.blocks]
         gamma = None if self.mlp.gamma is None else weights.dense[self.mlp.gamma][:, :-1].split(lengths, dim=1)

@@ -1,6 +1,6 @@
 """The dual backend with spectral norm: momentum is orthogonalised before it is added to the weights.
 
-Newton–Schulz of a sum of products Xᵀ Δ is no such sum, so the matrix of every chunk is formed (Titans eq. 10, 13):
+Newton–Schulz of a sum of products Xᵀ Δ is not itself such a sum, so every chunk's matrix is formed (Titans eq. 10, 13):
 
     S_c = η_c S_{c−1} + s_c · X_cᵀ Δ_c    O_c = newton_schulz(S_c)    M_c = (1 − α_c) M_{c−1} + O_c
 """
@@ -29,7 +29,7 @@ from titans_pytorch.utils.shapes import Float
 
 
 class SpectralBackend(DualBackend):
-    """Gradients as in the dual backend; momentum and weights of every chunk by scans."""
+    """Gradients as in the dual backend, then momentum and weights of every chunk by scans."""
 
     def store(self, inputs: StoreInputs) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m'] | None]:
         if self._has_kernel(inputs):
@@ -50,11 +50,11 @@ class SpectralBackend(DualBackend):
             return self.fused.store_spectral_chunk(chunk, gradients, weights), gradients.losses[:, 0]
 
     def _updates_in_one(self, chunk: Chunks, weights: MemoryWeights) -> bool:
-        """True if one operation can add the gradients of a chunk."""
+        """True if one operation can add a chunk's gradients."""
         return self._has_one_order(chunk) and self.fused is not None and self.fused.updates_in_one(chunk, weights)
 
     def _has_one_order(self, chunks: Chunks) -> bool:
-        """True for at most one order of momentum of gradients that are not clamped."""
+        """True for at most one order of momentum, and gradients that are not clamped."""
         logits, combined = chunks.momentum_logits, (chunks.momentum_mix, chunks.momentum_shares)
         if self.max_grad_norm is not None or any(gates is not None for gates in combined):
             return False
@@ -81,7 +81,7 @@ class SpectralBackend(DualBackend):
         chunks = inputs.chunks
         blocks = self._blocks(inputs)
         lengths = [block.num_chunks for block in blocks]
-        # gates of all blocks at once, which are fewer launches than block by block
+        # compute the gates of all blocks at once, in fewer launches than block by block
         log_retention, all_gates = _log_gates(chunks)
         log_gates = [None] * len(blocks) if all_gates is None else all_gates.split(lengths, dim=1)
         parts = zip(blocks, split_inputs(chunks, inputs.residual, lengths), log_retention.split(lengths, 1), log_gates)
@@ -147,6 +147,6 @@ def _log_gates(chunks: Chunks) -> tuple[Float[Tensor, 'bh n'], Float[Tensor, 'bh
 
 
 def _momentum_after(log_gates: Tensor, inputs: Tensor, initial: Tensor) -> Tensor:
-    """`Recurrence` of all chunks of a block, for gates given as logarithms."""
+    """`Recurrence` for all chunks of a block, with gates given as logarithms."""
     before, last = weight_scan(inputs, log_gates, initial, inputs.dtype)
     return torch.cat((before[:, 1:], last.unsqueeze(1)), dim=1)

@@ -29,7 +29,7 @@ from titans_pytorch.utils.functional import (
 from titans_pytorch.utils.plain import is_intercepted
 
 MOST_ROWS = 256
-"""Of a chunk in a trial; more take long."""
+"""Number of rows of a chunk in a trial; more would take long."""
 
 
 def is_built_in(network: Module) -> bool:
@@ -47,15 +47,15 @@ class Trial(NamedTuple):
 
     @classmethod
     def of(cls, network: Module, dim: int, rows: int) -> Trial:
-        """Trial of a copy of a network on chunks of so many rows. Its random numbers leave the global random state as
-        it is."""
+        """A trial of a copy of a network, on chunks of `rows` rows. Its random numbers do not change the global random
+        state."""
         rows = min(rows, MOST_ROWS)
         generator = torch.Generator().manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64, device='cpu')
 
-        # without values, as a memory holds it
+        # without values, which is how a memory holds its network
         copy = on_meta(network)
         pairs = zip(copy.buffers(), network.buffers())
         constants = {id(e): draw(*b.shape) if b.is_meta else b.to('cpu', torch.float64) for e, b in pairs}
@@ -68,14 +68,14 @@ class Trial(NamedTuple):
         trial = cls(copy, base, over_time, Chunks(keys, values, step_sizes, draw(2, 3), None, None, None))
         if trial._is_finite():
             return trial
-        # a network may be defined for positive weights alone, as one that takes their logarithm
+        # a network may be defined only for positive weights, for example if it takes their logarithm
         base, over_time = ({name: w.abs() for name, w in weights.items()} for weights in (base, over_time))
         return trial._replace(base=base, over_time=over_time)
 
     def obstacle_to_dense(self, network: Module) -> str | None:
-        """The reason why the network does not run with weights that differ from chunk to chunk; `None` if it does.
+        """Why the network does not run with weights that differ from chunk to chunk; `None` if it does.
 
-        `network`: the module of the user, with its weights; the trial itself runs a copy without.
+        `network`: the user's module, with its weights; the trial itself runs a copy without weights.
         """
         try:
             self._dense_gradients()
@@ -86,25 +86,25 @@ class Trial(NamedTuple):
         return None
 
     def unseen_rows(self, rowwise: bool) -> str | None:
-        """How the network uses rows that it does not always see, as a sequence may be split; `None` if it does not.
+        """How the network uses rows that it may not see, because a sequence may be split; `None` if it does not.
 
         `rowwise`: whether it claims to treat rows separately.
         """
         self.network.eval()
         if self._is_random():
-            return None  # nothing to compare
+            return None  # there is nothing to compare
         rows, out = self.chunks.keys[0, 0], self._output(self.network)
         for length in {1, len(rows) // 2, len(rows) - 1} - {0, len(rows)}:
             if not torch.allclose(self._output(self.network, rows[:length]), out[:length]):
                 return 'must be causal, but its output for a row depends on later rows, or on how many there are'
         first_changed = rows.clone()
-        first_changed[0] = -rows[0].flip(0)  # not by a constant, which a norm would subtract
+        first_changed[0] = -rows[0].flip(0)  # not shifted by a constant, which a norm would subtract
         if rowwise and not torch.allclose(self._output(self.network, first_changed)[1:], out[1:]):
             return 'has rowwise=True, but its output for a row depends on earlier rows'
         return None
 
     def obstacle_to_dual(self, network: Module) -> str | None:
-        """The reason why the dual form cannot serve a network, or `None` if it can."""
+        """Why the dual form cannot serve a network; `None` if it can."""
         inner = without_norm(network)
         if not self._is_finite():
             return 'its results for random numbers are not finite'
@@ -131,12 +131,12 @@ class Trial(NamedTuple):
         return next(filter(None, (self._difference(training) for training in (True, False))), None)
 
     def _difference(self, training: bool) -> str | None:
-        """How the dual backend's results differ from the dense one's; `None` if they are equal."""
+        """How the dual backend's results differ from those of the dense one; `None` if they are equal."""
         self.network.train(training)
         try:
             expected, dense_gradients = self._retrieved(DenseBackend), self._dense_gradients()
             if self._is_random():
-                return None  # nothing to compare
+                return None  # there is nothing to compare
             try:
                 broadcasts = torch.allclose(self._retrieved(DualBackend), expected)
             except RuntimeError:
@@ -171,8 +171,8 @@ class Trial(NamedTuple):
         return {name: gradients.dense(name) for name in self.base}
 
     def _is_random(self) -> bool:
-        """True if equal rows are treated differently, as by dropout."""
-        with on_cpu():  # around both: each would begin with the same random numbers
+        """True if equal rows are treated differently, for example by dropout."""
+        with on_cpu():  # around both calls, so that they do not begin with the same random numbers
             first, second = (self._computed(self.network) for _ in range(2))
         return not torch.allclose(first, second, equal_nan=True)
 
@@ -180,10 +180,10 @@ class Trial(NamedTuple):
         try:
             return bool(self._output(self.network).isfinite().all())
         except Exception:
-            return True  # other checks tell why it fails
+            return True  # other checks report why it fails
 
     def _uses_given_weights(self, network: Module) -> bool:
-        """True if given weights replace all weights that the network has."""
+        """True if given weights replace all of the network's weights."""
         if any(t.is_meta for t in (*network.parameters(), *network.buffers())):
             return True  # it has no others
         other = deepcopy(network).to('cpu', torch.float64)
@@ -193,7 +193,7 @@ class Trial(NamedTuple):
         return torch.allclose(self._output(self.network), self._output(other), equal_nan=True)
 
     def _output(self, network: Module, rows: Tensor | None = None) -> Tensor:
-        """For the rows of a chunk by default."""
+        """Output of the network for `rows`; by default for those of a chunk."""
         with on_cpu():
             return self._computed(network, rows)
 
