@@ -1,7 +1,7 @@
 """Checks of user input. Each error names the argument, the expectation and the value received.
 
-Functions that return a value return the argument in normal form: sizes as `int` (also from NumPy integers, which occur
-in configuration files), numbers as `float`, token ids as int64, masks as booleans.
+Functions that return a value return the argument in a normal form: sizes as `int` (also from NumPy integers, which
+occur in configuration files), numbers as `float`, token ids as int64, masks as booleans.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def check_integer(name: str, value: Any, at_least: int | None = None) -> int:
             raise TypeError(f'{name} must be {wanted}, got {described(value)}')
         try:
             value = operator.index(value)
-        except (TypeError, ValueError, RuntimeError):  # arrays and tensors other than a single integer
+        except (TypeError, ValueError, RuntimeError):  # an array or tensor that is not a single integer
             raise TypeError(f'{name} must be {wanted}, got {described(value)}') from None
     if at_least is not None and value < at_least:
         raise ValueError(f'{name} must be {wanted}, got {value}')
@@ -62,12 +62,12 @@ def check_integer(name: str, value: Any, at_least: int | None = None) -> int:
 
 
 def check_positive(**sizes: Any) -> list[int]:
-    """Every size must be an integer of at least 1."""
+    """Check that every size is an integer of at least 1."""
     return [check_integer(name, size, 1) for name, size in sizes.items()]
 
 
 def check_not_negative(**sizes: Any) -> list[int]:
-    """Every size must be an integer of at least 0."""
+    """Check that every size is an integer of at least 0."""
     return [check_integer(name, size, 0) for name, size in sizes.items()]
 
 
@@ -106,7 +106,7 @@ def check_number(name: str, value: Any, *, above: float | None = None, at_least:
 
 
 def check_biases(**biases: Any) -> None:
-    """Every bias must be a finite number, or `None`."""
+    """Check that every bias is a finite number or `None`."""
     for name, bias in biases.items():
         if bias is not None:
             check_number(name, bias)
@@ -127,7 +127,7 @@ def check_hidden_width(name: str, width: int, factor: Any, gated: bool = False) 
 
 
 def check_flags(**flags: Any) -> None:
-    """Every flag must be a boolean: a truthy value of another type is an argument in the wrong place."""
+    """Check that every flag is a boolean: a truthy value of another type is an argument in the wrong place."""
     for name, flag in flags.items():
         if type(flag) is not bool and not isinstance(flag, np.bool_):
             came = type_of(flag) if hasattr(flag, 'seq_index') else described(flag)
@@ -135,7 +135,7 @@ def check_flags(**flags: Any) -> None:
 
 
 def check_bound(name: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-    """Check that `function` can be called with `arguments`, which a user gave under `name`."""
+    """Check that `function` can be called with `arguments`, which a user passed as `name`."""
     try:
         inspect.signature(function).bind(**arguments)
     except TypeError as error:
@@ -143,12 +143,12 @@ def check_bound(name: str, function: Callable[..., Any], arguments: Mapping[str,
 
 
 def defaults_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """Default values of the arguments of a function."""
+    """Default values of a function's arguments."""
     return {p.name: p.default for p in inspect.signature(function).parameters.values()}
 
 
 def flags_among(arguments: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
-    """The `arguments` of a call that are flags of `function`, that is, whose default is a boolean."""
+    """The `arguments` of a call that are flags of `function`, that is, have a boolean default."""
     return {name: arguments[name] for name, default in defaults_of(function).items() if isinstance(default, bool)}
 
 
@@ -158,9 +158,10 @@ def checked_arguments(
     positive: Sequence[str] = (),
     not_negative: Sequence[str] = (),
 ) -> list[int]:
-    """Sizes among the `arguments` of a call of `function`, given as `locals()`: positive ones, then non-negative ones.
+    """The sizes among the `arguments` (`locals()`) of a call of `function`, checked: positive ones, then non-negative
+    ones.
 
-    The flags of `function`, that is, parameters whose default is a boolean, are checked too.
+    The flags of `function`, that is, parameters with a boolean default, are checked too.
     """
     check_flags(**flags_among(arguments, function))
     sizes = check_positive(**{name: arguments[name] for name in positive})
@@ -174,14 +175,14 @@ def check_callable(**functions: Any) -> None:
 
 
 def check_module(**modules: Any) -> None:
-    """Every module must be a `torch.nn.Module`, or `None`."""
+    """Check that every module is a `torch.nn.Module` or `None`."""
     for name, module in modules.items():
         if module is not None and not isinstance(module, Module):
             raise TypeError(f'{name} must be a torch.nn.Module, got {described(module)}')
 
 
 def check_keywords(**mappings: Any) -> None:
-    """Every mapping must hold keyword arguments for another call."""
+    """Check that every mapping holds keyword arguments for another call."""
     for name, mapping in mappings.items():
         if not isinstance(mapping, Mapping) or not all(isinstance(key, str) for key in mapping.keys()):
             raise TypeError(f'{name} must be a mapping of keyword arguments, got {described(mapping)}')
@@ -196,7 +197,7 @@ def check_tensor(name: str, value: Any) -> None:
 
 
 def check_floating(name: str, value: Any, dtype: torch.dtype | None = None) -> None:
-    """`value` must be a floating-point tensor, of `dtype` if given, unless autocast is enabled."""
+    """Check for a floating-point tensor, of `dtype` if given; under autocast, of any floating-point dtype."""
     check_tensor(name, value)
     if not value.is_floating_point():
         raise TypeError(f'{name} must be a floating-point tensor, got {value.dtype}')
@@ -205,22 +206,22 @@ def check_floating(name: str, value: Any, dtype: torch.dtype | None = None) -> N
 
 
 def check_precision(name: str, value: Tensor, dtype: torch.dtype) -> None:
-    """`value`, from an earlier call of a module of `dtype`, must be in float64 exactly if the module is."""
+    """Check that `value`, from an earlier call of a module of `dtype`, is in float64 if and only if the module is."""
     if (value.dtype == torch.float64) != (dtype == torch.float64):
         precision = torch.promote_types(dtype, torch.float32)
         raise TypeError(f'{name} must be {precision}, as the parameters are {dtype}, got {value.dtype}')
 
 
 def check_origin(name: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-    """`value`, from an earlier call of a module of `dtype`, must be on `device`, and pass `check_precision`."""
+    """Check that `value`, from an earlier call of a module of `dtype`, is on `device` and passes `check_precision`."""
     check_precision(name, value, dtype)
     if value.device != device:
         raise ValueError(f'{name} must be on {device}, as the input is, got {value.device}')
 
 
 def checked_carried(name: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`value`, rows from an earlier call of a module of `dtype`, checked by `check_origin`; cast if `dtype` is a half
-    precision."""
+    """Check `value`, rows from an earlier call of a module of `dtype`, by `check_origin`; return it, cast if `dtype` is
+    half precision."""
     check_origin(name, value, dtype, device)
     return outside_inference(value.to(dtype) if dtype.itemsize == 2 else value)
 
@@ -248,7 +249,7 @@ def check_shape(name: str, value: Tensor, **expected: int | None) -> None:
 
 
 def check_broadcasts(name: str, value: Any, to: Tensor) -> None:
-    """`value` must be a floating-point tensor whose product with `to` has the shape of `to`."""
+    """Check for a floating-point tensor whose product with `to` has the shape of `to`."""
     check_floating(name, value)
     sizes = [1] * (to.ndim - value.ndim) + [*value.shape]
     if len(sizes) != to.ndim or not all(size == 1 or size == full for size, full in zip(sizes, to.shape)):
@@ -256,7 +257,7 @@ def check_broadcasts(name: str, value: Any, to: Tensor) -> None:
 
 
 def check_not_traced(name: str) -> None:
-    """`torch.jit.trace` would bake every length, and every value computed from it, into its graph."""
+    """Refuse `torch.jit.trace`, which would bake every length, and every value computed from it, into its graph."""
     if torch.jit.is_tracing():
         raise RuntimeError(f'{name} cannot be traced by torch.jit.trace: use torch.export.export')
 
@@ -283,7 +284,7 @@ def checked_mask(name: str, mask: Any, batch: int, length: int) -> Bool[Tensor, 
 
 
 def check_leaves_tokens(name: str, mask: Bool[Tensor, 'b n']) -> None:
-    """A mask must be true somewhere; on a GPU this synchronises with the device."""
+    """Check that a mask is true somewhere; on a GPU this synchronises with the device."""
     if not mask.any():
         raise ValueError(f'{name} must leave at least one token, got only padding')
 

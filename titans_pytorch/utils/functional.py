@@ -43,8 +43,8 @@ def call_with_weights(model: Module, weights: Mapping[str, Tensor], x: Tensor, *
 def transformed(transform: Callable[..., Any], fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """`transform(fn, **options)` for `torch.func.grad` or `vmap`, also under hooks on saved tensors.
 
-    PyTorch refuses the transforms under such hooks, that is, inside `torch.utils.checkpoint` and `save_on_cpu`. Here
-    the hooks are suspended during the call: the result is the same, and tensors saved by the transform are not hooked.
+    PyTorch refuses transforms under such hooks, that is, inside `torch.utils.checkpoint` and `save_on_cpu`. Here the
+    hooks are suspended during the call: the result is the same, and tensors that the transform saves are not hooked.
     """
     inner = transform(fn, **options)
     if torch.compiler.is_compiling():
@@ -67,19 +67,20 @@ def transformed(transform: Callable[..., Any], fn: Callable[..., Any], **options
 def replaced(fields: Fields, /, **changes: Any) -> Fields:
     """A named tuple with some fields changed.
 
-    The `_replace` of a named tuple that a compiled function returns gives an empty tuple (PyTorch 2.11).
+    In a compiled function, `_replace` of a named tuple that the function returns gives an empty tuple (PyTorch 2.11).
     """
     return type(fields)(**{**fields._asdict(), **changes})  # type: ignore[attr-defined]
 
 
 def is_traced() -> bool:
-    """True during tracing by the compiler and under transforms of `torch.func`, where tensors have no values to read
-    and `requires_grad` is not reliable."""
+    """True while the compiler traces and under transforms of `torch.func`, where tensors have no values to read and
+    `requires_grad` is not reliable."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def keeping_random_state(device: torch.device) -> AbstractContextManager[None]:
-    """Inside, random numbers may be drawn on the CPU and on `device`, whose random states are restored at the end."""
+    """A context in which random numbers may be drawn on the CPU and on `device`; their states are restored at its
+    end."""
     return torch.random.fork_rng([device] if device.type == 'cuda' else [])
 
 
@@ -91,15 +92,15 @@ def on_cpu() -> Iterator[None]:
 
 
 def can_checkpoint() -> bool:
-    """True if activation checkpointing has an effect: with gradients, and not under transforms of `torch.func`, which
-    do not support it."""
+    """True if activation checkpointing has an effect: with gradients, and outside transforms of `torch.func`, which do
+    not support it."""
     return torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
 
 
 def checkpointed(fn: Callable[..., Any], compiles: bool) -> Callable[..., Any]:
-    """`fn` with activation checkpointing: the backward pass computes again what is not kept.
+    """`fn` with activation checkpointing: the backward pass recomputes what is not kept.
 
-    compiles: false if `fn` uses `torch.func`, which the compiler cannot trace here; it then runs without the compiler.
+    compiles: false if `fn` uses `torch.func`, which the compiler cannot trace here; it then runs uncompiled.
     """
     return partial(checkpoint if compiles else _checkpoint_eagerly, fn, use_reentrant=False)
 
@@ -111,29 +112,30 @@ def _checkpoint_eagerly(*args: Any, **kwargs: Any) -> Any:
 
 @torch.compiler.assume_constant_result
 def is_exporting() -> bool:
-    """True while `torch.export` traces. Traced itself, PyTorch's function is always true, up to 2.11 at least."""
+    """True while `torch.export` traces. PyTorch's own function is always true when it is traced itself (2.11 at
+    least)."""
     return torch.compiler.is_exporting()
 
 
 def constant(value: int) -> int:
-    """`value`, of which the compiler makes a constant, so that it makes a graph for each value, as fast as the first.
+    """`value` as a constant to the compiler, which then makes a graph for each value, each as fast as the first.
 
-    By default `torch.compile` takes a number, or a length, for a symbol once it has changed. Sizes that depend on it
-    are then symbolic, and a graph, which still serves a single schedule of chunks, takes ten times as long.
+    By default, `torch.compile` treats a number or length as a symbol once it has changed. Sizes that depend on it are
+    then symbolic, and a graph, which still serves only one schedule of chunks, takes ten times as long.
     """
     if torch.compiler.is_compiling() and not is_exporting():
-        return len(range(value))  # the compiler takes the ends of a range for constants
+        return len(range(value))  # the compiler treats the ends of a range as constants
     return value
 
 
 def compile_each_length(*lengths: int) -> None:
-    """Have the compiler make a graph for each of these lengths of tensors; see `constant`."""
+    """Make the compiler build a graph for each of these tensor lengths; see `constant`."""
     for length in lengths:
         constant(length)
 
 
 def frozen_as_buffers(model: Module) -> Module:
-    """A copy of a network in which parameters without `requires_grad` are buffers."""
+    """A copy of a network in which parameters without `requires_grad` have become buffers."""
     copy = deepcopy(model)
     buffers = {parameter: parameter.detach() for parameter in copy.parameters()}  # tied ones stay tied
     for module in copy.modules():
@@ -145,7 +147,7 @@ def frozen_as_buffers(model: Module) -> Module:
 
 
 def on_meta(model: Module) -> Module:
-    """A copy of a network on the meta device. Tied tensors stay tied, which `Module.to` would separate."""
+    """A copy of a network on the meta device. Unlike with `Module.to`, tied tensors stay tied."""
     empty: dict[int, Any] = {id(p): Parameter(p.detach().to('meta')) for p in model.parameters()}
     return deepcopy(model, empty | {id(buffer): buffer.to('meta') for buffer in model.buffers()})
 
@@ -153,8 +155,8 @@ def on_meta(model: Module) -> Module:
 def with_tensors(model: Module, tensors: dict[int, Any]) -> Module:
     """A shallow copy of a module tree with `tensors` in place of the tensors with these `id`s.
 
-    Modules and tensors are also replaced in lists, tuples and dictionaries among a module's attributes, as `nn.LSTM`
-    has, and bound methods among the attributes are bound to the copy.
+    Modules and tensors in lists, tuples and dictionaries among a module's attributes, which `nn.LSTM` has, are replaced
+    too, and bound methods among the attributes are bound to the copy.
     """
     substitutes = {id(module): object.__new__(type(module)) for module in model.modules()} | tensors
 
@@ -177,14 +179,14 @@ def with_tensors(model: Module, tensors: dict[int, Any]) -> Module:
 
 
 def outside_inference(t: Tensor) -> Tensor:
-    """`t`, or a copy of it if it was made in inference mode and is used outside, where autograd does not accept it."""
+    """`t`, or, if it was made in inference mode but is used outside, where autograd refuses it, a copy of it."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not t.is_inference():
         return t
     return t.clone()
 
 
 def call_outside_inference(fn: Callable[..., Any], *args: Any) -> Any:
-    """`fn(*args)`, outside inference mode where `torch.func` takes wrong gradients in it."""
+    """`fn(*args)`, outside inference mode in cases where `torch.func` takes wrong gradients inside it."""
     if torch.compiler.is_compiling() or not (WRONG_IN_INFERENCE and torch.is_inference_mode_enabled()):
         return fn(*args)
     with torch.inference_mode(False), torch.no_grad():

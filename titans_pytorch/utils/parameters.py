@@ -1,6 +1,6 @@
 """Initial values of parameters, and the conversion of state dicts to and from the reference's format.
 
-`reset_parameters()` of a module with parameters of its own initialises only those, as in PyTorch's modules, and its
+`reset_parameters()` of a module with its own parameters initialises only those, as in PyTorch's modules; its
 constructor calls it. `reset_parameters()` of a `Resettable`, a module composed of others, initialises all of them.
 """
 
@@ -16,9 +16,9 @@ from torch.nn import Module, Parameter
 
 @torch.no_grad()
 def fill(parameter: Tensor, value: Tensor) -> None:
-    """Set a parameter in place. If it is sharded, each process gets its shard of the first process's `value`."""
+    """Set a parameter in place. If it is sharded, each process receives its shard of the first process's `value`."""
     if hasattr(parameter, 'device_mesh'):
-        # imported where it is used: few programs are distributed
+        # imported here because few programs are distributed
         from torch.distributed.tensor import DTensor, distribute_tensor
 
         assert isinstance(parameter, DTensor)
@@ -28,7 +28,7 @@ def fill(parameter: Tensor, value: Tensor) -> None:
 
 
 def reset_parameters(module: Module) -> None:
-    """Reinitialise all parameters within a module, each by the `reset_parameters()` of the module that holds it.
+    """Reinitialise all parameters within a module, each with the `reset_parameters()` of the module that holds it.
 
     Raises:
         TypeError: if one of these modules has no such method.
@@ -48,10 +48,10 @@ def reset_parameters(module: Module) -> None:
 
 
 class Resettable(Module):
-    """A module that can reinitialise all of its parts, in the order of its constructor.
+    """A module that can reinitialise all of its parts in the order of its constructor.
 
     With the seeds of its construction, it then has the same values as at construction. A subclass with parameters of
-    its own sets them in `_reset_own`, which its constructor calls.
+    its own sets them in `_reset_own`, and calls that in its constructor.
     """
 
     def reset_parameters(self) -> None:
@@ -73,13 +73,13 @@ class Resettable(Module):
 
 
 def first_weight(*modules: Module) -> Tensor | None:
-    """A parameter that tells precision and device: the `weight` of the first of `modules`, or any other parameter.
+    """A parameter that shows precision and device: the `weight` of the first of `modules`, or else any parameter.
 
-    Replicas of `torch.nn.parallel.replicate` have the attribute, but no parameters. Modules in place of norms and
-    linear layers may have neither; then the result is `None`.
+    Replicas of `torch.nn.parallel.replicate` have the attribute but no parameters. Modules that replace norms and
+    linear layers may have neither; the result is then `None`.
     """
     for module in modules:
-        weight = getattr(module, 'weight', None)  # of quantised layers, a method
+        weight = getattr(module, 'weight', None)  # a method in quantised layers
         weight = weight if isinstance(weight, Tensor) else next(module.parameters(), None)
         if weight is not None:
             return weight
@@ -87,9 +87,9 @@ def first_weight(*modules: Module) -> Tensor | None:
 
 
 class ParameterSequence(Module):
-    """Parameters by index, under the names '0', '1', …, as in `torch.nn.ParameterList`.
+    """Parameters by index, named '0', '1', …, as in `torch.nn.ParameterList`.
 
-    Unlike that list, replicas of a module on several devices (`torch.nn.parallel.replicate`) find them here.
+    Unlike with that list, replicas of a module on several devices (`torch.nn.parallel.replicate`) find them here.
     """
 
     def __init__(self, parameters: Iterable[Tensor]):
@@ -125,9 +125,10 @@ class _DependingOn(torch.autograd.Function):
 
 def depending_on(parameters: Iterable[Tensor], output: Tensor) -> Tensor:
     """`output` with every parameter in its graph, so that `DistributedDataParallel` does not wait for parameters that
-    have no gradient in this call.
+    get no gradient from this call.
 
-    This adds no gradients: without that wrapper their `grad` stays `None`. In a single process it returns `output`.
+    This adds no gradients: outside that wrapper, their `grad` stays `None`. In a single process it returns `output`
+    itself.
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
@@ -136,17 +137,17 @@ def depending_on(parameters: Iterable[Tensor], output: Tensor) -> Tensor:
 
 
 class InReferenceFormat(Module):
-    """A module whose state-dict entries differ from the reference's. It loads both formats."""
+    """A module with state-dict entries that differ from the reference's. It loads both formats."""
 
     scalars: tuple[str, ...] = ()
     """Parameters of shape (1,) that are zero-dimensional in the reference."""
 
     def empty_parameters(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the reference's parameters without elements, which are omitted here."""
+        """Names and shapes of parameters without elements that the reference has and that are omitted here."""
         return {}
 
     def write_reference(self, state_dict: dict[str, Tensor], prefix: str) -> None:
-        """Convert the module's entries in a state dict to the reference's format, in place."""
+        """Convert the module's entries in a state dict to the reference's format in place."""
         for key in self._scalar_keys(state_dict, prefix):
             state_dict[key] = state_dict[key].reshape(())
         own = next(self.parameters())
@@ -173,9 +174,9 @@ class InReferenceFormat(Module):
 def reference_state_dict(module: Module) -> dict[str, Tensor]:
     """The state dict of a module in the format of lucidrains' `titans-pytorch` 0.5.5, which loads it strictly.
 
-    `module.state_dict()` holds each parameter once. The reference's also holds every memory network a second time, as
-    `memory_model.*` (copies here), parameters without elements, and zero-dimensional scalars. Modules of this package
-    load both formats.
+    `module.state_dict()` holds each parameter once. The reference's state dict also holds every memory network a second
+    time, as `memory_model.*` (copied here), parameters without elements, and zero-dimensional scalars. Modules of this
+    package load both formats.
     """
     state_dict = dict(module.state_dict())
     for name, part in module.named_modules():

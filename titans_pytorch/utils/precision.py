@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def operand_dtype(like: Tensor) -> torch.dtype:
-    """The dtype of matrix products: that of `like`, or the one to which autocast lowers it."""
+    """The dtype of matrix products: the dtype of `like`, or the one to which autocast lowers it."""
     return _lowered(like.dtype, like.device)
 
 
 def for_products(t: Tensor) -> Tensor:
-    """`t` in the dtype of matrix products, for several of them: autocast would cast it for each."""
+    """`t` in the dtype of matrix products, cast once for several products, where autocast would cast it for each."""
     return t.to(operand_dtype(t))
 
 
@@ -32,7 +32,7 @@ def _lowered(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def no_autocast(like: Tensor) -> AbstractContextManager[object]:
-    """Context without autocast, for gates and states."""
+    """A context without autocast, for gates and states."""
     return nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
 
 
@@ -44,10 +44,10 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def network_autocast(module: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
-    """Autocast context for a network with weights in float32 that is part of a module of dtype `module`.
+    """Autocast context for a network with float32 weights that is part of a module of dtype `module`.
 
-    With bfloat16, of the module or of autocast, products are in bfloat16. With float16 they are in float32, as second
-    derivatives of a norm, up to 1e5 for a small input, exceed its range.
+    With bfloat16, in the module or by autocast, products are in bfloat16. With float16 they are in float32, because
+    second derivatives of a norm, up to 1e5 for a small input, exceed the range of float16.
     """
     dtype = _lowered(module, device)
     if dtype not in HALF or device.type == 'meta':
@@ -56,9 +56,9 @@ def network_autocast(module: torch.dtype, device: torch.device) -> AbstractConte
 
 
 def network_rows(rows: Tensor, module: torch.dtype) -> Tensor:
-    """Inputs of such a network: at least float32 in a module of half precision, or under autocast to float16.
+    """Inputs of such a network: at least float32 in a module in half precision, or under autocast to float16.
 
-    To be called outside `network_autocast`, which hides the autocast around it.
+    Call this outside `network_autocast`, which hides the surrounding autocast.
     """
     if module in HALF or _lowered(module, rows.device) == torch.float16:
         return at_least_float32(rows)

@@ -9,10 +9,10 @@ import torch
 
 
 def allow_loading(*constructors: Any, formerly: str) -> None:
-    """Allow files saved by `torch.save` to refer to classes or functions by their present module or a former one.
+    """Allow files written by `torch.save` to refer to classes or functions by their present module or a former one.
 
     Args:
-        formerly: their module within this package in version 1.0.
+        formerly: the module within this package where they were in version 1.0.
     """
     former = f'titans_pytorch.{formerly}'
     renamed = [(constructor, f'{former}.{constructor.__qualname__}') for constructor in constructors]

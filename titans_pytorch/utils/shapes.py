@@ -1,4 +1,4 @@
-"""Shape annotations: the letters of dimensions, and three aliases for tensors; and functions of lengths.
+"""Shape annotations: the letters of dimensions, and three aliases for tensors; also functions of lengths.
 
     b   batch                          h   heads                    bh  batch and heads, merged
     n   tokens of a call, or chunks    c   tokens inside a chunk    m   rows a chunk stores (c tokens × u)
@@ -10,11 +10,11 @@
     f   entries of a parameter         g   gates of a head          x   features of a gate's input
     l   vocabulary, or other logits    half  pairs of features that rotate together
 
-Letters side by side are dimensions merged: bs, hd, rn; qkv are queries, keys and values.
+Letters side by side are merged dimensions: bs, hd, rn; qkv are queries, keys and values.
 
 `Float[Tensor, 'b n d']` reads: a floating-point tensor of shape (batch, tokens, features). A name that begins with `_`
-stands for any size; an absent tensor that an operation has to return has shape (0). `make shapes` runs tests with these
-annotations checked; otherwise only `checks.py` looks at a tensor, when a user passes it.
+stands for any size. An absent tensor that an operation has to return has shape (0). `make shapes` runs tests with these
+annotations checked; otherwise only `checks.py` checks tensors, when a user passes them.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ __all__ = ['Bool', 'Float', 'Int', 'concatenated', 'divided', 'is_empty']
 def divided(length: int, size: int, offset: int = 0) -> tuple[int, int]:
     """`divmod(offset + length, size)`.
 
-    Lengths of an exported program are symbolic, n · k + c. If n is a multiple of `size`, the remainder is a constant;
+    In an exported program, lengths are symbolic, n · k + c. If n is a multiple of `size`, the remainder is a constant;
     otherwise the program is restricted to lengths with the same remainder.
     """
     if not isinstance(length, torch.SymInt):
@@ -50,12 +50,12 @@ def divided(length: int, size: int, offset: int = 0) -> tuple[int, int]:
 
 
 def is_empty(length: int) -> bool:
-    """True for 0. A symbolic length counts as not empty, so that a program is not restricted to one length."""
+    """True for 0. A symbolic length counts as not empty, so that a program is not restricted to a single length."""
     return isinstance(length, int) and length == 0
 
 
 def concatenated(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    """`torch.cat`, without a copy if only one tensor is not empty."""
+    """`torch.cat`, but without a copy if only one tensor is not empty."""
     present = [t for t in tensors if not is_empty(t.shape[dim])]
     same = len({t.dtype for t in tensors}) == 1
     return present[0] if same and len(present) == 1 else torch.cat([*tensors], dim=dim)
