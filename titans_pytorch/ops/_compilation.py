@@ -1,4 +1,4 @@
-"""Compilation of Triton kernels in parallel, where launches would compile one after the other."""
+"""Parallel compilation of Triton kernels, which launches would compile one after another."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _LOCK = threading.RLock()
 
 @contextlib.contextmanager
 def kernels_compiled_together(in_all_threads: bool = True) -> Iterator[None]:
-    """Context that skips launches of kernels not compiled yet, and ends when all of these are compiled, in parallel.
+    """Context that skips launches of kernels not yet compiled, and at its end compiles all of them in parallel.
 
-    What is computed within it is arbitrary. The compiler holds Python's lock for a small part of its time, so that
-    threads suffice.
+    Results computed within it are arbitrary. The compiler holds Python's lock only for a small part of its time, so
+    threads are sufficient.
 
     Args:
-        in_all_threads: skip launches by other threads, too, such as those of a backward pass. False where other threads
-            may run models of their own.
+        in_all_threads: also skip launches by other threads, such as those of a backward pass. Pass false where other
+            threads may be running models of their own.
     """
     if importlib.util.find_spec('triton') is None:
         yield
@@ -36,7 +36,7 @@ def kernels_compiled_together(in_all_threads: bool = True) -> Iterator[None]:
 
     def skip(*, fn: Any, compile: dict[str, Any], is_manual_warmup: bool, **_: Any) -> bool:
         is_foreign = not in_all_threads and threading.get_ident() != own_thread
-        if is_manual_warmup or is_foreign:  # the former by `preload`, or for the registers of a kernel
+        if is_manual_warmup or is_foreign:  # by `preload`, or to count the registers of a kernel
             return False
         kernel = fn.jit_function
         if (kernel, compile['key']) not in compiled:
@@ -45,10 +45,10 @@ def kernels_compiled_together(in_all_threads: bool = True) -> Iterator[None]:
         return True
 
     def preload(kernel: Any, device: int, specialization: str) -> None:
-        with torch.cuda.device(device):  # which each thread has of its own
+        with torch.cuda.device(device):  # each thread has its own current device
             kernel.preload(specialization)
 
-    with _LOCK:  # the hook is one for all threads
+    with _LOCK:  # all threads share the one hook
         before = knobs.runtime.jit_cache_hook
         knobs.runtime.jit_cache_hook = skip
         try:

@@ -1,4 +1,4 @@
-"""Registration of a kernel with PyTorch: one operation to autograd and `torch.compile`, differentiable once."""
+"""Registration of a kernel with PyTorch, as one operation for autograd and `torch.compile`, differentiable once."""
 
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ def register_kernel(
     not_differentiable: Sequence[int] = (),
     materialize_grads: bool = True,
 ) -> CustomOpDef:
-    """The operation `titans_pytorch::<name>`, and its gradient `titans_pytorch::<name>_backward`.
+    """Create the operation `titans_pytorch::<name>` and its gradient `titans_pytorch::<name>_backward`.
 
     Args:
-        forward: the launcher. Its annotations are the schema: `Tensor`, `Tensor | None`, `list[Tensor]`, then settings
-            (int, float, bool, dtype, str, lists of numbers); it returns a tensor, a tuple of them or a list of them.
-        backward: the launcher of the gradient, called with the gradient of each differentiable output (of an operation
-            that returns a list: one list), then the saved outputs, then everything that `forward` was called with. It
-            returns the gradient of each tensor argument, structured like the arguments, with `None` for an absent
-            tensor. No two may share memory. What is not contiguous is copied, as tracing expects it to be.
-            Launchers run with the tensors' device current.
-        outputs: the outputs, uninitialised, given the arguments of `forward`: shapes and dtypes for tracing. `forward`
-            allocates by the same function.
-        saved: indices of the outputs that the gradient needs, beside all arguments.
-        not_differentiable: indices of outputs that are needed only by the gradient.
-        materialize_grads: whether `backward` gets zeros for an output without a gradient; else it gets `None`.
+            forward: the launcher. Its annotations are the schema: `Tensor`, `Tensor | None`, `list[Tensor]`, then
+                settings (int, float, bool, dtype, str, lists of numbers). It returns a tensor, a tuple of tensors or a
+                list of tensors.
+            backward: the launcher of the gradient. It is called with the gradient of each differentiable output (for an
+                operation that returns a list: one list), then the saved outputs, then everything that `forward` was
+                called with. It returns the gradient of each tensor argument, structured like the arguments, with `None`
+                for an absent tensor. No two gradients may share memory. Gradients that are not contiguous are copied,
+                because tracing expects contiguous ones. Launchers run with the tensors' device as the current one.
+            outputs: a function that returns the uninitialised outputs, given the arguments of `forward`; tracing takes
+                shapes and dtypes from it, and `forward` allocates with it.
+            saved: indices of the outputs that the gradient needs, in addition to all arguments.
+            not_differentiable: indices of outputs that only the gradient needs.
+            materialize_grads: whether `backward` receives zeros for an output without a gradient; otherwise it receives
+                `None`.
 
     A second derivative is an error that names `without_kernels`.
     """
@@ -86,7 +88,7 @@ def register_kernel(
         d_outputs_needed = [d for index, d in enumerate(flat) if index not in not_differentiable]
         if all(d is None for d in d_outputs_needed):
             return tree_unflatten([None] * len(ctx.settings), ctx.structure)
-        saved_tensors = ctx.saved_tensors  # checkpointing lets them be read only once
+        saved_tensors = ctx.saved_tensors  # under checkpointing they can be read only once
         tensors, kept = saved_tensors[: len(ctx.settings)], [*saved_tensors[len(ctx.settings) :]]
         leaves = [setting if tensor is None else tensor for tensor, setting in zip(tensors, ctx.settings)]
         arguments = tree_unflatten(leaves, ctx.structure)
@@ -99,12 +101,12 @@ def register_kernel(
 
 
 def _is_list_of_numbers(tree: Any) -> bool:
-    """True for a list that autograd takes for one argument."""
+    """True for a list that autograd treats as a single argument."""
     return isinstance(tree, list) and any(not isinstance(leaf, Tensor) for leaf in tree)
 
 
 def refuse_second_derivatives(name: str) -> Callable[..., NoReturn]:
-    """The gradient of a kernel's gradient: an error that names the switch."""
+    """The gradient of a kernel's gradient: it raises an error that names the switch."""
 
     def refuse(ctx: Any, *d_gradients: Any) -> NoReturn:
         raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Kernels that do not depend on each other, side by side on a GPU."""
+"""Independent kernels, side by side on a GPU."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 def side_by_side(*functions: Callable[[], Any]) -> list[Any]:
     """Results of functions whose kernels do not depend on each other.
 
-    While a CUDA graph is captured, without gradients, each function has a stream of its own, so that kernels too small
-    for the whole GPU share it. Otherwise they run one after the other: Python takes longer to launch such kernels than
-    the GPU to run them.
+    While a CUDA graph is captured without gradients, each function has its own stream, so that kernels too small for
+    the whole GPU can share it. Otherwise the functions run one after another, because Python takes longer to launch
+    such kernels than the GPU takes to run them.
 
-    The caller must refer to every tensor that a function reads until this returns, because memory freed before could be
-    given to another function. Functions must not share a parameter that autocast casts and caches.
+    The caller must keep a reference to every tensor that a function reads until this returns, because memory freed
+    earlier could be given to another function. Functions must not share a parameter that autocast casts and caches.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _is_capturing():
         return [function() for function in functions]
@@ -31,7 +31,7 @@ def side_by_side(*functions: Callable[[], Any]) -> list[Any]:
         for function, own in zip(functions, [*others, stream], strict=True):
             with torch.cuda.stream(own):
                 results.append(function())
-    finally:  # so that a capture ended by an error of a function reports that one
+    finally:  # if a function raises an error during capture, that error is the one reported
         for other in others:
             stream.wait_stream(other)
     return results
@@ -42,8 +42,8 @@ def _is_capturing() -> bool:
 
 
 class _Streams(threading.local):
-    """Streams beside another one, in each thread always the same: a stream keeps memory that was freed on it for its
-    next use."""
+    """Streams to use beside a given one. In each thread they are always the same, because a stream keeps memory that
+    was freed on it for its next use."""
 
     def __init__(self) -> None:
         self._beside: defaultdict[torch.cuda.Stream, list[torch.cuda.Stream]] = defaultdict(list)

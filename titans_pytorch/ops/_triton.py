@@ -15,11 +15,11 @@ from titans_pytorch.ops._dispatch import HOPPER, has_constant_weights, nvidia_ca
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-# How a kernel begins: when the one before it has ended;
+# When a kernel begins: after the kernel before it has ended;
 AFTERWARDS = tl.constexpr(0)
-# while the one before runs, waiting for its end at once;
+# while the one before is running, waiting for its end immediately;
 OVERLAPPING = tl.constexpr(1)
-# while the one before runs, waiting for its end after it has read constants
+# or while the one before is running, waiting for its end after reading constants
 READING_CONSTANTS = tl.constexpr(2)
 
 
@@ -32,24 +32,24 @@ def let_next_begin(START: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def wait_for_inputs(START: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Wait for the kernel before. Until then a kernel must not write; it may read constants if it started with `begin`,
-    and nothing else."""
+    """Wait for the preceding kernel to end. Until then a kernel must not write; if it started with `begin`, it may read
+    constants and nothing else."""
     if START != AFTERWARDS:
         tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
 def begin(START: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The first statement of such a kernel that reads constants next, and then waits for its inputs."""
+    """The first statement of such a kernel that goes on to read constants before it waits for its inputs."""
     let_next_begin(START)
-    if START == OVERLAPPING:  # what would be constants may just have been written
+    if START == OVERLAPPING:  # constants may just have been written here
         wait_for_inputs(START)
 
 
 @triton.jit
 def prefetch(pointers, START: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Have the cache fetch the lines in which some pointers are. As nothing is read, this may come before
-    `wait_for_inputs` whatever is written there."""
+    """Make the cache fetch the lines that some pointers point into. Because nothing is read, this may come before
+    `wait_for_inputs`, whatever is written there."""
     if START != AFTERWARDS:
         tl.inline_asm_elementwise(
             'prefetch.global.L2 [$1]; mov.u32 $0, 0;', '=r,l', [pointers.to(tl.int64)],
@@ -65,14 +65,14 @@ def multiply_add(acc, left, right, PRECISION: tl.constexpr, OPERAND: tl.constexp
 
 @triton.jit
 def rotary_angles(positions, frequencies):  # type: ignore[no-untyped-def]
-    """Angles of positions modulo 2π, computed in float64: near a million, numbers in float32 are a sixteenth apart."""
+    """Angles of positions modulo 2π, computed in float64: near a million, float32 numbers are a sixteenth apart."""
     revolutions = positions.to(tl.float64) * frequencies.to(tl.float64) * 0.15915494309189535
     return ((revolutions - tl.floor(revolutions)) * 6.283185307179586).to(tl.float32)
 
 
 @triton.jit
 def select(which: tl.constexpr, a, b, c, d):  # type: ignore[no-untyped-def]
-    """The one of four arguments with this index, which is known when the kernel is compiled."""
+    """The one of four arguments with this index, which is known at compile time."""
     chosen = a
     if which == 1:
         chosen = b
@@ -85,16 +85,16 @@ def select(which: tl.constexpr, a, b, c, d):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def divide_by_sums(x, AXIS: tl.constexpr, EPS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Half an iteration of Sinkhorn's: x over its sums along an axis, each taken for `EPS` at least; and the sums."""
+    """Half an iteration of Sinkhorn's: x divided by its sums along an axis, each at least `EPS`; and the sums."""
     sums = tl.sum(x, axis=AXIS, keep_dims=True)
-    # sums that are NaN stay so
+    # sums that are NaN stay NaN
     inverse_root = tl.rsqrt(tl.maximum(sums, EPS, propagate_nan=tl.PropagateNan.ALL))
-    return x * (inverse_root * inverse_root), sums  # faster than a division, in a long chain of them
+    return x * (inverse_root * inverse_root), sums  # faster than a division in a long chain
 
 
 @triton.jit
 def divide_by_sums_backward(d_log, y, sums, AXIS: tl.constexpr, EPS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Given y = x / sums and the gradient of log y, that of log x; and x, the division undone."""
+    """Given y = x / sums and the gradient of log y, the gradient of log x; and x, recovered from y."""
     d_log -= y * tl.where(sums < EPS, 0.0, tl.sum(d_log, axis=AXIS, keep_dims=True))
     return d_log, y * tl.where(sums < EPS, EPS, sums)
 
@@ -103,14 +103,14 @@ def divide_by_sums_backward(d_log, y, sums, AXIS: tl.constexpr, EPS: tl.constexp
 def invert(matrices, count, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Inverses of (n, SIZE, SIZE) matrices that need no pivoting, by Gauss–Jordan elimination in place.
 
-    Beyond the first `count` rows and columns they are those of the identity.
+    Beyond the first `count` rows and columns, they are those of the identity.
     """
     row, column = tl.arange(0, SIZE)[None, :, None], tl.arange(0, SIZE)[None, None, :]
     for pivot in range(count):
         of_row = tl.sum(tl.where(row == pivot, matrices, 0.0), axis=1, keep_dims=True)
         of_column = tl.sum(tl.where(column == pivot, matrices, 0.0), axis=2, keep_dims=True)
         reciprocal = 1.0 / tl.sum(tl.where(column == pivot, of_row, 0.0), axis=2, keep_dims=True)
-        # the eliminated column holds that of the inverse from here on
+        # from here on, the eliminated column holds a column of the inverse
         scaled = tl.where(column == pivot, reciprocal, of_row * reciprocal)
         rest = tl.where(column == pivot, 0.0, matrices) - of_column * scaled
         matrices = tl.where(row == pivot, scaled, rest)
@@ -118,39 +118,41 @@ def invert(matrices, count, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 def tile_size(size: int) -> int:
-    """The power of two that holds `size` entries, and at least 16, the shortest side of a product in Triton."""
+    """The smallest power of two that holds `size` entries and is at least 16, the shortest side of a product in
+    Triton."""
     return max(16, triton.next_power_of_2(size))
 
 
 @triton.jit
 def own_rows(count, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of groups of `count` rows, the number of the group, and the rows of it, that a program owns. All programs are on
-    one axis of the grid: the others have a limit of 65,535."""
+    """With groups of `count` rows: the index of the group, and the rows in it, that a program owns. All programs are on
+    one axis of the grid, because the other axes have a limit of 65,535."""
     blocks = tl.cdiv(count, ROWS)
     row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     return tl.program_id(0) // blocks, row.to(tl.int64)
 
 
-# entries of a program that goes over rows and holds all features of each
+# entries held by a program that goes over rows and holds all features of each
 _ENTRIES_OF_ROWS = 4096
 
 
 def whole_rows(count: int, dim: int) -> dict[str, int]:
-    """Constants of a program that holds several of `count` rows with all their features: DIM, ROWS and its warps."""
+    """Constants of a program that holds several of `count` rows with all their features: DIM, ROWS and number of
+    warps."""
     features = triton.next_power_of_2(dim)
     rows = max(1, min(_ENTRIES_OF_ROWS // features, triton.next_power_of_2(count)))
     return {'DIM': features, 'ROWS': rows, 'num_warps': 4}
 
 
 def overlapping(t: Tensor, *constants: Tensor | None) -> dict[str, Any]:
-    """Arguments of a launch on the device of `t` that begins while the kernel before it still runs, where the GPU can
-    (programmatic dependent launch, from Hopper on). Its programs start, and then wait for their inputs.
+    """Arguments of a launch, on the device of `t`, that begins while the kernel before it is still running, if the GPU
+    can do that (programmatic dependent launch, from Hopper on). The programs start, and then wait for their inputs.
 
-    It pays for kernels of a few microseconds, as long as a launch.
+    This pays for kernels that take a few microseconds, as long as a launch.
 
     Args:
-        constants: what the kernel reads before it waits, within `constant_weights`, if all of it is contiguous. (The
-            kernel before may be the one that makes a contiguous copy.)
+        constants: tensors that the kernel reads before it waits, within `constant_weights`, if all of them are
+            contiguous. (The kernel before may be the one that makes a contiguous copy.)
     """
     if not t.is_cuda or nvidia_capability(t.device) < HOPPER:
         return {'START': AFTERWARDS.value}
@@ -160,30 +162,30 @@ def overlapping(t: Tensor, *constants: Tensor | None) -> dict[str, Any]:
 
 
 def cache_lines(t: Tensor, count: int) -> dict[str, int]:
-    """Constants of a kernel that fetches `count` entries of `t` in a row: entries of a line, and lines, padded."""
+    """Constants of a kernel that fetches `count` consecutive entries of `t`: entries per line, and lines, padded."""
     line = 128 // t.element_size()
     return {'LINE': line, 'LINES': triton.next_power_of_2(triton.cdiv(count, line))}
 
 
 def norm_eps(eps: float | None) -> float:
-    """ε of a norm; `None`: that of `nn.RMSNorm` in float32, in which kernels compute norms."""
+    """ε of a norm; for `None`, that of `nn.RMSNorm` in float32, the precision in which kernels compute norms."""
     return torch.finfo(torch.float32).eps if eps is None else eps
 
 
 def contiguous_inside(t: Tensor, axes: int) -> Tensor:
-    """`t` with its last one or two axes contiguous; those before may have any strides, zero among them."""
+    """`t` with its last one or two axes contiguous; earlier axes may have any strides, including zero."""
     strides = (t.shape[-1], 1)[-axes:]
     return t if t.stride()[-axes:] == strides else t.contiguous()
 
 
 def named_strides(name: str, t: Tensor | None, axes: str) -> dict[str, int]:
-    """A tensor's first strides as keyword arguments, `<name>_<axis>`; 0 for an absent one, which no kernel reads."""
+    """A tensor's first strides as keyword arguments `<name>_<axis>`; 0 for an absent tensor, which no kernel reads."""
     names = [f'{name}_{axis}' for axis in axes.split()]
     return dict.fromkeys(names, 0) if t is None else dict(zip(names, t.stride()))
 
 
 def taken_by(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Those of `arguments` that a kernel takes."""
+    """The `arguments` that a kernel accepts."""
     return {name: value for name, value in arguments.items() if name in kernel.arg_names}
 
 
@@ -193,22 +195,22 @@ def numbered(name: str, values: Sequence[Any]) -> dict[str, Any]:
 
 
 def product_precision(operands: torch.dtype) -> dict[str, Any]:
-    """Constants of `multiply_add`. Products of float32 are in full also where PyTorch may use TF32: in a recurrence
-    rounding errors accumulate."""
+    """Constants of `multiply_add`. Products of float32 are in full precision even if PyTorch may use TF32, because
+    rounding errors accumulate in a recurrence."""
     return {'PRECISION': 'tf32x3', 'OPERAND': TRITON_DTYPES[operands]}
 
 
-# rows of a program: the more, the less often weights are read. With fewer than 64, Triton takes the tensor cores' older
-# instructions, which read matrices either way round
+# rows of a program: with more rows, weights are read less often. Below 64 rows, Triton uses the older tensor-core
+# instructions, which can read matrices in either orientation
 MOST_ROWS = 32
-# where there would be fewer programs than these, each gets 16 rows, or columns
+# if there would be fewer programs than this, each gets 16 rows, or columns
 ENOUGH_PROGRAMS = 128
-# entries of a program's rows that eight warps hold; in float32 in full, products take twice the registers
+# entries of a program's rows that eight warps can hold; in full float32, products take twice the registers
 ENTRIES, ENTRIES_IN_FULL = 4096, 2048
 
 
 def rows_per_program(heads: int, rows: int, columns: int, in_full: bool) -> tuple[int, int]:
-    """Rows and warps of a program that holds so many columns of each row on chip; `in_full`: float32 without TF32."""
+    """Rows and warps of a program that holds this many columns of each row on chip; `in_full`: float32 without TF32."""
     entries = ENTRIES_IN_FULL if in_full else ENTRIES
     own = max(16, min(MOST_ROWS, entries // columns))
     own = own if heads * triton.cdiv(rows, own) >= ENOUGH_PROGRAMS else 16

@@ -1,17 +1,18 @@
-"""Proximal steps: gradients of a chunk, taken at the weights that its step leads to.
+"""Proximal steps: gradients of a chunk, taken at the weights to which its step leads.
 
-A step that minimises loss plus distance has its gradient taken where it ends. Every loss ℓ is the square of an error,
-and the error is taken to be linear in what is moved (Gauss–Newton). Moved by δ along its negative gradient g, the loss
-then has the gradient (1 − δ ‖g‖ / 2ℓ) · g, and δ solves a linear equation. If nothing else moved, it would be
+A step that minimises loss plus distance has its gradient taken at its end. Every loss ℓ is the square of an error, and
+the error is assumed to be linear in what the step moves (Gauss–Newton). After a move by δ along its negative gradient
+g, the loss then has the gradient (1 − δ ‖g‖ / 2ℓ) · g, and δ solves a linear equation. If nothing else moved, it would
+be
 
     δ = θ ‖g‖ / (1 + c)    with the curvature    c = θ ‖g‖² / 2ℓ
 
-so that a large step is that of Polyak, 2ℓ / ‖g‖, and none goes further. The rows of a chunk are solved for together.
+so a large step is a Polyak step, 2ℓ / ‖g‖, and no step goes further. The rows of a chunk are solved for together.
 
-This is the method of Levenberg and Marquardt with a block-diagonal approximation: each parameter and each chunk takes
-its step by itself, and in place of the Jacobian of a product its norm is used, in the direction of the error. Steps
-that are added up, of several parameters and of the chunks of a memory batch, would each correct the whole error, so
-their number multiplies the curvature. For one matrix and a memory batch of one chunk nothing is approximated.
+This is the Levenberg–Marquardt method with a block-diagonal approximation: each parameter and each chunk takes its step
+independently, and the Jacobian of a product is replaced by its norm in the direction of the error. When steps add up,
+those of several parameters or of the chunks of a memory batch, each would correct the whole error, so their number
+multiplies the curvature. For one matrix and a memory batch of one chunk, nothing is approximated.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from titans_pytorch.utils.precision import at_least_float32, no_autocast
 from titans_pytorch.utils.shapes import Float
 
 LARGEST = 1e4
-"""Curvature of a row, along its own part of the step, from which on larger step sizes make no difference."""
+"""Curvature of a row, along its own part of the step, beyond which larger step sizes make no difference."""
 
 NOTHING = 1e-30
-"""Weighted loss up to which a row counts as stored already: its curvature would be a quotient of underflows."""
+"""Weighted loss up to which a row counts as already stored, because its curvature would be a quotient of underflows."""
 
 
 def proximal_deltas(
@@ -37,27 +38,27 @@ def proximal_deltas(
     losses: Float[Tensor, '... m'],
     num_steps: int,
 ) -> Float[Tensor, '... m e']:
-    """Δ of the proximal step Xᵀ Δ of a matrix.
+    """Compute Δ of a matrix's proximal step Xᵀ Δ.
 
     The step moves the product a_i = x_i W of row i by Σ_j (x_i · x_j) Δ_j, so that
 
         (I + diag(c) X Xᵀ) Δ = −θ ∂ℓ/∂a    with    c_i = θ_i ‖∂ℓ_i/∂a_i‖² / 2ℓ_i
 
-    The eigenvalues of diag(c) X Xᵀ are not negative: whatever the step sizes, the weighted loss of the chunk does not
-    grow where the errors are linear, and a large step stores each row as far as the others permit.
+    The eigenvalues of diag(c) X Xᵀ are not negative. So whatever the step sizes, the weighted loss of the chunk does
+    not grow where the errors are linear, and a large step stores each row as far as the other rows permit.
 
     Args:
         inputs: X, the rows that the matrix was applied to.
         deltas: −θ ∂ℓ/∂a, minus the gradients of the weighted losses with respect to the products.
         step_sizes: θ.
         losses: ℓ, mean squared errors, unweighted.
-        num_steps: number of steps that are added up.
+        num_steps: number of steps that add up.
     """
     with no_autocast(deltas):
         rows, own = at_least_float32(inputs), at_least_float32(deltas)
         curvatures = num_steps * _curvatures(own, step_sizes * losses)
         products = rows @ rows.mT
-        # a step size beyond this limit would change the step by 1e-4, and equal rows would make the system singular
+        # step sizes beyond this limit would change the step by only 1e-4, and equal rows would make the system singular
         shares = LARGEST / (curvatures * products.diagonal(dim1=-2, dim2=-1)).clamp(min=LARGEST)
         own, curvatures = shares.unsqueeze(-1) * own, shares * curvatures
         system = curvatures.unsqueeze(-1) * products
@@ -71,7 +72,7 @@ def proximal_vector(
     losses: Float[Tensor, '... m'],
     num_steps: int,
 ) -> Float[Tensor, '... d']:
-    """The proximal step of a vector, along its gradient.
+    """Compute the proximal step of a vector, along its gradient.
 
     Args:
         gradient: minus the gradient of the weighted losses of a chunk.
@@ -83,7 +84,7 @@ def proximal_vector(
 
 
 def _curvatures(gradients: Float[Tensor, '... d'], weighted: Float[Tensor, ...]) -> Float[Tensor, ...]:
-    """‖θ g‖² / 2θℓ; 0 for rows that are not stored, or are stored already, which have neither gradient nor loss."""
+    """‖θ g‖² / 2θℓ; 0 for rows that are not stored or are stored already, which have neither gradient nor loss."""
     weighted = 2 * weighted.to(gradients.dtype)
     some = weighted > NOTHING
     return torch.where(some, gradients.square().sum(dim=-1), 0.0) / torch.where(some, weighted, 1.0)

@@ -1,4 +1,4 @@
-"""First-order linear recurrences h_t = g_t · h_{t−1} + x_t, all steps at once."""
+"""First-order linear recurrences h_t = g_t · h_{t−1} + x_t, with all steps at once."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class AssocScan(reference.AssocScan):
     `prev` itself and has n + 1 steps; `remove_prev` defaults to whether `prev` is given.
 
     `use_accelerated=True` runs a Triton kernel on a CUDA device. Cases that it does not support (the CPU, integer or
-    complex inputs, `reverse`, `has_no_feature_dim`) run the plain scan; on the CPU a warning says so. The kernel is
-    this package's own. Those of `accelerated-scan` take tensors (batch, features, steps) with a gate for each feature
-    and no state before the first step, so every call of a memory would make transposed and expanded copies.
+    complex inputs, `reverse`, `has_no_feature_dim`) run the plain scan; on the CPU, a warning says so. The kernel is
+    this package's own: those of `accelerated-scan` take tensors (batch, features, steps) with a gate for each feature
+    and no state before the first step, so every call of a memory would have to make transposed and expanded copies.
     """
 
     def __init__(self, use_accelerated: bool = False, reverse: bool = False, has_no_feature_dim: bool = False):
@@ -58,7 +58,7 @@ class AssocScan(reference.AssocScan):
     def _supports(self, gates: Tensor, inputs: Tensor, prev: Tensor | None) -> bool:
         if self.reverse or self.has_no_feature_dim or inputs.ndim < 3 or inputs.numel() == 0:
             return False
-        # the plain scan broadcasts and promotes what differs, or refuses it
+        # the plain scan broadcasts and promotes what differs, or rejects it
         features = inputs.shape[2:]
         same_steps = gates.shape[:2] == inputs.shape[:2] and gates.shape[2:] in ((), (1,), features)
         same_start = prev is None or prev.shape == (len(inputs), *features)
@@ -68,10 +68,10 @@ class AssocScan(reference.AssocScan):
 def coefficient_product(
     coefficients: Float[Tensor, 'bh i j'], updates: Float[Tensor, 'bh j f']
 ) -> Float[Tensor, 'bh i f']:
-    """`coefficients` @ `updates`, for few chunks of many features."""
+    """`coefficients` @ `updates`, for few chunks with many features."""
     if not updates.is_cuda or updates.shape[2] % 512:
         return coefficients @ updates
-    # the gradient of the coefficients is few numbers, each a sum over all features: in parts, a GPU is kept busy
+    # the coefficients' gradient is few numbers, each a sum over all features; summing in parts keeps a GPU busy
     parts = updates.unflatten(2, (-1, 512)).transpose(1, 2)
     return (coefficients.unsqueeze(1) @ parts).transpose(1, 2).flatten(2)
 

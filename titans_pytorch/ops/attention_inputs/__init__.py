@@ -1,4 +1,4 @@
-"""Queries, keys and values of attention, from the projection of a sequence."""
+"""Queries, keys and values for attention, from the projection of a sequence."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from titans_pytorch.utils.shapes import Float, Int
 
 __all__ = ['attention_inputs', 'heads_of', 'mixed_values', 'with_persistent']
 
-# features of a head
+# most features in a head
 _WIDEST = 256
 
 
@@ -30,10 +30,10 @@ def attention_inputs(
 
     Args:
         projected: queries, keys and values, each with heads side by side.
-        frequencies: angle per position, in float32 at least.
-        positions: of the tokens, or of the first of them.
-        mix: r, values that are mixed with the sequence's own, and a, their share.
-        persistent: keys and values before those of the sequence, which are not rotated.
+        frequencies: angle per position, in at least float32.
+        positions: positions of the tokens, or of the first token only.
+        mix: r, values to mix with the sequence's own, and a, their share.
+        persistent: keys and values that come before those of the sequence; they are not rotated.
     """
     residual, share = (None, None) if mix is None else mix
     tensors = [projected, residual, share, persistent]
@@ -47,6 +47,6 @@ def attention_inputs(
 
 def _supports(projected: Tensor, heads: int, frequencies: Tensor) -> bool:
     dim = projected.shape[-1] // (3 * heads)
-    # the kernel has no gradient of frequencies, which are not learned unless a caller makes them
+    # the kernel computes no gradient of frequencies, which are not learned unless a caller makes them learnable
     all_rotate = 2 * len(frequencies) == dim and not frequencies.requires_grad
     return all_rotate and dim <= _WIDEST and projected.numel() > 0

@@ -1,12 +1,12 @@
-"""Storing a series of memory batches in a memory MLP of any depth, with its states kept once for several of them.
+"""Storing a series of memory batches in a memory MLP of any depth, with states kept once per block of memory batches.
 
-With matrices W_1 to W_L, gelu between them and perhaps a layer norm around them, the gradients of a memory batch of
-keys k and values v at the weights before it are those of
+With matrices W_1 to W_L, gelu between them and optionally a layer norm around them, the gradients of a memory batch of
+keys k and values v, at the weights before it, are those of
 
     X_1 = k    h_l = X_l W_l    X_{l+1} = gelu(h_l)    Δ_L from the loss of h_L    Δ_l = (Δ_{l+1} W_{l+1}ᵀ) ∘ gelu′(h_l)
 
-where the loss and Δ_L are those of `inner_gradient`. Within a block of n chunks these weights are a combination of the
-block's initial states, the weights and the momentum of each order, and of the updates of earlier memory batches, with
+where the loss and Δ_L are those of `inner_gradient`. Within a block of n chunks, these weights are a combination of the
+block's initial states (the weights, and the momentum of each order) and of the updates of earlier memory batches, with
 the coefficients of momentum and decay. They are never formed:
 
     x W = Σ_k a_k · x state_k + ((x Xᵀ) ∘ A) Δ
@@ -31,7 +31,7 @@ from titans_pytorch.utils.precision import operand_dtype
 from titans_pytorch.utils.shapes import Float
 
 MOST_ROWS = 64
-"""Most rows of a block, which a program of the kernels holds."""
+"""Most rows in a block; a program of the kernels holds all of them."""
 _MOST_MATRICES, _MOST_STATES, _MOST_UNITS = 4, 2, 1024
 
 
@@ -49,20 +49,20 @@ def deep_memory_scan(
     chunks_per_batch: int,
     num_proximal_steps: int | None = None,
 ) -> MemoryBatches:
-    """Stores r blocks of n chunks, each of them one or more whole memory batches.
+    """Store r blocks of n chunks; a block is one or more whole memory batches.
 
     Args:
         step_sizes: θ of each row.
-        matrices: for each matrix (bh, d, e) its weights before the first block and its momentum of each order. Between
+        matrices: for each matrix (bh, d, e), its weights before the first block and its momentum of each order. Between
             the first and the last, matrices are square.
-        gamma: the same of γ of the norm around the network; `None` without.
-        steps, initial_steps, final, initial_final: of each block, as in `memory.coefficients.Coefficients`.
-        eps: of the norm.
-        chunks_per_batch: chunks of a memory batch; they divide n.
-        num_proximal_steps: take proximal steps instead, of which so many are added up at the same weights.
+        gamma: the same for γ of the norm around the network; `None` without a norm.
+        steps, initial_steps, final, initial_final: for each block, as in `memory.coefficients.Coefficients`.
+        eps: ε of the norm.
+        chunks_per_batch: chunks in a memory batch; divides n.
+        num_proximal_steps: take proximal steps instead; this many of them add up at the same weights.
 
-    States and sums are in their own precision, but those before each block are returned in that of products, which is
-    that of autocast or of the keys.
+    States and sums are in their own precision, but the states before each block are returned in the precision of
+    products, which is that of autocast or of the keys.
     """
     operands, coefficients = operand_dtype(keys), (steps, initial_steps, final, initial_final)
     states = [state for own in (*matrices, gamma or []) for state in own]
@@ -78,7 +78,7 @@ def deep_memory_scan(
 
     from titans_pytorch.ops.deep_memory_scan import triton
 
-    # each matrix by itself, so that all of its states can be read as one matrix
+    # matrix by matrix, so that all states of one can be read as a single matrix
     flat = torch.cat([torch.stack(own, dim=1).flatten(1) for own in matrices], dim=1)
     of_gamma = None if gamma is None else torch.stack(gamma, dim=1)
     sizes = weights[0].shape[2], len(matrices), chunks_per_batch
@@ -92,7 +92,7 @@ def deep_memory_scan(
 
     widths = [keys.shape[3], *(own[0].shape[2] for own in matrices)]
     k = keys.to(operands).unflatten(1, steps.shape[1:3]).flatten(2, 3)
-    # rows of all matrices are as long as those of the widest
+    # rows of all matrices are as long as those of the widest one
     of_inputs = [k, *(x[..., :width] for x, width in zip(inputs.unbind(0)[1:], widths[1:]))]
     of_deltas = [d[..., :width] for d, width in zip(deltas.unbind(0), widths[1:])]
     gamma_initial = gamma_final = negative_gamma_gradient = None
@@ -107,19 +107,19 @@ def deep_memory_scan(
 
 
 def has_kernel(matrices: list[Float[Tensor, 'bh _d _e']], num_states: int, rows: int) -> bool:
-    """Whether kernels run for memory batches of so many rows, given the weights of each matrix and the number of its
+    """Whether kernels run for memory batches of this many rows, given the weights of each matrix and its number of
     states."""
     runs = use_kernel(matrices, matrices, capability=_capability(matrices[0].shape[1]))
     return runs and _supports(matrices, num_states, rows)
 
 
 def _capability(dim: int) -> int:
-    """The compute capability whose shared memory holds rows of so many features."""
+    """The compute capability with enough shared memory for rows of this many features."""
     return AMPERE if dim <= 64 else HOPPER
 
 
 def _supports(matrices: list[Tensor], num_states: int, rows_of_block: int) -> bool:
-    """Within the limits of the kernels; a block may be a single memory batch."""
+    """Whether the kernels' limits allow this; a block may be a single memory batch."""
     dim, width = matrices[0].shape[1:]
     fits = rows_of_block <= MOST_ROWS and dim <= WIDEST and width <= _MOST_UNITS
     shapes = [(dim, width), *((width, width) for _ in matrices[2:]), (width, dim)]

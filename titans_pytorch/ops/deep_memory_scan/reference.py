@@ -1,5 +1,5 @@
-"""Reference implementation of the scan over memory batches of a memory MLP: a loop, with the weights before each memory
-batch formed."""
+"""Reference implementation of the scan over memory batches of a memory MLP: a loop that forms the weights before each
+memory batch."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def deep_memory_scan(
     length = steps.shape[2]
     states = [torch.stack(own, dim=1) for own in (*matrices, *([] if gamma is None else [gamma]))]
     initial: list[list[Tensor]] = [[] for _ in states]
-    # of each matrix, for all memory batches
+    # one list per matrix, over all memory batches
     all_inputs: list[list[Tensor]] = [[] for _ in matrices]
     all_deltas: list[list[Tensor]] = [[] for _ in matrices]
     gamma_updates, losses = [], []
     with no_autocast(keys):
-        # not by slices, whose gradients would each be as long as the whole
+        # not by slices: each slice's gradient would be as long as the whole tensor
         rows = (t.split(chunks_per_batch, dim=1) for t in (keys, values, step_sizes))
         batches = iter([*zip(*rows)])
         for block in zip(*(t.unbind(1) for t in (steps, initial_steps, final, initial_final))):
@@ -93,6 +93,6 @@ def _combination(
     steps: Float[Tensor, 'bh n'],
     updates: list[Tensor],
 ) -> Float[Tensor, 'bh ...']:
-    """States and the updates of earlier memory batches, each by its coefficient."""
+    """States and the updates of earlier memory batches, combined with their coefficients."""
     total = torch.einsum('bk, bk... -> b...', shares, states)
     return total + torch.einsum('bn, bn... -> b...', steps, torch.cat(updates, dim=1)) if updates else total

@@ -1,4 +1,4 @@
-"""Final state of a matrix: its weights, and its momentum of each order, after a block of chunks."""
+"""Final state of a matrix after a block of chunks: its weights, and its momentum of each order."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from titans_pytorch.utils.precision import operand_dtype
 from titans_pytorch.utils.shapes import Float
 
 WIDEST = 128
-"""Features of the shorter of inputs and deltas, at most, that fit on chip whole."""
+"""Most features of the shorter of inputs and deltas, which must fit on chip whole."""
 MOST_STATES = 4
-"""The weights, and the momentum of up to three orders."""
+"""Most states: the weights, and the momentum of up to three orders."""
 
 
 def final_state(
@@ -22,20 +22,20 @@ def final_state(
     inputs: Float[Tensor, 'bh n m d'],
     deltas: Float[Tensor, 'bh n m e'],
 ) -> list[Float[Tensor, 'bh d e']]:
-    """Each state after n chunks, chunk c of which updates the matrix by X_cᵀ Δ_c:
+    """Compute each state after n chunks, where chunk c updates the matrix by X_cᵀ Δ_c:
 
         final_k = Σ_c coefficients[k, c] · X_cᵀ Δ_c + Σ_j initial_coefficients[k, j] · initial_j
 
     Args:
-        coefficients: of each chunk's update, in each state.
-        initial_coefficients: of each initial state, in each final state. State 0 are the weights, the others the
-            momentum of each order. Momentum contains no weights and no momentum of a later order: entries (k, 0) and
-            (k, j > k) for k > 0 are zero, and need not be read.
-        initial_states: k of them.
+        coefficients: coefficient of each chunk's update in each state.
+        initial_coefficients: coefficient of each initial state in each final state. State 0 is the weights, the others
+            are the momentum of each order. Momentum contains no weights and no momentum of a later order: entries (k,
+            0) and (k, j > k) for k > 0 are zero and need not be read.
+        initial_states: the k states before the block.
         inputs: X, the rows that each chunk sent through the matrix.
         deltas: Δ, the negative gradients of their products.
 
-    States are in the precision of `coefficients`, products in that of autocast or of `deltas`.
+    States are in the precision of `coefficients`, products in the precision of autocast or of `deltas`.
     """
     tensors = (coefficients, initial_coefficients, initial_states, inputs, deltas)
     operands = operand_dtype(deltas)

@@ -21,7 +21,7 @@ def final_state(
     # the coefficient of each row in each state
     of_rows = coefficients.mT[:, :, None].expand(-1, -1, inputs.shape[2], -1).flatten(1, 2).unsqueeze(3)
     inputs, deltas = inputs.flatten(1, 2), deltas.flatten(1, 2)
-    # they scale the shorter of the two rows
+    # scale the shorter of the two rows by them
     if inputs.shape[2] <= deltas.shape[2]:
         scaled = (of_rows * inputs.unsqueeze(2)).flatten(2).to(operands)
         changes = (scaled.mT @ deltas.to(operands)).to(dtype).unflatten(1, (num_states, -1)).unbind(1)

@@ -11,7 +11,7 @@ from titans_pytorch.ops._dispatch import VOLTA, use_kernel
 from titans_pytorch.ops.gated_heads import reference
 from titans_pytorch.utils.shapes import Float
 
-# features of a head
+# most features in a head
 _WIDEST = 256
 
 
@@ -25,7 +25,7 @@ def gated_heads(
 
     Args:
         logits: one for each head, or one for each of its features.
-        dtype: of the result. Default: as PyTorch promotes the inputs.
+        dtype: dtype of the result. Default: as PyTorch promotes the inputs.
     """
     if dtype is None:
         dtype = reduce(torch.promote_types, (t.dtype for t in (x, gamma, logits) if t is not None))

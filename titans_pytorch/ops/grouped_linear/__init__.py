@@ -1,6 +1,7 @@
-"""Rows of many groups, each times the matrix of its group: y_g = x_g W_g, for few rows in a group.
+"""Rows in many groups, multiplied by the matrix of their group: y_g = x_g W_g, for groups of few rows.
 
-So few rows make the matrices all of the work: they are read once, and in the gradient read and written once.
+With so few rows, nearly all the work is moving the matrices: they are read once, and in the gradient read and written
+once.
 """
 
 from __future__ import annotations
@@ -11,18 +12,18 @@ from titans_pytorch.ops._dispatch import use_kernel
 from titans_pytorch.utils.precision import autocast_dtype, operand_dtype
 from titans_pytorch.utils.shapes import Float
 
-# beyond these, cuBLAS has enough to do
+# beyond these sizes, cuBLAS has enough to do
 _MOST_ROWS, _MOST_FEATURES = 16, 256
 
 
 def grouped_linear(x: Float[Tensor, 'b n c d'], weights: Float[Tensor, 'b n d e']) -> Float[Tensor, 'b n c e']:
-    """`x @ weights`, in the precision of autocast or else of `x`. The kernel serves half precision."""
+    """`x @ weights`, in the precision of autocast, or otherwise of `x`. The kernel serves half precision."""
     operands = operand_dtype(x)
     if use_kernel([x, weights]) and operands.itemsize == 2 and _supports(x, weights):
         from titans_pytorch.ops.grouped_linear import triton
 
         return triton.grouped_linear(x.to(operands), weights.to(operands))
-    # autocast makes the dtypes equal; without it, weights may have been stored under autocast
+    # autocast would make the dtypes equal; without it, the weights may have been stored under autocast
     return x @ (weights.to(x.dtype) if autocast_dtype(x.device) is None else weights)
 
 

@@ -9,7 +9,7 @@ from titans_pytorch.ops._dispatch import VOLTA, use_kernel
 from titans_pytorch.ops.head_norm import reference
 from titans_pytorch.utils.shapes import Float
 
-# features of a head
+# most features in a head
 _WIDEST = 256
 
 
@@ -18,7 +18,7 @@ def head_norm(x: Float[Tensor, 'b h n d'], gamma: Float[Tensor, 'h 1 d']) -> Flo
     if use_kernel([x, gamma], capability=VOLTA) and _supports(x, gamma):
         from titans_pytorch.ops.head_norm import triton
 
-        # heads side by side, as a projection leaves them
+        # heads side by side, which is how a projection leaves them
         return triton.head_norm(x.transpose(1, 2), gamma, torch.promote_types(x.dtype, gamma.dtype))
     return reference.head_norm(x, gamma)
 

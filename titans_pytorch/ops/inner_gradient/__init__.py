@@ -1,5 +1,5 @@
-"""Inner gradient: the forward of a memory MLP over a block of chunks, and the gradient of the default loss by its
-products, Titans eq. 12.
+"""Inner gradient: the forward pass of a memory MLP over a block of chunks, and the gradient of the default loss with
+respect to its products, Titans eq. 12.
 
 For one row with key k, value v and step size θ, matrices W_1 to W_L and the gain 1 + γ of a layer norm:
 
@@ -24,24 +24,24 @@ from titans_pytorch.utils.precision import operand_dtype
 from titans_pytorch.utils.shapes import Float
 
 WIDEST = 128
-"""Features of a row, at most, that fit on chip whole."""
+"""Most features in a row, which must fit on chip whole."""
 
 
 class InnerGradient(NamedTuple):
-    """What one gradient step needs of each row. Inputs and deltas are in the precision of products."""
+    """What a gradient step needs of each row. Inputs and deltas are in the precision of products."""
 
     inputs: list[Float[Tensor, 'bh n m _d']]
-    """For each matrix X, the rows that it is applied to: first the keys."""
+    """For each matrix, X, the rows that it is applied to; for the first, these are the keys."""
     deltas: list[Float[Tensor, 'bh n m _e']]
-    """For each matrix Δ, the negative gradients of its products (δ of backpropagation)."""
+    """For each matrix, Δ, the negative gradients of its products (δ of backpropagation)."""
     negative_gamma_gradient: Float[Tensor, 'bh n d'] | None
     """Σ s ∘ x̂ over the rows of each chunk; `None` without `gamma`."""
     losses: Float[Tensor, 'bh n m']
-    """Unweighted."""
+    """Losses of the rows, unweighted."""
 
 
 class PreviousWeights(NamedTuple):
-    """Another memory's weights P_c before each chunk c, for gradients at W + share_c · P_c instead of W."""
+    """Another memory's weights P_c before each chunk c; gradients are then taken at W + share_c · P_c instead of W."""
 
     shares: Float[Tensor, 'bh n']
     matrices: list[Float[Tensor, 'bh n _d _e']]
@@ -57,16 +57,16 @@ def inner_gradient(
     eps: float,
     residual: PreviousWeights | None = None,
 ) -> InnerGradient:
-    """The inner gradient of every row, all at the same weights, or with `residual` at those of its chunk.
+    """Compute the inner gradient of every row, at the same weights for all, or with `residual` at those of its chunk.
 
     Args:
         step_sizes: θ, the weight of each row's loss.
-        matrices: W_1 to W_L, from d features to d. There are kernels for one (bh, d, d), and for two (bh, d, e) and
-            (bh, e, d).
-        gamma: γ of the norm around the network; `None` without.
-        eps: of that norm.
+        matrices: W_1 to W_L, from d features to d. There are kernels for one matrix (bh, d, d), and for two, (bh, d, e)
+            and (bh, e, d).
+        gamma: γ of the norm around the network; `None` without a norm.
+        eps: ε of that norm.
 
-    Sums and norms are in the precision of the weights, products in that of autocast or of the keys.
+    Sums and norms are in the precision of the weights, products in the precision of autocast or of the keys.
     """
     shares, previous, previous_gamma = (None, [], None) if residual is None else residual
     operands, rows = operand_dtype(keys), (keys, values, step_sizes)
@@ -74,7 +74,7 @@ def inner_gradient(
     if supports(keys, values, matrices, previous) and use_kernel(factors, [*matrices, gamma]):
         from titans_pytorch.ops.inner_gradient import triton
 
-        # absent ones are `None`
+        # absent matrices are `None`
         first, last = [None, *matrices][-2:]
         previous_first, previous_last = [None, None, *previous][-2:]
         weights = first, last, gamma, shares, previous_first, previous_last, previous_gamma

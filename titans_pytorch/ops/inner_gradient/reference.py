@@ -1,4 +1,4 @@
-"""Reference implementation of the inner gradient: the gradient is written out, its own derivatives are autograd's."""
+"""Reference implementation of the inner gradient: the gradient is written out; autograd takes its own derivatives."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def gradient_of_product(
     gain: Float[Tensor, 'bh _n 1 d'] | None,
     eps: float,
 ) -> tuple[Float[Tensor, 'bh n m d'], Float[Tensor, 'bh n d'] | None, Float[Tensor, 'bh n m']]:
-    """From the product y with the last matrix its Δ, minus the gradient of γ, and the losses; `gain` is 1 + γ."""
+    """From the product y with the last matrix: Δ, minus the gradient of γ, and the losses. `gain` is 1 + γ."""
     dtype = y.dtype
     # s = −(2θ/d) (p − v)
     scale = (step_sizes.to(dtype) * (-2 / y.shape[-1])).unsqueeze(-1)
@@ -81,6 +81,6 @@ def gradient_of_product(
 
 
 def project_out(u: Float[Tensor, '... d'], unit: Float[Tensor, '... d']) -> Float[Tensor, '... d']:
-    """P(u) = u − mean u − x̂ · mean(u ∘ x̂), the derivative of a layer norm but for its scale."""
+    """P(u) = u − mean u − x̂ · mean(u ∘ x̂), the derivative of a layer norm up to its scale."""
     along = (u * unit).mean(dim=-1, keepdim=True)
     return torch.addcmul(u - u.mean(dim=-1, keepdim=True), unit, along, value=-1)

@@ -9,15 +9,15 @@ from titans_pytorch.ops._dispatch import use_kernel
 from titans_pytorch.ops.inverse import reference
 from titans_pytorch.utils.shapes import Float
 
-# a program holds a matrix
+# most rows, because a program holds the whole matrix
 _MOST_ROWS = 64
 
 
 def inverse(matrices: Float[Tensor, '... m m']) -> Float[Tensor, '... m m']:
-    """The inverse of each matrix, all of whose leading blocks must be far from singular.
+    """The inverse of each matrix. All leading blocks of the matrices must be far from singular.
 
     That holds for I + D K with D diagonal and not negative, and K symmetric without negative eigenvalues. It is not
-    checked, as a check would wait for the device.
+    checked, because a check would wait for the device.
     """
     if use_kernel([matrices], dtypes=(torch.float32,)) and _supports(matrices):
         from titans_pytorch.ops.inverse import triton

@@ -1,23 +1,23 @@
-"""Storing a series of memory batches in a linear memory, M(k) = k W, without one step per memory batch.
+"""Storing a series of memory batches in a linear memory, M(k) = k W, without a step for each memory batch.
 
-The gradient of a row is that of a squared error at the weights at the start of its memory batch, so its update is
-kᵀ δ with δ = β ε, ε = v − k W_base and β = 2 θ / d. Within a block of n chunks W_base is itself a combination of the
-block's initial states and of the updates of earlier memory batches, with the coefficients of momentum and decay. All ε
-of a block, the rows of E, are therefore the solution of one unit lower triangular system:
+The gradient of a row is that of a squared error at the weights at the start of its memory batch, so its update is kᵀ δ
+with δ = β ε, ε = v − k W_base and β = 2 θ / d. Within a block of n chunks, W_base is itself a combination of the
+block's initial states and of the updates of earlier memory batches, with the coefficients of momentum and decay. The ε
+of a block, which are the rows of E, are therefore the solution of a single unit lower triangular system:
 
     (I + (A ∘ K Kᵀ) diag(β)) E = V − Σ_k a_k ∘ K state_k    and    Δ = diag(β) E
 
-where A holds the coefficient of each row's update in the base weights of each other row, and a_k that of each initial
-state. Only the states pass from block to block:
+where A holds the coefficient of each row's update in the base weights of each other row, and a_k the coefficient of
+each initial state. Only the states pass from block to block:
 
     state_k ← Σ_c final[k, c] · K_cᵀ Δ_c + Σ_i initial_final[k, i] · state_i
 
 With chunks and memory batches of one token this is the gated delta rule (arXiv 2412.06464), with momentum.
 
-Proximal steps (`titans_pytorch.ops.proximal_steps`) are linear as well, as the curvature of a row is β times the number
-of steps that are added up. That number is then the coefficient, in A, of the updates of a row's own chunk, so that the
-system is triangular in blocks of chunks only, and E are the errors where steps end. The limit of the curvature there is
-one of θ here.
+Proximal steps (`titans_pytorch.ops.proximal_steps`) are linear too, because the curvature of a row is β times the
+number of steps that add up. In A, that number then becomes the coefficient of the updates of a row's own chunk, so the
+system is triangular only in blocks of chunks, and E holds the errors at the end of each step. The limit on the
+curvature becomes a limit on θ here.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from titans_pytorch.utils.precision import operand_dtype
 from titans_pytorch.utils.shapes import Float
 
 MOST_ROWS = 64
-"""Most rows of a block, all of which a program of the kernels holds."""
-# most features of all states together, each padded to a power of two, and most of one
+"""Most rows in a block; a program of the kernels holds all of them."""
+# most features of all states together, each padded to a power of two, and most features of one state
 _MOST_FEATURES, _WIDEST = 256, 128
 
 
@@ -43,7 +43,7 @@ class LinearBlocks(NamedTuple):
     """States and updates of r blocks of t = n · m rows."""
 
     initial: Float[Tensor, 'bh r k d e']
-    """States before each block: the weights, and the momentum of each order."""
+    """States before each block: the weights and the momentum of each order."""
     final: Float[Tensor, 'bh k d e']
     """States after the last block."""
     deltas: Float[Tensor, 'bh r t e']
@@ -65,17 +65,17 @@ def linear_memory_scan(
     num_proximal_steps: int | None = None,
     with_losses: bool = True,
 ) -> LinearBlocks:
-    """Stores r blocks of n chunks, each of them one or more whole memory batches.
+    """Store r blocks of n chunks; a block is one or more whole memory batches.
 
     Args:
         step_sizes: θ of each row.
-        states: the weights before the first block, and the momentum of each order.
-        steps, initial_steps, final, initial_final: of each block, as in `memory.coefficients.Coefficients`.
-        chunks_per_batch: chunks of a memory batch; they divide n.
-        num_proximal_steps: take proximal steps instead, of which so many are added up at the same weights.
+        states: the weights before the first block and the momentum of each order.
+        steps, initial_steps, final, initial_final: for each block, as in `memory.coefficients.Coefficients`.
+        chunks_per_batch: chunks in a memory batch; divides n.
+        num_proximal_steps: take proximal steps instead; this many of them add up at the same weights.
 
-    States, gates and sums are in float32 at least, and so is the inverse of the system, which amplifies rounding. With
-    operands in half precision, the kernel's other products are in TF32.
+    States, gates and sums are in at least float32, and so is the inverse of the system, because it amplifies rounding
+    errors. If operands are in half precision, the kernel's other products are in TF32.
     """
     operands, (length, rows) = operand_dtype(keys), (steps.shape[2], keys.shape[2])
     own_coefficient = num_proximal_steps or 0
@@ -94,7 +94,7 @@ def linear_memory_scan(
     if not with_losses:
         return LinearBlocks(initial, last, deltas.to(operands), None)
     if own_coefficient:
-        # losses are those before the step, while E is where it ends
+        # losses are taken before the step, but E at its end
         given = keys, values, step_sizes, steps, initial_steps, chunks_per_batch, own_coefficient
         errors = reference.errors_at_base(*given, initial, errors)
     losses = errors.square().mean(dim=-1).unflatten(2, (length, rows))
@@ -109,5 +109,5 @@ def _supports(keys: Tensor, states: list[Tensor], rows: int) -> bool:
 
 
 def _power_of_two(size: int) -> int:
-    """The least one that is not smaller."""
+    """The smallest power of two that is not below `size`."""
     return 1 << (size - 1).bit_length()

@@ -25,18 +25,18 @@ def linear_memory_scan(
     """States before each block and after the last, Δ, and the errors E with Δ = β E.
 
     Args:
-        own_coefficient: of the updates of a row's own chunk, in A.
+        own_coefficient: coefficient of the updates of a row's own chunk in A.
     """
     num_states, dim = initial_steps.shape[3], keys.shape[3]
     with no_autocast(keys):
         k, v, strengths = rows_of_blocks(keys, values, step_sizes, steps, own_coefficient)
         weighted, keys_by_state = products(k, steps, initial_steps, chunks_per_batch, own_coefficient)
-        # what does not depend on the states, for all blocks at once: E = (from values) − (from states) · states
+        # all that does not depend on the states, for all blocks at once: E = (from values) − (from states) · states
         right, system = torch.cat((v, keys_by_state), dim=-1), weighted * strengths.mT
         if own_coefficient:
             solved = torch.linalg.solve(system + torch.eye(system.shape[-1], dtype=k.dtype, device=k.device), right)
         else:
-            # the diagonal, of ones, is not read
+            # the diagonal, all ones, is not read
             solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
         from_values, from_states = solved.split((v.shape[-1], num_states * dim), dim=-1)
         of_row = final.repeat_interleave(keys.shape[2], dim=3)
@@ -78,7 +78,7 @@ def errors_at_base(
 def rows_of_blocks(
     keys: Tensor, values: Tensor, step_sizes: Tensor, steps: Float[Tensor, 'bh r n n'], own_coefficient: int
 ) -> tuple[Float[Tensor, 'bh r t d'], Float[Tensor, 'bh r t e'], Float[Tensor, 'bh r t 1']]:
-    """K, V and β, which is limited where the curvature of a row along its own part of the step is beyond `LARGEST`."""
+    """K, V and β; β is limited where a row's curvature along its own part of the step would exceed `LARGEST`."""
     k, v, theta = (at_least_float32(t).unflatten(1, steps.shape[1:3]).flatten(2, 3) for t in (keys, values, step_sizes))
     beta = theta * (2 / v.shape[-1])
     if own_coefficient:

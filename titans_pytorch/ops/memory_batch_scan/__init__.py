@@ -1,7 +1,7 @@
-"""Sequential scan over memory batches, which are stored in a memory MLP one after the other.
+"""Sequential scan over memory batches, which are stored in a memory MLP one after another.
 
-The gradients of a memory batch are taken at the weights that the one before left, so that batches are a recurrence.
-For each memory batch j of n chunks, with state 0 the weights and the others the momentum of each order:
+The gradients of a memory batch are taken at the weights that the previous one left, so the batches form a recurrence.
+For each memory batch j of n chunks, where state 0 is the weights and the others are the momentum of each order:
 
     X, Δ, g, losses = inner_gradient(keys_j, values_j, θ_j; W, γ)        at state 0
     state_k ← Σ_c coefficients[j, k, c] · X_cᵀ Δ_c + Σ_i initial_coefficients[j, k, i] · state_i
@@ -25,28 +25,28 @@ from titans_pytorch.utils.precision import operand_dtype
 from titans_pytorch.utils.shapes import Float
 
 # limits of the kernels that keep states on chip: rows of a memory batch, features, hidden features. With more rows,
-# states in memory are faster (measured: 32 and 64)
+# keeping states in memory is faster (measured: 32 and 64)
 _MOST_ROWS, _MOST_FEATURES, _MOST_UNITS = 32, 64, 512
 
 
 class MemoryBatches(NamedTuple):
-    """States and updates of r blocks of one or more memory batches, of t = n · m rows each; the lists have an entry for
+    """States and updates of r blocks of one or more memory batches, with t = n · m rows each. Lists have an entry for
     each matrix."""
 
     initial: list[Float[Tensor, 'bh r k _d _e']]
-    """States before each block; from a kernel in the precision of products."""
+    """States before each block; a kernel returns them in the precision of products."""
     gamma_initial: Float[Tensor, 'bh r k d'] | None
-    """Those of the norm's γ; `None` without."""
+    """The same for γ of the norm; `None` without a norm."""
     final: list[Float[Tensor, 'bh k _d _e']]
     """States after the last block."""
     gamma_final: Float[Tensor, 'bh k d'] | None
     inputs: list[Float[Tensor, 'bh r t _d']]
-    """X, in the precision of products, as Δ."""
+    """X, in the precision of products, like Δ."""
     deltas: list[Float[Tensor, 'bh r t _e']]
-    """Δ, or the parts of proximal steps, if these were taken."""
+    """Δ, or the factors of proximal steps if these were taken."""
     negative_gamma_gradient: Float[Tensor, 'bh r n d'] | None
     losses: Float[Tensor, 'bh r n m'] | None
-    """Unweighted, before the rows are stored; `None` if nobody reads them."""
+    """Losses before the rows are stored, unweighted; `None` if they will not be read."""
 
 
 def memory_batch_scan(
@@ -60,19 +60,20 @@ def memory_batch_scan(
     eps: float,
     batches_per_block: int = 1,
 ) -> MemoryBatches:
-    """Stores memory batches, one after the other.
+    """Store memory batches, one after another.
 
     Args:
-        matrices: for each matrix its weights before the first memory batch and its momentum of each order. There are
+        matrices: for each matrix, its weights before the first memory batch and its momentum of each order. There are
             kernels for one matrix (bh, d, d), and for two, (bh, d, e) and (bh, e, d).
-        gamma: the same of γ of the norm around the network; `None` without.
-        coefficients: of each chunk's update, in each state after its memory batch.
-        initial_coefficients: of each state before a memory batch, in each state after it, structured as those of
+        gamma: the same for γ of the norm around the network; `None` without a norm.
+        coefficients: coefficient of each chunk's update in each state after its memory batch.
+        initial_coefficients: coefficient of each state before a memory batch in each state after it, structured as in
             `final_state`.
-        eps: of the norm.
-        batches_per_block: memory batches of a block; states are returned for each block. It divides their number.
+        eps: ε of the norm.
+        batches_per_block: number of memory batches in a block, which divides the number of all; states are returned per
+            block.
 
-    States are in their own precision, products in that of autocast or of the keys.
+    States are in their own precision, products in the precision of autocast or of the keys.
     """
     rows, of_states = (keys, values, step_sizes), (coefficients, initial_coefficients)
     operands, chunks, num_states = operand_dtype(keys), coefficients.shape[3], len(matrices[0])
@@ -105,7 +106,7 @@ def memory_batch_scan(
 
 
 def _of_kernel(keys: Tensor, chunks: int, *outputs: Tensor) -> MemoryBatches:
-    """Outputs of a kernel, absent ones empty; each memory batch is a block."""
+    """Outputs of a kernel, in which absent ones are empty; each memory batch is a block."""
     first, last, gamma, first_final, last_final, gamma_final, hidden, hidden_deltas, deltas, gamma_updates, losses = (
         None if t.numel() == 0 else t for t in outputs
     )
@@ -121,7 +122,7 @@ def _of_kernel(keys: Tensor, chunks: int, *outputs: Tensor) -> MemoryBatches:
 
 
 def _in_blocks(batches: MemoryBatches, batches_per_block: int) -> MemoryBatches:
-    """The rows of a block's memory batches together."""
+    """Put the rows of a block's memory batches together."""
 
     def of_block(t: Float[Tensor, 'bh j t ...']) -> Float[Tensor, 'bh r _t ...']:
         return t if batches_per_block == 1 else t.unflatten(1, (-1, batches_per_block)).flatten(2, 3)

@@ -24,9 +24,9 @@ def memory_batch_scan(
     eps: float,
     operands: torch.dtype,
 ) -> tuple[Any, ...]:
-    """The fields of `MemoryBatches`, a memory batch being a block."""
+    """The fields of `MemoryBatches`, with each memory batch as a block."""
     initial, initial_gamma, of_rows = [], [], []
-    # not by slices, whose gradients would each be as long as the whole
+    # not by slices: each slice's gradient would be as long as the whole tensor
     rows = (t.split(coefficients.shape[3], dim=1) for t in (keys, values, step_sizes))
     for k, v, theta, own, own_initial in zip(*rows, coefficients.unbind(1), initial_coefficients.unbind(1)):
         initial.append([torch.stack(states, dim=1) for states in matrices])

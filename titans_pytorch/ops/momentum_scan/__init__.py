@@ -1,15 +1,15 @@
-"""Momentum and weights over a block of chunks that need a matrix for each chunk, as with spectral norm: three scans.
+"""Momentum and weights over a block of chunks where each chunk needs its matrix, as with spectral norm: three scans.
 
-With spectral norm the momentum is orthogonalised before it enters the weights, so each chunk's matrix must be formed.
-That makes two recurrences (Titans eq. 10, 13) around Newton–Schulz. For the rows of chunk c, the inputs X_c of a matrix
-and the negative gradients Δ_c of its outputs, momentum gates η, retention κ = 1 − α, and a scale s:
+With spectral norm, momentum is orthogonalised before it enters the weights, so each chunk's matrix must be formed. That
+gives two recurrences (Titans eq. 10, 13) around Newton–Schulz. With the inputs X_c of a matrix over the rows of chunk
+c, the negative gradients Δ_c of its outputs, momentum gates η, retention κ = 1 − α, and a scale s:
 
     S_c = η_c S_{c−1} + s_c · X_cᵀ Δ_c        `momentum_scan`
     O_c = newton_schulz(S_c)
     W_c = κ_c W_{c−1} + O_c                   `weight_scan`
 
-`vector_scan` is both recurrences at once, without Newton–Schulz, for updates that are given. Gates come as logarithms,
-so that saturated ones have finite gradients. States are kept in float32 at least, whatever precision they are returned
+`vector_scan` is both recurrences together, without Newton–Schulz, for given updates. Gates are passed as logarithms, so
+that saturated gates have finite gradients. States are kept in at least float32, whatever precision they are returned
 in.
 """
 
@@ -22,7 +22,7 @@ from titans_pytorch.ops._dispatch import MOST_ENTRIES, has_short_offsets, use_ke
 from titans_pytorch.ops.momentum_scan import reference
 from titans_pytorch.utils.shapes import Float
 
-# the shorter side of a matrix, which a kernel keeps on chip whole; rows of a chunk
+# most features on the shorter side of a matrix, which a kernel keeps on chip whole, and most rows in a chunk
 _WIDEST, MOST_ROWS = 128, 64
 
 
@@ -34,16 +34,16 @@ def momentum_scan(
     start: Float[Tensor, 'bh d e'] | None,
     out_dtype: torch.dtype,
 ) -> tuple[Float[Tensor, 'bh n d e'], Float[Tensor, 'bh d e']]:
-    """The momentum after each chunk, S_c = η_c S_{c−1} + s_c · X_cᵀ Δ_c, and the last one in float32 at least.
+    """Compute the momentum after each chunk, S_c = η_c S_{c−1} + s_c · X_cᵀ Δ_c; also the last one in at least float32.
 
     Args:
         inputs: X, the rows that went through the matrix.
         deltas: Δ, the negative gradients of its outputs.
         scales: s; `None` for 1.
-        log_gates: log η; `None` without momentum, which is S_c = s_c · X_cᵀ Δ_c.
+        log_gates: log η; `None` without momentum, in which case S_c = s_c · X_cᵀ Δ_c.
         start: S_{−1}; `None` for 0.
-        out_dtype: of the first result, the precision of the products in Newton–Schulz. In the kernel's backward pass
-            products are in this precision too, or in that of the rows if it is lower.
+        out_dtype: dtype of the first result, the precision of products in Newton–Schulz. In the kernel's backward pass,
+            products are in this precision too, or in the precision of the rows if that is lower.
     """
     states = (scales, log_gates, start)
     if use_kernel([inputs, deltas], states) and _supports_matrices(inputs, deltas):
@@ -59,13 +59,13 @@ def weight_scan(
     start: Float[Tensor, 'bh ...'],
     out_dtype: torch.dtype,
 ) -> tuple[Float[Tensor, 'bh n ...'], Float[Tensor, 'bh ...']]:
-    """The weights before each chunk, of W_c = κ_c W_{c−1} + O_c, and those after the last in float32 at least.
+    """Compute the weights before each chunk, with W_c = κ_c W_{c−1} + O_c, and after the last in at least float32.
 
     Args:
         updates: O, matrices or vectors.
         log_retention: log κ.
         start: W_{−1}, the first of the weights returned.
-        out_dtype: of the first result.
+        out_dtype: dtype of the first result.
     """
     before, end, _ = _scan(updates.flatten(2), None, None, log_retention, None, start.flatten(1), out_dtype)
     return before.unflatten(2, updates.shape[2:]), end.view(start.shape)
@@ -79,8 +79,8 @@ def vector_scan(
     momentum_start: Float[Tensor, 'bh f'] | None,
     weight_start: Float[Tensor, 'bh f'],
 ) -> tuple[Float[Tensor, 'bh n f'], Float[Tensor, 'bh f'], Float[Tensor, 'bh f'] | None]:
-    """The weights before each chunk, those after the last, and the momentum after the last, of
-    S_c = η_c S_{c−1} + s_c · u_c and W_c = κ_c W_{c−1} + S_c.
+    """Compute the weights before each chunk, the weights after the last, and the momentum after the last, with S_c =
+    η_c S_{c−1} + s_c · u_c and W_c = κ_c W_{c−1} + S_c.
 
     Without `log_gates` there is no momentum: W_c = κ_c W_{c−1} + s_c · u_c, and the last result is `None`.
     """

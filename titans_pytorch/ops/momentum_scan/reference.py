@@ -27,7 +27,7 @@ def momentum_scan(
         if log_gates is not None:
             flat_start = None if start is None else start.flatten(1)
             momenta = _states(log_gates, momenta.flatten(2), flat_start).view_as(momenta)
-    return momenta.to(out_dtype), momenta[:, -1].clone()  # alone, it keeps none of the others
+    return momenta.to(out_dtype), momenta[:, -1].clone()  # cloned, it keeps none of the others alive
 
 
 def vector_scan(
@@ -46,7 +46,7 @@ def vector_scan(
         if log_gates is not None:
             momenta = _states(log_gates, momenta, momentum_start)
         weights = _states(log_retention, momenta, weight_start, keep_start=True)
-    # copies, which keep none of those before
+    # copies, which keep none of the earlier states alive
     return weights[:, :-1].to(out_dtype), weights[:, -1].clone(), None if log_gates is None else momenta[:, -1].clone()
 
 
@@ -56,7 +56,7 @@ def _states(
     start: Float[Tensor, 'bh f'] | None,
     keep_start: bool = False,
 ) -> Float[Tensor, 'bh _n f']:
-    """h_c = g_c h_{c−1} + u_c after each chunk; with `keep_start`, n + 1 states, of which `start` is the first."""
+    """h_c = g_c h_{c−1} + u_c after each chunk; with `keep_start`, n + 1 states that begin with `start`."""
     coefficients, of_start = gate_products(log_gates), log_gates.cumsum(dim=-1)
     if keep_start:
         coefficients, of_start = F.pad(coefficients, (0, 0, 1, 0)), F.pad(of_start, (1, 0))

@@ -11,12 +11,12 @@ from titans_pytorch.utils.precision import operand_dtype
 from titans_pytorch.utils.shapes import Float
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
-"""Jordan et al.'s coefficients: the steepest at 0 that still keep every singular value within about [0.7, 1.2]."""
+"""Jordan et al.'s coefficients: the steepest at 0 that still keep all singular values within about [0.7, 1.2]."""
 
 STEPS, EPS = 5, 1e-7
-"""Iterations and the least norm that is divided by, as in Muon."""
+"""Number of iterations, and the smallest norm to divide by, as in Muon."""
 
-# shorter and longer side of the largest matrices that fit on chip beside the products of the backward pass
+# shorter and longer side of the largest matrices that fit on chip together with the products of the backward pass
 _LARGEST_IN_HALF = [(64, 256), (128, 128)]
 _LARGEST = {torch.float32: [(64, 128)], torch.bfloat16: _LARGEST_IN_HALF, torch.float16: _LARGEST_IN_HALF}
 
@@ -32,10 +32,10 @@ def newton_schulz(
     `steps` iterations of x ← a·x + (b·xxᵀ + c·(xxᵀ)²)·x on the matrix scaled to unit Frobenius norm; a zero
     matrix stays zero (`eps` bounds the norm from below).
 
-    The result has the precision of `matrices`. Under autocast products are in its precision, and sums between them in
-    float32.
+    The result has the precision of `matrices`. Under autocast, products are in autocast's precision, and the sums
+    between them in float32.
 
-    The kernel serves Hopper GPUs; elsewhere less fits on chip.
+    The kernel is for Hopper GPUs; on others, less fits on chip.
     """
     operands = operand_dtype(matrices)
     if _dispatch.use_kernel([matrices], capability=_dispatch.HOPPER) and supports(matrices, operands):
@@ -54,7 +54,7 @@ def newtonschulz5(
     eps: float = EPS,
     coefs: tuple[float, float, float] = QUINTIC,
 ) -> Float[Tensor, 'bh n ...']:
-    """`newton_schulz` of a parameter's update in each chunk, under the reference's name; vectors stay as they are."""
+    """`newton_schulz` of each chunk's update of a parameter, under the reference's name; vectors stay as they are."""
     return newton_schulz(t, steps, eps, coefs) if t.ndim > 3 else t
 
 

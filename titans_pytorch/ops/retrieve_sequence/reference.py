@@ -1,4 +1,4 @@
-"""Reference implementation of retrieval over a sequence, and the linear map of a factored matrix that it is made of."""
+"""Reference implementation of retrieval over a sequence, and of the linear map of a factored matrix that it uses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from titans_pytorch.utils.precision import autocast_dtype
 from titans_pytorch.utils.shapes import Float
 
 ROWS_IN_CACHE = 2048
-"""Stored rows of the blocks that are read at once on a CPU."""
+"""Number of stored rows in the blocks that a CPU reads at once."""
 
 
 def retrieve_sequence(
@@ -32,14 +32,14 @@ def retrieve_sequence(
     at_once = blocks_at_once(num_blocks, heads * stored, queries.device)
     if at_once == num_blocks:
         return _retrieve(eps, *given)
-    # not by slices, whose gradients would each be as long as the whole
+    # not by slices: each slice's gradient would be as long as the whole tensor
     leaves, spec = tree_flatten(given)
     parts = zip(*(repeat(None) if t is None else t.split(at_once, dim=1) for t in leaves))
     return torch.cat([_retrieve(eps, *tree_unflatten(part, spec)) for part in parts], dim=1)
 
 
 def blocks_at_once(num_blocks: int, rows_of_block: int, device: torch.device) -> int:
-    """Blocks that are read together: on a CPU as many as stay in its cache, with so many stored rows in each."""
+    """Number of blocks to read together: on a CPU, as many as stay in its cache, given their stored rows."""
     return num_blocks if device.type == 'cuda' else min(num_blocks, max(1, ROWS_IN_CACHE // max(1, rows_of_block)))
 
 
@@ -51,7 +51,7 @@ def _retrieve(
     matrices: list[tuple[Tensor, Tensor, Tensor]],
     gamma: Tensor | None,
 ) -> Tensor:
-    """All blocks at once."""
+    """Retrieve from all blocks at once."""
 
     def linear(x: Tensor, matrix: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         given = (t.flatten(0, 1) for t in (x, coefficients, initial_coefficients, *matrix))
@@ -71,13 +71,13 @@ def factored_linear(
     inputs: Float[Tensor, 'b t d'],
     deltas: Float[Tensor, 'b t e'],
 ) -> Float[Tensor, 'b n c e']:
-    """Rows of every step times the matrix of that step, x W_i."""
+    """Multiply the rows of every step by the matrix of that step, x W_i."""
     if autocast_dtype(x.device) is None:  # the weights may have been stored under autocast
         initial_states, inputs, deltas = (t.to(x.dtype) for t in (initial_states, inputs, deltas))
     n = x.shape[1]
     out = _combined_linear(x, initial_coefficients, initial_states)
     if n > 1:  # nothing is stored before step 0
-        # the same for all rows of a chunk; written out, as products over so short an axis are slow on a CPU
+        # the same for all rows of a chunk; expanded, because products over so short an axis are slow on a CPU
         of_rows = coefficients.unsqueeze(-1).expand(-1, -1, -1, inputs.shape[1] // n).flatten(2)
         scores = (x.flatten(1, 2) @ inputs.mT).unflatten(1, x.shape[1:3]) * of_rows.unsqueeze(2)
         out = torch.baddbmm(out, scores.flatten(1, 2), deltas)
@@ -87,7 +87,7 @@ def factored_linear(
 def _combined_linear(
     x: Float[Tensor, 'b n c d'], coefficients: Float[Tensor, 'b n k'], states: Float[Tensor, 'b k d e']
 ) -> Float[Tensor, 'b nc e']:
-    """Rows times Σ_k coefficient_k · state_k, never formed: the shorter of rows and products are scaled."""
+    """Multiply rows by Σ_k coefficient_k · state_k without forming it: the shorter of rows and products are scaled."""
     coefficients = coefficients.to(x.dtype)
     if states.shape[2] <= states.shape[3]:
         scaled = x.unsqueeze(3) * coefficients[:, :, None, :, None]

@@ -8,7 +8,7 @@ from titans_pytorch.ops._dispatch import VOLTA, use_kernel
 from titans_pytorch.ops.short_convolution import reference
 from titans_pytorch.utils.shapes import Float
 
-# features of a head, and width of the convolution
+# most features in a head, and greatest width of the convolution
 _WIDEST, _LONGEST = 256, 8
 
 
@@ -18,8 +18,8 @@ def short_convolution(
     """SiLU of a causal depthwise convolution, y_t = SiLU(Σ_j w_j x_{t+j}), split into the rows of each head.
 
     Args:
-        x: tokens, of which the first k − 1 are context: n = t − (k − 1) are left.
-        per_token: rows u of each head and token, next to each other in the features of a head.
+        x: tokens; the first k − 1 are context, which leaves n = t − (k − 1).
+        per_token: number u of rows for each head and token, next to each other in the features of a head.
         normalize: scale rows to length 1; rows of zeros stay zero and have no gradient.
     """
     if use_kernel([x, weight], capability=VOLTA) and _supports(x, weight, heads * per_token):

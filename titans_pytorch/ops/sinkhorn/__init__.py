@@ -1,4 +1,4 @@
-"""Doubly stochastic matrices by Sinkhorn's iteration, by which hyper-connections mix their residual streams (mHC)."""
+"""Doubly stochastic matrices by Sinkhorn's iteration, with which hyper-connections mix their residual streams (mHC)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from titans_pytorch.utils.precision import at_least_float32
 from titans_pytorch.utils.shapes import Float
 
 EPS = 1e-12
-"""The least that a sum is taken for, as in `torch.nn.functional.normalize`."""
+"""Lower bound on the sums to divide by, as in `torch.nn.functional.normalize`."""
 
 _LARGEST = 16
-"""Rows of a matrix that fit a program."""
+"""Most rows in a matrix, which must fit in a program."""
 
 
 def sinkhorn(log_alpha: Float[Tensor, '... s s'], iters: int = 20) -> Float[Tensor, '... s s']:
     """exp(`log_alpha`) with its columns and then its rows divided by their sums, `iters` times over.
 
-    After enough iterations all rows and columns sum to 1; the rows do after each iteration, being last. The numbers are
-    those of `hyper_connections`: computed in float32 or float64, and returned in the precision of `log_alpha`.
+    After enough iterations, all rows and columns sum to 1; rows do after each iteration, because they come last.
+    Results are those of `hyper_connections`: computed in float32 or float64, and returned in the precision of
+    `log_alpha`.
 
     Source: Sinkhorn and Knopp, 1967; for residual streams, Xie et al., arXiv 2512.24880.
     """

@@ -1,9 +1,9 @@
 """Sinkhorn's iteration in plain PyTorch.
 
-The one reference with a backward written out and hidden from the compiler. The iteration is over a hundred operations
-on next to no data. For 256 matrices of 4 × 4 on a CPU, autograd of the loop takes 1.3 to 3.4 times as long as the two
-operations below, forward and backward (two measurements); `torch.compile` takes 84 seconds for the loop, and 12 seconds
-for the operations.
+This is the only reference with a backward pass that is written out and hidden from the compiler. The iteration is over
+a hundred operations on next to no data. For 256 matrices of 4 × 4 on a CPU, autograd of the loop takes 1.3 to 3.4 times
+as long as the two operations below, forward and backward (two measurements); `torch.compile` takes 84 seconds for the
+loop and 12 seconds for the operations.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from titans_pytorch.utils.shapes import Float
 
 
 def sinkhorn(log_alpha: Float[Tensor, '... s s'], iters: int, eps: float) -> Float[Tensor, '... s s']:
-    # PyTorch transforms its own operations alone
+    # PyTorch can only transform its own operations
     if _dispatch.is_transformed() or is_exporting():
         return loop(log_alpha, iters, eps)
     return _sinkhorn(log_alpha, iters, eps)
@@ -35,9 +35,9 @@ def loop(log_alpha: Float[Tensor, '... s s'], iters: int, eps: float) -> Float[T
 
 
 def loop_in_log_space(log_alpha: Float[Tensor, '... s s'], iters: int, eps: float) -> Float[Tensor, '... s s']:
-    """The same for a few matrices and without a gradient, where the number of operations counts: an iteration is two,
-    and there are no more once nothing changes. Sums below `eps` are not told from others."""
-    # compiled, operations cost nothing; on a GPU a comparison would wait for it
+    """The iteration for a few matrices and without a gradient, where the number of operations counts: two per
+    iteration, and none once nothing changes. It does not bound sums by `eps`."""
+    # in compiled code operations cost nothing, and on a GPU the comparison would wait for the device
     if torch.compiler.is_compiling() or log_alpha.is_cuda:
         return loop(log_alpha, iters, eps)
     for iteration in range(iters):
@@ -60,10 +60,10 @@ def _sinkhorn_backward(d_out: Tensor, log_alpha: Tensor, iters: int, eps: float)
 def _gradient(
     d_out: Float[Tensor, '... s s'], log_alpha: Float[Tensor, '... s s'], iters: int, eps: float
 ) -> Float[Tensor, '... s s']:
-    """The gradient through every iteration; the maximum that the forward subtracts is a constant.
+    """The gradient through every iteration; the maximum that the forward pass subtracts counts as a constant.
 
-    With L = ∂loss/∂log x = x · ∂loss/∂x in place of ∂loss/∂x nothing is divided, so that nothing overflows:
-    y = x / Σx turns L_y into L_x = L_y − y · ΣL_y, and y = x / eps leaves L as it is.
+    Working with L = ∂loss/∂log x = x · ∂loss/∂x instead of ∂loss/∂x avoids divisions, so nothing overflows: y = x / Σx
+    turns L_y into L_x = L_y − y · ΣL_y, and y = x / eps leaves L as it is.
     """
     halves = [*_half_iterations(log_alpha, iters, eps)]
     d_log = _matrices_last(d_out) * halves[-1][0]
@@ -99,7 +99,7 @@ def _half_iterations(
 ) -> Iterator[tuple[Float[Tensor, 's s n'], Tensor, int]]:
     """The matrices after each division of columns (dimension 0) or rows (1) by their sums, the sums, the dimension.
 
-    Matrices stand along the last dimension, so that each step is one long vectorised operation.
+    Matrices are laid out along the last dimension, so that each step is one long vectorised operation.
     """
     x = _matrices_last(log_alpha)
     x = (x - x.amax(dim=0).detach()).exp_()

@@ -1,15 +1,15 @@
-"""Sequential scan over memory batches under spectral norm, which are stored in a memory MLP one after the other.
+"""Sequential scan over memory batches under spectral norm, which are stored in a memory MLP one after another.
 
-Gradients are taken at the weights that the last memory batch left, W, or at those plus a share of another memory's,
-W + share_c · P_c. For each memory batch and each of its chunks c, with momentum gates η, retention κ and scales s:
+Gradients are taken at the weights W that the previous memory batch left, or, with a share of another memory's weights,
+at W + share_c · P_c. For each memory batch and each of its chunks c, with momentum gates η, retention κ and scales s:
 
     X, Δ, g, losses = inner_gradient(keys, values, θ; W + share · P)
     S_c = η_c S_{c−1} + s_c · X_cᵀ Δ_c        W_c = κ_c W_{c−1} + newton_schulz(S_c)
 
 for each matrix, and for γ both recurrences with its negative gradient g, without Newton–Schulz.
 
-One operation does it all, so that nothing is launched, traced or copied for each memory batch but the kernels of its
-parts. It has no plain counterpart here: where it does not run, `SpectralBackend` calls the parts one by one.
+A single operation does all this, so that for each memory batch nothing is launched, traced or copied except the kernels
+of its parts. There is no plain counterpart here: where it does not run, `SpectralBackend` calls the parts one by one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from titans_pytorch.utils.shapes import Float
 
 
 class ScannedWeights(NamedTuple):
-    """The lists have an entry for each matrix, and one for γ if the network has a norm around it."""
+    """Results of the scan. Lists have an entry for each matrix, and one for γ if there is a norm around the network."""
 
     over_time: list[Float[Tensor, 'bh _steps ...']]
     """Weights before each chunk and after the last, in the precision of products; γ in float32."""
@@ -37,7 +37,7 @@ class ScannedWeights(NamedTuple):
     momentum_ends: list[Float[Tensor, 'j bh ...']]
     """Momentum after each memory batch; empty without momentum."""
     losses: Float[Tensor, 'bh n m']
-    """Of the rows before they are stored, unweighted."""
+    """Losses of the rows before they are stored, unweighted."""
 
 
 def has_kernel(
@@ -46,8 +46,8 @@ def has_kernel(
     states: Iterable[Tensor],
     residual: PreviousWeights | None,
 ) -> bool:
-    """Whether `spectral_memory_scan` runs for keys, values and step sizes, the weights of a memory MLP, further weights
-    and momentum, and residual weights."""
+    """Whether `spectral_memory_scan` runs for these keys, values and step sizes, weights of a memory MLP, further
+    weights and momentum, and residual weights."""
     keys = rows[0]
     of_residual = [] if residual is None else [residual.shares, *_listed(residual.matrices, residual.gamma)]
     operands, chunks = operand_dtype(keys), keys.shape[1]
@@ -72,19 +72,19 @@ def spectral_memory_scan(
     lengths: list[int],
     eps: float,
 ) -> ScannedWeights:
-    """Stores memory batches; see `has_kernel`.
+    """Store memory batches; see `has_kernel`.
 
     Args:
         rows: keys, values and θ, the weight of each row's loss.
-        base: matrices and γ, `None` without a norm, at which gradients of the first memory batch are taken.
-        newest: weights before the first chunk, from which updates go on.
-        momentum: momentum before it; `None` without momentum.
+        base: matrices and γ (`None` without a norm) where gradients of the first memory batch are taken.
+        newest: weights before the first chunk, from which updates continue.
+        momentum: momentum before the first chunk; `None` without momentum.
         log_retention: log κ.
         log_gates: log η; `None` without momentum.
-        scales: s of each matrix and then γ; `None` for 1.
+        scales: s of each matrix, then of γ; `None` for 1.
         residual: P and its shares.
-        lengths: chunks of each memory batch.
-        eps: of the norm.
+        lengths: number of chunks in each memory batch.
+        eps: ε of the norm.
 
     Products are in the precision of autocast or of the keys, states in float32.
     """

@@ -1,12 +1,12 @@
 """One chunk of `spectral_memory_scan`, for decoding: momentum and weights after it, from the factors of its gradients.
 
-With momentum gate η, share α forgotten and scale s, for each matrix:
+With momentum gate η, forgotten share α and scale s, for each matrix:
 
     S ← η S + s · Xᵀ Δ    W ← (1 − α) W + newton_schulz(S)
 
 and for γ the same with its negative gradient g in place of Xᵀ Δ, without Newton–Schulz.
 
-It has no plain counterpart here: where it does not run, `Backend.store_chunk` takes these steps one by one.
+There is no plain counterpart here: where it does not run, `Backend.store_chunk` takes these steps one by one.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from titans_pytorch.ops._dispatch import HOPPER, use_kernel
 from titans_pytorch.utils.shapes import Float
 
 MOST_ROWS = 16
-"""Rows of a chunk, at most: the kernel multiplies them one by one."""
+"""Most rows in a chunk, which the kernel multiplies one by one."""
 
 
 class ChunkGates(NamedTuple):
     """Gates of one chunk."""
 
     decay_logits: Float[Tensor, ' bh']
-    """Of α."""
+    """Logits of α."""
     momentum_logits: Float[Tensor, ' bh'] | None
-    """Of η; `None` without momentum."""
+    """Logits of η; `None` without momentum."""
     scales: Float[Tensor, 'bh w'] | None
     """s of each parameter; `None` for 1."""
     scale_numbers: list[int]
-    """Those of the weights in `scales`."""
+    """Indices into `scales`, one for each of the weights."""
 
 
 def has_kernel(
     rows: Float[Tensor, 'bh m d'], weights: list[Tensor], momentum: list[Tensor], operands: torch.dtype
 ) -> bool:
-    """Whether `spectral_update` runs for chunks of such rows, one or two matrices (d, e) and (e, d) and perhaps γ, and
+    """Whether `spectral_update` runs for chunks of such rows, one or two matrices (d, e) and (e, d), possibly γ, and
     their momentum, with products in the precision `operands`."""
     states = (*weights, *momentum)
     matrices = [w for w in weights if w.ndim > 2]
@@ -62,15 +62,15 @@ def spectral_update(
     gates: ChunkGates,
     operands: torch.dtype,
 ) -> list[Tensor]:
-    """The weights after a chunk, as new tensors, while `momentum` is updated in place; see `has_kernel`.
+    """The weights after a chunk, as new tensors; `momentum` is updated in place. See `has_kernel`.
 
-    It has no gradient.
+    There is no gradient.
 
     Args:
-        inputs, deltas: X and Δ of each matrix.
+        inputs, deltas: X and Δ for each matrix.
         of_gamma: g; `None` without γ.
         weights: matrices, then γ.
-        momentum: of each, or empty without momentum.
+        momentum: the momentum of each; empty without momentum.
         operands: precision of products.
     """
     from titans_pytorch.ops.spectral_update import triton

@@ -1,7 +1,8 @@
-"""Attention of a single position, as decoding does it, over a ring-buffer cache that it updates in place.
+"""Attention of a single position in decoding, over a ring-buffer cache that it updates in place.
 
-It rotates the query and the keys of the position, mixes its value with that of the first layer, writes keys and values
-into their slots, and attends to the slots that it sees, all between the projections before and after:
+It does everything between the projections before and after attention: it rotates the query and the keys of the
+position, mixes its value with that of the first layer, writes keys and values into their slots, and attends to the
+slots that the position sees:
 
     out = softmax(q Kᵀ / √d + bias) V    v ← v + sigmoid(⟨w, x⟩ + b) · (v_first − v)
 """
@@ -20,11 +21,11 @@ from titans_pytorch.utils.shapes import Float
 __all__ = ['Position', 'RingLayout', 'ValueMix', 'token_attention']
 
 WIDEST = 256
-"""Features of a head, at most."""
+"""Most features in a head."""
 
 
 class ValueMix(NamedTuple):
-    """The first layer's values, and the input, weights and bias of the share that each head takes of them."""
+    """The first layer's values; and the input, weights and bias for the share of them that each head takes."""
 
     inputs: Float[Tensor, 'b 1 e']
     weight: Float[Tensor, 'h e']
@@ -40,16 +41,16 @@ def token_attention(
     layer: int,
     mix: ValueMix | None = None,
 ) -> Float[Tensor, 'b 1 hd']:
-    """Attention of a position to the slots that it sees, its own included.
+    """Attend from a position to the slots that it sees, including its own.
 
     Args:
-        projected: queries, keys and values of the position, not rotated; further rows have further keys and values of
-            it, and their queries are not used.
-        buffers: of keys and of values; those of the position are written into them.
+        projected: queries, keys and values of the position, not rotated. Further rows hold further keys and values of
+            the same position; their queries are not used.
+        buffers: buffers of keys and of values; those of the position are written into them.
         layer: index into `position.frequencies`.
-        mix: for u = 1.
+        mix: only for u = 1.
 
-    The kernel has no gradient, so it runs only where gradients are off.
+    The kernel has no gradient, so it runs only if gradients are off.
     """
     frequencies = position.frequencies[layer]
     inputs, states = (projected, *buffers, *(mix or ())), (frequencies,)

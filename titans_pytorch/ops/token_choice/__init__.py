@@ -1,4 +1,4 @@
-"""Choice of a token from its logits: a filter of unlikely tokens and the Gumbel-max trick, as sampling needs them.
+"""Choosing a token from its logits: a filter of unlikely tokens, then the Gumbel-max trick, for sampling.
 
 With temperature T, uniform noise u in (0, 1) and the largest logit l_max:
 
@@ -23,14 +23,14 @@ def token_choice(
     temperature: float,
     min_p: float | None,
 ) -> tuple[Int[Tensor, ' ...'], Float[Tensor, ' ...']]:
-    """A token for each row, and its logit with the noise added, which is NaN or −inf if no token was valid.
+    """A token for each row, and its logit plus noise, which is NaN or −inf if no token was valid.
 
     Args:
-        uniform: noise, in float32 at least; `None` to choose the likeliest, whatever the temperature.
-        min_p: tokens less likely than `min_p` times the likeliest are left out; `None` for no filter.
+        uniform: noise, in at least float32; `None` to choose the likeliest token, whatever the temperature.
+        min_p: leave out tokens less likely than `min_p` times the likeliest; `None` for no filter.
 
-    The kernel has no gradient, so it runs only where gradients are off. It compares likelihoods in float32; elsewhere
-    those of half precision are rounded to it.
+    The kernel has no gradient, so it runs only if gradients are off. It compares likelihoods in float32; the plain path
+    rounds those of half precision to that precision.
     """
     noise = () if uniform is None else (uniform,)
     if use_kernel((logits,), noise, capability=VOLTA, has_backward=False):

@@ -9,7 +9,7 @@ from titans_pytorch.utils.precision import at_least_float32
 from titans_pytorch.utils.shapes import Float, Int
 
 TINY = 1e-20
-"""The least argument of a logarithm."""
+"""Lower bound on the argument of a logarithm."""
 
 
 def token_choice(
@@ -26,7 +26,7 @@ def token_choice(
 
 
 def without_unlikely(logits: Float[Tensor, '... l'], min_p: float | Tensor) -> Float[Tensor, '... l']:
-    """Logits with −inf for tokens less likely than `min_p` times the likeliest."""
+    """Set logits to −inf for tokens less likely than `min_p` times the likeliest."""
     probs = at_least_float32(logits).softmax(dim=-1)
     return logits.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), float('-inf'))
 

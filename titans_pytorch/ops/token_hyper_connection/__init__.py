@@ -17,15 +17,15 @@ def token_hyper_connection(
     to_logits: Float[Tensor, 'l d'],
     bias: Float[Tensor, 's l'],
 ) -> tuple[Float[Tensor, 'b 1 d'], Float[Tensor, 'b s d'], Float[Tensor, 'b s l-s-1']]:
-    """`hyper_connection` of one position, with its gain and scales multiplied into one matrix beforehand.
+    """`hyper_connection` for a single position, with gain and scales multiplied into one matrix beforehand.
 
-    What is left is a norm, a product with that matrix, Sinkhorn's iteration and a mixture: on a GPU one launch. The
-    kernel has no gradient.
+    That leaves a norm, a product with the matrix, Sinkhorn's iteration and a mixture, which take one launch on a GPU.
+    The kernel has no gradient.
 
     Args:
-        pending: gates and output of the branch before, which `x` does not contain yet.
-        to_logits: (1 + γ) times A and B, each with its scale; l = s + 2, or without gates for writing s + 1, in
-            which case the last result is empty.
+        pending: gates and output of the previous branch, which are not yet part of `x`.
+        to_logits: (1 + γ) times A and B, each with its scale; l = s + 2, or, without gates for writing, l = s + 1 and
+            the last result is empty.
     """
     inputs, states = (x, *(pending or ())), (to_logits, bias)
     if use_kernel(inputs, states, capability=VOLTA, has_backward=False) and x.shape[1] <= MOST_STREAMS:

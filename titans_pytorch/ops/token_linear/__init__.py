@@ -1,4 +1,4 @@
-"""A linear layer for a single token, with the RMS norm before it and the gate after it, as decoding needs it.
+"""A linear layer for a single token in decoding, with the RMS norm before it and the gate after it.
 
 With gain g and input x of width d:
 
@@ -18,11 +18,11 @@ from titans_pytorch.utils.precision import autocast_dtype
 from titans_pytorch.utils.shapes import Float
 
 FEW_ENTRIES, MOST_ENTRIES = 4, 256
-"""Entries of a batch, at most, for which a kernel reads the matrix once for each, and for which another takes tensor
+"""Most entries in a batch for which a kernel reads the matrix once per entry, and for which another kernel uses tensor
 cores. A library's products are made for more rows."""
 
 Norm = tuple[Float[Tensor, ' d'], float | None]
-"""The gain, and ε; `None`: that of `nn.RMSNorm`, the machine epsilon of the precision it computes in."""
+"""The gain and ε; for `None`, that of `nn.RMSNorm`, the machine epsilon of the precision it computes in."""
 
 
 def token_linear(
@@ -32,9 +32,9 @@ def token_linear(
     norm: Norm | None = None,
     gated: bool = False,
 ) -> tuple[Float[Tensor, 'b 1 _'], Float[Tensor, 'b 1 d']]:
-    """The layer's output, of width e or, if gated, e / 2; and its input after the norm.
+    """The layer's output, of width e, or e / 2 if gated; and its input after the norm.
 
-    The kernel has no gradient, so it runs only where gradients are off.
+    The kernel has no gradient, so it runs only if gradients are off.
     """
     tensors = (x, weight, bias, None if norm is None else norm[0])
     in_tiles = len(x) > FEW_ENTRIES
@@ -49,7 +49,8 @@ def token_linear(
 def linear_of_token(
     linear: Module, x: Float[Tensor, 'b 1 d'], norm: Module | None = None
 ) -> tuple[Float[Tensor, 'b 1 e'], Float[Tensor, 'b 1 d']]:
-    """The outputs of a linear layer and of the norm before it; modules of other kinds, or with hooks, are called."""
+    """Outputs of a linear layer and of the norm before it; modules of other kinds, or with hooks, are called
+    instead."""
     norm = None if is_plain(norm, nn.Identity) else norm
     if is_plain_linear(linear, norm):
         own = None if norm is None else (norm.weight, norm.eps)
@@ -59,8 +60,8 @@ def linear_of_token(
 
 
 def linear_of_rows(linear: Module, x: Float[Tensor, '... d']) -> Float[Tensor, '... e']:
-    """`linear(x)`; where a kernel of `token_linear` serves few rows, by that."""
-    if torch.is_grad_enabled():  # as in training, which would otherwise trace the rest
+    """`linear(x)`, by the kernel of `token_linear` if that serves so few rows."""
+    if torch.is_grad_enabled():  # in training; the compiler would otherwise trace the rest
         return linear(x)
     has_kernel = use_kernel((x,), capability=VOLTA, has_backward=False)
     if not has_kernel or x.shape[:-1].numel() > MOST_ENTRIES or not is_plain_linear(linear):
@@ -70,12 +71,12 @@ def linear_of_rows(linear: Module, x: Float[Tensor, '... d']) -> Float[Tensor, '
 
 
 def _supports(x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None) -> bool:
-    # tiles are normalised after their products, which float16 may not hold
+    # tiles are normalised after their products, and these may overflow float16
     overflows = len(x) > FEW_ENTRIES and gain is not None and x.dtype == torch.float16
     return len(x) <= MOST_ENTRIES and not overflows and have_one_precision(x, weight, bias, gain)
 
 
 def have_one_precision(*tensors: Tensor | None) -> bool:
-    """True for tensors of one precision, which autocast does not lower."""
+    """True if all tensors have the same precision, and autocast does not lower it."""
     present = [t for t in tensors if t is not None]
     return len({t.dtype for t in present}) == 1 and autocast_dtype(present[0].device) is None

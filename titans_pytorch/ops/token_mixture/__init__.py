@@ -1,4 +1,4 @@
-"""Mixtures of several vectors of a single token, with weights computed from one of them, as decoding needs them.
+"""Mixtures of several vectors of a single token in decoding, with weights computed from one of the vectors.
 
 With gain g, input x of width d, matrix W and bias b, for each mixture v of the choices c_j:
 
@@ -24,9 +24,9 @@ def token_mixture(
     weight: Float[Tensor, 'vc d'],
     bias: Float[Tensor, ' vc'],
 ) -> Float[Tensor, 'v b 1 d']:
-    """The mixtures of each entry; `weight` and `bias` have the logits of the choices for each mixture in turn.
+    """The mixtures for each batch entry; `weight` and `bias` hold the logits of the choices, one mixture after another.
 
-    The kernel has no gradient, so it runs only where gradients are off.
+    The kernel has no gradient, so it runs only if gradients are off.
     """
     tensors = (x, choices, norm[0], weight, bias)
     few = choices.shape[2] <= MOST_CHOICES

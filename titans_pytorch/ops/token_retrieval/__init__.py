@@ -1,10 +1,10 @@
-"""Retrieval from a memory MLP for a single token, as decoding does it, between the projections around the heads.
+"""Retrieval from a memory MLP for a single token in decoding, between the projections around the heads.
 
 With query q, matrices W₁ (d, e) and W₂ (e, d), gains 1 + g and 1 + γ of the norms, the gate's input x and weights w:
 
     k = q / rms(q) ∘ (1 + g)    y = gelu(k W₁) W₂    p = LN(y) ∘ (1 + γ) + k    out = p · sigmoid(⟨w, x⟩)
 
-With one matrix y = k W₂; absent norms and gates are left out.
+With one matrix, y = k W₂; norms and gates that are absent are left out.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from titans_pytorch.ops.token_retrieval import reference
 from titans_pytorch.utils.shapes import Float
 
 LARGEST = 65536
-"""Entries of a matrix, at most: one multiprocessor reads all of it, and of larger ones several would be faster."""
+"""Most entries in a matrix: one multiprocessor reads all of it, and for larger ones several would be faster."""
 
 Norm = tuple[Tensor, float | None]
-"""The gain less 1, and the eps; `None`: the machine epsilon of what is normalised."""
+"""The gain less 1, and ε; for `None`, the machine epsilon of what is normalised."""
 
 
 def token_retrieval(
@@ -39,7 +39,7 @@ def token_retrieval(
         norm: layer norm around the network, with γ of shape (bh, d).
         gate: its input x and weights w.
 
-    The kernel has no gradient, so it runs only where gradients are off.
+    The kernel has no gradient, so it runs only if gradients are off.
     """
     states = [*matrices, None if norm is None else norm[0]]
     inputs = [projected, *(gate or ()), None if query_norm is None else query_norm[0]]
