@@ -1,7 +1,7 @@
-"""Scan kernels of h_t = g_t · h_{t−1} + x_t for vectors h, with one gate a step or one for each feature.
+"""Scan kernels of h_t = g_t · h_{t−1} + x_t for vectors h, with one gate per step or one per feature.
 
-Each program owns a strip of features and passes over the steps in order, so every input is read once, every output is
-written once, and all of it coalesced.
+Each program owns a strip of features and passes over the steps in order, so every input is read once and every output
+written once, all of it coalesced.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from titans_pytorch.ops._registration import register_kernel
 
-# features a program owns: 8 a thread
+# features owned by a program: 8 per thread
 BLOCK = 256
 WARPS = 1
 
@@ -28,7 +28,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     feature = strip * BLOCK + tl.arange(0, BLOCK)
     inside = feature < features
 
-    # one gate for all features is read by each of them
+    # a gate shared by all features is read by each of them
     gate = tl.where(gate_features == 1, 0, feature)
     gates += batch * steps * gate_features
     inputs += batch * steps * features
@@ -36,7 +36,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
     state = tl.load(prev + batch * features + feature, mask=inside, other=0.0).to(ACC)
     tl.store(states + feature, state, mask=inside)
-    # pointers advance, as offsets from the first step may exceed 32 bits
+    # advance the pointers, because offsets from the first step may exceed 32 bits
     for _ in range(steps):
         states += features
         x = tl.load(inputs + feature, mask=inside, other=0.0).to(ACC)
@@ -59,21 +59,21 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
     gate = tl.where(gate_features == 1, 0, feature)
     parts = tl.where(gate_features == 1, strips, features)
-    # at the last step, from which they go back
+    # start at the last step, from which this pass goes back
     gates += (batch * steps + steps - 1) * gate_features
     d_gates += (batch * steps + steps - 1) * parts
     d_inputs += (batch * steps + steps - 1) * features
     states += (batch * (steps + 1) + steps - 1) * features
     d_states += (batch * (steps + 1) + steps) * features
 
-    # the gradient of a step's state: that of its own output, and that of the next step through that step's gate
+    # the gradient of a step's state: that of its own output plus that of the next step, through that step's gate
     d_state = tl.load(d_states + feature, mask=inside, other=0.0).to(ACC)
     for _ in range(steps):
         tl.store(d_inputs + feature, d_state, mask=inside)
         before = tl.load(states + feature, mask=inside, other=0.0).to(ACC)
         d_gate = d_state * before
         if gate_features == 1:
-            # this strip's part; the launcher sums the parts, so that the result does not depend on timing
+            # this strip's part; the launcher adds the parts up, so that the result does not depend on timing
             tl.store(d_gates + strip, tl.sum(d_gate, axis=0))
         else:
             tl.store(d_gates + feature, d_gate, mask=inside)
@@ -118,7 +118,7 @@ def _backward(
     sizes, shared_gate = _sizes(gates, inputs), gates.shape[2] == 1
     accumulator, ACC = _accumulator(inputs.dtype)
     d_inputs, d_prev = inputs.new_empty(inputs.shape), prev.new_empty(prev.shape)
-    # a shared gate's gradient comes in parts, one of each strip
+    # the gradient of a shared gate comes in parts, one per strip
     d_gates = gates.new_empty(*inputs.shape[:2], sizes['strips'] if shared_gate else inputs.shape[2], dtype=accumulator)
     _backward_kernel[(len(inputs) * sizes['strips'],)](
         gates=gates.contiguous(), states=states, d_states=d_states.contiguous(),

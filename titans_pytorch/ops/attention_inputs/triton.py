@@ -1,5 +1,5 @@
 """Kernels of the inputs of attention: one pass from a projection to heads that are rotated, mixed and preceded by
-persistent keys and values, and one pass back. A program owns some rows, of one head or several."""
+persistent keys and values, and one pass back. A program owns some rows of one or several heads."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 from titans_pytorch.ops._registration import register_kernel
 from titans_pytorch.ops._triton import contiguous_inside, named_strides, rotary_angles
 
-# entries of a program's tile of queries, keys or values, and its rows at most
+# entries in a program's tile of queries, keys or values, and most rows in it
 ENTRIES, MOST_ROWS = 1024, 16
-# heads for which a program computes angles once, as many as leave this number of programs
+# a program computes angles once for several heads, as many as leave this number of programs
 ENOUGH_PROGRAMS = 512
-# entries of persistent keys for which a program sums gradients, and the sequences that it reads at once
+# entries of persistent keys whose gradients a program sums, and sequences that it reads at once
 SUM_BLOCK, SUM_BATCHES = 128, 16
 
 
 @triton.jit
 def _cos_sin(frequencies, positions, first, row, n, half: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of the angles of each row: its position is given, or counted from `first`."""
+    """Cosines and sines of each row's angles; positions are given, or counted from `first`."""
     pair = tl.arange(0, HALF)
     own = tl.load(frequencies + pair, mask=pair < half, other=0.0)
     position = first + row
@@ -129,7 +129,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
             tl.store(d_residual + (first_row + row_of) * dim + feature, of_residual, mask=inside)
             d_value -= of_residual
         to_own = d_projected + ((batch * n + row_of) * 3 * heads + head) * dim + feature
-        # the inverse of a rotation turns the other way
+        # the inverse of a rotation is a rotation the other way
         tl.store(to_own, _rotated(d_query, cos, -sin, ROWS, HALF), mask=inside)
         tl.store(to_own + heads * dim, _rotated(d_key, cos, -sin, ROWS, HALF), mask=inside)
         tl.store(to_own + 2 * heads * dim, d_value, mask=inside)
@@ -142,7 +142,7 @@ def _persistent_kernel(  # type: ignore[no-untyped-def]
     keys_batch, keys_head, keys_row, values_batch, values_head, values_row,
     dim: tl.constexpr, BLOCK: tl.constexpr, BATCHES: tl.constexpr,
 ):  # fmt: skip
-    """Sums over sequences of the gradients of persistent keys and values of a head."""
+    """Sum the gradients of a head's persistent keys and values over sequences."""
     head, entry = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row, feature = (entry // dim)[None, :], (entry % dim)[None, :]
     of_keys, of_values = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
@@ -250,7 +250,7 @@ def _backward(d_queries: Tensor, d_keys: Tensor, d_values: Tensor, *arguments_of
             heads=heads, batch=len(projected), entries=entries, dim=persistent.shape[3], **strides,
             BLOCK=SUM_BLOCK, BATCHES=SUM_BATCHES, num_warps=4,
         )  # fmt: skip
-    # no one asks for gradients of frequencies and positions
+    # gradients of frequencies and positions are never used
     d_positions = None if positions is None else positions.new_empty(positions.shape)
     d_frequencies = frequencies.new_empty(frequencies.shape)
     return [d_projected, d_frequencies, d_positions, d_residual, d_share, d_persistent]

@@ -1,19 +1,19 @@
 """Kernels of the scan over memory batches of a memory MLP.
 
-A block of memory batches is two launches forward, and three backward. The first stores its memory batches, one after
-the other. Several programs share one head of one sequence: a memory batch is a chain of products of its rows with each
-matrix, forward and back; each of these phases is cut into tiles of 64 columns, of which every program takes some, and
-between two phases the programs of a head wait for each other. What travels between them seldom leaves the GPU's cache.
-Within the block, weights are factored. The second launch computes the states after the block, all tiles of all matrices
-at once. The backward goes from the last block to the first, with the gradient G of the states after each block in
-place. What depends on G in no way, the gradient of the coefficients of a block's initial states, is a launch of its
-own for all blocks.
+A block of memory batches takes two launches forward and three backward. The first stores its memory batches, one after
+another. Several programs share a head of a sequence: a memory batch is a chain of products of its rows with each
+matrix, forward and back. Each of these phases is cut into tiles of 64 columns, which the programs share, and between
+phases the programs of a head wait for each other. The data they exchange seldom leaves the GPU's cache. Within the
+block, weights are factored. The second launch computes the states after the block, all tiles of all matrices at once.
+The backward pass goes from the last block to the first and updates the gradient G of the states after each block in
+place. The gradient of the coefficients of a block's initial states does not depend on G, so it has a launch of its own
+for all blocks.
 
-Where programs cannot wait for each other, in Triton's interpreter, every phase is launched by itself.
+Where programs cannot wait for each other, in Triton's interpreter, every phase is a launch of its own.
 
-Rows of all matrices have the same length, that of the longest, so that one loop serves all matrices. Of matrix l they
-are X_l (`inputs`), the products h_l (`pre`), g_l with Δ_l = g_l ∘ gelu′(h_l) (`back`), Δ_l (`raw`) and what is stored,
-Δ_l or its proximal step (`deltas`). The gradient of any of these is named after it, with `of_` in front.
+Rows of all matrices have the same length, that of the longest, so that one loop serves all matrices. For matrix l they
+are X_l (`inputs`), the products h_l (`pre`), g_l with Δ_l = g_l ∘ gelu′(h_l) (`back`), Δ_l (`raw`), and what is stored,
+Δ_l or its proximal step (`deltas`). The gradient of any of these is named after it, with the prefix `of_`.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ from titans_pytorch.ops.deep_memory_scan.triton_proximal import (
 )
 from titans_pytorch.ops.inner_gradient.triton import gradient_of_product, gradient_of_product_backward, gradient_terms
 
-# columns of a tile, features that are summed over at a time, and most programs of a head
+# columns of a tile, features summed over at a time, and most programs per head
 BLOCK, DEPTH, MOST_PROGRAMS = 64, 64, 4
-# stages of a loop over features, in half precision and in float32, of twice the size
+# stages of a loop over features, in half precision and in float32, which is twice the size
 WARPS, STAGES = 4, (3, 2)
 
 
@@ -61,7 +61,7 @@ WARPS, STAGES = 4, (3, 2)
 
 @triton.jit
 def _rows(start, offsets, valid, first, limit, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """COLUMNS features of each row, from `first` on."""
+    """COLUMNS features of each row, beginning with feature `first`."""
     column = first + tl.arange(0, COLUMNS)
     inside = valid[:, None] & (column < limit)[None, :]
     return tl.load(start + offsets[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -76,7 +76,7 @@ def _store_rows(start, offsets, valid, first, limit, rows, COLUMNS: tl.constexpr
 
 @triton.jit
 def _tile(first_row, first_column, height, width, DOWN: tl.constexpr, ACROSS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Offsets of a tile in a matrix, and which of them are inside."""
+    """Offsets of a tile in a matrix, and which of them are inside the matrix."""
     row, column = first_row + tl.arange(0, DOWN), first_column + tl.arange(0, ACROSS)
     return row[:, None] * width + column[None, :], (row < height)[:, None] & (column < width)[None, :]
 
@@ -85,7 +85,7 @@ def _tile(first_row, first_column, height, width, DOWN: tl.constexpr, ACROSS: tl
 def _shape(  # type: ignore[no-untyped-def]
     l, MATRICES: tl.constexpr, dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr
 ):
-    """Of matrix l its height, its width, and the entries of all states of the matrices before it."""
+    """Height and width of matrix l, and the number of entries in all states of the matrices before it."""
     height, columns = tl.where(l == 0, dim, width), tl.where(l == MATRICES - 1, dim, width)
     return height, columns, tl.where(l == 0, 0, STATES * (dim * width + (l - 1) * width * width))
 
@@ -119,7 +119,7 @@ def _store_states(states, w, momentum, size, offset, inside, STATES: tl.constexp
 
 @triton.jit
 def _mixed(states, mix, size, offset, inside, STATES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A tile of the combination of states with the coefficients `mix`."""
+    """A tile of the states combined with the coefficients `mix`."""
     w, momentum = _load_states(states, size, offset, inside, STATES)
     of_weights, of_momentum = mix
     w *= of_weights
@@ -134,7 +134,7 @@ def _through(  # type: ignore[no-untyped-def]
     STATES: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Products of ROWS rows with COUNT others, and with COLUMNS columns of a combination of states from `column` on."""
+    """Multiply ROWS rows by COUNT others, and by COLUMNS columns, from `column` on, of a combination of states."""
     match, total = tl.zeros((ROWS, COUNT), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(0, height, DEPTH):
         x = _rows(start, offsets, valid, first, height, DEPTH)
@@ -152,7 +152,7 @@ def _through_transposed(  # type: ignore[no-untyped-def]
     STATES: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr, ACROSS: tl.constexpr, DEPTH: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Products of ROWS rows with COUNT others, and with ACROSS rows of a combination of states from `row` on."""
+    """Multiply ROWS rows by COUNT others, and by ACROSS rows, from `row` on, of a combination of states."""
     match, total = tl.zeros((ROWS, COUNT), tl.float32), tl.zeros((ROWS, ACROSS), tl.float32)
     for first in range(0, width, DEPTH):
         x = _rows(start, offsets, valid, first, width, DEPTH)
@@ -169,7 +169,7 @@ def _row_products(  # type: ignore[no-untyped-def]
     start, offsets, valid, limit,
     ROWS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Products of rows with each other."""
+    """Products of rows with one another."""
     total = tl.zeros((ROWS, ROWS), tl.float32)
     for first in range(0, limit, DEPTH):
         x = _rows(start, offsets, valid, first, limit, DEPTH)
@@ -181,7 +181,7 @@ def _row_products(  # type: ignore[no-untyped-def]
 def _through_gelu(  # type: ignore[no-untyped-def]
     d_x, pre, back, in_batch, d_raw, in_kept, valid, unit, width, BLOCK: tl.constexpr
 ):
-    """The gradient of a tile of products h, of which gelu(h) and Δ = g ∘ gelu′(h) are made."""
+    """The gradient of a tile of products h, from those of gelu(h) and of Δ = g ∘ gelu′(h)."""
     h = _rows(pre, in_batch, valid, unit, width, BLOCK)
     g = _rows(back, in_batch, valid, unit, width, BLOCK)
     d_delta = _rows(d_raw, in_kept, valid, unit, width, BLOCK)
@@ -204,7 +204,7 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
     COUNTER_STRIDE: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr, DIM: tl.constexpr,
     BLOCK: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Memory batches `first_batch` to `last_batch` of a block, one after the other."""
+    """Store memory batches `first_batch` to `last_batch` of a block, one after another."""
     program = tl.program_id(0)
     part, groups = program % PARTS, tl.num_programs(0) // PARTS
     size: tl.constexpr = 2 * dim * width + (MATRICES - 2) * width * width
@@ -227,7 +227,7 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
         all_inputs, all_deltas = inputs + own * in_block * wide, deltas + own * in_block * wide
         own_initial = initial + own * STATES * size
         for batch in range(first_batch, last_batch):
-            # of the memory batch: its first chunk in its block, rows, and coefficients of the weights before it
+            # for this memory batch: its first chunk in its block, its rows, and coefficients of the weights before it
             start = batch * per_batch
             first_row = own * in_block + start * rows
             own_inputs, own_deltas = inputs + first_row * wide, deltas + first_row * wide
@@ -243,7 +243,7 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
             own_back_scores = back_scores + to_scores
             own_back_scores += (own * (per_block // per_batch) + batch) * (MATRICES - 1) * ROWS * COUNT
 
-            # X of each matrix
+            # compute X of each matrix
             for l in range(MATRICES - 1):
                 if (PHASE < 0) | (PHASE == l):
                     height, columns, before = _shape(l, MATRICES, dim, width, STATES)
@@ -265,7 +265,7 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
                 met += 1
                 wait_for_all(counter, met * PARTS, WAITS)
 
-            # the loss, by each program, and Δ of each matrix from the last to the first
+            # the loss, computed by every program, and Δ of each matrix from the last to the first
             if (PHASE < 0) | (PHASE == MATRICES - 1):
                 to_layer = (MATRICES - 1) * layer
                 from_last = own_initial + STATES * (size - width * dim)
@@ -334,7 +334,7 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
                 met += 1
                 wait_for_all(counter, met * PARTS, WAITS)
 
-            # proximal steps: all systems by each program
+            # proximal steps; every program solves all systems
             if PROXIMAL:
                 if (PHASE < 0) | (PHASE == 2 * MATRICES - 2):
                     weighted = theta * tl.load(losses + first_row + index, mask=valid, other=0.0)
@@ -391,7 +391,7 @@ def _states_kernel(  # type: ignore[no-untyped-def]
     dim: tl.constexpr, width: tl.constexpr, MATRICES: tl.constexpr, NORM: tl.constexpr, STATES: tl.constexpr,
     COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """The states after a block, a tile of one matrix to each program."""
+    """Compute the states after a block; each program owns a tile of one matrix."""
     head, l, tile = tl.cast(tl.program_id(0), tl.int64), tl.program_id(1), tl.program_id(2)
     size: tl.constexpr = 2 * dim * width + (MATRICES - 2) * width * width
     wide: tl.constexpr = width if width > dim else dim
@@ -452,12 +452,12 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
     COUNTER_STRIDE: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr, DIM: tl.constexpr,
     BLOCK: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Memory batches of a block in reverse, `first_batch` to `last_batch` counted from the end."""
+    """Go back through a block's memory batches, `first_batch` to `last_batch` counted from the end."""
     program = tl.program_id(0)
     part, groups = program % PARTS, tl.num_programs(0) // PARTS
     size: tl.constexpr = 2 * dim * width + (MATRICES - 2) * width * width
     wide: tl.constexpr = width if width > dim else dim
-    # of a matrix: entries of rows that are kept for a block, and of products of a memory batch's rows with the block's
+    # per matrix: entries of the rows kept for a block, and of products of a memory batch's rows with those of the block
     kept: tl.constexpr = COUNT * wide
     of_match: tl.constexpr = ROWS * COUNT
     layer = tl.cast(layer, tl.int64)
@@ -469,7 +469,7 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
     in_batch, in_outputs, in_all = index * wide, index * dim, place * wide
     together, entry = tl.where(chunk[:, None] == chunk[None, :], 1.0, 0.0), index[:, None] * ROWS + index[None, :]
     to_match = index[:, None] * COUNT + place[None, :]
-    # of the block's rows, as rows of their memory batches
+    # the block's rows, as rows of their memory batches
     batch_of_place, in_match = place // stored, place % stored * COUNT
     nothing = tl.zeros((ROWS, BLOCK), tl.float32)
 
@@ -509,7 +509,7 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
             own_d_steps = d_steps + (own * batches + batch) * 2 * MATRICES * COUNT + place
             to_systems = (own * batches + batch) * MATRICES
 
-            # from the weights before later memory batches, which these rows are part of
+            # gradients from the weights before later memory batches, which contain these rows
             if (PHASE < 0) | (PHASE == 0):
                 if batch + 1 < batches:
                     later = present & (batch_of_place > batch)
@@ -528,7 +528,7 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                         d_match = tl.load(from_scores + in_scores, mask=in_later, other=0.0)
                         match *= of_later
                         d_match *= of_later
-                        # of g, and of the way back through it; there is none of the first matrix
+                        # gradients of g, and on the way back through it; the first matrix has none
                         with_g = in_later & (l > 0)
                         from_scores = back_scores - of_match
                         from_scores += ((own * batches + batch_of_place) * (MATRICES - 1) + l)[:, None] * of_match
@@ -561,7 +561,7 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
             met += 1
             wait_for_all(counter, met * PARTS, WAITS)
 
-            # through proximal steps
+            # back through proximal steps
             if PROXIMAL:
                 if (PHASE < 0) | (PHASE == 1):
                     loss = tl.load(losses + first_row + index, mask=valid, other=0.0)
@@ -602,7 +602,7 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                 met += 1
                 wait_for_all(counter, met * PARTS, WAITS)
 
-            # through g = Δ Wᵀ, from the first Δ to the last
+            # back through g = Δ Wᵀ, from the first Δ to the last
             for l in range(1, MATRICES - 1):
                 if (PHASE < 0) | (PHASE == l + 1):
                     height, columns, before = _shape(l, MATRICES, dim, width, STATES)
@@ -626,7 +626,7 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                 met += 1
                 wait_for_all(counter, met * PARTS, WAITS)
 
-            # through the loss, by each program, and to each product from the last to the first
+            # back through the loss, in every program, and to each product from the last to the first
             if (PHASE < 0) | (PHASE == MATRICES):
                 to_layer, to_last = (MATRICES - 1) * layer, (MATRICES - 1) * kept
                 from_last = own_initial + STATES * (size - width * dim)
@@ -694,7 +694,7 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                         d_gamma_updates = _rows(head_of_gamma_updates, place * dim, earlier, 0, dim, DIM)
                         d_gamma_updates += tl.trans(of_earlier) * d_gain[None, :]
                         _store_rows(head_of_gamma_updates, place * dim, earlier, 0, dim, d_gamma_updates, DIM)
-                    # in the place of g of the first matrix
+                    # stored in the place of g of the first matrix
                     tl.store(own_d_steps + MATRICES * COUNT, of_gain)
                 for unit in range(part * BLOCK, width, PARTS * BLOCK):
                     to_tile, in_tile = _tile(unit, 0, width, dim, BLOCK, DIM)
@@ -735,7 +735,7 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                 met += 1
                 wait_for_all(counter, met * PARTS, WAITS)
 
-            # to the keys, which no program waits for
+            # to the keys, which no other program waits for
             if (PHASE < 0) | (PHASE == 2 * MATRICES):
                 if part == PARTS - 1:
                     for column in range(0, dim, BLOCK):
@@ -766,7 +766,7 @@ def _through_final_kernel(  # type: ignore[no-untyped-def]
     COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of X and Δ of all rows of a block through the states after it, 64 columns of each to a program."""
+    """Gradients of X and Δ for all rows of a block, through the states after it; a program owns 64 columns of each."""
     head, l, tile = tl.cast(tl.program_id(0), tl.int64), tl.program_id(1), tl.program_id(2)
     size: tl.constexpr = 2 * dim * width + (MATRICES - 2) * width * width
     wide: tl.constexpr = width if width > dim else dim
@@ -841,7 +841,7 @@ def _states_backward_kernel(  # type: ignore[no-untyped-def]
     OF_INITIAL: tl.constexpr, OF_GAMMA_STATES: tl.constexpr,
     COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """G before a block from G after it and the gradients of its products, a tile of one matrix to each program."""
+    """G before a block, from G after it and the gradients of its products; a program owns a tile of one matrix."""
     head, l, tile = tl.cast(tl.program_id(0), tl.int64), tl.program_id(1), tl.program_id(2)
     size: tl.constexpr = 2 * dim * width + (MATRICES - 2) * width * width
     wide: tl.constexpr = width if width > dim else dim
@@ -853,7 +853,7 @@ def _states_backward_kernel(  # type: ignore[no-untyped-def]
     entries = height * columns
     to_rows, own_initial = own * in_block * wide, initial + own * STATES * size
     own_g, own_g_low = g_states + head * STATES * size, g_low + head * STATES * size
-    # of each row the coefficients of its memory batch
+    # for each row, the coefficients of its memory batch
     to_batch = (own * per_block + place // rows // per_batch * per_batch) * STATES
     of_weights, of_momentum = _load_states(initial_steps, 1, to_batch, present, STATES)
     own_mix = initial_final + own * STATES * STATES
@@ -934,7 +934,7 @@ def _initial_steps_kernel(  # type: ignore[no-untyped-def]
     dim: tl.constexpr, width: tl.constexpr, MATRICES: tl.constexpr, STATES: tl.constexpr, PARTS: tl.constexpr,
     COUNT: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """For each row the gradient of the coefficients that the states before its block have in its products."""
+    """For each row, the gradient of the coefficients of the states before its block in the row's products."""
     program = tl.program_id(0)
     part, own = program % PARTS, tl.cast(program // PARTS, tl.int64)
     size: tl.constexpr = 2 * dim * width + (MATRICES - 2) * width * width
@@ -1002,12 +1002,12 @@ def _outputs(
     num_proximal_steps: int | None,
     operands: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """By name in `OUTPUTS`: states after the last block, all matrices in one; states of γ before each block and after
-    the last; states before each block, in the precision of products; of each matrix the rows that it was applied to
-    and the stored negative gradients of their products; the negative gradient of γ for each row; losses. Then what the
-    backward needs: the negative gradients themselves, products before gelu, gradients before gelu′, the last products,
-    products of each memory batch's rows with those of the block, forward and back, and of proximal steps the inverse of
-    each system, products of rows, and squared norms of gradients."""
+    """Outputs named in `OUTPUTS`: states after the last block, all matrices in one tensor; states of γ before each
+    block and after the last; states before each block, in the precision of products; for each matrix, the rows it was
+    applied to and the stored negative gradients of their products; the negative gradient of γ for each row; losses.
+    Then what the backward pass needs: the negative gradients themselves, products before gelu, gradients before gelu′,
+    the last products, products of each memory batch's rows with those of the block, forward and back, and, for proximal
+    steps, the inverse of each system, products of rows, and squared norms of gradients."""
     heads, blocks, chunks, count = initial_steps.shape
     rows, dim = keys.shape[2:]
     batches, wide = chunks // chunks_per_batch, max(dim, width)
@@ -1061,7 +1061,7 @@ def _forward(
     final_states, *others = outputs
     named = dict(zip(OUTPUTS[1:], others))
     dim, blocks = keys.shape[3], steps.shape[1]
-    # before the first block, and the inputs of the first matrix
+    # states before the first block, and inputs of the first matrix
     final_states.copy_(states)
     named['initial'][:, 0] = states
     named['inputs'][0, ..., :dim] = keys.reshape(named['inputs'].shape[1:-1] + (dim,))
@@ -1133,7 +1133,7 @@ def _backward(
         given = d is not None and d.numel() > 0
         arguments |= {f'd_{name}': d.contiguous() if given else absent, flag: given}  # type: ignore[union-attr]
 
-    # G, and in the precision of products
+    # G, also in the precision of products
     d_final_states, d_gamma_states = incoming['final_states'], incoming['gamma_states']
     g_states = torch.zeros_like(states) if d_final_states is None else d_final_states.contiguous().clone()
     g_gamma = absent
@@ -1149,7 +1149,7 @@ def _backward(
         d_final=new(heads, blocks, matrices * tiles, count, chunks * rows),
         d_initial_final=new(heads, blocks, matrices * tiles**2, 2, 2),
     )
-    # the gradients of g and of products
+    # gradients of g and of products
     of_back, of_pre = back.new_empty(back.shape), back.new_empty(inputs.shape)
     arguments |= results | dict(
         gamma_states=gamma_states, initial=initial, inputs=inputs, deltas=deltas, of_gamma=of_gamma, losses=losses,
@@ -1173,7 +1173,7 @@ def _backward(
     own = arguments | dict(d_initial_steps=d_initial_steps, in_block=chunks * rows)
     _initial_steps_kernel[(heads * blocks * parts,)](**_taken_by(_initial_steps_kernel, own))
 
-    # the first chunk of a memory batch has the coefficients of the weights at which gradients are taken
+    # a memory batch's first chunk has the coefficients of the weights at which its gradients are taken
     of_steps, of_initial_steps = torch.zeros_like(steps), torch.zeros_like(initial_steps)
     of_rows = results['d_steps'].sum(dim=3)[..., : chunks * rows]
     of_steps[:, :, ::chunks_per_batch] = of_rows.unflatten(-1, (chunks, rows)).sum(dim=-1)
@@ -1201,7 +1201,7 @@ deep_memory_scan = register_kernel(
     outputs=lambda *arguments: [*_outputs(*arguments)],
     saved=(*range(1, 16),),
     not_differentiable=NOT_DIFFERENTIABLE,
-    # later layers may use some outputs and not others
+    # later layers may use only some of the outputs
     materialize_grads=False,
 )
 
@@ -1243,7 +1243,7 @@ def _arguments(
 
 
 def _num_tiles(arguments: dict[str, Any]) -> int:
-    """Tiles along the longest side of a matrix."""
+    """Number of tiles along the longest side of a matrix."""
     return triton.cdiv(max(arguments['dim'], arguments['width']), BLOCK)
 
 
@@ -1252,13 +1252,13 @@ def _taken_by(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _over_matrices(kernel: Any, arguments: dict[str, Any], programs: int) -> Callable[[int], None]:
-    """Launches a kernel for a block, with so many programs for each matrix of a head."""
+    """A function that launches a kernel for a block, with `programs` programs per matrix of a head."""
     own, grid = _taken_by(kernel, arguments), (arguments['heads'], arguments['MATRICES'], programs)
     return lambda block: kernel[grid](block=block, **own)
 
 
 def _over_batches(kernel: Any, arguments: dict[str, Any], phases: int) -> Callable[[int], None]:
-    """Launches a kernel for all memory batches of a block; phase by phase where programs cannot wait for each other."""
+    """A function that launches a kernel for a block's memory batches, phase by phase if programs cannot wait."""
     own, heads, parts = _taken_by(kernel, arguments), arguments['heads'], arguments['PARTS']
     batches, device = arguments['per_block'] // arguments['per_batch'], arguments['keys'].device
     waits = parts > 1 and device.type == 'cuda'

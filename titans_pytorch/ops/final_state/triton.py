@@ -1,6 +1,7 @@
 """Kernels of the final state.
 
-Forward, a program owns a block of all states; backward, one kernel owns rows and another a block of all initial states.
+Forward, a program owns a block of all states. Backward, one kernel owns rows, and another a block of all initial
+states.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from titans_pytorch.ops._triton import (
     tile_size,
 )
 
-# of a state, the block of a forward program, and the rows that it reads at a time. With fewer than 64, Triton takes the
-# tensor cores' older instructions, which read matrices either way round
+# the block of a state that a forward program owns, and the rows it reads at a time. With fewer than 64, Triton uses the
+# older tensor-core instructions, which can read matrices in either orientation
 STATE_BLOCK, STATE_ROWS = (32, 64), 32
 # entries and columns of the block of a state's gradient that is on chip at a time
 BLOCK, MOST_COLUMNS = 4096, 64
-# entries that a program of the initial states' gradients owns
+# entries owned by a program that computes initial states' gradients
 INITIAL_BLOCK = 1024
 STAGES = 2
 
@@ -64,7 +65,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                 mask=valid,
                 other=0.0,
             )
-            # loaded as it stands in the product, rows across
+            # loaded in the orientation of the product, with rows across
             from_inputs = inputs + (chunk * input_chunk + row * input_row)[None, :] + own_in[:, None]
             x = tl.load(from_inputs, mask=valid[None, :] & (own_in < dim)[:, None], other=0.0).to(tl.float32)
             from_deltas = deltas + (chunk * delta_chunk + row * delta_row)[:, None] + own_out[None, :]
@@ -94,8 +95,8 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
     STATES: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Of inputs and deltas, the shorter rows (`dim`) are on chip whole, the longer ones (`width`) in blocks; a state's
-    gradient G is turned so that it leads from the shorter to the longer."""
+    """Of inputs and deltas, the shorter rows (`dim`) are on chip whole, and the longer ones (`width`) in blocks. A
+    state's gradient G is oriented so that it maps the shorter to the longer ones."""
     program = tl.program_id(0)
     head = (program // blocks).to(tl.int64)
     index = (program % blocks) * ROWS + tl.arange(0, ROWS)
@@ -113,7 +114,7 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
     state = tl.arange(0, PADDED)[None, :]
     of_coefficients = tl.zeros((ROWS, PADDED), tl.float32)
 
-    # state = Σ coefficient · xᵀ y, so that of y is Σ coefficient · x G, and that of the coefficient x G ∘ y
+    # state = Σ coefficient · xᵀ y, so y has the gradient Σ coefficient · x G, and the coefficient x G ∘ y
     for first_unit in range(0, width, BLOCK):
         unit = first_unit + tl.arange(0, BLOCK)
         present = valid[:, None] & (unit < width)[None, :]
@@ -135,7 +136,7 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
     to_coefficients = d_coefficients + start * STATES + state * (chunks * rows) + index[:, None]
     tl.store(to_coefficients, of_coefficients, mask=valid[:, None] & (state < STATES))
 
-    # and that of x is Σ coefficient · y Gᵀ
+    # and x has the gradient Σ coefficient · y Gᵀ
     d_x = tl.zeros((ROWS, DIM), tl.float32)
     for first_unit in range(0, width, BLOCK):
         unit = first_unit + tl.arange(0, BLOCK)

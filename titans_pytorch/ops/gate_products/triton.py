@@ -28,14 +28,15 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 def _backward_kernel(  # type: ignore[no-untyped-def]
     d_products, products, d_log_gates, n, N: tl.constexpr
 ):  # fmt: skip
-    """The gradient of log g_i is the sum of L ∘ d_L over all entries that g_i is a factor of, c ≥ i and j < i."""
+    """The gradient of log g_i is the sum of L ∘ d_L over all entries with the factor g_i, which are those c ≥ i and j <
+    i."""
     own = tl.program_id(0).to(tl.int64)
     step = tl.arange(0, N)[None, :]
-    # from the last row on
+    # starting at the last row
     row = n - 1 - tl.arange(0, N)
     inside = (row >= 0)[:, None] & (step < row[:, None])
     offset = own * n * n + row[:, None] * n + step
-    # row c of L holds g_i only left of its diagonal
+    # row c of L contains g_i only left of its diagonal
     weighted = tl.load(products + offset, mask=inside, other=0.0) * tl.load(d_products + offset, mask=inside, other=0.0)
     sums = tl.where(step < row[:, None], tl.cumsum(weighted, axis=0), 0.0)
     tl.store(d_log_gates + own * n + row, tl.sum(sums, axis=1), mask=row >= 0)

@@ -1,5 +1,5 @@
 """Kernels of norm and gate of heads. They read the rows of a head one below the other, as the memory leaves them, and
-write tokens with heads side by side, as the projection that combines them takes them."""
+write tokens with heads side by side, as the projection that combines them expects."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _load(  # type: ignore[no-untyped-def]
     x, gamma, logits, own_head, row, n, eps, x_batch, x_head, x_row, l_batch, l_row, heads, dim,
     NORM: tl.constexpr, PER_FEATURE: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a head over their length, that length's inverse, 1 + γ, and gates."""
+    """Rows of a head divided by their length, the inverse of the length, 1 + γ, and gates."""
     batch, head = (own_head // heads).to(tl.int64), (own_head % heads).to(tl.int64)
     feature = tl.arange(0, DIM)
     inside = (row < n)[:, None] & (feature < dim)[None, :]
@@ -89,7 +89,7 @@ def _outputs(x: Tensor, gamma: Tensor | None, logits: Tensor, dtype: torch.dtype
 
 
 def _arguments(x: Tensor, gamma: Tensor | None, logits: Tensor) -> tuple[int, dict[str, Any]]:
-    """Blocks of rows of a head, with a program each, and what both kernels take."""
+    """Number of blocks of rows in a head, one for each program, and the arguments of both kernels."""
     x, logits = contiguous_inside(x, 1), contiguous_inside(logits, 1)
     batch, heads, n, dim = x.shape
     arguments = dict(

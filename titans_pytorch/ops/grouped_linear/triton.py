@@ -11,7 +11,7 @@ from torch import Tensor
 from titans_pytorch.ops._registration import register_kernel
 from titans_pytorch.ops._triton import contiguous_inside, named_strides, tile_size
 
-# entries of a block of a matrix, and its columns at most
+# entries in a block of a matrix, and most columns in it
 BLOCK, MOST_COLUMNS = 8192, 128
 
 

@@ -1,5 +1,5 @@
 """Kernels of the norm of heads. They read rows with heads side by side, as a projection leaves them, and write the rows
-of a head one below the other, as the memory takes them: a norm and two copies in one pass."""
+of a head one below the other, as the memory expects: a norm and two copies in one pass."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EPS = torch.finfo(torch.float32).eps
 def _load_rows(  # type: ignore[no-untyped-def]
     x, own_head, row, n, x_batch, x_row, x_head, heads, dim, DIM: tl.constexpr
 ):  # fmt: skip
-    """Rows of a head, with their features, and which of these exist."""
+    """Rows of a head, their features, and which of these exist."""
     batch, head = (own_head // heads).to(tl.int64), (own_head % heads).to(tl.int64)
     feature = tl.arange(0, DIM)
     inside = (row < n)[:, None] & (feature < dim)[None, :]
@@ -71,7 +71,7 @@ def _outputs(x: Tensor, gamma: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _arguments(x: Tensor, gamma: Tensor) -> tuple[int, dict[str, Any]]:
-    """Blocks of rows of a head, with a program each, and what both kernels take."""
+    """Number of blocks of rows in a head, one for each program, and the arguments of both kernels."""
     x = contiguous_inside(x, 1)
     batch, n, heads, dim = x.shape
     arguments = dict(
@@ -96,7 +96,7 @@ def _backward(d_out: Tensor, x: Tensor, gamma: Tensor, dtype: torch.dtype) -> tu
     d_gamma = x.new_empty(batch, heads, blocks, dim, dtype=torch.float32)
     strides = named_strides('d', d_out, 'batch head row')
     _backward_kernel[(batch * heads * blocks,)](**arguments, **strides, d_out=d_out, d_x=d_x, d_gamma=d_gamma)
-    # a sum over both axes at once would be a launch of two programs, which takes 20 µs for 32,768 tokens
+    # summing over both axes at once would launch only two programs, which take 20 µs for 32,768 tokens
     return d_x, d_gamma.sum(dim=2).sum(dim=0).unsqueeze(1).to(gamma.dtype)
 
 

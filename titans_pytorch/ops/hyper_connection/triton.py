@@ -1,14 +1,14 @@
 """Kernels of a hyper-connection for a sequence: add the last branch's output, read for the next branch; the gradient.
 
-Each program owns some positions, with all their streams. There are two passes over the features: first for the products
-that gates and mix are made of, or their gradients, then for the mixture. In between is the iteration on the mix, an
-entry to a thread. The passes hand each other tables of a few numbers per position, through memory. Forward, one kernel
-does all of it, and the second pass reads out of a cache; backward, each has a kernel of its own, as the iteration is a
-long chain of few numbers, which is short only for many positions at once.
+Each program owns some positions, with all their streams. There are two passes over the features: the first for the
+products from which gates and mix are computed, or for their gradients, the second for the mixture. Between them comes
+the iteration on the mix, with one entry per thread. The passes exchange tables of a few numbers per position through
+memory. Forward, one kernel does all of it, and the second pass reads from a cache. Backward, each part has its own
+kernel, because the iteration is a long chain of few numbers, which pays only for many positions at once.
 
-Tiles of features are (from stream, to stream or gate, feature), the features of the program's positions one after the
-other, so that threads and warps divide this dimension, whatever order Triton gives to the rest: each has some features
-of all streams, sums over streams are its own, and those over features come last.
+Tiles of features are (from stream, to stream or gate, feature), with the features of the program's positions one after
+another. Threads and warps then divide this dimension, whatever order Triton gives to the others: each has some features
+of all streams, sums over streams are its own, and sums over features come last.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from titans_pytorch.ops._triton import divide_by_sums, divide_by_sums_backward
 
 
 class Programs(NamedTuple):
-    """How positions are shared out to programs."""
+    """How positions are distributed over programs."""
 
     positions: int
-    """Of one program at a time."""
+    """Positions that a program holds at a time."""
     warps: int
     most: int | None = None
-    """Programs, which go on to further positions, as each has its own sums for the gradients of the weights."""
+    """Most programs; each goes on to further positions, because it has its own sums for the weights' gradients."""
 
     def number(self, positions: int) -> int:
         needed = triton.cdiv(positions, self.positions)
         return needed if self.most is None else min(needed, self.most)
 
 
-# measured with 2,320 and 74,240 positions of four streams of 384 features
+# measured with 2,320 and 74,240 positions, of four streams with 384 features
 FORWARD = Programs(4, 4)
 BACKWARD_PRODUCTS, BACKWARD_GATES, BACKWARD_ROWS = Programs(2, 2), Programs(8, 1, 1056), Programs(2, 1, 352)
-# of a thread forward, of up to `FEW` streams: five programs fit on a multiprocessor instead of four
+# forward, registers per thread, for up to `FEW` streams: five programs fit on a multiprocessor instead of four
 FORWARD_REGISTERS = 96
-# threads that divide the features of a position, and how many each reads at once; half as many where there are more
-# streams than `FEW`, as all must fit its registers
+# threads that divide the features of a position, and features that each reads at once; half as many for more than `FEW`
+# streams, because all of them must fit in its registers
 THREADS, WIDTH, FEW = 32, 4, 4
-# steps of the iteration's backward whose sums are read together
+# steps of the iteration's backward pass whose sums are read together
 UNROLLED = 4
-# the kernel that adds the programs' sums: features and programs at a time, or gates
+# for the kernel that adds up the programs' sums: features and programs at a time, or gates
 SUMMED_FEATURES, SUMMED_PROGRAMS, SUMMED_SHARES = 8, 64, 512
 # features of a program that folds the weights
 FOLDED = 64
@@ -59,7 +59,7 @@ def _fold_kernel(  # type: ignore[no-untyped-def]
     gamma, alpha_fn, beta_fn, to_logits,
     STREAMS: tl.constexpr, DIM: tl.constexpr, LOGITS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gain of the norm times what comes after it, a row for each logit: to read, to mix on, to write."""
+    """The gain of the norm times what follows it, one row per logit: to read, to mix, to write."""
     feature, logit = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :], tl.arange(0, PADDED)[:, None]
     gain = 1.0 + tl.load(gamma + feature, mask=feature < DIM, other=0.0).to(tl.float32)
     inside = (feature < DIM) & (logit < LOGITS)
@@ -98,7 +98,7 @@ def _weights(  # type: ignore[no-untyped-def]
 def _products(  # type: ignore[no-untyped-def]
     x, FROM: tl.constexpr, TO: tl.constexpr, POSITIONS: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """Each thread's sums, (i, j, f) to (i, j, t)"""
+    """Sums of each thread, (i, j, f) to (i, j, t)."""
     return tl.sum(tl.reshape(x, (FROM, TO, POSITIONS * THREADS, WIDTH)), axis=3)
 
 
@@ -106,7 +106,7 @@ def _products(  # type: ignore[no-untyped-def]
 def _over_threads(  # type: ignore[no-untyped-def]
     x, FROM: tl.constexpr, TO: tl.constexpr, POSITIONS: tl.constexpr, THREADS: tl.constexpr
 ):  # fmt: skip
-    """Their sums, (i, j, t) to (i, j, p)"""
+    """Sums over threads, (i, j, t) to (i, j, p)."""
     return tl.sum(tl.reshape(x, (FROM, TO, POSITIONS, THREADS)), axis=3)
 
 
@@ -114,7 +114,7 @@ def _over_threads(  # type: ignore[no-untyped-def]
 def _over_positions(  # type: ignore[no-untyped-def]
     x, TO: tl.constexpr, POSITIONS: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """(j, f) to (j, feature of a position)"""
+    """Sums over positions, (j, f) to (j, feature of a position)."""
     return tl.sum(tl.reshape(x, (TO, POSITIONS, THREADS * WIDTH)), axis=1)
 
 
@@ -122,14 +122,14 @@ def _over_positions(  # type: ignore[no-untyped-def]
 def _spread(  # type: ignore[no-untyped-def]
     x, FROM: tl.constexpr, TO: tl.constexpr, POSITIONS: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """A number for each position, (i, j, p), for each of its features, (i, j, f)"""
+    """A number per position, (i, j, p), repeated for each of its features, (i, j, f)."""
     x = tl.broadcast_to(x[:, :, :, None], (FROM, TO, POSITIONS, THREADS * WIDTH))
     return tl.reshape(x, (FROM, TO, POSITIONS * THREADS * WIDTH))
 
 
 @triton.jit
 def _own_features(POSITIONS: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Position and feature of each place f. A thread has `WIDTH` of them at once, in any precision."""
+    """Position and feature of each place f. A thread has `WIDTH` consecutive ones, in any precision."""
     place = tl.arange(0, POSITIONS * THREADS * WIDTH)
     feature = tl.max_contiguous(place % (THREADS * WIDTH), WIDTH)
     return (place // (THREADS * WIDTH))[None, None, :], feature[None, None, :]
@@ -141,8 +141,8 @@ def _own_rows(  # type: ignore[no-untyped-def]
     STREAMS: tl.constexpr, PADDED: tl.constexpr, PENDING: tl.constexpr,
     POSITIONS: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Of each place of the positions from `first` on: its position, batch entry, token and feature, and where its
-    streams and the pending branch output are, with the share of that in each stream.
+    """For each place of the positions from `first` on: its position, batch entry, token and feature; and where its
+    streams and the pending branch output are, with the share of that output in each stream.
 
     Indices beyond the last are clamped to it: no address is out of bounds.
     """
@@ -163,7 +163,7 @@ def _own_rows(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _first_mix(saved, i, j, static_alpha, mix_scale, STREAMS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where the iteration begins, (p, i, j), and the products that the logits are made of."""
+    """The matrix where the iteration begins, (p, i, j), and the products from which the logits are computed."""
     row, column = tl.minimum(i, STREAMS - 1), tl.minimum(j, STREAMS - 1)
     projected = tl.load(saved + 1 + column)
     logits = projected * mix_scale + tl.load(static_alpha + row * (STREAMS + 1) + 1 + column).to(tl.float32)
@@ -180,7 +180,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     PENDING: tl.constexpr, ADDS: tl.constexpr,
     POSITIONS: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    # of a stream's row in `saved`: products for the logits, the norm's scale, the mix
+    # a stream's row in `saved`: products for the logits, the norm's scale, the mix
     ROW: tl.constexpr = LOGITS + 1 + (STREAMS if ADDS else 0)
     first = tl.program_id(0) * POSITIONS
 
@@ -206,7 +206,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         if ADDS:
             mix += _products(rows * to_mix, PADDED, PADDED, POSITIONS, THREADS, WIDTH)
 
-    # normalisation comes last, as a factor on the products. A comparison, not a maximum, lets NaN through
+    # normalisation comes last, as a factor on the products. A comparison, unlike a maximum, lets NaN through
     of_row, to = tl.arange(0, PADDED)[:, None, None], tl.arange(0, PADDED)[None, :, None]
     of_gate = (STREAMS + 1) * tl.arange(0, 2)[None, :, None]
     own = tl.arange(0, POSITIONS)[None, None, :]
@@ -271,8 +271,8 @@ def _backward_products_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Gradients of the gate to read and of the mix: products of streams with gradients of the results.
 
-    A stream's row in `work` begins with them. Then come the gradients of the stream's products with the weights, from
-    `OF_PRODUCTS` on, the gate to read, at `READ`, and what goes back along the stream itself.
+    A stream's row in `work` begins with these. Then come the gradients of the stream's products with the weights, from
+    `OF_PRODUCTS` on, the gate to read, at `READ`, and the gradient along the stream itself.
     """
     WORK: tl.constexpr = 2 * STREAMS + 5
     first = tl.program_id(0) * POSITIONS
@@ -311,7 +311,7 @@ def _backward_gates_kernel(  # type: ignore[no-untyped-def]
     STREAMS: tl.constexpr, DIM: tl.constexpr, LOGITS: tl.constexpr, PADDED: tl.constexpr, EPS: tl.constexpr,
     ADDS: tl.constexpr, POSITIONS: tl.constexpr, UNROLLED: tl.constexpr,
 ):  # fmt: skip
-    """From the gradients of gates and mix those of the streams' products with the weights, in `work`, and the
+    """From the gradients of gates and mix, compute those of the streams' products with the weights, in `work`, and the
     program's sums for the gradients of biases and of scales."""
     ROW: tl.constexpr = LOGITS + 1 + (STREAMS if ADDS else 0)
     OF_PRODUCTS: tl.constexpr = STREAMS + 1
@@ -342,7 +342,7 @@ def _backward_gates_kernel(  # type: ignore[no-untyped-def]
         table = work + (at.to(tl.int64) * STREAMS + stream) * WORK
         scale = tl.load(from_saved + LOGITS)
 
-        # of a gate g = σ(logit) the logit's gradient is g (1 − g) times its own
+        # for a gate g = σ(logit), the logit's gradient is g (1 − g) times the gate's
         projected = tl.load(from_saved)
         read = tl.sigmoid(projected * by_read + tl.load(static_alpha + stream * (STREAMS + 1)).to(tl.float32))
         d_logit = tl.where(inside, tl.load(table) * read * (1.0 - read), 0.0)
@@ -362,15 +362,15 @@ def _backward_gates_kernel(  # type: ignore[no-untyped-def]
             along += by_write * d_logit * projected
             tl.store(table + OF_PRODUCTS + STREAMS + 1, by_write * d_logit * scale, mask=inside)
 
-            # the iteration again, its sums stored; then it is undone by multiplying
+            # run the iteration again and store its sums; it is then undone by multiplying
             x, projected = _first_mix(from_saved, row, column, static_alpha, by_mix, STREAMS)
-            # of rows it is not true: it tells the compiler the order of the dimensions
+            # the hint is wrong for rows, but it tells the compiler the order of the dimensions
             entries = tl.max_contiguous((own * PADDED + row) * PADDED + column, [1, min(2, PADDED), PADDED])
             of_columns, of_rows = sinkhorn_sums + entries, sinkhorn_sums + POSITIONS * PADDED * PADDED + entries
             for step in range(iters):
                 x, columns = divide_by_sums(x, 1, EPS)
                 x, rows = divide_by_sums(x, 2, EPS)
-                # once for each entry, so that threads keep to their own
+                # stored once per entry, so that each thread reads only what it wrote
                 tl.store(of_columns + step * STEP, tl.broadcast_to(columns, (POSITIONS, PADDED, PADDED)))
                 tl.store(of_rows + step * STEP, tl.broadcast_to(rows, (POSITIONS, PADDED, PADDED)))
             tl.debug_barrier()
@@ -387,7 +387,7 @@ def _backward_gates_kernel(  # type: ignore[no-untyped-def]
             along += by_mix * tl.sum(d_logit * projected, axis=2, keep_dims=True)
             to_table = table + OF_PRODUCTS + 1 + column
             tl.store(to_table, by_mix * d_logit * scale, mask=inside & (column < STREAMS))
-        # n = √D x / ‖x‖ has no gradient along x; below `EPS` it is x times a constant
+        # n = √D x / ‖x‖ has no gradient along x; below `EPS`, n is x times a constant
         along = tl.where(scale * EPS < 0.999 * root_of_dim, along * scale * scale / DIM, 0.0)
         tl.store(table + READ + 1, along, mask=inside)
 
@@ -414,8 +414,8 @@ def _backward_rows_kernel(  # type: ignore[no-untyped-def]
     PENDING: tl.constexpr, ADDS: tl.constexpr,
     POSITIONS: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of some features of the streams and of the pending branch output, and the program's sums for those of
-    the gates to write it and of the weights."""
+    """Gradients of some features of the streams and of the pending branch output, and the program's sums for the
+    gradients of the gates that write this output and of the weights."""
     ROW: tl.constexpr = LOGITS + 1 + (STREAMS if ADDS else 0)
     OF_PRODUCTS: tl.constexpr = STREAMS + 1
     READ: tl.constexpr = OF_PRODUCTS + STREAMS + 2
@@ -449,7 +449,7 @@ def _backward_rows_kernel(  # type: ignore[no-untyped-def]
         table = work + (at.to(tl.int64) * STREAMS + stream) * WORK
         read = _spread(tl.load(table + READ), PADDED, 1, POSITIONS, THREADS, WIDTH)
         along = _spread(tl.load(table + READ + 1), PADDED, 1, POSITIONS, THREADS, WIDTH)
-        # positions beyond the last are not counted again
+        # positions beyond the last must not be counted again
         inside = (first + own < positions) & (i < STREAMS)
         from_gates = tl.load(table + OF_PRODUCTS + of_gate, mask=inside & (of_gate < LOGITS), other=0.0)
         from_gates = _spread(from_gates, PADDED, 2, POSITIONS, THREADS, WIDTH)
@@ -490,7 +490,7 @@ def _backward_rows_kernel(  # type: ignore[no-untyped-def]
 def _sum_shares(  # type: ignore[no-untyped-def]
     of_shares, d_write, start, positions, tokens, tiles, STREAMS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Gradients of the gates to write the pending branch output, from those of each tile of features."""
+    """Gradients of the gates that write the pending branch output, summed from those of each tile of features."""
     place = start + tl.arange(0, BLOCK)
     inside = place < positions * STREAMS
     total = tl.zeros((BLOCK,), tl.float32)
@@ -507,7 +507,7 @@ def _sum_biases(  # type: ignore[no-untyped-def]
     sums, d_static_alpha, d_read_scale, d_mix_scale, d_static_beta, d_write_scale, programs,
     STREAMS: tl.constexpr, LOGITS: tl.constexpr, SMALL: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of biases and scales; a scale is shared."""
+    """Gradients of biases and scales; a scale is shared by all streams."""
     row, place = tl.arange(0, ROWS)[:, None], tl.arange(0, SMALL)
     total = tl.zeros((ROWS, SMALL), tl.float32)
     for first in range(0, programs, ROWS):
@@ -533,7 +533,7 @@ def _sum_features(  # type: ignore[no-untyped-def]
     STREAMS: tl.constexpr, DIM: tl.constexpr, LOGITS: tl.constexpr, PADDED: tl.constexpr,
     FEATURES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the gain and of what comes after it, for some features: the products were with gain times weight."""
+    """Gradients of the gain and of what follows it, for some features: the products were with gain times weight."""
     row, logit = tl.arange(0, ROWS)[:, None, None], tl.arange(0, PADDED)[None, :, None]
     feature = start + tl.arange(0, FEATURES)[None, None, :]
     inside = (logit < LOGITS) & (feature < DIM)
@@ -563,7 +563,7 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     STREAMS: tl.constexpr, DIM: tl.constexpr, LOGITS: tl.constexpr, PADDED: tl.constexpr, SMALL: tl.constexpr,
     FEATURES: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
-    """The sums of all programs, added up; as gradients of the weights and of the gates to write the pending output."""
+    """Add up the sums of all programs, as gradients of the weights and of the gates that write the pending output."""
     OF_FEATURES: tl.constexpr = (DIM + FEATURES - 1) // FEATURES
     program = tl.program_id(0)
     if program == 0:
@@ -597,8 +597,8 @@ def _outputs(
 def _forward(
     x: list[Tensor], weights: list[Tensor], iters: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # b n d, (b s) n d, (b s) n 1, b n s r, l d
-    """The results of `titans_pytorch.ops.hyper_connection`, and for the gradient a table, which has for each stream of
-    a position its products with the weights, the factor √d / ‖x_s‖, and its row of the mix; and the folded weights."""
+    """The results of `titans_pytorch.ops.hyper_connection`. For the gradient, also the folded weights and a table that
+    has, for each stream of a position, its products with the weights, the factor √d / ‖x_s‖, and its row of the mix."""
     branch_in, mixed, write, saved, to_logits = _outputs(x, weights, iters, eps)
     streams, dim, adds, batch, tokens = _sizes(x, weights)
     positions = batch * tokens
@@ -629,7 +629,7 @@ def _backward(
     logits = streams + 2 if adds else 1
     d_x, d_weights = [t.new_empty(t.shape) for t in x], [t.new_empty(t.shape) for t in weights]
     if not adds:
-        # nothing is mixed
+        # nothing is mixed, so these have no gradient
         for t in d_weights[1:3] + d_weights[4:]:
             t.zero_()
     d_branch_in, d_mixed = _dense_rows([d_branch_in, d_mixed if adds else d_branch_in])
@@ -683,7 +683,7 @@ hyper_connection = register_kernel(
 
 
 def _sizes(x: list[Tensor], weights: list[Tensor]) -> tuple[int, int, bool, int, int]:
-    """Streams, features, whether the branch's output is added, batch, tokens."""
+    """Number of streams, features, whether the branch's output is added, batch size, number of tokens."""
     streams, (rows, tokens, dim) = len(weights[1]), x[0].shape
     return streams, dim, len(weights) == 8, rows // streams, tokens
 
@@ -717,7 +717,7 @@ def _arguments_of_gates(weights: list[Tensor]) -> dict[str, Any]:
 
 
 def _dense_rows(x: list[Tensor]) -> list[Tensor]:
-    """The same with the features of a row contiguous; gates, of which there is one in a row, wholly contiguous."""
+    """The same tensors, with the features of a row contiguous; gates, one per row, are made fully contiguous."""
     return [t if t.stride(-1) == 1 and t.shape[-1] > 1 else t.contiguous() for t in x]
 
 

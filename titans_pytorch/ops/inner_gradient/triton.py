@@ -1,11 +1,11 @@
-"""Kernels of the inner gradient: one forward, one gradient and one second derivative of a memory MLP for many rows.
+"""Kernels of the inner gradient: forward, gradient and second derivative of a memory MLP for many rows.
 
-A program owns some rows of one head: whole chunks, or a part of one. It loops over blocks of hidden features and
-recomputes rather than keeps them. For the gradients of weights, which are sums over rows, it writes the factors of each
-row, and another kernel sums their products.
+A program owns some rows of one head: whole chunks, or part of one. It loops over blocks of hidden features and
+recomputes them rather than keeping them. Gradients of weights are sums over rows: the program writes the factors of
+each row, and another kernel sums their products.
 
-With RESIDUAL weights each chunk has weights of its own. Then reading matrices takes most of the time, and rows are few:
-a program owns rows of one chunk and, if its matrices fit on chip, keeps them (KEEPS).
+With RESIDUAL weights, each chunk has its own weights. Reading matrices then takes most of the time, and rows are few: a
+program owns rows of one chunk and, if the chunk's matrices fit on chip, keeps them there (KEEPS).
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ from titans_pytorch.ops._triton import (
 
 # entries and columns of the block of a matrix that is on chip at a time
 BLOCK, MOST_COLUMNS = 4096, 64
-# hidden features of a program that sums weights' gradients, and the rows that it reads at a time
+# hidden features of a program that sums weights' gradients, and rows that it reads at a time
 UNITS, ROWS_AT_A_TIME = 32, 32
 STAGES = 2
-# with residual weights: entries of each matrix that a program keeps on chip. Matrices that are read once need no stages
+# with residual weights: entries of each matrix that a program keeps on chip. Matrices read only once need no stages
 KEPT, KEPT_IN_FULL, RESIDUAL_STAGES = 8192, 4096, 1
-# the warps of a program, and the registers of a thread in the backward, for two programs on a multiprocessor, or three;
-# the latter where there are MANY_PROGRAMS
+# warps of a program, and, backward, registers of a thread, so that two or three programs fit on a multiprocessor; three
+# are chosen if there are MANY_PROGRAMS
 RESIDUAL_WARPS, RESIDUAL_REGISTERS, MANY_PROGRAMS = (8, 4), (128, 168), 4096
-# to sum weights' gradients: hidden features, warps (one needs no barrier) and stages of a program, and programs that
-# share the chunks
+# for summing weights' gradients: hidden features, warps (a single one needs no barrier) and stages of a program, and
+# programs that share the chunks
 RESIDUAL_UNITS, RESIDUAL_SUM_WARPS, RESIDUAL_SUM_STAGES, ENOUGH_SUMS = 16, 1, 3, 1024
 
 
 @triton.jit
 def _parameter(base, residual, share, head, chunk, base_head, residual_head, residual_chunk):  # type: ignore[no-untyped-def]
-    """Where a head's W is, what a chunk adds to it, and the share of that."""
+    """Where a head's W is, what a chunk adds to it, and its share."""
     return base + head * base_head, residual + head * residual_head + chunk * residual_chunk, share
 
 
@@ -64,7 +64,7 @@ def _parameter(base, residual, share, head, chunk, base_head, residual_head, res
 def _block(  # type: ignore[no-untyped-def]
     parameter, rows, columns, height: tl.constexpr, width: tl.constexpr, RESIDUAL: tl.constexpr, OPERAND: tl.constexpr
 ):
-    """A block of a (height, width) matrix. As `columns` may be down and `rows` across, it may come transposed."""
+    """A block of a (height, width) matrix; transposed if `columns` go down and `rows` across."""
     base, residual, share = parameter
     inside = (rows < height) & (columns < width)
     w = tl.load(base + rows * width + columns, mask=inside, other=0.0)
@@ -75,8 +75,8 @@ def _block(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def block_of_rows(start, offsets, stride, first_unit, valid, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A block of columns of some rows. Loops that add products to it read it a block ahead: Triton does so by itself
-    only for what is multiplied."""
+    """A block of columns of some rows. Loops that add products to it must read it one block ahead themselves, because
+    Triton does so only for the factors of products."""
     unit = first_unit + tl.arange(0, BLOCK)
     present = valid[:, None] & (unit < width)[None, :]
     return tl.load(start + offsets[:, None] + (unit * stride)[None, :], mask=present, other=0.0)
@@ -84,7 +84,7 @@ def block_of_rows(start, offsets, stride, first_unit, valid, width, BLOCK: tl.co
 
 @triton.jit
 def rows_of_block(block, parts, chunks, rows, CHUNKS: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of each of a block's rows its chunk, its offset in that, and whether it is valid."""
+    """For each of a block's rows: its chunk, its offset in that chunk, and whether it is valid."""
     index = tl.arange(0, CHUNKS * ROWS)
     chunk = (block // parts) * CHUNKS + index // ROWS
     row = (block % parts) * ROWS + index % ROWS
@@ -93,7 +93,7 @@ def rows_of_block(block, parts, chunks, rows, CHUNKS: tl.constexpr, ROWS: tl.con
 
 @triton.jit
 def sum_rows_of_chunks(of_rows, CHUNKS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of a block's rows, those of each chunk summed."""
+    """Sum a block's rows over each chunk."""
     if ROWS > 1:
         of_chunks = tl.sum(tl.reshape(of_rows, (CHUNKS, ROWS, WIDTH)), axis=1)
     else:
@@ -103,8 +103,8 @@ def sum_rows_of_chunks(of_rows, CHUNKS: tl.constexpr, ROWS: tl.constexpr, WIDTH:
 
 @triton.jit
 def gradient_terms(y, k, v, theta, gain, inside, eps, dim: tl.constexpr, NORM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What Δ₂ and its gradient are made of, from the product y with the last matrix: p − v, s = −(2θ/d) (p − v), and
-    with a norm x̂, r, u = s ∘ (1 + γ), mean(u ∘ x̂) and P(u). `gain` is 1 + γ."""
+    """The terms of Δ₂ and of its gradient, from the product y with the last matrix: p − v, s = −(2θ/d) (p − v), and,
+    with a norm, x̂, r, u = s ∘ (1 + γ), mean(u ∘ x̂) and P(u). `gain` is 1 + γ."""
     if NORM:
         x, inverse = standardize(y, inside, eps, dim)
         difference = x * gain + k - v
@@ -121,7 +121,7 @@ def gradient_terms(y, k, v, theta, gain, inside, eps, dim: tl.constexpr, NORM: t
 
 @triton.jit
 def gradient_of_product(y, k, v, theta, gain, inside, eps, dim: tl.constexpr, NORM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """From the product y with the last matrix: p − v, Δ₂, and what γ is to descend by each row. `gain` is 1 + γ."""
+    """From the product y with the last matrix: p − v, Δ₂, and each row's negative gradient of γ. `gain` is 1 + γ."""
     difference, s, x, inverse, _, _, tangent = gradient_terms(y, k, v, theta, gain, inside, eps, dim, NORM)
     # Δ₂ = r · P(u)
     return difference, inverse * tangent, s * x
@@ -131,16 +131,16 @@ def gradient_of_product(y, k, v, theta, gain, inside, eps, dim: tl.constexpr, NO
 def gradient_of_product_backward(  # type: ignore[no-untyped-def]
     terms, theta, gain, d_delta, d_of_rows, d_loss, inside, dim: tl.constexpr, NORM: tl.constexpr
 ):  # fmt: skip
-    """The way back from `gradient_terms`: the gradients of θ, p, k (by the residual around the network) and y, and each
-    row's part in that of γ."""
+    """The backward pass of `gradient_terms`: gradients of θ, p, k (through the residual around the network) and y, and
+    each row's part of the gradient of γ."""
     difference, s, x, inverse, u, along, tangent = terms
     if NORM:
-        # P is symmetric, and made of x̂
+        # P is symmetric and depends on x̂
         d_inverse = tl.sum(d_delta * tangent, axis=1)[:, None]
         d_tangent = inverse * d_delta
         d_along = row_mean(d_tangent * x, dim)
         d_u = tl.where(inside, d_tangent - row_mean(d_tangent, dim) - x * d_along, 0.0)
-        # and minus the gradient of γ is Σ s ∘ x̂
+        # minus the gradient of γ is Σ s ∘ x̂
         d_s = d_u * gain + d_of_rows * x
         d_x = d_of_rows * s - along * d_tangent - d_along * u
     else:
@@ -170,8 +170,8 @@ def forward_of_rows(  # type: ignore[no-untyped-def]
     RESIDUAL: tl.constexpr, KEEPS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Rows forward, and back to the deltas. What is read has places of its own, what is written those of whole
-    outputs. Returns what γ is to descend by each row."""
+    """Send rows forward, and back to the deltas. Pointers to inputs have offsets of their own; outputs are those of
+    whole tensors. Returns each row's negative gradient of γ."""
     inside = valid[:, None] & (feature < dim)[None, :]
     k = tl.load(keys + key_offset[:, None] + feature[None, :], mask=inside, other=0.0).to(tl.float32)
     y = tl.zeros((ROWS, DIM), tl.float32)
@@ -182,7 +182,7 @@ def forward_of_rows(  # type: ignore[no-untyped-def]
             unit = first_unit + tl.arange(0, BLOCK)
             from_keys = _block(w_first, feature[:, None], unit[None, :], dim, width, RESIDUAL, OPERAND)
             if KEEPS:
-                # both matrices are on their way at once
+                # load both matrices at once
                 kept_last = _block(w_last, unit[:, None], feature[None, :], width, dim, RESIDUAL, OPERAND)
             h = multiply_add(nothing, k, from_keys, PRECISION, OPERAND)
             a = h * normal_cdf(h)
@@ -240,7 +240,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     block, head = program % blocks, (program // blocks).to(tl.int64)
     chunk, row, valid = rows_of_block(block, parts, chunks, rows, CHUNKS, ROWS)
     feature = tl.arange(0, DIM)
-    # outputs are whole; places count from the head's first row, so that they need no 64 bits
+    # outputs are whole tensors; indices count from the head's first row, so that they fit in 32 bits
     start, row_offset = head * chunks * rows, chunk * rows + row
     share, own = 0.0, block // parts
     if RESIDUAL:
@@ -272,11 +272,11 @@ def backward_of_rows(  # type: ignore[no-untyped-def]
     RESIDUAL: tl.constexpr, KEEPS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """The way back through `forward_of_rows`. Returns the gradients of the keys, and of γ."""
+    """The backward pass of `forward_of_rows`. Returns the gradients of the keys and of γ."""
     inside = valid[:, None] & (feature < dim)[None, :]
     features = row_offset[:, None] * dim + feature[None, :]
     k = tl.load(keys + key_offset[:, None] + feature[None, :], mask=inside, other=0.0).to(tl.float32)
-    # D, the gradient of Δ₂, of which valid is more through g = Δ₂ W₂ᵀ and Δ₁ = g ∘ gelu′(h)
+    # D, the gradient of Δ₂; valid rows also get one through g = Δ₂ W₂ᵀ and Δ₁ = g ∘ gelu′(h)
     d_delta = tl.load(d_deltas + features, mask=inside, other=0.0).to(tl.float32)
     y = tl.zeros((ROWS, DIM), tl.float32)
     if HIDDEN:
@@ -370,7 +370,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     w_last = _parameter(last, residual_last, share, head, own, last_head, residual_last_head, residual_last_chunk)
     w_gamma = _parameter(gamma, residual_gamma, share, head, own, gamma_head, residual_gamma_head, residual_gamma_chunk)
     d_k, of_gamma = backward_of_rows(
-        # often the gradient of what was transposed
+        # has strides, because it is often the gradient of a transposed tensor
         d_hidden + head * d_hidden_head, chunk * d_hidden_chunk + row * d_hidden_row, d_hidden_unit,
         d_hidden_deltas + start * width, d_deltas + start * dim, d_of_gamma + head * chunks * dim, chunk,
         d_losses + start, keys + head * key_head, chunk * key_chunk + row * key_row,
@@ -393,15 +393,15 @@ def outer_products(  # type: ignore[no-untyped-def]
     dim: tl.constexpr, width: tl.constexpr, HIDDEN: tl.constexpr,
     UNITS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """What some rows of a head bring to the gradients of a block of hidden features: columns of the first matrix,
-    which lie down, and rows of the last."""
+    """What some rows of a head add to the gradients of a block of hidden features: columns of the first matrix, stored
+    as rows, and rows of the last."""
     of_first = tl.zeros((UNITS, DIM), tl.float32)
     of_last = tl.zeros((UNITS, DIM), tl.float32)
     for step in range(0, steps):
         index = first_row + step * ROWS + tl.arange(0, ROWS)
         valid = index < last_row
         key_offset = (index // rows) * key_chunk + (index % rows) * key_row
-        # the left operand is loaded transposed, rows across
+        # the left operand is loaded transposed, with rows across
         across = valid[None, :] & (unit < width)[:, None]
         inside = valid[:, None] & (feature < dim)[None, :]
         features = index[:, None] * dim + feature[None, :]
@@ -434,7 +434,7 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
     dim: tl.constexpr, width: tl.constexpr, HIDDEN: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
     UNITS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """A program owns a block of hidden features of a head; where chunks have weights of their own, in some chunks."""
+    """A program owns a block of hidden features of a head; if chunks have their own weights, only for some chunks."""
     program = tl.program_id(0)
     block, group = program % blocks, program // blocks % groups
     head = (program // (blocks * groups)).to(tl.int64)
@@ -457,7 +457,7 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
         last_chunk = tl.minimum(first_chunk + group_chunks, chunks)
         from_first = residual_first + head * residual_first_head + in_first
         from_last = residual_last + head * residual_last_head + in_last
-        # read a chunk ahead, as Triton does by itself only with what is multiplied
+        # read one chunk ahead, which Triton does on its own only for the factors of products
         next_last = tl.load(from_last + first_chunk * residual_last_chunk, mask=present, other=0.0)
         next_first = next_last
         if HIDDEN:
@@ -484,7 +484,7 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
                 tl.store(to_first, share * own_first, mask=present)
                 of_share += tl.sum(own_first * other_first.to(tl.float32))
             if NORM:
-                # the first block's
+                # done by the first block's program
                 with_gamma = feature < tl.where(block == 0, dim, 0)
                 from_gamma = residual_gamma + head * residual_gamma_head + chunk * residual_gamma_chunk + feature
                 other_gamma = tl.load(from_gamma, mask=with_gamma, other=0.0).to(tl.float32)
@@ -510,7 +510,7 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
 
 
 class Arguments(NamedTuple):
-    """Those of the operation."""
+    """The arguments of the operation."""
 
     keys: Tensor
     values: Tensor
@@ -565,7 +565,7 @@ def _forward(
 
 
 def write_gradients(outputs: Sequence[Tensor], given: Arguments) -> None:
-    """`_forward` with places given for its results, which are contiguous."""
+    """`_forward` with given tensors for its results, which are contiguous."""
     hidden, hidden_deltas, deltas, of_gamma, losses = outputs
     heads, chunks, rows, dim = given.keys.shape
     tiles = _tiles(given)
@@ -624,7 +624,7 @@ def second_derivatives(
         d_of_gamma = last.new_zeros(heads, chunks, dim) if d_of_gamma is None else d_of_gamma.contiguous()
 
     d_keys, d_values, d_step_sizes = (t.new_empty(t.shape) for t in given[:3])
-    # the factors of the weights' gradients, for each row; that of γ is summed over a program's rows
+    # each row's factors of the weights' gradients; the gradient of γ is summed over a program's rows
     d_y = keys.new_empty(keys.shape, dtype=operands)
     d_products, d_h = (keys.new_empty(hidden.shape, dtype=operands) for _ in range(2))
     gamma_parts = last.new_empty((0,) if gamma is None else (heads, blocks, dim))
@@ -691,9 +691,9 @@ def _summed(parts: Tensor | None, axis: int | None) -> Tensor | None:
 
 
 def _tensors(given: Arguments) -> dict[str, Any]:
-    """Tensors, their strides and numbers of rows. Chunks may be slices of a longer sequence, and heads may share
+    """Tensors, their strides and numbers of rows. Chunks may be slices of a longer sequence and heads may share
     weights, but features are contiguous."""
-    # the axes that have to be contiguous, and the others by name
+    # which axes must be contiguous, and the names of the others
     layouts = {
         'keys': (1, 'key', 'head chunk row'),
         'values': (1, 'value', 'head chunk row'),
@@ -724,7 +724,7 @@ def _sizes(given: Arguments) -> dict[str, Any]:
 
 
 def _tiles(given: Arguments) -> dict[str, Any]:
-    """The cut of the kernels of rows, and their launch options."""
+    """How the kernels split rows into tiles, and their launch options."""
     heads, chunks, rows, dim = given.keys.shape
     padded, wide = tile_size(dim), tile_size(given.last.shape[1])
     in_full = given.operands == torch.float32
@@ -732,7 +732,7 @@ def _tiles(given: Arguments) -> dict[str, Any]:
     if given.shares is None:
         own, warps = rows_per_program(heads, chunks * rows, max(padded, block), in_full)
         of_chunk = min(triton.next_power_of_2(rows), own)
-        # two stages take more memory than a multiprocessor of compute capability 8.6 has, in full and so wide
+        # in full float32 and at this width, two stages need more memory than compute capability 8.6 has
         options = {'num_warps': warps, 'num_stages': 1 if in_full and padded > 64 else STAGES}
         return dict(KEEPS=False, CHUNKS=own // of_chunk, ROWS=of_chunk, BLOCK=block, **options)
     keeps = given.first is not None and wide * padded <= (KEPT_IN_FULL if in_full else KEPT)
@@ -743,6 +743,6 @@ def _tiles(given: Arguments) -> dict[str, Any]:
 
 
 def _blocks(chunks: int, rows: int, tiles: dict[str, Any]) -> tuple[int, int]:
-    """Programs of a head, and parts of a chunk."""
+    """Number of programs per head, and of parts per chunk."""
     parts = triton.cdiv(rows, tiles['ROWS'])
     return triton.cdiv(chunks, tiles['CHUNKS']) * parts, parts

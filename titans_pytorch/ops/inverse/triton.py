@@ -1,4 +1,4 @@
-"""Kernel of inverses. A program owns a matrix, in registers."""
+"""Kernel of inverses. A program owns a matrix, which it holds in registers."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Kernels of the scan over blocks of a linear memory.
 
-With G = K Kᵀ and P = (I + (A ∘ G) diag(β))⁻¹ the errors of a block are E = P (V − Σ_k a_k ∘ K state_k), and Δ = β E,
-where β, the `strengths`, are limited if steps are proximal.
-P needs no states, so one launch computes it for all blocks. Only the scan itself goes from block to block, in programs
-that each keep some columns of all states on chip: forward, and from the last block to the first for the gradients of
-states and values. What then remains of the gradients is again one launch for all blocks.
+With G = K Kᵀ and P = (I + (A ∘ G) diag(β))⁻¹, the errors of a block are E = P (V − Σ_k a_k ∘ K state_k), and Δ = β E.
+The β (`strengths`) are limited if steps are proximal. P does not depend on states, so a single launch computes it for
+all blocks. Only the scan itself goes from block to block, in programs that each keep some columns of all states on
+chip: forward, and from the last block to the first for the gradients of states and values. The remaining gradients are
+again a single launch for all blocks.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from titans_pytorch.ops._triton import (
 )
 from titans_pytorch.ops.proximal_steps import LARGEST
 
-# rows and columns of the systems that are solved by elimination, before they are combined
+# rows and columns of the systems that are solved by elimination before they are combined
 SMALL = 16
-# columns of the states that a program has on chip. Scans take half as many where there would be fewer programs than
-# `ENOUGH_PROGRAMS`, and in float32, whose products in full take more registers and shared memory
+# columns of the states that a program has on chip. Scans use half as many if there would be fewer programs than
+# `ENOUGH_PROGRAMS`, and in float32, where full products take more registers and shared memory
 MOST_COLUMNS = 32
 WARPS = 4
-# of the last pass; with more stages it would need more shared memory than some GPUs have
+# for the last pass, where more stages would need more shared memory than some GPUs have
 GRADIENTS = dict(num_warps=8, num_stages=2)
 EXACT = product_precision(torch.float32)['PRECISION']
 
 
 @triton.jit
 def _rows_of_block(block, chunks, rows, key_chunk, key_row, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Chunk of each row within its block, its offset from the head's first one, and whether it exists."""
+    """Chunk of each row in its block, its offset from the head's first row, and whether it exists."""
     index = tl.arange(0, ROWS)
     chunk = index // rows
     offset = (tl.cast(block, tl.int64) * chunks + chunk) * key_chunk + index % rows * key_row
@@ -53,8 +53,8 @@ def _rows_of_block(block, chunks, rows, key_chunk, key_row, ROWS: tl.constexpr):
 def _load_coefficients_of_rows(  # type: ignore[no-untyped-def]
     steps, chunk, base, valid, chunks, own_coefficient, ROWS: tl.constexpr
 ):  # fmt: skip
-    """A: the coefficient of each row's update (across) in the base weights of each row, zero unless it is earlier; but
-    `own_coefficient` for those of its own chunk."""
+    """A: the coefficient of each row's update (across) in the base weights of each row (down). It is zero unless the
+    update is earlier; for updates of the same chunk it is `own_coefficient`."""
     both = valid[:, None] & valid[None, :]
     present = both & (chunk[None, :] < base[:, None])
     earlier = tl.load(steps + base[:, None] * chunks + chunk[None, :], mask=present, other=0.0)
@@ -63,7 +63,7 @@ def _load_coefficients_of_rows(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _inverse(x, count, ROWS: tl.constexpr, SMALL: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(I + x)⁻¹ for an x that is strictly lower triangular, but for its blocks of SMALL rows on the diagonal.
+    """(I + x)⁻¹ for an x that is strictly lower triangular except for its diagonal blocks of SMALL rows.
 
     Rows and columns of x beyond the first `count` are zero.
     """
@@ -132,7 +132,7 @@ def _columns_of_states(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _load_for_states(first, inside, by_state, STATES: tl.constexpr, PADDED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A coefficient of each row for each state, (rows, PADDED), given a pointer to the first one of each row."""
+    """Coefficients of each row for each state, (rows, PADDED), given pointers to each row's first coefficient."""
     state = tl.arange(0, PADDED)
     entry = first[:, None] + state[None, :] * by_state
     return tl.load(entry, mask=inside[:, None] & (state < STATES)[None, :], other=0.0)
@@ -140,7 +140,7 @@ def _load_for_states(first, inside, by_state, STATES: tl.constexpr, PADDED: tl.c
 
 @triton.jit
 def _combined(x, coefficients):  # type: ignore[no-untyped-def]
-    """Σ_k coefficients[row, k] · x_k, of states x side by side."""
+    """Σ_k coefficients[row, k] · x_k, where the states x are side by side."""
     ROWS: tl.constexpr = x.shape[0]
     PADDED: tl.constexpr = coefficients.shape[1]
     return tl.sum(tl.reshape(x, (ROWS, PADDED, x.shape[1] // PADDED)) * coefficients[:, :, None], axis=1)
@@ -163,7 +163,7 @@ def _mixed(states, mix, by_result, by_given, STATES: tl.constexpr, PADDED: tl.co
     total = tl.zeros((DIM, PADDED, WIDTH), tl.float32)
     for i in tl.static_range(STATES):
         of_results = tl.zeros((1, PADDED, 1), tl.float32)
-        # loaded as scalars: a loaded tensor would impose its layout on the states
+        # loaded as scalars, because a loaded tensor would impose its layout on the states
         for k in tl.static_range(STATES):
             of_results = tl.where(state == k, tl.load(mix + k * by_result + i * by_given), of_results)
         total += of_results * tl.sum(tl.where(state == i, each, 0.0), axis=1)[:, None, :]
@@ -244,7 +244,7 @@ def _backward_scan_kernel(  # type: ignore[no-untyped-def]
         present = valid[:, None] & with_column[None, :]
         from_keys = keys + head * key_head + to_keys[:, None] + feature[None, :]
         key = tl.load(from_keys, mask=valid[:, None] & with_feature[None, :], other=0.0).to(tl.float32)
-        # transposed
+        # loaded transposed
         inverse = tl.load(inverses + own * ROWS * ROWS + index[None, :] * ROWS + index[:, None])
         beta = tl.load(strengths + own * ROWS + index)
         base = own * chunks + chunk // per_batch * per_batch
@@ -277,7 +277,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, OF_DELTAS: tl.constexpr, PROXIMAL: tl.constexpr,
     DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All other gradients; those of coefficients still by row."""
+    """All other gradients; those of coefficients are still per row."""
     own = tl.program_id(0).to(tl.int64)
     head, block = own // blocks, own % blocks
     feature, index = tl.arange(0, DIM), tl.arange(0, ROWS)
@@ -292,7 +292,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     first_row = own * chunks * rows
     own_row = (first_row + index)[:, None] * width
 
-    # −dV Eᵀ, the gradient of the system (A ∘ G) diag(β)
+    # −dV Eᵀ is the gradient of the system (A ∘ G) diag(β)
     nothing = tl.zeros((ROWS, ROWS), tl.float32)
     d_system, d_beta = nothing, tl.zeros((ROWS,), tl.float32)
     for first_column in range(0, width, WIDTH):
@@ -338,7 +338,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         tl.store(d_at_final + to_states, beta * d_weight, mask=valid)
         tl.store(d_at_base + to_states, -tl.sum(key * of_base, axis=1), mask=valid)
 
-    # of the mixture of states, what each feature contributes
+    # each feature's contribution to the gradient of the mixture of states
     for k in tl.static_range(STATES):
         for i in tl.static_range(STATES):
             total = tl.zeros((DIM,), tl.float32)
@@ -353,8 +353,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
             tl.store(d_initial_final + to_pair, total, mask=with_feature)
 
     if PROXIMAL:
-        # where β is limited, to largest / (own_coefficient · k²), it does not depend on the step size. The margin is
-        # for squares that were added up in another order when it was limited
+        # where β is limited to largest / (own_coefficient · k²), it does not depend on the step size. The margin allows
+        # for squares that were summed in another order when the limit was applied
         squared = tl.sum(key * key, axis=1)
         limited = own_coefficient * beta * squared > largest * (1 - 1e-6)
         d_key -= tl.where(limited, 2.0 * beta * d_beta / tl.where(limited, squared, 1.0), 0.0)[:, None] * key
@@ -390,7 +390,7 @@ def _outputs(
 
 
 def _columns(heads: int, width: int, operands: torch.dtype) -> int:
-    """Columns of the states for each program of a scan."""
+    """Number of columns of the states that each program of a scan owns."""
     many = heads * triton.cdiv(width, MOST_COLUMNS) >= ENOUGH_PROGRAMS
     return min(tile_size(width), MOST_COLUMNS if many and operands != torch.float32 else MOST_COLUMNS // 2)
 
@@ -418,10 +418,10 @@ def _arguments(
         own_coefficient=float(own_coefficient), PROXIMAL=own_coefficient != 0, scale=2.0 / width, largest=LARGEST,
         dim=dim, width=width, STATES=count, PADDED=triton.next_power_of_2(count),
         DIM=tile_size(dim), ROWS=on_chip, WIDTH=columns,
-        # proximal steps fill the system within a chunk, so that a block on the diagonal must hold whole chunks
+        # proximal steps fill the system within each chunk, so a diagonal block must hold whole chunks
         SMALL=SMALL if own_coefficient == 0 or SMALL % rows == 0 else on_chip,
-        # of all products but those that form the inverse, where rounding is amplified; so it is in products with the
-        # inverse, if proximal steps are large
+        # of all products except those that form the inverse, where rounding errors are amplified; large proximal steps
+        # amplify them in products with the inverse too
         PRECISION=precision, SOLVED=EXACT if own_coefficient else precision, EXACT=EXACT,
     )  # fmt: skip
 
@@ -515,7 +515,7 @@ def _backward(
     columns = min(tile_size(values.shape[-1]), MOST_COLUMNS)
     _launch(_backward_kernel, heads * blocks, arguments | dict(WIDTH=columns), **GRADIENTS)
 
-    # from rows to chunks, and for the base weights to the first chunk of each memory batch
+    # sum rows over chunks, and, for base weights, move the result to the first chunk of each memory batch
     def sum_over_rows(gradient: Tensor, dim: int) -> Tensor:
         return gradient.unflatten(dim, (chunks, rows)).sum(dim=dim + 1)
 
@@ -549,6 +549,6 @@ linear_memory_scan = register_kernel(
     outputs=_outputs,
     saved=(0, 3, 4, 5),
     not_differentiable=(4, 5),
-    # the errors serve surprises alone
+    # only surprises use the errors
     materialize_grads=False,
 )

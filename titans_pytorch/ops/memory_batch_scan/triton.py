@@ -1,13 +1,13 @@
 """Kernels of the scan over memory batches: one launch forward, one backward.
 
-Several programs share one head of one sequence. For each memory batch there are two phases: of rows, which computes the
-inner gradient, and of states, which takes the states in place to after the memory batch; between them the programs of a
-head wait for each other, so that all must be on the GPU at once: a cooperative launch. States and rows travel through
-global memory, and seldom leave its cache. Products read a copy of the states in their own precision. The backward goes
-from the last memory batch to the first, with the gradient G of the states after each in place, and a copy of that.
+Several programs share a head of a sequence. Each memory batch has two phases: a phase of rows, which computes the inner
+gradient, and a phase of states, which updates the states in place. Between phases the programs of a head wait for each
+other, so all of them must be on the GPU at once, in a cooperative launch. States and rows pass through global memory
+but seldom leave its cache. Products read a copy of the states in their own precision. The backward pass goes from the
+last memory batch to the first and updates the gradient G of the states after each, and a copy of it, in place.
 
-Every phase of every memory batch can also be launched by itself: so several programs of a head are tested where there
-is no GPU, and programs cannot wait.
+Every phase of every memory batch can also be launched on its own. That is how several programs per head are tested
+without a GPU, where programs cannot wait.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ from titans_pytorch.ops.inner_gradient.triton import (
     sum_rows_of_chunks,
 )
 
-# whether programs of a head wait for each other on a GPU; else each phase is a launch
+# whether programs of a head wait for each other on a GPU; otherwise each phase is a launch
 PROGRAMS_WAIT = True
-# at most, programs of a multiprocessor, where that many fit, and of a head: more find too little to do in a phase
+# most programs per multiprocessor, if that many fit, and per head: more would find too little to do in a phase
 PROGRAMS_PER_MULTIPROCESSOR, MOST_PROGRAMS = 2, 16
-# rows of a block of the first phase, forward and backward; in float32 in full, products take twice the registers
+# rows in a block of the first phase, forward and backward; in full float32, products take twice the registers
 MOST_ROWS, MOST_ROWS_IN_FULL = (32, 32), (16, 16)
-# entries and columns of the block of a matrix that is on chip at a time, and, forward and backward, entries of rows
+# entries and columns of the block of a matrix that is on chip at a time; forward and backward, entries of rows
 BLOCK, MOST_COLUMNS, MOST_ENTRIES = 4096, 64, (2048, 1024)
-# the tile of each state that is computed at a time, forward, and the rows that are read at a time for it
+# forward, the tile of each state that is computed at a time, and the rows that are read at a time for it
 STATE_BLOCK, STATE_BLOCK_IN_FULL, STATE_ROWS = (64, 64), (32, 64), 32
-# hidden features whose states' gradients are computed at a time, and the rows that are read at a time for it
+# hidden features whose states' gradients are computed at a time, and the rows read at a time for them
 UNITS, UNIT_ROWS = 32, 32
 WARPS = 4
 STAGES = 3
-# entries of a state that are copied at a time
+# entries of a state copied at a time
 COPIED = 2048
 
 
@@ -63,7 +63,7 @@ def _copy(  # type: ignore[no-untyped-def]
     state_0, state_1, state_2, state_3, head_0, head_1, head_2, head_3, states, initial, head, part, programs,
     SIZE: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Copies initial states to where they are updated, and to where the first memory batch reads them."""
+    """Copy initial states to where they are updated and to where the first memory batch reads them."""
     for k in tl.static_range(STATES):
         state = select(k, state_0, state_1, state_2, state_3) + head * select(k, head_0, head_1, head_2, head_3)
         for first_entry in range(part * BLOCK, SIZE, programs * BLOCK):
@@ -75,7 +75,7 @@ def _copy(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _load_states(states, offset, inside, size, STATES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A tile of each of up to four states, `size` entries apart; missing ones repeat the first."""
+    """A tile of each of up to four states, `size` entries apart; missing states repeat the first."""
     first = tl.load(states + offset, mask=inside, other=0.0)
     second, third, fourth = first, first, first
     if STATES > 1:
@@ -89,7 +89,7 @@ def _load_states(states, offset, inside, size, STATES: tl.constexpr):  # type: i
 
 @triton.jit
 def _load_mix(initial_coefficients, STATES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """For each state after a memory batch the coefficients of those before it."""
+    """For each state after a memory batch, the coefficients of the states before it."""
     of_first = _load_states(initial_coefficients, 0, True, 1, STATES)
     second, third, fourth = of_first, of_first, of_first
     if STATES > 1:
@@ -108,9 +108,9 @@ def _advance(  # type: ignore[no-untyped-def]
     dim: tl.constexpr, width: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr, SCALAR: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Takes tiles of all states of a matrix in place to after a memory batch, and copies them for the next if there is
-    one more. If rows share a coefficient, their product is formed once; otherwise the states' tiles are stacked, so
-    that rows are read once for all."""
+    """Update tiles of all states of a matrix in place to those after a memory batch, and copy them if another memory
+    batch follows. If rows share a coefficient, their product is formed only once; otherwise the states' tiles are
+    stacked, so that rows are read once for all states."""
     across: tl.constexpr = (width + WIDTH - 1) // WIDTH
     tiles: tl.constexpr = (dim + DIM - 1) // DIM * across
     stacked: tl.constexpr = 1 if SCALAR else PADDED
@@ -123,12 +123,12 @@ def _advance(  # type: ignore[no-untyped-def]
         offset = own_in[:, None] * width + own_out[None, :]
         inside = with_in[:, None] & with_out[None, :]
         total = tl.zeros((stacked * DIM, WIDTH), tl.float32)
-        # stacked, states leave no registers for reading ahead
+        # stacked states leave no registers for prefetching
         for first_row in tl.range(0, chunks * rows, ROWS, num_stages=2 if SCALAR else 1):
             index = first_row + tl.arange(0, ROWS)
             chunk, row, valid = index // rows, index % rows, index < chunks * rows
             present = with_in[:, None] & valid[None, :]
-            # loaded as it stands in the product, rows across
+            # loaded in the orientation of the product, with rows across
             from_inputs = inputs + (chunk * input_chunk + row * input_row)[None, :] + own_in[:, None]
             x = tl.load(from_inputs, mask=present, other=0.0).to(tl.float32)
             if not SCALAR:
@@ -139,7 +139,7 @@ def _advance(  # type: ignore[no-untyped-def]
         if SCALAR:
             own = _load_states(states, offset, inside, dim * width, STATES)
             mix = _load_mix(initial_coefficients, STATES)
-            # what one thread has yet to read, another may write
+            # one thread may write what another has yet to read
             tl.debug_barrier()
             for k in tl.static_range(STATES):
                 advanced = tl.load(coefficients + k) * total
@@ -165,7 +165,7 @@ def _advance_gamma(  # type: ignore[no-untyped-def]
     of_gamma, coefficients, initial_coefficients, initial, states, next_initial, more, chunks, parts, feature,
     dim: tl.constexpr, STATES: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """The same for γ, whose negative gradients come in parts of a chunk."""
+    """The same for γ; its negative gradients come in parts of a chunk."""
     with_dim = feature < dim
     for k in tl.static_range(STATES):
         total = tl.zeros((DIM,), tl.float32)
@@ -239,7 +239,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         if ROWS_PHASE:
             own_values = values + head * value_head + tl.cast(batch, tl.int64) * chunks * value_chunk
             own_steps = step_sizes + head * step_head + tl.cast(batch, tl.int64) * chunks * step_chunk
-            # without residual weights
+            # there are no residual weights
             w_first, w_last, w_gamma = (at_first, at_first, 0.0), (at_last, at_last, 0.0), (at_gamma, at_gamma, 0.0)
             for block in range(part, blocks, programs):
                 chunk, row, valid = rows_of_block(block, parts, chunks, rows, CHUNKS, ROWS)
@@ -270,7 +270,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                     at_first + STATES * dim * width, more, part, programs, chunks, rows,
                     dim, width, STATES, PADDED, SCALAR, FIRST_DIM, FIRST_WIDTH, STATE_ROWS, PRECISION, OPERAND,
                 )  # fmt: skip
-                # the tiles of both matrices go to the programs in turn
+                # the programs take the tiles of both matrices in turn
                 _advance(
                     hidden + start * width, rows * width, width, deltas + start * dim, rows * dim, dim,
                     own_coefficients, own_initial_coefficients, last_final + head * STATES * width * dim,
@@ -298,7 +298,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _replaced(four, index: tl.constexpr, value):  # type: ignore[no-untyped-def]
-    """A tuple of four with another value at an index."""
+    """A tuple of four with one value replaced."""
     first, second, third, fourth = four
     if index == 0:
         first = value
@@ -319,10 +319,10 @@ def _backward_of_states(  # type: ignore[no-untyped-def]
     STATES: tl.constexpr, PADDED: tl.constexpr, SCALAR: tl.constexpr,
     ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Backward through the states of a matrix. Of X and Δ the shorter rows, x, are on chip whole, the others in blocks;
-    G is read so that it leads from the shorter to the others. Writes the gradient of the others, added to what is given
-    of it; returns that of x, and that of each row's coefficients, unless these are `SCALAR`: the same for all rows, and
-    without a gradient."""
+    """Go back through the states of a matrix. Of X and Δ, the shorter rows, x, are on chip whole, the others in blocks;
+    G is read so that it maps the shorter ones to the others. Writes the gradient of the others, added to what is
+    already given. Returns that of x and that of each row's coefficients; if these are `SCALAR`, that is, the same for
+    all rows, they have no gradient."""
     nothing = tl.zeros((ROWS, BLOCK), tl.float32)
     d_x = tl.zeros((ROWS, DIM), tl.float32)
     of_states = d_x, d_x, d_x, d_x
@@ -344,7 +344,7 @@ def _backward_of_states(  # type: ignore[no-untyped-def]
         offset = feature[:, None] * stride + unit[None, :] * other_stride
         inside = (feature < dim)[:, None] & (unit < width)[None, :]
         g = _load_states(states, offset, inside, dim * width, STATES)
-        # state = Σ c · xᵀ y has the gradients Σ c · x G of y, Σ c · y Gᵀ of x, and y Gᵀ ∘ x of c
+        # state = Σ c · xᵀ y gives the gradients Σ c · x G for y, Σ c · y Gᵀ for x, and y Gᵀ ∘ x for c
         if SCALAR:
             together = tl.zeros((DIM, BLOCK), tl.float32)
             for k in tl.static_range(STATES):
@@ -372,20 +372,20 @@ def _step_back(  # type: ignore[no-untyped-def]
     offset, present, d_weight,
     SIZE: tl.constexpr, STATES: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """Takes a tile of G in place from after a memory batch to before it, and copies it. A part of the gradient of
-    `initial_coefficients` goes to `slot`."""
-    # all that is read, before threads wait for each other
+    """Update a tile of G in place, from after a memory batch to before it, and copy it. A part of the gradient of
+    `initial_coefficients` is written to `slot`."""
+    # everything is read before threads wait for each other
     g, own = _load_states(states, offset, present, SIZE, STATES), _load_states(initial, offset, present, SIZE, STATES)
     mix = _load_mix(initial_coefficients, STATES)
     from_later = g
     if GIVEN:
         from_later = _load_states(given, offset, present, SIZE, STATES)
-    # what one thread has yet to read, another may write
+    # one thread may write what another has yet to read
     tl.debug_barrier()
     for i in tl.static_range(STATES):
         d_initial = tl.zeros_like(d_weight)
         if i == 0:
-            # the weights that gradients were taken at
+            # the gradient from where gradients were taken
             d_initial += d_weight
         if GIVEN:
             d_initial += from_later[i].to(tl.float32)
@@ -393,7 +393,7 @@ def _step_back(  # type: ignore[no-untyped-def]
             d_initial += mix[k][i] * g[k]
         tl.store(states + i * SIZE + offset, d_initial, mask=present)
         tl.store(copies + i * SIZE + offset, d_initial, mask=present)
-        # a sum over all entries for each state after the memory batch
+        # for each state after the memory batch, a sum over all entries
         products = tl.join(tl.join(g[0], g[2]), tl.join(g[1], g[3])) * own[i].to(tl.float32)[:, :, None, None]
         after = tl.arange(0, 4)
         to_slot = d_initial_coefficients + (after * STATES + i) * slots + slot
@@ -420,8 +420,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     UNITS: tl.constexpr, UNIT_ROWS: tl.constexpr, COUNTER_STRIDE: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Memory batches in reverse, `first_batch` to `last_batch` counted from the end. A head keeps the rows of one: the
-    gradients that reach the network's products (to_…), and the factors of its weights' gradients (of_…)."""
+    """Memory batches in reverse, `first_batch` to `last_batch` counted from the end. A head keeps the rows of one
+    memory batch: gradients that reach the network's products (to_…), and factors of its weights' gradients (of_…)."""
     program = tl.program_id(0)
     head, part = (program // programs).to(tl.int64), program % programs
     counter = counters + head * COUNTER_STRIDE
@@ -457,7 +457,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
             own_coefficients = coefficients + own * STATES * chunks
             own_values = values + head * value_head + tl.cast(batch, tl.int64) * chunks * value_chunk
             own_steps = step_sizes + head * step_head + tl.cast(batch, tl.int64) * chunks * step_chunk
-            # often the gradient of a transposed tensor
+            # has strides, because it is often the gradient of a transposed tensor
             given_hidden = d_hidden + head * d_hidden_head + tl.cast(batch, tl.int64) * d_hidden_batch
             w_first, w_last, w_gamma = (at_first, at_first, 0.0), (at_last, at_last, 0.0), (at_gamma, at_gamma, 0.0)
             state = tl.arange(0, PADDED)[None, :]
@@ -468,7 +468,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                 features = row_offset[:, None] * dim + feature[None, :]
                 of_coefficients = tl.zeros((CHUNKS * ROWS, PADDED), tl.float32)
 
-                # through the states, to X and Δ of each matrix
+                # back through the states, to X and Δ of each matrix
                 key_offset = chunk * key_chunk + row * key_row
                 k = tl.load(own_keys + key_offset[:, None] + feature[None, :], mask=inside, other=0.0).to(tl.float32)
                 if HIDDEN:
@@ -497,7 +497,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                         STATES, PADDED, SCALAR, CHUNKS * ROWS, DIM, BLOCK, PRECISION, OPERAND,
                     )  # fmt: skip
                 if NORM:
-                    # that of a chunk, with its first row
+                    # a chunk's gradient goes with its first row
                     from_chunks = own * chunks * dim + chunk[:, None] * dim + feature[None, :]
                     of_chunk = tl.load(gamma_gradient + from_chunks, mask=inside & (row == 0)[:, None], other=0.0)
                     d_chunk = tl.zeros((CHUNKS * ROWS, DIM), tl.float32)
@@ -513,7 +513,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                 to_chunks = (own * STATES + state) * chunks * parts + (summed * parts + block % parts)[:, None]
                 tl.store(d_coefficients + to_chunks, of_chunks, mask=(summed < chunks)[:, None] & (state < STATES))
 
-                # and through the network; one thread reads what another wrote
+                # and back through the network; a barrier, because threads read what others wrote
                 tl.debug_barrier()
                 of_keys, of_block = backward_of_rows(
                     to_hidden, row_offset * width, 1, to_hidden_deltas, to_deltas, to_gamma_gradient, row_offset,
@@ -576,8 +576,8 @@ def _outputs(
     eps: float,
     operands: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of `MemoryBatches`; absent ones are empty. `learns_coefficients`: whether those of updates get a
-    gradient."""
+    """The fields of `MemoryBatches`; absent ones are empty. `learns_coefficients`: whether the coefficients of updates
+    get a gradient."""
     (heads, batches, count, chunks), (rows, dim) = coefficients.shape, keys.shape[2:]
 
     def states(own: list[Tensor], *axes: int, dtype: torch.dtype = coefficients.dtype) -> Tensor:
@@ -677,7 +677,7 @@ def _backward(
     scalar = chunks == 1 and not learns_coefficients
 
     def final_gradient(states: list[Tensor], d_final: Tensor | None) -> Tensor:
-        """G, which becomes the gradient of the initial states."""
+        """G, which is turned into the gradient of the initial states."""
         if not states:
             return absent.new_empty(0)
         if d_final is None:
@@ -695,7 +695,7 @@ def _backward(
     d_initial_coefficients = coefficients.new_empty(*initial_coefficients.shape, slots)
 
     def rows_of_batch(features: int, dtype: torch.dtype = operands) -> Tensor:
-        """Rows of one memory batch of each head."""
+        """Rows for one memory batch of each head."""
         return keys.new_empty((heads, chunks * rows, features) if features else (0,), dtype=dtype)
 
     incoming = {
@@ -720,7 +720,7 @@ def _backward(
         | dict(
             d_hidden=absent if d_hidden is None else d_hidden, OF_HIDDEN=d_hidden is not None,
             d_first=d_first, d_last=d_last, d_gamma=d_gamma,
-            # what products read; in float32 the same memory
+            # copies for products to read; in float32, these are the same memory
             first_copies=d_first.to(operands), last_copies=d_last.to(operands),
             first_initial=first_initial, last_initial=last_initial, gamma_initial=gamma_initial,
             hidden=hidden, hidden_deltas=hidden_deltas, deltas=deltas, gamma_gradient=gamma_gradient,
@@ -738,7 +738,7 @@ def _backward(
         d_keys,
         d_values,
         d_step_sizes,
-        # apart, as gradients share no memory
+        # cloned, because gradients may not share memory
         [own.clone() for own in d_first.unbind(1)] if first else [],
         [own.clone() for own in d_last.unbind(1)],
         [own.clone() for own in d_gamma.unbind(1)] if gamma else [],
@@ -753,13 +753,13 @@ memory_batch_scan = register_kernel(
     _backward,
     outputs=_outputs,
     saved=(0, 1, 2, 6, 7, 8, 9),
-    # later layers may use some outputs and not others
+    # later layers may use only some of the outputs
     materialize_grads=False,
 )
 
 
 def _programs(heads: int, rows: Tensor) -> int:
-    """Programs of a head."""
+    """Number of programs per head."""
     if not rows.is_cuda:
         return 1
     fit = torch.cuda.get_device_properties(rows.device).multi_processor_count * PROGRAMS_PER_MULTIPROCESSOR
@@ -778,21 +778,21 @@ def _arguments(
     operands: torch.dtype,
     back: int,
 ) -> dict[str, Any]:
-    """Arguments of both kernels, forward or `back`."""
+    """Arguments of both kernels, for the forward pass or, with `back`, the backward pass."""
     keys, values = contiguous_inside(keys, 1), contiguous_inside(values, 1)
     heads, batches, count, chunks = coefficients.shape
     rows, dim = keys.shape[2:]
     programs = _programs(heads, keys)
     in_full = operands == torch.float32
     padded = tile_size(dim)
-    # a block of rows for each program, if there are so many
+    # one block of rows for each program, if there are that many
     own, most = 16, (MOST_ROWS_IN_FULL if in_full else MOST_ROWS)[back]
     while own < most and own * programs < chunks * rows:
         own *= 2
     columns = min(MOST_COLUMNS, MOST_ENTRIES[back] // own)
     of_chunk = min(triton.next_power_of_2(rows), own)
     parts = triton.cdiv(rows, of_chunk)
-    # in float32, three of 64 features or two of 128 take more memory than GPUs of compute capability 8.6 and 8.9 have
+    # in float32, three stages of 64 features or two of 128 need more memory than compute capability 8.6 and 8.9 have
     stages = STAGES if not in_full else 2 if padded <= 64 else 1
     return dict(
         keys=keys, **named_strides('key', keys, 'head chunk row'),
@@ -808,7 +808,7 @@ def _arguments(
 
 
 def _launch(kernel: Any, arguments: dict[str, Any], copies: bool = False) -> None:
-    """Runs all phases of all memory batches, in one launch or in one each; `copies`: and the copy of initial states."""
+    """Run all phases of all memory batches, in one launch or one each; with `copies`, also copy the initial states."""
     keys, batches = arguments['keys'], arguments['batches']
     heads = len(keys)
     programs = _programs(heads, keys)
@@ -821,7 +821,7 @@ def _launch(kernel: Any, arguments: dict[str, Any], copies: bool = False) -> Non
         )  # fmt: skip
         in_grid, options = programs, {}
         if waits:
-            # programs that wait for each other must all be there
+            # programs that wait for each other must all be on the GPU
             options = {'launch_cooperative_grid': True}
             most = resident_programs(kernel, arguments | own | options | {'programs': programs}, keys.device)
             in_grid = min(programs, most // heads)

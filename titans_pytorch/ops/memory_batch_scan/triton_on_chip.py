@@ -1,14 +1,13 @@
 """Kernels of the scan over memory batches that keep states on chip from the first memory batch to the last.
 
 Programs share a head by hidden features: each owns the same columns of W₁ and rows of W₂, with their momentum. Only the
-product with W₂ is a sum over all of them, so that they meet once in each memory batch, forward and backward: every one
-writes its part of the sum, waits for the others, adds all parts up and goes on with the same numbers. States are
-written out before each block of memory batches, for retrieval, and before each memory batch in the precision of
-products, for the backward. That goes from the last memory batch to the first, with the gradient G of the states on
-chip.
+product with W₂ is a sum over all of them, so they meet once per memory batch, forward and backward: each writes its
+part of the sum, waits for the others, adds up all parts and continues with the same numbers. States are written out
+before each block of memory batches, for retrieval, and before each memory batch in the precision of products, for the
+backward pass. That goes from the last memory batch to the first, with the gradient G of the states on chip.
 
-Where programs cannot wait for each other, in Triton's interpreter, what lies between two such meetings is launched by
-itself, and states stay in memory between launches.
+Where programs cannot wait for each other, in Triton's interpreter, each stretch between two such meetings is a launch,
+and states stay in memory between launches.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ from titans_pytorch.ops.inner_gradient.triton import gradient_of_product, gradie
 
 # hidden features of a program
 UNITS = 64
-# warps of a program; fewer forward, in half precision, where a memory batch has 16 rows at most: two programs then
-# share a multiprocessor, and one computes while the other waits
+# warps of a program; fewer forward, in half precision, if a memory batch has at most 16 rows: two programs then share a
+# multiprocessor, and one computes while the other waits
 WARPS, WARPS_OF_FEW_ROWS = 8, 4
 
 
@@ -66,7 +65,7 @@ def _store_matrix(states, w, momentum, size, offset, inside, MOMENTUM: tl.conste
 
 @triton.jit
 def _load_mix(initial_coefficients, own, MOMENTUM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Coefficients of the weights in the next weights, and of the momentum in the next weights and momentum."""
+    """Coefficients of the weights in the next weights, and of the momentum in the next weights and next momentum."""
     if MOMENTUM:
         start = initial_coefficients + own * 4
         mix = tl.load(start), tl.load(start + 1), tl.load(start + 3)
@@ -101,7 +100,7 @@ def _advance(  # type: ignore[no-untyped-def]
     w, momentum, x, delta, coefficients, mix,
     MOMENTUM: tl.constexpr, SCALAR: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """A matrix and its momentum after a memory batch of rows x and Δ."""
+    """A matrix and its momentum after a memory batch with rows x and Δ."""
     of_weights, of_momentum = coefficients
     kept, added, kept_momentum = mix
     if SCALAR:
@@ -124,7 +123,7 @@ def _advance(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _sum_over_rows(rows, coefficient, SCALAR: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The rows times their coefficients, added up."""
+    """Sum of the rows times their coefficients."""
     if SCALAR:
         total = coefficient * tl.sum(rows, axis=0)
     else:
@@ -134,7 +133,7 @@ def _sum_over_rows(rows, coefficient, SCALAR: tl.constexpr):  # type: ignore[no-
 
 @triton.jit
 def _store_part(parts, part, own, SIZE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Writes a program's part of a sum, (ROWS, WIDTH), among SIZE entries of each program."""
+    """Write a program's part of a sum, (ROWS, WIDTH); each program has SIZE entries."""
     entry = tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     tl.store(parts + part * SIZE + entry, own)
 
@@ -145,9 +144,9 @@ def _sum_of_parts(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     entry = tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     total = tl.zeros((ROWS, WIDTH), tl.float32)
-    # unrolled, so that the loads overlap
+    # unrolled, so that loads overlap
     for part in tl.static_range(COUNT):
-        # another multiprocessor wrote it
+        # bypasses the first-level cache, because another multiprocessor wrote this
         total += tl.load(parts + part * SIZE + entry, cache_modifier='.cg')
     return total
 
@@ -184,7 +183,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         w_2, s_2 = _load_matrix(last + head * STATES * size, size, to_last, in_last, MOMENTUM)
         w_gamma, s_gamma = 0.0, 0.0
         if NORM:
-            # every program keeps its own
+            # every program keeps its own copy
             own_gamma = gamma + (head * PARTS + part) * STATES * dim
             w_gamma, s_gamma = _load_matrix(own_gamma, dim, feature, with_feature, MOMENTUM)
 
@@ -192,7 +191,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
             own = head * batches + batch
             start = own * chunks * rows
             offset = tl.cast(batch * chunks + chunk, tl.int64)
-            # all that is read, before programs wait for each other
+            # everything is read before programs wait for each other
             from_keys = keys + head * key_head + (offset * key_chunk + row * key_row)[:, None] + feature[None, :]
             k = tl.load(from_keys, mask=inside, other=0.0).to(tl.float32)
             to_values = (offset * value_chunk + row * value_row)[:, None] + feature[None, :]
@@ -204,13 +203,13 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
             h = multiply_add(nothing, k, w_1, PRECISION, OPERAND)
             a = h * normal_cdf(h)
             from_hidden = w_2.to(OPERAND)
-            # two places in turn: when one is written again, all programs have read it
+            # two buffers in turn: by the time one is written again, all programs have read it
             parts_of_y = partial + (head * 2 + batch % 2) * PARTS * SIZE
             if BEFORE_SUM:
                 y = multiply_add(tl.zeros((ROWS, DIM), tl.float32), a, from_hidden, PRECISION, OPERAND)
                 _store_part(parts_of_y, part, y, SIZE, ROWS, DIM)
             arrive(counter, WAITS)
-            # whatever needs no sum, while the others arrive
+            # do whatever needs no sum while the others arrive
             if AFTER_SUM:
                 if batch % batches_per_block == 0:
                     block = own // batches_per_block
@@ -275,8 +274,8 @@ def _through_states(  # type: ignore[no-untyped-def]
     x, delta, g_weights, g_momentum, coefficients,
     MOMENTUM: tl.constexpr, SCALAR: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """state = Σ c · xᵀ δ has the gradients Σ c · x G of δ, Σ c · δ Gᵀ of x, and x G ∘ δ of each row's c. If rows are
-    `SCALAR`, they share one c, whose gradient nobody wants, and Σ c · G is one matrix."""
+    """state = Σ c · xᵀ δ gives the gradients Σ c · x G for δ, Σ c · δ Gᵀ for x, and x G ∘ δ for each row's c. If rows
+    are `SCALAR`, they share one c, whose gradient is not needed, and Σ c · G is a single matrix."""
     of_weights, of_momentum = coefficients
     nothing, none = tl.zeros_like(delta), tl.zeros_like(x)
     d_of_weights = tl.zeros_like(of_weights)
@@ -308,8 +307,8 @@ def _read_batch(  # type: ignore[no-untyped-def]
     SCALAR: tl.constexpr, OF_HIDDEN: tl.constexpr, OF_HIDDEN_DELTAS: tl.constexpr, OF_DELTAS: tl.constexpr,
     OF_GAMMA: tl.constexpr, LOSSES: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
-    """What the forward was given of a memory batch, what it left, and what reaches its outputs from later layers, 0 if
-    nothing does. Momentum is read by itself, as nobody waits for it."""
+    """What the forward pass read and left for a memory batch, and the gradients that reach its outputs from later
+    layers, or 0. Momentum is read separately, because nothing waits for it."""
     keys, values, step_sizes = inputs
     of_updates, of_states = coefficients
     hidden, hidden_deltas, deltas, products = outputs
@@ -374,8 +373,8 @@ def _rows_of_both(x, y, OPERAND: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _products_of_states(g_weights, g_momentum, w, s):  # type: ignore[no-untyped-def]
-    """For each entry its part in the gradients of the three coefficients of `mix`, which are Σ G ∘ W, Σ G ∘ S and
-    Σ T ∘ S with the gradient T of the momentum; and a zero. Side by side, their sums take fewer barriers."""
+    """Each entry's part of the gradients of the three coefficients in `mix`, which are Σ G ∘ W, Σ G ∘ S and Σ T ∘ S,
+    with the gradient T of the momentum; and a zero. Side by side, their sums take fewer barriers."""
     of_weights = tl.join(g_weights * w, g_momentum * s)
     products = tl.join(of_weights, tl.join(g_weights * s, tl.zeros_like(g_weights)))
     return products.reshape(g_weights.numel, 4)
@@ -383,7 +382,7 @@ def _products_of_states(g_weights, g_momentum, w, s):  # type: ignore[no-untyped
 
 @triton.jit
 def _step_back(g_weights, g_momentum, mix, MOMENTUM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """G before a memory batch from G after it, but for what passes through gradients."""
+    """G before a memory batch from G after it, without what passes through gradients."""
     kept, added, kept_momentum = mix
     if MOMENTUM:
         g_momentum = added * g_weights + kept_momentum * g_momentum
@@ -418,7 +417,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     to_last, in_last = unit[:, None] * dim + feature[None, :], with_unit[:, None] & with_feature[None, :]
     inside = valid[:, None] & with_feature[None, :]
     nothing = tl.zeros((ROWS, UNITS), tl.float32)
-    # one program's share of what all programs of a head compute alike
+    # selects one program's share of what all programs of a head compute identically
     is_first_part = tl.where(part == 0, 1.0, 0.0)
     inputs, both_coefficients = (keys, values, step_sizes), (coefficients, initial_coefficients)
     outputs, saved = (hidden, hidden_deltas, deltas, products), (first_saved, last_saved, gamma_saved)
@@ -435,7 +434,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         g_2, t_2 = _load_matrix(d_last + head * STATES * size, size, to_last, in_last, MOMENTUM)
         g_gamma, t_gamma = 0.0, 0.0
         if NORM:
-            # every program keeps its own
+            # every program keeps its own copy
             to_gamma = d_gamma + (head * PARTS + part) * STATES * dim
             g_gamma, t_gamma = _load_matrix(to_gamma, dim, feature, with_feature, MOMENTUM)
 
@@ -468,7 +467,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                 gain += w_gamma[None, :]
             if LOSSES:
                 d_loss = d_loss[:, None]
-            # for each matrix: through the states, to its X and Δ
+            # for each matrix, back through the states to its X and Δ
             d_k, d_hidden_delta, of_first, of_first_momentum = _through_states(
                 k, hidden_delta, g_1, t_1, of_chunks, MOMENTUM, SCALAR, PRECISION, OPERAND
             )  # fmt: skip
@@ -490,7 +489,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                     d_delta += is_first_part * given_of_delta.to(tl.float32)
                 _store_part(parts_of_delta, part, d_delta, SIZE, ROWS, DIM)
             arrive(counter, WAITS)
-            # whatever needs no sum, while the others arrive
+            # do whatever needs no sum while the others arrive
             if OF_HIDDEN:
                 d_a += given_of_a.to(tl.float32)
             g = multiply_add(nothing, delta, tl.trans(w_2), PRECISION, OPERAND)
@@ -544,7 +543,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                 d_step, d_prediction, d_k_direct, d_product, gain_rows = gradient_of_product_backward(
                     terms, theta, gain, d_delta, d_of_rows, d_loss, inside, dim, NORM
                 )
-                # the next to be computed, as a read that is needed at once takes as long as several products
+                # read for the next iteration now, because a read that is needed at once takes as long as several
+                # products
                 upcoming = _read_batch(
                     tl.maximum(batch - 1, 0), head, batches, chunks, rows, part,
                     inputs, both_coefficients, outputs, saved, from_later, strides,
@@ -554,7 +554,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                 d_a = multiply_add(d_a, d_product, tl.trans(w_2), PRECISION, OPERAND)
                 d_h = d_a * slope + g * d_hidden_delta * gelu_second_derivative(h)
                 g_1 = multiply_add(g_1, tl.trans(k.to(OPERAND)), d_h, PRECISION, OPERAND)
-                # in one product: given two in a row, Triton has half of the warps repeat the work of the others
+                # as one product: with two in a row, Triton makes half of the warps repeat the work of the others
                 x_of_both, y_of_both = _rows_of_both(a, d_g, OPERAND), _rows_of_both(d_product, delta, OPERAND)
                 g_2 = multiply_add(g_2, tl.trans(x_of_both), y_of_both, PRECISION, OPERAND)
                 if NORM:
@@ -575,7 +575,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                 _store_matrix(to_gamma, g_gamma, t_gamma, dim, feature, with_feature, MOMENTUM)
 
 
-# what lies between two meetings of programs
+# the stretches between meetings of programs
 PHASES = ('BEFORE_SUM', 'AFTER_SUM')
 
 
@@ -594,9 +594,9 @@ def _outputs(
     eps: float,
     operands: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """The fields of `MemoryBatches`, absent ones empty; then, if the call `saves` them for the backward, states before
-    each memory batch and products with W₂. `learns_coefficients`: whether those of updates get a gradient, which costs
-    the backward four products of states for each memory batch."""
+    """The fields of `MemoryBatches`, with absent ones empty; if the call `saves` them for the backward pass, also the
+    states before each memory batch and the products with W₂. `learns_coefficients`: whether the coefficients of updates
+    get a gradient, which costs the backward pass four products of states per memory batch."""
     (heads, batches, count, chunks), (rows, dim) = coefficients.shape, keys.shape[2:]
     width = first.shape[3]
     blocks, stored = batches // batches_per_block, chunks * rows
@@ -625,7 +625,7 @@ OUTPUTS = (
     'hidden', 'hidden_deltas', 'deltas', 'of_gamma', 'losses',
     'first_saved', 'last_saved', 'gamma_saved', 'products',
 )  # fmt: skip
-# those that only the backward needs
+# outputs that only the backward pass needs
 FOR_BACKWARD = range(OUTPUTS.index('first_saved'), len(OUTPUTS))
 
 
@@ -652,7 +652,7 @@ def _forward(
     absent = coefficients.new_empty(0)
     states = dict(first=first.contiguous(), last=last.contiguous(), gamma=absent)
     if gamma is not None:
-        # each program of a head keeps γ of its own
+        # each program of a head keeps its own γ
         states['gamma'] = gamma.unsqueeze(1).expand(-1, parts, -1, -1).contiguous()
         arguments['gamma_final'] = torch.empty_like(states['gamma'])
     carried = {name: arguments[f'{name}_final'] for name in states}
@@ -699,7 +699,7 @@ def _backward(
     scalar = chunks == 1 and not learns_coefficients
 
     def final_gradient(name: str, shape: torch.Size) -> Tensor:
-        """G, which becomes the gradient of the initial states."""
+        """G, which is turned into the gradient of the initial states."""
         d_final = incoming.get(name)
         if d_final is None:
             return coefficients.new_zeros(shape)
@@ -752,7 +752,7 @@ def _backward(
         results['d_step_sizes'].to(step_sizes.dtype),
         d_first,
         d_last,
-        # each program of a head has a gradient of its own of what all of them read
+        # each program of a head has its own copy of this gradient; one is enough
         None if gamma is None else d_gamma[:, 0].clone(),
         d_coefficients,
         d_mix,
@@ -766,7 +766,7 @@ memory_batch_scan_on_chip = register_kernel(
     outputs=lambda *arguments: [*_outputs(*arguments)],
     saved=(*map(OUTPUTS.index, ('hidden', 'hidden_deltas', 'deltas', 'of_gamma')), *FOR_BACKWARD),
     not_differentiable=(*FOR_BACKWARD,),
-    # later layers may use some outputs and not others
+    # later layers may use only some of the outputs
     materialize_grads=False,
 )
 
@@ -806,10 +806,10 @@ def _launch(
     states: dict[str, Tensor],
     carried: dict[str, Tensor],
 ) -> None:
-    """Runs all memory batches in one launch; or, where programs cannot wait for each other, one launch for each phase.
+    """Run all memory batches in one launch, or, where programs cannot wait for each other, one launch per phase.
 
     Args:
-        states, carried: arguments that hold the states at the start of the first launch, and between launches.
+        states, carried: arguments that hold the states at the start of the first launch and between launches.
     """
     heads, batches, parts = arguments['heads'], arguments['batches'], arguments['PARTS']
     device = arguments['keys'].device

@@ -2,9 +2,9 @@
 
     S_c = η_c S_{c−1} + s_c · X_cᵀ Δ_c        W_c = κ_c W_{c−1} + S_c
 
-`momentum_scan` is the first for matrices: a program owns a block of S, the shorter side whole. `vector_scan` is the
-second, or both, where the updates s_c · u_c are given: a program owns a strip of features. Both pass over the chunks in
-order, and in reverse for gradients, so that each chunk's data is read and written once.
+`momentum_scan` is the first one, for matrices: a program owns a block of S, with the shorter side whole. `vector_scan`
+is the second, or both, with given updates s_c · u_c: a program owns a strip of features. Both pass over the chunks in
+order, and in reverse for gradients, so each chunk's data is read and written once.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch import Tensor
 from titans_pytorch.ops._registration import register_kernel
 from titans_pytorch.ops._triton import TRITON_DTYPES, contiguous_inside, multiply_add, named_strides, tile_size
 
-# longer side of a program's block of a matrix, at most and at least, and the entries of either that a thread holds; the
-# least where there would be fewer programs than these. Sides of products are 16 or more; in full float32, products
-# take twice the registers
+# longer side of a program's block of a matrix, at most and at least, and entries of either block that a thread holds.
+# The least applies if there would be fewer programs than these. Sides of products are at least 16; in full float32,
+# products take twice the registers
 FORWARD, BACKWARD, BACKWARD_IN_FULL = (64, 16, 16, 8), (64, 16, 32, 8), (32, 16, 8, 8)
 ENOUGH_PROGRAMS, MOST_WARPS = 128, 8
-# rows of float32 that are multiplied one by one, at most
+# most rows of float32 that are multiplied one by one
 MOST_SINGLE_ROWS = 16
-# features of a strip, and its warps: within one warp sums need no barrier
+# features and warps of a strip; within a single warp, sums need no barrier
 STRIP, STRIP_WARPS = 256, 1
-# chunks loaded ahead: loads of the next chunks do not wait for the state
+# chunks that are loaded ahead, because loads of later chunks do not depend on the state
 STAGES, BACKWARD_STAGES, STRIP_STAGES = 3, 3, 5
 # entries of a gradient that a program sums
 SUM_BLOCK = 512
-# in full, also where PyTorch may use TF32: errors of a state accumulate
+# in full precision even if PyTorch may use TF32, because errors of a state accumulate
 FLOAT32_PRECISION = 'tf32x3'
 
 
@@ -121,7 +121,7 @@ def _momentum_backward_kernel(  # type: ignore[no-untyped-def]
     for back in tl.range(0, chunks, num_stages=STAGES):
         chunk = chunks - 1 - back
         chunk_offset = chunk * (dim * width)
-        # h belongs to the next chunk, whose gate leads to this one; the gradient of the end has passed through no gate
+        # h belongs to the next chunk, whose gate leads to this one; the end's gradient has passed through no gate
         later = back > 0
         if log_gates is not None:
             state = tl.load(momenta + chunk_offset + offset, mask=inside & later, other=0.0).to(tl.float32)
@@ -134,10 +134,10 @@ def _momentum_backward_kernel(  # type: ignore[no-untyped-def]
             from_momenta = d_momenta + head * chunks * dim * width + chunk_offset + offset
             h += tl.load(from_momenta, mask=inside, other=0.0).to(tl.float32)
 
-        # u = s · Xᵀ Δ: the gradient of X is s · Δ Hᵀ, that of Δ is s · X H, and that of s is Σ X ∘ Δ Hᵀ
+        # u = s · Xᵀ Δ: X has the gradient s · Δ Hᵀ, Δ has s · X H, and s has Σ X ∘ Δ Hᵀ
         x = tl.load(inputs + chunk * input_chunk, mask=row_in, other=0.0)
         delta = tl.load(deltas + chunk * delta_chunk, mask=row_out, other=0.0)
-        # rounded before it is transposed, so that one copy in shared memory serves both layouts
+        # round before transposing, so that one copy in shared memory serves both layouts
         low = h.to(OPERAND)
         d_x = multiply_add(tl.zeros((ROWS, DIM), tl.float32), delta, tl.trans(low), PRECISION, OPERAND)
         d_delta = multiply_add(tl.zeros((ROWS, WIDTH), tl.float32), x, low, PRECISION, OPERAND)
@@ -166,7 +166,7 @@ def _sum_kernel(parts, sums, count, PARTS: tl.constexpr, BLOCK: tl.constexpr):  
     total = tl.zeros((BLOCK,), tl.float32)
     for _ in tl.static_range(PARTS):
         total += tl.load(parts + entry, mask=entry < count, other=0.0)
-        parts += count  # an offset from the first part may exceed 32 bits
+        parts += count  # because an offset from the first part may exceed 32 bits
     tl.store(sums + entry, total, mask=entry < count)
 
 
@@ -215,7 +215,7 @@ def _vector_backward_kernel(  # type: ignore[no-untyped-def]
     before_head, d_before_head, d_before_chunk,
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a chunk's weight is G_c = d_before_{c+1} + κ_{c+1} G_{c+1}, and that of its momentum
+    """The gradient of the weights before a chunk is G_c = d_before_{c+1} + κ_{c+1} G_{c+1}, and that of its momentum
     H_c = G_c + η_{c+1} H_{c+1}."""
     program = tl.program_id(0)
     strip = program % strips
@@ -290,11 +290,11 @@ def write_momentum(
     log_gates: Tensor | None,
     start: Tensor | None,
 ) -> None:
-    """`_momentum_forward`, with places given for its results."""
+    """`_momentum_forward` with given tensors for its results."""
     arguments = _momentum_arguments(inputs, deltas, scales, log_gates, start)
     heads, chunks, rows, dim = inputs.shape
     width = deltas.shape[-1]
-    # tensor cores multiply in half precision exactly; in float32 they do not, and a few rows are multiplied one by one
+    # tensor cores multiply half precision exactly but not float32, where a few rows are multiplied one by one
     operand = inputs.dtype if inputs.dtype == deltas.dtype else torch.float32
     tensor_cores = operand != torch.float32 or rows > MOST_SINGLE_ROWS
     own_in, own_out, warps = _block(heads, dim, width, FORWARD)
@@ -333,7 +333,7 @@ def momentum_gradients(
     log_gates: Tensor | None,
     start: Tensor | None,
 ) -> list[Any]:
-    """`_momentum_backward`, but gradients of factors, scales and log_gates, come in parts (bh, n, _)."""
+    """`_momentum_backward`, except that gradients of factors (scales and log_gates) come in parts (bh, n, _)."""
     arguments = _momentum_arguments(inputs, deltas, scales, log_gates, start)
     heads, chunks, rows, dim = inputs.shape
     width = deltas.shape[-1]
@@ -349,7 +349,7 @@ def momentum_gradients(
     d_scales, d_log_gates = _partial_sums(scales, blocks), _partial_sums(log_gates, blocks)
     d_start = None
     if start is not None:
-        # without log_gates no chunk depends on the start
+        # without log_gates, no chunk depends on the start
         d_start = (start.new_zeros if log_gates is None else start.new_empty)(start.shape)
     _momentum_backward_kernel[(heads * blocks,)](
         **arguments, momenta=momenta.contiguous(),
@@ -415,8 +415,8 @@ def _vector_forward(
     weight_start: Tensor,  # bh f
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # bh n f, bh f, bh f, bh n f
-    """Weights before each chunk, weights and momentum at the end, and for the gradient the momentum before each chunk;
-    without log_gates momenta are empty."""
+    """Weights before each chunk, weights and momentum at the end, and, for the gradient, the momentum before each
+    chunk; without log_gates, momenta are empty."""
     outputs = _vector_outputs(updates, scales, log_gates, log_retention, momentum_start, weight_start, out_dtype)
     before, weight_end, momentum_end, momenta = outputs
     write_weights(
@@ -438,7 +438,7 @@ def write_weights(
     momentum_start: Tensor | None,
     weight_start: Tensor,
 ) -> None:
-    """`_vector_forward`, with places given for its results."""
+    """`_vector_forward` with given tensors for its results."""
     arguments = _vector_arguments(updates, scales, log_gates, log_retention)
     weight_start = contiguous_inside(weight_start, 1)
     momentum_start = None if momentum_start is None else contiguous_inside(momentum_start, 1)
@@ -482,8 +482,8 @@ def weight_gradients(
     momentum_start: Tensor | None,
     weight_start: Tensor,
 ) -> list[Any]:
-    """`_vector_backward`, but gradients of factors, scales, log_gates and log_retention, come in parts (bh, n, _)."""
-    # the gradient of a block's weights is a slice of that of all blocks' weights
+    """`_vector_backward`, but gradients of factors (scales, log_gates, log_retention) come in parts (bh, n, _)."""
+    # the gradient of one block's weights is a slice of the gradient of all blocks' weights
     d_before = None if d_before is None else contiguous_inside(d_before, 1)
     arguments = _vector_arguments(updates, scales, log_gates, log_retention)
     d_scales, d_log_gates, d_log_retention = (
@@ -504,7 +504,7 @@ def weight_gradients(
 
 
 def summed_factors(gradients: list[Tensor | None], of: tuple[int, ...]) -> list[Tensor | None]:
-    """Gradients with the parts of those `of` factors added up."""
+    """The gradients, with the parts of the factors `of` added up."""
     return [t if t is None or index not in of else t.sum(dim=-1) for index, t in enumerate(gradients)]
 
 
@@ -535,7 +535,7 @@ def _vector_arguments(
 
 
 def _block(heads: int, dim: int, width: int, setting: tuple[int, int, int, int]) -> tuple[int, int, int]:
-    """Rows and columns of a matrix that a program owns, and its warps."""
+    """Rows and columns of a matrix that a program owns, and its number of warps."""
     short, long = sorted((dim, width))
     most, least, of_most, of_least = setting
     whole, own = tile_size(short), min(most, tile_size(long))
@@ -547,12 +547,12 @@ def _block(heads: int, dim: int, width: int, setting: tuple[int, int, int, int])
 
 
 def _partial_sums(factor: Tensor | None, blocks: int) -> Tensor | None:
-    """Each program's part of the gradient of a factor (bh, n), uninitialised."""
+    """Uninitialised parts, one per program, of the gradient of a factor (bh, n)."""
     return None if factor is None else factor.new_empty(*factor.shape, blocks)
 
 
 def _parts(rows: Tensor, parts: int) -> Tensor:
-    """The parts of a gradient of `rows`, uninitialised; a single part is the gradient itself."""
+    """Uninitialised parts of a gradient of `rows`; a single part is the gradient itself."""
     return rows.new_empty(parts, *rows.shape, dtype=rows.dtype if parts == 1 else torch.float32)
 
 

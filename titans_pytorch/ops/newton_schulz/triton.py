@@ -1,6 +1,7 @@
-"""Newton–Schulz kernels for many small matrices: each stays on chip through all iterations, forward and backward.
+"""Newton–Schulz kernels for many small matrices: each matrix stays on chip through all iterations, forward and
+backward.
 
-A program owns one matrix x, transposed if need be so that it has no more rows than columns.
+A program owns one matrix x, transposed if necessary so that it has no more rows than columns.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from titans_pytorch.ops._triton import TRITON_DTYPES, multiply_add, tile_size
 
 @triton.jit
 def _multiply_add_transposed(acc, left, right, PRECISION: tl.constexpr, OPERAND: tl.constexpr):  # type: ignore[no-untyped-def]
-    """acc + left · rightᵀ; rounding precedes the transposition, so one copy in shared memory serves both layouts."""
+    """acc + left · rightᵀ; rounded before transposing, so that one copy in shared memory serves both layouts."""
     return tl.dot(left.to(OPERAND), tl.trans(right.to(OPERAND)), acc, input_precision=PRECISION)
 
 
 @triton.jit
 def _symmetric(x, OPERAND: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x + xᵀ, of which both terms are rounded alike."""
+    """x + xᵀ, with both terms rounded alike."""
     x = x.to(OPERAND)
     return x.to(tl.float32) + tl.trans(x).to(tl.float32)
 
 
 @triton.jit
 def _inverse_norm(matrix, eps):  # type: ignore[no-untyped-def]
-    """1 over the Frobenius norm of a matrix, or over `eps` if that is larger; and whether it is not."""
+    """1 over the Frobenius norm of a matrix, or over `eps` if that is larger; and whether the norm was used."""
     norm = tl.sqrt(tl.sum(tl.sum(matrix * matrix, axis=1), axis=0))
     return 1.0 / tl.maximum(norm, eps), norm >= eps
 
@@ -79,10 +80,10 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     out_row_stride: tl.constexpr, out_column_stride: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """The iteration on a matrix and, beside it, on the gradient, so that no iterate is kept for a way back.
+    """Iterate on a matrix and, beside it, on the gradient, so that no iterate has to be kept for a backward pass.
 
-    All steps together are a polynomial of odd powers x(xᵀx)ᵏ. Its derivative in a direction e is a sum of terms
-    (xxᵀ)ⁱ e (xᵀx)ʲ and (xxᵀ)ⁱx eᵀ x(xᵀx)ʲ in which i and j may be exchanged. So it is its own adjoint: the gradient
+    All steps together are a polynomial of odd powers x(xᵀx)ᵏ. Its derivative in a direction e is a sum of terms (xxᵀ)ⁱ
+    e (xᵀx)ʲ and (xxᵀ)ⁱx eᵀ x(xᵀx)ʲ, where i and j may be exchanged. So the derivative is its own adjoint: the gradient
     of x is the derivative in the direction of the output's gradient.
     """
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
@@ -97,8 +98,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     inverse, divides = _inverse_norm(x, eps)
     x *= inverse
     for _ in range(steps):
-        # x ← a·x + P·x with P = b·G + c·G² and G = x·xᵀ, so that dG = dx·xᵀ + x·dxᵀ, dP = b·dG + c·(dG·G + G·dG)
-        # and dx ← a·dx + P·dx + dP·x
+        # x ← a·x + P·x with P = b·G + c·G² and G = x·xᵀ, so dG = dx·xᵀ + x·dxᵀ, dP = b·dG + c·(dG·G + G·dG) and dx ←
+        # a·dx + P·dx + dP·x
         before = x
         gram = _multiply_add_transposed(zeros, x, x, PRECISION, OPERAND)
         polynomial = _polynomial(gram, b, c, PRECISION, OPERAND)
@@ -109,7 +110,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         half = _multiply_add_transposed(0.5 * b * d_gram, c * d_gram, gram, PRECISION, OPERAND)
         d_x = multiply_add(d_x, _symmetric(half, OPERAND), before, PRECISION, OPERAND)
 
-    # x = m / max(|m|, eps) at first: where the norm divides, the gradient loses its component along m
+    # at first x = m / max(|m|, eps): where the norm divides, the gradient loses its component along m
     m = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     along = tl.where(divides, tl.sum(tl.sum(d_x * m, axis=1), axis=0) * inverse * inverse, 0.0)
     tl.store(d_matrices + out_offset, (d_x - along * m) * inverse, mask=inside)
@@ -174,7 +175,7 @@ def _matrix_sizes(matrices: Tensor, outputs: Tensor) -> dict[str, int]:
 
 
 def pytorch_precision(operands: torch.dtype) -> dict[str, Any]:
-    """Constants of `multiply_add`: float32 in full, unless PyTorch may use TF32. Unlike in a recurrence, errors do not
+    """Constants of `multiply_add`: full float32, unless PyTorch may use TF32. Unlike in a recurrence, errors do not
     accumulate here."""
     matmul = torch.backends.cuda.matmul
     tf32 = matmul.fp32_precision == 'tf32' if hasattr(matmul, 'fp32_precision') else matmul.allow_tf32
@@ -182,13 +183,13 @@ def pytorch_precision(operands: torch.dtype) -> dict[str, Any]:
 
 
 def _in_full() -> str:
-    """Products of float32 as six of bfloat16, where Triton has them: they are closer than three of TF32, whose parts
-    take so much shared memory that a multiprocessor holds one program only."""
+    """Precision of full float32 products: six products of bfloat16 where Triton has them. They are more accurate than
+    three of TF32, whose parts take so much shared memory that a multiprocessor can hold only one program."""
     version = tuple(map(int, triton.__version__.split('.')[:2]))
     return 'bf16x6' if version >= (3, 6) and not triton.knobs.runtime.interpret else 'tf32x3'
 
 
 def warps_of(rows: int, columns: int) -> int:
-    """Warps of a program that owns a matrix of this size, padded to powers of two."""
-    # from 64 rows on, four warps share one instruction of a tensor core; more of them would compute the same rows
+    """Number of warps of a program that owns a matrix of this size, padded to powers of two."""
+    # with 64 rows or more, four warps share one tensor-core instruction; further warps would compute the same rows
     return rows // 16 if rows >= 64 else min(8, max(1, rows * columns // 512))

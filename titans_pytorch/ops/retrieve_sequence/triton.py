@@ -1,16 +1,16 @@
 """Kernels of retrieval over a sequence.
 
-Forward, a program owns some query rows of a block of chunks. Their scores with the stored rows of earlier chunks, a
-tile of which is on chip at a time, go to memory for it to read again, and so does each block of hidden features.
-Backward, one kernel owns query rows, whole chunks or parts of one; a second one owns stored rows, and a third hidden
-features of an initial state. Sums over pairs of chunks are formed tile by tile, in one order.
+Forward, a program owns some query rows of a block of chunks. Their scores with the stored rows of earlier chunks, of
+which one tile is on chip at a time, are written to memory for the program to read again, as is each block of hidden
+features. Backward, one kernel owns query rows (whole chunks or parts of one), a second owns stored rows, and a third
+owns hidden features of an initial state. Sums over pairs of chunks are formed tile by tile, in a fixed order.
 
-With G the gradient of x W_i, P = x Xᵀ and D = G Δᵀ, both of each row and stored row, the gradients of a matrix are
+With G the gradient of x W_i, P = x Xᵀ and D = G Δᵀ, both for each row and stored row, the gradients of a matrix are
 
     x: Σ_k c_k · G initial_kᵀ + (D ∘ coefficients) X    initial_k: Σ_i c[i, k] · xᵀ G    c_k: ⟨x initial_k, G⟩
     X: (D ∘ coefficients)ᵀ x    Δ: (P ∘ coefficients)ᵀ G    coefficients: Σ over rows of D ∘ P
 
-with the initial coefficients c. Where a program reads what it wrote itself, a barrier stands between.
+with c the initial coefficients. A barrier separates a program's reads from its own earlier writes.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from titans_pytorch.ops.inner_gradient.triton import block_of_rows, sum_rows_of_
 
 
 class Tiles(NamedTuple):
-    """How a kernel is cut."""
+    """How a kernel splits its work."""
 
     rows: int
-    """Of queries, at a time."""
+    """Query rows at a time."""
     stored: int
     """Stored rows at a time."""
     units: int
@@ -54,19 +54,19 @@ class Tiles(NamedTuple):
         return {'num_warps': self.warps, 'num_stages': self.stages}
 
 
-# of each kernel, in the tensor cores' precision and in float32 in full: there products take twice the registers, and
-# with fewer than 64 rows Triton takes the tensor cores' older instructions, which read matrices either way round
+# for each kernel, in the precision of tensor cores and in full float32, where products take twice the registers. With
+# fewer than 64 rows, Triton uses the older tensor-core instructions, which can read matrices in either orientation
 FORWARD = (Tiles(64, 64, 64, 4, 3), Tiles(32, 32, 32, 4))
 QUERIES = (Tiles(64, 64, 32, 4, 3), Tiles(32, 32, 32, 4))
 STORED = (Tiles(32, 64, 64, 4), Tiles(32, 32, 32, 4))
 INITIAL = (Tiles(32, 64, 64, 4, 3), Tiles(32, 32, 32, 4))
-# where there would be fewer programs of 64 rows than these, each gets 32
+# if there would be fewer programs of 64 rows than this, each gets 32
 ENOUGH_PROGRAMS = 256
 
 
 @triton.jit
 def _within(index, size, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """True where an index is below `size`: everywhere if blocks are WHOLE, so that the compiler drops the mask."""
+    """True where an index is below `size`; True everywhere if blocks are WHOLE, so that the compiler drops the mask."""
     if WHOLE:
         within = tl.full(index.shape, 1, tl.int1)
     else:
@@ -78,10 +78,10 @@ def _within(index, size, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
 def _own_rows(  # type: ignore[no-untyped-def]
     block, parts, chunks, rows: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr
 ):
-    """Rows of a block of whole chunks, or of a part of one: their chunks, offsets, and masks."""
+    """Rows of a block of whole chunks, or of part of a chunk: their chunks, offsets and masks."""
     index = tl.arange(0, CHUNKS * ROWS)
     if ROWS == rows:
-        # so that the compiler sees that they follow one another
+        # written so that the compiler sees that the offsets are consecutive
         offset = block * (CHUNKS * ROWS) + index
         chunk, valid = offset // rows, _within(offset, chunks * rows, WHOLE)
     else:
@@ -95,7 +95,7 @@ def _own_rows(  # type: ignore[no-untyped-def]
 def _sum_rows_of_pairs(  # type: ignore[no-untyped-def]
     of_rows, CHUNKS: tl.constexpr, ROWS: tl.constexpr, STORED_CHUNKS: tl.constexpr, STORED_ROWS: tl.constexpr
 ):
-    """Sums over all pairs of rows of each pair of chunks."""
+    """Sums over all pairs of rows for each pair of chunks."""
     summed = of_rows
     if STORED_ROWS > 1:
         summed = tl.sum(tl.reshape(summed, (CHUNKS * ROWS, STORED_CHUNKS, STORED_ROWS)), axis=2)
@@ -149,7 +149,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     first_scores += start * longest
     last_scores += start * longest
 
-    # blocks of stored rows that begin before the last chunk of these
+    # blocks of stored rows that begin before the last chunk of these queries
     last = tl.minimum((block + 1) * ROWS, chunks * rows) - 1
     num_tiles = tl.cdiv((last // rows) * stored, STORED)
     from_queries = queries + (chunk * query_chunk + (offset % rows) * query_row)[:, None] + feature[None, :]
@@ -163,7 +163,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
             stored_valid = _within(index, longest, WHOLE)
             pair = valid[:, None] & stored_valid[None, :]
             below = pair & ((index // stored)[None, :] < chunk[:, None])
-            # the right operand is loaded transposed, rows across
+            # the right operand is loaded transposed, with rows across
             from_inputs = first_inputs + index[None, :] * first_input_row + feature[:, None]
             x = tl.load(from_inputs, mask=stored_valid[None, :] & has_feature[:, None], other=0.0)
             s = multiply_add(nothing, q, x, PRECISION, OPERAND)
@@ -260,8 +260,8 @@ def _queries_kernel(  # type: ignore[no-untyped-def]
     CHUNKS: tl.constexpr, ROWS: tl.constexpr, STORED_CHUNKS: tl.constexpr, STORED_ROWS: tl.constexpr,
     DIM: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries, both coefficients and γ; and for the kernels after this one, those of the products y and h
-    and of the mixed scores, and a."""
+    """Gradients of queries, of both coefficients and of γ. For the kernels that follow, also the gradients of the
+    products y and h and of the mixed scores, and a."""
     OWN: tl.constexpr = CHUNKS * ROWS
     OTHERS: tl.constexpr = STORED_CHUNKS * STORED_ROWS
     program = tl.program_id(0)
@@ -293,7 +293,7 @@ def _queries_kernel(  # type: ignore[no-untyped-def]
     last_scores += start * longest
     d_first_scores += start * longest
     d_last_scores += start * longest
-    # a pair of parts has a matrix of its own
+    # each pair of parts has its own matrix
     d_coefficients += (head_block * parts + block % parts) * stored_parts * chunks * chunks
 
     last = tl.minimum((block // parts + 1) * CHUNKS, chunks) - 1
@@ -321,7 +321,7 @@ def _queries_kernel(  # type: ignore[no-untyped-def]
     of_initial_coefficients = tl.zeros((OWN, PADDED), tl.float32)
     nothing = tl.zeros((OWN, OTHERS), tl.float32)
 
-    # D = G Δᵀ, of the last matrix
+    # D = G Δᵀ of the last matrix
     for other in range(0, num_tiles):
         stored_chunk, index, stored_valid = _own_rows(
             other, stored_parts, chunks, stored, STORED_CHUNKS, STORED_ROWS, WHOLE
@@ -406,7 +406,7 @@ def _queries_kernel(  # type: ignore[no-untyped-def]
             pair_of_chunks = own_chunk[:, None] * chunks + other_chunk[None, :]
             to_coefficients = (other % stored_parts) * chunks * chunks + pair_of_chunks
             both = (own_chunk < chunks)[:, None] & (other_chunk < chunks)[None, :]
-            # after that of the last matrix
+            # added to that of the last matrix
             of_coefficients += tl.load(d_coefficients + to_coefficients, mask=both, other=0.0)
             tl.store(d_coefficients + to_coefficients, of_coefficients, mask=both)
             of_scores *= tl.load(coefficients + stored_chunk[None, :] * coefficient_other, mask=below, other=0.0)
@@ -440,8 +440,8 @@ def _stored_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr, STORED: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of stored rows, which are sums over the rows of later chunks. A program owns, of a block of rows, some
-    hidden features of the last inputs and the first deltas; the last one, the first inputs and the last deltas."""
+    """Gradients of stored rows, which are sums over the rows of later chunks. Each program owns some hidden features of
+    a block's last inputs and first deltas, except the last program, which owns the first inputs and the last deltas."""
     program = tl.program_id(0)
     piece, block = program % pieces, program // pieces % blocks
     head_block = (program // (pieces * blocks)).to(tl.int64)
@@ -464,7 +464,7 @@ def _stored_kernel(  # type: ignore[no-untyped-def]
     d_first_deltas += head_block * longest * width
     d_last_inputs += head_block * longest * width
     d_last_deltas += head_block * longest * dim
-    # from the block in which the chunk after the first of these begins
+    # start with the block that contains the chunk after the first of these rows
     first_row = (block * STORED // stored + 1) * rows // ROWS * ROWS
 
     if HIDDEN and piece < pieces - 1:
@@ -532,7 +532,7 @@ def _initial_kernel(  # type: ignore[no-untyped-def]
     """Gradients of initial states. A program owns a block of hidden features of one state: columns of the first matrix,
     transposed, and rows of the last."""
     program = tl.program_id(0)
-    # programs that read the same rows are neighbours
+    # programs that read the same rows are next to each other
     k, block = program % STATES, program // STATES % blocks
     head_block = (program // (STATES * blocks)).to(tl.int64)
     head, chunk_block = head_block // chunk_blocks, head_block % chunk_blocks
@@ -620,7 +620,8 @@ def _forward(
     operands: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The retrieved rows (bh, r, n, c, d); y, absent without the norm; h; scores of the first matrix, times their
-    coefficients, and of the last without. Scores of stored rows that no row of the same tile reads are arbitrary."""
+    coefficients, and of the last, without them. Scores of stored rows that no row of the same tile reads are
+    arbitrary."""
     first, last = (first_initial, first_inputs, first_deltas), (last_initial, last_inputs, last_deltas)
     given = (queries, coefficients, initial_coefficients, *first, *last, gamma)
     out, product, hidden, first_scores, last_scores = _outputs(*given, eps, operands)
@@ -674,7 +675,7 @@ def _backward(
     d_product = last_scores.new_empty(*queries.shape[:2], sizes.rows, sizes.dim)
 
     tiles = _tiles(QUERIES, sizes, operands)
-    # chunks are whole, or in parts
+    # a program owns whole chunks or part of one
     of_chunk, stored_of_chunk = constants['rows'], constants['stored']
     own, others = min(_power(of_chunk), tiles.rows), min(_power(stored_of_chunk), tiles.stored)
     own_chunks, other_chunks = (
@@ -683,7 +684,7 @@ def _backward(
     )
     parts, stored_parts = triton.cdiv(of_chunk, own), triton.cdiv(stored_of_chunk, others)
     lead = queries.shape[:2]
-    # pairs of chunks that no program looks at have none
+    # zeros, because no program visits some pairs of chunks
     d_coefficients = coefficients.new_zeros(*lead, parts * stored_parts, sizes.chunks, sizes.chunks)
     d_initial_coefficients = initial_coefficients.new_empty(*lead, parts, sizes.chunks, states)
     d_gamma = initial_coefficients.new_empty((0,) if gamma is None else (*lead, parts, sizes.chunks, sizes.dim))
@@ -751,13 +752,13 @@ retrieve_sequence = register_kernel(
 
 class _Sizes(NamedTuple):
     head_blocks: int
-    """Blocks of chunks of all heads."""
+    """Number of blocks of chunks in all heads."""
     chunk_blocks: int
     chunks: int
     rows: int
-    """Of queries in a block of chunks."""
+    """Number of query rows in a block of chunks."""
     stored: int
-    """Stored rows in a block of chunks."""
+    """Number of stored rows in a block of chunks."""
     dim: int
     width: int
 
@@ -807,7 +808,7 @@ def _constants(
     gamma: Tensor | None,
     operands: torch.dtype,
 ) -> dict[str, Any]:
-    """Of all kernels; rows are those of a chunk."""
+    """Constants of all kernels; rows are counted per chunk."""
     return dict(
         dim=sizes.dim, width=sizes.width, rows=sizes.rows // sizes.chunks, stored=sizes.stored // sizes.chunks,
         STATES=initial_coefficients.shape[-1], HIDDEN=first_initial is not None, NORM=gamma is not None,
@@ -816,18 +817,18 @@ def _constants(
 
 
 def _tiles(both: tuple[Tiles, Tiles], sizes: _Sizes, operands: torch.dtype) -> Tiles:
-    """In float32 in full, or not; of as many rows as leave enough programs, and smaller where rows are wide."""
+    """Tiles for full float32 or not, with as many rows as leave enough programs, and smaller if rows are wide."""
     tiles = both[operands == torch.float32]
     if sizes.head_blocks * triton.cdiv(sizes.rows, tiles.rows) < ENOUGH_PROGRAMS:
         tiles = tiles._replace(rows=min(tiles.rows, 32))
     if tile_size(sizes.dim) > 64:
-        # and no third stage, for which GPUs of compute capability 8.6 and 8.9 lack the memory
+        # without a third stage, for which compute capability 8.6 and 8.9 have too little memory
         tiles = tiles._replace(units=min(tiles.units, 32), warps=8, stages=2)
     return tiles
 
 
 def _sum_parts(parts: Tensor) -> Tensor:
-    # most often there is one
+    # most often there is only one
     return parts.squeeze(2) if parts.shape[2] == 1 else parts.sum(dim=2)
 
 

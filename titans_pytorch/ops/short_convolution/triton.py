@@ -1,6 +1,6 @@
 """Kernels of the short convolution. They read tokens with heads side by side, as a projection leaves them, and write
-the rows of a head one below the other, as the memory takes them: a convolution, an activation, a norm and three copies
-in one pass."""
+the rows of a head one below the other, as the memory expects: a convolution, an activation, a norm and three copies in
+one pass."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _convolved(  # type: ignore[no-untyped-def]
     x, weight, n, groups, x_batch, x_row,
     dim: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Σ_j w_j x_{t+j} for the outputs t of a program, zero where there are none; their places, and where x_t is."""
+    """Σ_j w_j x_{t+j} for a program's outputs t, zero where there are none; indices of the outputs, and of each x_t."""
     own, row = own_rows(n, ROWS)
     batch, group = (own // groups).to(tl.int64), (own % groups).to(tl.int64)
     feature = tl.arange(0, DIM)
@@ -65,7 +65,7 @@ def _activation_backward_kernel(  # type: ignore[no-untyped-def]
     n, groups, per_token, x_batch, x_row, d_batch, d_head, d_row,
     dim: tl.constexpr, WIDTH: tl.constexpr, NORMALIZE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Through norm and activation, and to the weights: a part of their gradient in each program."""
+    """Go back through norm and activation, and to the weights; each program has a part of their gradient."""
     convolved, batch, group, row, feature, inside, from_x = _convolved(
         x, weight, n, groups, x_batch, x_row, dim, WIDTH, DIM, ROWS
     )  # fmt: skip
@@ -115,7 +115,7 @@ def _outputs(x: Tensor, weight: Tensor, heads: int, per_token: int, normalize: b
 
 
 def _arguments(x: Tensor, weight: Tensor, heads: int, per_token: int, normalize: bool) -> tuple[int, dict[str, Any]]:
-    """Blocks of outputs of a group, with a program each, and what all kernels take."""
+    """Number of blocks of outputs in a group, one for each program, and the arguments of all kernels."""
     x = contiguous_inside(x, 1)
     groups, width = heads * per_token, weight.shape[-1]
     n, dim = x.shape[1] - width + 1, x.shape[2] // groups

@@ -1,7 +1,8 @@
-"""Sinkhorn kernels: the whole iteration on small matrices on chip.
+"""Sinkhorn kernels: the whole iteration on small matrices, on chip.
 
-Each program owns a block of matrices, laid out (i, j, n) with the matrices last, so that a thread can hold whole ones
-and sum them alone. The backward kernel has the forward store all sums, and undoes the divisions by multiplying.
+Each program owns a block of matrices, laid out (i, j, n) with the matrices last, so that a thread can hold whole
+matrices and sum them alone. The backward kernel runs the forward again, storing all sums, and undoes the divisions by
+multiplying.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from titans_pytorch.ops._registration import register_kernel
 from titans_pytorch.ops._triton import divide_by_sums, divide_by_sums_backward
 
-# entries a program owns: 16 a thread
+# entries owned by a program: 16 per thread
 TILE = 512
 WARPS = 1
 
@@ -24,7 +25,7 @@ WARPS = 1
 def _entries(matrices, SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Row, column and matrix of each entry (i, j, n) of a program's block, and a mask of those that exist.
 
-    Indices beyond the last are clamped to it, so that no address is out of bounds and no maximum changes.
+    Indices beyond the last one are clamped to it, so that no address is out of bounds and no maximum changes.
     """
     row = tl.arange(0, PADDED)
     matrix = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -104,7 +105,8 @@ sinkhorn = register_kernel('sinkhorn', _forward, _backward, outputs=_outputs)
 
 
 def _launch(kernel: Any, strided: Tensor, iters: int, eps: float, **arguments: Any) -> None:
-    """`strided`, one of the arguments, may be any view of … s s: hyper-connections cut theirs from a larger tensor."""
+    """Launch a kernel. `strided`, one of its arguments, may be any view (…, s, s), such as a slice of a larger
+    tensor."""
     programs, padded, block = _tiling(strided)
     if programs == 0:
         return

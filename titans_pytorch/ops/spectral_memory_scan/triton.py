@@ -1,8 +1,8 @@
 """The kernels of the inner gradient, of momentum, of Newton–Schulz and of weights, launched in turn.
 
-Weights before each chunk go straight to their places among those of all chunks, and so do the gradients of residual
-weights, which are as large. What only the gradient needs is kept in flat buffers, one memory batch after the other, so
-that each batch's part is contiguous.
+Weights before each chunk are written directly to their places among those of all chunks, and so are the gradients of
+residual weights, which are just as large. What only the gradient needs is kept in flat buffers, one memory batch after
+another, so that each memory batch's part is contiguous.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from titans_pytorch.ops.inner_gradient import triton as inner_gradient
 from titans_pytorch.ops.momentum_scan import triton as scans
 from titans_pytorch.ops.newton_schulz.triton import orthogonalise, orthogonalise_backward
 
-# Outputs: lists with a place for each of two matrices and γ, in the order of the parameters, absent ones empty; the
-# losses; and what only the gradient needs.
+# Outputs: lists with a slot for each of two matrices and for γ, in the order of the parameters, with absent ones empty;
+# then the losses; and then what only the gradient needs.
 SLOTS = 3
 OVER_TIME, ENDS, MOMENTUM_ENDS, LOSSES, OF_ROWS, OF_GAMMA, MOMENTA, NUM_OUTPUTS = 0, 3, 6, 9, 10, 13, 14, 17
 LISTS = OVER_TIME, ENDS, MOMENTUM_ENDS
 
 
 class _Arguments(NamedTuple):
-    """Those of `_forward`."""
+    """The arguments of `_forward`."""
 
     keys: Tensor
     values: Tensor
@@ -75,11 +75,11 @@ class _Batch(NamedTuple):
 
     number: int
     span: slice
-    """Of its chunks."""
+    """Which of all chunks it holds."""
     gradient: inner_gradient.Arguments
-    """What its gradients are taken of."""
+    """What its gradients are computed from."""
     of_rows: tuple[Tensor, Tensor, Tensor, Tensor]
-    """Hidden activations, their deltas, the other deltas, and what γ is to descend by; absent ones empty."""
+    """Hidden activations, their deltas, the other deltas, and the negative gradient of γ; absent ones are empty."""
     factors: list[tuple[Tensor, Tensor]]
     """X and Δ of each matrix."""
     log_retention: Tensor
@@ -149,7 +149,7 @@ def _forward(
 
 
 def _store(batch: _Batch, index: int, given: _Arguments) -> None:
-    """Momentum and weights of a parameter after a memory batch, and before each of its chunks."""
+    """Compute momentum and weights of a parameter after a memory batch, and before each of its chunks."""
     own = batch.parameters[index]
     if index >= given.num_matrices:
         scans.write_weights(
@@ -173,8 +173,8 @@ def _backward(d_outputs: list[Any], *saved_and_given: Any) -> list[Any]:
     d_over_time, d_ends, d_momentum_ends = (d_outputs[first : first + SLOTS] for first in LISTS)
     d_losses = d_outputs[LOSSES]
 
-    # from the memory batch after: the gradients of the weights that it goes on from, of those (the same) at which its
-    # gradients are taken, and of momentum
+    # from the next memory batch: the gradients of the weights from which its updates continue, of the same weights as
+    # those where its gradients are taken, and of momentum
     d_weights: Sequence[Any] = [None if d is None else d[:, -1].float() for d in d_over_time]
     d_base: Sequence[Any] = [None] * SLOTS
     d_momentum: Sequence[Any] = [None] * SLOTS
@@ -209,7 +209,7 @@ def _backward(d_outputs: list[Any], *saved_and_given: Any) -> list[Any]:
         rows_of_batches.append([d_keys.add_(of_inputs[0]), d_values, d_step_sizes, d_shares])
         d_base = [d for d in d_at if d is not None]
 
-    # of retention, momentum gates and scales: for each parameter its parts in each memory batch
+    # for retention, momentum gates and scales: each parameter's parts in each memory batch
     of_retention, of_gates, of_scales = zip(*(zip(*of_batches) for of_batches in zip(*gates_of_batches)))
     d_rows, d_retention, d_gates, d_scales = side_by_side(
         lambda: [_joined(of_batches) for of_batches in zip(*rows_of_batches)],
@@ -238,7 +238,7 @@ def _parameter_backward(
     index: int,
     given: _Arguments,
 ) -> tuple[Any, ...]:
-    """The gradients of X and Δ of a matrix, or of what γ is to descend by; of the weights and of the momentum before a
+    """The gradients of a matrix's X and Δ, or of the negative gradient of γ; of the weights and the momentum before a
     memory batch; and parts of those of retention, gates and scales."""
     own = batch.parameters[index]
     momenta, d_end, d_momentum_end = own.momenta, _added(of_end), _added(of_momentum_end)
@@ -274,7 +274,7 @@ spectral_memory_scan = register_kernel(
 
 
 def _batches(saved: Sequence[Tensor], given: _Arguments) -> list[_Batch]:
-    """The memory batches as views of arguments and of all outputs but the losses."""
+    """The memory batches as views of the arguments and of all outputs except the losses."""
     keys, num_matrices = given.keys, given.num_matrices
     low_keys = keys.to(given.operands)
     over_time, ends, momentum_ends = (saved[first : first + SLOTS] for first in LISTS)
@@ -329,7 +329,7 @@ def _batches(saved: Sequence[Tensor], given: _Arguments) -> list[_Batch]:
 
 
 def _of_chunks(flat: Tensor, heads: int, chunks: slice, shape: Sequence[int]) -> Tensor:
-    """A memory batch's part (bh, n, …) of a flat buffer of all chunks; of an empty one nothing."""
+    """A memory batch's part (bh, n, …) of a flat buffer of all chunks; empty if the buffer is."""
     if flat.numel() == 0:
         return flat
     number = chunks.stop - chunks.start
@@ -338,7 +338,7 @@ def _of_chunks(flat: Tensor, heads: int, chunks: slice, shape: Sequence[int]) ->
 
 
 def _slots(weights: list[Tensor], num_matrices: int) -> tuple[Any, Any, Any]:
-    """First and last matrix and γ, as kernels of the inner gradient take them: of one matrix it is the last."""
+    """First matrix, last matrix and γ, as kernels of the inner gradient take them; a single matrix is the last."""
     if not weights:
         return None, None, None
     *first, last = weights[:num_matrices]
@@ -347,23 +347,23 @@ def _slots(weights: list[Tensor], num_matrices: int) -> tuple[Any, Any, Any]:
 
 
 def _at(of_batches: Tensor | None, number: int) -> Tensor | None:
-    """The gradient of what an output holds of one memory batch."""
+    """The gradient of the part of an output that belongs to one memory batch."""
     return None if of_batches is None else of_batches[number]
 
 
 def _added(terms: Sequence[Tensor | None]) -> Tensor | None:
-    """The sum of the gradients that there are."""
+    """The sum of all gradients that are not absent."""
     present = [d for d in terms if d is not None]
     return reduce(lambda total, d: total + d.reshape(total.shape), present) if present else None
 
 
 def _joined(backwards: Sequence[Any]) -> Tensor | None:
-    """Parts of all memory batches, given from the last to the first."""
+    """Join the parts of all memory batches, which are given from the last to the first."""
     return None if backwards[0] is None else torch.cat([*backwards[::-1]], dim=1)
 
 
 def _total(of_parameters: Sequence[Sequence[Any]]) -> Tensor | None:
-    """The gradient (bh, n) of what parameters share, from parts (bh, n, _) of each in each memory batch."""
+    """The gradient (bh, n) of what parameters share, from each one's parts (bh, n, _) in each memory batch."""
     parts: Any = [_joined(own) for own in of_parameters]
     if parts[0] is None:
         return None

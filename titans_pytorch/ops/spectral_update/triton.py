@@ -1,7 +1,7 @@
 """Kernel that ends a chunk in decoding under spectral norm, in one launch.
 
-A program owns one matrix of a head, transposed if need be (`flip`) so that it has no more rows than columns, as
-Newton–Schulz wants it; of two matrices (d, e) and (e, d) that is one of both. γ goes with the last one.
+A program owns one matrix of a head, transposed (`flip`) if necessary so that it has no more rows than columns, as
+Newton–Schulz requires; of two matrices (d, e) and (e, d), exactly one is transposed. γ goes with the last matrix.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from titans_pytorch.ops.newton_schulz.triton import iterate, pytorch_precision, 
 
 @triton.jit
 def _first_or_last(which, first, last):  # type: ignore[no-untyped-def]
-    """One of two tensors, by a number known only when the kernel runs."""
+    """One of two tensors, chosen by a number that is known only at run time."""
     chosen = first
     if which == 1:
         chosen = last
@@ -35,7 +35,7 @@ def _first_or_last(which, first, last):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _read(matrix, flip, rows: tl.constexpr, columns: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A matrix (rows, columns), or (columns, rows) to `flip`, read along its own rows."""
+    """A matrix (rows, columns), or with `flip` a matrix (columns, rows), read along its own rows."""
     row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     if flip:
@@ -96,7 +96,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     if momentum_logits is not None:
         momentum = _first_or_last(which, momentum_first, momentum_last) + start
         update += gate * _read(momentum, flip, rows, columns, ROWS, COLUMNS)
-        tl.debug_barrier()  # other threads may still be reading what is written next
+        tl.debug_barrier()  # other threads may still be reading what is overwritten next
         _write(momentum, update, flip, rows, columns, ROWS, COLUMNS)
 
     x = update / tl.maximum(tl.sqrt(tl.sum(tl.sum(update * update, axis=1), axis=0)), eps)
@@ -160,7 +160,7 @@ def spectral_update(
     new_weights = [w.new_empty(w.shape) for w in weights]
 
     def slots(name: str, given: list[Any]) -> dict[str, Any]:
-        """Arguments of the first matrix, of the last, which may be the same, and of γ; absent ones are `None`."""
+        """Arguments of the first matrix, of the last (possibly the same one), and of γ; absent ones are `None`."""
         first, last, gamma = (given[0], given[number - 1], [*given, None][number]) if given else (None,) * 3
         return {f'{name}_first': first, f'{name}_last': last, f'{name}_gamma': gamma}
 

@@ -1,9 +1,10 @@
 """Kernel of the attention of a single position, in one launch.
 
 Each program owns a head of a batch entry and attends with a running softmax over blocks of slots. It takes the
-position's own keys and values from where they were computed and not from the buffers, so that nothing in a launch waits
-for its writes: what the buffers hold of other positions, and the angles, it can have ready before its inputs are there.
-Loads stand before the first sum over threads, which they would wait for; and no load depends on which slots are seen.
+position's own keys and values from where they were computed, not from the buffers, so that nothing in a launch waits
+for its writes: it can have the other positions' buffer contents and the angles ready before its inputs are there. Loads
+come before the first sum over threads, for which they would otherwise wait, and no load depends on which slots are
+seen.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ from torch import Tensor
 
 from titans_pytorch.ops._triton import begin, contiguous_inside, overlapping, rotary_angles, wait_for_inputs
 
-# entries of keys at a time, and as many of values
+# entries of keys, and of values, at a time
 TILE = 4096
 WARPS = 4
-# features at a time, of the input of the shares
+# input features of the shares at a time
 BLOCK = 512
-# below every score; −∞ less itself would not be a number
+# below every score; −∞ minus −∞ would not be a number
 LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
 def _rotated(x, feature, valid, cos, sin):  # type: ignore[no-untyped-def]
-    """Neighbouring features are the two parts of a complex number."""
+    """Rotate features; two neighbouring ones are the parts of a complex number."""
     own = tl.load(x + feature, mask=valid, other=0.0).to(tl.float32)
     other = tl.load(x + (feature ^ 1), mask=valid, other=0.0).to(tl.float32)
     return own * cos + tl.where(feature % 2 == 0, -other, other) * sin
@@ -58,7 +59,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     values += (entry * HEADS + head) * SLOTS * DIM_HEAD
 
     number = tl.load(position)
-    # a pair of features has one
+    # one angle per pair of features
     angle = rotary_angles(number, tl.load(frequencies + feature // 2, mask=valid, other=0.0))
     cos, sin = tl.cos(angle), tl.sin(angle)
     slot = tl.arange(0, BLOCK)[:, None]
@@ -82,7 +83,7 @@ def _kernel(  # type: ignore[no-untyped-def]
             x = tl.load(inputs + i, mask=i < DIM, other=0.0).to(tl.float32)
             terms += x * tl.load(to_share + head * DIM + i, mask=i < DIM, other=0.0).to(tl.float32)
 
-    # slots from `first` on are the position's own; the newest one that it sees is the last
+    # slots from `first` on are the position's own; slots after `last` are not seen
     offset = number % ((SLOTS - PERSISTENT) // ROWS)
     first = PERSISTENT + offset * ROWS
     last = PERSISTENT + (number if SLIDES else offset) * ROWS + ROWS - 1
@@ -99,14 +100,14 @@ def _kernel(  # type: ignore[no-untyped-def]
         new_top = tl.maximum(top, tl.max(scores, axis=0, keep_dims=True))
         weights, shrink = tl.exp(scores - new_top), tl.exp(top - new_top)
         total = total * shrink + tl.sum(weights, axis=0, keep_dims=True)
-        # what stands in a slot that is not seen may be no number
+        # the contents of a slot that is not seen may not be a number
         seen = seen * shrink + tl.sum(tl.where(visible, weights * v, 0.0), axis=0, keep_dims=True)
         top = new_top
 
     if MIXES:
         share = tl.sigmoid(tl.sum(terms, axis=1, keep_dims=True) + logit)
         value += share * (first_value - value)
-    # later positions see them in the precision of the buffers, and so does this one
+    # later positions see them in the precision of the buffers, so this one does too
     key, value = key.to(keys.dtype.element_ty), value.to(values.dtype.element_ty)
     tl.store(keys + (first + row) * DIM_HEAD + feature, key, mask=valid & (row < ROWS))
     tl.store(values + (first + row) * DIM_HEAD + feature, value, mask=valid & (row < ROWS))

@@ -1,6 +1,6 @@
 """Kernel of the choice of a token, in one launch: filter, noise and maximum.
 
-Each program owns a row. It reads the logits twice, block by block: for the largest one, and for the choice.
+Each program owns a row. It reads the logits twice, block by block: once for the largest, and once for the choice.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from titans_pytorch.ops._triton import contiguous_inside, let_next_begin, overlapping, wait_for_inputs
 
-# tokens at a time, at most
+# most tokens at a time
 BLOCK = 4096
 TOKENS_PER_WARP = 256
 
@@ -33,12 +33,12 @@ def _kernel(  # type: ignore[no-untyped-def]
     largest = tl.full((BLOCK,), -float('inf'), tl.float32)
     for start in range(0, count, BLOCK):
         own = tl.load(logits + start + offset, mask=start + offset < count, other=-float('inf')).to(tl.float32)
-        # comparisons, not maxima, let NaN through
+        # comparisons, unlike maxima, let NaN through
         largest = tl.where((own > largest) | (own != own), own, largest)
     invalid = tl.max((largest != largest).to(tl.int32), axis=0) > 0
     top = tl.max(tl.where(largest != largest, -float('inf'), largest), axis=0)
 
-    # of equal ones the first wins, at an offset and then among offsets
+    # of equal scores the first one wins, at each offset and then among offsets
     highest = tl.full((BLOCK,), -float('inf'), tl.float32)
     number = offset
     for start in range(0, count, BLOCK):
@@ -68,7 +68,7 @@ def token_choice(
     min_p: float | None,
     tiny: float,
 ) -> tuple[Tensor, Tensor]:  # …, …
-    """The scores are in float32."""
+    """Choose a token for each row; the scores returned are in float32."""
     shape, count = logits.shape[:-1], logits.shape[-1]
     rows = contiguous_inside(logits.reshape(-1, count), 1)
     tokens = logits.new_empty(shape, dtype=torch.int64)

@@ -1,7 +1,7 @@
 """Kernel of a hyper-connection for one token, in one launch: add the last branch's output, read for the next branch.
 
-Each program owns the streams of one batch entry. All tiles are (from stream, to stream or gate, feature): with the
-features across the threads, each thread holds the whole mix of streams and iterates on it alone.
+Each program owns the streams of one batch entry. All tiles are (from stream, to stream or gate, feature). With features
+across the threads, each thread holds the whole mix of streams and iterates on it alone.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from titans_pytorch.ops._triton import begin, contiguous_inside, divide_by_sums, overlapping, wait_for_inputs
 
-# features at a time, at most
+# most features at a time
 BLOCK = 512
-# four to a thread, which loads them at once; with fewer, warps would divide the streams and wait for each other
+# four per thread, which loads them at once; with fewer, warps would divide the streams and wait for each other
 FEATURES_PER_WARP = 128
 
 
@@ -36,7 +36,7 @@ def _streams(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _to_logits(to_logits, number, feature, wanted, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """These features of the weights of logits (1, j, d), given their numbers (1, j); 0 where not wanted."""
+    """These features of the weights of logits (1, j, d), given the logits' indices (1, j); 0 where not wanted."""
     present = wanted[:, :, None] & (feature < DIM)
     return tl.load(to_logits + number[:, :, None] * DIM + feature, mask=present, other=0.0)
 
@@ -54,7 +54,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     write += entry * STREAMS
     branch_out += entry * branch_stride_b
 
-    # of a stream's logits the first is for reading, the last, if present, for writing, and those between for mixing
+    # of a stream's logits, the first is for reading, the last, if present, for writing, and those between for mixing
     i, j, gate = tl.arange(0, PADDED)[:, None], tl.arange(0, PADDED)[None, :], tl.arange(0, 2)[None, :]
     of_mix, of_gate = 1 + j, (STREAMS + 1) * gate
     is_mix, is_gate = (i < STREAMS) & (j < STREAMS), (i < STREAMS) & (of_gate < LOGITS)
@@ -80,7 +80,7 @@ def _kernel(  # type: ignore[no-untyped-def]
         mix += tl.sum(rows * to_mix, axis=2)
         gates += tl.sum(rows * to_gates, axis=2)
 
-    # normalisation comes last, as a factor on the logits. Norms that are NaN stay so
+    # normalisation comes last, as a factor on the logits; NaN norms stay NaN
     scale = root_of_dim / tl.maximum(tl.sqrt(squares), EPS, propagate_nan=tl.PropagateNan.ALL)
     mix = mix * scale + mix_bias
     gates = tl.sigmoid(gates * scale + gate_bias)

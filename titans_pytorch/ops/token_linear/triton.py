@@ -1,8 +1,8 @@
 """Kernels of a linear layer for one token, in one launch: norm, product and gate.
 
-For few batch entries a program is one warp, which computes one output of one entry: warps that share nothing never wait
-for each other. For more a program computes a tile by tensor cores, each warp over a share of the features. The norm is
-a factor on the result, and every program computes it.
+For few batch entries, a program is a single warp that computes one output of one entry: warps that share nothing never
+wait for each other. For more entries, a program computes a tile with tensor cores, and each warp has a share of the
+features. The norm is a factor on the result, and every program computes it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from titans_pytorch.ops._triton import (
     wait_for_inputs,
 )
 
-# features at a time, at most
+# most features at a time
 BLOCK = 1024
-# of a tile: entries, outputs, warps, each of which has features of its own, and features of a warp at a time
+# of a tile: entries, outputs, warps (each has its own features), and features of a warp at a time
 ROWS_OF_TILE, OUTPUTS_OF_TILE, WARPS, FEATURES = 16, 16, 4, 32
-# features at a time that a program of a tile reads for the norm, at most
+# most features at a time that a program of a tile reads for the norm
 FEATURES_OF_NORM = 128
-# of a thread, so that three programs fit on a multiprocessor
+# registers per thread, so that three programs fit on a multiprocessor
 REGISTERS = 168
 
 
@@ -44,10 +44,10 @@ def _row_kernel(  # type: ignore[no-untyped-def]
     NORMS: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
     begin(START)
-    # the program after those of outputs stores the normalised input
+    # the program after those of the outputs stores the normalised input
     row, entry = tl.program_id(0), tl.program_id(1).to(tl.int64)
     x += entry * stride_b
-    # of the two rows of a gated output, the second is for the gate
+    # of a gated output's two rows, the second is for the gate
     to_value = weight + tl.minimum(row, OUTPUTS - 1).to(tl.int64) * DIM
     to_gate = to_value + OUTPUTS * DIM
 
@@ -128,7 +128,7 @@ def _tile_kernel(  # type: ignore[no-untyped-def]
     wait_for_inputs(START)
 
     column, feature = entry[:, None], tl.arange(0, BLOCK)[None, :]
-    if NORMS:  # asked for before the products, and summed after them: sums between them would hold them up
+    if NORMS:  # requested before the products but summed after them, because the sums would hold the products up
         first = _of_entries(x, column, feature, stride_b, batch, DIM)
     here, wanted = (entry < batch)[None, :, None], (output < OUTPUTS)[None, None, :]
     rows = x + entry.to(tl.int64)[None, :, None] * stride_b
@@ -171,7 +171,7 @@ def _tile_kernel(  # type: ignore[no-untyped-def]
     tl.store(target, value, mask=(entry < batch)[:, None] & (output < OUTPUTS)[None, :])
 
     if NORMS:
-        if tl.program_id(0) * TILE >= OUTPUTS:  # after the tiles of outputs the one for the normalised input
+        if tl.program_id(0) * TILE >= OUTPUTS:  # the tile after those of outputs stores the normalised input
             for block in tl.static_range(0, DIM, BLOCK):
                 at = block + feature
                 own = _of_entries(x, column, at, stride_b, batch, DIM) * inverse

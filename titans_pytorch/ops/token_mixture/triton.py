@@ -1,6 +1,6 @@
 """Kernel of mixtures for one token, in one launch: norm, product, softmax and sum.
 
-Each program owns a mixture of a batch entry, with all choices and a block of features at a time.
+Each program owns a mixture of a batch entry, and holds all choices and a block of features at a time.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from titans_pytorch.ops._triton import begin, contiguous_inside, norm_eps, overlapping, wait_for_inputs
 
-# features at a time, at most
+# most features at a time
 BLOCK = 512
-# entries of all choices in these features, of a warp
+# entries per warp, over all choices in these features
 ENTRIES_PER_WARP = 2048
 
 

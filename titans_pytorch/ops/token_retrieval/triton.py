@@ -1,7 +1,7 @@
 """Kernel of retrieval for a single token, in one launch.
 
-Each program owns a head of a batch entry, and loops over blocks of its hidden units; most memories are a single block.
-Nearly all the time goes to waiting for the matrices, so both are asked for before anything else.
+Each program owns a head of a batch entry, and loops over blocks of its hidden units; in most memories there is only one
+block. Nearly all the time is spent waiting for the matrices, so both are requested before anything else.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from titans_pytorch.ops._triton import (
     wait_for_inputs,
 )
 
-# entries of each matrix at a time, which are in registers
+# entries of each matrix at a time, held in registers
 TILE = 8192
-# of them, those of a warp: 64 of each matrix to a thread
+# entries per warp: 64 of each matrix per thread
 TILE_PER_WARP = 2048
 MOST_WARPS = 16
-# features at a time, of those that the gate is computed from
+# features at a time of the gate's input
 BLOCK = 512
 
 
@@ -45,9 +45,10 @@ def _units(  # type: ignore[no-untyped-def]
     DIM_HEAD: tl.constexpr, HIDDEN: tl.constexpr, HAS_FIRST: tl.constexpr, NORMS_QUERY: tl.constexpr,
     PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The weights that lead to hidden units from `start` on, (d, e), and on from them, (e, d); 0 outside.
+    """The weights that lead to hidden units from `start` on, (d, e), and those that lead on from them, (e, d); 0
+    outside.
 
-    With one matrix the query itself, (e), is the hidden units.
+    With one matrix, the hidden units are the query itself, (e).
     """
     unit, feature = start + tl.arange(0, BLOCK), tl.arange(0, PADDED)
     if HAS_FIRST:
@@ -87,7 +88,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     to_units, from_units = _units(
         projected, query_gain, first, last, 0, DIM_HEAD, HIDDEN, HAS_FIRST, NORMS_QUERY, PADDED, BLOCK
     )
-    # to save registers a compiler would put the second matrix off until the first is used: not beyond a barrier
+    # to save registers, a compiler would delay the second matrix until the first is used, but not beyond a barrier
     tl.debug_barrier()
     query = _query(projected, query_gain, feature, feature < DIM_HEAD, NORMS_QUERY)
     if NORMS_QUERY:
@@ -136,7 +137,7 @@ def token_retrieval(
     gate: tuple[Tensor, Tensor] | None,  # b 1 x, h x
     heads: int,
 ) -> Tensor:  # b 1 hd
-    """The answers, in float32."""
+    """The memories' answers, in float32."""
     first, last = matrices[0], matrices[-1]
     hidden, dim_head = last.shape[-2:]
     query_gain, query_eps = (projected, 0.0) if query_norm is None else query_norm
