@@ -6,9 +6,9 @@ A `NeuralMemory` stores pairs of random keys and unrelated random values, a few 
 and is then queried with the keys. Nothing is trained: the projections keep their initial values, and only the state
 changes, through the gradient steps that the memory takes as it stores. Three things must then hold:
 
-- surprise, the loss on a pair at the time it is stored, falls from showing to showing;
-- the recall error, that of the values retrieved for the stored keys, falls as pairs are stored;
-- pairs that were never stored stay unknown, so that recall is memory and not a rule common to all pairs.
+- surprise, the loss on a pair when it is stored, falls from showing to showing;
+- the recall error of the values retrieved for stored keys falls as pairs are stored;
+- pairs that were never stored stay unknown, so recall is memory and not a rule common to all pairs.
 
 The last line is the verdict. The exit status is 0 if the memory learned, 1 if it did not. With `--max-step 0` there are
 no gradient steps, and the verdict must be that it did not.
@@ -33,7 +33,7 @@ MUCH_SMALLER = 0.25  # a falling quantity must fall to a quarter
 
 
 class Row(NamedTuple):
-    """Measurements after some pairs were stored. Errors are relative to an answer of zero: 1 means nothing is known."""
+    """Measurements after some pairs were stored. Errors are relative to answering zero: 1 means nothing is known."""
 
     stored: int
     surprise: float

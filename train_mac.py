@@ -89,7 +89,7 @@ from titans_pytorch.training.checkpoints import checkpoints
 
 BYTES = ByteVocabulary()
 EXPLODES = 1000
-"""Norm of a gradient that a warning is given for, as a multiple of MAX_GRAD_NORM."""
+"""Gradient norm, as a multiple of MAX_GRAD_NORM, above which a warning is given."""
 BEST = 'titans_enwik8_best.pt'
 DATA_FOLDER = Path(__file__).resolve().parent / 'data'
 
@@ -109,14 +109,14 @@ def option(
     negative: bool = False,
     of: type = int,
 ) -> Any:
-    """A setting. `zero`, `negative`: it may be 0, or any number; `of`: the type of the items of a tuple, or of a
-    setting that may be unset."""
+    """A setting. `zero`, `negative`: it may be 0, or any number; `of`: the type of a tuple's items, or of a setting
+    that may be unset."""
     limits = {'choices': choices, 'zero': zero or negative, 'negative': negative}
     return field(default=default, metadata={'help': help, 'of': of, **limits})
 
 
 def check_setting(setting: dataclasses.Field[Any], value: Any) -> None:
-    """Refuse values whose type is not the default's, and numbers that are not finite and positive (`zero`: or 0)."""
+    """Refuse values of another type than the default's, and numbers that are not finite and positive (`zero`: or 0)."""
     name, default = setting.name, setting.default
     choices, zero, negative, of = (setting.metadata[key] for key in ('choices', 'zero', 'negative', 'of'))
     kind: type = of if default is None else type(default)
@@ -255,10 +255,10 @@ class Config:
     RUN_NAME: str = option('', 'Weights & Biases run name')
 
     def __post_init__(self) -> None:
-        if isinstance(self.DATA, str):  # as in older checkpoints
+        if isinstance(self.DATA, str):  # from older checkpoints
             object.__setattr__(self, 'DATA', (self.DATA,) if self.DATA else ())
         for setting in dataclasses.fields(self):
-            if isinstance(getattr(self, setting.name), list):  # as the command line gives it
+            if isinstance(getattr(self, setting.name), list):  # from the command line
                 object.__setattr__(self, setting.name, tuple(getattr(self, setting.name)))
             check_setting(setting, getattr(self, setting.name))
         if any(layer > self.DEPTH for layer in self.NEURAL_MEM_LAYERS):
@@ -304,7 +304,7 @@ QUICK: dict[str, Any] = {
     'NEURAL_MEM_DIM_HEAD': 32,
     'NEURAL_MEM_BATCH_SIZE': 64,
 }
-# gradients of every chunk at the newest weights
+# take the gradients of every chunk at the newest weights
 STABLE: dict[str, Any] = {
     'NEURAL_MEM_PROXIMAL_STEPS': True,
     'NEURAL_MEM_SPEC_NORM_SURPRISES': False,
@@ -312,7 +312,7 @@ STABLE: dict[str, Any] = {
     'NEURAL_MEM_BATCH_SIZE': 16,
     'NEURAL_MEM_MAX_LR': 10.0,
     'NEURAL_MEM_INIT_DECAY_BIAS': -5.0,
-    # with these, memory batches would be stored one after the other, in eight times the time of a step
+    # with either of these, memory batches would be stored one after another, and a step would take eight times as long
     'NEURAL_MEM_WEIGHT_RESIDUAL': False,
     'MEMORY_MODEL_PER_LAYER_LEARNED_LR': False,
 }
@@ -320,7 +320,7 @@ PRESETS = {'full': {}, 'quick': QUICK, 'stable': STABLE, 'quick-stable': {**QUIC
 
 
 def flag(name: str) -> str:
-    """The option of a setting."""
+    """The command-line option of a setting."""
     return '--' + name.lower().replace('_', '-')
 
 
@@ -358,7 +358,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def with_absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
-    """Options that a run keeps, as it may be resumed and evaluated from another folder."""
+    """Options that a run keeps, with absolute paths, because it may be resumed and evaluated from another folder."""
     absolute = {
         name: os.path.abspath(given[name])
         for name in ('CACHE_DIR', 'VOCABULARY')
@@ -370,7 +370,7 @@ def with_absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_from_options(given: dict[str, Any]) -> Config:
-    """The preset, overridden by the options that were given."""
+    """The settings of the preset, overridden by the options that were given."""
     preset = given.get('PRESET', 'auto')
     if preset == 'auto':
         device = given.get('DEVICE', 'auto')
@@ -407,7 +407,7 @@ def uses_flex_attn(config: Config, machine: Machine) -> bool:
 
 
 def load_data(config: Config, stored_vocabulary: dict[str, Any] | None = None) -> Data:
-    """The data of a run; one that is resumed has a vocabulary already."""
+    """The data of a run; a resumed run already has a vocabulary."""
     vocabulary = choose_vocabulary(config, stored_vocabulary)
     path = DATA_FOLDER / 'enwik8.gz'
     paths, source = [*map(Path, config.DATA)] or [path], None
@@ -422,7 +422,7 @@ def load_data(config: Config, stored_vocabulary: dict[str, Any] | None = None) -
         sys.exit(f'{error}: give a smaller {option}, or more text with --data')
     except BadData as error:
         sys.exit(f'{error}; delete it, and it is downloaded again' if paths == [path] and path.exists() else str(error))
-    except ModuleNotFoundError as error:  # tokenizers
+    except ModuleNotFoundError as error:  # the package `tokenizers` is missing
         sys.exit(str(error))
     data = data._replace(source=source or data.source)
     if not config.DATA and data.sha256 != enwik8.SHA256:
@@ -433,7 +433,7 @@ def load_data(config: Config, stored_vocabulary: dict[str, Any] | None = None) -
 def stored_vocabulary(
     config: Config, resume: dict[str, Any] | None, weights: dict[str, Any] | None
 ) -> dict[str, Any] | None:
-    """The vocabulary of a run that is resumed, or of the weights that a run with a BPE vocabulary starts from."""
+    """The vocabulary of a run to resume, or of the weights that a run with a BPE vocabulary starts from."""
     if resume is not None:
         return resume.get('vocabulary')
     stored = None if weights is None or config.VOCABULARY != 'bpe' else weights.get('vocabulary')
@@ -441,7 +441,7 @@ def stored_vocabulary(
 
 
 def choose_vocabulary(config: Config, stored: dict[str, Any] | None) -> Vocabulary | int:
-    """A vocabulary, or the size of one to be trained on the data."""
+    """A vocabulary, or the size of one that is to be trained on the data."""
     if config.VOCABULARY == 'bpe' and config.VOCABULARY_SIZE < BYTES.size:
         raise BadSetting(f'VOCABULARY_SIZE must be at least {BYTES.size}, got {config.VOCABULARY_SIZE}')
     try:
@@ -482,7 +482,7 @@ def describe_model(config: Config) -> dict[str, Any]:
         neural_mem_weight_residual=config.NEURAL_MEM_WEIGHT_RESIDUAL,
         neural_memory_qkv_receives_diff_views=config.NEURAL_MEM_QKV_RECEIVES_DIFF_VIEW,
         neural_memory_model=memory_model,
-        # changes nothing in training, and lets the model read further afterwards
+        # no effect on training, and lets the model read beyond the training length afterwards
         position_length=config.SEQ_LEN,
         neural_memory_kwargs={
             'dim_head': config.NEURAL_MEM_DIM_HEAD,
@@ -506,10 +506,10 @@ def describe_model(config: Config) -> dict[str, Any]:
 
 
 def changes_model(config: Config, name: str, value: Any) -> bool:
-    """Whether a setting with this value would describe another model."""
+    """Whether a setting with this value would describe a different model."""
     try:
         return describe_model(dataclasses.replace(config, **{name: value})) != describe_model(config)
-    except (BadSetting, RunError):  # it does not go with the other settings, or with this machine
+    except (BadSetting, RunError):  # it does not fit the other settings, or this machine
         return False
 
 
@@ -518,7 +518,7 @@ def build_model(config: Config) -> MemoryAsContextTransformer:
     torch.manual_seed(config.SEED)
     random.seed(config.SEED)  # the residual streams draw from Python's own generator
     model = configuration.build_model(description)
-    # a model to be sharded is moved layer by layer
+    # a model that will be sharded is moved layer by layer
     return model if config.FSDP else model.to(choose_machine(config).device)  # type: ignore[return-value]
 
 
@@ -537,7 +537,7 @@ def printable(tokens: Tensor, vocabulary: Vocabulary = BYTES) -> str:
 
 
 def generate(model: MemoryAsContextTransformer, data: Data, config: Config, machine: Machine, batch: int) -> str:
-    """A passage of validation text and its continuation. The random state of training does not change."""
+    """A passage of validation text and its continuation. The random state of training is unchanged."""
     devices = [machine.device] if machine.device.type == 'cuda' else []
     with torch.random.fork_rng(devices), machine.autocast(), unsharded(model):
         torch.manual_seed(config.SEED + batch)
@@ -597,7 +597,7 @@ def training_loop(
         + (f'{num_ranks()} processes, {"sharded" if config.FSDP else "replicated"}, ' if num_ranks() > 1 else '')
         + f'PyTorch {torch.__version__}'
     )
-    with first_rank_first():  # which fills the cache
+    with first_rank_first():  # the first rank fills the cache
         data = load_data(config, stored_vocabulary(config, resume, weights))
     if weights is not None and weights.get('vocabulary') not in (None, data.vocabulary.to_dict()):
         raise BadSetting('VOCABULARY must be that of the weights in --init-from, whose embeddings belong to its tokens')
@@ -606,8 +606,8 @@ def training_loop(
     unit = 'bytes' if config.VOCABULARY == 'bytes' else 'tokens'
     say(f'data: {data.source}: {len(data.train):,} {unit} to train on, {len(data.valid):,} to validate')
 
-    # `batch` counts the steps done, `evaluated` is its value at the last evaluation, and `windows_random` the state of
-    # `generator` after the last complete step
+    # `batch` is the number of steps done, `evaluated` its value at the last evaluation, and `windows_random` the state
+    # of `generator` after the last complete step
 
     try:
         model = build_model(config)
@@ -642,18 +642,18 @@ def training_loop(
     micro_step = MicroStep(model, machine, config.GRADIENT_ACCUMULATE_EVERY)
     if resume is not None:
         for group in optimizer.param_groups:
-            group['lr'] = config.LEARNING_RATE  # which may have been changed on the command line
+            group['lr'] = config.LEARNING_RATE  # the command line may have changed it
         batch, evaluated, val_loss, best = (resume[key] for key in ('batch', 'evaluated', 'val_loss', 'best_val_loss'))
         say(f'resumed after {batch} steps')
         if other_data := resume['data_sha256'] != data.sha256:
             say('NOTICE: the data is not what this run began with')
         sizes = {name: getattr(config, name) for name in ('SEQ_LEN', 'BATCH_SIZE', 'VALIDATE_BATCHES')}
         if other_data or any(resume['config'].get(name, size) != size for name, size in sizes.items()):
-            best = math.inf  # the best loss so far was that of other validation windows
+            best = math.inf  # the best loss so far comes from other validation windows
     windows_random = generator.get_state()
     rehearse(model, data, config, machine)
-    any_rank(False)  # all have read what they resume
-    first = rank() == 0  # the one that writes
+    any_rank(False)  # wait until all have read what they resume
+    first = rank() == 0  # only this process writes
     best_is_gone = False
     if first:
         remove_leftovers(folder)
@@ -664,7 +664,7 @@ def training_loop(
             rewind(folder, batch, evaluated)
         describe_run(folder, describe_model(config), data.vocabulary, dataclasses.asdict(config))
     if any_rank(best_is_gone):
-        best = math.inf  # that of the course that the run has left
+        best = math.inf  # the best loss belongs to the course that the run has left
     curve = LossCurve(folder)
     say(f'{sum(p.numel() for p in model.parameters()):,} parameters; the run is kept in {folder}')
 
@@ -714,7 +714,7 @@ def training_loop(
             'config': dataclasses.asdict(config),
             'model': describe_model(config),
             'vocabulary': data.vocabulary.to_dict(),
-            # the rest makes a resumed run the same as an uninterrupted one
+            # the remaining entries make a resumed run the same as an uninterrupted one
             'best_val_loss': best,
             'evaluated': evaluated,
             'data_sha256': data.sha256,
@@ -745,9 +745,9 @@ def training_loop(
     )
     try:
         while True:
-            # evaluate: this changes nothing that training depends on, so a signal may interrupt it (unless other
-            # processes take part), and a resumed run repeats it. A checkpoint counts as evaluated only once the results
-            # are in metrics and samples
+            # evaluate: nothing here affects training, so a signal may interrupt it (unless other processes take part),
+            # and a resumed run repeats it. A checkpoint counts as evaluated only once the results are in metrics and
+            # samples
 
             last = batch >= config.NUM_BATCHES
             new_loss = sample = None
@@ -781,7 +781,7 @@ def training_loop(
             if new_loss is not None:
                 val_loss = new_loss
                 if val_loss < best:
-                    if first and best == math.inf:  # if there is a best checkpoint, other windows have chosen it
+                    if first and best == math.inf:  # any best checkpoint was chosen by other windows
                         leave_best_checkpoint(folder / BEST)
                     best = val_loss
                     if batch > 0:
@@ -832,7 +832,8 @@ def training_loop(
                 'seconds': seconds,
             }
             if gpu:
-                # reserved, since the start: CUDA graphs reuse memory of their own, which counts as allocated only once
+                # peak of reserved memory since the start, because CUDA graphs reuse memory that counts as allocated
+                # only once
                 row['peak_memory_bytes'] = torch.cuda.max_memory_reserved(machine.device)
             log(row)
             bar.set_postfix_str(f'loss {train_loss:.3f}, {bpb:.3f} bits per byte, {speed:,.0f} tokens/s', refresh=False)
@@ -841,11 +842,11 @@ def training_loop(
         bar.close()
         if last and not stop:
             save('titans_enwik8.pt')
-    except Exception as error:  # for example, a full disk
+    except Exception as error:  # for example, the disk is full
         signals.wait = True
         bar.close()
         say(f'stopped after {batch} steps: {one_line(error)}')
-        # parameters may have taken half a step; and shards are saved by all processes, while this one may be alone
+        # parameters may be halfway through a step; and shards are saved by all processes, but this one may be alone
         if batch > start and not in_step and not config.FSDP:
             try:
                 save(f'checkpoint_batch_{batch}.pt')
@@ -904,7 +905,7 @@ def main(arguments: list[str] | None = None) -> int:
                 checkpoint['folder'] = source
                 known = {setting.name for setting in dataclasses.fields(Config)}
                 saved = {name: value for name, value in checkpoint['config'].items() if name in known}
-                options.pop('PRESET', None)  # it has named the folder; the settings come from the checkpoint
+                options.pop('PRESET', None)  # it only named the folder; settings come from the checkpoint
                 for name in ('VOCABULARY', 'DATA_SEED'):
                     kept = saved.get(name, getattr(Config(), name))
                     if (asked := options.get(name, kept)) != kept:
