@@ -5,11 +5,11 @@
     python benchmarks/add_memory.py --data text.gz --quick                (a minute on a CPU: does it run?)
 
 A byte-level Mistral (a Llama with a sliding window, so that attention works at any length) is trained for a third of
-the time. Three copies are then trained on, for a sixth each and on the same batches: as they are, with memories, and
-with memories on a frozen backbone. The rest is for the evaluation: the same last bytes of windows of the test text are
-predicted after contexts of growing length, read in pieces through the cache.
+the time. Three copies are then trained further, for a sixth of the time each and on the same batches: unchanged, with
+memories, and with memories on a frozen backbone. The rest of the time is for evaluation: the same last bytes of windows
+of the test text are predicted after contexts of growing length, read in pieces through the cache.
 
-The output is a section in Markdown. Without `--test`, the last twentieth of the data is kept for it.
+The output is a section in Markdown. Without `--test`, the last twentieth of the data is kept for testing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 from titans_pytorch.hf import add_memory, memory_parameters
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
-# the name of the cache among the arguments changed in transformers 5.24
+# transformers 5.24 renamed the argument for the cache
 CACHE = 'cache' if 'cache' in inspect.signature(MistralForCausalLM.forward).parameters else 'past_key_values'
 
 SMALL = {'layers': [2], 'heads': 2, 'dim_head': 16}
@@ -98,7 +98,8 @@ def build(width: int, depth: int, window: int) -> MistralForCausalLM:
 def train(
     model: MistralForCausalLM, data: np.ndarray, groups: list[dict], seconds: float, length: int, batch: int
 ) -> int:
-    """Train for so many seconds, with a learning rate that rises at once and falls to zero; return the steps taken."""
+    """Train for so many seconds, with a learning rate that rises immediately and falls to zero; return the steps
+    taken."""
     parameters = [parameter for group in groups for parameter in group['params']]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=DEVICE == 'cuda')
     highest = [group['lr'] for group in groups]
@@ -114,7 +115,7 @@ def train(
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         return loss
 
-    gradients().item()  # before the clock starts, as it compiles kernels
+    gradients().item()  # compiles kernels, so it runs before the clock starts
     started, step, used = time.perf_counter(), 0, 0.0
     while used < 1.0:
         for group, lr in zip(optimizer.param_groups, highest):
@@ -130,7 +131,7 @@ def train(
 
 @torch.no_grad()
 def bits_per_byte(model: MistralForCausalLM, windows: Tensor, context: int, scored: int, piece: int) -> Tensor:
-    """Bits per byte of the `scored` last bytes of each window, of which the model sees the `context` last."""
+    """Bits per byte of the last `scored` bytes of each window, of which the model sees the last `context`."""
     cache = DynamicCache(config=model.config)
     logits = windows.new_empty(len(windows), 0, 256, dtype=torch.float32)
     for ids in windows[:, -context:].split(piece, dim=1):

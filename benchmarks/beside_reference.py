@@ -1,4 +1,4 @@
-"""Train with `train_mac.py` on whichever `titans_pytorch` is imported, this one or the reference, and compare the runs.
+"""Train with `train_mac.py` on whichever `titans_pytorch` is imported, this one or the reference, and compare runs.
 
     python benchmarks/beside_reference.py weights init.pt
     python benchmarks/beside_reference.py train --init-from init.pt --run-dir runs/ours …     (train_mac.py's options)
@@ -27,7 +27,7 @@ import torch
 
 def load_train_mac() -> ModuleType:
     """`train_mac.py` from this repository, on whichever `titans_pytorch` is imported. The reference lacks two modules
-    that the script imports: `training`, which it gets from here, and `configuration`."""
+    that the script imports: `training`, which is supplied from here, and `configuration`."""
     path = Path(__file__).resolve().parent.parent / 'train_mac.py'
     if importlib.util.find_spec('titans_pytorch.training') is None:
         import titans_pytorch
@@ -47,7 +47,7 @@ def _reference_model(arguments: dict[str, Any]) -> torch.nn.Module:
     import titans_pytorch
 
     def known(cls: type, given: dict[str, Any]) -> dict[str, Any]:
-        """The arguments that a class of the reference has. Others must be off, or change nothing in training."""
+        """The arguments that a class of the reference accepts. All others must be off, or not affect training."""
         names = inspect.signature(cls).parameters
         missing = [name for name, value in given.items() if name not in names and value and name != 'position_length']
         if missing:

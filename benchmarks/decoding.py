@@ -1,12 +1,12 @@
-"""Tokens per second of sampling with a cache, beside the reference.
+"""Tokens per second of sampling with a cache, compared with the reference.
 
     python benchmarks/decoding.py                                              (this package alone)
     python benchmarks/decoding.py --reference-path /folder/with/the/reference  (a folder to put on PYTHONPATH)
     python benchmarks/decoding.py --repeats 5 --write
 
-On a GPU the model is that of `train_mac.py --preset full`, at batch 1 and 64, with and without CUDA graphs; on a CPU it
-is that of `--preset quick`, at batch 1, with and without compiled steps. Decoding is timed only if it is right: on a
-small model in float64, its steps are compared with one pass over the whole sequence. This package and the reference run
+On a GPU, the model is that of `train_mac.py --preset full`, at batch 1 and 64, with and without CUDA graphs; on a CPU
+it is that of `--preset quick`, at batch 1, with and without compiled steps. Decoding is timed only if it is right: the
+steps of a small model in float64 are compared with one pass over the whole sequence. This package and the reference run
 alternately, each in a new process. A timed call of `sample` includes reading the prompt of 64 tokens. The first call,
 which captures CUDA graphs and compiles, is reported separately.
 
@@ -83,7 +83,7 @@ def check(device: str) -> float:
 
 
 def work(case: dict[str, Any], mode: str, repeats: int) -> dict[str, Any]:
-    """The job of a worker process, with whichever package it imports."""
+    """The job of a worker process, on whichever package it imports."""
     import titans_pytorch
 
     device, batch = case['device'], case['batch']

@@ -23,7 +23,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'docs' / 'benchmarks.md'
 GIB = 2**30
-# memory that CPU tensors free is kept, as by `titans_pytorch.training.keep_freed_memory`, for every package
+# CPU tensors' freed memory is kept, as by `titans_pytorch.training.keep_freed_memory`, for every package alike
 ALLOCATOR = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': str(2**40)}
 
 
@@ -42,18 +42,18 @@ def in_own_process(script: str, path: str, timeout: float | None = None, **job: 
         return {'failed': f'not finished after {timeout:.0f} s'}
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f'status {done.returncode}']
-        # messages of several lines end in something else
+        # the last line of a longer message says nothing
         reason = next((line for line in reversed(lines) if 'Error' in line or 'Exit' in line), lines[-1])
         return {'failed': reason[:200]}
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def together(script: str, jobs: list[tuple[str, dict[str, Any]]], timeout: float) -> Iterator[dict[str, Any]]:
-    """`in_own_process` of all jobs, (PYTHONPATH, arguments), which are prepared at the same time and then take turns;
-    each result as soon as it and those before it are there.
+    """Run `in_own_process` for all jobs, (PYTHONPATH, arguments), which are prepared at the same time and then take
+    turns. Yield each result as soon as it and those before it are there.
 
     Args:
-        timeout: seconds after which a job that is not prepared is given up.
+        timeout: seconds after which a job that is not yet prepared is given up.
     """
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(jobs)) as pool:
         results = [
@@ -69,11 +69,11 @@ def together(script: str, jobs: list[tuple[str, dict[str, Any]]], timeout: float
 
 @contextmanager
 def turn(gate: dict[str, Any] | None) -> Iterator[None]:
-    """In a worker: its turn to measure, once all jobs that `together` has started are prepared."""
+    """In a worker: its turn to measure, which comes once all jobs that `together` has started are prepared."""
     if gate is None:
         yield
         return
-    import fcntl  # which Windows lacks
+    import fcntl  # not available on Windows
 
     signal.alarm(0)
     folder = Path(gate['folder'])
@@ -86,12 +86,12 @@ def turn(gate: dict[str, Any] | None) -> Iterator[None]:
 
 
 def _prepared(folder: str | Path, job: int) -> Path:
-    """The file that tells that a job is prepared."""
+    """The file that says that a job is prepared."""
     return Path(folder) / f'{job} is prepared'
 
 
 def _limit_preparation(gate: dict[str, Any]) -> None:
-    """In a worker: raise an error if it has not come to `turn` in time."""
+    """In a worker: raise an error if it does not reach `turn` in time."""
 
     def give_up(*_: Any) -> None:
         raise TimeoutError(f'not prepared after {gate["timeout"]:.0f} s')
@@ -103,7 +103,7 @@ def _limit_preparation(gate: dict[str, Any]) -> None:
 def by_turns(
     script: str, paths: dict[str, str], rounds: int = 2, timeout: float | None = None, **job: Any
 ) -> dict[str, dict[str, Any]]:
-    """Summaries of runs of each mode under its PYTHONPATH, interleaved so that drift affects all equally."""
+    """Summaries of runs of each mode, with its PYTHONPATH, interleaved so that drift affects all equally."""
     runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in paths}
     for _ in range(rounds):
         for mode, path in paths.items():
@@ -113,7 +113,7 @@ def by_turns(
 
 
 def parsed(parser: argparse.ArgumentParser, work: Callable[..., dict[str, Any]]) -> argparse.Namespace:
-    """The options, including those common to all benchmarks. In a worker process it runs the job and exits."""
+    """The options, including those common to all benchmarks. In a worker process, run the job and exit."""
     parser.add_argument('--reference-path', help='PYTHONPATH of the reference package')
     parser.add_argument('--rounds', type=int, default=2, help='processes per package, interleaved')
     parser.add_argument('--write', action='store_true', help='put the tables into docs/benchmarks.md')
@@ -129,7 +129,7 @@ def parsed(parser: argparse.ArgumentParser, work: Callable[..., dict[str, Any]])
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Median, 10th and 90th percentile of the seconds of all runs, and the highest peak memory in bytes."""
+    """Median, 10th and 90th percentile of the seconds over all runs, and the highest peak memory in bytes."""
     for run in runs:
         if 'failed' in run:
             return run

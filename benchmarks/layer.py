@@ -1,12 +1,12 @@
-"""Time and memory of one memory layer, forward and backward, beside the reference.
+"""Time and memory of one memory layer, forward and backward, compared with the reference.
 
     make bench                                                     (this package alone)
     make bench ARGS="--reference-path /folder/with/the/reference"  (a folder to put on PYTHONPATH)
     make bench ARGS="--kinds step growth --cases 0 1 --repeats 20 --write"
 
-A case is timed only if its numbers are right: in float64 they are compared with the dense backend, which reads the
-sequence in uneven pieces. Then this package (also compiled, and on a GPU as a CUDA graph) and the reference run
-alternately, each time in a new process. Four kinds of measurement:
+A case is timed only if its numbers are right: they are compared in float64 with those of the dense backend, which reads
+the sequence in uneven pieces. Then this package (also compiled, and on a GPU as a CUDA graph) and the reference run
+alternately, each time in a new process. There are four kinds of measurement:
 
     step     a training step: median, 10th to 90th percentile, peak memory, and the speed-up over the reference
     growth   a training step at full length and at an eighth of it, alternately in one process: time per token
@@ -130,7 +130,7 @@ def check(case: Case) -> float:
     return max(((a - b).abs().max() / b.abs().max().clamp(min=1e-9)).item() for a, b in zip(*results))
 
 
-# the jobs of a worker process, with whichever package it imports
+# the jobs of a worker process, on whichever package it imports
 
 
 def build(case: Case) -> torch.nn.Module:
@@ -152,7 +152,7 @@ def training_step(layer: torch.nn.Module, seq: torch.Tensor, mode: str, precisio
     graph, compiled = 'graph' in mode, 'compiled' in mode
 
     def loss(seq: torch.Tensor) -> torch.Tensor:
-        # cached casts of weights would go stale between replays
+        # cached casts of weights would be stale in later replays
         with torch.autocast(seq.device.type, torch.bfloat16, enabled=precision == 'bf16', cache_enabled=False):
             out = layer(seq)[0]
         return out.float().pow(2).mean()
@@ -178,7 +178,8 @@ def step(case: Case, repeats: int, mode: str) -> dict[str, Any]:
 
 
 def growth(case: Case, repeats: int, mode: str) -> dict[str, Any]:
-    """Lengths interleaved, so that drift affects both equally; the short one repeated for equal numbers of tokens."""
+    """Time per token at two lengths, interleaved so that drift affects both equally; the short one is repeated to equal
+    numbers of tokens."""
     layer, lengths = build(case), (case.length // 8, case.length)
     seqs = [torch.randn(case.batch, length, DIM, device=case.device) for length in lengths]
     runs = [training_step(layer, seq, mode, case.precision) for seq in seqs]
@@ -215,7 +216,7 @@ def stream(case: Case, repeats: int, mode: str) -> dict[str, Any]:
 
 
 def longest(case: Case, repeats: int, mode: str) -> dict[str, Any]:
-    """Double the length until memory runs out or the length of the case is reached."""
+    """Double the length until memory runs out or the case's length is reached."""
     layer, length, tried = build(case), 4096, []
     while length <= case.length:
         torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""Sequence mixers that a memory layer is compared with, and of each a loop that computes the same plainly.
+"""Sequence mixers to compare a memory layer with, and for each a plain loop that computes the same.
 
 All are functions of queries, keys and values (b, n, h, d), of gates (b, n, gates) if they have any, and of their own
 learned parameters. Those of flash-linear-attention need its package, `fla-core`.
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 DIM, HEADS, DIM_HEAD, DIM_HIDDEN = 384, 4, 64, 256
-# of the iteration that makes an update orthogonal (Muon)
+# for the iteration that makes an update orthogonal (Muon)
 NEWTON_SCHULZ_STEPS, NEWTON_SCHULZ = 5, (3.4445, -4.7750, 2.0315)
 
 
@@ -24,13 +24,13 @@ class Peer:
     """A mixer.
 
     Args:
-        mix: as fast as it can be.
-        by_loop: the same, in any precision.
-        products: multiplications of a token and head forward, at a given length; those of the recurrence, however it
-            is computed.
-        gates: their number for each token.
-        parameters: draws the learned ones.
-        chunk: tokens that are stored together.
+        mix: the mixer, as fast as it can be.
+        by_loop: the same by a loop, in any precision.
+        products: number of multiplications per token and head in the forward pass, at a given length: those of the
+            recurrence, however it is computed.
+        gates: number of gates per token.
+        parameters: draws the learned parameters.
+        chunk: number of tokens that are stored together.
     """
 
     mix: Callable[..., Tensor]
@@ -161,7 +161,8 @@ def momentum_delta_rule_by_loop(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) 
     return recurrence(*_unit(q, k, dtype=v.dtype), v, retention.unsqueeze(-1), beta, momentum)
 
 
-# TTT-linear (arXiv 2407.04620): the memory is LN(x W + b) + x, and a chunk's gradients are taken before it
+# TTT-linear (arXiv 2407.04620): the memory is LN(x W + b) + x, and a chunk's gradients are taken at the weights before
+# it
 
 
 def norm_parameters() -> tuple[Tensor, Tensor]:
@@ -179,8 +180,8 @@ def ttt_linear(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, weight: Tensor, b
 def ttt_linear_by_loop(
     q: Tensor, k: Tensor, v: Tensor, gates: Tensor, weight: Tensor, bias: Tensor, chunk: int
 ) -> Tensor:
-    """A token reads what those up to it have stored with its own step size, and a chunk stores with its last one's, as
-    in fla."""
+    """As in fla, a token reads what the tokens up to it have stored with its own step size, and a chunk is stored with
+    its last token's step size."""
     q, k, v = (t.transpose(1, 2) for t in (*_unit(q, k, dtype=v.dtype), v))
     steps = (gates.sigmoid() / DIM_HEAD).transpose(1, 2).unsqueeze(-1)
 
@@ -204,11 +205,11 @@ def ttt_linear_by_loop(
     return torch.cat(out, dim=2).transpose(1, 2)
 
 
-# LaCT (arXiv 2505.23884): a SwiGLU memory; a chunk is read before it is stored, by one orthogonal step
+# LaCT (arXiv 2505.23884): a SwiGLU memory; a chunk is read before it is stored, in one orthogonalised step
 
 
 def swiglu_parameters() -> tuple[Tensor, ...]:
-    """Gate, values and output, applied from the right."""
+    """Matrices for gate, values and output, which are applied from the right."""
     wide, narrow = (HEADS, DIM_HEAD, DIM_HIDDEN), (HEADS, DIM_HIDDEN, DIM_HEAD)
     return tuple(torch.randn(shape) / shape[1] ** 0.5 for shape in (wide, wide, narrow))
 
@@ -230,7 +231,7 @@ def orthogonal(x: Tensor) -> Tensor:
 
 
 def of_norm_before(after: Tensor, before: Tensor) -> Tensor:
-    """Weights of each output feature scaled to the norm that they had."""
+    """Weights, with each output feature scaled to the norm that it had before."""
     norm, wanted = (w.norm(dim=-2, keepdim=True) for w in (after, before))
     return after / (norm + 1e-5) * wanted
 
@@ -256,7 +257,7 @@ def large_chunks(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, *weights: Tenso
 
 
 def large_chunks_by_loop(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, *weights: Tensor, chunk: int) -> Tensor:
-    """With gradients by autograd."""
+    """The same with gradients by autograd."""
     q, k, v = (t.transpose(1, 2) for t in (*_unit(q, k, dtype=v.dtype), v))
     steps = F.softplus(gates).unflatten(-1, (3, HEADS)).permute(2, 0, 3, 1).unsqueeze(-1)
     states, out = [w.expand(len(q), *w.shape) for w in weights], []
@@ -283,7 +284,7 @@ def _swiglu_products(chunk: int) -> float:
 
 
 def _linear(times: int) -> Callable[[int], float]:
-    """Times that a state of `DIM_HEAD` × `DIM_HEAD` is multiplied, which does not depend on the length."""
+    """A number of products with a state of `DIM_HEAD` × `DIM_HEAD`, which does not depend on the length."""
     return lambda length: times * DIM_HEAD**2
 
 

@@ -1,4 +1,4 @@
-"""A memory layer with gradients at the newest weights, beside other sequence mixers of the same width.
+"""A memory layer with gradients at the newest weights, compared with other sequence mixers of the same width.
 
     python benchmarks/peers.py                                   (about 4 minutes on a GPU)
     python benchmarks/peers.py --compile                         (a minute more for each row)
@@ -7,14 +7,14 @@
     python benchmarks/peers.py --rows '*fla*' 'memory, depth 1*' (rows with such names)
     python benchmarks/peers.py --quick                           (a minute on a CPU: does it run?)
 
-Every layer has a norm, projections of width 384 to four heads of 64, and a projection back. Tokens are constant: at
-twice the length, half the sequences. A row is the time of forward and backward under autocast in bf16, as a CUDA graph
-where one can be captured; with `--compile` also that of the layer compiled by `torch.compile`. Before it is timed, a
-memory is compared with the dense backend in float64, and another mixer with a loop over tokens; the error of its output
-in the precision of the row is in the table. So is the share of the GPU's rate in bf16, of the products that the layer
-and its recurrence consist of, however they are computed.
+Every layer has a norm, projections of width 384 to four heads of 64, and a projection back. The number of tokens is
+constant: at twice the length, there are half as many sequences. A row is the time of forward and backward under
+autocast in bf16, as a CUDA graph if one can be captured; with `--compile`, also that of the layer compiled by
+`torch.compile`. Before it is timed, a memory is compared with the dense backend in float64, and any other mixer with a
+loop over tokens; the table has the error of its output in the row's precision. It also has the share of the GPU's bf16
+rate that is reached, counting the products of which the layer and its recurrence consist, however they are computed.
 
-The first step of rows of flash-linear-attention (package `fla-core`) searches for settings, which takes minutes where
+The first step of rows of flash-linear-attention (package `fla-core`) searches for settings, which takes minutes if
 other rows are prepared at the same time.
 """
 
@@ -47,7 +47,7 @@ from harness import (
 from mixers import DIM, DIM_HEAD, DIM_HIDDEN, HEADS, PEERS, Mixer
 from torch import Tensor, nn
 
-# of dense products in bf16, by what is in the name of a GPU; NVIDIA's data sheets
+# rate of dense products in bf16, from NVIDIA's data sheets, by a part of the GPU's name
 FLOPS_A_SECOND = {'H100': 989e12, 'H200': 989e12}
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -87,12 +87,13 @@ class Row:
         }
 
     def flops(self, length: int) -> float:
-        """Floating-point operations of a token, forward and backward, in products of projections and of the rule."""
+        """Floating-point operations per token, forward and backward, in products of the projections and of the rule."""
         if self.depth == 0:
             peer = PEERS[self.mixer]
             gates, products = peer.gates, peer.products(length)
         else:
-            # step size, momentum and decay; a matrix is multiplied by keys, by gradients twice, and by queries
+            # gates for step size, momentum and decay; each matrix is multiplied by keys, twice by gradients, and by
+            # queries
             widths = [DIM_HEAD, *[DIM_HIDDEN] * (self.depth - 1), DIM_HEAD]
             gates, products = 3 * HEADS, 4 * sum(a * b for a, b in pairwise(widths))
         projections = DIM * (4 * HEADS * DIM_HEAD + gates)
@@ -105,7 +106,7 @@ SPECTRAL = [(16, 128, 2), (64, 64, 2)]
 
 
 def build(row: Row) -> tuple[nn.Module, nn.Module]:
-    """A layer, and one of the same weights that computes the same exactly, in float64."""
+    """A layer, and another with the same weights that computes the same exactly, in float64."""
 
     def build_one(exactly: bool) -> nn.Module:
         torch.manual_seed(0)
@@ -133,12 +134,12 @@ def work(
     compiles: bool,
     gate: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    # TorchScript, through which the reference's scan goes, fails on some GPUs to fuse casts to bfloat16
+    # TorchScript, which the reference's scan uses, fails on some GPUs to fuse casts to bfloat16
     torch._C._jit_set_texpr_fuser_enabled(False)
     layer, exact = build(Row(**row))
 
     def loss(x: Tensor) -> Tensor:
-        # cached casts of weights would go stale between replays
+        # cached casts of weights would be stale in later replays
         with torch.autocast(DEVICE, torch.bfloat16, cache_enabled=False):
             return output(layer, x)
 
@@ -165,7 +166,7 @@ def work(
         if captures:
             try:
                 run = captured(step)
-            except RuntimeError:  # a kernel that cannot be captured
+            except RuntimeError:  # some kernel cannot be captured
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
                 captures = False
@@ -188,13 +189,13 @@ def all_rows() -> list[Row]:
 
 
 def measured(jobs: list[tuple[Row, str, str]], length: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Figures of each job: a row, its name, and the PYTHONPATH of the package."""
+    """Figures of each job, which is a row, its name, and the PYTHONPATH of the package."""
     sizes = dict(length=length, tokens=options.tokens, repeats=options.repeats)
     arguments = [
         (path, dict(row=asdict(row), **sizes, compiles=options.compile and path != options.reference_path))
         for row, _, path in jobs
     ]
-    # the reference, which may need the memory of the whole GPU, comes last and by itself
+    # the reference may need the memory of the whole GPU, so it runs last and alone
     side_by_side = [job for job in arguments if options.together and job[0] != options.reference_path]
     by_themselves = arguments[len(side_by_side) :]
     yield from together(__file__, side_by_side, options.timeout) if side_by_side else ()
@@ -202,7 +203,7 @@ def measured(jobs: list[tuple[Row, str, str]], length: int, options: argparse.Na
 
 
 def best(figures: dict[str, Any]) -> float:
-    """The shorter of the median times, as it is and compiled."""
+    """The shorter of the two median times, uncompiled and compiled."""
     return min(statistics.median(seconds) for seconds in (figures['seconds'], figures['compiled']) if seconds)
 
 
@@ -216,7 +217,7 @@ def time_as_it_is(figures: dict[str, Any]) -> str:
 
 
 def share_of_rate(row: Row, length: int, tokens: int, figures: dict[str, Any]) -> str:
-    """Share of the rate of dense products in bf16, if the GPU's is known."""
+    """Share of the rate of dense products in bf16, if the GPU's rate is known."""
     name = torch.cuda.get_device_name() if DEVICE == 'cuda' else ''
     rate = next((rate for part, rate in FLOPS_A_SECOND.items() if part in name), None)
     return '–' if rate is None else f'{row.flops(length) * tokens / best(figures) / rate:.1%}'
@@ -250,7 +251,7 @@ def of_one_length(
 def of_lengths(
     jobs: list[tuple[Row, str, str]], results: list[list[dict[str, Any]]], lengths: list[int], tokens: int
 ) -> str:
-    """Table of times, a column for each length."""
+    """Table of times, with a column for each length."""
     cells = []
     for (row, name, _), *figures in zip(jobs, *results):
         times = ['failed' if 'failed' in own else time_as_it_is(own) for own in figures]

@@ -5,7 +5,7 @@
 
 Four pictures are computed here, by memories that were never trained: surprise along a text, retention of a fact, which
 chunk answers, and the step sizes at which a memory stores. The others draw published figures: `mqar`, `needle` and
-`long_text` the tables of `docs/benchmarks.md`, `learning` the rows of `learning.csv`.
+`long_text` from the tables of `docs/benchmarks.md`, `learning` from the rows of `learning.csv`.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ STYLE = {
 
 
 def untrained_memory(dim: int, chunk_size: int, step: float, **settings: Any) -> NeuralMemory:
-    """A memory with random projections and constant gates that is asked with the keys under which it stored.
+    """A memory with random projections and constant gates, which is queried with the keys under which it stored.
 
-    Queries, keys and values come from views of their own, so that no value can be computed from its key. The last
-    matrix of the memory network starts at zero: an empty memory answers zero.
+    Queries, keys and values come from separate views, so that no value can be computed from its key. The last matrix of
+    the memory network starts at zero, so an empty memory answers zero.
 
     Args:
-        step: share of the error on a single key that one step removes from a linear memory.
+        step: share of the error on a single key that one step removes in a linear memory.
     """
     memory = NeuralMemory(
         dim,
@@ -65,7 +65,7 @@ def untrained_memory(dim: int, chunk_size: int, step: float, **settings: Any) ->
         qkv_receives_diff_views=True,
         qk_rmsnorm=True,
         mem_model_norm_add_residual=False,
-        # the loss is a mean over `dim` features, and keys have squared length `dim`: a step of 1/2 removes the error
+        # the loss is a mean over `dim` features, and keys have squared length `dim`, so a step of 1/2 removes the error
         default_step_transform_max_lr=step,
         init_adaptive_step_bias=0.0,
         **settings,
@@ -100,8 +100,8 @@ class Reading(NamedTuple):
 def read_with_repetition(dim: int, length: int, start: int, passage: int, after: int) -> Reading:
     """Surprise of an untrained memory along a text.
 
-    The text is the first `length` words of the docstring of `NeuralMemory`, then `passage` of them again from word
-    `start` on, then the next `after` words. At each word the value is the word's random vector, and the key is the
+    The text is the first `length` words of the docstring of `NeuralMemory`, then `passage` of them again, beginning at
+    word `start`, then the next `after` words. At each word the value is the word's random vector, and the key is the
     elementwise product of the vectors of the two words before it.
     """
     torch.manual_seed(0)
@@ -172,8 +172,9 @@ def draw_surprise(small: bool) -> Figure:
 def retention(dim: int, distance: int, sequences: int, **settings: Any) -> Tensor:
     """Cosine similarity between a stored value and the answer to its key after 0 to `distance` further tokens.
 
-    The first token of a sequence stores the fact, the others store random keys and values. The mean over `sequences`.
-    `settings` are those of the memory; by default it is linear, corrects itself at every token and forgets nothing.
+    The first token of a sequence stores the fact, the others store random keys and values. The result is a mean over
+    `sequences`. `settings` are those of the memory; by default it is linear, corrects itself at every token and forgets
+    nothing.
     """
     torch.manual_seed(0)
     defaults = {
@@ -187,7 +188,7 @@ def retention(dim: int, distance: int, sequences: int, **settings: Any) -> Tenso
     keys, values = torch.randn(2, sequences, distance + 1, dim)
     fact = stored_values(memory, values)[:, :1]
     state, similarities = None, []
-    # in pieces, as `state.updates` holds the weights after each token of a call
+    # in pieces, because `state.updates` holds the weights after each token of a call
     for piece in torch.stack((keys[:, :1].expand_as(keys), keys, values)).split(16, dim=2):
         answers, state = memory(piece, state=state)
         similarities.append(torch.cosine_similarity(answers, fact, dim=-1).mean(dim=0))
@@ -247,13 +248,13 @@ def chunk_contributions(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Contribution of each stored chunk to each answer, for a linear memory, by ablation.
 
-    The first half of a sequence stores `chunks` chunks of random keys and values. The second half asks for the same
-    keys and stores nothing: for the earlier half of the chunks in their order, then for the later half in reverse. An
-    ablated run masks one chunk; the difference of its answer is the contribution of that chunk. As all gradients are
+    The first half of a sequence stores `chunks` chunks of random keys and values. The second half queries the same keys
+    and stores nothing: first the earlier half of the chunks in order, then the later half in reverse. An ablated run
+    masks one chunk; the difference that this makes to the answer is the chunk's contribution. Because all gradients are
     taken at the initial weights, which are zero, contributions add up to the answer.
 
-    Returns the contributions, (chunks, sequences, tokens, dim), the answers and the values that were stored under the
-    keys, (sequences, tokens, dim) both, where tokens are those of the second half.
+    Returns the contributions, (chunks, sequences, tokens, dim), and the answers and the values stored under the keys,
+    both (sequences, tokens, dim), where tokens are those of the second half.
     """
     torch.manual_seed(0)
     memory = untrained_memory(
@@ -264,7 +265,7 @@ def chunk_contributions(
     views = torch.stack([torch.cat((of, of[:, asked]), dim=1).flatten(1, 2) for of in (keys, keys, values)])
     stored = torch.ones(chunks + 1, 2 * chunks, dtype=torch.bool)
     stored[:, chunks:] = False
-    stored[range(chunks), range(chunks)] = False  # and the last row is the run without an ablation
+    stored[range(chunks), range(chunks)] = False  # the last row is the run without an ablation
 
     def answers(mask: Tensor) -> Tensor:
         by_token = mask.repeat_interleave(chunk_size).expand(sequences, -1)
@@ -305,8 +306,8 @@ def draw_which_chunk(small: bool) -> Figure:
 def recall_error(chunk_size: int, depth: int, step: float, pairs: int, sequences: int, **settings: Any) -> float:
     """Squared error of the values recalled for the last 16 pairs of a sequence, relative to those of an empty memory.
 
-    Keys are positive, so that they point much the same way. Gradients are taken at the newest weights, momentum is 0.5,
-    and nothing is forgotten.
+    Keys are positive, so they point in much the same direction. Gradients are taken at the newest weights, momentum is
+    0.5, and nothing is forgotten.
     """
     torch.manual_seed(0)
     memory = untrained_memory(
@@ -373,7 +374,7 @@ def draw_stability(small: bool) -> Figure:
 
 
 def results(section: str, first: str = 'model') -> list[dict[str, str]]:
-    """Rows of the table with this first head in a section of `docs/benchmarks.md`, by the heads of their columns."""
+    """Rows, by column heading, of the table with this first heading in a section of `docs/benchmarks.md`."""
     text = RESULTS.read_text().split(f'<!-- {section} -->\n')[1].split(f'<!-- end of {section} -->')[0]
     (own,) = (part for part in text.split('\n\n') if part.startswith(f'| {first} |'))
     heads, _, *rows = ([cell.strip() for cell in line.split('|')[1:-1]] for line in own.strip().splitlines())
@@ -386,14 +387,14 @@ def mean_and_deviation(cell: str) -> tuple[float, float]:
 
 
 def draw_lines(axes: Axes, section: str, columns: list[str], colours: Mapping[str, str]) -> None:
-    """A line for each model over columns of its table: in colour with standard deviations, or grey without."""
+    """A line for each model over columns of its table: in colour with standard deviations, or in grey without."""
     order = [*dict.fromkeys(colours.values())]
     for row in results(section):
         means, deviations = zip(*(mean_and_deviation(row[column]) for column in columns))
         if (name := row['model']) not in colours:
             axes.plot(means, color=GREY, linewidth=1)
             continue
-        # beside each other, so that bars can be told apart
+        # slightly apart, so that error bars can be distinguished
         places = [place + 0.04 * order.index(colours[name]) for place in range(len(columns))]
         within = [[min(d, m) for m, d in zip(means, deviations)], [min(d, 100 - m) for m, d in zip(means, deviations)]]
         axes.errorbar(places, means, within, fmt='o-', color=colours[name], linewidth=2, elinewidth=1, markersize=4)
@@ -446,7 +447,7 @@ def draw_long_text(small: bool) -> Figure:
     for axes, (title, section) in zip(figure.subplots(1, 2, sharey=True), panels.items()):
         for row in results(section, 'position'):
             name, *bits = row.values()
-            # full attention up to the length of training; beyond, it is far off the picture
+            # full attention only up to the training length, because it is far off the picture beyond
             means = [float(of.split()[0]) for of in bits][: 5 if name == 'full attention' else None]
             colour, style = lines[name]
             axes.plot(means, 'o', linestyle=style, color=colour, linewidth=2, markersize=3, label=name)

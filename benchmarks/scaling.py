@@ -3,10 +3,10 @@
     python benchmarks/scaling.py                      # the full preset on 1, 2, 4, … GPUs of this machine
     python benchmarks/scaling.py --processes 1 2      # the quick preset on that many processes where there is no GPU
 
-The processes share the micro batches of a step, so that a step is the same on any number of them. Each count runs under
-`torchrun`, as the script does. First its gradients are compared with those of one process, in fp32; a difference of
-more than one part in a thousand stops the benchmark. On a GPU, with the defaults of the script, replicated steps are
-compiled and captured as CUDA graphs; the layers of a sharded model are compiled.
+The processes share the micro batches of a step, so a step is the same for any number of processes. Each count runs
+under `torchrun`, as the script does. First its gradients are compared with those of one process, in fp32; a difference
+of more than one part in a thousand stops the benchmark. On a GPU, with the script's defaults, replicated steps are
+compiled and captured as CUDA graphs; for a sharded model, the layers are compiled.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def settings(options: argparse.Namespace, **changes: Any) -> Any:
 
 
 def gradient_error(options: argparse.Namespace) -> float:
-    """The difference of the gradients from those of one process, relative to their norm."""
+    """The difference between the gradients and those of one process, relative to their norm."""
     from titans_pytorch.training import MicroStep, choose_machine, shard, share, whole_tensor
 
     train_mac = load_train_mac()
@@ -65,7 +65,7 @@ def gradient_error(options: argparse.Namespace) -> float:
 
 
 def work(options: argparse.Namespace) -> None:
-    """One of the processes. The first one prints the figures."""
+    """The work of one process. The first process prints the figures."""
     from titans_pytorch.training import MicroStep, process_group, rank, shard, share
 
     train_mac = load_train_mac()

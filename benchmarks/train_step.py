@@ -1,12 +1,12 @@
-"""Forward and backward of the model of `train_mac.py` on one micro batch, beside the reference.
+"""Forward and backward of the model of `train_mac.py` on one micro batch, compared with the reference.
 
     python benchmarks/train_step.py --reference-path /folder/with/the/reference --write
     python benchmarks/train_step.py --batches 4 64 --precisions bf16
 
-On a GPU it runs the full preset: eager, captured as a CUDA graph, and compiled and captured, which is the default of
-`train_mac.py`; and the last once more without memory layers, to show their share. On a CPU it runs the quick preset,
+On a GPU, it runs the full preset: eager, captured as a CUDA graph, and compiled and captured, which is the default of
+`train_mac.py`; and the last once more without memory layers, to show their share. On a CPU, it runs the quick preset,
 eager and compiled. This package and the reference run alternately, each time in a new process. `tests/test_golden.py`
-and `tests/integration/test_gpu.py` compare their numbers; here both start from the same seed, and the script stops if
+and `tests/integration/test_gpu.py` compare their numbers; here, both start from the same seed, and the script stops if
 their losses differ by more than 1 %.
 
 The last column is the model FLOP utilisation: the matrix products in the model's equations, forward and twice that for
@@ -27,19 +27,19 @@ from harness import by_turns, gibibytes, machine, milliseconds, own_path, parsed
 
 GPU = torch.cuda.is_available()
 PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}
-"""Peak dense bf16 rate by part of the device name."""
+"""Peak dense bf16 rate by a part of the device name."""
 NO_MEMORY = 'ours, compiled, CUDA graph, no memory layers'
 
 
 def model_flops(model: torch.nn.Module, config: Any) -> float:
-    """Floating-point operations of the matrix products in one forward and backward. It depends on the model alone, not
+    """Floating-point operations of the matrix products in one forward and backward. They depend only on the model, not
     on operations that an implementation adds, repeats or saves."""
     positions = config.BATCH_SIZE * model.num_positions(config.SEQ_LEN)
     linear = sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     keys = config.WINDOW_SIZE + config.NUM_LONGTERM_MEM + config.NUM_PERSIST_MEM
     attention = config.DEPTH * 4 * keys * config.HEADS * config.DIM_HEAD
 
-    # per memory matrix: forward of a row, gradients by input and by weight, and the retrieval of a query
+    # per memory matrix: the forward of a row, its gradients by input and by weight, and the retrieval of a query
     stored, chunks = 8.0, 1 / config.NEURAL_MEM_SEGMENT_LEN
     matrices = [w[0] for memory in model._memories for w in memory.memory_model_parameters if w.ndim > 2]
     memory = sum(stored * w.numel() for w in matrices) * config.NEURAL_MEM_HEADS
@@ -70,7 +70,7 @@ def work(batch: int, precision: str, repeats: int, mode: str) -> dict[str, Any]:
         parameter.data = parameter.data.contiguous()  # in the reference they are views of one storage
     step = train_mac.MicroStep(model, train_mac.choose_machine(config))
     inputs = torch.randint(0, 256, (batch, config.SEQ_LEN + 1), generator=torch.Generator().manual_seed(0))
-    optimizer = torch.optim.SGD(model.parameters())  # for its `zero_grad`, which takes all gradients at once
+    optimizer = torch.optim.SGD(model.parameters())  # only for its `zero_grad`, which handles all gradients at once
 
     def forward_and_backward() -> float:
         loss = step(inputs)

@@ -4,8 +4,8 @@
     python benchmarks/tasks/lengths.py --report runs.jsonl --write
 
 Each model takes a few steps on random windows of text, from the same weights at every length, and with the same number
-of bytes in a step as far as a window is no longer. A row has the loss of the last steps, which is to fall from eight
-bits per byte, and the largest norm of a gradient, before clipping.
+of bytes per step unless a single window is longer. A row has the loss of the last steps, which should fall from eight
+bits per byte, and the largest norm of a gradient before clipping.
 """
 
 from __future__ import annotations

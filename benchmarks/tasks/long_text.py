@@ -4,18 +4,17 @@
     python benchmarks/tasks/long_text.py --report runs.jsonl --plot long_text.png --write
 
 Models train for `--seconds` on random windows of 4,096 bytes. They are tested on windows of 65,536 bytes of other text,
-sixteen times as long, which they read as a stream: in pieces, each call with the state that the last one returned, so
-that memory use is constant. Attention sees 512 bytes back, in windows that slide or, in MAC, in blocks of 512. Through
-four layers of sliding windows a byte can depend on the 2,048 before it: beyond that, only a memory can make bits per
-byte fall.
+sixteen times as long, which they read as a stream: in pieces, where each call gets the state that the last one
+returned, so that memory use is constant. Attention sees 512 bytes back, in windows that slide or, in MAC, in blocks of
+512. Through four layers of sliding windows, a byte can depend on the 2,048 bytes before it; beyond that, only a memory
+can make bits per byte fall.
 
-With `--save runs` each model is left in a folder that `python -m titans_pytorch` opens:
+With `--save runs`, each model is saved to a folder that `python -m titans_pytorch` can open:
 
     python -m titans_pytorch generate --run 'runs/LMM, seed 0' --file beginning.c
 
-Models train one after the other, so that each has the device to itself. Time counts from the second step on: building,
-compiling and capturing come before. With `--compile` the training step is compiled, which needs a minute for each
-model.
+Models train one after another, so that each has the device to itself. Time counts from the second step on, after
+building, compiling and capturing. With `--compile`, the training step is compiled, which takes a minute for each model.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ SIZES = {
     'use_flex_attn': True,
 }
 EDGES = (0, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
-"""Positions are put into bins between these, as far as the windows reach."""
+"""Edges of the bins of positions, as far as the windows reach."""
 
 SMALL = {
     **{'trained': 256, 'tested': 1024, 'stride': 1024, 'piece': 256, 'batch': 8, 'edges': (0, 32, 64, 128, 256, 512)},
@@ -62,11 +61,11 @@ def loss(model: nn.Module, batch: Tensor) -> Tensor:
 
 @torch.no_grad()
 def bits_of_stream(model: nn.Module, windows: Tensor, piece: int) -> Tensor:
-    """Bits of each byte but the first of the windows (batch, length + 1), which the model reads in pieces."""
+    """Bits of each byte but the first in windows (batch, length + 1), which the model reads in pieces."""
     state, bits = None, []
     for start in range(0, windows.shape[1] - 1, piece):
         given = windows[:, start : start + piece + 1]
-        # FlexAttention would compile for every number of keys that a state holds
+        # FlexAttention would be compiled for every number of keys that a state can hold
         logits, state = model(given[:, :-1], state=state, return_state=True, disable_flex_attn=True)
         losses = F.cross_entropy(at_least_float32(logits).flatten(0, 1), given[:, 1:].flatten(), reduction='none')
         bits.append(losses.view(len(windows), -1) / math.log(2))
@@ -76,10 +75,11 @@ def bits_of_stream(model: nn.Module, windows: Tensor, piece: int) -> Tensor:
 def bits_by_position(
     model: nn.Module, text: Tensor, length: int, stride: int, piece: int, batch: int, edges: tuple[int, ...]
 ) -> Tensor:
-    """Mean bits per byte in each bin of positions, of each window of the text: (windows, bins).
+    """Mean bits per byte in each bin of positions, for each window of the text: (windows, bins).
 
-    Windows begin every `stride` bytes. Bins at least as long cover nearly the same bytes, shorter ones different
-    samples of them: small differences between bins may be those of the text. All models read the same bytes.
+    Windows begin every `stride` bytes. Bins at least that long cover nearly the same bytes; shorter bins cover
+    different samples of them, so small differences between those may come from the text. All models read the same
+    bytes.
     """
     windows = text.unfold(0, length + 1, stride)
     on_gpu = text.is_cuda
@@ -94,7 +94,7 @@ def bits_by_position(
 
 
 class Clock:
-    """Time of training: the wall time from `start`, which waits for the device."""
+    """Training time: wall time since `start`, which waits for the device."""
 
     def __init__(self, seconds: float | None, on_gpu: bool):
         self.seconds, self.on_gpu = seconds, on_gpu
@@ -111,7 +111,7 @@ class Clock:
         return 0.0 if self.started is None else time.perf_counter() - self.started
 
     def progress(self) -> float:
-        """The share of the time that is over; 0 without a limit."""
+        """The share of the time that has passed; 0 without a limit."""
         return 0.0 if self.seconds is None else self.elapsed() / self.seconds
 
 
@@ -121,7 +121,7 @@ def train(
     clock: Clock,
     name: str,
 ) -> dict[str, Any]:
-    """Train until the time is up, or for all steps; what was done, and norms of the gradients."""
+    """Train until the time is up, or for all steps; return what was done, and norms of the gradients."""
     norms, losses, running = [], [], []
     for step in range(trainer.training.steps):
         losses.append(trainer.step(batches()).clone())
@@ -131,7 +131,7 @@ def train(
         elif step % 100 == 0:
             print(f'  {name}, step {step}: loss {losses[-1].item():.4f}, {clock.elapsed():.0f} s', flush=True)
         if clock.on_gpu:
-            # one step ahead of the device and no more, so that steps are counted in the time in which they run
+            # at most one step ahead of the device, so that steps are counted within the time in which they run
             running.append(torch.cuda.current_stream().record_event())
             running[-2:][0].synchronize()
         if clock.progress() >= 1:
@@ -163,10 +163,10 @@ def run(
     save: Path | None = None,
     **sizes: Any,
 ) -> dict[str, Any]:
-    """Train one model and test it. Without a file `test`, the last twentieth of `data` is for testing.
+    """Train one model and test it. Without a `test` file, the last twentieth of `data` is for testing.
 
     Args:
-        save: a folder for the folders of the trained models.
+        save: a folder in which to put the folders of the trained models.
     """
     text = texts.read(data).to(training.device)
     held_out = text[len(text) * 19 // 20 :] if test is None else texts.read(test).to(training.device)
@@ -265,7 +265,7 @@ def report(options: argparse.Namespace, where: str, results: list[dict[str, Any]
 
 
 def conditions(results: list[dict[str, Any]]) -> str:
-    """A sentence on training and testing in these runs."""
+    """A sentence on how these runs were trained and tested."""
     seconds = {round(result['trained_seconds']) for result in results}
     time_of_each = f'{min(seconds)} s' if len(seconds) == 1 else f'{min(seconds)}–{max(seconds)} s'
     first = results[0]
@@ -280,8 +280,8 @@ def conditions(results: list[dict[str, Any]]) -> str:
 def differences(own: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> list[tuple[float, float]]:
     """Difference in bits per byte from the baseline in each bin, and its standard error over sections of text.
 
-    Windows that begin in the same section, as long as a window, count as one, as most of their bytes are the same.
-    Seeds that have diverged are left out, as in the other tables.
+    Windows that begin in the same section, which is as long as a window, count as one, because most of their bytes are
+    the same. Seeds that diverged are left out, as in the other tables.
     """
 
     def by_window(results: list[dict[str, Any]]) -> Tensor:
@@ -297,7 +297,7 @@ def differences(own: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> li
 
 
 def plot(picture: Path, grouped: dict[str, list[dict[str, Any]]]) -> None:
-    """Bits per byte by position, with one line per model: the mean of its seeds, over the middle of each bin."""
+    """Plot bits per byte by position, one line per model: the mean over its seeds, at the middle of each bin."""
     from matplotlib.figure import Figure
 
     axes = (figure := Figure(figsize=(8, 4.5), layout='constrained')).subplots()

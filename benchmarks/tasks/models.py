@@ -28,7 +28,7 @@ SINGLE_TOKENS = {'neural_memory_segment_len': 1, 'neural_memory_batch_size': 1}
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     # windows longer than any text
     'full attention': ('mag', {'neural_memory_layers': (), 'segment_len': 2**20}),
-    # as in Gated DeltaNet: each token is stored by a step of its own
+    # as in Gated DeltaNet, each token is stored in a step of its own
     'gated delta rule': ('lmm', SINGLE_TOKENS),
 }
 HYBRIDS = {f'{name}, one memory': ARCHITECTURES[name] for name in ('MAC', 'MAG', 'MAL')}
@@ -52,22 +52,22 @@ def build(name: str, seed: int, **options: Any) -> Transformer:
         for module in model.modules():
             decay = getattr(module, 'to_decay_factor', None)
             if isinstance(decay, nn.Sequential):
-                decay.requires_grad_(False)  # at its logit nothing is forgotten
+                decay.requires_grad_(False)  # at this logit, nothing is forgotten
     return model
 
 
 def config(name: str, memory_batch: int | None = None, memory: Mapping[str, Any] = {}, **sizes: Any) -> dict[str, Any]:
-    """Configuration of one of `MODELS`, with feedforwards widened so that all models have as many parameters as the
+    """Configuration of one of `MODELS`, with feedforwards widened so that every model has as many parameters as the
     largest, to within 12 · dim · depth.
 
-    Without `memory_batch` gradients are taken at the initial weights of the memories, except in models that store
-    single tokens, and in the paper's order, where a memory batch is a segment, stored as one chunk. `memory` are
-    arguments of all memories, except where a model has its own; `sizes` are arguments common to all models.
+    Without `memory_batch`, gradients are taken at the initial weights of the memories, except in models that store
+    single tokens, and in the paper's order, where a memory batch is a segment that is stored as one chunk. `memory`
+    holds arguments of all memories that a model may override; `sizes` are arguments common to all models.
     """
     common = {'memory_batch': memory_batch, 'memory': memory, 'sizes': sizes}
     if (key := repr(common)) not in _largest:
         _largest[key] = max(_count(other, **common) for other in MODELS)
-    # a feedforward of width w has about 3 · dim · w weights; products need widths that are multiples of 8 to be fast
+    # a feedforward of width w has about 3 · dim · w weights; products are fast only if widths are multiples of 8
     missing = _largest[key] - _count(name, **common)
     dim, depth = sizes['dim'], sizes['depth']
     width = 8 * round((8 / 3 * dim + missing / (3 * dim * depth)) / 8)
@@ -76,7 +76,7 @@ def config(name: str, memory_batch: int | None = None, memory: Mapping[str, Any]
 
 
 _largest: dict[str, int] = {}
-"""Parameters of the largest model, by the arguments common to all."""
+"""Number of parameters of the largest model, by the arguments common to all."""
 
 
 def _count(name: str, **common: Any) -> int:
@@ -91,13 +91,13 @@ def _config(
     heads = sizes['dim'] // sizes['dim_head']
     common: dict[str, Any] = {**sizes, 'heads': heads, 'ff_mult': ff_mult, **kwargs}
     if architecture != 'mac':
-        common.pop('position_length', None)  # has no positions of chunks
+        common.pop('position_length', None)  # this model has no positions of chunks
     if name in HYBRIDS:
-        # in the middle, where tokens know the ones before them
+        # in the middle, where tokens already know the ones before them
         common['neural_memory_layers'] = (max(1, sizes['depth'] // 2),)
     if 'paper_order' in kwargs:
         memory_batch = common['neural_memory_segment_len'] = sizes['segment_len']
-        common.pop('use_flex_attn', None)  # has no such implementation
+        common.pop('use_flex_attn', None)  # this model has no such implementation
     else:
         memory_batch = common.setdefault('neural_memory_batch_size', memory_batch)
     memory = {'heads': heads, 'dim_head': sizes['dim_head'], **memory}

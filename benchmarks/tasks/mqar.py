@@ -8,9 +8,9 @@
         --learning-rate 3e-3 --vocabulary 512 --trained 256/32 --tested 256/32 512/64 1024/128
 
 A sequence begins with pairs of a key and a value. Each key appears once more later, as a query whose answer is its
-value. Half of the vocabulary of 8,192 is keys. Training goes from 64 tokens with 4 pairs to 256 with 64, tests go up to
-1,024 with 256; attention sees 64 tokens back. Positions of queries follow Zoology's power law (exponent 0.01), and the
-rest of the sequence is random values.
+value. Half of the vocabulary of 8,192 is keys. Training goes from 64 tokens with 4 pairs to 256 with 64, and tests go
+up to 1,024 with 256; attention sees 64 tokens back. Positions of queries follow Zoology's power law (exponent 0.01),
+and the rest of the sequence consists of random values.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def examples(
     tokens = torch.randint(half, vocabulary, (batch, length), generator=generator, device=device)
     tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
 
-    # every second position after the pairs, without replacement, early ones more likely
+    # every second position after the pairs, drawn without replacement; early ones are more likely
     num_places = (length - 2 * pairs) // 2
     log_odds = (0.01 - 1) * torch.arange(1, num_places + 1, device=device).log()
     noise = -(-torch.rand(batch, num_places, generator=generator, device=device).log()).log()
@@ -56,7 +56,7 @@ def examples(
 
 
 def answers(model: nn.Module, tokens: Tensor, places: Tensor) -> Tensor:
-    """Logits at the queries alone, because the vocabulary is large."""
+    """Logits only at the queries, because the vocabulary is large."""
     hidden = model(tokens, return_hidden=True)
     return model.to_logits(hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])))
 

@@ -1,4 +1,4 @@
-"""A needle in text: a key and its value hidden in enwik8, and a question for the value far behind them.
+"""A needle in text: a key and its value hidden in enwik8, and a question for the value long after them.
 
     python benchmarks/tasks/needle.py --data enwik8.gz                (all models, three seeds)
     python benchmarks/tasks/needle.py --report runs.jsonl --write
@@ -8,8 +8,8 @@ four random letters each. Tests use 2K to 16K bytes; an answer is right if all f
 sees 128 bytes back.
 
 Models train as language models on text with many needles, each asked for at a later position, at lengths of 256 to
-2,048 bytes in turn: one answer in two thousand bytes would teach nothing in so few steps. The loss on the answers has
-the same weight as the loss on the text.
+2,048 bytes in turn, as one answer in two thousand bytes would teach nothing in so few steps. The loss on the answers
+has the same weight as the loss on the text.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _letters(size: int, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _marked(keys: Tensor, values: Tensor) -> Tensor:
-    """`[[key=value]]`, bytes (batch, count, NEEDLE)."""
+    """`[[key=value]]` as bytes, (batch, count, NEEDLE)."""
 
     def fixed(text: bytes) -> Tensor:
         return torch.tensor([*text], device=keys.device).expand(*keys.shape[:2], -1)
@@ -66,8 +66,8 @@ def hidden_needle(batch: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def hidden_needles(batch: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Bytes (batch, length) with so many needles, each of which comes again, its value then being the answer; and where
-    the answers are, (batch, count · LETTERS)."""
+    """Bytes (batch, length) with `count` needles, each of which appears again later as a question, with its value as
+    the answer; and the positions of the answers, (batch, count · LETTERS)."""
     size, length = batch.shape
     device = batch.device
     needles = _marked(_letters(size, count, generator), _letters(size, count, generator))

@@ -43,8 +43,8 @@ class Training:
 class Trainer:
     """AdamW with warm-up, cosine decay and gradient clipping; on a GPU in bf16, with one CUDA graph per batch shape.
 
-    `progress` is the share of the training done before a step, for training that ends after some time rather than
-    `steps`; the first twentieth is the warm-up. `norm` is the norm of the last gradients, before clipping.
+    `progress` maps a step to the share of the training done before it, for training that ends after some time rather
+    than after `steps`; the first twentieth is the warm-up. `norm` is the norm of the last gradients, before clipping.
     """
 
     norm: Tensor
@@ -73,7 +73,7 @@ class Trainer:
         self.parameters = decayed + others
         self.model, self.on_gpu = model, on_gpu
         if training.compile:
-            torch.compiler.reset()  # of one function Dynamo keeps the graphs of eight models, and runs others eagerly
+            torch.compiler.reset()  # Dynamo keeps graphs of eight models per function, and runs others eagerly
         self.loss = torch.compile(loss, fullgraph=True) if training.compile else loss
         self.graphs: dict[tuple[torch.Size, ...], tuple[list[Tensor], Callable[[], Any], Tensor]] = {}
 
@@ -108,13 +108,13 @@ class Trainer:
 
 
 def right(logits: Tensor, targets: Tensor) -> Tensor:
-    """1 where the target has the largest logit, else 0; NaN where logits are, as after training has diverged."""
+    """1 where the target has the largest logit, else 0; NaN where logits are NaN, as in a diverged model."""
     found = (logits.argmax(dim=-1) == targets).float()
     return found.masked_fill(logits.isnan().any(dim=-1), math.nan)
 
 
 def train(trainer: Trainer, batches: Iterator[tuple[Tensor, ...]]) -> int:
-    """Train until the steps or the seconds are over; returns the number of steps done."""
+    """Train until the steps or the seconds are up; return the number of steps done."""
     training, started = trainer.training, time.perf_counter()
     for step in range(training.steps):
         loss = trainer.step(*next(batches))
@@ -197,7 +197,7 @@ def noted(name: str, seed: int, run: Callable[[str, int], dict[str, Any]], notes
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Mean and standard deviation over the seeds; diverged ones are counted and excluded."""
+    """Mean and standard deviation over the seeds; seeds that diverged are counted and excluded."""
     finite = [value for value in values if math.isfinite(value)]
     diverged = f' ({len(values) - len(finite)} diverged)' if len(finite) < len(values) else ''
     if not finite:

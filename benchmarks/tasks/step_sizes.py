@@ -4,9 +4,9 @@
     python benchmarks/tasks/step_sizes.py --report runs.jsonl --write
 
 A small `LongTermMemoryModel` trains on MQAR (see `mqar.py`), with gradients of its memories at the newest weights: 4
-pairs in 32 tokens where a chunk has 4 tokens, 16 in 128 where it has 16. A step size of 1 moves the value of a key all
-the way, in a linear memory and by a plain step; that is where steps start, and they can learn to be twice as large.
-Training has diverged where the loss is not finite, or above 50.
+pairs in 32 tokens for chunks of 4 tokens, 16 pairs in 128 tokens for chunks of 16. In a linear memory, a plain step of
+size 1 moves the value of a key all the way to its target. Step sizes start there, and can learn to be twice as large.
+Training counts as diverged if the loss is not finite, or above 50.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from titans_pytorch.presets import memory_settings
 
 VOCABULARY, TOKENS = 64, 1024
 DIM, DIM_HEAD = 64, 32
-# tokens of a chunk: tokens and pairs of a sequence
+# tokens per chunk: tokens and pairs per sequence
 SEQUENCES = {4: (32, 4), 16: (128, 16)}
 DEPTHS = (1, 2, 3)
 STEP_SIZES = {'1/16': 1 / 16, '1/4': 1 / 4, '1': 1.0, '4': 4.0}
@@ -42,7 +42,7 @@ CELLS = {cell(*own): own for own in itertools.product(SEQUENCES, DEPTHS, STEPS, 
 
 
 def run(name: str, seed: int, training: runs.Training) -> dict[str, Any]:
-    """Train one model until it diverges, or for all steps, and test it on sequences of the length of training.
+    """Train one model until it diverges, or for all steps, and test it on sequences of the training length.
 
     `training.seconds` has no effect.
     """

@@ -4,11 +4,11 @@
     python benchmarks/tasks/word_problem.py --group 2 --models "linear, steps to 2" attention
     python benchmarks/tasks/word_problem.py --small                         (two CPU cores)
 
-Every token swaps two of n items, or none, and its target is the order that all swaps so far lead to, one of n! classes.
-Two items are parity. With five the problem is complete for NC¹, so that a model whose depth does not grow with the
-length, such as a transformer or a diagonal recurrence, solves it to a limited length only (arXiv 2404.08819). A swap is
-a reflection, I − 2 k kᵀ, which a linear memory performs with a step of 2 (arXiv 2411.12537); a step that stores a value
-is one of 1. Titans' Theorem 4.1 claims the problem for deep memories.
+Every token swaps two of n items, or none. Its target is the order that results from all swaps so far, one of n!
+classes. With two items this is parity. With five, the problem is complete for NC¹, so a model whose depth does not grow
+with the length, such as a transformer or a diagonal recurrence, solves it only up to a limited length (arXiv
+2404.08819). A swap is a reflection, I − 2 k kᵀ, which a linear memory performs with a step of 2 (arXiv 2411.12537); a
+step of 1 stores a value. Titans' Theorem 4.1 claims that deep memories solve the problem.
 
 Models train on sequences of 32 tokens and are tested, at the last token, on longer ones too. Chunks and memory batches
 are single tokens, without momentum.
@@ -35,8 +35,8 @@ TRAINED, TESTED = 32, [8, 16, 32, 64, 128]
 SIZES = {'dim': 128, 'depth': 2, 'dim_head': 64}
 SMALL = {'dim': 32, 'dim_head': 16, 'batch': 16, 'trained': 8, 'tested': [8, 16], 'group': 2}
 
-# depth of the memory, and its largest step, relative to one that moves a value all the way; `None`: proximal steps,
-# which need no limit
+# depth of the memory, and its largest step size relative to one that moves a value all the way to its target; `None`:
+# proximal steps, which need no limit
 MEMORIES: dict[str, tuple[int, float | None]] = {
     'linear, steps to 1': (1, 1.0),
     'linear, steps to 2': (1, 2.0),
@@ -49,7 +49,7 @@ MODELS = ['attention', *MEMORIES]
 
 
 def group_table(n: int) -> Tensor:
-    """The order that each swap leads to from each order, (n!, number of swaps)."""
+    """The order that each swap produces from each order, (n!, number of swaps)."""
     orders = [*itertools.permutations(range(n))]
     index = {order: number for number, order in enumerate(orders)}
     swaps = [(0, 0), *itertools.combinations(range(n), 2)]
@@ -63,7 +63,7 @@ def group_table(n: int) -> Tensor:
 
 
 def examples(batch: int, length: int, table: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Swaps and the order after each of them, (batch, length)."""
+    """Swaps, and the order after each of them, (batch, length)."""
     swaps = torch.randint(table.shape[1], (batch, length), generator=generator, device=generator.device)
     order, orders = torch.zeros_like(swaps[:, 0]), []
     for swap in swaps.unbind(1):
@@ -83,7 +83,7 @@ def batches(batch: int, length: int, table: Tensor, generator: torch.Generator) 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, length: int, table: Tensor, generator: torch.Generator) -> float:
-    """At the last token."""
+    """Accuracy at the last token."""
     swaps, orders = examples(512, length, table, generator)
     parts = zip(swaps.split(128), orders[:, -1].split(128))
     return torch.cat([runs.right(model(part)[:, -1], last) for part, last in parts]).mean().item()
@@ -98,7 +98,7 @@ def build(name: str, seed: int, num_tokens: int, longest: int, **sizes: Any) -> 
     depth, largest = MEMORIES[name]
     changes: dict[str, Any] = {'momentum': False, 'default_model_kwargs': {'depth': depth, 'expansion_factor': 2.0}}
     if largest is not None:
-        # half the features of a head move a value all the way
+        # a step of half the number of a head's features moves a value all the way
         step = largest * sizes['dim_head'] / 2
         changes |= {'proximal_steps': False, 'default_step_transform_max_lr': step, 'init_adaptive_step_bias': None}
     return LongTermMemoryModel(
