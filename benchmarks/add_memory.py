@@ -98,8 +98,7 @@ def build(width: int, depth: int, window: int) -> MistralForCausalLM:
 def train(
     model: MistralForCausalLM, data: np.ndarray, groups: list[dict], seconds: float, length: int, batch: int
 ) -> int:
-    """Train for so many seconds, with a learning rate that rises immediately and falls to zero; return the steps
-    taken."""
+    """Train for some seconds, with a learning rate that rises immediately and falls to zero; return the steps taken."""
     parameters = [parameter for group in groups for parameter in group['params']]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=DEVICE == 'cuda')
     highest = [group['lr'] for group in groups]

@@ -161,8 +161,7 @@ def momentum_delta_rule_by_loop(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) 
     return recurrence(*_unit(q, k, dtype=v.dtype), v, retention.unsqueeze(-1), beta, momentum)
 
 
-# TTT-linear (arXiv 2407.04620): the memory is LN(x W + b) + x, and a chunk's gradients are taken at the weights before
-# it
+# TTT-linear (arXiv 2407.04620): the memory is LN(x W + b) + x; a chunk's gradients are taken at the weights before it
 
 
 def norm_parameters() -> tuple[Tensor, Tensor]:

@@ -92,8 +92,7 @@ class Row:
             peer = PEERS[self.mixer]
             gates, products = peer.gates, peer.products(length)
         else:
-            # gates for step size, momentum and decay; each matrix is multiplied by keys, twice by gradients, and by
-            # queries
+            # gates: step size, momentum, decay; a matrix is multiplied by keys, twice by gradients, and by queries
             widths = [DIM_HEAD, *[DIM_HIDDEN] * (self.depth - 1), DIM_HEAD]
             gates, products = 3 * HEADS, 4 * sum(a * b for a, b in pairwise(widths))
         projections = DIM * (4 * HEADS * DIM_HEAD + gates)

@@ -59,7 +59,7 @@ class MACBlock(Block):
     """Memory (in some layers), attention and feedforward, each inside a hyper-connection.
 
     The parts are in the order of the reference's checkpoints: `layers.0.4` is the first layer's memory, and so is
-    `model.layers[0][4]`. Unlike the reference's, the block is no `ModuleList`, because FSDP2 refuses those (PyTorch
+    `model.layers[0][4]`. Unlike the reference's, the block is not a `ModuleList`, because FSDP2 refuses those (PyTorch
     2.11).
 
     Args:
@@ -355,8 +355,7 @@ class MemoryAsContextTransformer(Transformer, InReferenceFormat):
             raise ValueError('paper_order retrieves for each token separately, and neural_memory_model mixes them')
 
     def _num_position_chunks(self, position_length: int | None) -> int | None:
-        """Number of memory chunks that this many tokens take up with the memory tokens between them; `None` for no
-        limit."""
+        """Number of memory chunks of this many tokens and the memory tokens between them; `None` for no limit."""
         if position_length is None:
             return None
         (position_length,) = check_positive(position_length=position_length)

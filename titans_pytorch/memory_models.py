@@ -86,8 +86,7 @@ class ResidualNorm(Resettable):
 
 
 class MemoryMLP(Resettable):
-    """`depth` matrices with GELU between them and hidden width `dim * expansion_factor`. `depth=1` is a linear
-    memory."""
+    """`depth` matrices with GELU in between; hidden width `dim * expansion_factor`. `depth=1` is a linear memory."""
 
     rowwise = True
 
@@ -106,8 +105,7 @@ class MemoryMLP(Resettable):
     def through(
         matrices: Iterable[Matrix], x: Float[Tensor, '... d'], linear: Callable[[Tensor, Matrix], Tensor]
     ) -> Float[Tensor, '... d']:
-        """Apply `matrices` to rows; they may be anything that `linear` accepts as a matrix, such as tensors or
-        names."""
+        """Apply `matrices` to rows; they are whatever `linear` accepts as a matrix, such as tensors or names."""
         for layer, matrix in enumerate(matrices):
             x = linear(F.gelu(x) if layer > 0 else x, matrix)
         return x

@@ -284,8 +284,7 @@ class NeuralMemory(Resettable, InReferenceFormat):
             engine, model, dim_head, store_chunk_size * num_kv_per_token, spectral_norm_surprises, proximal_steps
         )
         if checkpoint_every is not None and self._backend_class is DenseBackend:
-            # the dense backend takes gradients with torch.func, which keeps saved tensors: checkpoints would save
-            # nothing
+            # the dense backend uses torch.func, which keeps saved tensors: checkpoints would save no memory
             raise ValueError("checkpoint_every needs engine='dual', and this memory is dense")
         self._hold(model)
         self.transition_gate = Parameter(torch.empty(1)) if gated_transition else None

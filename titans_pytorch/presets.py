@@ -17,8 +17,8 @@ def memory_settings(heads: int, dim_head: int, memory_batch: int | None = None, 
     """Arguments of `NeuralMemory` for the memory of section 4.4; `changes` override them.
 
     SiLU and a convolution on queries, keys and values; l2-normalised queries and keys; a normalised and gated output;
-    and a plain MLP as the network. The paper specifies neither step sizes nor initial gates. Here decay starts below 1
-    % per chunk, because a memory that forgets faster from the start learns to retain little.
+    and a plain MLP as the network. The paper specifies neither step sizes nor initial gates. Here decay starts below
+    1 % per chunk, because a memory that forgets faster from the start learns to retain little.
 
     Step sizes: the loss is a mean over `dim_head` features, so a step size of dim_head / 2 moves the value retrieved
     for a key of norm 1 all the way to its target. That is the maximum if gradients are taken at the initial weights (no

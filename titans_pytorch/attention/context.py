@@ -78,8 +78,7 @@ class ContextAttention(SegmentedAttention):
         return linear_of_token(self.to_out, out)[0], heads_of(projected, self.heads)[2]
 
     def _project_pair(self, seq: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of `seq`, and keys and values of both inputs, interleaved: each position's own, then its
-        context's."""
+        """Queries of `seq`; keys and values of both inputs, interleaved: each position's own, then its context's."""
         queries, *own = heads_of(self.to_qkv(self.norm(seq)), self.heads)
         _, *of_context = heads_of(self.to_qkv(self.norm(context.to(seq.dtype))), self.heads)
         keys, values = (torch.stack(pair, dim=-2).flatten(-3, -2) for pair in zip(own, of_context))

@@ -109,8 +109,7 @@ def _block_mask(seq_len: int, window: int, num_persistent: int, sliding: bool, d
 
 
 def _chosen(blocks: Bool[Tensor, 'q k']) -> tuple[Int[Tensor, '1 1 q'], Int[Tensor, '1 1 q k']]:
-    """For each block of queries, how many blocks of keys are chosen, and their indices, followed by those of the
-    others."""
+    """For each block of queries, the number of chosen blocks of keys, and their indices, followed by the others."""
     indices = blocks.to(torch.int8).argsort(dim=1, descending=True, stable=True)
     return blocks.sum(dim=1).int()[None, None], indices.int()[None, None]
 

@@ -61,8 +61,7 @@ class Rotary(RotaryEmbedding):
     def forward(
         self, t: Float[Tensor, '... n'], seq_len: int | None = None, offset: int = 0
     ) -> Float[Tensor, '... n d']:
-        """Angles at positions `t`, in the precision of `freqs` but at least float32; the other arguments have no
-        effect."""
+        """Angles at positions `t`, in the precision of `freqs` but at least float32; other arguments have no effect."""
         dtype = torch.promote_types(self.freqs.dtype, torch.float32)
         # adjacent features share an angle
         return (t.to(dtype).unsqueeze(-1) * self.freqs.to(dtype)).repeat_interleave(2, dim=-1)

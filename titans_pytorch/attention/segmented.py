@@ -271,8 +271,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         return keys, values
 
     def trimmed(self, key_values: KeyValues, position: int) -> KeyValues:
-        """Keys and values visible from `position` on: the last window if windows slide, otherwise the incomplete
-        one."""
+        """Keys and values visible from `position` on: the last window if windows slide, else the incomplete one."""
         length = key_values[0].shape[-2]
         visible = min(length, self.num_visible(position) * self.keys_per_position)
         keys, values = (t[..., length - visible :, :].clone() for t in key_values)
@@ -371,8 +370,7 @@ class SegmentedAttention(Resettable, InReferenceFormat):
         """Attend window by window; a sliding window sees the window before it too."""
         batch, length, window = queries.shape[0], queries.shape[-2], self.total_segment_len
         num_cached = keys.shape[-2] - length
-        # padding a short sequence to a long window would cost time and memory; comparing a symbolic length would limit
-        # it
+        # padding a short sequence to a long window costs time and memory; comparing a symbolic length would limit it
         in_one = isinstance(length, int) and keys.shape[-2] == length <= window
         window = length if in_one else window
         # windows begin at the start of the sequence; no query sees positions before `first`
@@ -445,8 +443,7 @@ _NEUTRAL_OPTIONS = {'causal', 'flash', 'dropout'}  # options of `Attend` that ch
 
 
 def _attend(**kwargs: Any) -> Attend:
-    """Attention by x_transformers, except that the softmax of float64 is in float64, where x_transformers has
-    float32."""
+    """Attention by x_transformers, but with the softmax of float64 in float64 instead of float32."""
     attend = Attend(causal=True, **kwargs)
     fn = attend.attn_fn
     if isinstance(fn, partial) and fn.func is F.softmax and fn.keywords.get('dtype') is torch.float32:

@@ -17,8 +17,7 @@ def integer(at_least: int = 0, bits: int = 63) -> Callable[[str], int]:
 
 
 def length() -> Callable[[str], int]:
-    """Numbers of tokens by which to continue a text. Added to the length of a text, they are still in PyTorch's
-    range."""
+    """Numbers of tokens by which to continue a text; added to its length, they are still in PyTorch's range."""
     return integer(bits=62)
 
 

@@ -80,8 +80,7 @@ class Request(NamedTuple):
         return len(self.stops) > 0 or not self.has_one_limit
 
     def by_row(self, positions: list[Any], filler: float) -> Tensor:
-        """Results of all positions by row, padded on the right. A row omits its own prompt beyond the shortest
-        prompt."""
+        """Results of all positions by row, padded on the right. A row omits its own prompt beyond the shortest."""
         if not positions:
             return torch.full((len(self.prompt), 0), filler, device=self.prompt.device)
         rows = torch.stack(positions, dim=1)

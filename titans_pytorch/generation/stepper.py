@@ -207,8 +207,7 @@ class CapturedStepper(Stepper):
         return graph
 
     def _warm_up(self, kind: StepKind) -> None:
-        """Run the step before capture, so that kernels are compiled and libraries initialised; then restore the
-        buffers."""
+        """Run the step before capture, to compile kernels and initialise libraries; then restore the buffers."""
         buffers = _tensors(self._state)
         saved = [buffer.clone() for buffer in buffers]
         side = torch.cuda.Stream()

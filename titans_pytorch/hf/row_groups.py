@@ -113,8 +113,7 @@ def check_past(groups: Sequence[RowGroup[Any]], past: Tensor) -> None:
 
 
 def split_by_count(groups: Sequence[G], counts: Sequence[int]) -> list[G]:
-    """Split groups so that all rows of a group have the same of `counts`, which has an entry for each row of the
-    batch."""
+    """Split groups so that all rows of a group have the same count. `counts` has an entry for each row of the batch."""
     parts = []
     for group in groups:
         own = [counts[row] for row in group.rows]

@@ -88,8 +88,7 @@ class Coefficients(NamedTuple):
         return coefficients._with_constant_state(reset.restored(retention))
 
     def _with_constant_state(self, in_weights: Float[Tensor, 'bh n 1']) -> Coefficients:
-        """The same with one more state, which never changes. `in_weights`: its coefficient in the weights after each
-        chunk."""
+        """The same with one more, constant state. `in_weights`: its coefficient in the weights after each chunk."""
         between, final_weights = in_weights.split((in_weights.shape[1] - 1, 1), dim=1)
         states = self.initial_final.shape[2]
         of_constant = torch.cat((final_weights, F.pad(torch.ones_like(final_weights), (0, 0, states - 1, 0))), dim=1)

@@ -224,8 +224,7 @@ class FastWeights(Mapping[str, Tensor]):
             start = end
 
     def after_blocks(self, x: Float[Tensor, 'bh n c d'], first: int) -> Float[Tensor, 'bh _n c d'] | None:
-        """The groups of rows that read the weights after all blocks, if the first reads step `first`; `None` if there
-        are none."""
+        """The groups of rows, from step `first` on, that read the weights after all blocks; `None` if none do."""
         start = self.num_steps - 1
         return x[:, max(start - first, 0) :] if first + x.shape[1] > start else None
 

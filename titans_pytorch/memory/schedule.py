@@ -89,8 +89,7 @@ class QueryGroups(NamedTuple):
         `leading` rows before them, carried over from earlier calls, belong to the first group. `whole`: groups keep the
         size of a chunk, as a memory network that mixes tokens requires; otherwise a single group may be shorter.
         """
-        # token t reads the weights after ⌊(t + 1) / chunk⌋ chunks; among the tokens that do, it is number (t + 1) mod
-        # chunk
+        # token t reads the weights after ⌊(t + 1) / chunk⌋ chunks, and is number (t + 1) mod chunk of those that do
         first_step, offset = divided(position, chunk_size, offset=1)
         size = chunk_size
         if not isinstance(length, torch.SymInt):

@@ -202,8 +202,7 @@ def _warn_of_unused(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -
 
 
 def _check_proximal(settings: Settings, arguments: Mapping[str, Any]) -> None:
-    """Refuse what could make a proximal step overshoot: changing it afterwards, or adding up more steps than
-    planned."""
+    """Refuse what could make proximal steps overshoot: changing them afterwards, or adding up more than planned."""
     needs = 'proximal_steps needs'
     if settings.batch_size is None:
         # without memory batches, the steps of a whole sequence add up

@@ -216,8 +216,7 @@ class MemoryLayout(NamedTuple):
     def _check_weights(
         self, name: str, weights: Mapping[str, Tensor], leading: tuple[int, ...], device: torch.device
     ) -> None:
-        """Check that `weights` belong to this memory's network; the axes `leading` come before those of each
-        parameter."""
+        """Check that `weights` fit this memory's network; the axes `leading` come before those of each parameter."""
         expected = {key: (*leading, *shape) for key, shape in self.parameters.items()}
         _check_tensors(name, weights)
         came = {str(key): tuple(t.shape) for key, t in weights.items()}

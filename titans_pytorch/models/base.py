@@ -390,8 +390,7 @@ class Transformer(StepwiseDecoding, Resettable):
         return DocumentGroup.batch(groups, [read(group.rows(x)) for group in groups])
 
     def _packed(self, documents: Documents) -> PackedRows | None:
-        """The documents in the rows they came in, if every part of the model can read them that way, and is fast at
-        it."""
+        """The documents in the rows they came in, if every part of the model can read them so, and quickly."""
         memories = self._memories
         # segments, and embeddings of positions, would have to begin anew for each document too
         if self.embedding_keywords or not all(attention.sliding for attention in self._attentions):

@@ -253,8 +253,7 @@ class Parts:
     def _store_and_retrieve(
         self, memory: NeuralMemory, seq: Tensor, previous: Any
     ) -> tuple[Tensor, Mapping[str, Tensor] | None]:
-        """Retrieved values, and the weights that the next memory may take; `previous` are those of the previous
-        memory."""
+        """Retrieved values, and the weights that the next memory may take; `previous` are from the memory before."""
         raise NotImplementedError
 
 

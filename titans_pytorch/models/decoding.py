@@ -103,8 +103,7 @@ class StepwiseDecoding(Module):
         return None
 
     def decoding_state(self, state: ModelState, with_surprises: bool = False) -> ModelBuffers:
-        """`state` as buffers for `step`; they hold values derived from parameters, so they are valid until these
-        change."""
+        """`state` as buffers for `step`; they hold values derived from parameters, and are valid until these change."""
         assert self.to_logits is not None
         start = state.seq_index
         pairs = zip(self._blocks, self._layer_states(state))

@@ -118,8 +118,7 @@ def invert(matrices, count, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 def tile_size(size: int) -> int:
-    """The smallest power of two that holds `size` entries and is at least 16, the shortest side of a product in
-    Triton."""
+    """The smallest power of two that holds `size` entries; at least 16, the shortest side of a product in Triton."""
     return max(16, triton.next_power_of_2(size))
 
 
@@ -137,8 +136,7 @@ _ENTRIES_OF_ROWS = 4096
 
 
 def whole_rows(count: int, dim: int) -> dict[str, int]:
-    """Constants of a program that holds several of `count` rows with all their features: DIM, ROWS and number of
-    warps."""
+    """Constants of a program that holds several of `count` rows with all their features: DIM, ROWS and warps."""
     features = triton.next_power_of_2(dim)
     rows = max(1, min(_ENTRIES_OF_ROWS // features, triton.next_power_of_2(count)))
     return {'DIM': features, 'ROWS': rows, 'num_warps': 4}

@@ -35,8 +35,7 @@ def wait_for_arrivals(counter, target, WAITS: tl.constexpr):  # type: ignore[no-
 
 @triton.jit
 def wait_for_all(counter, target, WAITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Wait until all programs of a head have arrived, `target` arrivals since the launch; all they wrote can be
-    read."""
+    """Wait until all programs of a head have arrived, `target` since the launch; all they wrote can be read."""
     arrive(counter, WAITS)
     wait_for_arrivals(counter, target, WAITS)
 

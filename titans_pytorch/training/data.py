@@ -209,8 +209,7 @@ def _cached(path: Path, blocks: Iterable[bytes]) -> int:
 
 
 def _length(path: Path) -> int | None:
-    """The number of bytes in front of the stored number at the end of a file; `None` if it is missing or does not
-    fit."""
+    """The length of the content, as stored at the end of a file; `None` if it is missing or does not fit."""
     try:
         with open(path, 'rb') as file:
             size = file.seek(0, os.SEEK_END) - LENGTH

@@ -64,8 +64,7 @@ def run_lock(folder: str | Path) -> Iterator[None]:
 
 
 def clear_run_folder(folder: str | Path) -> None:
-    """Move what an earlier run left behind into a folder of its own, so that a forgotten option does not overwrite
-    work."""
+    """Move what an earlier run left into a folder of its own, so that a forgotten option does not overwrite work."""
     folder = Path(folder)
     remove_leftovers(folder)
     names = (METRICS, SAMPLES, CURVE, DESCRIPTION, WANDB_ID)

@@ -62,8 +62,7 @@ class MicroStep:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """Run one micro batch. Return its loss divided by the rank's number of micro batches; the next call overwrites
-        it."""
+        """Run one micro batch. Return its loss over the rank's number of micro batches; the next call overwrites it."""
         if not self.kernels_compiled:
             self._compile_kernels(inputs)
         if not self.machine.cuda_graphs:
@@ -164,8 +163,7 @@ class MicroStep:
             )
 
     def _replay(self) -> None:
-        """Replay the graph. What it writes becomes the gradient of parameters without one, and is added to the
-        others."""
+        """Replay the graph. It writes the gradients of parameters without one, and adds to those of the others."""
         assert self.graph is not None
         # the graph is about to overwrite gradients that are still in its memory
         held = [
@@ -230,7 +228,7 @@ def _compile(function: Callable[..., Any], machine: Machine) -> Callable[..., An
 def _cacheable() -> dict[str, Any]:
     """The option that lets PyTorch cache graphs that enter or leave autocast, as ours do where precision matters.
 
-    PyTorch's key for a graph holds only the names of such operations, so a digest of our operations' sources is added.
+    PyTorch's key for a graph holds only the names of its operations, so a digest of the sources of ours is added to it.
     """
     sources = sorted(Path(*ops.__path__).rglob('*.py'))
     key = hashlib.sha256(b''.join(source.read_bytes() for source in sources)).hexdigest()
@@ -245,8 +243,7 @@ def _compiled(layers: Iterable[nn.Module], machine: Machine) -> dict[nn.Module, 
 
 @contextmanager
 def _in_place_of_forward(compiled: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """A context in which layers run their compiled forward. Outside it they are unchanged, so they can be copied and
-    saved."""
+    """A context in which layers run their compiled forward. Outside it, they can be copied and saved as usual."""
     if not compiled:
         yield
         return

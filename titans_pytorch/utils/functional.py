@@ -79,8 +79,7 @@ def is_traced() -> bool:
 
 
 def keeping_random_state(device: torch.device) -> AbstractContextManager[None]:
-    """A context in which random numbers may be drawn on the CPU and on `device`; their states are restored at its
-    end."""
+    """A context for drawing random numbers on the CPU and on `device`; their states are restored at its end."""
     return torch.random.fork_rng([device] if device.type == 'cuda' else [])
 
 
@@ -112,8 +111,7 @@ def _checkpoint_eagerly(*args: Any, **kwargs: Any) -> Any:
 
 @torch.compiler.assume_constant_result
 def is_exporting() -> bool:
-    """True while `torch.export` traces. PyTorch's own function is always true when it is traced itself (2.11 at
-    least)."""
+    """True while `torch.export` traces. PyTorch's own function, traced itself, is always true (at least up to 2.11)."""
     return torch.compiler.is_exporting()
 
 

@@ -210,8 +210,7 @@ def stacked(orders: list[Tensor]) -> Float[Tensor, 'o bh ...']:
 
 
 def weights_of_states(states: list[Tensor], lookahead: bool) -> Tensor:
-    """The weights, given state 0 and the momentum of each order; with `lookahead`, state 0 is the sum of all of
-    them."""
+    """The weights, given state 0 and the momentum of each order; with `lookahead`, state 0 is their sum."""
     ahead, *momentum = states
     return ahead - sum(momentum[1:], momentum[0]) if lookahead else ahead
 

@@ -62,8 +62,7 @@ class DualBackend(Backend):
 
     def store(self, inputs: StoreInputs) -> tuple[FastWeights, MemoryWeights, Float[Tensor, 'bh n m'] | None]:
         if isinstance(inputs.schedule.num_chunks, torch.SymInt):
-            # gradients of other networks, and gradients of the scan itself, need transforms that the scan does not
-            # support
+            # gradients of other networks, and of the scan itself, need transforms that the scan does not support
             if torch.is_grad_enabled() or self.fused is None:
                 refuse_dynamic_length()
             return scan_chunks(self, inputs)
@@ -296,8 +295,7 @@ continue with; gradients are taken with respect to it."""
 
 
 def _gradients_of_products(fn: ProbedLoss, vectors: Weights) -> tuple[Weights, Weights, Tensor]:
-    """Gradients of `fn` with respect to its products and to `vectors`, which can be differentiated again; and
-    losses."""
+    """Gradients of `fn` by its products and by `vectors`, which can be differentiated again; and losses."""
     products: Weights = {}
 
     def probe(name: str, product: Tensor) -> Tensor:

@@ -47,8 +47,7 @@ class Trial(NamedTuple):
 
     @classmethod
     def of(cls, network: Module, dim: int, rows: int) -> Trial:
-        """A trial of a copy of a network, on chunks of `rows` rows. Its random numbers do not change the global random
-        state."""
+        """A trial of a copy of a network, on chunks of `rows` rows. It does not change the global random state."""
         rows = min(rows, MOST_ROWS)
         generator = torch.Generator().manual_seed(0)
 

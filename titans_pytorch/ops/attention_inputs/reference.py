@@ -43,8 +43,7 @@ def mixed_values(
 def with_persistent(
     keys: Float[Tensor, 'b h n d'], values: Float[Tensor, 'b h n d'], persistent: Float[Tensor, '2 h p d'] | None
 ) -> tuple[Float[Tensor, 'b h j d'], Float[Tensor, 'b h j d']]:
-    """Put persistent keys and values, which all sequences share, in front; without any, return the others as they
-    are."""
+    """Put persistent keys and values, which all sequences share, in front; without any, return the others."""
     if persistent is None:
         return keys, values
     of_keys, of_values = persistent.to(keys.dtype).unsqueeze(1).expand(-1, keys.shape[0], -1, -1, -1)

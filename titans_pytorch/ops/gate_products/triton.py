@@ -28,8 +28,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 def _backward_kernel(  # type: ignore[no-untyped-def]
     d_products, products, d_log_gates, n, N: tl.constexpr
 ):  # fmt: skip
-    """The gradient of log g_i is the sum of L ∘ d_L over all entries with the factor g_i, which are those c ≥ i and j <
-    i."""
+    """The gradient of log g_i is the sum of L ∘ d_L over all entries that contain g_i: c ≥ i and j < i."""
     own = tl.program_id(0).to(tl.int64)
     step = tl.arange(0, N)[None, :]
     # starting at the last row

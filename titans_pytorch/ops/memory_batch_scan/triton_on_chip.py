@@ -543,8 +543,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                 d_step, d_prediction, d_k_direct, d_product, gain_rows = gradient_of_product_backward(
                     terms, theta, gain, d_delta, d_of_rows, d_loss, inside, dim, NORM
                 )
-                # read for the next iteration now, because a read that is needed at once takes as long as several
-                # products
+                # read for the next iteration now: a read that is needed at once takes as long as several products
                 upcoming = _read_batch(
                     tl.maximum(batch - 1, 0), head, batches, chunks, rows, part,
                     inputs, both_coefficients, outputs, saved, from_later, strides,

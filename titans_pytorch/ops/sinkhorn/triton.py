@@ -105,8 +105,7 @@ sinkhorn = register_kernel('sinkhorn', _forward, _backward, outputs=_outputs)
 
 
 def _launch(kernel: Any, strided: Tensor, iters: int, eps: float, **arguments: Any) -> None:
-    """Launch a kernel. `strided`, one of its arguments, may be any view (…, s, s), such as a slice of a larger
-    tensor."""
+    """Launch a kernel. `strided`, one of its arguments, may be any view (…, s, s), such as a slice of a tensor."""
     programs, padded, block = _tiling(strided)
     if programs == 0:
         return

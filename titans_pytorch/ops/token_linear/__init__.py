@@ -49,8 +49,7 @@ def token_linear(
 def linear_of_token(
     linear: Module, x: Float[Tensor, 'b 1 d'], norm: Module | None = None
 ) -> tuple[Float[Tensor, 'b 1 e'], Float[Tensor, 'b 1 d']]:
-    """Outputs of a linear layer and of the norm before it; modules of other kinds, or with hooks, are called
-    instead."""
+    """Outputs of a linear layer and of the norm before it; modules of other kinds, or with hooks, are called."""
     norm = None if is_plain(norm, nn.Identity) else norm
     if is_plain_linear(linear, norm):
         own = None if norm is None else (norm.weight, norm.eps)
