@@ -238,7 +238,7 @@ def pad_to_bucket(
 
     Args:
         x: token ids (batch, length), or embeddings (batch, length, dim), which need `labels`.
-        buckets: lengths, of which the shortest that fits is used; or an integer, whose next multiple is used.
+        buckets: lengths, from which the shortest that fits is chosen; or an integer, to choose its next multiple.
         labels: the token at each position, as in a model's call; −100 ignores a position. Default: `x`.
 
     Returns:

@@ -97,7 +97,7 @@ def _check_digest(stored: bytes) -> None:
     if digested[-len(DIGEST_MARK) :] == DIGEST_MARK:
         if hashlib.sha256(digested).hexdigest().encode() != digest:
             raise ValueError('its sha256 is not the stored one')
-    elif zipfile.is_zipfile(io.BytesIO(stored)):  # saved by torch.save alone, whose checksums omit the headers
+    elif zipfile.is_zipfile(io.BytesIO(stored)):  # saved by torch.save alone; its checksums omit the headers
         with zipfile.ZipFile(io.BytesIO(stored)) as archive:
             if archive.testzip() is not None or archive.comment:
                 raise ValueError('checksum mismatch')

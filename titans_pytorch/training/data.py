@@ -26,7 +26,7 @@ BLOCK = 1 << 20
 CHUNK = 1 << 16
 """Number of bytes to tokenise at a time. `tokenizers` holds some hundreds of such chunks."""
 BPE_SAMPLE = 1 << 26
-"""Number of bytes of a text that a vocabulary is trained on, at most."""
+"""Most bytes of a text that a vocabulary is trained on."""
 LENGTH = 8
 """Size in bytes of the number at the end of a cache file."""
 
@@ -246,7 +246,7 @@ def _split(text: Tensor, ends: list[int]) -> list[Tensor]:
 
 
 def _character_start(text: Tensor, position: int) -> int:
-    """The first position, from `position` on, that is not inside a UTF-8 character."""
+    """The first position, at or after `position`, that is not inside a UTF-8 character."""
     while position < len(text) and int(text[position]) & 0xC0 == 0x80:
         position += 1
     return position

@@ -14,17 +14,18 @@ from titans_pytorch.utils.shapes import Float, Int
 class RingLayout(NamedTuple):
     """The layout of buffers of keys and of values, (b, h, j, d).
 
-    Persistent ones come first, then positions, of which number p has offset p modulo `num_positions`.
+    Persistent keys and values come first, then those of positions; position p has offset p modulo `num_positions`.
     """
 
     num_persistent: int
     num_positions: int
     keys_per_position: int
     slides: bool
-    """True if all positions in the buffers are seen, false if those from offset 0 on: a block."""
+    """True if all positions in the buffers are seen; false if only those from offset 0 on are seen, that is, a
+    block."""
 
     def slots(self, positions: Int[Tensor, ' n']) -> Int[Tensor, ' nu']:
-        """The slots of the keys of these positions, persistent ones not counted."""
+        """The slots of the keys of these positions, not counting persistent ones."""
         first = positions % self.num_positions * self.keys_per_position
         if self.keys_per_position == 1:
             return first
@@ -36,15 +37,16 @@ class CacheSlots(NamedTuple):
 
     indices: Int[Tensor, ' u']
     bias: Float[Tensor, '1 1 1 j']
-    """Added to its scores: 0 for the slots that it sees, −∞ for the others."""
+    """Added to the position's scores: 0 for the slots that it sees, −∞ for the others."""
 
 
 class Position:
-    """A position, for the attention of all layers. Tables are made once, on request: the kernel needs no slots.
+    """A position, for the attention of all layers. Tables are built once, on request, because the kernel needs no
+    slots.
 
     Args:
-        number: of the position.
-        frequencies: of each layer's rotary embedding.
+        number: the number of the position.
+        frequencies: frequencies of each layer's rotary embedding.
     """
 
     def __init__(self, number: Int[Tensor, ' 1'], frequencies: Float[Tensor, 'layers half']):
@@ -55,7 +57,7 @@ class Position:
 
     @property  # the compiler does not support `cached_property`
     def rotations(self) -> Float[Tensor, 'layers half 2']:
-        """The rotation of each layer, cosines and sines."""
+        """Cosines and sines of each layer's rotation."""
         if self._rotations is None:
             self._rotations = rotation_at(self.frequencies, self.number)
         return self._rotations
