@@ -329,6 +329,26 @@ def test_networks_of_one_s_own(network: type):
     assert_same(still(seq)[0], still.memory_model(padded)[:, -3:])
 
 
+@pytest.mark.parametrize('shared', [False, True])
+def test_a_scalar_parameter(shared: bool):
+    class Scaled(Network):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(0.7))
+
+        def forward(self, x, linear=torch.matmul):
+            return linear(linear(x, self.first).tanh(), self.last) * self.scale
+
+    network, kwargs = Scaled(), {'heads': 2, 'dim_head': DIM, 'per_head_learned_parameters': not shared}
+    ours, dense = (memory(network, engine=engine, **kwargs) for engine in ('auto', 'dense'))
+    assert ours.memory_model_parameters[-1].shape == (() if shared else (2,))
+    assert ours.memory_model.model.scale.shape == ()
+    assert_same(results(ours), results(dense))
+    other = memory(Scaled(), **kwargs)
+    other.load_state_dict(reference_state_dict(ours))
+    assert_same(results(other), results(ours))
+
+
 @pytest.mark.parametrize('engine', ['auto', 'dense'])
 def test_networks_that_cannot_be_differentiated_by_chunks_are_refused(engine: str):
     with pytest.raises(ValueError, match='model must run under torch.func.vmap and torch.func.grad'):

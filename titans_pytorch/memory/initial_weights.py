@@ -29,7 +29,7 @@ class InitialWeights(ParameterSequence):
 
     def __init__(self, network: Module, heads: int | None):
         leading = () if heads is None else (heads,)
-        weights = [p.detach().expand(*leading, *p.shape) for p in network.parameters()]
+        weights = [p.detach().expand((*leading, *p.shape)) for p in network.parameters()]
         super().__init__(w.clone(memory_format=torch.contiguous_format) for w in weights)
         self.names = [name for name, _ in network.named_parameters()]
         number = {parameter: index for index, parameter in enumerate(network.parameters())}
