@@ -92,6 +92,25 @@ def test_what_was_read_cannot_become_padding():
     own(tokens[:, 7:], attention_mask=torch.ones_like(tokens), **{CACHE: cache})
 
 
+@pytest.mark.parametrize('name', ['MAC', 'LMM'])
+def test_padding_has_the_logits_of_the_step_before(name):
+    own, tokens = model(name), torch.randint(1, 13, (3, 8))
+    mask = torch.ones_like(tokens)
+    mask[1, 5:] = mask[2, 6:] = 0
+    cache = own(tokens[:, :3])[CACHE]
+    steps_of(own, cache, tokens[:, 3:5])
+    cache = deepcopy(cache)
+    cache.reorder_cache(torch.tensor([1, 0, 2]))
+    cache.reorder_cache(torch.tensor([1, 0, 2]))
+    for kept in (1, 0, torch.tensor([2, 0])):
+        later = own(tokens[:, 5:], attention_mask=mask, logits_to_keep=kept, **{CACHE: deepcopy(cache)}).logits
+        for index, row in enumerate(rows(tokens, mask)):
+            column = 0 if isinstance(kept, torch.Tensor) else -1
+            assert_same(later[index, column], own(row, use_cache=False).logits[0, -1])
+    given = {'attention_mask': mask, 'do_sample': False, 'max_new_tokens': 4}
+    assert torch.equal(own.generate(tokens, **{CACHE: cache}, **given), own.generate(tokens, **given))
+
+
 def test_the_size_is_constant():
     own, (x, _) = model('MAG'), batch()
     cache = own(torch.cat((x, x), dim=1))[CACHE]

@@ -31,6 +31,8 @@ class Group(RowGroup[ModelState]):
         self._stepper: Stepper | CallStepper | None = None
         self.last: Tensor | None = None
         """Hidden states of the last token (r, 1, d), as `TitansCache.read` returns them; `None` after a step."""
+        self.last_logits: Tensor | None = None
+        """Logits of the last token (r, 1, l) after a step; else `None`."""
 
     @property
     def state(self) -> ModelState | None:
@@ -52,23 +54,25 @@ class Group(RowGroup[ModelState]):
     def read(self, x: Int[Tensor, 'r m'] | Float[Tensor, 'r m d'], read: Read) -> list[Tensor]:
         """Results of `read` for the next tokens of the rows."""
         results, self.state = read(x, self.state)
-        self.last = results[-1][:, -1:].clone()
+        self.last, self.last_logits = results[-1][:, -1:].clone(), None
         self.num_tokens += x.shape[1]
         return results
 
     def step(self, model: Transformer, tokens: Int[Tensor, ' r']) -> Float[Tensor, 'r l']:
-        """Read one more token in each row and return logits, which the next step overwrites."""
+        """Read one more token in each row and return logits."""
         if self._stepper is None:
             self._stepper, self._state = Stepper.of(model, self._state, cuda_graphs=None), None
             self._release = finalize(self, self._stepper.release)  # the next stepper takes over its CUDA graphs
             self._release.atexit = False
+        logits = self._stepper(tokens).clone()  # the next step overwrites them
+        self.last, self.last_logits = None, logits.unsqueeze(1)
         self.num_tokens += 1
-        self.last = None
-        return self._stepper(tokens)
+        return logits
 
     def select(self, entries: list[int], rows: Sequence[int]) -> Group:
         group = super().select(entries, rows)
         group.last = None if self.last is None else self.last[entries]
+        group.last_logits = None if self.last_logits is None else self.last_logits[entries]
         return group
 
 
@@ -133,6 +137,18 @@ class TitansCache(GroupedRows[Group], Cache):
                 results[-1] = results[-1].index_put((rows.squeeze(1),), group.last)
         return results
 
+    def with_logits_of_steps(
+        self, logits: Float[Tensor, 'b k l'], columns: Int[Tensor, ' k'], length: int
+    ) -> Float[Tensor, 'b k l']:
+        """Logits of these columns of a call of `read`. In the last column, rows that had no token to read after a step
+        get the logits of that step, because their hidden states are unknown."""
+        last = (columns == length - 1).nonzero().squeeze(1)
+        for group in self.groups:
+            if group.last_logits is not None:
+                rows, _ = group.positions(1, None, logits.device)
+                logits = logits.index_put((rows, last), group.last_logits.to(logits.dtype))
+        return logits
+
     @property
     def can_step(self) -> bool:
         """True once every row has read a token."""
@@ -142,7 +158,7 @@ class TitansCache(GroupedRows[Group], Cache):
         """Read one more token in each row by decoding steps, and return logits."""
         self._length += 1
         if len(self.groups) == 1:
-            return self.groups[0].step(model, tokens).clone()
+            return self.groups[0].step(model, tokens).clone()  # a copy, because callers may change it
         every = []
         for group in self.groups:
             rows, _ = group.positions(1, None, tokens.device)
@@ -184,6 +200,7 @@ class TitansCache(GroupedRows[Group], Cache):
         copy = TitansCache()
         for group in self.groups:
             copy.groups.append(Group(group.rows, deepcopy(group.state, memo), group.num_tokens))
-            copy.groups[-1].last = group.last  # nothing writes to it
+            # nothing writes to these
+            copy.groups[-1].last, copy.groups[-1].last_logits = group.last, group.last_logits
         copy._length = self._length
         return copy

@@ -350,6 +350,9 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             layers = self._read(x, mask, documents, cache, all_layers)
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.transformer.to_logits(layers[-1][:, kept])  # type: ignore[misc]
+            if cache is not None and mask is not None:
+                columns = torch.arange(x.shape[1], device=x.device)[kept]
+                logits = cache.with_logits_of_steps(logits, columns, x.shape[1])
 
         loss = None
         if labels is not None:
