@@ -235,45 +235,41 @@ def of_norm_before(after: Tensor, before: Tensor) -> Tensor:
     return after / (norm + 1e-5) * wanted
 
 
-def large_chunks(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, *weights: Tensor, chunk: int) -> Tensor:
+Updates = Callable[[Sequence[Tensor], Tensor, Tensor, Tensor], Sequence[Tensor]]
+
+
+def large_chunks(
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, *weights: Tensor, chunk: int, updates_of: Updates
+) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in (*_unit(q, k, dtype=v.dtype), v))
     steps = F.softplus(gates).unflatten(-1, (3, HEADS)).permute(2, 0, 3, 1).unsqueeze(-1)
     states, out = [w.expand(len(q), *w.shape) for w in weights], []
-    chunks = zip(*(t.split(chunk, dim=-2) for t in (q, k, v, steps)))
-    for queries, keys, values, (of_gate, of_value, of_out) in chunks:
+    for queries, keys, values, step in zip(*(t.split(chunk, dim=-2) for t in (q, k, v, steps))):
         out.append(swiglu(queries, *states))
-        gate, value, back = states
-        h, x, d = keys @ gate, keys @ value, values @ back.mT
-        sigmoid = h.sigmoid()
-        silu = h * sigmoid
-        updates = (
-            keys.mT @ (of_gate * d * x * (sigmoid + silu * (1 - sigmoid))),
-            keys.mT @ (of_value * d * silu),
-            (silu * x).mT @ (of_out * values),
-        )
+        updates = updates_of(states, keys, values, step)
         states = [of_norm_before(w + orthogonal(update), own) for w, update, own in zip(states, updates, weights)]
     return torch.cat(out, dim=2).transpose(1, 2)
 
 
-def large_chunks_by_loop(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, *weights: Tensor, chunk: int) -> Tensor:
-    """The same with gradients by autograd."""
-    q, k, v = (t.transpose(1, 2) for t in (*_unit(q, k, dtype=v.dtype), v))
-    steps = F.softplus(gates).unflatten(-1, (3, HEADS)).permute(2, 0, 3, 1).unsqueeze(-1)
-    states, out = [w.expand(len(q), *w.shape) for w in weights], []
+def swiglu_updates(states: Sequence[Tensor], keys: Tensor, values: Tensor, steps: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of the products of what is retrieved with the values, each token's by its step size."""
+    (gate, value, back), (of_gate, of_value, of_out) = states, steps
+    h, x, d = keys @ gate, keys @ value, values @ back.mT
+    sigmoid = h.sigmoid()
+    silu = h * sigmoid
+    return (
+        keys.mT @ (of_gate * d * x * (sigmoid + silu * (1 - sigmoid))),
+        keys.mT @ (of_value * d * silu),
+        (silu * x).mT @ (of_out * values),
+    )
 
+
+def swiglu_updates_by_autograd(states: Sequence[Tensor], keys: Tensor, values: Tensor, steps: Tensor) -> list[Tensor]:
     def stored(*arguments: Tensor) -> Tensor:
-        *own, keys, values, step = arguments
+        *own, step = arguments
         return (step * values * swiglu(keys, *own)).sum()
 
-    for first in range(0, q.shape[2], chunk):
-        tokens = slice(first, first + chunk)
-        out.append(swiglu(q[:, :, tokens], *states))
-        updates = [
-            torch.func.grad(stored, argnums=number)(*states, k[:, :, tokens], v[:, :, tokens], step[:, :, tokens])
-            for number, step in enumerate(steps)
-        ]
-        states = [of_norm_before(w + orthogonal(update), own) for w, update, own in zip(states, updates, weights)]
-    return torch.cat(out, dim=2).transpose(1, 2)
+    return [torch.func.grad(stored, argnums=number)(*states, step) for number, step in enumerate(steps)]
 
 
 def _swiglu_products(chunk: int) -> float:
@@ -310,15 +306,12 @@ PEERS = {
         )
         for chunk in (16, 64)
     },
-    **{
-        f'LaCT, chunks of {chunk:,}': Peer(
-            partial(large_chunks, chunk=chunk),
-            partial(large_chunks_by_loop, chunk=chunk),
-            lambda length, chunk=chunk: _swiglu_products(chunk),
-            3 * HEADS,
-            swiglu_parameters,
-            chunk,
-        )
-        for chunk in (1024,)
-    },
+    'LaCT, chunks of 1,024': Peer(
+        partial(large_chunks, chunk=1024, updates_of=swiglu_updates),
+        partial(large_chunks, chunk=1024, updates_of=swiglu_updates_by_autograd),
+        lambda length: _swiglu_products(1024),
+        3 * HEADS,
+        swiglu_parameters,
+        1024,
+    ),
 }

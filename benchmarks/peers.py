@@ -222,9 +222,7 @@ def share_of_rate(row: Row, length: int, tokens: int, figures: dict[str, Any]) -
     return '–' if rate is None else f'{row.flops(length) * tokens / best(figures) / rate:.1%}'
 
 
-def of_one_length(
-    jobs: list[tuple[Row, str, str]], results: list[dict[str, Any]], length: int, options: argparse.Namespace
-) -> str:
+def of_one_length(jobs: list[tuple[Row, str, str]], results: list[dict[str, Any]], length: int, tokens: int) -> str:
     """Table of all figures."""
     heads = ['layer', 'forward and backward', 'compiled', 'tokens/s', 'of the rate', 'peak memory', 'error']
     cells = []
@@ -238,8 +236,8 @@ def of_one_length(
                 name,
                 time_as_it_is(figures),
                 milliseconds(statistics.median(compiled)) if compiled else '–',
-                f'{options.tokens / best(figures) / 1e6:.2f} M',
-                share_of_rate(row, length, options.tokens, figures),
+                f'{tokens / best(figures) / 1e6:.2f} M',
+                share_of_rate(row, length, tokens, figures),
                 gibibytes(figures['peak']),
                 f'{figures["error"]:.1e}',
             ]
@@ -286,7 +284,7 @@ def main() -> None:
             print(json.dumps({'row': name, 'length': length, **figures}), flush=True)
             results[-1].append(figures)
     if len(options.lengths) == 1:
-        section, own = 'peers', of_one_length(jobs, results[0], options.lengths[0], options)
+        section, own = 'peers', of_one_length(jobs, results[0], options.lengths[0], options.tokens)
         size = f'sequences of {options.lengths[0]:,} tokens, {options.tokens:,} in all'
     else:
         section, own = 'peers by length', of_lengths(jobs, results, options.lengths, options.tokens)

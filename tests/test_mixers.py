@@ -14,8 +14,8 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / 'benchmarks'))
 import mixers
 
 LACT = mixers.Peer(
-    partial(mixers.large_chunks, chunk=8),
-    partial(mixers.large_chunks_by_loop, chunk=8),
+    partial(mixers.large_chunks, chunk=8, updates_of=mixers.swiglu_updates),
+    partial(mixers.large_chunks, chunk=8, updates_of=mixers.swiglu_updates_by_autograd),
     lambda length: 0.0,
     gates=3 * mixers.HEADS,
     parameters=mixers.swiglu_parameters,

@@ -1,13 +1,13 @@
 """Kernels of the scan over memory batches that keep states on chip from the first memory batch to the last.
 
 Programs share a head by hidden features: each owns the same columns of W₁ and rows of W₂, with their momentum. Only the
-product with W₂ is a sum over all of them, so they meet once per memory batch, forward and backward: each writes its
-part of the sum, waits for the others, adds up all parts and continues with the same numbers. States are written out
+product with W₂ is a sum over all of them, so they synchronise once per memory batch, forward and backward: each writes
+its part of the sum, waits for the others, adds up all parts and continues with the same numbers. States are written out
 before each block of memory batches, for retrieval, and before each memory batch in the precision of products, for the
 backward pass. That goes from the last memory batch to the first, with the gradient G of the states on chip.
 
-Where programs cannot wait for each other, in Triton's interpreter, each stretch between two such meetings is a launch,
-and states stay in memory between launches.
+Where programs cannot wait for each other, in Triton's interpreter, each phase between two such synchronisations is a
+launch, and states stay in memory between launches.
 """
 
 from __future__ import annotations
@@ -574,7 +574,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                 _store_matrix(to_gamma, g_gamma, t_gamma, dim, feature, with_feature, MOMENTUM)
 
 
-# the stretches between meetings of programs
+# the phases of a memory batch, before and after programs synchronise
 PHASES = ('BEFORE_SUM', 'AFTER_SUM')
 
 
