@@ -283,16 +283,18 @@ def main() -> None:
         for (_, name, _), figures in zip(jobs, measured(jobs, length, options)):
             print(json.dumps({'row': name, 'length': length, **figures}), flush=True)
             results[-1].append(figures)
-    if len(options.lengths) == 1:
-        section, own = 'peers', of_one_length(jobs, results[0], options.lengths[0], options.tokens)
-        size = f'sequences of {options.lengths[0]:,} tokens, {options.tokens:,} in all'
-    else:
-        section, own = 'peers by length', of_lengths(jobs, results, options.lengths, options.tokens)
-        size = f'{options.tokens:,} tokens'
-    text = f'{machine()}, {size}\n\n{own}'
-    print(f'\n{text}')
-    if options.write:
-        write_section(f'{section}, {DEVICE}', text)
+        if len(options.lengths) == 1:
+            section, own = 'peers', of_one_length(jobs, results[0], length, options.tokens)
+            size = f'sequences of {length:,} tokens, {options.tokens:,} in all'
+        else:
+            # also after each length, as a run may be stopped
+            so_far = options.lengths[: len(results)]
+            section, own = 'peers by length', of_lengths(jobs, results, so_far, options.tokens)
+            size = f'{options.tokens:,} tokens'
+        text = f'{machine()}, {size}\n\n{own}'
+        print(f'\n{text}')
+        if options.write:
+            write_section(f'{section}, {DEVICE}', text)
 
 
 if __name__ == '__main__':
