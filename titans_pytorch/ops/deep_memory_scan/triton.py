@@ -1,6 +1,6 @@
 """Kernels of the scan over memory batches of a memory MLP.
 
-A block of memory batches takes two launches forward and three backward. The first stores its memory batches, one after
+A block of memory batches takes two launches forward and four backward. The first stores its memory batches, one after
 another. Several programs share a head of a sequence: a memory batch is a chain of products of its rows with each
 matrix, forward and back. Each of these phases is cut into tiles of 64 columns, which the programs share, and between
 phases the programs of a head wait for each other. The data they exchange seldom leaves the GPU's cache. Within the
@@ -186,6 +186,24 @@ def _through_gelu(  # type: ignore[no-untyped-def]
     g = _rows(back, in_batch, valid, unit, width, BLOCK)
     d_delta = _rows(d_raw, in_kept, valid, unit, width, BLOCK)
     return d_x * gelu_derivative(h) + d_delta * g * gelu_second_derivative(h)
+
+
+@triton.jit
+def _add_products(  # type: ignore[no-untyped-def]
+    l, rows, offsets, valid, scores, others, second_scores, second_others, coefficients, in_scores,
+    in_others, with_others, first, limit,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """Add (scores ∘ coefficients)ᵀ · others to COLUMNS features of rows, twice, or once for the first matrix."""
+    total = _rows(rows, offsets, valid, first, limit, COLUMNS)
+    match = tl.load(scores, mask=in_scores, other=0.0).to(tl.float32)
+    other = _rows(others, in_others, with_others, first, limit, COLUMNS)
+    in_second = tl.where(in_scores, l, 0) > 0
+    second_match = tl.load(second_scores, mask=in_second, other=0.0).to(tl.float32)
+    second = _rows(second_others, in_others, with_others, first, tl.where(l > 0, limit, 0), COLUMNS)
+    total = multiply_add(total, tl.trans(match * coefficients), other, PRECISION, OPERAND)
+    total = multiply_add(total, tl.trans(second_match * coefficients), second, PRECISION, OPERAND)
+    _store_rows(rows, offsets, valid, first, limit, total, COLUMNS)
 
 
 @triton.jit
@@ -444,7 +462,7 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
     keys, values, step_sizes, steps, initial_steps, initial, gamma_states, inputs, deltas, of_gamma, losses,
     raw, pre, back, products, scores, back_scores, inverses, row_products, norms, d_losses,
     of_inputs, of_deltas, of_raw, of_back, of_pre, of_scores, of_back_scores, of_gamma_updates, of_weighted, of_gains,
-    d_keys, d_values, d_step_sizes, d_steps, counters,
+    d_keys, d_values, d_step_sizes, counters,
     block, blocks, first_batch, last_batch, heads, per_block, per_batch, rows, layer, eps, num_steps,
     key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
     dim: tl.constexpr, width: tl.constexpr, MATRICES: tl.constexpr, NORM: tl.constexpr, STATES: tl.constexpr,
@@ -471,6 +489,9 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
     to_match = index[:, None] * COUNT + place[None, :]
     # the block's rows, as rows of their memory batches
     batch_of_place, in_match = place // stored, place % stored * COUNT
+    # tiles of Δ of all matrices, or of X
+    across: tl.constexpr = (width + BLOCK - 1) // BLOCK
+    tiles: tl.constexpr = (MATRICES - 1) * across + (dim + BLOCK - 1) // BLOCK
     nothing = tl.zeros((ROWS, BLOCK), tl.float32)
 
     for head_index in range(program // PARTS, heads, groups):
@@ -502,57 +523,48 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
             from_steps = steps + (own * per_block + start) * per_block
             of_earlier = tl.load(from_steps + place // rows, mask=earlier, other=0.0)[None, :]
             mix = _load_mix(initial_steps + (own * per_block + start) * STATES, STATES)
-            own_scores = scores + (own * batches + batch) * MATRICES * of_match + to_match
-            own_back_scores = back_scores + (own * batches + batch) * (MATRICES - 1) * of_match + to_match
             own_of_scores = head_of_scores + batch * MATRICES * of_match + to_match
             own_of_back_scores = head_of_back_scores + batch * MATRICES * of_match + to_match
-            own_d_steps = d_steps + (own * batches + batch) * 2 * MATRICES * COUNT + place
             to_systems = (own * batches + batch) * MATRICES
 
             # gradients from the weights before later memory batches, which contain these rows
             if (PHASE < 0) | (PHASE == 0):
                 if batch + 1 < batches:
                     later = present & (batch_of_place > batch)
+                    in_later = later[:, None] & valid[None, :]
                     to_later = (own * per_block + batch_of_place * per_batch) * per_block
                     of_later = tl.load(
-                        steps + to_later[:, None] + (start + chunk)[None, :],
-                        mask=later[:, None] & valid[None, :], other=0.0,
+                        steps + to_later[:, None] + (start + chunk)[None, :], mask=in_later, other=0.0
                     )  # fmt: skip
+                    # products of rows of later memory batches with those of this one, for the first matrix, and their
+                    # gradients; those with g begin with the second matrix
                     in_scores = in_match[:, None] + (start * rows + index)[None, :]
-                    in_later = later[:, None] & valid[None, :]
-                    for l in tl.static_range(MATRICES):
-                        height, columns, before = _shape(l, MATRICES, dim, width, STATES)
-                        from_scores = scores + ((own * batches + batch_of_place) * MATRICES + l)[:, None] * of_match
-                        match = tl.load(from_scores + in_scores, mask=in_later, other=0.0).to(tl.float32)
-                        from_scores = head_of_scores + (batch_of_place * MATRICES + l)[:, None] * of_match
-                        d_match = tl.load(from_scores + in_scores, mask=in_later, other=0.0)
-                        match *= of_later
-                        d_match *= of_later
-                        # gradients of g, and on the way back through it; the first matrix has none
-                        with_g = in_later & (l > 0)
-                        from_scores = back_scores - of_match
-                        from_scores += ((own * batches + batch_of_place) * (MATRICES - 1) + l)[:, None] * of_match
-                        of_g = tl.load(from_scores + in_scores, mask=with_g, other=0.0).to(tl.float32)
-                        from_scores = head_of_back_scores + (batch_of_place * MATRICES + l)[:, None] * of_match
-                        d_of_g = tl.load(from_scores + in_scores, mask=with_g, other=0.0)
-                        of_g *= of_later
-                        d_of_g *= of_later
-                        for column in range((part + l) % PARTS * BLOCK, columns, PARTS * BLOCK):
-                            d_delta = _rows(head_of_deltas + l * kept, in_kept, valid, column, columns, BLOCK)
-                            d_h = _rows(all_of_pre + l * layer, in_all, later, column, columns, BLOCK)
-                            d = _rows(all_raw + l * layer, in_all, later & (l > 0), column, columns, BLOCK)
-                            d_delta = multiply_add(d_delta, tl.trans(match), d_h, PRECISION, OPERAND)
-                            if l > 0:
-                                d_delta = multiply_add(d_delta, tl.trans(d_of_g), d, PRECISION, OPERAND)
-                            _store_rows(head_of_deltas + l * kept, in_kept, valid, column, columns, d_delta, BLOCK)
-                        for unit in range((part + l) % PARTS * BLOCK, height, PARTS * BLOCK):
-                            d_x = _rows(head_of_inputs + l * kept, in_kept, valid, unit, height, BLOCK)
-                            x = _rows(all_inputs + l * layer, in_all, later, unit, height, BLOCK)
-                            d_g = _rows(all_of_back + (l - 1) * layer, in_all, later & (l > 0), unit, height, BLOCK)
-                            d_x = multiply_add(d_x, tl.trans(d_match), x, PRECISION, OPERAND)
-                            if l > 0:
-                                d_x = multiply_add(d_x, tl.trans(of_g), d_g, PRECISION, OPERAND)
-                            _store_rows(head_of_inputs + l * kept, in_kept, valid, unit, height, d_x, BLOCK)
+                    saved_scores = in_scores + (own * batches + batch_of_place)[:, None] * MATRICES * of_match
+                    saved_back_scores = in_scores - of_match
+                    saved_back_scores += (own * batches + batch_of_place)[:, None] * (MATRICES - 1) * of_match
+                    in_scores += (batch_of_place * MATRICES * of_match)[:, None]
+                    for tile in range(part, tiles, PARTS):
+                        l = tl.minimum(tile // across, MATRICES - 1)
+                        column, columns = (tile - l * across) * BLOCK, tl.where(l < MATRICES - 1, width, dim)
+                        _add_products(
+                            l, head_of_deltas + l * kept, in_kept, valid,
+                            scores + l * of_match + saved_scores, all_of_pre + l * layer,
+                            head_of_back_scores + l * of_match + in_scores, all_raw + l * layer,
+                            of_later, in_later, in_all, later, column, columns,
+                            ROWS, BLOCK, PRECISION, OPERAND,
+                        )  # fmt: skip
+                    for tile in range((part + 1) % PARTS, tiles, PARTS):
+                        down = tl.minimum(tile // across, MATRICES - 1)
+                        unit, height = (tile - down * across) * BLOCK, tl.where(down < MATRICES - 1, width, dim)
+                        l = MATRICES - 1 - down
+                        _add_products(
+                            l, head_of_inputs + l * kept, in_kept, valid,
+                            head_of_scores + l * of_match + in_scores, all_inputs + l * layer,
+                            back_scores + l * of_match + saved_back_scores, all_of_back + (l - 1) * layer,
+                            of_later, in_later, in_all, later, unit, height,
+                            ROWS, BLOCK, PRECISION, OPERAND,
+                        )  # fmt: skip
+                    tl.debug_barrier()
                 if not PROXIMAL:
                     for column in range(part * BLOCK, width, PARTS * BLOCK):
                         d_g = _rows(head_of_raw, in_kept, valid, column, width, BLOCK)
@@ -616,8 +628,6 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                             STATES, ROWS, COUNT, BLOCK, DEPTH, PRECISION, OPERAND,
                         )  # fmt: skip
                         if column == 0:
-                            match = tl.load(own_back_scores + (l - 1) * of_match).to(tl.float32)
-                            tl.store(own_d_steps + (MATRICES + l) * COUNT, tl.sum(match * d_match, axis=0))
                             tl.store(own_of_back_scores + l * of_match, d_match)
                         d_delta = multiply_add(d_delta + of_delta, d_match * of_earlier, d, PRECISION, OPERAND)
                         _store_rows(head_of_raw + l * kept, in_kept, valid, column, columns, d_delta, BLOCK)
@@ -677,25 +687,16 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                     _store_rows(d_values + first_row * dim, in_outputs, valid, 0, dim, -d_prediction, DIM)
                     _store_rows(d_keys + first_row * dim, in_outputs, valid, 0, dim, d_key, DIM)
                     _store_rows(own_of_pre + to_layer, in_batch, valid, 0, dim, d_product, DIM)
-                    match = tl.load(own_back_scores + (MATRICES - 2) * of_match).to(tl.float32)
-                    tl.store(own_d_steps + (2 * MATRICES - 1) * COUNT, tl.sum(match * d_match, axis=0))
                     tl.store(own_of_back_scores + (MATRICES - 1) * of_match, d_match)
-                    match = tl.load(own_scores + (MATRICES - 1) * of_match).to(tl.float32)
-                    of_steps = tl.sum(match * of_match_of_last, axis=0)
-                    tl.store(own_d_steps + (MATRICES - 1) * COUNT, of_steps)
                     tl.store(own_of_scores + (MATRICES - 1) * of_match, of_match_of_last)
-                    of_gain = tl.zeros((COUNT,), tl.float32)
                     if NORM:
                         # γ before the memory batch is a combination of states and of earlier gamma_updates
                         d_gain = tl.sum(gain_rows, axis=0)
                         to_gain = of_gains + (own * batches + batch) * dim + feature
                         tl.store(to_gain, d_gain, mask=with_feature)
-                        of_gain = tl.sum(gamma_updates * d_gain, axis=1)
                         d_gamma_updates = _rows(head_of_gamma_updates, place * dim, earlier, 0, dim, DIM)
                         d_gamma_updates += tl.trans(of_earlier) * d_gain[None, :]
                         _store_rows(head_of_gamma_updates, place * dim, earlier, 0, dim, d_gamma_updates, DIM)
-                    # stored in the place of g of the first matrix
-                    tl.store(own_d_steps + MATRICES * COUNT, of_gain)
                 for unit in range(part * BLOCK, width, PARTS * BLOCK):
                     to_tile, in_tile = _tile(unit, 0, width, dim, BLOCK, DIM)
                     w = _mixed(from_last, mix, width * dim, to_tile, in_tile, STATES)
@@ -723,8 +724,6 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                             STATES, ROWS, COUNT, BLOCK, DEPTH, PRECISION, OPERAND,
                         )  # fmt: skip
                         if unit == 0:
-                            match = tl.load(own_scores + l * of_match).to(tl.float32)
-                            tl.store(own_d_steps + l * COUNT, tl.sum(match * d_match, axis=0))
                             tl.store(own_of_scores + l * of_match, d_match)
                         d_x = multiply_add(d_x + of_x, d_match * of_earlier, x, PRECISION, OPERAND)
                         d_h = _through_gelu(
@@ -748,13 +747,43 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                             STATES, ROWS, COUNT, BLOCK, DEPTH, PRECISION, OPERAND,
                         )  # fmt: skip
                         if column == 0:
-                            match = tl.load(own_scores).to(tl.float32)
-                            tl.store(own_d_steps, tl.sum(match * d_match, axis=0))
                             tl.store(own_of_scores, d_match)
                         d_k = multiply_add(d_k + of_k, d_match * of_earlier, x, PRECISION, OPERAND)
                         _store_rows(d_keys + first_row * dim, in_outputs, valid, column, dim, d_k, BLOCK)
             met += 1
             wait_for_all(counter, met * PARTS, WAITS)
+
+
+@triton.jit(do_not_specialize=['block', 'blocks'])
+def _steps_backward_kernel(  # type: ignore[no-untyped-def]
+    of_gamma, scores, back_scores, of_scores, of_back_scores, of_gains, d_steps,
+    block, blocks, per_block, per_batch, rows,
+    dim: tl.constexpr, MATRICES: tl.constexpr, NORM: tl.constexpr,
+    ROWS: tl.constexpr, COUNT: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the coefficients of earlier rows in the weights before a memory batch of a block. A program has
+    their share through the products with one matrix, those on the way back through it, or γ."""
+    head, batch, which = tl.cast(tl.program_id(0), tl.int64), tl.program_id(1), tl.program_id(2)
+    batches, own = per_block // per_batch, head * blocks + block
+    index, place, feature = tl.arange(0, ROWS), tl.arange(0, COUNT), tl.arange(0, DIM)
+    to_match = index[:, None] * COUNT + place[None, :]
+    saved, current = own * batches + batch, head * batches + batch
+    of_steps = tl.zeros((COUNT,), tl.float32)
+    if which < MATRICES:
+        match = tl.load(scores + (saved * MATRICES + which) * ROWS * COUNT + to_match).to(tl.float32)
+        d_match = tl.load(of_scores + (current * MATRICES + which) * ROWS * COUNT + to_match)
+        of_steps += tl.sum(match * d_match, axis=0)
+    elif which > MATRICES:
+        l = which - MATRICES
+        match = tl.load(back_scores + (saved * (MATRICES - 1) + l - 1) * ROWS * COUNT + to_match).to(tl.float32)
+        d_match = tl.load(of_back_scores + (current * MATRICES + l) * ROWS * COUNT + to_match)
+        of_steps += tl.sum(match * d_match, axis=0)
+    elif NORM:
+        earlier = place < batch * per_batch * rows
+        gamma_updates = _rows(of_gamma + own * per_block * rows * dim, place * dim, earlier, 0, dim, DIM)
+        d_gain = tl.load(of_gains + saved * dim + feature, mask=feature < dim, other=0.0)
+        of_steps += tl.sum(gamma_updates * d_gain[None, :], axis=1)
+    tl.store(d_steps + (saved * 2 * MATRICES + which) * COUNT + place, of_steps)
 
 
 @triton.jit(do_not_specialize=['block', 'blocks'])
@@ -1164,10 +1193,12 @@ def _backward(
     )  # fmt: skip
     through_final = _over_matrices(_through_final_kernel, arguments, tiles)
     through_batches = _over_batches(_batches_backward_kernel, arguments, 2 * matrices + 1)
+    through_steps = _taken_by(_steps_backward_kernel, arguments)
     states_before = _over_matrices(_states_backward_kernel, arguments, tiles**2)
     for block in reversed(range(blocks)):
         through_final(block)
         through_batches(block)
+        _steps_backward_kernel[(heads, batches, 2 * matrices)](block=block, **through_steps)
         states_before(block)
     d_initial_steps = new(heads, blocks, parts, count, chunks * rows)
     own = arguments | dict(d_initial_steps=d_initial_steps, in_block=chunks * rows)
