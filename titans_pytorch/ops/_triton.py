@@ -12,6 +12,8 @@ from torch import Tensor
 
 from titans_pytorch.ops._dispatch import HOPPER, has_constant_weights, nvidia_capability
 
+# Precision of products of float32, full even if PyTorch may use TF32, because rounding errors accumulate in a recurrence
+EXACT = tl.constexpr('tf32x3')
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -100,7 +102,7 @@ def divide_by_sums_backward(d_log, y, sums, AXIS: tl.constexpr, EPS: tl.constexp
 
 
 @triton.jit
-def invert(matrices, count, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+def invert_small(matrices, count, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Inverses of (n, SIZE, SIZE) matrices that need no pivoting, by Gauss–Jordan elimination in place.
 
     Beyond the first `count` rows and columns, they are those of the identity.
@@ -115,6 +117,37 @@ def invert(matrices, count, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
         rest = tl.where(column == pivot, 0.0, matrices) - of_column * scaled
         matrices = tl.where(row == pivot, scaled, rest)
     return matrices
+
+
+# rows that are eliminated together; no product in Triton has fewer
+_TOGETHER = tl.constexpr(16)
+
+
+@triton.jit
+def invert(matrix, count, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The inverse of a (SIZE, SIZE) matrix, as by `invert_small`, with 16 rows eliminated at a time."""
+    if SIZE <= _TOGETHER:
+        return tl.reshape(invert_small(matrix[None, :, :], count, SIZE), (SIZE, SIZE))
+    BLOCKS: tl.constexpr = SIZE // _TOGETHER
+    row, column = tl.arange(0, _TOGETHER)[:, None], tl.arange(0, SIZE)[None, :]
+    of_rows, of_columns = tl.arange(0, BLOCKS)[:, None, None], tl.arange(0, BLOCKS)[None, :, None]
+    for pivot in tl.static_range(BLOCKS):
+        # the pivot's rows, its columns, and the block that they have in common
+        by_rows = tl.reshape(matrix, (BLOCKS, _TOGETHER, SIZE))
+        across = tl.sum(tl.where(of_rows == pivot, by_rows, 0.0), axis=0)
+        by_columns = tl.reshape(matrix, (SIZE, BLOCKS, _TOGETHER))
+        down = tl.sum(tl.where(of_columns == pivot, by_columns, 0.0), axis=1)
+        common = tl.sum(tl.where(of_rows == pivot, tl.reshape(down, (BLOCKS, _TOGETHER, _TOGETHER)), 0.0), axis=0)
+        inverse = invert_small(common[None, :, :], tl.minimum(count - pivot * _TOGETHER, _TOGETHER), _TOGETHER)
+        # from here on, the eliminated columns hold columns of the inverse
+        eliminated = column // _TOGETHER == pivot
+        across = tl.where(eliminated, tl.where(column % _TOGETHER == row, 1.0, 0.0), across)
+        scaled = tl.zeros((_TOGETHER, SIZE), tl.float32)
+        scaled = multiply_add(scaled, tl.reshape(inverse, (_TOGETHER, _TOGETHER)), across, EXACT, tl.float32)
+        matrix = multiply_add(tl.where(eliminated, 0.0, matrix), -down, scaled, EXACT, tl.float32)
+        by_rows = tl.reshape(matrix, (BLOCKS, _TOGETHER, SIZE))
+        matrix = tl.reshape(tl.where(of_rows == pivot, scaled[None, :, :], by_rows), (SIZE, SIZE))
+    return matrix
 
 
 def tile_size(size: int) -> int:
@@ -193,9 +226,8 @@ def numbered(name: str, values: Sequence[Any]) -> dict[str, Any]:
 
 
 def product_precision(operands: torch.dtype) -> dict[str, Any]:
-    """Constants of `multiply_add`. Products of float32 are in full precision even if PyTorch may use TF32, because
-    rounding errors accumulate in a recurrence."""
-    return {'PRECISION': 'tf32x3', 'OPERAND': TRITON_DTYPES[operands]}
+    """Constants of `multiply_add`."""
+    return {'PRECISION': EXACT.value, 'OPERAND': TRITON_DTYPES[operands]}
 
 
 # rows of a program: with more rows, weights are read less often. Below 64 rows, Triton uses the older tensor-core

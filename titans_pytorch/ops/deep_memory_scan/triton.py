@@ -52,8 +52,7 @@ from titans_pytorch.ops.inner_gradient.triton import gradient_of_product, gradie
 
 # columns of a tile, features summed over at a time, and most programs per head
 BLOCK, DEPTH, MOST_PROGRAMS = 64, 64, 4
-# stages of a loop over features, in half precision and in float32, which is twice the size
-WARPS, STAGES = 4, (3, 2)
+WARPS = 4
 
 
 # tiles of rows and of matrices
@@ -217,7 +216,7 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
     raw, pre, back, products, scores, back_scores, inverses, row_products, norms, counters,
     block, blocks, first_batch, last_batch, heads, per_block, per_batch, rows, layer, eps, num_steps,
     key_head, key_chunk, key_row, value_head, value_chunk, value_row, step_head, step_chunk, step_row,
-    dim: tl.constexpr, width: tl.constexpr, MATRICES: tl.constexpr, PADDED: tl.constexpr, NORM: tl.constexpr,
+    dim: tl.constexpr, width: tl.constexpr, MATRICES: tl.constexpr, NORM: tl.constexpr,
     STATES: tl.constexpr, PROXIMAL: tl.constexpr, SAVES: tl.constexpr, PHASE: tl.constexpr, WAITS: tl.constexpr,
     COUNTER_STRIDE: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr, DIM: tl.constexpr,
     BLOCK: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
@@ -236,7 +235,7 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
     in_batch, in_outputs, in_all = index * wide, index * dim, place * wide
     together, entry = tl.where(chunk[:, None] == chunk[None, :], 1.0, 0.0), index[:, None] * ROWS + index[None, :]
     to_scores = index[:, None] * COUNT + place[None, :]
-    nothing, which = tl.zeros((ROWS, BLOCK), tl.float32), tl.arange(0, PADDED)[:, None, None]
+    nothing = tl.zeros((ROWS, BLOCK), tl.float32)
 
     for head_index in range(program // PARTS, heads, groups):
         head = tl.cast(head_index, tl.int64)
@@ -312,8 +311,10 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
                     tl.store(losses + first_row + index, loss, mask=valid)
                     _store_rows(products + first_row * dim, in_outputs, valid, 0, dim, y, DIM)
                     _store_rows(own_raw + to_layer, in_batch, valid, 0, dim, delta, DIM)
+                if part == 1 % PARTS:
                     if NORM:
                         _store_rows(of_gamma + first_row * dim, in_outputs, valid, 0, dim, gamma_update, DIM)
+                if part == PARTS - 1:
                     if SAVES:
                         tl.store(own_scores + (MATRICES - 1) * ROWS * COUNT, match)
                         tl.store(own_back_scores + (MATRICES - 2) * ROWS * COUNT, back_match)
@@ -352,46 +353,34 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
                 met += 1
                 wait_for_all(counter, met * PARTS, WAITS)
 
-            # proximal steps; every program solves all systems
+            # proximal steps; a program takes those of all rows of a matrix
             if PROXIMAL:
                 if (PHASE < 0) | (PHASE == 2 * MATRICES - 2):
                     weighted = theta * tl.load(losses + first_row + index, mask=valid, other=0.0)
-                    systems = tl.zeros((PADDED, ROWS, ROWS), tl.float32)
-                    systems += tl.where(index[:, None] == index[None, :], 1.0, 0.0)[None, :, :]
-                    of_systems = tl.zeros((PADDED, ROWS, 1), tl.float32)
-                    to_systems = (own * (per_block // per_batch) + batch) * MATRICES
-                    for l in range(MATRICES):
+                    for l in range(part, MATRICES, PARTS):
                         height, columns, before = _shape(l, MATRICES, dim, width, STATES)
-                        own_rows = own_inputs + l * layer
+                        to_system = (own * (per_block // per_batch) + batch) * MATRICES + l
                         matches = together * _row_products(
-                            own_rows, in_batch, valid, height, ROWS, DEPTH, PRECISION, OPERAND
-                        )
+                            own_inputs + l * layer, in_batch, valid, height, ROWS, DEPTH, PRECISION, OPERAND
+                        )  # fmt: skip
                         norm = tl.zeros((ROWS,), tl.float32)
                         for first in range(0, columns, DEPTH):
                             d = _rows(own_raw + l * layer, in_batch, valid, first, columns, DEPTH)
                             norm += tl.sum(d * d, axis=1)
                         c, _, _ = curvatures(norm, weighted, num_steps)
                         share = shares(matches, c, ROWS)
-                        systems += tl.where(which == l, ((share * c)[:, None] * matches)[None, :, :], 0.0)
-                        of_systems += tl.where(which == l, share[None, :, None], 0.0)
+                        system = tl.where(index[:, None] == index[None, :], 1.0, 0.0) + (share * c)[:, None] * matches
+                        inverse = invert(system, stored, ROWS)
                         if SAVES:
-                            if part == 0:
-                                tl.store(row_products + (to_systems + l) * ROWS * ROWS + entry, matches)
-                                tl.store(norms + (to_systems + l) * ROWS + index, norm)
-                    systems = invert(systems, stored, ROWS)
-                    for l in range(MATRICES):
-                        height, columns, before = _shape(l, MATRICES, dim, width, STATES)
-                        inverse = tl.sum(tl.where(which == l, systems, 0.0), axis=0)
-                        share = tl.sum(tl.sum(tl.where(which == l, of_systems, 0.0), axis=0), axis=1)
-                        if SAVES:
-                            if part == 0:
-                                tl.store(inverses + (to_systems + l) * ROWS * ROWS + entry, inverse)
-                        for column in range((part + l) % PARTS * BLOCK, columns, PARTS * BLOCK):
+                            tl.store(row_products + to_system * ROWS * ROWS + entry, matches)
+                            tl.store(norms + to_system * ROWS + index, norm)
+                            tl.store(inverses + to_system * ROWS * ROWS + entry, inverse)
+                        for column in range(0, columns, BLOCK):
                             d = _rows(own_raw + l * layer, in_batch, valid, column, columns, BLOCK)
                             d = multiply_add(nothing, inverse, share[:, None] * d, PRECISION, tl.float32)
                             _store_rows(own_deltas + l * layer, in_batch, valid, column, columns, d, BLOCK)
                     if NORM:
-                        if part == 0:
+                        if part == PARTS - 1:
                             own_gamma_updates = of_gamma + first_row * dim
                             of_rows = _rows(own_gamma_updates, in_outputs, valid, 0, dim, DIM)
                             _, divisor, _, _ = vector_steps(
@@ -489,9 +478,12 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
     to_match = index[:, None] * COUNT + place[None, :]
     # the block's rows, as rows of their memory batches
     batch_of_place, in_match = place // stored, place % stored * COUNT
-    # tiles of Δ of all matrices, or of X
+    # While the last program goes back to the keys of a memory batch, the others begin with the one before it.
+    others: tl.constexpr = PARTS - 1 if PARTS > 1 else 1
+    # tiles of Δ of all matrices that these programs share; those of X are `across` for each matrix but the first
     across: tl.constexpr = (width + BLOCK - 1) // BLOCK
     tiles: tl.constexpr = (MATRICES - 1) * across + (dim + BLOCK - 1) // BLOCK
+    first_tile = part if part < others else tiles
     nothing = tl.zeros((ROWS, BLOCK), tl.float32)
 
     for head_index in range(program // PARTS, heads, groups):
@@ -525,25 +517,22 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
             mix = _load_mix(initial_steps + (own * per_block + start) * STATES, STATES)
             own_of_scores = head_of_scores + batch * MATRICES * of_match + to_match
             own_of_back_scores = head_of_back_scores + batch * MATRICES * of_match + to_match
-            to_systems = (own * batches + batch) * MATRICES
 
             # gradients from the weights before later memory batches, which contain these rows
+            later = present & (batch_of_place > batch)
+            in_later = later[:, None] & valid[None, :]
+            to_later = (own * per_block + batch_of_place * per_batch) * per_block
+            of_later = tl.load(steps + to_later[:, None] + (start + chunk)[None, :], mask=in_later, other=0.0)
+            # products of rows of later memory batches with those of this one, for the first matrix, and their
+            # gradients; those with g begin with the second matrix
+            in_scores = in_match[:, None] + (start * rows + index)[None, :]
+            saved_scores = in_scores + (own * batches + batch_of_place)[:, None] * MATRICES * of_match
+            saved_back_scores = in_scores - of_match
+            saved_back_scores += (own * batches + batch_of_place)[:, None] * (MATRICES - 1) * of_match
+            in_scores += (batch_of_place * MATRICES * of_match)[:, None]
             if (PHASE < 0) | (PHASE == 0):
                 if batch + 1 < batches:
-                    later = present & (batch_of_place > batch)
-                    in_later = later[:, None] & valid[None, :]
-                    to_later = (own * per_block + batch_of_place * per_batch) * per_block
-                    of_later = tl.load(
-                        steps + to_later[:, None] + (start + chunk)[None, :], mask=in_later, other=0.0
-                    )  # fmt: skip
-                    # products of rows of later memory batches with those of this one, for the first matrix, and their
-                    # gradients; those with g begin with the second matrix
-                    in_scores = in_match[:, None] + (start * rows + index)[None, :]
-                    saved_scores = in_scores + (own * batches + batch_of_place)[:, None] * MATRICES * of_match
-                    saved_back_scores = in_scores - of_match
-                    saved_back_scores += (own * batches + batch_of_place)[:, None] * (MATRICES - 1) * of_match
-                    in_scores += (batch_of_place * MATRICES * of_match)[:, None]
-                    for tile in range(part, tiles, PARTS):
+                    for tile in range(first_tile, tiles, others):
                         l = tl.minimum(tile // across, MATRICES - 1)
                         column, columns = (tile - l * across) * BLOCK, tl.where(l < MATRICES - 1, width, dim)
                         _add_products(
@@ -553,20 +542,18 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                             of_later, in_later, in_all, later, column, columns,
                             ROWS, BLOCK, PRECISION, OPERAND,
                         )  # fmt: skip
-                    for tile in range((part + 1) % PARTS, tiles, PARTS):
-                        down = tl.minimum(tile // across, MATRICES - 1)
-                        unit, height = (tile - down * across) * BLOCK, tl.where(down < MATRICES - 1, width, dim)
-                        l = MATRICES - 1 - down
+                    for tile in range(first_tile, (MATRICES - 1) * across, others):
+                        l = 1 + tile // across
                         _add_products(
                             l, head_of_inputs + l * kept, in_kept, valid,
                             head_of_scores + l * of_match + in_scores, all_inputs + l * layer,
                             back_scores + l * of_match + saved_back_scores, all_of_back + (l - 1) * layer,
-                            of_later, in_later, in_all, later, unit, height,
+                            of_later, in_later, in_all, later, tile % across * BLOCK, width,
                             ROWS, BLOCK, PRECISION, OPERAND,
                         )  # fmt: skip
                     tl.debug_barrier()
                 if not PROXIMAL:
-                    for column in range(part * BLOCK, width, PARTS * BLOCK):
+                    for column in range(first_tile * BLOCK, width, others * BLOCK):
                         d_g = _rows(head_of_raw, in_kept, valid, column, width, BLOCK)
                         d_g *= gelu_derivative(_rows(own_pre, in_batch, valid, column, width, BLOCK))
                         _store_rows(own_of_back, in_batch, valid, column, width, d_g, BLOCK)
@@ -577,13 +564,14 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
             if PROXIMAL:
                 if (PHASE < 0) | (PHASE == 1):
                     loss = tl.load(losses + first_row + index, mask=valid, other=0.0)
-                    weighted, d_weighted = theta * loss, tl.zeros((ROWS,), tl.float32)
+                    d_weighted = tl.zeros((ROWS,), tl.float32)
                     for l in range(MATRICES):
                         height, columns, before = _shape(l, MATRICES, dim, width, STATES)
-                        inverse = tl.trans(tl.load(inverses + (to_systems + l) * ROWS * ROWS + entry))
-                        matches = tl.load(row_products + (to_systems + l) * ROWS * ROWS + entry)
+                        to_system = (own * batches + batch) * MATRICES + l
+                        inverse = tl.trans(tl.load(inverses + to_system * ROWS * ROWS + entry))
+                        matches = tl.load(row_products + to_system * ROWS * ROWS + entry)
                         c, of_norm, of_loss = curvatures(
-                            tl.load(norms + (to_systems + l) * ROWS + index), weighted, num_steps
+                            tl.load(norms + to_system * ROWS + index), theta * loss, num_steps
                         )  # fmt: skip
                         share = shares(matches, c, ROWS)
                         of_solution = tl.zeros((ROWS, ROWS), tl.float32)
@@ -687,8 +675,10 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                     _store_rows(d_values + first_row * dim, in_outputs, valid, 0, dim, -d_prediction, DIM)
                     _store_rows(d_keys + first_row * dim, in_outputs, valid, 0, dim, d_key, DIM)
                     _store_rows(own_of_pre + to_layer, in_batch, valid, 0, dim, d_product, DIM)
+                if part == 1 % PARTS:
                     tl.store(own_of_back_scores + (MATRICES - 1) * of_match, d_match)
                     tl.store(own_of_scores + (MATRICES - 1) * of_match, of_match_of_last)
+                if part == PARTS - 1:
                     if NORM:
                         # γ before the memory batch is a combination of states and of earlier gamma_updates
                         d_gain = tl.sum(gain_rows, axis=0)
@@ -734,13 +724,15 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                 met += 1
                 wait_for_all(counter, met * PARTS, WAITS)
 
-            # to the keys, which no other program waits for
+            # to the keys, which no other program waits for, also from later memory batches
             if (PHASE < 0) | (PHASE == 2 * MATRICES):
                 if part == PARTS - 1:
                     for column in range(0, dim, BLOCK):
                         of_k = _rows(head_of_inputs, in_kept, valid, column, dim, BLOCK)
                         of_k += _rows(d_keys + first_row * dim, in_outputs, valid, column, dim, BLOCK)
                         x = _rows(all_inputs, in_all, earlier, column, dim, BLOCK)
+                        later_x = _rows(all_inputs, in_all, later, column, dim, BLOCK)
+                        match = of_later * tl.load(head_of_scores + in_scores, mask=in_later, other=0.0)
                         d_match, d_k = _through_transposed(
                             own_of_pre, in_batch, valid, all_deltas, in_all, earlier,
                             own_initial, mix, column, dim, width,
@@ -749,9 +741,9 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                         if column == 0:
                             tl.store(own_of_scores, d_match)
                         d_k = multiply_add(d_k + of_k, d_match * of_earlier, x, PRECISION, OPERAND)
+                        d_k = multiply_add(d_k, tl.trans(match), later_x, PRECISION, OPERAND)
                         _store_rows(d_keys + first_row * dim, in_outputs, valid, column, dim, d_k, BLOCK)
-            met += 1
-            wait_for_all(counter, met * PARTS, WAITS)
+                    tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=['block', 'blocks'])
@@ -1100,9 +1092,7 @@ def _forward(
         named['raw'] = named['deltas']
     coefficients, sizes = (steps, initial_steps, final, initial_final), (width, matrices, chunks_per_batch)
     arguments = _arguments(keys, values, step_sizes, *coefficients, *sizes, eps, num_proximal_steps, operands)
-    arguments |= named | dict(
-        states=final_states, NORM=gamma is not None, SAVES=saves, PADDED=triton.next_power_of_2(matrices)
-    )
+    arguments |= named | dict(states=final_states, NORM=gamma is not None, SAVES=saves)
     store_batches = _over_batches(_batches_kernel, arguments, 2 * matrices - 1)
     states_after = _over_matrices(_states_kernel, arguments, _num_tiles(arguments) ** 2)
     for block in range(blocks):
@@ -1268,7 +1258,9 @@ def _arguments(
         dim=dim, width=width, MATRICES=matrices, STATES=count, COUNTER_STRIDE=COUNTER_STRIDE,
         PARTS=min(MOST_PROGRAMS, triton.cdiv(width, BLOCK)),
         ROWS=tile_size(chunks_per_batch * rows), COUNT=tile_size(chunks * rows), DIM=tile_size(dim),
-        BLOCK=BLOCK, DEPTH=DEPTH, num_warps=WARPS, num_stages=STAGES[operands == torch.float32],
+        BLOCK=BLOCK, DEPTH=DEPTH, num_warps=WARPS,
+        # stages of a loop over features: two programs must fit on a multiprocessor, also with systems of proximal steps
+        num_stages=2 if operands == torch.float32 or num_proximal_steps is not None else 3,
         **product_precision(operands),
     )  # fmt: skip
 

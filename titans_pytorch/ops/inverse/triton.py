@@ -15,7 +15,7 @@ ENTRIES = 1024
 
 @triton.jit
 def _kernel(matrices, inverses, m, M: tl.constexpr):  # type: ignore[no-untyped-def]
-    row, column = tl.arange(0, M)[None, :, None], tl.arange(0, M)[None, None, :]
+    row, column = tl.arange(0, M)[:, None], tl.arange(0, M)[None, :]
     offset = tl.program_id(0).to(tl.int64) * m * m + row * m + column
     inside = (row < m) & (column < m)
     matrix = tl.load(matrices + offset, mask=inside, other=0.0)
