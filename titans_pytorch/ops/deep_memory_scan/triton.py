@@ -117,14 +117,29 @@ def _store_states(states, w, momentum, size, offset, inside, STATES: tl.constexp
 
 
 @triton.jit
-def _mixed(states, mix, size, offset, inside, STATES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A tile of the states combined with the coefficients `mix`."""
-    w, momentum = _load_states(states, size, offset, inside, STATES)
+def _combined(w, momentum, mix, STATES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Weights and momentum, or products with them, combined with the coefficients `mix`."""
     of_weights, of_momentum = mix
     w *= of_weights
     if STATES > 1:
         w += of_momentum * momentum
     return w
+
+
+@triton.jit
+def _through_last(  # type: ignore[no-untyped-def]
+    rows, states, mix, unit, height, width, STATES: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
+    PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """Multiply whole rows by BLOCK rows, from `unit` on, of a combination of states."""
+    offset, inside = _tile(unit, 0, height, width, BLOCK, DIM)
+    w, momentum = _load_states(states, height * width, offset, inside, STATES)
+    of_w = multiply_add(tl.zeros((rows.shape[0], BLOCK), tl.float32), rows, tl.trans(w), PRECISION, OPERAND)
+    of_s = of_w
+    if STATES > 1:
+        of_s = tl.zeros((rows.shape[0], BLOCK), tl.float32)
+        of_s = multiply_add(of_s, rows, tl.trans(momentum), PRECISION, OPERAND)
+    return _combined(of_w, of_s, mix, STATES)
 
 
 @triton.jit
@@ -134,15 +149,18 @@ def _through(  # type: ignore[no-untyped-def]
     PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Multiply ROWS rows by COUNT others, and by COLUMNS columns, from `column` on, of a combination of states."""
-    match, total = tl.zeros((ROWS, COUNT), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
+    match, of_w = tl.zeros((ROWS, COUNT), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
+    of_s = of_w
     for first in range(0, height, DEPTH):
         x = _rows(start, offsets, valid, first, height, DEPTH)
         other = _rows(others, in_others, with_others, first, height, DEPTH)
         offset, inside = _tile(first, column, height, width, DEPTH, COLUMNS)
-        w = _mixed(states, mix, height * width, offset, inside, STATES)
+        w, momentum = _load_states(states, height * width, offset, inside, STATES)
         match = multiply_add(match, x, tl.trans(other), PRECISION, OPERAND)
-        total = multiply_add(total, x, w, PRECISION, OPERAND)
-    return match, total
+        of_w = multiply_add(of_w, x, w, PRECISION, OPERAND)
+        if STATES > 1:
+            of_s = multiply_add(of_s, x, momentum, PRECISION, OPERAND)
+    return match, _combined(of_w, of_s, mix, STATES)
 
 
 @triton.jit
@@ -152,15 +170,18 @@ def _through_transposed(  # type: ignore[no-untyped-def]
     PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Multiply ROWS rows by COUNT others, and by ACROSS rows, from `row` on, of a combination of states."""
-    match, total = tl.zeros((ROWS, COUNT), tl.float32), tl.zeros((ROWS, ACROSS), tl.float32)
+    match, of_w = tl.zeros((ROWS, COUNT), tl.float32), tl.zeros((ROWS, ACROSS), tl.float32)
+    of_s = of_w
     for first in range(0, width, DEPTH):
         x = _rows(start, offsets, valid, first, width, DEPTH)
         other = _rows(others, in_others, with_others, first, width, DEPTH)
         offset, inside = _tile(row, first, height, width, ACROSS, DEPTH)
-        w = _mixed(states, mix, height * width, offset, inside, STATES)
+        w, momentum = _load_states(states, height * width, offset, inside, STATES)
         match = multiply_add(match, x, tl.trans(other), PRECISION, OPERAND)
-        total = multiply_add(total, x, tl.trans(w), PRECISION, OPERAND)
-    return match, total
+        of_w = multiply_add(of_w, x, tl.trans(w), PRECISION, OPERAND)
+        if STATES > 1:
+            of_s = multiply_add(of_s, x, tl.trans(momentum), PRECISION, OPERAND)
+    return match, _combined(of_w, of_s, mix, STATES)
 
 
 @triton.jit
@@ -297,7 +318,8 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
                 gain = 1.0
                 if NORM:
                     own_gamma = gamma_states + (head * (blocks + 1) + block) * STATES * dim
-                    gamma = _mixed(own_gamma, mix, dim, feature, with_feature, STATES)
+                    gamma, gamma_momentum = _load_states(own_gamma, dim, feature, with_feature, STATES)
+                    gamma = _combined(gamma, gamma_momentum, mix, STATES)
                     gamma_updates = _rows(of_gamma + own * in_block * dim, place * dim, earlier, 0, dim, DIM)
                     gamma += tl.sum(tl.trans(of_earlier) * gamma_updates, axis=0)
                     gain += gamma[None, :]
@@ -319,11 +341,11 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
                         tl.store(own_scores + (MATRICES - 1) * ROWS * COUNT, match)
                         tl.store(own_back_scores + (MATRICES - 2) * ROWS * COUNT, back_match)
                 for unit in range(part * BLOCK, width, PARTS * BLOCK):
-                    to_tile, in_tile = _tile(unit, 0, width, dim, BLOCK, DIM)
-                    w = _mixed(from_last, mix, width * dim, to_tile, in_tile, STATES)
                     x = _rows(all_inputs + to_layer, in_all, earlier, unit, width, BLOCK)
                     h = _rows(own_pre + to_layer - layer, in_batch, valid, unit, width, BLOCK)
-                    g = multiply_add(nothing, delta, tl.trans(w), PRECISION, OPERAND)
+                    g = _through_last(
+                        delta, from_last, mix, unit, width, dim, STATES, BLOCK, DIM, PRECISION, OPERAND
+                    )  # fmt: skip
                     g = multiply_add(g, back_match * of_earlier, x, PRECISION, OPERAND)
                     _store_rows(own_back + to_layer - layer, in_batch, valid, unit, width, g, BLOCK)
                     g *= gelu_derivative(h)
@@ -643,7 +665,8 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                 if PROXIMAL:
                     d_weighted = tl.load(of_weighted + head * ROWS + index)
                 if NORM:
-                    gamma = _mixed(own_gamma, mix, dim, feature, with_feature, STATES)
+                    gamma, gamma_momentum = _load_states(own_gamma, dim, feature, with_feature, STATES)
+                    gamma = _combined(gamma, gamma_momentum, mix, STATES)
                     gamma_updates = _rows(of_gamma + own * in_block * dim, place * dim, earlier, 0, dim, DIM)
                     gamma += tl.sum(tl.trans(of_earlier) * gamma_updates, axis=0)
                     gain += gamma[None, :]
@@ -688,11 +711,11 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                         d_gamma_updates += tl.trans(of_earlier) * d_gain[None, :]
                         _store_rows(head_of_gamma_updates, place * dim, earlier, 0, dim, d_gamma_updates, DIM)
                 for unit in range(part * BLOCK, width, PARTS * BLOCK):
-                    to_tile, in_tile = _tile(unit, 0, width, dim, BLOCK, DIM)
-                    w = _mixed(from_last, mix, width * dim, to_tile, in_tile, STATES)
                     d_x = _rows(head_of_inputs + to_last, in_kept, valid, unit, width, BLOCK)
                     x = _rows(all_inputs + to_layer, in_all, earlier, unit, width, BLOCK)
-                    d_x = multiply_add(d_x, d_product, tl.trans(w), PRECISION, OPERAND)
+                    d_x += _through_last(
+                        d_product, from_last, mix, unit, width, dim, STATES, BLOCK, DIM, PRECISION, OPERAND
+                    )  # fmt: skip
                     d_x = multiply_add(d_x, of_match_of_last * of_earlier, x, PRECISION, OPERAND)
                     d_h = _through_gelu(
                         d_x, own_pre + to_layer - layer, own_back + to_layer - layer, in_batch,
