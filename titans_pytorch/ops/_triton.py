@@ -12,7 +12,7 @@ from torch import Tensor
 
 from titans_pytorch.ops._dispatch import HOPPER, has_constant_weights, nvidia_capability
 
-# Precision of products of float32, full even if PyTorch may use TF32, because rounding errors accumulate in a recurrence
+# Precision of products of float32: full, even if PyTorch may use TF32, as rounding errors accumulate in a recurrence
 EXACT = tl.constexpr('tf32x3')
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -226,7 +226,7 @@ def numbered(name: str, values: Sequence[Any]) -> dict[str, Any]:
 
 
 def product_precision(operands: torch.dtype) -> dict[str, Any]:
-    """Constants of `multiply_add`."""
+    """Constants of `multiply_add` for factors in this precision."""
     return {'PRECISION': EXACT.value, 'OPERAND': TRITON_DTYPES[operands]}
 
 
