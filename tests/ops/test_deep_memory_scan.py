@@ -280,8 +280,9 @@ def test_shapes_that_the_kernels_do_not_support(kernels, monkeypatch):
 @pytest.mark.parametrize('norm', [False, True])
 @pytest.mark.parametrize('low', [False, True])
 def test_sizes_of_training(sizes, num_proximal_steps, norm, low):
-    # under a norm, rounding errors of larger steps grow from one memory batch to the next
-    step_size = 0.02 if num_proximal_steps is None else 0.03 if norm else 2.0
+    # under a norm, or in four matrices, rounding errors of larger steps grow from one memory batch to the next
+    large = 0.03 if norm else 0.2 if sizes[-1] == 4 else 2.0
+    step_size = 0.02 if num_proximal_steps is None else large
     tensors = problem(8, 3, 64 // sizes[0], 1, *sizes, norm=norm, step_size=step_size)
 
     def compute():

@@ -19,11 +19,11 @@ from torch import Tensor
 from titans_pytorch.ops._registration import register_kernel
 from titans_pytorch.ops._triton import (
     ENOUGH_PROGRAMS,
+    EXACT,
     contiguous_inside,
     invert_small,
     multiply_add,
     named_strides,
-    product_precision,
     taken_by,
     tile_size,
 )
@@ -37,7 +37,6 @@ MOST_COLUMNS = 32
 WARPS = 4
 # for the last pass, where more stages would need more shared memory than some GPUs have
 GRADIENTS = dict(num_warps=8, num_stages=2)
-EXACT = product_precision(torch.float32)['PRECISION']
 
 
 @triton.jit
@@ -62,7 +61,7 @@ def _load_coefficients_of_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _inverse(x, count, ROWS: tl.constexpr, SMALL: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+def _inverse(x, count, ROWS: tl.constexpr, SMALL: tl.constexpr):  # type: ignore[no-untyped-def]
     """(I + x)⁻¹ for an x that is strictly lower triangular except for its diagonal blocks of SMALL rows.
 
     Rows and columns of x beyond the first `count` are zero.
@@ -82,11 +81,11 @@ def _inverse(x, count, ROWS: tl.constexpr, SMALL: tl.constexpr, PRECISION: tl.co
         # (I + x)⁻¹ = (I + y²) (I − y) D⁻¹
         tl.static_assert(SIDE <= 4)
         nothing = tl.zeros((ROWS, ROWS), tl.float32)
-        y = multiply_add(nothing, inverse, tl.where(in_block, 0.0, x), PRECISION, tl.float32)
-        inverse = multiply_add(inverse, -y, inverse, PRECISION, tl.float32)
+        y = multiply_add(nothing, inverse, tl.where(in_block, 0.0, x), EXACT, tl.float32)
+        inverse = multiply_add(inverse, -y, inverse, EXACT, tl.float32)
         if SIDE > 2:
-            squared = multiply_add(nothing, y, y, PRECISION, tl.float32)
-            inverse = multiply_add(inverse, squared, inverse, PRECISION, tl.float32)
+            squared = multiply_add(nothing, y, y, EXACT, tl.float32)
+            inverse = multiply_add(inverse, squared, inverse, EXACT, tl.float32)
     return inverse
 
 
@@ -96,7 +95,6 @@ def _inverse_kernel(  # type: ignore[no-untyped-def]
     blocks, chunks, rows, per_batch, own_coefficient, scale, largest,
     key_head, key_chunk, key_row, step_head, step_chunk, step_row,
     dim: tl.constexpr, PROXIMAL: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, SMALL: tl.constexpr,
-    EXACT: tl.constexpr,
 ):  # fmt: skip
     own = tl.program_id(0).to(tl.int64)
     head, block = own // blocks, own % blocks
@@ -113,7 +111,7 @@ def _inverse_kernel(  # type: ignore[no-untyped-def]
     gram = multiply_add(tl.zeros((ROWS, ROWS), tl.float32), key, tl.trans(key), EXACT, tl.float32)
     if PROXIMAL:
         beta *= largest / tl.maximum(own_coefficient * beta * tl.sum(key * key, axis=1), largest)
-    inverse = _inverse(coefficients * gram * beta[None, :], chunks * rows, ROWS, SMALL, EXACT)
+    inverse = _inverse(coefficients * gram * beta[None, :], chunks * rows, ROWS, SMALL)
     tl.store(inverses + own * ROWS * ROWS + index[:, None] * ROWS + index[None, :], inverse)
     tl.store(strengths + own * ROWS + index, beta)
 
@@ -410,7 +408,7 @@ def _arguments(
     heads, count, dim, width = states.shape
     rows = keys.shape[2]
     columns, on_chip = _columns(heads, width, operands), tile_size(chunks * rows)
-    precision = EXACT if operands == torch.float32 else 'tf32'
+    precision = EXACT.value if operands == torch.float32 else 'tf32'
     return dict(
         keys=keys, **named_strides('key', keys, 'head chunk row'),
         step_sizes=step_sizes, **named_strides('step', step_sizes, 'head chunk row'),
@@ -422,7 +420,7 @@ def _arguments(
         SMALL=SMALL if own_coefficient == 0 or SMALL % rows == 0 else on_chip,
         # of all products except those that form the inverse, where rounding errors are amplified; large proximal steps
         # amplify them in products with the inverse too
-        PRECISION=precision, SOLVED=EXACT if own_coefficient else precision, EXACT=EXACT,
+        PRECISION=precision, SOLVED=EXACT.value if own_coefficient else precision,
     )  # fmt: skip
 
 

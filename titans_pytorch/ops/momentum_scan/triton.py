@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from titans_pytorch.ops._registration import register_kernel
-from titans_pytorch.ops._triton import TRITON_DTYPES, contiguous_inside, multiply_add, named_strides, tile_size
+from titans_pytorch.ops._triton import EXACT, TRITON_DTYPES, contiguous_inside, multiply_add, named_strides, tile_size
 
 # longer side of a program's block of a matrix, at most and at least, and entries of either block that a thread holds.
 # The least applies if there would be fewer programs than these. Sides of products are at least 16; in full float32,
@@ -32,8 +32,6 @@ STRIP, STRIP_WARPS = 256, 1
 STAGES, BACKWARD_STAGES, STRIP_STAGES = 3, 3, 5
 # entries of a gradient that a program sums
 SUM_BLOCK = 512
-# in full precision even if PyTorch may use TF32, because errors of a state accumulate
-FLOAT32_PRECISION = 'tf32x3'
 
 
 @triton.jit
@@ -303,7 +301,7 @@ def write_momentum(
         **arguments, momenta=momenta, end=end,
         chunks=chunks, rows=rows, blocks_out=blocks_out, blocks=blocks_in * blocks_out,
         DIM=own_in, WIDTH=own_out, STAGES=STAGES, num_warps=warps,
-        TENSOR_CORES=tensor_cores, PRECISION=FLOAT32_PRECISION, OPERAND=TRITON_DTYPES[operand],
+        TENSOR_CORES=tensor_cores, PRECISION=EXACT.value, OPERAND=TRITON_DTYPES[operand],
     )  # fmt: skip
 
 
@@ -357,7 +355,7 @@ def momentum_gradients(
         d_end=None if d_end is None else d_end.contiguous(),
         d_inputs=d_inputs, d_deltas=d_deltas, d_scales=d_scales, d_log_gates=d_log_gates, d_start=d_start,
         heads=heads, chunks=chunks, rows=rows, blocks_out=blocks_out, blocks=blocks,
-        DIM=own_in, WIDTH=own_out, PRECISION=FLOAT32_PRECISION, OPERAND=TRITON_DTYPES[operand],
+        DIM=own_in, WIDTH=own_out, PRECISION=EXACT.value, OPERAND=TRITON_DTYPES[operand],
         STAGES=BACKWARD_STAGES, num_warps=warps,
     )  # fmt: skip
     return [_summed(d_inputs, inputs.dtype), _summed(d_deltas, deltas.dtype), d_scales, d_log_gates, d_start]
