@@ -32,10 +32,10 @@ M = TypeVar('M', bound=Module)
 WEIGHTS, CONFIG = 'memory.safetensors', 'memory_config.json'
 """Files of a saved adapter."""
 
-UNAVAILABLE = ('dim', *SET_BY_MODELS)
+EXCLUDED_ARGUMENTS = ('dim', *SET_BY_MODELS)
 """Arguments of `NeuralMemory` that an adapter sets itself, or that need inputs which no decoder layer has."""
 
-OF_ADD_MEMORY = {
+OWN_ARGUMENTS = {
     'heads': 'heads',
     'dim_head': 'dim_head',
     'chunk_size': 'chunk_size',
@@ -110,10 +110,10 @@ def add_memory(
         layers = sorted({depth * quarter // 4 for quarter in (1, 2, 3)})
     check_multiple('memory_batch', memory_batch, 'chunk_size', check_integer('chunk_size', chunk_size, 1))
     check_keywords(neural_memory_kwargs=neural_memory_kwargs)
-    for name in UNAVAILABLE:
+    for name in EXCLUDED_ARGUMENTS:
         if neural_memory_kwargs.get(name):
             raise ValueError(f'neural_memory_kwargs must leave out {name}, got {neural_memory_kwargs[name]!r}')
-    check_left_out(neural_memory_kwargs, OF_ADD_MEMORY, 'add_memory has')
+    check_left_out(neural_memory_kwargs, OWN_ARGUMENTS, 'add_memory has')
     sizes = {'heads': heads, 'dim_head': dim_head, 'memory_batch': memory_batch}
     settings: dict[str, Any] = {'chunk_size': chunk_size, 'batch_size': memory_batch}
     if 'model' not in neural_memory_kwargs:

@@ -54,10 +54,11 @@ class Coefficients(NamedTuple):
         with no_autocast(chunks.decay_logits):
             weights, initial, orders, initial_orders = cls._solved(*_gates_of_blocks(chunks, num_blocks))
             of_weights = cls._shifted(weights, initial, orders, initial_orders)
-            initial_ahead = initial + F.pad(sum(initial_orders[1:], initial_orders[0]), (1, 0))
-            of_ahead = cls._shifted(sum(orders, weights), _of_ahead(initial_ahead), orders, initial_orders)
-            of_weights = replaced(of_ahead, steps=of_weights.steps, initial_steps=_of_ahead(of_weights.initial_steps))
-        return of_weights._with_blocks(num_blocks), of_ahead._with_blocks(num_blocks)
+            initial_lookahead = initial + F.pad(sum(initial_orders[1:], initial_orders[0]), (1, 0))
+            of_lookahead = cls._shifted(sum(orders, weights), _of_lookahead(initial_lookahead), orders, initial_orders)
+            initial_steps = _of_lookahead(of_weights.initial_steps)
+            of_weights = replaced(of_lookahead, steps=of_weights.steps, initial_steps=initial_steps)
+        return of_weights._with_blocks(num_blocks), of_lookahead._with_blocks(num_blocks)
 
     def _with_blocks(self, num_blocks: int) -> Coefficients:
         return Coefficients(*(t.unflatten(0, (-1, num_blocks)) for t in self))
@@ -111,7 +112,7 @@ class Coefficients(NamedTuple):
         the same for its momentum, (bh, n, n) and (bh, n, o), which does not depend on the initial weights."""
         log_retention = _log_gate(-decay_logits)
         retention = gate_products(log_retention)
-        initial_weights = _left_of_start(retention, log_retention)
+        initial_weights = _remaining_share(retention, log_retention)
         if reset is not None:
             retention, initial_weights = reset.cut(retention, initial_weights)
         if momentum_logits is None:
@@ -164,7 +165,7 @@ def _solved_momentum(
             # an order hands on a share of all that it holds, its input included, and carries over only the rest
             of_order = F.pad(of_order[:, :-1], (1, 0))
         held = gate_products(of_order)
-        initial = F.pad(_left_of_start(held, of_order), (order, num_orders - order - 1))
+        initial = F.pad(_remaining_share(held, of_order), (order, num_orders - order - 1))
         if reset is not None:
             held, initial = reset.cut(held, initial)
         if given:
@@ -233,12 +234,12 @@ def _gates_of_blocks(chunks: Chunks, num_blocks: int) -> list[Any]:
     return [None if t is None else t.unflatten(1, (num_blocks, -1)).flatten(0, 1) for t in gates]
 
 
-def _of_ahead(initial: Float[Tensor, 'bh _c k']) -> Float[Tensor, 'bh _c k']:
+def _of_lookahead(initial: Float[Tensor, 'bh _c k']) -> Float[Tensor, 'bh _c k']:
     """Coefficients of V and P, computed from those of W = V − Σ P and P."""
     of_weights, of_momentum = initial.split((1, initial.shape[2] - 1), dim=2)
     return torch.cat((of_weights, of_momentum - of_weights), dim=2)
 
 
-def _left_of_start(products: Float[Tensor, 'bh n n'], log_gates: Float[Tensor, 'bh n']) -> Float[Tensor, 'bh n 1']:
+def _remaining_share(products: Float[Tensor, 'bh n n'], log_gates: Float[Tensor, 'bh n']) -> Float[Tensor, 'bh n 1']:
     """g_0 · … · g_c, what is left of an initial state at step c, given the products of the gates after each step."""
     return products[..., :1] * log_gates[:, :1].exp().unsqueeze(-1)

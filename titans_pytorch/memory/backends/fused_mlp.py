@@ -141,7 +141,7 @@ class FusedMLP(NamedTuple):
             decay_logits=chunk.decay_logits[:, 0],
             momentum_logits=None if logits is None else logits[:, 0, 0],
             scales=None if modulation is None else modulation[:, 0],
-            scale_numbers=[[*weights.newest].index(name) for name in names],
+            scale_indices=[[*weights.newest].index(name) for name in names],
         )
         of_gamma = None if gamma is None else gradients.vectors[gamma][:, 0]
         states, operands = self._newest(weights), operand_dtype(chunk.keys)

@@ -9,7 +9,7 @@ order, and in reverse for gradients, so each chunk's data is read and written on
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,10 +19,19 @@ from torch import Tensor
 from titans_pytorch.ops._registration import register_kernel
 from titans_pytorch.ops._triton import EXACT, TRITON_DTYPES, contiguous_inside, multiply_add, named_strides, tile_size
 
-# longer side of a program's block of a matrix, at most and at least, and entries of either block that a thread holds.
-# The least applies if there would be fewer programs than these. Sides of products are at least 16; in full float32,
-# products take twice the registers
-FORWARD, BACKWARD, BACKWARD_IN_FULL = (64, 16, 16, 8), (64, 16, 32, 8), (32, 16, 8, 8)
+
+class Block(NamedTuple):
+    """A program's block of a matrix: its longer side, and the entries that a thread holds. Blocks are smaller, down to
+    the least, if there would be too few programs."""
+
+    longer: int
+    entries: int
+    least_longer: int = 16  # no side of a product is shorter
+    least_entries: int = 8
+
+
+# in full float32, products take twice the registers
+FORWARD, BACKWARD, BACKWARD_IN_FULL = Block(64, 16), Block(64, 32), Block(32, 8)
 ENOUGH_PROGRAMS, MOST_WARPS = 128, 8
 # most rows of float32 that are multiplied one by one
 MOST_SINGLE_ROWS = 16
@@ -295,7 +304,7 @@ def write_momentum(
     # tensor cores multiply half precision exactly but not float32, where a few rows are multiplied one by one
     operand = inputs.dtype if inputs.dtype == deltas.dtype else torch.float32
     tensor_cores = operand != torch.float32 or rows > MOST_SINGLE_ROWS
-    own_in, own_out, warps = _block(heads, dim, width, FORWARD)
+    own_in, own_out, warps = _sizes(heads, dim, width, FORWARD)
     blocks_in, blocks_out = triton.cdiv(dim, own_in), triton.cdiv(width, own_out)
     _momentum_kernel[(heads * blocks_in * blocks_out,)](
         **arguments, momenta=momenta, end=end,
@@ -337,8 +346,8 @@ def momentum_gradients(
     width = deltas.shape[-1]
     # products are as precise as the least precise of their factors and results
     operand = next((t.dtype for t in (momenta, inputs, deltas) if t.dtype.itemsize == 2), torch.float32)
-    setting = BACKWARD_IN_FULL if operand == torch.float32 else BACKWARD
-    own_in, own_out, warps = _block(heads, dim, width, setting)
+    block = BACKWARD_IN_FULL if operand == torch.float32 else BACKWARD
+    own_in, own_out, warps = _sizes(heads, dim, width, block)
     blocks_in, blocks_out = triton.cdiv(dim, own_in), triton.cdiv(width, own_out)
     blocks = blocks_in * blocks_out
 
@@ -532,14 +541,13 @@ def _vector_arguments(
     )  # fmt: skip
 
 
-def _block(heads: int, dim: int, width: int, setting: tuple[int, int, int, int]) -> tuple[int, int, int]:
+def _sizes(heads: int, dim: int, width: int, block: Block) -> tuple[int, int, int]:
     """Rows and columns of a matrix that a program owns, and its number of warps."""
     short, long = sorted((dim, width))
-    most, least, of_most, of_least = setting
-    whole, own = tile_size(short), min(most, tile_size(long))
-    while own > least and heads * triton.cdiv(long, own) < ENOUGH_PROGRAMS:
+    whole, own = tile_size(short), min(block.longer, tile_size(long))
+    while own > block.least_longer and heads * triton.cdiv(long, own) < ENOUGH_PROGRAMS:
         own //= 2
-    entries = of_most if own > least else of_least
+    entries = block.entries if own > block.least_longer else block.least_entries
     warps = min(MOST_WARPS, max(1, whole * own // (32 * entries)))
     return (whole, own, warps) if dim <= width else (own, whole, warps)
 

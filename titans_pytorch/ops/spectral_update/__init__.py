@@ -33,7 +33,7 @@ class ChunkGates(NamedTuple):
     """Logits of η; `None` without momentum."""
     scales: Float[Tensor, 'bh w'] | None
     """s of each parameter; `None` for 1."""
-    scale_numbers: list[int]
+    scale_indices: list[int]
     """Indices into `scales`, one for each of the weights."""
 
 

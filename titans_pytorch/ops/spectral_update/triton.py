@@ -137,7 +137,7 @@ def spectral_update(
     decay_logits: Tensor,  # bh
     momentum_logits: Tensor | None,  # bh
     scales: Tensor | None,  # bh w
-    scale_numbers: list[int],  # of the weights, in `scales`
+    scale_indices: list[int],  # of the weights, in `scales`
     steps: int,  # of Newton–Schulz
     eps: float,
     a: float,
@@ -165,7 +165,7 @@ def spectral_update(
         return {f'{name}_first': first, f'{name}_last': last, f'{name}_gamma': gamma}
 
     named: dict[str, list[Any]] = {
-        'left': lefts, 'right': rights, 'scale': scale_numbers,
+        'left': lefts, 'right': rights, 'scale': scale_indices,
         'weights': weights, 'momentum': momentum, 'new_weights': new_weights,
     }  # fmt: skip
     arguments = {key: value for name, own in named.items() for key, value in slots(name, own).items()}
