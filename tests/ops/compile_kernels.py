@@ -150,7 +150,8 @@ def operations() -> None:
             test_linear_memory_scan.learned(of_rows, 1, num_proximal_steps=2)
     projected, frequencies, options = test_attention_inputs.problem(2, 40, 2, 64, 4, torch.bfloat16)
     test_attention_inputs.learned(projected, 2, frequencies, 0, options)
-    test_inverse.learned(test_inverse.inverse, test_inverse.problem(2, 64))
+    for m in (7, 64):
+        test_inverse.learned(test_inverse.inverse, test_inverse.problem(2, m))
     test_sinkhorn.with_gradient(sinkhorn, test_sinkhorn.problem(2, 4, 4), 20, test_sinkhorn.EPS)
     gates, inputs, prev = test_associative_scan.problem(2, 16, 64, 1, dtype=torch.float32)
     test_associative_scan.with_gradients(associative_scan, gates, inputs, prev)

@@ -50,6 +50,23 @@ def test_large_curvature(kernels, poisoned):
     assert_same(inverse(matrices).double() @ step, reference.inverse(matrices.double()) @ step, 5e-3)
 
 
+@pytest.mark.parametrize('m', [32, 64])
+def test_repeated_rows(kernels, poisoned, m):
+    """Rows that occur four times each, as of text, with large curvature."""
+    generator = torch.Generator().manual_seed(m)
+    rows = torch.nn.functional.normalize(torch.randn(2, m // 4, 64, generator=generator, dtype=torch.float64), dim=-1)
+    rows = rows.repeat(1, 4, 1)
+    step = 1e4 * torch.rand(2, m, 1, generator=generator, dtype=torch.float64) * (rows @ rows.mT)
+    matrices = (torch.eye(m, dtype=torch.float64) + step).to(DEVICE)
+    values = torch.randn(2, m, 32, generator=generator, dtype=torch.float64).to(DEVICE)
+
+    def error(inverses):
+        expected = torch.linalg.solve(matrices, values)
+        return (inverses.double() @ values - expected).norm() / expected.norm()
+
+    assert error(inverse(matrices.float())) < 2 * error(reference.inverse(matrices.float()))
+
+
 def test_the_kernel_reads_views(kernels, poisoned):
     matrices = problem(3, 6).mT
     assert not matrices.is_contiguous()
@@ -68,6 +85,6 @@ def test_the_operation_is_registered_correctly(kernels):
 
 @pytest.mark.gpu
 def test_the_kernel_in_sizes_of_training(kernels, poisoned):
-    for m in (16, 64):
+    for m in (2, 7, 16, 33, 64):
         matrices = problem(2048, m)
         assert_same(learned(inverse, matrices), learned(reference.inverse, matrices.double()), 1e-4)

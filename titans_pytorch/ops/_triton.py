@@ -102,51 +102,49 @@ def divide_by_sums_backward(d_log, y, sums, AXIS: tl.constexpr, EPS: tl.constexp
 
 
 @triton.jit
-def invert_small(matrices, count, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Inverses of (n, SIZE, SIZE) matrices that need no pivoting, by Gauss–Jordan elimination in place.
+def eliminate(rows, first, count):  # type: ignore[no-untyped-def]
+    """Gauss–Jordan elimination in place of the first `count` of (n, r, c) rows, with pivots from column `first` on.
 
-    Beyond the first `count` rows and columns, they are those of the identity.
+    Square matrices, from column 0 on, become their inverses; they must need no pivoting. Where only a part is
+    eliminated, the rest must be that of the identity, or zero, and stays so.
     """
-    row, column = tl.arange(0, SIZE)[None, :, None], tl.arange(0, SIZE)[None, None, :]
+    row, column = tl.arange(0, rows.shape[1])[None, :, None], tl.arange(0, rows.shape[2])[None, None, :]
     for pivot in range(count):
-        of_row = tl.sum(tl.where(row == pivot, matrices, 0.0), axis=1, keep_dims=True)
-        of_column = tl.sum(tl.where(column == pivot, matrices, 0.0), axis=2, keep_dims=True)
-        reciprocal = 1.0 / tl.sum(tl.where(column == pivot, of_row, 0.0), axis=2, keep_dims=True)
+        of_row = tl.sum(tl.where(row == pivot, rows, 0.0), axis=1, keep_dims=True)
+        of_column = tl.sum(tl.where(column == first + pivot, rows, 0.0), axis=2, keep_dims=True)
+        reciprocal = 1.0 / tl.sum(tl.where(column == first + pivot, of_row, 0.0), axis=2, keep_dims=True)
         # from here on, the eliminated column holds a column of the inverse
-        scaled = tl.where(column == pivot, reciprocal, of_row * reciprocal)
-        rest = tl.where(column == pivot, 0.0, matrices) - of_column * scaled
-        matrices = tl.where(row == pivot, scaled, rest)
-    return matrices
+        scaled = tl.where(column == first + pivot, reciprocal, of_row * reciprocal)
+        rest = tl.where(column == first + pivot, 0.0, rows) - of_column * scaled
+        rows = tl.where(row == pivot, scaled, rest)
+    return rows
 
 
-# rows that are eliminated together; no product in Triton has fewer
+# rows that are eliminated together; no side of a product in Triton is shorter
 _TOGETHER = tl.constexpr(16)
 
 
 @triton.jit
 def invert(matrix, count, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The inverse of a (SIZE, SIZE) matrix, as by `invert_small`, with 16 rows eliminated at a time."""
+    """The inverse of a (SIZE, SIZE) matrix, as by `eliminate`, a block of rows at a time."""
     if SIZE <= _TOGETHER:
-        return tl.reshape(invert_small(matrix[None, :, :], count, SIZE), (SIZE, SIZE))
-    BLOCKS: tl.constexpr = SIZE // _TOGETHER
-    row, column = tl.arange(0, _TOGETHER)[:, None], tl.arange(0, SIZE)[None, :]
-    of_rows, of_columns = tl.arange(0, BLOCKS)[:, None, None], tl.arange(0, BLOCKS)[None, :, None]
-    for pivot in tl.static_range(BLOCKS):
-        # the pivot's rows, its columns, and the block that they have in common
-        by_rows = tl.reshape(matrix, (BLOCKS, _TOGETHER, SIZE))
-        across = tl.sum(tl.where(of_rows == pivot, by_rows, 0.0), axis=0)
-        by_columns = tl.reshape(matrix, (SIZE, BLOCKS, _TOGETHER))
-        down = tl.sum(tl.where(of_columns == pivot, by_columns, 0.0), axis=1)
-        common = tl.sum(tl.where(of_rows == pivot, tl.reshape(down, (BLOCKS, _TOGETHER, _TOGETHER)), 0.0), axis=0)
-        inverse = invert_small(common[None, :, :], tl.minimum(count - pivot * _TOGETHER, _TOGETHER), _TOGETHER)
-        # from here on, the eliminated columns hold columns of the inverse
-        eliminated = column // _TOGETHER == pivot
-        across = tl.where(eliminated, tl.where(column % _TOGETHER == row, 1.0, 0.0), across)
-        scaled = tl.zeros((_TOGETHER, SIZE), tl.float32)
-        scaled = multiply_add(scaled, tl.reshape(inverse, (_TOGETHER, _TOGETHER)), across, EXACT, tl.float32)
-        matrix = multiply_add(tl.where(eliminated, 0.0, matrix), -down, scaled, EXACT, tl.float32)
-        by_rows = tl.reshape(matrix, (BLOCKS, _TOGETHER, SIZE))
-        matrix = tl.reshape(tl.where(of_rows == pivot, scaled[None, :, :], by_rows), (SIZE, SIZE))
+        matrix = tl.reshape(eliminate(matrix[None, :, :], 0, count), (SIZE, SIZE))
+    else:
+        BLOCKS: tl.constexpr = SIZE // _TOGETHER
+        eliminated = tl.arange(0, SIZE)[None, :] // _TOGETHER
+        of_rows, of_columns = tl.arange(0, BLOCKS)[:, None, None], tl.arange(0, BLOCKS)[None, :, None]
+        for block in tl.static_range(BLOCKS):
+            first = block * _TOGETHER
+            by_columns = tl.reshape(matrix, (SIZE, BLOCKS, _TOGETHER))
+            down = tl.sum(tl.where(of_columns == block, by_columns, 0.0), axis=1)
+            by_rows = tl.reshape(matrix, (BLOCKS, _TOGETHER, SIZE))
+            across = tl.sum(tl.where(of_rows == block, by_rows, 0.0), axis=0)
+            across = eliminate(across[None, :, :], first, tl.minimum(count - first, _TOGETHER))
+            # without tensor cores: equal rows make rounding errors grow a thousandfold
+            matrix = tl.where(eliminated == block, 0.0, matrix)
+            matrix = multiply_add(matrix, -down, tl.reshape(across, (_TOGETHER, SIZE)), 'ieee', tl.float32)
+            by_rows = tl.reshape(matrix, (BLOCKS, _TOGETHER, SIZE))
+            matrix = tl.reshape(tl.where(of_rows == block, across, by_rows), (SIZE, SIZE))
     return matrix
 
 

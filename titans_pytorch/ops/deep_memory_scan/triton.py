@@ -2,12 +2,14 @@
 
 A block of memory batches takes two launches forward and four backward. The first stores its memory batches, one after
 another. Several programs share a head of a sequence: a memory batch is a chain of products of its rows with each
-matrix, forward and back. Each of these phases is cut into tiles of 64 columns, which the programs share, and between
+matrix, forward and back. Most of these phases are cut into tiles of 64 columns, which the programs share, and between
 phases the programs of a head wait for each other. The data they exchange seldom leaves the GPU's cache. Within the
 block, weights are factored. The second launch computes the states after the block, all tiles of all matrices at once.
+
 The backward pass goes from the last block to the first and updates the gradient G of the states after each block in
-place. The gradient of the coefficients of a block's initial states does not depend on G, so it has a launch of its own
-for all blocks.
+place. A block takes launches from G to its rows, through its memory batches, to the coefficients of earlier rows, and
+to G before it. The gradient of the coefficients of a block's initial states does not depend on G, so it has a launch of
+its own for all blocks.
 
 Where programs cannot wait for each other, in Triton's interpreter, every phase is a launch of its own.
 
@@ -127,19 +129,19 @@ def _combined(w, momentum, mix, STATES: tl.constexpr):  # type: ignore[no-untype
 
 
 @triton.jit
-def _through_last(  # type: ignore[no-untyped-def]
+def _through_last_transposed(  # type: ignore[no-untyped-def]
     rows, states, mix, unit, height, width, STATES: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Multiply whole rows by BLOCK rows, from `unit` on, of a combination of states."""
     offset, inside = _tile(unit, 0, height, width, BLOCK, DIM)
     w, momentum = _load_states(states, height * width, offset, inside, STATES)
-    of_w = multiply_add(tl.zeros((rows.shape[0], BLOCK), tl.float32), rows, tl.trans(w), PRECISION, OPERAND)
-    of_s = of_w
+    by_weights = multiply_add(tl.zeros((rows.shape[0], BLOCK), tl.float32), rows, tl.trans(w), PRECISION, OPERAND)
+    by_momentum = by_weights
     if STATES > 1:
-        of_s = tl.zeros((rows.shape[0], BLOCK), tl.float32)
-        of_s = multiply_add(of_s, rows, tl.trans(momentum), PRECISION, OPERAND)
-    return _combined(of_w, of_s, mix, STATES)
+        by_momentum = tl.zeros((rows.shape[0], BLOCK), tl.float32)
+        by_momentum = multiply_add(by_momentum, rows, tl.trans(momentum), PRECISION, OPERAND)
+    return _combined(by_weights, by_momentum, mix, STATES)
 
 
 @triton.jit
@@ -149,18 +151,18 @@ def _through(  # type: ignore[no-untyped-def]
     PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Multiply ROWS rows by COUNT others, and by COLUMNS columns, from `column` on, of a combination of states."""
-    match, of_w = tl.zeros((ROWS, COUNT), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
-    of_s = of_w
+    match, by_weights = tl.zeros((ROWS, COUNT), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
+    by_momentum = by_weights
     for first in range(0, height, DEPTH):
         x = _rows(start, offsets, valid, first, height, DEPTH)
         other = _rows(others, in_others, with_others, first, height, DEPTH)
         offset, inside = _tile(first, column, height, width, DEPTH, COLUMNS)
         w, momentum = _load_states(states, height * width, offset, inside, STATES)
         match = multiply_add(match, x, tl.trans(other), PRECISION, OPERAND)
-        of_w = multiply_add(of_w, x, w, PRECISION, OPERAND)
+        by_weights = multiply_add(by_weights, x, w, PRECISION, OPERAND)
         if STATES > 1:
-            of_s = multiply_add(of_s, x, momentum, PRECISION, OPERAND)
-    return match, _combined(of_w, of_s, mix, STATES)
+            by_momentum = multiply_add(by_momentum, x, momentum, PRECISION, OPERAND)
+    return match, _combined(by_weights, by_momentum, mix, STATES)
 
 
 @triton.jit
@@ -170,18 +172,18 @@ def _through_transposed(  # type: ignore[no-untyped-def]
     PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Multiply ROWS rows by COUNT others, and by ACROSS rows, from `row` on, of a combination of states."""
-    match, of_w = tl.zeros((ROWS, COUNT), tl.float32), tl.zeros((ROWS, ACROSS), tl.float32)
-    of_s = of_w
+    match, by_weights = tl.zeros((ROWS, COUNT), tl.float32), tl.zeros((ROWS, ACROSS), tl.float32)
+    by_momentum = by_weights
     for first in range(0, width, DEPTH):
         x = _rows(start, offsets, valid, first, width, DEPTH)
         other = _rows(others, in_others, with_others, first, width, DEPTH)
         offset, inside = _tile(row, first, height, width, ACROSS, DEPTH)
         w, momentum = _load_states(states, height * width, offset, inside, STATES)
         match = multiply_add(match, x, tl.trans(other), PRECISION, OPERAND)
-        of_w = multiply_add(of_w, x, tl.trans(w), PRECISION, OPERAND)
+        by_weights = multiply_add(by_weights, x, tl.trans(w), PRECISION, OPERAND)
         if STATES > 1:
-            of_s = multiply_add(of_s, x, tl.trans(momentum), PRECISION, OPERAND)
-    return match, _combined(of_w, of_s, mix, STATES)
+            by_momentum = multiply_add(by_momentum, x, tl.trans(momentum), PRECISION, OPERAND)
+    return match, _combined(by_weights, by_momentum, mix, STATES)
 
 
 @triton.jit
@@ -210,16 +212,17 @@ def _through_gelu(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _add_products(  # type: ignore[no-untyped-def]
-    l, rows, offsets, valid, scores, others, second_scores, second_others, coefficients, in_scores,
+    l, rows, offsets, valid, scores, others, second_scores, second_others, coefficients, with_scores,
     in_others, with_others, first, limit,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Add (scores ∘ coefficients)ᵀ · others to COLUMNS features of rows, twice, or once for the first matrix."""
+    """Add (scores ∘ coefficients)ᵀ · others to COLUMNS features of rows, and the same product of the second scores and
+    the second others, which the first matrix lacks."""
     total = _rows(rows, offsets, valid, first, limit, COLUMNS)
-    match = tl.load(scores, mask=in_scores, other=0.0).to(tl.float32)
+    match = tl.load(scores, mask=with_scores, other=0.0).to(tl.float32)
     other = _rows(others, in_others, with_others, first, limit, COLUMNS)
-    in_second = tl.where(in_scores, l, 0) > 0
-    second_match = tl.load(second_scores, mask=in_second, other=0.0).to(tl.float32)
+    with_second = tl.where(with_scores, l, 0) > 0  # Triton's interpreter takes no `&` with a scalar as a mask
+    second_match = tl.load(second_scores, mask=with_second, other=0.0).to(tl.float32)
     second = _rows(second_others, in_others, with_others, first, tl.where(l > 0, limit, 0), COLUMNS)
     total = multiply_add(total, tl.trans(match * coefficients), other, PRECISION, OPERAND)
     total = multiply_add(total, tl.trans(second_match * coefficients), second, PRECISION, OPERAND)
@@ -343,7 +346,7 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
                 for unit in range(part * BLOCK, width, PARTS * BLOCK):
                     x = _rows(all_inputs + to_layer, in_all, earlier, unit, width, BLOCK)
                     h = _rows(own_pre + to_layer - layer, in_batch, valid, unit, width, BLOCK)
-                    g = _through_last(
+                    g = _through_last_transposed(
                         delta, from_last, mix, unit, width, dim, STATES, BLOCK, DIM, PRECISION, OPERAND
                     )  # fmt: skip
                     g = multiply_add(g, back_match * of_earlier, x, PRECISION, OPERAND)
@@ -375,7 +378,7 @@ def _batches_kernel(  # type: ignore[no-untyped-def]
                 met += 1
                 wait_for_all(counter, met * PARTS, WAITS)
 
-            # proximal steps; a program takes those of all rows of a matrix
+            # proximal steps; a program solves the systems of whole matrices
             if PROXIMAL:
                 if (PHASE < 0) | (PHASE == 2 * MATRICES - 2):
                     weighted = theta * tl.load(losses + first_row + index, mask=valid, other=0.0)
@@ -500,12 +503,13 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
     to_match = index[:, None] * COUNT + place[None, :]
     # the block's rows, as rows of their memory batches
     batch_of_place, in_match = place // stored, place % stored * COUNT
-    # While the last program goes back to the keys of a memory batch, the others begin with the one before it.
-    others: tl.constexpr = PARTS - 1 if PARTS > 1 else 1
-    # tiles of Δ of all matrices that these programs share; those of X are `across` for each matrix but the first
+    # While the last program goes back to the keys of a memory batch, the others, which may be none, share the beginning
+    # of the one before it.
+    sharing: tl.constexpr = PARTS - 1 if PARTS > 1 else 1
+    # tiles of Δ of all matrices; those of X are `across` for each matrix but the first
     across: tl.constexpr = (width + BLOCK - 1) // BLOCK
     tiles: tl.constexpr = (MATRICES - 1) * across + (dim + BLOCK - 1) // BLOCK
-    first_tile = part if part < others else tiles
+    first_tile = part if part < sharing else tiles
     nothing = tl.zeros((ROWS, BLOCK), tl.float32)
 
     for head_index in range(program // PARTS, heads, groups):
@@ -545,16 +549,16 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
             in_later = later[:, None] & valid[None, :]
             to_later = (own * per_block + batch_of_place * per_batch) * per_block
             of_later = tl.load(steps + to_later[:, None] + (start + chunk)[None, :], mask=in_later, other=0.0)
-            # products of rows of later memory batches with those of this one, for the first matrix, and their
-            # gradients; those with g begin with the second matrix
-            in_scores = in_match[:, None] + (start * rows + index)[None, :]
-            saved_scores = in_scores + (own * batches + batch_of_place)[:, None] * MATRICES * of_match
-            saved_back_scores = in_scores - of_match
-            saved_back_scores += (own * batches + batch_of_place)[:, None] * (MATRICES - 1) * of_match
-            in_scores += (batch_of_place * MATRICES * of_match)[:, None]
+            # offsets of products of rows of later memory batches with those of this one, and of gradients of products,
+            # for the first matrix; those with g begin with the second matrix
+            in_one = in_match[:, None] + (start * rows + index)[None, :]
+            in_scores = in_one + (batch_of_place * MATRICES * of_match)[:, None]
+            saved_batch = (own * batches + batch_of_place)[:, None]
+            saved_scores = in_one + saved_batch * MATRICES * of_match
+            saved_back_scores = in_one + (saved_batch * (MATRICES - 1) - 1) * of_match
             if (PHASE < 0) | (PHASE == 0):
                 if batch + 1 < batches:
-                    for tile in range(first_tile, tiles, others):
+                    for tile in range(first_tile, tiles, sharing):
                         l = tl.minimum(tile // across, MATRICES - 1)
                         column, columns = (tile - l * across) * BLOCK, tl.where(l < MATRICES - 1, width, dim)
                         _add_products(
@@ -562,20 +566,21 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                             scores + l * of_match + saved_scores, all_of_pre + l * layer,
                             head_of_back_scores + l * of_match + in_scores, all_raw + l * layer,
                             of_later, in_later, in_all, later, column, columns,
-                            ROWS, BLOCK, PRECISION, OPERAND,
+                            BLOCK, PRECISION, OPERAND,
                         )  # fmt: skip
-                    for tile in range(first_tile, (MATRICES - 1) * across, others):
+                    for tile in range(first_tile, (MATRICES - 1) * across, sharing):
                         l = 1 + tile // across
                         _add_products(
                             l, head_of_inputs + l * kept, in_kept, valid,
                             head_of_scores + l * of_match + in_scores, all_inputs + l * layer,
                             back_scores + l * of_match + saved_back_scores, all_of_back + (l - 1) * layer,
                             of_later, in_later, in_all, later, tile % across * BLOCK, width,
-                            ROWS, BLOCK, PRECISION, OPERAND,
+                            BLOCK, PRECISION, OPERAND,
                         )  # fmt: skip
-                    tl.debug_barrier()
                 if not PROXIMAL:
-                    for column in range(first_tile * BLOCK, width, others * BLOCK):
+                    # each program goes on with the tiles of the first Δ that it has just stored
+                    tl.debug_barrier()
+                    for column in range(first_tile * BLOCK, width, sharing * BLOCK):
                         d_g = _rows(head_of_raw, in_kept, valid, column, width, BLOCK)
                         d_g *= gelu_derivative(_rows(own_pre, in_batch, valid, column, width, BLOCK))
                         _store_rows(own_of_back, in_batch, valid, column, width, d_g, BLOCK)
@@ -713,7 +718,7 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                 for unit in range(part * BLOCK, width, PARTS * BLOCK):
                     d_x = _rows(head_of_inputs + to_last, in_kept, valid, unit, width, BLOCK)
                     x = _rows(all_inputs + to_layer, in_all, earlier, unit, width, BLOCK)
-                    d_x += _through_last(
+                    d_x += _through_last_transposed(
                         d_product, from_last, mix, unit, width, dim, STATES, BLOCK, DIM, PRECISION, OPERAND
                     )  # fmt: skip
                     d_x = multiply_add(d_x, of_match_of_last * of_earlier, x, PRECISION, OPERAND)
@@ -747,15 +752,13 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                 met += 1
                 wait_for_all(counter, met * PARTS, WAITS)
 
-            # to the keys, which no other program waits for, also from later memory batches
+            # to the keys, also through later memory batches; no other program waits for this
             if (PHASE < 0) | (PHASE == 2 * MATRICES):
                 if part == PARTS - 1:
                     for column in range(0, dim, BLOCK):
                         of_k = _rows(head_of_inputs, in_kept, valid, column, dim, BLOCK)
                         of_k += _rows(d_keys + first_row * dim, in_outputs, valid, column, dim, BLOCK)
                         x = _rows(all_inputs, in_all, earlier, column, dim, BLOCK)
-                        later_x = _rows(all_inputs, in_all, later, column, dim, BLOCK)
-                        match = of_later * tl.load(head_of_scores + in_scores, mask=in_later, other=0.0)
                         d_match, d_k = _through_transposed(
                             own_of_pre, in_batch, valid, all_deltas, in_all, earlier,
                             own_initial, mix, column, dim, width,
@@ -764,9 +767,11 @@ def _batches_backward_kernel(  # type: ignore[no-untyped-def]
                         if column == 0:
                             tl.store(own_of_scores, d_match)
                         d_k = multiply_add(d_k + of_k, d_match * of_earlier, x, PRECISION, OPERAND)
-                        d_k = multiply_add(d_k, tl.trans(match), later_x, PRECISION, OPERAND)
+                        if batch + 1 < batches:
+                            later_x = _rows(all_inputs, in_all, later, column, dim, BLOCK)
+                            match = of_later * tl.load(head_of_scores + in_scores, mask=in_later, other=0.0)
+                            d_k = multiply_add(d_k, tl.trans(match), later_x, PRECISION, OPERAND)
                         _store_rows(d_keys + first_row * dim, in_outputs, valid, column, dim, d_k, BLOCK)
-                    tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=['block', 'blocks'])
@@ -1206,12 +1211,12 @@ def _backward(
     )  # fmt: skip
     through_final = _over_matrices(_through_final_kernel, arguments, tiles)
     through_batches = _over_batches(_batches_backward_kernel, arguments, 2 * matrices + 1)
-    through_steps = _taken_by(_steps_backward_kernel, arguments)
+    of_through_steps = _taken_by(_steps_backward_kernel, arguments)
     states_before = _over_matrices(_states_backward_kernel, arguments, tiles**2)
     for block in reversed(range(blocks)):
         through_final(block)
         through_batches(block)
-        _steps_backward_kernel[(heads, batches, 2 * matrices)](block=block, **through_steps)
+        _steps_backward_kernel[(heads, batches, 2 * matrices)](block=block, **of_through_steps)
         states_before(block)
     d_initial_steps = new(heads, blocks, parts, count, chunks * rows)
     own = arguments | dict(d_initial_steps=d_initial_steps, in_block=chunks * rows)
@@ -1265,7 +1270,7 @@ def _arguments(
     num_proximal_steps: int | None,
     operands: torch.dtype,
 ) -> dict[str, Any]:
-    """Arguments of both kernels."""
+    """Arguments that the kernels share."""
     keys, values = contiguous_inside(keys, 1), contiguous_inside(values, 1)
     heads, blocks, chunks, count = initial_steps.shape
     rows, dim = keys.shape[2:]

@@ -21,7 +21,7 @@ from titans_pytorch.ops._triton import (
     ENOUGH_PROGRAMS,
     EXACT,
     contiguous_inside,
-    invert_small,
+    eliminate,
     multiply_add,
     named_strides,
     taken_by,
@@ -72,7 +72,7 @@ def _inverse(x, count, ROWS: tl.constexpr, SMALL: tl.constexpr):  # type: ignore
     small = tl.sum(tl.reshape(tl.where(in_block, x, 0.0), (SIDE, SMALL, SIDE, SMALL)), axis=2)
     row = tl.arange(0, SMALL)
     identity = tl.zeros((SIDE, SMALL, SMALL), tl.float32) + tl.where(row[:, None] == row[None, :], 1.0, 0.0)[None, :, :]
-    solved = invert_small(small + identity, tl.minimum(count, SMALL), SMALL)
+    solved = eliminate(small + identity, 0, tl.minimum(count, SMALL))
     side = tl.arange(0, SIDE)
     apart = tl.where((side[:, None] == side[None, :])[:, None, :, None], solved[:, :, None, :], 0.0)
     inverse = tl.reshape(apart, (ROWS, ROWS))
