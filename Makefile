@@ -16,6 +16,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
+# each process begins with consecutive tests, which share fixtures, and takes over tests of others once it is done
+PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .PHONY: train sample eval chat test lint shapes coverage wheel docs bench pictures golden clean
 
@@ -32,7 +34,7 @@ chat: $(VENV)/.ready
 	$(BIN)/python -m titans_pytorch chat $(ARGS)
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 $(ARGS)
+	$(BIN)/python $(PYTEST) $(ARGS)
 
 lint: $(VENV)/.ready-lint
 	$(BIN)/ruff check .
@@ -42,11 +44,11 @@ lint: $(VENV)/.ready-lint
 
 # inside compiled programs nothing is checked
 shapes: $(VENV)/.ready-lint
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --shapes -k 'not compile' \
+	$(BIN)/python $(PYTEST) --shapes -k 'not compile' \
 		tests/attention tests/generation tests/memory tests/models tests/ops $(ARGS)
 
 coverage: $(VENV)/.ready-lint
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --cov --cov-report term $(ARGS)
+	$(BIN)/python $(PYTEST) --cov --cov-report term $(ARGS)
 
 wheel: $(VENV)/.ready
 	rm -rf dist
